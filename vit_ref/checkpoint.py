@@ -1,0 +1,244 @@
+"""Checkpoints as files: found, read and written whole or not at all. What the tensors mean is `porting`'s business.
+
+Formats: safetensors (also sharded, with an index), flax msgpack, npz. Pickle is refused: unpickling runs whatever code
+the file holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import msgpack
+import numpy as np
+import safetensors
+from flax import serialization, traverse_util
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from vit_ref.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLAX_WEIGHTS = "flax_model.msgpack"
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_PICKLE_REFUSAL = "is a pickle, which can run code when read: convert it to safetensors first"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it stands in its files.
+
+    Attributes:
+      path: the directory or file that it was read from.
+      tensors: by name, in the file's dtypes; names of nested trees are joined with "/".
+      config: `config.json`, or None where a lone file has none beside it.
+      preprocessor: `preprocessor_config.json`, or None.
+    """
+
+    path: Path
+    tensors: dict[str, NDArray]
+    config: dict[str, Any] | None = None
+    preprocessor: dict[str, Any] | None = None
+
+
+def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """The local directory or file of a checkpoint, fetched from the Hugging Face hub where the name is a hub id.
+
+    Raises:
+      CheckpointError: there is no such directory or file, and no such repository on the hub, or no way to it.
+    """
+    path = Path(path_or_hub_id)
+    if path.exists():
+        return path
+    name = os.fspath(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise CheckpointError(f"{name}: no such directory or file")
+    patterns = [CONFIG, PREPROCESSOR, "model*.safetensors", INDEX, FLAX_WEIGHTS]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such directory, and the hub refuses it as an id: {reason}") from None
+    except (LocalEntryNotFoundError, OSError):
+        raise CheckpointError(
+            f"{name}: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
+            " give a directory, or go online"
+        ) from None
+
+
+def read(path_or_hub_id: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a checkpoint: a Hugging Face directory, a hub id, or a `.safetensors`, `.msgpack` or `.npz` file.
+
+    Raises:
+      CheckpointError: it cannot be found, is damaged, is a pickle, or lacks its config.
+    """
+    path = locate(path_or_hub_id)
+    directory = path.parent if path.is_file() else path
+    config = _read_json(directory / CONFIG, required=path.is_dir())
+    preprocessor = _read_json(directory / PREPROCESSOR, required=False)
+    tensors = read_tensors(path) if path.is_file() else _read_directory(path)
+    return Checkpoint(path, tensors, config, preprocessor)
+
+
+def read_tensors(file: Path) -> dict[str, NDArray]:
+    """All tensors of one file, by name.
+
+    Raises:
+      CheckpointError: the file is missing, damaged, of an unknown kind, or a pickle.
+    """
+    if file.suffix in _PICKLES:
+        raise CheckpointError(f"{file}: {_PICKLE_REFUSAL}")
+    readers = {".safetensors": load_file, ".msgpack": _read_msgpack, ".npz": _read_npz}
+    if file.suffix not in readers:
+        raise CheckpointError(f"{file}: unknown kind of file: give one of {', '.join(readers)}")
+    damage = (
+        safetensors.SafetensorError,
+        msgpack.exceptions.UnpackException,
+        zipfile.BadZipFile,
+        # numpy on a member that is a pickle or cut short, msgpack on an inconsistent tree
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        OSError,
+    )
+    try:
+        return readers[file.suffix](file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file") from None
+    except damage as error:
+        raise CheckpointError(f"{file}: damaged or truncated, fetch it again ({str(error).strip()})") from None
+
+
+def _read_directory(path: Path) -> dict[str, NDArray]:
+    if (path / WEIGHTS).exists():
+        return read_tensors(path / WEIGHTS)
+    if (path / INDEX).exists():
+        return _read_shards(path)
+    if (path / FLAX_WEIGHTS).exists():
+        return read_tensors(path / FLAX_WEIGHTS)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(f"{path / pickles[0]}: {_PICKLE_REFUSAL}")
+    raise CheckpointError(f"{path}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
+
+
+def _read_shards(path: Path) -> dict[str, NDArray]:
+    index = _read_json(path / INDEX, required=True) or {}
+    shard_of = index.get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise CheckpointError(f"{path / INDEX}: no weight_map from tensors to files")
+    tensors: dict[str, NDArray] = {}
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{path / INDEX}: {shard!r} is not a file name beside the index")
+        found = read_tensors(path / shard)
+        listed = {name for name, file in shard_of.items() if file == shard}
+        if found.keys() != listed:
+            names = ", ".join(sorted(found.keys() ^ listed))
+            raise CheckpointError(f"{path / shard}: the index and the file disagree on {names}")
+        tensors |= found
+    return tensors
+
+
+def _read_msgpack(file: Path) -> dict[str, NDArray]:
+    tree = serialization.msgpack_restore(file.read_bytes())
+    if not isinstance(tree, dict):
+        raise ValueError("not a tree of parameters")
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    odd = [name for name, leaf in flat.items() if not isinstance(leaf, np.ndarray)]
+    if odd:
+        raise ValueError(f"{odd[0]} is not an array")
+    return flat
+
+
+def _read_npz(file: Path) -> dict[str, NDArray]:
+    with np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _read_json(file: Path, *, required: bool) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not required:
+            return None
+        raise CheckpointError(f"{file.parent}: no {file.name} in this directory") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return content
+
+
+def write_directory(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, NDArray],
+    config: Mapping[str, Any],
+    preprocessor: Mapping[str, Any] | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a Hugging Face directory; each file appears whole under its name, the config last.
+
+    Args:
+      directory: made where it does not exist; other files in it stay.
+      tensors: by name, contiguous.
+      config: becomes `config.json`.
+      preprocessor: becomes `preprocessor_config.json`, where given.
+      max_shard_size: larger weights are split, in bytes or as "5GB".
+
+    Raises:
+      CheckpointError: the directory cannot be written; what stood there before stays.
+    """
+    directory = Path(directory)
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    with staged(directory) as stage:
+        for file, names in split.filename_to_tensors.items():
+            # transformers refuses a safetensors file that does not say which framework's names it holds.
+            save_file({name: tensors[name] for name in names}, stage / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            _write_json(stage / INDEX, index)
+        if preprocessor is not None:
+            _write_json(stage / PREPROCESSOR, preprocessor)
+        _write_json(stage / CONFIG, config)
+    # Weights of an earlier, differently sharded save would be read in place of these.
+    stale = {WEIGHTS, INDEX} - set(split.filename_to_tensors) - ({INDEX} if split.is_sharded else set())
+    for name in stale:
+        (directory / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A temporary directory whose files move into `directory` when the block ends, and vanish when it fails."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as stage:
+            yield Path(stage)
+            for file in sorted(Path(stage).iterdir(), key=lambda file: file.name == CONFIG):
+                os.replace(file, directory / file.name)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error})") from None
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

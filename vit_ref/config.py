@@ -1,0 +1,241 @@
+"""`ViTConfig`: every field that changes what a Vision Transformer computes, and nothing that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vit_ref.errors import ConfigError
+
+# Activations by their Hugging Face names; gelu_new and gelu_pytorch_tanh are one function, as are silu and swish.
+ACTIVATION_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
+
+# Width, depth, MLP width, heads. Ti, S: DeiT (Touvron et al., 2021, table 1); B, L, H: ViT (Dosovitskiy et al., 2021,
+# table 1).
+_VARIANTS = {
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "H": (1280, 32, 5120, 16),
+}
+
+_POSITIVE_INTEGERS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_channels",
+)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    """(height, width) from an int or a pair, as Hugging Face configs write either."""
+    height, width = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    for side in (height, width):
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+            raise ConfigError(f"{name} is {value!r}: give a positive integer, or (height, width)")
+    return height, width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Configuration of a Vision Transformer; names, meanings and defaults are those of Hugging Face's `ViTConfig`.
+
+    Attributes:
+      hidden_size: width D of the token stream.
+      num_hidden_layers: number of blocks.
+      num_attention_heads: heads H; D must be a multiple of H.
+      intermediate_size: width of the MLP's hidden layer.
+      hidden_act: activation of the MLP, one of `ACTIVATION_NAMES`. "gelu" is the exact (erf) form.
+      layer_norm_eps: added to the variance in every LayerNorm.
+      qkv_bias: whether query, key and value have biases.
+      hidden_dropout_prob: dropout after the embeddings, the attention output and the MLP output, in training.
+      attention_probs_dropout_prob: dropout of the attention probabilities, in training.
+      image_size: (height, width) in pixels that the position embeddings belong to; an int means a square.
+      patch_size: (height, width) of a patch in pixels; an int means a square.
+      num_channels: channels of an image.
+      initializer_range: standard deviation of freshly initialised kernels, cls token and position embeddings.
+      num_labels: classes of the head; 0 means that there is no head.
+      pooler: whether a headless model ends in a dense layer and an activation on the cls token (the reference's
+        `ViTModel` has one, its classifiers have none).
+      pooler_output_size: width of the pooler; None means `hidden_size`.
+      pooler_act: the pooler's activation.
+      labels: names of the classes in order of their ids, or () where the checkpoint names none.
+      extra: `config.json` as it was read. It changes no numerics and goes back into a saved checkpoint.
+      preprocessor: `preprocessor_config.json` as it was read, likewise carried and not interpreted.
+
+    Raises:
+      ConfigError: a value is out of range, unknown, or contradicts another.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    qkv_bias: bool = True
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    image_size: int | tuple[int, int] = 224
+    patch_size: int | tuple[int, int] = 16
+    num_channels: int = 3
+    initializer_range: float = 0.02
+    num_labels: int = 1000
+    pooler: bool = False
+    pooler_output_size: int | None = None
+    pooler_act: str = "tanh"
+    # What travels with a checkpoint takes no part in equality or hashing: two models that compute the same share one
+    # compiled function, whatever their classes are called.
+    labels: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    preprocessor: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", _pair("image_size", self.image_size))
+        object.__setattr__(self, "patch_size", _pair("patch_size", self.patch_size))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        for name in (*_POSITIVE_INTEGERS, "num_labels", "pooler_output_size"):
+            value = getattr(self, name)
+            if value is None and name == "pooler_output_size":
+                continue
+            least = 0 if name == "num_labels" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}: give an integer of at least {least}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        for name in ("hidden_act", "pooler_act"):
+            if getattr(self, name) not in ACTIVATION_NAMES:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: known are {', '.join(ACTIVATION_NAMES)}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not _is_real(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: give a probability, 0 <= p < 1")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not _is_real(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: give a positive number")
+        for name in ("qkv_bias", "pooler"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: give true or false")
+        for axis, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
+            if image % patch:
+                raise ConfigError(f"image {axis} {image} is not a multiple of the patch {axis} {patch}")
+        if self.pooler and self.num_labels:
+            raise ConfigError(
+                "pooler and num_labels are both set: the reference's classifiers read the cls token without a pooler;"
+                " set pooler=False or num_labels=0"
+            )
+        if self.labels and len(self.labels) != self.num_labels:
+            raise ConfigError(f"{len(self.labels)} labels for num_labels {self.num_labels}: give one name per class")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Image (height, width) in pixels."""
+        return self.image_size  # type: ignore[return-value]  # __post_init__ made it a pair
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Patch (height, width) in pixels."""
+        return self.patch_size  # type: ignore[return-value]  # __post_init__ made it a pair
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def pooler_width(self) -> int:
+        """Width of the pooler's output."""
+        return self.pooler_output_size or self.hidden_size
+
+    def grid(self, image_hw: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of patches in an image of `image_hw` pixels, by default the native size."""
+        height, width = image_hw or self.image_hw
+        return height // self.patch_hw[0], width // self.patch_hw[1]
+
+    @classmethod
+    def variant(cls, name: str, **overrides: Any) -> ViTConfig:
+        """A published variant by its usual name, "Ti/16", "S/16", "B/16", "B/32", "L/16", "H/14": size, then patch.
+
+        Args:
+          name: size (Ti, S, B, L or H), a slash, the patch's side in pixels.
+          **overrides: any other field.
+        """
+        size, _, patch = name.partition("/")
+        if size not in _VARIANTS or not patch.isdigit():
+            raise ConfigError(f"variant is {name!r}: give one of {', '.join(_VARIANTS)}, a slash and a patch size")
+        width, depth, mlp, heads = _VARIANTS[size]
+        fields: dict[str, Any] = {
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "intermediate_size": mlp,
+            "num_attention_heads": heads,
+            "patch_size": int(patch),
+        }
+        return cls(**{**fields, **overrides})
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> ViTConfig:
+        """The configuration that a Hugging Face `config.json` describes.
+
+        Args:
+          config: the parsed JSON object.
+          preprocessor: the parsed `preprocessor_config.json`, where there is one.
+
+        Raises:
+          ConfigError: it is no ViT's, or a value cannot be honoured.
+        """
+        model_type = config.get("model_type")
+        if model_type != "vit":
+            raise ConfigError(f"model_type is {model_type!r}: only 'vit' is supported")
+        computed = {"pooler", "labels", "extra", "preprocessor", "num_labels"}
+        fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config.keys() - computed}
+        architectures = config.get("architectures") or ()
+        headless = bool(architectures) and not any("ForImageClassification" in str(name) for name in architectures)
+        labels = () if headless else _labels(config.get("id2label"))
+        # Hugging Face's own default, where a config names neither labels nor their number, is two.
+        num_labels = 0 if headless else (len(labels) or config.get("num_labels", 2))
+        return cls(**fields, num_labels=num_labels, labels=labels, extra=dict(config), preprocessor=preprocessor)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of this configuration: what was read, with every field that has changed since."""
+        config: dict[str, Any] = {"model_type": "vit", **self.extra}
+        skipped = {"pooler", "labels", "extra", "preprocessor", "num_labels"}
+        for field in dataclasses.fields(self):
+            if field.name not in skipped:
+                config[field.name] = getattr(self, field.name)
+        for name, (height, width) in (("image_size", self.image_hw), ("patch_size", self.patch_hw)):
+            config[name] = height if height == width else [height, width]
+        if self.pooler_output_size is None:
+            del config["pooler_output_size"]
+        config["architectures"] = ["ViTForImageClassification" if self.num_labels else "ViTModel"]
+        if self.labels != _labels(config.get("id2label")) or not self.num_labels:
+            config.pop("id2label", None)
+            config.pop("label2id", None)
+        if self.num_labels and "id2label" not in config:
+            names = self.labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+            config["id2label"] = {str(i): name for i, name in enumerate(names)}
+            config["label2id"] = {name: i for i, name in enumerate(names)}
+        config.pop("num_labels", None)
+        return config
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _labels(id2label: Mapping[Any, Any] | None) -> tuple[str, ...]:
+    """Class names in order of id; () where there are none."""
+    if not id2label:
+        return ()
+    try:
+        by_id = {int(i): str(name) for i, name in id2label.items()}
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"id2label is not a mapping from class ids to names: {error}") from None
+    if sorted(by_id) != list(range(len(by_id))):
+        raise ConfigError(f"id2label does not number the classes 0 to {len(by_id) - 1}")
+    return tuple(by_id[i] for i in range(len(by_id)))

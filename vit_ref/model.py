@@ -1,0 +1,250 @@
+"""The Vision Transformer of Dosovitskiy et al. (2021, https://arxiv.org/abs/2010.11929) in Flax NNX.
+
+It computes what Hugging Face's `ViTForImageClassification` and `ViTModel` compute. Images are NHWC. Every value that
+matters passes through a tap, a function `(site, value) -> value`, so recording, replacing and perturbing need neither
+hooks nor a second forward pass. The sites are listed in `vit_ref.sites`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import Array
+from jax.typing import DTypeLike
+
+from vit_ref.config import ViTConfig
+
+Tap = Callable[[str, Array], Array]
+
+# jax.nn.gelu's own default is the tanh form; "gelu" in a checkpoint's config is the erf form.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def identity(site: str, value: Array) -> Array:
+    """The tap that does nothing. Given it, attention may take a fused path that never forms the probabilities."""
+    return value
+
+
+def _scoped(tap: Tap, scope: str) -> Tap:
+    return tap if tap is identity else lambda site, value: tap(f"{scope}.{site}", value)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D); `ViTSelfAttention` and the dense layer after it."""
+
+    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.query = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
+        self.key = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
+        self.value = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
+        self.out = linear(width, width, rngs=rngs)
+        self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, deterministic=True)
+        self.heads = config.num_attention_heads
+
+    def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
+        batch, tokens, width = x.shape
+        heads = (batch, tokens, self.heads, width // self.heads)
+        query = tap("query", self.query(x).reshape(heads))
+        key = tap("key", self.key(x).reshape(heads))
+        value = tap("value", self.value(x).reshape(heads))
+        drops = self.dropout.rate > 0 and not self.dropout.deterministic
+        # jax's fused attention always rounds its softmax to float32, so float64 must not take it.
+        if tap is identity and not drops and query.dtype != jnp.float64:
+            context = jax.nn.dot_product_attention(query, key, value)
+        else:
+            # Under bfloat16 the scores and their softmax stay in float32, as in the fused path.
+            at_least_float32 = jnp.promote_types(query.dtype, jnp.float32)
+            scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=at_least_float32)
+            probs = jax.nn.softmax(scores * heads[-1] ** -0.5, axis=-1).astype(query.dtype)
+            probs = self.dropout(tap("probs", probs), rngs=rngs)
+            context = jnp.einsum("bhqm,bmhk->bqhk", probs, value)
+        context = tap("context", context.reshape(batch, tokens, width))
+        return tap("out", self.out(context))
+
+
+class MLP(nnx.Module):
+    """Two linears around an activation, (B, N, D) -> (B, N, D); `ViTIntermediate` and `ViTOutput`'s dense layer."""
+
+    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: Array, tap: Tap) -> Array:
+        hidden = ACTIVATIONS[self.activation](tap("fc1", self.fc1(x)))
+        return tap("out", self.fc2(tap("hidden", hidden)))
+
+
+class Block(nnx.Module):
+    """One pre-norm encoder block, (B, N, D) -> (B, N, D); `ViTLayer`."""
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        linear: Callable[..., nnx.Linear],
+        norm: Callable[..., nnx.LayerNorm],
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = norm(rngs=rngs)
+        self.attn = Attention(config, linear, rngs)
+        self.norm2 = norm(rngs=rngs)
+        self.mlp = MLP(config, linear, rngs)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
+
+    def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
+        attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), rngs)
+        x = tap("attn.residual", x + self.dropout(attended, rngs=rngs))
+        transformed = self.mlp(tap("norm2", self.norm2(x)), _scoped(tap, "mlp"))
+        return tap("mlp.residual", x + self.dropout(transformed, rngs=rngs))
+
+
+class VisionTransformer(nnx.Module):
+    """A Vision Transformer with a classification head, or without one.
+
+    It starts in evaluation mode: `model.train()` switches dropout on, `model.eval()` off.
+
+    Args:
+      config: what to compute.
+      dtype: dtype of the computation, None to promote from pixels and parameters as flax does. LayerNorm's statistics
+        and the softmax are computed in at least float32.
+      param_dtype: dtype of the freshly initialised parameters.
+      rngs: the "params" stream initialises; nothing else is drawn.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = dtype
+        # The reference truncates its normal at an absolute +-2, which for any usual standard deviation is no cut.
+        init = nnx.initializers.normal(config.initializer_range)
+        linear = partial(nnx.Linear, kernel_init=init, dtype=dtype, param_dtype=param_dtype)
+        norm = partial(
+            nnx.LayerNorm,
+            config.hidden_size,
+            epsilon=config.layer_norm_eps,
+            # The default, E[x^2] - E[x]^2, loses mean^2 / variance units of rounding and can go negative.
+            use_fast_variance=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        self.patch = nnx.Conv(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_hw,
+            strides=config.patch_hw,
+            padding="VALID",
+            kernel_init=init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        rows, columns = config.grid()
+        self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.hidden_size), param_dtype))
+        self.position_embeddings = nnx.Param(
+            init(rngs.params(), (1, rows * columns + 1, config.hidden_size), param_dtype)
+        )
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
+        self.blocks = nnx.List([Block(config, linear, norm, rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = norm(rngs=rngs)
+        if config.pooler:
+            self.pooler = linear(config.hidden_size, config.pooler_width, rngs=rngs)
+        if config.num_labels:
+            self.head = linear(config.hidden_size, config.num_labels, rngs=rngs)
+
+    def __call__(
+        self,
+        pixels: Array,
+        *,
+        tap: Tap = identity,
+        interpolate_pos_encoding: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> Array:
+        """Classifies images, or embeds them where there is no head.
+
+        Args:
+          pixels: images (B, height, width, C), preprocessed.
+          tap: called with every site's name and value; what it returns takes the value's place.
+          interpolate_pos_encoding: accept any size that is a multiple of the patch, and resize the position embeddings
+            to it.
+          rngs: the "dropout" stream; needed in training mode where a dropout rate is above zero.
+
+        Returns:
+          Logits (B, num_labels); without a head, the pooler's output (B, pooler_output_size) or else the normalised
+          cls token (B, D).
+
+        Raises:
+          ValueError: the images have another rank, size or number of channels than the configuration says.
+        """
+        config = self.config
+        self._check(pixels, interpolate_pos_encoding)
+        image_hw = pixels.shape[1:3]
+        patches = self.patch(pixels)
+        patches = tap("patches", patches.reshape(len(pixels), -1, config.hidden_size))
+        positions = resize_positions(self.position_embeddings[...], config.grid(), config.grid(image_hw))
+        patches, cls_token, positions = promote_dtype((patches, self.cls_token[...], positions), dtype=self.dtype)
+        tokens = jnp.concatenate([jnp.broadcast_to(cls_token, (len(pixels), 1, config.hidden_size)), patches], axis=1)
+        x = tap("embeddings", self.dropout(tokens + positions, rngs=rngs))
+        for i, block in enumerate(self.blocks):
+            x = block(x, _scoped(tap, f"block.{i}"), rngs)
+        cls = tap("norm", self.norm(x))[:, 0]
+        if config.pooler:
+            return tap("pooler", ACTIVATIONS[config.pooler_act](self.pooler(cls)))
+        return tap("logits", self.head(cls)) if config.num_labels else cls
+
+    def _check(self, pixels: Array, interpolate_pos_encoding: bool) -> None:
+        config = self.config
+        if pixels.ndim != 4:
+            raise ValueError(f"pixels have shape {pixels.shape}: give a batch of images (B, height, width, channels)")
+        *image_hw, channels = pixels.shape[1:]
+        if channels != config.num_channels:
+            hint = "; they look channels-first: transpose them to NHWC" if pixels.shape[1] == config.num_channels else ""
+            raise ValueError(f"pixels have {channels} channels, the model takes {config.num_channels}{hint}")
+        if image_hw[0] % config.patch_hw[0] or image_hw[1] % config.patch_hw[1] or 0 in image_hw:
+            raise ValueError(f"images of {image_hw} pixels are no multiple of the patch {list(config.patch_hw)}")
+        if tuple(image_hw) != config.image_hw and not interpolate_pos_encoding:
+            raise ValueError(
+                f"images of {image_hw} pixels, the model takes {list(config.image_hw)}: resize them, or pass"
+                " interpolate_pos_encoding=True"
+            )
+
+
+def resize_positions(positions: Array, grid: tuple[int, int], target: tuple[int, int]) -> Array:
+    """Position embeddings for another grid of patches; `ViTEmbeddings.interpolate_pos_encoding`.
+
+    PyTorch's bicubic: kernel parameter a = -0.75 (jax's "cubic" has -0.5), align_corners false, no antialiasing.
+
+    Args:
+      positions: (1, 1 + rows * columns, D), the cls token's first.
+      grid: (rows, columns) of `positions`.
+      target: (rows, columns) wanted.
+
+    Returns:
+      (1, 1 + rows * columns, D) for `target`; `positions` itself where that is the same grid.
+    """
+    if target == grid:
+        return positions
+    width = positions.shape[-1]
+    patches = positions[:, 1:].reshape(1, *grid, width)
+    method = jax.image.ResizeMethod.CUBIC_PYTORCH
+    resized = jax.image.resize(patches, (1, *target, width), method, antialias=False)
+    return jnp.concatenate([positions[:, :1], resized.reshape(1, -1, width)], axis=1)

@@ -1,0 +1,81 @@
+"""The sites: the named points of the forward pass at which every implementation is observed, in order.
+
+Letters in the shapes: B batch, P patches, N tokens (P + 1), D hidden_size, H heads, K head_dim, M intermediate_size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vit_ref.config import ViTConfig
+
+# One block, in the order of its computation. `mlp.fc1` is before the activation, `mlp.hidden` after it; the two
+# residuals are the token stream after the attention's and after the MLP's addition.
+BLOCK_SITES: tuple[tuple[str, str], ...] = (
+    ("norm1", "BND"),
+    ("attn.query", "BNHK"),
+    ("attn.key", "BNHK"),
+    ("attn.value", "BNHK"),
+    ("attn.probs", "BHNN"),
+    ("attn.context", "BND"),
+    ("attn.out", "BND"),
+    ("attn.residual", "BND"),
+    ("norm2", "BND"),
+    ("mlp.fc1", "BNM"),
+    ("mlp.hidden", "BNM"),
+    ("mlp.out", "BND"),
+    ("mlp.residual", "BND"),
+)
+
+
+class Site(NamedTuple):
+    """A site of one configuration: its name and the shape of its value."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def sites(config: ViTConfig, batch: int, image_hw: tuple[int, int] | None = None) -> tuple[Site, ...]:
+    """All sites of a forward pass, in the order in which a tap sees them.
+
+    Args:
+      config: the model's configuration.
+      batch: images in the batch.
+      image_hw: (height, width) of the images in pixels; by default the configuration's own.
+
+    Returns:
+      Names and shapes, found without running anything.
+    """
+    rows, columns = config.grid(image_hw)
+    size = {
+        "B": batch,
+        "P": rows * columns,
+        "N": rows * columns + 1,
+        "D": config.hidden_size,
+        "H": config.num_attention_heads,
+        "K": config.head_dim,
+        "M": config.intermediate_size,
+        "L": config.num_labels,
+        "O": config.pooler_width,
+    }
+    named = [("patches", "BPD"), ("embeddings", "BND")]
+    named += [(f"block.{i}.{site}", shape) for i in range(config.num_hidden_layers) for site, shape in BLOCK_SITES]
+    named += [("norm", "BND")]
+    named += [("pooler", "BO")] if config.pooler else []
+    named += [("logits", "BL")] if config.num_labels else []
+    return tuple(Site(name, tuple(size[letter] for letter in shape)) for name, shape in named)
+
+
+def stream_before(site: str, depth: int) -> str | None:
+    """The site whose value is the token stream that enters `site`'s block; None for sites before the first block.
+
+    Feeding a reference's value there isolates the block: what diverges after it diverges in it.
+
+    Args:
+      site: a site's name.
+      depth: number of blocks.
+    """
+    if site in ("patches", "embeddings"):
+        return None
+    block = int(site.split(".")[1]) if site.startswith("block.") else depth
+    return f"block.{block - 1}.mlp.residual" if block else "embeddings"

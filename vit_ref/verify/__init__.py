@@ -1,0 +1,1 @@
+"""The engine behind `pytest -m parity`: references, the oracle, gates and the report."""

@@ -1,0 +1,136 @@
+"""Embedded cases: configurations, weights and images in which bugs cannot hide.
+
+No parameter keeps its initial value, dimensions differ and are mostly prime, heads differ from head_dim, images are
+rectangular, batches hold several images, dropout rates are above zero though nothing may drop in evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from vit_ref import porting
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.config import ViTConfig
+
+_TINY = ViTConfig(
+    hidden_size=33,
+    num_attention_heads=3,
+    num_hidden_layers=2,
+    intermediate_size=47,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.2,
+    image_size=(10, 40),
+    patch_size=5,
+    num_channels=2,
+    num_labels=23,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One embedded case.
+
+    Attributes:
+      name: its id in test reports.
+      config: the configuration.
+      batch: images per batch.
+      seed: of weights and images.
+      hard_tokens: give the tokens variances from 1e-8 to 1 and means of up to 30 standard deviations.
+      stored: dtype of the checkpoint's tensors.
+    """
+
+    name: str
+    config: ViTConfig
+    batch: int = 5
+    seed: int = 0
+    hard_tokens: bool = False
+    stored: DTypeLike = np.float32
+
+    def checkpoint(self) -> Checkpoint:
+        """Random weights under Hugging Face's names, as a file would hold them."""
+        rng = np.random.default_rng(self.seed)
+        rules = porting.HF.bind(self.config, prefixed=bool(self.config.num_labels))
+        shapes = porting.parameter_shapes(self.config)
+        tensors = {}
+        for rule in rules:
+            value = _parameter(rng, rule.destination, shapes[rule.destination])
+            if self.hard_tokens:
+                value = _harden(rule.destination, value)
+            tensors[rule.source] = np.ascontiguousarray(rule.transform.to_source(value, self.config)).astype(self.stored)
+        return Checkpoint(Path(self.name), tensors, self.config.to_hf())
+
+    def images(self) -> NDArray:
+        """Structured images (batch, height, width, C), float32."""
+        return synthetic_images(self.config, self.batch, self.seed)
+
+
+def _parameter(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> NDArray:
+    draw = rng.standard_normal(shape, dtype=np.float32)
+    if path.endswith("kernel"):
+        # Unit variance in, about unit variance out; queries and keys larger, so that attention is far from uniform.
+        gain = 1.5 if ".query." in path or ".key." in path else 1.0
+        return draw * np.float32(gain / np.sqrt(np.prod(shape[:-1])))
+    if path.endswith("scale"):
+        return 1 + draw / 2
+    return draw / 2
+
+
+def _harden(path: str, value: NDArray) -> NDArray:
+    """Makes what is added up to a token tiny, and gives each position its own deviation and mean."""
+    if path == "position_embeddings":
+        tokens = value.shape[1]
+        deviation = np.logspace(-4, 0, tokens, dtype=np.float32)
+        # Thirty deviations: the fast form of the variance then errs by 900 units of rounding, visible in float32 and
+        # still 1e-13 in float64, under the semantic gate.
+        mean = np.where(np.arange(tokens) % 3 == 0, 30 * deviation, 0).astype(np.float32)
+        return value * 2 * deviation[:, None] + mean[:, None]
+    return value * np.float32(1e-4) if path in ("cls_token", "patch.kernel", "patch.bias") else value
+
+
+def synthetic_images(config: ViTConfig, batch: int, seed: int = 0) -> NDArray:
+    """Images with structure at every scale, no two alike: gratings, a ramp and grain, with unequal axes and channels.
+
+    Returns:
+      (batch, height, width, C), float32, about zero mean and unit variance.
+    """
+    rng = np.random.default_rng(seed + 1)
+    height, width = config.image_hw
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    shape = (batch, 1, 1, config.num_channels)
+    images = np.zeros((batch, height, width, config.num_channels))
+    for octave in range(1, 5):
+        fy, fx = rng.uniform(0.3, 1.7, (2, *shape)) * 2**octave
+        phase, amplitude = rng.uniform(0, 2 * np.pi, shape), rng.normal(size=shape) / octave
+        images += amplitude * np.sin(2 * np.pi * (fy * y[..., None] + fx * x[..., None]) + phase)
+    images += rng.normal(size=shape) * y[..., None] + rng.normal(size=shape) * x[..., None]
+    images += 0.1 * rng.normal(size=images.shape)
+    return images.astype(np.float32)
+
+
+
+def _tiny(**fields: Any) -> ViTConfig:
+    return dataclasses.replace(_TINY, **fields)
+
+
+CASES: tuple[Case, ...] = (
+    Case("rectangular", _TINY),
+    # Thirteen blocks: in lexicographic order 10 comes before 2.
+    Case("deep", _tiny(num_hidden_layers=13, image_size=15, num_channels=1), seed=1),
+    Case("hard-tokens", _tiny(image_size=20), seed=2, hard_tokens=True),
+    Case("no-qkv-bias", _tiny(qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-5), seed=3),
+    Case("one-head", _tiny(num_attention_heads=1, hidden_act="quick_gelu", num_channels=5), seed=4),
+    Case("relu", _tiny(num_attention_heads=11, hidden_act="relu", layer_norm_eps=1e-2), seed=5),
+    Case("silu", _tiny(hidden_act="silu", num_hidden_layers=3, patch_size=10, image_size=40), seed=6),
+    Case("pooler", _tiny(num_labels=0, pooler=True, pooler_output_size=29), seed=7),
+    Case("headless", _tiny(num_labels=0, num_channels=3), seed=8),
+    Case("stored-bfloat16", _tiny(num_hidden_layers=3), seed=9, stored=ml_dtypes.bfloat16),
+    # Rectangular patches in a number that is no square: beyond FlaxViT, so NumPy alone is the reference.
+    Case("rectangular-patch", _tiny(image_size=(9, 35), patch_size=(3, 5)), seed=10),
+    Case("vit-b16", ViTConfig.variant("B/16"), batch=2, seed=11),
+)

@@ -1,0 +1,80 @@
+"""The gates: how far a candidate may be from the oracle, and why exactly that far.
+
+Semantic gate, float64 against float64: a wrong formula shows here whatever its size in float32, because float64's own
+rounding is ten thousand times smaller than the gate. Numerical gate, in the tested precision: the yardstick is the
+reference's own rounding error against the same oracle, so the gate follows the checkpoint, the depth and the device
+instead of a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+# Seen on a trained ViT-S/14 and on ViT-B/16-sized random weights: two right implementations differ by at most 6e-15
+# (relative RMS) anywhere. The gate leaves two orders of magnitude for depth and for tokens whose mean is 30 times their
+# deviation; the smallest wrong formula of the catalogue, LayerNorm's epsilon 1e-6 for 1e-12 at unit variance, is 5e-7.
+SEMANTIC_RMS = 1e-12
+# One element may be further out than the whole: ten standard deviations are.
+SEMANTIC_MAX = 1e-11
+
+
+class Allowance(NamedTuple):
+    """How much of the reference's own error a candidate may make, and how many units of rounding besides."""
+
+    factor: float
+    floor: float
+
+
+# factor: right ports that order their sums otherwise came out between 0.7 and 1.4 times the reference; under bfloat16,
+# where a reference rounds its softmax to 8 bits and a port may not (or the other way round), between 0.4 and 2.
+# floor: half a unit is lost when a value is stored at all, so a site that the reference computes exactly by luck (one
+# product, one addition) must still allow a candidate to round twice: one unit, as a root mean square.
+ALLOWANCES: dict[str, Allowance] = {
+    "float32": Allowance(factor=2.0, floor=1.0),
+    "bfloat16": Allowance(factor=3.0, floor=1.0),
+    "float16": Allowance(factor=2.0, floor=1.0),
+}
+
+
+class Error(NamedTuple):
+    """Relative errors of a value: root mean square over root mean square, and largest over largest."""
+
+    rms: float
+    max: float
+
+    @property
+    def passes_semantic_gate(self) -> bool:
+        """Whether the two values can be the same formula in float64."""
+        return self.rms <= SEMANTIC_RMS and self.max <= SEMANTIC_MAX
+
+
+def error(value: NDArray, truth: NDArray) -> Error:
+    """The relative error of `value`, infinite where it has another shape or is not finite.
+
+    Args:
+      value: any float dtype.
+      truth: float64. Where it is all zero, the error is absolute.
+    """
+    if value.shape != truth.shape:
+        return Error(math.inf, math.inf)
+    difference = value.astype(np.float64) - truth
+    if not np.isfinite(difference).all():
+        return Error(math.inf, math.inf)
+    scale_rms, scale_max = root_mean_square(truth) or 1.0, float(np.abs(truth).max()) or 1.0
+    return Error(root_mean_square(difference) / scale_rms, float(np.abs(difference).max()) / scale_max)
+
+
+def root_mean_square(x: NDArray) -> float:
+    """sqrt(mean(x^2)) over all elements."""
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def numerical_gate(reference: float, dtype: DTypeLike) -> float:
+    """The largest relative RMS error that a candidate may have where the reference has `reference`, in `dtype`."""
+    allowance = ALLOWANCES[np.dtype(dtype).name]
+    return allowance.factor * reference + allowance.floor * float(ml_dtypes.finfo(dtype).eps)

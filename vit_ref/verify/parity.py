@@ -1,0 +1,185 @@
+"""One parity check: a candidate against the reference and the oracle, at every site, forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from vit_ref import porting
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.config import ViTConfig
+from vit_ref.sites import sites, stream_before
+from vit_ref.verify.flaxvit import FlaxViTReference, UnsupportedByReferenceError
+from vit_ref.verify.gates import Error, error, numerical_gate
+from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.trace import Implementation, Trace, require_dtype
+
+
+class Candidate(Implementation, Protocol):
+    """An implementation whose activations can be replaced, so that a block can be judged alone."""
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        """As `Implementation.trace`; values in `replace` take the place of the candidate's own at those sites."""
+        ...
+
+
+class SiteResult(NamedTuple):
+    """What was measured at one site. All errors are relative to the oracle's value there.
+
+    Attributes:
+      site: its name.
+      oracles: reference against NumPy, both float64.
+      exact: candidate in float64.
+      alone: the same with the reference's own token stream fed to the site's block, so that faults do not add up.
+      rounding: candidate in the tested precision, relative RMS.
+      yardstick: reference in the tested precision, relative RMS.
+      gate: the largest `rounding` that passes.
+    """
+
+    site: str
+    oracles: Error
+    exact: Error
+    alone: Error
+    rounding: float
+    yardstick: float
+    gate: float
+
+    @property
+    def ratio(self) -> float:
+        """The candidate's rounding error as a multiple of the reference's."""
+        return self.rounding / self.yardstick if self.yardstick else (np.inf if self.rounding else 1.0)
+
+    @property
+    def margin(self) -> float:
+        """How far under its gate the site is: gate over error; below 1 it fails."""
+        return self.gate / self.rounding if self.rounding else np.inf
+
+    @property
+    def passes_numerical_gate(self) -> bool:
+        """Whether rounding alone explains the error."""
+        return self.rounding <= self.gate
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityReport:
+    """The outcome of one parity check.
+
+    Attributes:
+      title: which checkpoint or case.
+      reference: the reference's name.
+      precision: the tested dtype's name.
+      results: one per site, in the order of the forward pass.
+      unobserved: sites that the candidate did not show. They have not passed.
+    """
+
+    title: str
+    reference: str
+    precision: str
+    results: tuple[SiteResult, ...]
+    unobserved: tuple[str, ...] = ()
+
+    @property
+    def semantic_failures(self) -> tuple[SiteResult, ...]:
+        """Sites that fail the semantic gate, in order; the first is the first divergence."""
+        return tuple(result for result in self.results if not result.exact.passes_semantic_gate)
+
+    @property
+    def numerical_failures(self) -> tuple[SiteResult, ...]:
+        """Sites that fail the numerical gate, in order."""
+        return tuple(result for result in self.results if not result.passes_numerical_gate)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every site was observed and passes both gates."""
+        return not (self.semantic_failures or self.numerical_failures or self.unobserved)
+
+
+def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
+    """A checkpoint's tensors under Hugging Face's names, as reference and oracle read them.
+
+    Files with those names are handed over untouched: the weight map has no part in what judges it. Other layouts are
+    renamed by the weight map, and `-m porting` vouches for that.
+    """
+    layout = porting.detect(source.tensors)
+    if layout is porting.HF:
+        return dict(source.tensors)
+    return porting.export(porting.port(source.tensors, config, layout), config, porting.HF)
+
+
+def reference_for(config: ViTConfig, source: Checkpoint) -> Implementation:
+    """FlaxViT, or the NumPy oracle where FlaxViT cannot express the configuration.
+
+    Raises:
+      ReferenceUnavailableError: FlaxViT could, but is not installed.
+    """
+    tensors = hf_tensors(config, source)
+    try:
+        return FlaxViTReference(config, tensors)
+    except UnsupportedByReferenceError:
+        return NumpyOracle(config, tensors)
+
+
+def check_parity(
+    title: str,
+    config: ViTConfig,
+    source: Checkpoint,
+    pixels: NDArray,
+    candidate: Candidate,
+    precision: DTypeLike = np.float32,
+) -> ParityReport:
+    """Observes reference, oracle and candidate on the same images and measures every site.
+
+    Args:
+      title: which checkpoint or case, for the report.
+      config: the model's configuration.
+      source: the checkpoint.
+      pixels: float32 images (B, height, width, C).
+      candidate: the port under test.
+      precision: the dtype whose rounding is judged.
+
+    Raises:
+      TruncatedError: an oracle did not compute in float64.
+      InputError: the checkpoint does not fit, or the reference is not installed.
+    """
+    reference = reference_for(config, source)
+    oracle = NumpyOracle(config, hf_tensors(config, source))
+    names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
+    truth = reference.trace(pixels, np.float64)
+    require_dtype(truth, np.float64, reference.name)
+    if set(truth) != set(names):
+        raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
+
+    def errors(trace: Trace) -> dict[str, Error]:
+        # A trace of a real model takes a gigabyte, its errors nothing: none outlives this call.
+        return {site: error(trace[site], truth[site]) for site in names if site in trace}
+
+    oracles = errors(oracle.trace(pixels))
+    yardsticks = errors(reference.trace(pixels, precision))
+    exact_trace = candidate.trace(pixels, np.float64)
+    require_dtype(exact_trace, np.float64, candidate.name)
+    exact = errors(exact_trace)
+    del exact_trace
+    streams = {stream for name in names if (stream := stream_before(name, config.num_hidden_layers))}
+    alone = errors(candidate.trace(pixels, np.float64, replace={site: truth[site] for site in streams}))
+    rounded_trace = candidate.trace(pixels, precision)
+    require_dtype(rounded_trace, precision, candidate.name)
+    rounding = errors(rounded_trace)
+    results = tuple(
+        SiteResult(
+            site,
+            oracles[site],
+            exact[site],
+            alone[site],
+            rounding[site].rms,
+            yardsticks[site].rms,
+            numerical_gate(yardsticks[site].rms, precision),
+        )
+        for site in names
+        if site in exact
+    )
+    unobserved = tuple(site for site in names if site not in exact)
+    return ParityReport(title, reference.name, np.dtype(precision).name, results, unobserved)
