@@ -69,14 +69,14 @@ def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     patterns = [CONFIG, PREPROCESSOR, "model*.safetensors", INDEX, FLAX_WEIGHTS]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: no such directory, and the hub refuses it as an id: {reason}") from None
-    except (LocalEntryNotFoundError, OSError):
+    except LocalEntryNotFoundError:
         raise CheckpointError(
             f"{name}: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
             " give a directory, or go online"
         ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such directory, and the hub refuses it as an id: {reason}") from None
 
 
 def read(path_or_hub_id: str | os.PathLike[str]) -> Checkpoint:
@@ -166,7 +166,8 @@ def _read_msgpack(file: Path) -> dict[str, NDArray]:
 
 
 def _read_npz(file: Path) -> dict[str, NDArray]:
-    with np.load(file, allow_pickle=False) as archive:
+    # Opened here, because np.load leaves a damaged file open.
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 

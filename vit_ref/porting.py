@@ -322,8 +322,7 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
             faults.append(Fault("misshapen", rule.source, detail))
         elif tensor.dtype not in _WEIGHT_DTYPES:
             faults.append(Fault("not floating point", rule.source, f"dtype {tensor.dtype}"))
-        elif not np.isfinite(tensor).all():
-            where = tuple(int(k) for k in np.argwhere(~np.isfinite(tensor))[0])
+        elif (where := _first_not_finite(tensor)) is not None:
             faults.append(Fault("not finite", rule.source, f"{tensor[where]} at {where}"))
         else:
             parameters[rule.destination] = np.ascontiguousarray(rule.transform.to_parameter(tensor, config))
@@ -361,6 +360,13 @@ def is_prefixed(names: Iterable[str], layout: Layout) -> bool:
     """Whether these names carry the layout's prefix: most of the body's do."""
     body = [name for name in names if not name.startswith(layout.head)]
     return 2 * sum(name.startswith(layout.prefix) for name in body) > len(body)
+
+
+def _first_not_finite(tensor: NDArray) -> tuple[int, ...] | None:
+    # A signalling NaN in half precision would make numpy warn that it met one, which is what is asked.
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(tensor)
+    return None if finite.all() else tuple(int(k) for k in np.argwhere(~finite)[0])
 
 
 def _source_shape(rule: Rule, shape: tuple[int, ...], config: ViTConfig) -> tuple[int, ...]:

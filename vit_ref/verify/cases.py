@@ -118,19 +118,19 @@ def _tiny(**fields: Any) -> ViTConfig:
     return dataclasses.replace(_TINY, **fields)
 
 
-CASES: tuple[Case, ...] = (
+_ALL = (
     Case("rectangular", _TINY),
     # Thirteen blocks: in lexicographic order 10 comes before 2.
     Case("deep", _tiny(num_hidden_layers=13, image_size=15, num_channels=1), seed=1),
     Case("hard-tokens", _tiny(image_size=20), seed=2, hard_tokens=True),
     Case("no-qkv-bias", _tiny(qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-5), seed=3),
     Case("one-head", _tiny(num_attention_heads=1, hidden_act="quick_gelu", num_channels=5), seed=4),
-    Case("relu", _tiny(num_attention_heads=11, hidden_act="relu", layer_norm_eps=1e-2), seed=5),
-    Case("silu", _tiny(hidden_act="silu", num_hidden_layers=3, patch_size=10, image_size=40), seed=6),
-    Case("pooler", _tiny(num_labels=0, pooler=True, pooler_output_size=29), seed=7),
-    Case("headless", _tiny(num_labels=0, num_channels=3), seed=8),
-    Case("stored-bfloat16", _tiny(num_hidden_layers=3), seed=9, stored=ml_dtypes.bfloat16),
+    Case("pooler", _tiny(num_labels=0, pooler=True, pooler_output_size=29, hidden_act="silu"), seed=5),
+    Case("headless", _tiny(num_labels=0, num_attention_heads=11, hidden_act="relu", layer_norm_eps=1e-2), seed=6),
+    Case("stored-bfloat16", _tiny(num_hidden_layers=3), seed=7, stored=ml_dtypes.bfloat16),
     # Rectangular patches in a number that is no square: beyond FlaxViT, so NumPy alone is the reference.
-    Case("rectangular-patch", _tiny(image_size=(9, 35), patch_size=(3, 5)), seed=10),
-    Case("vit-b16", ViTConfig.variant("B/16"), batch=2, seed=11),
+    Case("rectangular-patch", _tiny(image_size=(9, 35), patch_size=(3, 5)), seed=8),
+    Case("vit-b16", ViTConfig.variant("B/16"), batch=1, seed=9),
 )
+
+CASES: dict[str, Case] = {case.name: case for case in _ALL}

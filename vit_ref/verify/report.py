@@ -15,34 +15,48 @@ def headline(report: ParityReport) -> str:
     if report.semantic_failures:
         first = report.semantic_failures[0]
         worst = max(report.semantic_failures, key=lambda result: result.exact.rms)
-        blame = max(report.semantic_failures, key=lambda result: result.alone.rms)
-        return (
+        verdict = (
             f"{report.title}: first divergence at {first.site}: float64 relative RMS {first.exact.rms:.1e},"
-            f" gate {SEMANTIC_RMS:.0e}\n"
-            f"  worst: {worst.site} {worst.exact.rms:.1e}; each block fed the reference's input: {blame.site}"
-            f" {blame.alone.rms:.1e}\n"
-            f"  {output}"
+            f" gate {SEMANTIC_RMS:.0e}; worst {worst.exact.rms:.1e} at {worst.site}"
         )
-    if report.numerical_failures:
+    elif report.numerical_failures:
         first = report.numerical_failures[0]
-        return (
+        verdict = (
             f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}:"
-            f" {report.precision} relative RMS {first.rounding:.1e}, gate {first.gate:.1e}\n"
-            f"  {output}"
+            f" {report.precision} relative RMS {first.rounding:.1e}, gate {first.gate:.1e}"
         )
-    exact = max(report.results, key=lambda result: result.exact.rms)
-    tight = min(report.results, key=lambda result: result.margin)
-    return (
-        f"{report.title}: {len(report.results)} sites pass; float64 at most {exact.exact.rms:.1e} ({exact.site}),"
-        f" smallest margin {tight.margin:.2f} ({tight.site})\n"
-        f"  {output}"
-    )
+    else:
+        exact = max(report.results, key=lambda result: result.exact.rms)
+        tight = min(report.results, key=lambda result: result.margin)
+        verdict = (
+            f"{report.title}: {len(report.results)} sites pass; float64 at most {exact.exact.rms:.1e} ({exact.site}),"
+            f" smallest margin {tight.margin:.2f} ({tight.site})"
+        )
+    return "\n  ".join([verdict, output, *_blame(report)])
+
+
+def _blame(report: ParityReport) -> list[str]:
+    """Which blocks are at fault when each is fed the reference's input: one line, where anything failed."""
+    worst: dict[str, float] = {}
+    for result in report.results:
+        if result.alone is None:
+            return []
+        part = ".".join(result.site.split(".")[:2]) if result.site.startswith("block.") else result.site
+        worst[part] = max(worst.get(part, 0.0), result.alone.rms)
+    if report.semantic_failures:
+        guilty = [part for part, rms in worst.items() if rms > SEMANTIC_RMS]
+    else:
+        guilty = sorted(worst, key=lambda part: -worst[part])[:3]
+    shown = ", ".join(f"{part} {worst[part]:.1e}" for part in guilty[:6])
+    return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 6 else ''}"]
 
 
 def table(report: ParityReport) -> str:
     """Every site with its errors, in the order of the forward pass."""
+    alone = any(result.alone for result in report.results)
     header = (
-        f"{'site':<24}{'float64':>9}{'alone':>9}{report.precision:>10}{report.reference:>9}{'ratio':>8}{'margin':>7}"
+        f"{'site':<23}{'float64':>9}{'alone' if alone else '':>{9 * alone}}{report.precision:>10}"
+        f"{report.reference:>9}{'ratio':>8}{'margin':>8}"
     )
     return "\n".join([header, *(_row(result) for result in report.results)])
 
@@ -50,16 +64,18 @@ def table(report: ParityReport) -> str:
 def explain() -> str:
     """What the table's columns are."""
     return (
-        "relative RMS errors against the float64 oracle. float64: candidate in float64 (gate"
-        f" {SEMANTIC_RMS:.0e});\nalone: the same, each block fed the reference's input; then candidate and reference in"
-        " the tested\nprecision, their ratio, and how far under its gate the site is"
+        f"Relative RMS errors against the float64 oracle. float64: the candidate in float64 (gate {SEMANTIC_RMS:.0e});"
+        " then the candidate\nand the reference in the tested precision, their ratio, and the margin under the gate"
+        " (below 1 fails).\nalone: the candidate with each block fed the reference's input, shown where something"
+        " failed."
     )
 
 
 def _row(result: SiteResult) -> str:
     failed = not result.exact.passes_semantic_gate, not result.passes_numerical_gate
-    mark = {(True, True): "  <- both", (True, False): "  <- float64", (False, True): "  <- rounding"}.get(failed, "")
+    mark = {(True, True): " both", (True, False): " float64", (False, True): " rounding"}.get(failed, "")
+    alone = f"{result.alone.rms:>9.1e}" if result.alone else ""
     return (
-        f"{result.site:<24}{result.exact.rms:>9.1e}{result.alone.rms:>9.1e}{result.rounding:>10.1e}"
-        f"{result.yardstick:>9.1e}{result.ratio:>8,.3g}{result.margin:>7.2f}{mark}"
+        f"{result.site:<23}{result.exact.rms:>9.1e}{alone}{result.rounding:>10.1e}{result.yardstick:>9.1e}"
+        f"{result.ratio:>8,.3g}{result.margin:>8,.3g}{mark}"
     )

@@ -1,0 +1,47 @@
+"""Strictness for the whole run, and its header, for tests and benchmarks alike."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import jax
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A formula that works only because jax promotes silently is one that another dtype breaks.
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Here and not in pyproject.toml: with `--checkpoint DIR` outside the checkout, pytest looks for its configuration
+    # from there up and finds none.
+    for marker in (
+        "parity: the port computes what the reference computes, site by site",
+        "porting: the weight map, checkpoints and bad input",
+        "model: the model by itself",
+        "mutants: a deliberate fault is seen, and named where it is",
+        "torch: needs PyTorch, which the extra of that name installs",
+        "hub: needs the Hugging Face hub",
+    ):
+        config.addinivalue_line("markers", marker)
+    config.addinivalue_line("filterwarnings", "error")
+    config.option.strict_markers = True
+    config.option.strict_config = True
+
+
+def pytest_report_header() -> list[str]:
+    def version(package: str) -> str:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"no {package}"
+
+    packages = ", ".join(version(package) for package in ("jax", "flax", "transformers", "numpy", "torch"))
+    devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    precision = jax.config.jax_default_matmul_precision or "the backend's own"
+    x64 = "on" if jax.config.jax_enable_x64 else "off, on for the oracle alone"
+    return [
+        f"vit_ref on {packages}",
+        f"device: {jax.default_backend()} ({devices}, {platform.machine()});"
+        f" default matmul precision: {precision}; x64: {x64}",
+    ]

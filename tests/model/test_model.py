@@ -1,0 +1,180 @@
+"""Is the model by itself what its configuration says?"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vit_ref.config import ViTConfig
+from vit_ref.model import VisionTransformer
+from vit_ref.porting import parameter_shapes
+from vit_ref.sites import sites
+from vit_ref.verify.cases import CASES, Case, synthetic_images
+from vit_ref.verify.trace import precision_of
+
+pytestmark = pytest.mark.model
+
+SMALL = [case for case in CASES.values() if case.name != "vit-b16"]
+
+
+Filled = Callable[..., VisionTransformer]
+
+
+@pytest.mark.parametrize(
+    ("variant", "parameters"),
+    [
+        # torchvision's vit_b_16, vit_b_32, vit_l_16 and vit_h_14; timm's vit_tiny_patch16_224 and vit_small_patch16_224
+        ("B/16", 86_567_656),
+        ("B/32", 88_224_232),
+        ("L/16", 304_326_632),
+        ("H/14", 632_045_800),
+        ("Ti/16", 5_717_416),
+        ("S/16", 22_050_664),
+    ],
+)
+def test_variants_have_the_published_parameter_counts(variant: str, parameters: int) -> None:
+    shapes = parameter_shapes(ViTConfig.variant(variant))
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_a_tap_sees_every_site_in_order_with_the_foretold_shape(case: Case, filled: Filled) -> None:
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def tap(site: str, value: jax.Array) -> jax.Array:
+        seen.append((site, value.shape))
+        return value
+
+    pixels = jnp.asarray(case.images())
+    output = filled(case.config)(pixels, tap=tap)
+    assert seen == [(site.name, site.shape) for site in sites(case.config, case.batch)]
+    if case.config.num_labels or case.config.pooler:
+        assert output.shape == seen[-1][1]
+    else:
+        assert output.shape == (case.batch, case.config.hidden_size)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_the_fused_and_the_observed_path_agree(case: Case, filled: Filled) -> None:
+    vit, pixels = filled(case.config), jnp.asarray(case.images())
+    fused = vit(pixels)
+    observed = vit(pixels, tap=lambda site, value: value)
+    scale = float(jnp.sqrt(jnp.mean(observed**2)))
+    # Both sum the same products; scaling before or after the product, and fusion, cost a few roundings a block. At
+    # most 3e-7 was seen; a wrong scale or softmax is 1e-2 and more.
+    np.testing.assert_allclose(fused, observed, rtol=0, atol=16 * 2**-23 * scale)
+
+
+def test_float64_takes_no_path_that_rounds_to_float32(filled: Filled) -> None:
+    config = CASES["rectangular"].config
+    with precision_of(jnp.float64):
+        vit = filled(config, dtype=jnp.float64)
+        pixels = jnp.asarray(CASES["rectangular"].images(), jnp.float64)
+        plain, tapped = vit(pixels), vit(pixels, tap=lambda site, value: value)
+        assert plain.dtype == jnp.float64
+        # jax's fused attention would make this 1e-8.
+        np.testing.assert_array_equal(plain, tapped)
+
+
+def test_a_tap_can_replace_a_value(filled: Filled) -> None:
+    vit, pixels = filled(CASES["rectangular"].config), jnp.asarray(CASES["rectangular"].images())
+    stream = jnp.ones((5, 17, 33))
+    logits = vit(pixels, tap=lambda site, value: stream if site == "block.1.mlp.residual" else value)
+    np.testing.assert_allclose(logits, jnp.broadcast_to(vit.head(vit.norm(stream[:, 0])), (5, 23)), rtol=1e-6)
+
+
+def test_evaluation_drops_nothing_and_training_does(filled: Filled) -> None:
+    config = CASES["rectangular"].config
+    assert config.hidden_dropout_prob > 0 and config.attention_probs_dropout_prob > 0
+    vit, pixels = filled(config), jnp.asarray(CASES["rectangular"].images())
+    without = filled(dataclasses.replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    np.testing.assert_array_equal(vit(pixels), without(pixels))
+    vit.train()
+    first, second = vit(pixels, rngs=nnx.Rngs(dropout=1)), vit(pixels, rngs=nnx.Rngs(dropout=2))
+    assert (first != second).all()
+    np.testing.assert_array_equal(first, vit(pixels, rngs=nnx.Rngs(dropout=1)))
+    vit.eval()
+    np.testing.assert_array_equal(vit(pixels), without(pixels))
+
+
+def test_attention_dropout_alone_is_live_in_training(filled: Filled) -> None:
+    config = dataclasses.replace(CASES["rectangular"].config, hidden_dropout_prob=0.0)
+    vit, pixels = filled(config), jnp.asarray(CASES["rectangular"].images())
+    evaluated = vit(pixels)
+    vit.train()
+    assert (vit(pixels, rngs=nnx.Rngs(dropout=1)) != evaluated).all()
+
+
+def test_layer_norm_survives_a_mean_far_above_the_deviation(filled: Filled) -> None:
+    """E[x^2] - E[x]^2 would lose mean^2 / variance = 1e8 units of rounding, all there are, or go negative."""
+    vit = filled(ViTConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1, layer_norm_eps=1e-12))
+    x = (1e4 + np.random.default_rng(0).normal(size=(1, 3, 64))).astype(np.float32)
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
+    scale, bias = (np.asarray(parameter[...], np.float64) for parameter in (vit.norm.scale, vit.norm.bias))
+    truth = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True)) * scale + bias
+    # One unit of rounding of the mean, 1e4 * 2^-24, is all that two passes lose: 6e-4 of the unit deviation.
+    np.testing.assert_allclose(vit.norm(x), truth, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_stream_and_norms_in_float32(dtype: type, filled: Filled) -> None:
+    seen: dict[str, jnp.dtype] = {}
+
+    def tap(site: str, value: jax.Array) -> jax.Array:
+        seen[site] = value.dtype
+        return value
+
+    with precision_of(dtype):
+        filled(CASES["rectangular"].config, dtype=dtype)(jnp.asarray(CASES["rectangular"].images()), tap=tap)
+    wide = {site for site, found in seen.items() if found == jnp.float32}
+    assert wide == {site for site in seen if site == "embeddings" or "norm" in site or "residual" in site}
+    assert {found for site, found in seen.items() if site not in wide} == {jnp.dtype(dtype)}
+
+
+def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> None:
+    config = ViTConfig.variant("Ti/16", num_hidden_layers=1, initializer_range=0.05)
+    vit, again = (VisionTransformer(config, rngs=nnx.Rngs(7)) for _ in range(2))
+    other = VisionTransformer(config, rngs=nnx.Rngs(8))
+    for drawn in (vit.patch.kernel, vit.position_embeddings, vit.blocks[0].attn.out.kernel, vit.head.kernel):
+        # 37,000 draws and more: the sample's deviation is within 3 % except once in 10^15.
+        assert abs(float(jnp.std(drawn[...])) / 0.05 - 1) < 0.03
+    np.testing.assert_array_equal(vit.head.kernel[...], again.head.kernel[...])
+    assert (vit.head.kernel[...] != other.head.kernel[...]).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 2, 10, 40), "pixels have 40 channels, the model takes 2; they look channels-first: transpose them to NHWC"),
+        ((2, 10, 40, 3), "pixels have 3 channels, the model takes 2"),
+        ((2, 12, 40, 2), r"images of \[12, 40\] pixels are no multiple of the patch \[5, 5\]"),
+        ((2, 0, 40, 2), r"images of \[0, 40\] pixels are no multiple of the patch \[5, 5\]"),
+        ((2, 40, 10, 2), r"images of \[40, 10\] pixels, the model takes \[10, 40\]: resize them, or pass interpolate"),
+        ((10, 40, 2), r"pixels have shape \(10, 40, 2\): give a batch of images"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str, filled: Filled) -> None:
+    with pytest.raises(ValueError, match=message):
+        filled(CASES["rectangular"].config)(jnp.ones(shape))
+
+
+def test_synthetic_images_differ_in_every_way_that_could_hide_a_bug() -> None:
+    images = synthetic_images(CASES["rectangular"].config, batch=3)
+    assert images.std(axis=(1, 2)).min() > 0.1
+    assert np.abs(np.corrcoef(images.reshape(3, -1)) - np.eye(3)).max() < 0.9
+    assert np.abs(np.corrcoef(images.transpose(3, 0, 1, 2).reshape(2, -1)) - np.eye(2)).max() < 0.9
+    assert np.abs(images - images[:, ::-1]).max() > 0.1 and np.abs(images - images[:, :, ::-1]).max() > 0.1
+
+
+def test_importing_the_package_stays_light() -> None:
+    heavy = "{'transformers', 'torch', 'PIL', 'matplotlib', 'grain', 'pytest', 'scipy.stats'}"
+    code = f"import sys, vit_ref; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

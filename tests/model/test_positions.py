@@ -1,0 +1,74 @@
+"""Are position embeddings resized as the PyTorch reference resizes them?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_ref import porting
+from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.pretrained import parameters_of
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.trace import precision_of
+
+pytestmark = pytest.mark.model
+
+# A 3 x 4 grid, and what torch 2.13.0 makes of it in float64:
+# torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False)
+GRID = np.array([((7 * k * k + 3 * k) % 11 - 5) / 4 for k in range(12)]).reshape(3, 4)
+BY_TORCH = {
+    (5, 3): [-0.884696759259259, 0.2661874999999999, 0.11209490740740637, -0.8204166666666669, 0.20875000000000044,
+             -0.2737685185185183, -0.5130208333333331, -0.0078125, -0.8075810185185182, 0.36015624999999885,
+             -0.5660937499999994, -1.0402997685185174, 1.0069814814814813, -0.9753750000000003, -1.1161481481481477],
+    (2, 7): [-1.3421661110035525, -0.35568272893699887, 0.8371634525043277, 0.216583251953125, -0.733550669500501,
+             -0.351460626452032, 0.04253767808741796, 1.0804473610035525, 0.12657463585322545, -1.0743879757539174,
+             -0.69940185546875, -0.10981149923697141, -0.7828125355890119, -1.350861040565781],
+    (1, 1): [-0.0078125],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", BY_TORCH)
+def test_resized_positions_are_pytorchs(target: tuple[int, int]) -> None:
+    with jax.enable_x64(True):
+        cls = jnp.full((1, 1, 2), 7.0)
+        # Two features, the second twice the first, show that features are not mixed up.
+        patches = jnp.asarray(GRID).reshape(1, 12, 1) * jnp.asarray([[[1.0, 2.0]]])
+        resized = resize_positions(jnp.concatenate([cls, patches], axis=1), (3, 4), target)
+    expected = np.array(BY_TORCH[target])[:, None] * [1.0, 2.0]
+    np.testing.assert_array_equal(resized[0, 0], [7.0, 7.0])
+    # Sixteen products of values around 1, in float64: a kernel of a = -0.5, antialiasing or aligned corners are 1e-2.
+    np.testing.assert_allclose(resized[0, 1:], expected, rtol=0, atol=1e-14)
+
+
+def test_positions_at_the_native_size_are_untouched() -> None:
+    positions = jnp.arange(26.0).reshape(1, 13, 2)
+    assert resize_positions(positions, (3, 4), (3, 4)) is positions
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("size", [(602, 546), (546, 602), (224, 238), (112, 98)])
+def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
+    size: tuple[int, int], filled: Callable[..., VisionTransformer]
+) -> None:
+    """`ViTForImageClassification(..., interpolate_pos_encoding=True)`, in float64, end to end."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+    from transformers import ViTConfig as HFConfig
+    from transformers import ViTForImageClassification
+
+    config = replace(CASES["rectangular"].config, image_size=224, patch_size=14, num_channels=3)
+    pixels = np.random.default_rng(0).normal(size=(2, *size, 3))
+    with precision_of(jnp.float64):
+        vit = filled(config, dtype=jnp.float64)
+        ours = vit(jnp.asarray(pixels), interpolate_pos_encoding=True)
+    theirs = ViTForImageClassification(HFConfig(**config.to_hf())).double().eval()
+    tensors = porting.export(parameters_of(vit), config, porting.HF)
+    theirs.load_state_dict({name: torch.tensor(tensor).double() for name, tensor in tensors.items()}, strict=True)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True).logits.numpy()
+    # PyTorch's reference rounds its softmax to float32 even in float64, hence not the semantic gate's 1e-12.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.sqrt(np.mean(expected**2)))

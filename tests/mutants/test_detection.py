@@ -1,0 +1,182 @@
+"""Does the suite see what it is there to see? Each test puts one fault into a right port and reads the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from numpy.typing import DTypeLike, NDArray
+
+from vit_ref import checkpoint, model
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.config import ViTConfig
+from vit_ref.pretrained import configuration
+from vit_ref.verify import flaxvit, photographs
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import CASES, synthetic_images
+from vit_ref.verify.parity import ParityReport, check_parity
+from vit_ref.verify.report import headline, table
+from vit_ref.verify.trace import Trace, TruncatedError, precision_of
+
+pytestmark = pytest.mark.mutants
+
+
+class Faulty(OwnCandidate):
+    """The right candidate with its trace changed afterwards, or its block's input replaced."""
+
+    def __init__(self, config: ViTConfig, source: Checkpoint, fault):  # noqa: ANN001
+        super().__init__(config, source)
+        self.fault = fault
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        return self.fault(super().trace(pixels, dtype, replace), np.dtype(dtype))
+
+
+def check(name: str, fault) -> ParityReport:  # noqa: ANN001
+    case, source = CASES[name], CASES[name].checkpoint()
+    return check_parity(name, case.config, source, case.images(), Faulty(case.config, source, fault))
+
+
+def check_with_config(name: str, **fields: object) -> ParityReport:
+    """The candidate follows a configuration other than the checkpoint's."""
+    case, source = CASES[name], CASES[name].checkpoint()
+    wrong = OwnCandidate(dataclasses.replace(case.config, **fields), source)
+    return check_parity(name, case.config, source, case.images(), wrong)
+
+
+@pytest.fixture
+def tanh_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.ACTIVATIONS, "gelu", partial(jax.nn.gelu, approximate=True))
+
+
+@pytest.mark.usefixtures("tanh_gelu")
+def test_tanh_gelu_is_named_at_the_first_activation() -> None:
+    case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
+    report = check_parity("tanh", case.config, source, case.images(), OwnCandidate(case.config, source))
+    assert not report.passed
+    assert report.semantic_failures[0].site == "block.0.mlp.hidden"
+    # Random weights spread the MLP's input wider than training does, where the two forms differ less: 552 was seen.
+    assert report.results[-1].ratio > 100
+    first, output, blame = headline(report).splitlines()
+    assert "first divergence at block.0.mlp.hidden" in first
+    assert "logits" in output
+    assert blame.endswith(f"block.1 {max(r.alone.rms for r in report.results if 'block.1' in r.site):.1e}")
+
+
+@pytest.mark.usefixtures("tanh_gelu")
+def test_tanh_gelu_is_named_on_the_given_checkpoints(pytestconfig: pytest.Config) -> None:
+    paths, images = pytestconfig.getoption("checkpoint"), pytestconfig.getoption("images")
+    if not paths:
+        pytest.skip("needs real weights: --checkpoint DIR_OR_HUB_ID")
+    for path in paths:
+        source = checkpoint.read(path)
+        config = configuration(source)
+        if config.hidden_act != "gelu":
+            pytest.skip(f"{path} uses {config.hidden_act}")
+        pixels = (
+            photographs.load(photographs.find(Path(images), 1), config) if images else synthetic_images(config, batch=1)
+        )
+        report = check_parity("tanh", config, source, pixels, OwnCandidate(config, source))
+        assert report.semantic_failures[0].site == "block.0.mlp.hidden"
+        assert report.results[-1].ratio > 1000
+
+
+def test_layer_norm_epsilon_is_named_at_the_first_norm() -> None:
+    report = check_with_config("hard-tokens", layer_norm_eps=1e-6)
+    assert report.semantic_failures[0].site == "block.0.norm1"
+
+
+def test_another_epsilon_is_seen_on_ordinary_tokens_too() -> None:
+    report = check_with_config("rectangular", layer_norm_eps=1e-6)
+    assert report.semantic_failures[0].site == "block.0.norm1"
+
+
+def test_one_wrong_element_of_one_tensor_in_one_block_is_localised() -> None:
+    case, source = CASES["stored-bfloat16"], CASES["stored-bfloat16"].checkpoint()
+    candidate = OwnCandidate(case.config, source)
+    wrong = candidate.parameters["blocks.1.attn.value.kernel"].astype(np.float32)
+    wrong[3, 5] *= 1 + 1e-4
+    candidate.parameters["blocks.1.attn.value.kernel"] = wrong
+    report = check_parity("element", case.config, source, case.images(), candidate)
+    assert report.semantic_failures[0].site == "block.1.attn.value"
+    # Everything after it diverges, yet fed the reference's input only block 1 does.
+    assert {result.site for result in report.semantic_failures} >= {"block.2.mlp.out", "logits"}
+    alone = {result.site for result in report.results if not result.alone.passes_semantic_gate}
+    assert alone == {f"block.1.{site}" for site in ("attn.value", "attn.context", "attn.out", "attn.residual")} | {
+        f"block.1.{site}" for site in ("norm2", "mlp.fc1", "mlp.hidden", "mlp.out", "mlp.residual")
+    }
+    assert "wrong by itself: block.1 " in headline(report).splitlines()[-1]
+
+
+def test_rounding_beyond_the_reference_fails_the_numerical_gate_alone() -> None:
+    def half_precision_in_one_place(trace: Trace, dtype: np.dtype) -> Trace:
+        if dtype == np.float32:
+            site = "block.1.attn.context"
+            trace[site] = trace[site].astype(np.float16).astype(np.float32)
+        return trace
+
+    report = check("rectangular", half_precision_in_one_place)
+    assert not report.semantic_failures
+    assert [result.site for result in report.numerical_failures] == ["block.1.attn.context"]
+    assert "the rounding does not: first divergence at block.1.attn.context" in headline(report)
+    assert [line for line in table(report).splitlines() if line.endswith("rounding")][0].startswith("block.1.attn.c")
+
+
+def test_a_site_that_is_not_shown_has_not_passed() -> None:
+    def hide(trace: Trace, dtype: np.dtype) -> Trace:
+        del trace["block.1.norm2"]
+        return trace
+
+    report = check("rectangular", hide)
+    assert report.unobserved == ("block.1.norm2",)
+    assert not report.passed
+    assert "1 sites were not observed, first block.1.norm2" in headline(report)
+
+
+def test_nan_and_wrong_shape_fail_both_gates() -> None:
+    def spoil(trace: Trace, dtype: np.dtype) -> Trace:
+        trace["norm"] = np.where(np.arange(trace["norm"].shape[-1]) == 7, np.nan, trace["norm"])
+        trace["logits"] = trace["logits"][:, :-1]
+        return trace
+
+    report = check("rectangular", spoil)
+    assert [result.site for result in report.semantic_failures] == ["norm", "logits"]
+    assert [result.site for result in report.numerical_failures] == ["norm", "logits"]
+
+
+def test_a_float64_that_is_float32_is_a_failure() -> None:
+    def truncate(trace: Trace, dtype: np.dtype) -> Trace:
+        return {site: value.astype(np.float32) for site, value in trace.items()}
+
+    with pytest.raises(TruncatedError, match="vit_ref was to compute in float64, but 30 of 30 sites are not"):
+        check("rectangular", truncate)
+
+
+def test_the_reference_in_float32_is_no_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flaxvit, "precision_of", lambda dtype: precision_of(np.float32))
+    case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
+    with pytest.raises(TruncatedError, match="FlaxViT was to compute in float64"), pytest.warns(UserWarning):
+        check_parity("x64 off", case.config, source, case.images(), OwnCandidate(case.config, source))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [("5.1.0", "transformers 5.1.0 has no FlaxViT"), (None, "transformers, which is not inst")]
+)
+def test_without_flaxvit_parity_says_what_to_install(
+    version: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(package: str) -> str:
+        if version is None:
+            raise flaxvit.importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(flaxvit.importlib.metadata, "version", installed)
+    case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
+    with pytest.raises(flaxvit.ReferenceUnavailableError, match=message) as caught:
+        check_parity("no reference", case.config, source, case.images(), OwnCandidate(case.config, source))
+    assert "pip install 'transformers>=4.50,<5'" in str(caught.value)

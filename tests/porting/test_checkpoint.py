@@ -1,0 +1,345 @@
+"""Are checkpoint files read whole or refused in one clear line, and written whole or not at all?"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import serialization, traverse_util
+from safetensors.numpy import save_file
+
+import vit_ref
+from vit_ref import checkpoint, porting, pretrained
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.config import ViTConfig
+from vit_ref.errors import CheckpointError, ConfigError
+from vit_ref.verify.cases import Case
+
+pytestmark = pytest.mark.porting
+
+LABELS = ("cat", "dog", "dog")  # ImageNet too has one name twice
+PREPROCESSOR = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4, 0.5, 0.6], "resample": 3}
+CONFIG = ViTConfig(
+    hidden_size=6,
+    num_attention_heads=3,
+    num_hidden_layers=2,
+    intermediate_size=7,
+    image_size=8,
+    patch_size=4,
+    num_labels=3,
+    labels=LABELS,
+    extra={"encoder_stride": 8, "custom_note": "kept"},
+    preprocessor=PREPROCESSOR,
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    source = Case("directory", CONFIG).checkpoint()
+    checkpoint.write_directory(tmp_path / "vit", source.tensors, CONFIG.to_hf(), PREPROCESSOR)
+    return tmp_path / "vit"
+
+
+def refusal(path: Path | str, error: type[Exception] = CheckpointError) -> str:
+    with pytest.raises(error) as caught:
+        vit_ref.from_pretrained(path)
+    return str(caught.value)
+
+
+def same(a: Checkpoint, b: Checkpoint) -> bool:
+    return a.tensors.keys() == b.tensors.keys() and all(
+        value.dtype == b.tensors[name].dtype and value.tobytes() == b.tensors[name].tobytes()
+        for name, value in a.tensors.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", ["5GB", 900])
+def test_a_round_trip_keeps_every_byte_and_everything_else(tmp_path: Path, dtype: type, shards: int | str) -> None:
+    source = Case("source", CONFIG, stored=dtype).checkpoint()
+    checkpoint.write_directory(tmp_path / "a", source.tensors, CONFIG.to_hf(), PREPROCESSOR, max_shard_size=shards)
+    assert (tmp_path / "a" / checkpoint.INDEX).exists() == (shards == 900)
+    vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "a"), tmp_path / "b", max_shard_size=shards)
+    before, after = checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "b")
+    assert same(before, after) and same(source, after)
+    assert after.preprocessor == PREPROCESSOR
+    assert after.config is not None and before.config is not None
+    assert {key: after.config[key] for key in before.config} == before.config
+    assert after.config["id2label"] == {"0": "cat", "1": "dog", "2": "dog"}
+    assert after.config["custom_note"] == "kept"
+    model = vit_ref.from_pretrained(tmp_path / "b")
+    assert model.config == CONFIG and model.config.labels == LABELS
+
+
+def test_flax_msgpack_is_read(directory: Path) -> None:
+    model = vit_ref.from_pretrained(directory)
+    tree = traverse_util.unflatten_dict(
+        {
+            tuple(name.split("/")): value
+            for name, value in porting.export(pretrained.parameters_of(model), CONFIG, porting.FLAX).items()
+        }
+    )
+    (directory / checkpoint.WEIGHTS).unlink()
+    (directory / checkpoint.FLAX_WEIGHTS).write_bytes(serialization.to_bytes(tree))
+    again = pretrained.parameters_of(vit_ref.from_pretrained(directory))
+    assert all((again[path] == value).all() for path, value in pretrained.parameters_of(model).items())
+
+
+def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path) -> None:
+    source = Case("npz", CONFIG).checkpoint()
+    parameters = porting.port(source.tensors, CONFIG, porting.HF)
+    np.savez(tmp_path / "ViT.npz", **porting.export(parameters, CONFIG, porting.NPZ))
+    model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
+    expected = {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "labels": ()}
+    assert model.config == ViTConfig(**{**CONFIG.__dict__, **expected})
+    found = pretrained.parameters_of(model)
+    assert all((found[path] == value).all() for path, value in parameters.items())
+
+
+def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path) -> None:
+    config = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "labels": (), "pooler": True, "pooler_output_size": 5})
+    parameters = porting.port(Case("pooled", config).checkpoint().tensors, config, porting.HF)
+    np.savez(tmp_path / "ViT.npz", **porting.export(parameters, config, porting.NPZ))
+    model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
+    assert model.config.pooler and model.config.pooler_width == 5
+
+
+@pytest.mark.parametrize("architectures", [["ViTModel"], None])
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_headless_checkpoint_makes_a_headless_model(tmp_path: Path, architectures: list | None, pooler: bool) -> None:
+    config = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "labels": (), "pooler": pooler})
+    source = Case("headless", config).checkpoint()
+    checkpoint.write_directory(tmp_path, source.tensors, {**config.to_hf(), "architectures": architectures})
+    model = vit_ref.from_pretrained(tmp_path)
+    assert (model.config.num_labels, model.config.pooler) == (0, pooler)
+    vit_ref.save_pretrained(model, tmp_path / "again")
+    assert same(source, checkpoint.read(tmp_path / "again"))
+
+
+def test_the_model_does_not_share_memory_with_the_tensors_it_was_made_from() -> None:
+    parameters = porting.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, porting.HF)
+    model = pretrained.build(CONFIG, parameters)
+    before = np.array(model.head.kernel[...])
+    for value in parameters.values():
+        value[...] = 0
+    np.testing.assert_array_equal(model.head.kernel[...], before)
+
+
+def test_float64_weights_are_not_silently_truncated(tmp_path: Path) -> None:
+    source = Case("double", CONFIG, stored=np.float64).checkpoint()
+    checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
+    assert "float64, which jax would truncate: set jax_enable_x64" in refusal(tmp_path)
+
+
+def test_no_such_directory() -> None:
+    assert refusal("./nowhere/at/all") == "./nowhere/at/all: no such directory or file"
+
+
+def test_a_hub_id_while_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert refusal("someone/no-such-vit") == (
+        "someone/no-such-vit: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
+        " give a directory, or go online"
+    )
+
+
+@pytest.mark.hub
+@pytest.mark.skip(reason="needs the Hugging Face hub: run it by hand with network access")
+def test_a_hub_id_online() -> None:
+    assert vit_ref.from_pretrained("google/vit-base-patch16-224").config.num_labels == 1000
+
+
+def test_no_config(directory: Path) -> None:
+    (directory / checkpoint.CONFIG).unlink()
+    assert refusal(directory) == f"{directory}: no config.json in this directory"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
+    (directory / checkpoint.CONFIG).write_text(content)
+    assert refusal(directory).startswith(f"{directory / 'config.json'}: not ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model_type", "deit", "model_type is 'deit': only 'vit' is supported"),
+        ("hidden_act", "mish", "hidden_act is 'mish': known are gelu, gelu_new, "),
+        ("num_attention_heads", 4, "hidden_size 6 is not a multiple of num_attention_heads 4"),
+        ("image_size", 10, "image height 10 is not a multiple of the patch height 4"),
+        ("image_size", [8, 9], "image width 9 is not a multiple of the patch width 4"),
+        ("layer_norm_eps", 0, "layer_norm_eps is 0: give a positive number"),
+        ("hidden_dropout_prob", 1.0, "hidden_dropout_prob is 1.0: give a probability"),
+        ("num_hidden_layers", "2", "num_hidden_layers is '2': give an integer of at least 1"),
+        ("qkv_bias", "yes", "qkv_bias is 'yes': give true or false"),
+        ("id2label", {"0": "a", "2": "b"}, "id2label does not number the classes 0 to 1"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: object, message: str) -> None:
+    config = json.loads((directory / checkpoint.CONFIG).read_text())
+    (directory / checkpoint.CONFIG).write_text(json.dumps({**config, field: value}))
+    assert refusal(directory, ConfigError).startswith(message)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -100])
+def test_truncated_safetensors(directory: Path, keep: int) -> None:
+    whole = (directory / checkpoint.WEIGHTS).read_bytes()
+    (directory / checkpoint.WEIGHTS).write_bytes(whole[:keep])
+    assert refusal(directory).startswith(f"{directory / 'model.safetensors'}: damaged or truncated, fetch it again (")
+
+
+def test_corrupt_safetensors_header(directory: Path) -> None:
+    whole = bytearray((directory / checkpoint.WEIGHTS).read_bytes())
+    whole[8:20] = b"\xff" * 12
+    (directory / checkpoint.WEIGHTS).write_bytes(whole)
+    assert "model.safetensors: damaged or truncated" in refusal(directory)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xc1garbage", b"\x93\x01\x02\x03", b"\x81\xa1a\x01"])
+def test_damaged_msgpack(directory: Path, content: bytes) -> None:
+    (directory / checkpoint.WEIGHTS).unlink()
+    (directory / checkpoint.FLAX_WEIGHTS).write_bytes(content)
+    assert "flax_model.msgpack: damaged or truncated" in refusal(directory)
+
+
+def test_damaged_npz(tmp_path: Path) -> None:
+    np.savez(tmp_path / "cut.npz", cls=np.zeros((1, 1, 6)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
+    assert "cut.npz: damaged or truncated" in refusal(tmp_path / "cut.npz")
+
+
+def test_npz_that_is_no_vit(tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", cls=np.zeros((1, 1, 6)))
+    assert "other.npz: not an .npz of google-research/vision_transformer" in refusal(tmp_path / "other.npz")
+
+
+class Bomb:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):  # noqa: ANN204
+        return Path.touch, (self.path,)
+
+
+def test_pickles_are_refused_and_never_run(directory: Path, tmp_path: Path) -> None:
+    (directory / checkpoint.WEIGHTS).unlink()
+    pickled = pickle.dumps(Bomb(tmp_path / "exploded"))
+    (directory / "pytorch_model.bin").write_bytes(pickled)
+    message = "pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
+    assert refusal(directory).endswith(message)
+    assert refusal(directory / "pytorch_model.bin").endswith(message)
+    np.savez(tmp_path / "bomb.npz", cls=np.array([Bomb(tmp_path / "exploded")], dtype=object))
+    assert "bomb.npz: damaged" in refusal(tmp_path / "bomb.npz")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_no_weights_at_all(directory: Path) -> None:
+    (directory / checkpoint.WEIGHTS).unlink()
+    assert "no weights: expected model.safetensors, model.safetensors.index.json or flax_model" in refusal(directory)
+
+
+def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "weights.onnx").write_bytes(b"x")
+    assert refusal(tmp_path / "weights.onnx").endswith(
+        "weights.onnx: unknown kind of file: give one of .safetensors, .msgpack, .npz"
+    )
+
+
+def test_a_lone_file_reads_the_config_beside_it_or_asks_for_one(directory: Path, tmp_path: Path) -> None:
+    assert vit_ref.from_pretrained(directory / checkpoint.WEIGHTS).config == CONFIG
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes((directory / checkpoint.WEIGHTS).read_bytes())
+    assert refusal(lone) == f"{lone}: no configuration beside a lone file: give its directory, or config="
+    assert vit_ref.from_pretrained(lone, config=CONFIG).config == CONFIG
+
+
+def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path) -> None:
+    tensors = checkpoint.read(directory).tensors
+    del tensors["vit.layernorm.bias"], tensors["classifier.weight"]
+    tensors["vit.pooler.dense.bias"] = np.zeros(6, np.float32)
+    tensors["vit.embeddings.cls_token"] = np.zeros((1, 6), np.float32)
+    tensors["vit.layernorm.weight"][4] = -np.inf
+    save_file(tensors, directory / checkpoint.WEIGHTS)
+    text = refusal(directory, porting.PortError)
+    assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 not finite, 1 unexpected")
+    for line in (
+        "missing: vit.layernorm.bias: expected (6,) for norm.bias",
+        "missing: classifier.weight: expected (3, 6) for head.kernel",
+        "unexpected: vit.pooler.dense.bias: shape (6,), no rule takes it",
+        "misshapen: vit.embeddings.cls_token: expected (1, 1, 6) for cls_token, found (1, 6)",
+        "not finite: vit.layernorm.weight: -inf at (4,)",
+    ):
+        assert f"  {line}" in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda index: index.pop("weight_map"), "no weight_map from tensors to files"),
+        (lambda index: index["weight_map"].update(x="model-00001-of-00004.safetensors"), "the index and the file disa"),
+        (lambda index: index["weight_map"].update(x="absent.safetensors"), "absent.safetensors: no such file"),
+        (lambda index: index["weight_map"].update(x="../out.safetensors"), "is not a file name beside the index"),
+    ],
+)
+def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message: str) -> None:  # noqa: ANN001
+    tensors = Case("shards", CONFIG).checkpoint().tensors
+    checkpoint.write_directory(tmp_path, tensors, CONFIG.to_hf(), max_shard_size=900)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / checkpoint.INDEX).read_text().replace(shards[0].name, "model-00001-of-00004.safetensors"))
+    shards[0].rename(tmp_path / "model-00001-of-00004.safetensors")
+    edit(index)
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
+    assert re.search(re.escape(message), refusal(tmp_path))
+
+
+def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vit_ref.from_pretrained(directory)
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+
+    def full_disk(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(CheckpointError, match="cannot be written .*No space left"):
+        vit_ref.save_pretrained(model, directory)
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_a_save_where_a_file_stands(tmp_path: Path, directory: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(CheckpointError, match="taken: cannot be written"):
+        vit_ref.save_pretrained(vit_ref.from_pretrained(directory), tmp_path / "taken")
+
+
+def test_saving_over_another_sharding_leaves_no_stale_weights(directory: Path) -> None:
+    model = vit_ref.from_pretrained(directory)
+    for shards in (900, "5GB", 900):
+        vit_ref.save_pretrained(model, directory, max_shard_size=shards)
+        assert (directory / checkpoint.WEIGHTS).exists() == (shards == "5GB")
+        assert (directory / checkpoint.INDEX).exists() == (shards == 900)
+        assert vit_ref.from_pretrained(directory).config == CONFIG
+
+
+def test_a_changed_head_does_not_keep_the_old_names() -> None:
+    config = ViTConfig.from_hf(CONFIG.to_hf())
+    assert config.labels == LABELS
+    fresh = ViTConfig(**{**config.__dict__, "num_labels": 2, "labels": ()}).to_hf()
+    assert fresh["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"} and fresh["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}
+    named = ViTConfig(**{**config.__dict__, "num_labels": 2, "labels": ("x", "y")}).to_hf()
+    assert named["label2id"] == {"x": 0, "y": 1}
+    headless = ViTConfig(**{**config.__dict__, "num_labels": 0, "labels": ()}).to_hf()
+    assert "id2label" not in headless and headless["architectures"] == ["ViTModel"]
+
+
+def test_what_changes_no_numerics_changes_no_equality() -> None:
+    plain = ViTConfig(**{**CONFIG.__dict__, "labels": (), "extra": {}, "preprocessor": None})
+    assert plain == CONFIG and hash(plain) == hash(CONFIG)
+    assert ViTConfig(**{**CONFIG.__dict__, "layer_norm_eps": 1e-6}) != CONFIG

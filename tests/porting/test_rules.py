@@ -1,0 +1,254 @@
+"""Is the weight map complete, invertible, and does it report every fault by name?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vit_ref import porting
+from vit_ref.config import ViTConfig
+from vit_ref.model import VisionTransformer
+from vit_ref.porting import LAYOUTS, Fault, Layout, PortError
+from vit_ref.pretrained import parameters_of
+
+pytestmark = pytest.mark.porting
+
+# Square where kernels allow it, so that a transposed kernel has the right shape; eleven blocks and more, so that
+# numeric and lexicographic order differ.
+CONFIG = ViTConfig(
+    hidden_size=6,
+    num_attention_heads=2,
+    num_hidden_layers=12,
+    intermediate_size=6,
+    image_size=8,
+    patch_size=4,
+    num_channels=4,
+    num_labels=6,
+)
+HEADLESS = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "pooler": True, "pooler_output_size": 5})
+
+
+def parameters(config: ViTConfig, dtype: type = np.float32) -> dict[str, NDArray]:
+    """Every element of every parameter is another number, exactly representable in float32."""
+    values, start = {}, 0
+    for path, shape in porting.parameter_shapes(config).items():
+        size = int(np.prod(shape))
+        values[path] = np.arange(start, start + size).reshape(shape).astype(dtype)
+        start += size
+    return values
+
+
+def random_bits(config: ViTConfig, dtype: type) -> dict[str, NDArray]:
+    """Random finite bit patterns, denormal numbers and negative zeros among them."""
+    rng = np.random.default_rng(0)
+    values = {}
+    for path, shape in porting.parameter_shapes(config).items():
+        raw = rng.integers(0, 2 ** (8 * np.dtype(dtype).itemsize), shape, dtype=f"u{np.dtype(dtype).itemsize}")
+        value = raw.view(dtype)
+        with np.errstate(invalid="ignore"):
+            values[path] = np.where(np.isfinite(value), value, dtype(-0.0))
+    return values
+
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+configs = pytest.mark.parametrize("config", [CONFIG, HEADLESS], ids=["classifier", "headless"])
+
+
+@layouts
+@configs
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtype: type) -> None:
+    ours = random_bits(config, dtype)
+    source = porting.export(ours, config, layout)
+    assert len(source) == len(ours)
+    assert porting.detect(source) is layout
+    ported = porting.port(source, config, layout)
+    again = porting.export(ported, config, layout)
+    for before, after in ((ours, ported), (source, again)):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert after[name].dtype == dtype
+            assert after[name].tobytes() == np.ascontiguousarray(value).tobytes(), name
+
+
+@layouts
+def test_no_two_rules_share_a_source_or_a_destination(layout: Layout) -> None:
+    assert len({rule.source for rule in layout.rules}) == len(layout.rules)
+    assert len({rule.destination for rule in layout.rules}) == len(layout.rules)
+
+
+@layouts
+@configs
+def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config: ViTConfig) -> None:
+    source = porting.export(parameters(config), config, layout)
+    names = sorted(source)
+    gone, bent, poisoned, counted = names[3], names[20], names[30], names[40]
+    del source[gone]
+    source[bent] = source[bent].reshape(-1)[:-1]
+    source[poisoned] = np.where(np.arange(source[poisoned].size).reshape(source[poisoned].shape) == 1, np.nan, 0.0)
+    source[counted] = source[counted].astype(np.int32)
+    source["something/else.weight"] = np.zeros((2, 3))
+    with pytest.raises(PortError) as caught:
+        porting.port(source, config, layout, exempt=["nothing.*"])
+    assert {(fault.kind, fault.name) for fault in caught.value.faults} == {
+        ("missing", gone),
+        ("misshapen", bent),
+        ("not finite", poisoned),
+        ("not floating point", counted),
+        ("unexpected", "something/else.weight"),
+        ("stale exemption", "nothing.*"),
+    }
+    text = str(caught.value)
+    assert text.splitlines()[0].startswith(f"the weights do not fit the configuration (layout {layout.name}): 1 ")
+    assert all(name in text for name in (gone, bent, poisoned, counted, "something/else.weight", "(2, 3)"))
+
+
+@layouts
+@configs
+def test_any_one_tensor_dropped_renamed_or_reshaped_is_reported(layout: Layout, config: ViTConfig) -> None:
+    source = porting.export(parameters(config), config, layout)
+    for name in source:
+        rest = {other: value for other, value in source.items() if other != name}
+        assert faults(rest, config, layout) == {("missing", name)}
+        renamed = {**rest, f"{name}_": source[name]}
+        assert faults(renamed, config, layout) == {("missing", name), ("unexpected", f"{name}_")}
+        assert faults({**source, f"{name}_": source[name]}, config, layout) == {("unexpected", f"{name}_")}
+        assert faults({**source, name: source[name][None]}, config, layout) == {("misshapen", name)}
+
+
+def faults(source: porting.Tensors, config: ViTConfig, layout: Layout) -> set[tuple[str, str]]:
+    with pytest.raises(PortError) as caught:
+        porting.port(source, config, layout)
+    return {(fault.kind, fault.name) for fault in caught.value.faults}
+
+
+@layouts
+def test_a_tensor_exempted_by_name_is_left_behind(layout: Layout) -> None:
+    source = porting.export(parameters(CONFIG), CONFIG, layout)
+    extra = {**source, "mask_token": np.zeros((1, 1, 6), np.float32)}
+    ported = porting.port(extra, CONFIG, layout, exempt=["mask_*"])
+    assert all((ported[path] == value).all() for path, value in parameters(CONFIG).items())
+
+
+@layouts
+def test_blocks_beyond_the_configuration_are_unexpected(layout: Layout) -> None:
+    deeper = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 13})
+    source = porting.export(parameters(deeper), deeper, layout)
+    found = faults(source, CONFIG, layout)
+    assert {kind for kind, _ in found} == {"unexpected"} and len(found) == 16
+    assert all("12" in name for _, name in found)
+
+
+def test_a_checkpoint_with_half_its_prefix_is_reported() -> None:
+    source = porting.export(parameters(CONFIG), CONFIG, porting.HF)
+    source["layernorm.weight"] = source.pop("vit.layernorm.weight")
+    assert faults(source, CONFIG, porting.HF) == {
+        ("missing", "vit.layernorm.weight"),
+        ("unexpected", "layernorm.weight"),
+    }
+
+
+def test_unknown_names_are_no_layout() -> None:
+    with pytest.raises(PortError, match="no known layout .* has such names: conv1.weight, fc.bias"):
+        porting.detect({"fc.bias": np.zeros(1), "conv1.weight": np.zeros(1)})
+
+
+def test_a_port_error_lists_faults_of_one_kind_together() -> None:
+    error = PortError([Fault("missing", "a", "x"), Fault("missing", "b", "y")], "hf")
+    assert error.faults[1].name == "b"
+    assert str(error).splitlines() == [
+        "the weights do not fit the configuration (layout hf): 2 missing",
+        "  missing: a: x",
+        "  missing: b: y",
+    ]
+
+
+# Where single elements must go, worked out by hand from each layout's own definition of a layer, not from the rules:
+# PyTorch Linear is y[o] = sum_i W[o, i] x[i]; Conv2d is y[o] = sum W[o, c, h, w] x[c, h, w]; flax's attention is
+# q[h, k] = sum_d W[d, h, k] x[d] and y[d] = sum_hk W[h, k, d] z[h, k], heads flattened head first.
+@pytest.mark.parametrize(
+    ("layout", "name", "at", "path", "to"),
+    [
+        ("hf", "vit.encoder.layer.10.attention.attention.query.weight", (4, 1), "blocks.10.attn.query.kernel", (1, 4)),
+        ("hf", "vit.encoder.layer.2.attention.attention.key.weight", (0, 5), "blocks.2.attn.key.kernel", (5, 0)),
+        ("hf", "vit.encoder.layer.11.intermediate.dense.weight", (2, 3), "blocks.11.mlp.fc1.kernel", (3, 2)),
+        ("hf", "vit.encoder.layer.1.output.dense.weight", (2, 3), "blocks.1.mlp.fc2.kernel", (3, 2)),
+        ("hf", "vit.encoder.layer.1.attention.output.dense.weight", (2, 3), "blocks.1.attn.out.kernel", (3, 2)),
+        ("hf", "vit.encoder.layer.1.layernorm_after.weight", (2,), "blocks.1.norm2.scale", (2,)),
+        ("hf", "vit.embeddings.patch_embeddings.projection.weight", (5, 1, 2, 3), "patch.kernel", (2, 3, 1, 5)),
+        ("hf", "classifier.weight", (2, 3), "head.kernel", (3, 2)),
+        ("hf5", "vit.layers.10.attention.v_proj.weight", (4, 1), "blocks.10.attn.value.kernel", (1, 4)),
+        ("hf5", "vit.layers.3.attention.o_proj.weight", (4, 1), "blocks.3.attn.out.kernel", (1, 4)),
+        ("hf5", "vit.layers.3.mlp.fc2.weight", (4, 1), "blocks.3.mlp.fc2.kernel", (1, 4)),
+        ("flax", "vit/encoder/layer/10/attention/attention/query/kernel", (4, 1), "blocks.10.attn.query.kernel", (4, 1)),
+        ("flax", "vit/embeddings/patch_embeddings/projection/kernel", (2, 3, 1, 5), "patch.kernel", (2, 3, 1, 5)),
+        ("npz", "Transformer/encoderblock_10/MultiHeadDotProductAttention_1/query/kernel", (4, 1, 2),
+         "blocks.10.attn.query.kernel", (4, 5)),
+        ("npz", "Transformer/encoderblock_2/MultiHeadDotProductAttention_1/value/bias", (1, 0),
+         "blocks.2.attn.value.bias", (3,)),
+        ("npz", "Transformer/encoderblock_2/MultiHeadDotProductAttention_1/out/kernel", (1, 2, 4),
+         "blocks.2.attn.out.kernel", (5, 4)),
+        ("npz", "Transformer/encoderblock_2/MlpBlock_3/Dense_0/kernel", (1, 4), "blocks.2.mlp.fc1.kernel", (1, 4)),
+        ("npz", "Transformer/encoderblock_2/LayerNorm_2/scale", (4,), "blocks.2.norm2.scale", (4,)),
+    ],
+)  # fmt: skip
+def test_single_elements_land_where_the_layer_says(
+    layout: str, name: str, at: tuple[int, ...], path: str, to: tuple[int, ...]
+) -> None:
+    ours = parameters(CONFIG)
+    source = porting.export(ours, CONFIG, LAYOUTS[layout])
+    assert source[name][at] == ours[path][to]
+    assert porting.port(source, CONFIG, LAYOUTS[layout])[path][to] == source[name][at]
+
+
+def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionTransformer]) -> None:
+    """flax's own MultiHeadDotProductAttention, on the tensors as the .npz has them, against our attention."""
+    from flax import linen
+
+    vit = filled(CONFIG)
+    tensors = porting.export(parameters_of(vit), CONFIG, porting.NPZ)
+    stem = "Transformer/encoderblock_3/MultiHeadDotProductAttention_1"
+    params = {
+        part: {leaf: tensors[f"{stem}/{part}/{leaf}"] for leaf in ("kernel", "bias")}
+        for part in ("query", "key", "value", "out")
+    }
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    theirs = linen.MultiHeadDotProductAttention(num_heads=2, deterministic=True).apply({"params": params}, x)
+    ours = vit.blocks[3].attn(x, lambda site, value: value, None)
+    # Float32, sums of six and of five products: a few units of rounding of values around one.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=16 * 2**-23 * float(jnp.abs(theirs).max()))
+
+
+def test_names_of_transformers_5() -> None:
+    """As `ViTForImageClassification(...).state_dict()` has them in transformers 5.23.0."""
+    one_block = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 1})
+    assert set(porting.export(parameters(one_block), one_block, porting.HF5)) == {
+        "classifier.bias",
+        "classifier.weight",
+        "vit.embeddings.cls_token",
+        "vit.embeddings.patch_embeddings.projection.bias",
+        "vit.embeddings.patch_embeddings.projection.weight",
+        "vit.embeddings.position_embeddings",
+        *(
+            f"vit.layers.0.{layer}.{leaf}"
+            for layer in (
+                "attention.k_proj",
+                "attention.o_proj",
+                "attention.q_proj",
+                "attention.v_proj",
+                "layernorm_after",
+                "layernorm_before",
+                "mlp.fc1",
+                "mlp.fc2",
+            )
+            for leaf in ("bias", "weight")
+        ),
+        "vit.layernorm.bias",
+        "vit.layernorm.weight",
+    }

@@ -1,0 +1,71 @@
+"""Does transformers load what is saved, with no key missing or left over, and compute the same?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_ref
+from vit_ref.model import VisionTransformer
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.flaxvit import require_flaxvit
+
+pytestmark = pytest.mark.porting
+
+
+
+@pytest.mark.parametrize("name", ["deep", "hard-tokens", "pooler"])
+def test_flaxvit_loads_what_is_saved(
+    name: str,
+    tmp_path: Path,
+    filled: Callable[..., VisionTransformer],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_flaxvit()
+    import transformers
+
+    config = CASES[name].config
+    if config.image_hw[0] != config.image_hw[1]:
+        config = vit_ref.ViTConfig(**{**config.__dict__, "image_size": 20})
+    model = filled(config)
+    vit_ref.save_pretrained(model, tmp_path)
+    kind = transformers.FlaxViTForImageClassification if config.num_labels else transformers.FlaxViTModel
+    # transformers says what is missing or left over in its log alone.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    transformers.logging.set_verbosity_warning()
+    with caplog.at_level(logging.WARNING), caplog.filtering(lambda record: "deprecated" not in record.getMessage()):
+        theirs = kind.from_pretrained(tmp_path)
+    assert not [record.getMessage() for record in caplog.records if "Some weights" in record.getMessage()]
+    pixels = CASES[name].images() if config is CASES[name].config else np.ones((2, 20, 20, config.num_channels), "f4")
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        output = theirs(pixel_values=pixels.transpose(0, 3, 1, 2))
+    expected = output.logits if config.num_labels else output.pooler_output
+    # Two float32 implementations: a few dozen units of rounding after thirteen blocks; a misplaced tensor is O(1).
+    np.testing.assert_allclose(model(jnp.asarray(pixels)), expected, rtol=0, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["deep", "rectangular", "rectangular-patch", "no-qkv-bias", "pooler"])
+def test_pytorch_loads_what_is_saved(name: str, tmp_path: Path, filled: Callable[..., VisionTransformer]) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+    import transformers
+
+    config = CASES[name].config
+    model = filled(config)
+    vit_ref.save_pretrained(model, tmp_path)
+    kind = transformers.ViTForImageClassification if config.num_labels else transformers.ViTModel
+    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    pixels = CASES[name].images()
+    with torch.no_grad():
+        output = theirs.eval()(torch.tensor(pixels.transpose(0, 3, 1, 2)))
+    expected = (output.logits if config.num_labels else output.pooler_output).numpy()
+    np.testing.assert_allclose(model(jnp.asarray(pixels)), expected, rtol=0, atol=1e-4 * np.abs(expected).max())

@@ -1,0 +1,79 @@
+"""pytest's options for parity, and the parity section at the end of a run.
+
+An entry point loads it, so the options are known before any conftest is: pytest would otherwise take the path after
+`--checkpoint` for a directory of tests. It stays light, since every project that has vit-ref installed imports it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+EXIT_BAD_INPUT = 2
+_PROPERTY = "parity "
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vit_ref", "numerical parity of ViT ports")
+    group.addoption(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="DIR_OR_HUB_ID",
+        help="run parity on this checkpoint too; repeatable",
+    )
+    group.addoption("--images", metavar="DIR", help="use photographs from below DIR for --checkpoint")
+    group.addoption(
+        "--precision",
+        action="append",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision that the numerical gate judges; repeatable (default: float32)",
+    )
+    group.addoption("--parity-report", metavar="DIR", help="write every case's full table to DIR")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    checkpoints, images = config.getoption("checkpoint"), config.getoption("images")
+    if not checkpoints and not images:
+        return
+    from vit_ref import checkpoint
+    from vit_ref.errors import InputError
+    from vit_ref.verify import photographs
+
+    try:
+        for path in checkpoints:
+            checkpoint.locate(path)
+        if images and not checkpoints:
+            raise InputError("--images belongs to a --checkpoint: give one")
+        if images:
+            photographs.find(Path(images), count=1)
+    except InputError as error:
+        pytest.exit(str(error), returncode=EXIT_BAD_INPUT)
+
+
+def summarise(name: str, text: str, *, given: bool) -> tuple[str, str]:
+    """A test's property that carries a parity outcome to the end of the run, across worker processes too.
+
+    Args:
+      name: case or checkpoint, with its precision.
+      text: what to print.
+      given: whether the person gave the checkpoint; those are printed last, where they are seen.
+    """
+    return f"{_PROPERTY}{int(given)} {name}", text
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    outcomes: dict[str, str] = {}
+    for result in ("passed", "failed"):
+        for test in terminalreporter.getreports(result):
+            outcomes |= {name: text for name, text in test.user_properties if name.startswith(_PROPERTY)}
+    if not outcomes:
+        return
+    from vit_ref.verify.report import explain
+
+    terminalreporter.section("parity")
+    terminalreporter.write_line(explain() + "\n")
+    for name in sorted(outcomes):
+        terminalreporter.write_line(outcomes[name])
