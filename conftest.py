@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import jax
 import pytest
@@ -29,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.strict_config = True
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest --benchmark-only` runs the benchmarks and nothing else; any other run leaves them out."""
+    left_out = "tests" if config.getoption("benchmark_only", False) else "benchmarks"
+    return True if Path(__file__).parent / left_out in collection_path.parents else None
+
+
 def pytest_report_header() -> list[str]:
     def version(package: str) -> str:
         try:
@@ -38,8 +45,8 @@ def pytest_report_header() -> list[str]:
 
     packages = ", ".join(version(package) for package in ("jax", "flax", "transformers", "numpy", "torch"))
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
-    precision = jax.config.jax_default_matmul_precision or "the backend's own"
-    x64 = "on" if jax.config.jax_enable_x64 else "off, on for the oracle alone"
+    precision = jax.config.jax_default_matmul_precision or "the backend's own"  # type: ignore[attr-defined]
+    x64 = "on" if jax.config.jax_enable_x64 else "off, on for the oracle alone"  # type: ignore[attr-defined]
     return [
         f"vit_ref on {packages}",
         f"device: {jax.default_backend()} ({devices}, {platform.machine()});"

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,11 @@ def read_tensors(file: Path) -> dict[str, NDArray]:
     """
     if file.suffix in _PICKLES:
         raise CheckpointError(f"{file}: {_PICKLE_REFUSAL}")
-    readers = {".safetensors": load_file, ".msgpack": _read_msgpack, ".npz": _read_npz}
+    readers: dict[str, Callable[[Path], dict[str, NDArray]]] = {
+        ".safetensors": load_file,
+        ".msgpack": _read_msgpack,
+        ".npz": _read_npz,
+    }
     if file.suffix not in readers:
         raise CheckpointError(f"{file}: unknown kind of file: give one of {', '.join(readers)}")
     damage = (

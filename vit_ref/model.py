@@ -60,6 +60,7 @@ class Attention(nnx.Module):
         self.heads = config.num_attention_heads
 
     def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
+        """Attends; `tap` sees the sites of `attn`, `rngs` is needed where dropout is live."""
         batch, tokens, width = x.shape
         heads = (batch, tokens, self.heads, width // self.heads)
         query = tap("query", self.query(x).reshape(heads))
@@ -89,6 +90,7 @@ class MLP(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: Array, tap: Tap) -> Array:
+        """Transforms each token; `tap` sees the sites of `mlp`."""
         hidden = ACTIVATIONS[self.activation](tap("fc1", self.fc1(x)))
         return tap("out", self.fc2(tap("hidden", hidden)))
 
@@ -110,6 +112,7 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
 
     def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
+        """Adds attention, then the MLP, to the stream; `tap` sees the sites of a block."""
         attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), rngs)
         x = tap("attn.residual", x + self.dropout(attended, rngs=rngs).astype(x.dtype))
         transformed = self.mlp(tap("norm2", self.norm2(x)), _scoped(tap, "mlp"))
@@ -204,11 +207,13 @@ class VisionTransformer(nnx.Module):
         """
         config = self.config
         self._check(pixels, interpolate_pos_encoding)
-        image_hw = pixels.shape[1:3]
+        height, width = pixels.shape[1:3]
         patches = self.patch(pixels)
         patches = tap("patches", patches.reshape(len(pixels), -1, config.hidden_size))
-        positions = resize_positions(self.position_embeddings[...], config.grid(), config.grid(image_hw))
-        patches, cls_token, positions = promote_dtype((patches, self.cls_token[...], positions), dtype=self.stream_dtype)
+        positions = resize_positions(self.position_embeddings[...], config.grid(), config.grid((height, width)))
+        patches, cls_token, positions = promote_dtype(
+            (patches, self.cls_token[...], positions), dtype=self.stream_dtype
+        )
         tokens = jnp.concatenate([jnp.broadcast_to(cls_token, (len(pixels), 1, config.hidden_size)), patches], axis=1)
         x = tap("embeddings", self.dropout(tokens + positions, rngs=rngs))
         for i, block in enumerate(self.blocks):
@@ -224,7 +229,9 @@ class VisionTransformer(nnx.Module):
             raise ValueError(f"pixels have shape {pixels.shape}: give a batch of images (B, height, width, channels)")
         *image_hw, channels = pixels.shape[1:]
         if channels != config.num_channels:
-            hint = "; they look channels-first: transpose them to NHWC" if pixels.shape[1] == config.num_channels else ""
+            hint = (
+                "; they look channels-first: transpose them to NHWC" if pixels.shape[1] == config.num_channels else ""
+            )
             raise ValueError(f"pixels have {channels} channels, the model takes {config.num_channels}{hint}")
         if image_hw[0] % config.patch_hw[0] or image_hw[1] % config.patch_hw[1] or 0 in image_hw:
             raise ValueError(f"images of {image_hw} pixels are no multiple of the patch {list(config.patch_hw)}")

@@ -327,13 +327,17 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
         else:
             parameters[rule.destination] = np.ascontiguousarray(rule.transform.to_parameter(tensor, config))
     exempt = tuple(exempt)
-    expected = {rule.source for rule in rules}
-    for name in source:
-        if name not in expected and not any(fnmatchcase(name, pattern) for pattern in exempt):
-            faults.append(Fault("unexpected", name, f"shape {np.shape(source[name])}, no rule takes it"))
-    for pattern in exempt:
-        if not any(fnmatchcase(name, pattern) for name in source if name not in expected):
-            faults.append(Fault("stale exemption", pattern, "matches no tensor that would be left over"))
+    left_over = source.keys() - {rule.source for rule in rules}
+    faults += [
+        Fault("unexpected", name, f"shape {np.shape(source[name])}, no rule takes it")
+        for name in sorted(left_over)
+        if not any(fnmatchcase(name, pattern) for pattern in exempt)
+    ]
+    faults += [
+        Fault("stale exemption", pattern, "matches no tensor that would be left over")
+        for pattern in exempt
+        if not any(fnmatchcase(name, pattern) for name in left_over)
+    ]
     if faults:
         raise PortError(faults, layout.name)
     return parameters

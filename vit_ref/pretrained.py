@@ -59,7 +59,9 @@ def configuration(source: checkpoint.Checkpoint) -> ViTConfig:
     names = source.tensors.keys()
     if source.config is not None:
         config = ViTConfig.from_hf(source.config, source.preprocessor)
-        if not source.config.get("architectures") and not any(name.startswith(("classifier", "head")) for name in names):
+        if not source.config.get("architectures") and not any(
+            name.startswith(("classifier", "head")) for name in names
+        ):
             config = dataclasses.replace(config, num_labels=0, labels=())
         pooled = not config.num_labels and any("pooler" in name for name in names)
         return dataclasses.replace(config, pooler=pooled)
@@ -114,7 +116,8 @@ def build(config: ViTConfig, parameters: porting.Tensors, *, dtype: DTypeLike | 
     Raises:
       CheckpointError: a parameter is float64 while jax would silently make it float32.
     """
-    if not jax.config.jax_enable_x64 and any(value.dtype == np.float64 for value in parameters.values()):
+    x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    if not x64 and any(value.dtype == np.float64 for value in parameters.values()):
         raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
     abstract = nnx.eval_shape(lambda: VisionTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
@@ -152,6 +155,4 @@ def save_pretrained(
     tensors = porting.export(parameters_of(model), model.config, porting.HF)
     config = model.config.to_hf()
     config.setdefault("torch_dtype", str(next(iter(tensors.values())).dtype))
-    checkpoint.write_directory(
-        directory, tensors, config, model.config.preprocessor, max_shard_size=max_shard_size
-    )
+    checkpoint.write_directory(directory, tensors, config, model.config.preprocessor, max_shard_size=max_shard_size)

@@ -153,7 +153,10 @@ def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> No
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 2, 10, 40), "pixels have 40 channels, the model takes 2; they look channels-first: transpose them to NHWC"),
+        (
+            (2, 2, 10, 40),
+            "pixels have 40 channels, the model takes 2; they look channels-first: transpose them to NHWC",
+        ),
         ((2, 10, 40, 3), "pixels have 3 channels, the model takes 2"),
         ((2, 12, 40, 2), r"images of \[12, 40\] pixels are no multiple of the patch \[5, 5\]"),
         ((2, 0, 40, 2), r"images of \[0, 40\] pixels are no multiple of the patch \[5, 5\]"),

@@ -47,9 +47,7 @@ def _subjects(checkpoints: tuple[str, ...], images: str | None) -> list[Subject]
             return vit_config, source, photographs.load(photographs.find(Path(images), PHOTOGRAPHS), vit_config)
         return vit_config, source, synthetic_images(vit_config, PHOTOGRAPHS)
 
-    given = [
-        Subject(Path(path).resolve().name, lambda path=path: load(path), given=True) for path in checkpoints
-    ]
+    given = [Subject(Path(path).resolve().name, lambda path=path: load(path), given=True) for path in checkpoints]
     return embedded + given
 
 

@@ -225,7 +225,7 @@ class Bomb:
     def __init__(self, path: Path):
         self.path = path
 
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self):
         return Path.touch, (self.path,)
 
 
@@ -289,11 +289,13 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
         (lambda index: index["weight_map"].update(x="../out.safetensors"), "is not a file name beside the index"),
     ],
 )
-def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message: str) -> None:  # noqa: ANN001
+def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message: str) -> None:
     tensors = Case("shards", CONFIG).checkpoint().tensors
     checkpoint.write_directory(tmp_path, tensors, CONFIG.to_hf(), max_shard_size=900)
     shards = sorted(tmp_path.glob("*.safetensors"))
-    index = json.loads((tmp_path / checkpoint.INDEX).read_text().replace(shards[0].name, "model-00001-of-00004.safetensors"))
+    index = json.loads(
+        (tmp_path / checkpoint.INDEX).read_text().replace(shards[0].name, "model-00001-of-00004.safetensors")
+    )
     shards[0].rename(tmp_path / "model-00001-of-00004.safetensors")
     edit(index)
     (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
@@ -308,7 +310,7 @@ def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(CheckpointError, match="cannot be written .*No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         vit_ref.save_pretrained(model, directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 

@@ -155,7 +155,7 @@ def test_a_checkpoint_with_half_its_prefix_is_reported() -> None:
 
 
 def test_unknown_names_are_no_layout() -> None:
-    with pytest.raises(PortError, match="no known layout .* has such names: conv1.weight, fc.bias"):
+    with pytest.raises(PortError, match=r"no known layout .* has such names: conv1.weight, fc.bias"):
         porting.detect({"fc.bias": np.zeros(1), "conv1.weight": np.zeros(1)})
 
 
@@ -186,7 +186,8 @@ def test_a_port_error_lists_faults_of_one_kind_together() -> None:
         ("hf5", "vit.layers.10.attention.v_proj.weight", (4, 1), "blocks.10.attn.value.kernel", (1, 4)),
         ("hf5", "vit.layers.3.attention.o_proj.weight", (4, 1), "blocks.3.attn.out.kernel", (1, 4)),
         ("hf5", "vit.layers.3.mlp.fc2.weight", (4, 1), "blocks.3.mlp.fc2.kernel", (1, 4)),
-        ("flax", "vit/encoder/layer/10/attention/attention/query/kernel", (4, 1), "blocks.10.attn.query.kernel", (4, 1)),
+        ("flax", "vit/encoder/layer/10/attention/attention/query/kernel", (4, 1), "blocks.10.attn.query.kernel",
+         (4, 1)),
         ("flax", "vit/embeddings/patch_embeddings/projection/kernel", (2, 3, 1, 5), "patch.kernel", (2, 3, 1, 5)),
         ("npz", "Transformer/encoderblock_10/MultiHeadDotProductAttention_1/query/kernel", (4, 1, 2),
          "blocks.10.attn.query.kernel", (4, 5)),

@@ -18,7 +18,6 @@ from vit_ref.verify.flaxvit import require_flaxvit
 pytestmark = pytest.mark.porting
 
 
-
 @pytest.mark.parametrize("name", ["deep", "hard-tokens", "pooler"])
 def test_flaxvit_loads_what_is_saved(
     name: str,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from numpy.typing import DTypeLike, NDArray
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig

@@ -12,7 +12,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
@@ -62,7 +63,9 @@ class Case:
             value = _parameter(rng, rule.destination, shapes[rule.destination])
             if self.hard_tokens:
                 value = _harden(rule.destination, value)
-            tensors[rule.source] = np.ascontiguousarray(rule.transform.to_source(value, self.config)).astype(self.stored)
+            tensors[rule.source] = np.ascontiguousarray(rule.transform.to_source(value, self.config)).astype(
+                self.stored
+            )
         return Checkpoint(Path(self.name), tensors, self.config.to_hf())
 
     def images(self) -> NDArray:
@@ -111,7 +114,6 @@ def synthetic_images(config: ViTConfig, batch: int, seed: int = 0) -> NDArray:
     images += rng.normal(size=shape) * y[..., None] + rng.normal(size=shape) * x[..., None]
     images += 0.1 * rng.normal(size=images.shape)
     return images.astype(np.float32)
-
 
 
 def _tiny(**fields: Any) -> ViTConfig:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen
-from numpy.typing import DTypeLike, NDArray
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
@@ -86,23 +88,23 @@ class FlaxViTReference:
         self.config = config
         self._hf_config = transformers.ViTConfig(**{**config.to_hf(), **_square(config)})
         if config.num_labels:
-            self._module_class, self._options = modeling_flax_vit.FlaxViTForImageClassificationModule, {}
+            self._build: Any = modeling_flax_vit.FlaxViTForImageClassificationModule
         else:
-            self._module_class = modeling_flax_vit.FlaxViTModule
-            self._options = {"add_pooling_layer": config.pooler}
-        shapes = jax.eval_shape(self._module(np.float32).init, jax.random.key(0), self._pixels(config))["params"]
+            self._build = partial(modeling_flax_vit.FlaxViTModule, add_pooling_layer=config.pooler)
+        shapes = jax.eval_shape(self.module(np.float32).init, jax.random.key(0), self._pixels(config))["params"]
         stand_in = SimpleNamespace(params=shapes, base_model_prefix="vit")
         self.params = convert_pytorch_state_dict_to_flax(dict(tensors), stand_in)
 
     def _pixels(self, config: ViTConfig) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *config.image_hw, config.num_channels), np.float32)
 
-    def _module(self, dtype: DTypeLike) -> linen.Module:
-        return self._module_class(self._hf_config, dtype=dtype, **self._options)
+    def module(self, dtype: DTypeLike) -> linen.Module:
+        """The linen module that computes in `dtype`; apply it to `params`."""
+        return self._build(self._hf_config, dtype=dtype)
 
     def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
         """See `Implementation.trace`."""
-        module = self._module(dtype)
+        module = self.module(dtype)
 
         def run(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
             observed: dict[str, jax.Array] = {}

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 # Seen on a trained ViT-S/14 and on ViT-B/16-sized random weights: two right implementations differ by at most 6e-15
 # (relative RMS) anywhere. The gate leaves two orders of magnitude for depth and for tokens whose mean is 30 times their

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
 from scipy import special
 
 from vit_ref.config import ViTConfig
@@ -92,9 +93,7 @@ def _forward(config: ViTConfig, tensors: Mapping[str, NDArray], pixels: NDArray,
         heads = (batch, x.shape[1], config.num_attention_heads, config.head_dim)
         for role in ("query", "key", "value"):
             trace[f"{site}.attn.{role}"] = linear(f"{layer}.attention.attention.{role}", normed).reshape(heads)
-        query, key, value = (
-            trace[f"{site}.attn.{role}"].transpose(0, 2, 1, 3) for role in ("query", "key", "value")
-        )
+        query, key, value = (trace[f"{site}.attn.{role}"].transpose(0, 2, 1, 3) for role in ("query", "key", "value"))
         scores = query @ key.transpose(0, 1, 3, 2) / dtype.type(np.sqrt(config.head_dim))
         exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
         probs = trace[f"{site}.attn.probs"] = exponentials / exponentials.sum(axis=-1, keepdims=True)

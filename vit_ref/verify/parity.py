@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint

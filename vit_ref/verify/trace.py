@@ -8,7 +8,8 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 Trace = dict[str, NDArray]
 
