@@ -11,7 +11,9 @@ def headline(report: ParityReport) -> str:
     if report.unobserved:
         return f"{report.title}: {len(report.unobserved)} sites were not observed, first {report.unobserved[0]}"
     last = report.results[-1]
-    output = f"{last.site}: {last.rounding:.1e}, {last.ratio:,.3g} x {report.reference}'s own {report.precision} error"
+    output = (
+        f"{last.site}: {last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
+    )
     if report.semantic_failures:
         first = report.semantic_failures[0]
         worst = max(report.semantic_failures, key=lambda result: result.exact.rms)
@@ -47,8 +49,8 @@ def _blame(report: ParityReport) -> list[str]:
         guilty = [part for part, rms in worst.items() if rms > SEMANTIC_RMS]
     else:
         guilty = sorted(worst, key=lambda part: -worst[part])[:3]
-    shown = ", ".join(f"{part} {worst[part]:.1e}" for part in guilty[:6])
-    return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 6 else ''}"]
+    shown = ", ".join(f"{part} {worst[part]:.1e}" for part in guilty[:3])
+    return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 3 else ''}"]
 
 
 def table(report: ParityReport) -> str:
@@ -77,5 +79,9 @@ def _row(result: SiteResult) -> str:
     alone = f"{result.alone.rms:>9.1e}" if result.alone else ""
     return (
         f"{result.site:<23}{result.exact.rms:>9.1e}{alone}{result.rounding:>10.1e}{result.yardstick:>9.1e}"
-        f"{result.ratio:>8,.3g}{result.margin:>8,.3g}{mark}"
+        f"{_multiple(result.ratio):>8}{result.margin:>8.2g}{mark}"
     )
+
+
+def _multiple(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"

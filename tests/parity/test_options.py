@@ -1,0 +1,57 @@
+"""Do pytest's options do what they say, and is bad input one line and exit code 2?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vit_ref
+from vit_ref.verify.cases import CASES
+
+pytestmark = pytest.mark.porting
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "parity", "-q", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "no/such/place"], "no/such/place: no such directory or file"),
+        (["--images", "."], "--images belongs to a --checkpoint: give one"),
+        (["--checkpoint", ".", "--images", "no-such-place"], "no-such-place: no such directory of images"),
+        (["--checkpoint", ".", "--images", "vit_ref"], "vit_ref: no image in it"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == 2
+    printed = (ended.stdout + ended.stderr).strip().splitlines()
+    assert len(printed) == 1 and message in printed[0]
+
+
+def test_a_checkpoint_outside_the_checkout_is_tested_and_reported(tmp_path: Path, filled) -> None:
+    directory = tmp_path / "given-vit"
+    vit_ref.save_pretrained(filled(CASES["rectangular"].config), directory)
+    ended = run("--checkpoint", directory, "--parity-report", tmp_path / "reports", "-k", "given-vit")
+    assert ended.returncode == 0, ended.stdout
+    for text in (ended.stdout, (tmp_path / "reports" / "given-vit-float32.txt").read_text()):
+        assert "given-vit: 30 sites pass; float64 at most " in text
+        assert "\nblock.1.mlp.hidden " in text
+
+
+def test_a_damaged_checkpoint_fails_with_its_reason(tmp_path: Path, filled) -> None:
+    directory = tmp_path / "given-vit"
+    vit_ref.save_pretrained(filled(CASES["rectangular"].config), directory)
+    (directory / "model.safetensors").write_bytes(b"nothing")
+    ended = run("--checkpoint", directory, "-k", "given-vit")
+    assert ended.returncode == 1
+    assert f"{directory / 'model.safetensors'}: damaged or truncated, fetch it again" in ended.stdout
+    assert "Traceback" not in ended.stdout
