@@ -20,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "parity: the port computes what the reference computes, site by site",
         "porting: the weight map, checkpoints and bad input",
         "model: the model by itself",
+        "training: training steps, dropout and one-batch overfitting follow the reference",
         "mutants: a deliberate fault is seen, and named where it is",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",

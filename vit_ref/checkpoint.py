@@ -12,17 +12,18 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import ml_dtypes
 import msgpack
 import numpy as np
 import safetensors
 from flax import serialization, traverse_util
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -30,6 +31,7 @@ from vit_ref.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 FLAX_WEIGHTS = "flax_model.msgpack"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -60,23 +62,41 @@ def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     Raises:
       CheckpointError: there is no such directory or file, and no such repository on the hub, or no way to it.
     """
-    path = Path(path_or_hub_id)
-    if path.exists():
-        return path
     name = os.fspath(path_or_hub_id)
+    if not name:
+        raise CheckpointError("the checkpoint's name is empty: give a directory or a hub id")
+    if os.path.exists(name):  # unlike Path.exists, it takes a name that is too long for a file
+        return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise CheckpointError(f"{name}: no such directory or file")
-    patterns = [CONFIG, PREPROCESSOR, "model*.safetensors", INDEX, FLAX_WEIGHTS]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_wanted(name)))
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"{name}: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
             " give a directory, or go online"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{name}: no such directory, and the hub refuses it as an id: {reason}") from None
+
+
+def _wanted(name: str) -> list[str]:
+    """The files to fetch from a repository of the hub: the configuration, and the weights in one format.
+
+    Offline there is no list of files, and what the cache has is taken.
+    """
+    try:
+        files = set(huggingface_hub.list_repo_files(name))
+    except (OfflineModeIsEnabled, ConnectionError):
+        return [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, SHARDS, FLAX_WEIGHTS]
+    for found, weights in ((WEIGHTS, [WEIGHTS]), (INDEX, [INDEX, SHARDS]), (FLAX_WEIGHTS, [FLAX_WEIGHTS])):
+        if found in files:
+            return [CONFIG, PREPROCESSOR, *weights]
+    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    if pickles:
+        raise CheckpointError(f"{name}/{pickles[0]}: {_PICKLE_REFUSAL}")
+    raise CheckpointError(f"{name}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
 
 
 def read(path_or_hub_id: str | os.PathLike[str]) -> Checkpoint:
@@ -112,6 +132,10 @@ def read_tensors(file: Path) -> dict[str, NDArray]:
         safetensors.SafetensorError,
         msgpack.exceptions.UnpackException,
         zipfile.BadZipFile,
+        zlib.error,
+        # zipfile on an encrypted member, and on a version or a compression that it has not
+        RuntimeError,
+        NotImplementedError,
         # numpy on a member that is a pickle or cut short, msgpack on an inconsistent tree
         ValueError,
         KeyError,
@@ -172,7 +196,9 @@ def _read_msgpack(file: Path) -> dict[str, NDArray]:
 def _read_npz(file: Path) -> dict[str, NDArray]:
     # Opened here, because np.load leaves a damaged file open.
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        tensors = {name: archive[name] for name in archive.files}
+    # numpy has no name for bfloat16 and writes two bytes of "void" in its place.
+    return {name: value.view(ml_dtypes.bfloat16) if value.dtype == "V2" else value for name, value in tensors.items()}
 
 
 def _read_json(file: Path, *, required: bool) -> dict[str, Any] | None:
@@ -197,7 +223,10 @@ def write_directory(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a Hugging Face directory; each file appears whole under its name, the config last.
+    """Writes a Hugging Face directory.
+
+    Everything is written under temporary names first and then renamed, the config last: each file appears whole, and a
+    save that fails while writing changes nothing. Weights of an earlier save are removed after that.
 
     Args:
       directory: made where it does not exist; other files in it stay.
@@ -207,40 +236,39 @@ def write_directory(
       max_shard_size: larger weights are split, in bytes or as "5GB".
 
     Raises:
-      CheckpointError: the directory cannot be written; what stood there before stays.
+      CheckpointError: the directory cannot be written.
     """
     directory = Path(directory)
-    split = huggingface_hub.split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    with staged(directory) as stage:
-        for file, names in split.filename_to_tensors.items():
-            # transformers refuses a safetensors file that does not say which framework's names it holds.
-            save_file({name: tensors[name] for name in names}, stage / file, metadata={"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            _write_json(stage / INDEX, index)
-        if preprocessor is not None:
-            _write_json(stage / PREPROCESSOR, preprocessor)
-        _write_json(stage / CONFIG, config)
-    # Weights of an earlier, differently sharded save would be read in place of these.
-    stale = {WEIGHTS, INDEX} - set(split.filename_to_tensors) - ({INDEX} if split.is_sharded else set())
-    for name in stale:
-        (directory / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A temporary directory whose files move into `directory` when the block ends, and vanish when it fails."""
+    try:
+        split = huggingface_hub.split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size is {max_shard_size!r}: {error}") from None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as stage:
-            yield Path(stage)
-            for file in sorted(Path(stage).iterdir(), key=lambda file: file.name == CONFIG):
-                os.replace(file, directory / file.name)
+            for file, names in split.filename_to_tensors.items():
+                # transformers refuses a safetensors file that does not say which framework's names it holds.
+                save_file({name: tensors[name] for name in names}, Path(stage, file), metadata={"format": "pt"})
+            if split.is_sharded:
+                _write_json(Path(stage, INDEX), {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+            if preprocessor is not None:
+                _write_json(Path(stage, PREPROCESSOR), preprocessor)
+            _write_json(Path(stage, CONFIG), config)
+            written = sorted((file.name for file in Path(stage).iterdir()), key=lambda name: name == CONFIG)
+            for name in written:
+                # safetensors makes its files readable by their owner alone.
+                Path(stage, name).chmod(0o644)
+                os.replace(Path(stage, name), directory / name)
+        # Weights of an earlier save, in whichever format, would be read in place of these by some reader.
+        earlier = [directory / WEIGHTS, directory / INDEX, directory / FLAX_WEIGHTS, *directory.glob(SHARDS)]
+        for superseded in earlier:
+            if superseded.name not in written:
+                superseded.unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{directory}: cannot be written ({error})") from None
 

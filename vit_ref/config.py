@@ -166,7 +166,7 @@ class ViTConfig:
           **overrides: any other field.
         """
         size, _, patch = name.partition("/")
-        if size not in _VARIANTS or not patch.isdigit():
+        if size not in _VARIANTS or not patch.isdecimal():
             raise ConfigError(f"variant is {name!r}: give one of {', '.join(_VARIANTS)}, a slash and a patch size")
         width, depth, mlp, heads = _VARIANTS[size]
         fields: dict[str, Any] = {
@@ -194,7 +194,9 @@ class ViTConfig:
             raise ConfigError(f"model_type is {model_type!r}: only 'vit' is supported")
         computed = {"pooler", "labels", "extra", "preprocessor", "num_labels"}
         fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config.keys() - computed}
-        architectures = config.get("architectures") or ()
+        architectures = config.get("architectures") or []
+        if not isinstance(architectures, list):
+            raise ConfigError(f"architectures is {architectures!r}: give a list of class names")
         headless = bool(architectures) and not any("ForImageClassification" in str(name) for name in architectures)
         labels = () if headless else _labels(config.get("id2label"))
         # Hugging Face's own default, where a config names neither labels nor their number, is two.
@@ -213,7 +215,7 @@ class ViTConfig:
         if self.pooler_output_size is None:
             del config["pooler_output_size"]
         config["architectures"] = ["ViTForImageClassification" if self.num_labels else "ViTModel"]
-        if self.labels != _labels(config.get("id2label")) or not self.num_labels:
+        if self.num_labels and self.labels != _labels(config.get("id2label")):
             config.pop("id2label", None)
             config.pop("label2id", None)
         if self.num_labels and "id2label" not in config:

@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
 
 Tap = Callable[[str, Array], Array]
 
@@ -40,7 +41,7 @@ def identity(site: str, value: Array) -> Array:
 
 
 def _at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 def _scoped(tap: Tap, scope: str) -> Tap:
@@ -126,8 +127,8 @@ class VisionTransformer(nnx.Module):
 
     Args:
       config: what to compute.
-      dtype: dtype of the computation, None to promote from pixels and parameters as flax does. The token stream, its
-        LayerNorms and the softmax stay in at least float32.
+      dtype: dtype of the computation, None to promote from pixels and parameters as flax does. The token stream and
+        its LayerNorms are in at least float32 where it is given, the softmax always.
       param_dtype: dtype of the freshly initialised parameters.
       rngs: the "params" stream initialises; nothing else is drawn.
     """
@@ -203,17 +204,17 @@ class VisionTransformer(nnx.Module):
           cls token (B, D).
 
         Raises:
-          ValueError: the images have another rank, size or number of channels than the configuration says.
+          InputError: the images have another rank, size or number of channels than the configuration says.
         """
         config = self.config
         self._check(pixels, interpolate_pos_encoding)
         height, width = pixels.shape[1:3]
         patches = self.patch(pixels)
         patches = tap("patches", patches.reshape(len(pixels), -1, config.hidden_size))
-        positions = resize_positions(self.position_embeddings[...], config.grid(), config.grid((height, width)))
-        patches, cls_token, positions = promote_dtype(
-            (patches, self.cls_token[...], positions), dtype=self.stream_dtype
-        )
+        parameters = self.cls_token[...], self.position_embeddings[...]
+        # Promoted before the resize, which in the dtype they are stored in, bfloat16 say, would round at 1e-3.
+        patches, cls_token, positions = promote_dtype((patches, *parameters), dtype=self.stream_dtype)
+        positions = resize_positions(positions, config.grid(), config.grid((height, width)))
         tokens = jnp.concatenate([jnp.broadcast_to(cls_token, (len(pixels), 1, config.hidden_size)), patches], axis=1)
         x = tap("embeddings", self.dropout(tokens + positions, rngs=rngs))
         for i, block in enumerate(self.blocks):
@@ -226,17 +227,17 @@ class VisionTransformer(nnx.Module):
     def _check(self, pixels: Array, interpolate_pos_encoding: bool) -> None:
         config = self.config
         if pixels.ndim != 4:
-            raise ValueError(f"pixels have shape {pixels.shape}: give a batch of images (B, height, width, channels)")
+            raise InputError(f"pixels have shape {pixels.shape}: give a batch of images (B, height, width, channels)")
         *image_hw, channels = pixels.shape[1:]
         if channels != config.num_channels:
             hint = (
                 "; they look channels-first: transpose them to NHWC" if pixels.shape[1] == config.num_channels else ""
             )
-            raise ValueError(f"pixels have {channels} channels, the model takes {config.num_channels}{hint}")
+            raise InputError(f"pixels have {channels} channels, the model takes {config.num_channels}{hint}")
         if image_hw[0] % config.patch_hw[0] or image_hw[1] % config.patch_hw[1] or 0 in image_hw:
-            raise ValueError(f"images of {image_hw} pixels are no multiple of the patch {list(config.patch_hw)}")
+            raise InputError(f"images of {image_hw} pixels are no multiple of the patch {list(config.patch_hw)}")
         if tuple(image_hw) != config.image_hw and not interpolate_pos_encoding:
-            raise ValueError(
+            raise InputError(
                 f"images of {image_hw} pixels, the model takes {list(config.image_hw)}: resize them, or pass"
                 " interpolate_pos_encoding=True"
             )

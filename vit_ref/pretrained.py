@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ def from_pretrained(
     Args:
       path: a Hugging Face directory (safetensors, also sharded, or flax msgpack), a hub id, or an `.npz` of
         google-research/vision_transformer.
-      config: takes the place of the checkpoint's own; needed for a lone file other than `.npz`.
+      config: takes the place of the checkpoint's own, class names included; needed for a lone file other than `.npz`.
       dtype: dtype of the computation, None to promote from pixels and parameters.
       exempt: names or patterns of tensors in the checkpoint to leave behind on purpose.
 
@@ -44,19 +46,28 @@ def from_pretrained(
       PortError: its tensors do not fit the configuration.
     """
     source = checkpoint.read(path)
-    config = config or configuration(source)
+    exempt = tuple(exempt)
+    if config is None:
+        config = configuration(source, exempt)
+    else:
+        extra, preprocessor = config.extra or source.config or {}, config.preprocessor or source.preprocessor
+        config = dataclasses.replace(config, extra=extra, preprocessor=preprocessor)
     layout = porting.detect(source.tensors)
     return build(config, porting.port(source.tensors, config, layout, exempt=exempt), dtype=dtype)
 
 
-def configuration(source: checkpoint.Checkpoint) -> ViTConfig:
+def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> ViTConfig:
     """The configuration of a checkpoint: its `config.json` where there is one, else what an `.npz`'s shapes say.
+
+    Args:
+      source: the checkpoint.
+      exempt: names or patterns of tensors that will be left behind.
 
     Raises:
       CheckpointError: a lone file whose shapes do not tell.
       ConfigError: see `ViTConfig`.
     """
-    names = source.tensors.keys()
+    names = [name for name in source.tensors if not any(fnmatchcase(name, pattern) for pattern in exempt)]
     if source.config is not None:
         config = ViTConfig.from_hf(source.config, source.preprocessor)
         if not source.config.get("architectures") and not any(
@@ -66,29 +77,33 @@ def configuration(source: checkpoint.Checkpoint) -> ViTConfig:
         pooled = not config.num_labels and any("pooler" in name for name in names)
         return dataclasses.replace(config, pooler=pooled)
     if source.path.suffix == ".npz":
-        return _npz_configuration(source)
+        return _npz_configuration(source.path, {name: source.tensors[name].shape for name in names})
     raise CheckpointError(f"{source.path}: no configuration beside a lone file: give its directory, or config=")
 
 
-def _npz_configuration(source: checkpoint.Checkpoint) -> ViTConfig:
+def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTConfig:
     """What the shapes of a google-research/vision_transformer `.npz` say; the rest is fixed in that code.
 
     Its LayerNorm has flax's epsilon, 1e-6, and its MLP `nn.gelu`, which is the tanh form (vit_jax/models_vit.py).
     """
-    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     try:
         patch_height, patch_width, channels, width = shapes["embedding/kernel"]
         positions = shapes["Transformer/posembed_input/pos_embedding"][1] - 1
         first = "Transformer/encoderblock_0"
         heads = shapes[f"{first}/MultiHeadDotProductAttention_1/query/kernel"][1]
         mlp = shapes[f"{first}/MlpBlock_3/Dense_0/kernel"][1]
+        labels = shapes["head/bias"][0] if "head/bias" in shapes else 0
+        pooled = shapes["pre_logits/bias"][0] if "pre_logits/bias" in shapes else None
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{source.path}: not an .npz of google-research/vision_transformer ({error})") from None
+        raise CheckpointError(f"{path}: not an .npz of google-research/vision_transformer ({error})") from None
+    if labels and pooled:
+        raise CheckpointError(
+            f"{path}: it has both a pre-logits layer and a head, and no Hugging Face ViT has: leave one behind with"
+            " exempt=['head/*'] or exempt=['pre_logits/*']"
+        )
     side = round(positions**0.5)
     if side * side != positions:
-        raise CheckpointError(f"{source.path}: {positions} positions are no square grid: pass config=")
-    labels = shapes["head/bias"][0] if "head/bias" in shapes else 0
-    pooled = "pre_logits/bias" in shapes
+        raise CheckpointError(f"{path}: {positions} positions are no square grid: pass config=")
     return ViTConfig(
         hidden_size=width,
         num_hidden_layers=len({name.split("/")[1] for name in shapes if "/encoderblock_" in name}),
@@ -100,8 +115,8 @@ def _npz_configuration(source: checkpoint.Checkpoint) -> ViTConfig:
         patch_size=(patch_height, patch_width),
         num_channels=channels,
         num_labels=labels,
-        pooler=pooled,
-        pooler_output_size=shapes["pre_logits/bias"][0] if pooled else None,
+        pooler=pooled is not None,
+        pooler_output_size=pooled,
     )
 
 
@@ -133,7 +148,12 @@ def build(config: ViTConfig, parameters: porting.Tensors, *, dtype: DTypeLike | 
 
 def parameters_of(model: VisionTransformer) -> dict[str, NDArray]:
     """A model's parameters by path, on the host."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return parameters_of_state(nnx.state(model, nnx.Param))
+
+
+def parameters_of_state(state: nnx.State) -> dict[str, NDArray]:
+    """The arrays of a state, such as a gradient, by path, on the host."""
+    flat = nnx.to_flat_state(state)
     return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
 
 
@@ -142,7 +162,9 @@ def save_pretrained(
 ) -> None:
     """Writes a Hugging Face directory that transformers loads: safetensors with transformers-4 names.
 
-    The configuration, the class names and the preprocessing that the model was loaded with go along.
+    The configuration, the class names and the preprocessing that the model was loaded with go along. transformers'
+    `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
+    reads no shards.
 
     Args:
       model: any model of this package.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vit_ref.config import ViTConfig
 from vit_ref.model import VisionTransformer
@@ -73,13 +74,15 @@ def test_the_fused_and_the_observed_path_agree(case: Case, filled: Filled) -> No
     np.testing.assert_allclose(fused, observed, rtol=0, atol=16 * 2**-23 * scale)
 
 
-def test_float64_takes_no_path_that_rounds_to_float32(filled: Filled) -> None:
+@pytest.mark.parametrize("spelling", [jnp.float64, "float64", np.dtype("float64")])
+def test_float64_takes_no_path_that_rounds_to_float32(filled: Filled, spelling: DTypeLike) -> None:
     config = CASES["rectangular"].config
     with precision_of(jnp.float64):
-        vit = filled(config, dtype=jnp.float64)
+        vit = filled(config, dtype=spelling)
+        seen: set[np.dtype] = set()
         pixels = jnp.asarray(CASES["rectangular"].images(), jnp.float64)
-        plain, tapped = vit(pixels), vit(pixels, tap=lambda site, value: value)
-        assert plain.dtype == jnp.float64
+        plain, tapped = vit(pixels), vit(pixels, tap=lambda site, value: (seen.add(value.dtype), value)[1])
+        assert seen == {plain.dtype} == {np.dtype("float64")}
         # jax's fused attention would make this 1e-8.
         np.testing.assert_array_equal(plain, tapped)
 

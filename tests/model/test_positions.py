@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from vit_ref import porting
 from vit_ref.model import VisionTransformer, resize_positions
-from vit_ref.pretrained import parameters_of
+from vit_ref.pretrained import build, parameters_of
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.trace import precision_of
 
 pytestmark = pytest.mark.model
@@ -48,6 +50,25 @@ def test_resized_positions_are_pytorchs(target: tuple[int, int]) -> None:
 def test_positions_at_the_native_size_are_untouched() -> None:
     positions = jnp.arange(26.0).reshape(1, 13, 2)
     assert resize_positions(positions, (3, 4), (3, 4)) is positions
+
+
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_positions_are_resized_in_the_dtype_of_the_computation(stored: type) -> None:
+    """Whatever they are stored in: resized as bfloat16 they would be off by 1e-3."""
+    case = replace(CASES["rectangular"], stored=stored)
+    parameters = porting.port(case.checkpoint().tensors, case.config, porting.HF)
+    pixels, embeddings = np.ones((1, 15, 30, 2)), {}
+
+    def tap(site: str, value: jax.Array) -> jax.Array:
+        embeddings[site] = value
+        return value
+
+    with precision_of(np.float64):
+        vit = build(case.config, parameters, dtype=jnp.float64)
+        vit(jnp.asarray(pixels), tap=tap, interpolate_pos_encoding=True)
+        exact = jnp.asarray(parameters["position_embeddings"].astype(np.float64))
+        expected = resize_positions(exact, (2, 8), (3, 6))[:, 1:] + embeddings["patches"]
+        assert error(np.asarray(embeddings["embeddings"][:, 1:]), np.asarray(expected)).rms <= SEMANTIC_RMS
 
 
 @pytest.mark.torch

@@ -71,7 +71,7 @@ def test_tanh_gelu_is_named_at_the_first_activation() -> None:
 
 @pytest.mark.usefixtures("tanh_gelu")
 def test_tanh_gelu_is_named_on_the_given_checkpoints(pytestconfig: pytest.Config) -> None:
-    paths, images = pytestconfig.getoption("checkpoint"), pytestconfig.getoption("images")
+    paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)
     if not paths:
         pytest.skip("needs real weights: --checkpoint DIR_OR_HUB_ID")
     for path in paths:

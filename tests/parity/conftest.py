@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -18,26 +19,42 @@ from vit_ref.pretrained import configuration
 from vit_ref.verify import photographs
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES, synthetic_images
+from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
-from vit_ref.verify.pytest_plugin import summarise
 from vit_ref.verify.report import headline, table
+from vit_ref_pytest import summarise
 
 PHOTOGRAPHS = 4
+# A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
+# derivative. "rectangular-patch" is beyond FlaxViT, and the NumPy oracle goes forward only.
+BACKWARD = ("rectangular", "hard-tokens", "no-qkv-bias", "one-head", "pooler")
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What a parity test is about: a checkpoint with images, and whether the person gave it."""
+    """What a parity test is about: a checkpoint with images, whether to go backward too, and whether it was given."""
 
     name: str
     load: Callable[[], tuple[ViTConfig, Checkpoint, NDArray]]
+    backward: bool
     given: bool = False
+
+
+def _names(checkpoints: tuple[str, ...]) -> list[str]:
+    """A short name for each checkpoint, which no other and no embedded case has."""
+    short = [Path(path).resolve().name for path in checkpoints]
+    taken = Counter([*short, *CASES])
+    return [
+        name if taken[name] == 1 else f"{position}-{path.strip('./').replace('/', '-')}"
+        for position, (name, path) in enumerate(zip(short, checkpoints, strict=True), start=1)
+    ]
 
 
 @lru_cache(maxsize=1)
 def _subjects(checkpoints: tuple[str, ...], images: str | None) -> list[Subject]:
     embedded = [
-        Subject(case.name, lambda case=case: (case.config, case.checkpoint(), case.images())) for case in CASES.values()
+        Subject(case.name, lambda case=case: (case.config, case.checkpoint(), case.images()), case.name in BACKWARD)
+        for case in CASES.values()
     ]
 
     def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
@@ -52,50 +69,78 @@ def _subjects(checkpoints: tuple[str, ...], images: str | None) -> list[Subject]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "parity" in metafunc.fixturenames:
-        option = metafunc.config.getoption
-        subjects = _subjects(tuple(option("checkpoint")), option("images"))
+    option = partial(metafunc.config.getoption, default=None)
+    for fixture, check in CHECKS.items():
+        if fixture not in metafunc.fixturenames:
+            continue
         params = [
             pytest.param(
-                (subject, precision),
+                (check, subject, precision),
                 id=f"{subject.name}-{precision}",
                 # Under pytest-xdist one worker takes all tests of a subject, so that it is observed once.
-                marks=pytest.mark.xdist_group(subject.name),
+                marks=pytest.mark.xdist_group(f"{fixture} {subject.name}"),
             )
-            for subject in subjects
+            for subject in _subjects(tuple(option("checkpoint") or ()), option("images"))
             for precision in option("precision") or ["float32"]
+            if fixture == "parity" or subject.backward
         ]
-        metafunc.parametrize("parity", params, indirect=True, scope="session")
+        metafunc.parametrize(fixture, params, indirect=True, scope="session")
 
 
-@lru_cache(maxsize=1)
-def _check(subject: Subject, precision: str) -> ParityReport | InputError:
+def _forward(subject: Subject, precision: str) -> ParityReport:
+    config, source, pixels = subject.load()
+    return check_parity(subject.name, config, source, pixels, OwnCandidate(config, source), precision)
+
+
+def _backward(subject: Subject, precision: str) -> ParityReport:
+    config, source, pixels = subject.load()
+    # Two images give every direction that four do, in half the memory.
+    pixels = pixels[:2] if subject.given else pixels
+    return check_gradients(f"{subject.name}, backward", config, source, pixels, OwnCandidate(config, source), precision)
+
+
+CHECKS = {"parity": _forward, "gradients": _backward}
+
+
+@lru_cache(maxsize=None)  # reports are small, and in a shuffled run a subject's tests are far apart
+def _outcome(check: Callable[[Subject, str], ParityReport], subject: Subject, precision: str) -> ParityReport | str:
     try:
-        config, source, pixels = subject.load()
-        return check_parity(subject.name, config, source, pixels, OwnCandidate(config, source), precision)
+        return check(subject, precision)
     except InputError as error:
-        return error
+        return str(error)
+
+
+def _checked(request: pytest.FixtureRequest) -> ParityReport:
+    _, subject, precision = request.param
+    outcome = _outcome(*request.param)
+    if isinstance(outcome, str):
+        pytest.fail(outcome, pytrace=False)
+    directory = request.config.getoption("parity_report", None)
+    if directory:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        text = f"{headline(outcome)}\n\n{table(outcome)}\n"
+        (Path(directory) / f"{subject.name}-{precision}-{outcome.what}.txt").write_text(text, encoding="utf-8")
+    return outcome
 
 
 @pytest.fixture(scope="session")
 def parity(request: pytest.FixtureRequest) -> ParityReport:
-    subject, precision = request.param
-    outcome = _check(subject, precision)
-    if isinstance(outcome, InputError):
-        pytest.fail(str(outcome), pytrace=False)
-    directory = request.config.getoption("parity_report")
-    if directory:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        text = f"{headline(outcome)}\n\n{table(outcome)}\n"
-        (Path(directory) / f"{subject.name}-{precision}.txt").write_text(text, encoding="utf-8")
-    return outcome
+    """The forward check of one subject."""
+    return _checked(request)
+
+
+@pytest.fixture(scope="session")
+def gradients(request: pytest.FixtureRequest) -> ParityReport:
+    """The backward check of one subject."""
+    return _checked(request)
 
 
 @pytest.fixture(autouse=True)
 def _summary(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
     """Hands the outcome to the summary at the end of the run, across worker processes too."""
-    if "parity" in request.fixturenames:
-        subject, precision = request.node.callspec.params["parity"]
-        outcome = request.getfixturevalue("parity")
+    for fixture in CHECKS.keys() & set(request.fixturenames):
+        _, subject, precision = request.node.callspec.params[fixture]
+        outcome = request.getfixturevalue(fixture)
         text = headline(outcome) + (f"\n\n{table(outcome)}\n" if subject.given else "")
-        record_property(*summarise(f"{subject.name} {precision}", text, given=subject.given))
+        name = f"{outcome.what == 'gradients'} {subject.name} {precision}"
+        record_property(*summarise(name, text, given=subject.given))

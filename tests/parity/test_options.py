@@ -42,7 +42,7 @@ def test_a_checkpoint_outside_the_checkout_is_tested_and_reported(tmp_path: Path
     vit_ref.save_pretrained(filled(CASES["rectangular"].config), directory)
     ended = run("--checkpoint", directory, "--parity-report", tmp_path / "reports", "-k", "given-vit")
     assert ended.returncode == 0, ended.stdout
-    for text in (ended.stdout, (tmp_path / "reports" / "given-vit-float32.txt").read_text()):
+    for text in (ended.stdout, (tmp_path / "reports" / "given-vit-float32-sites.txt").read_text()):
         assert "given-vit: 30 sites pass; float64 at most " in text
         assert "\nblock.1.mlp.hidden " in text
 

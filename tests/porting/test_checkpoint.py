@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -149,8 +150,53 @@ def test_a_hub_id_while_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
 
 
+def test_a_hub_id_from_the_cache_while_offline(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    (repository / "snapshots").mkdir()
+    directory.rename(repository / "snapshots" / "0123abc")
+    assert vit_ref.from_pretrained("someone/vit").config == CONFIG
+
+
+def test_a_hub_repository_of_pickles_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        checkpoint.huggingface_hub, "list_repo_files", lambda name: ["config.json", "pytorch_model.bin"]
+    )
+    assert refusal("someone/vit") == (
+        "someone/vit/pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        (["model.safetensors", "flax_model.msgpack", "model.fp16.safetensors"], ["model.safetensors"]),
+        (["model.safetensors.index.json", "x.bin"], ["model.safetensors.index.json", "model-*-of-*.safetensors"]),
+        (["flax_model.msgpack", "pytorch_model.bin"], ["flax_model.msgpack"]),
+    ],
+)
+def test_one_format_is_fetched_from_the_hub(
+    files: list[str], fetched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        raise OSError("stop here")
+
+    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", lambda name: files)
+    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", fetch)
+    assert refusal("someone/vit").endswith("the hub refuses it as an id: stop here")
+    assert asked == ["config.json", "preprocessor_config.json", *fetched]
+
+
 @pytest.mark.hub
-@pytest.mark.skip(reason="needs the Hugging Face hub: run it by hand with network access")
+@pytest.mark.skipif("VIT_REF_HUB" not in os.environ, reason="needs the Hugging Face hub: set VIT_REF_HUB=1 to run it")
 def test_a_hub_id_online() -> None:
     assert vit_ref.from_pretrained("google/vit-base-patch16-224").config.num_labels == 1000
 
@@ -178,6 +224,7 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
         ("hidden_dropout_prob", 1.0, "hidden_dropout_prob is 1.0: give a probability"),
         ("num_hidden_layers", "2", "num_hidden_layers is '2': give an integer of at least 1"),
         ("qkv_bias", "yes", "qkv_bias is 'yes': give true or false"),
+        ("architectures", "ViTModel", "architectures is 'ViTModel': give a list of class names"),
         ("id2label", {"0": "a", "2": "b"}, "id2label does not number the classes 0 to 1"),
     ],
 )
@@ -315,6 +362,36 @@ def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytes
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 
 
+@pytest.mark.parametrize("size", ["abc", "1 parsec"])
+def test_a_shard_size_that_is_none(directory: Path, size: str) -> None:
+    with pytest.raises(CheckpointError, match=f"max_shard_size is '{size}'"):
+        vit_ref.save_pretrained(vit_ref.from_pretrained(directory), directory, max_shard_size=size)
+
+
+def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path) -> None:
+    parameters = porting.port(Case("npz", CONFIG).checkpoint().tensors, CONFIG, porting.HF)
+    tensors = porting.export(parameters, CONFIG, porting.NPZ)
+    extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
+    np.savez(tmp_path / "ViT.npz", **tensors, **extra)
+    assert "leave one behind with exempt=['head/*'] or exempt=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
+    assert vit_ref.from_pretrained(tmp_path / "ViT.npz", exempt=["head/*"]).config.pooler
+    assert vit_ref.from_pretrained(tmp_path / "ViT.npz", exempt=["pre_logits/*"]).config.num_labels == 3
+
+
+def test_npz_of_bfloat16(tmp_path: Path) -> None:
+    parameters = porting.port(Case("npz", CONFIG, stored=ml_dtypes.bfloat16).checkpoint().tensors, CONFIG, porting.HF)
+    np.savez(tmp_path / "ViT.npz", **porting.export(parameters, CONFIG, porting.NPZ))
+    found = pretrained.parameters_of(vit_ref.from_pretrained(tmp_path / "ViT.npz"))
+    assert all(found[path].tobytes() == value.tobytes() for path, value in parameters.items())
+
+
+def test_another_configuration_keeps_what_travels_with_the_checkpoint(directory: Path, tmp_path: Path) -> None:
+    other = ViTConfig(**{**CONFIG.__dict__, "layer_norm_eps": 1e-3, "extra": {}, "preprocessor": None})
+    model = vit_ref.from_pretrained(directory, config=other)
+    assert model.config.layer_norm_eps == 1e-3
+    assert model.config.preprocessor == PREPROCESSOR and model.config.extra["custom_note"] == "kept"
+
+
 def test_a_save_where_a_file_stands(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(CheckpointError, match="taken: cannot be written"):
@@ -338,7 +415,7 @@ def test_a_changed_head_does_not_keep_the_old_names() -> None:
     named = ViTConfig(**{**config.__dict__, "num_labels": 2, "labels": ("x", "y")}).to_hf()
     assert named["label2id"] == {"x": 0, "y": 1}
     headless = ViTConfig(**{**config.__dict__, "num_labels": 0, "labels": ()}).to_hf()
-    assert "id2label" not in headless and headless["architectures"] == ["ViTModel"]
+    assert headless["id2label"] == CONFIG.to_hf()["id2label"] and headless["architectures"] == ["ViTModel"]
 
 
 def test_what_changes_no_numerics_changes_no_equality() -> None:

@@ -253,3 +253,101 @@ def test_names_of_transformers_5() -> None:
         "vit.layernorm.bias",
         "vit.layernorm.weight",
     }
+
+
+# Hugging Face's PyTorch name of every tensor of a block and of the rest, and its name in the three other layouts, read
+# off a FlaxViT tree, off transformers 5.23.0's `state_dict()` and off vit_jax/models_vit.py. Written out whole, beside
+# the rules, so that one slip has to be made twice.
+NAMES = {
+    "embeddings.cls_token": ("embeddings/cls_token", "embeddings.cls_token", "cls"),
+    "embeddings.position_embeddings": (
+        "embeddings/position_embeddings",
+        "embeddings.position_embeddings",
+        "Transformer/posembed_input/pos_embedding",
+    ),
+    "embeddings.patch_embeddings.projection": (
+        "embeddings/patch_embeddings/projection",
+        "embeddings.patch_embeddings.projection",
+        "embedding",
+    ),
+    "encoder.layer.0.layernorm_before": (
+        "encoder/layer/0/layernorm_before",
+        "layers.0.layernorm_before",
+        "Transformer/encoderblock_0/LayerNorm_0",
+    ),
+    "encoder.layer.0.attention.attention.query": (
+        "encoder/layer/0/attention/attention/query",
+        "layers.0.attention.q_proj",
+        "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query",
+    ),
+    "encoder.layer.0.attention.attention.key": (
+        "encoder/layer/0/attention/attention/key",
+        "layers.0.attention.k_proj",
+        "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/key",
+    ),
+    "encoder.layer.0.attention.attention.value": (
+        "encoder/layer/0/attention/attention/value",
+        "layers.0.attention.v_proj",
+        "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/value",
+    ),
+    "encoder.layer.0.attention.output.dense": (
+        "encoder/layer/0/attention/output/dense",
+        "layers.0.attention.o_proj",
+        "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/out",
+    ),
+    "encoder.layer.0.layernorm_after": (
+        "encoder/layer/0/layernorm_after",
+        "layers.0.layernorm_after",
+        "Transformer/encoderblock_0/LayerNorm_2",
+    ),
+    "encoder.layer.0.intermediate.dense": (
+        "encoder/layer/0/intermediate/dense",
+        "layers.0.mlp.fc1",
+        "Transformer/encoderblock_0/MlpBlock_3/Dense_0",
+    ),
+    "encoder.layer.0.output.dense": (
+        "encoder/layer/0/output/dense",
+        "layers.0.mlp.fc2",
+        "Transformer/encoderblock_0/MlpBlock_3/Dense_1",
+    ),
+    "layernorm": ("layernorm", "layernorm", "Transformer/encoder_norm"),
+    "classifier": ("classifier", "classifier", "head"),
+}
+
+
+def pytorch_to_flax(name: str, tensor: NDArray) -> tuple[str, NDArray]:
+    """A PyTorch tensor's leaf name and value as flax has them: kernels are (in, out) and (height, width, in, out)."""
+    if "norm" in name:
+        return ("scale" if name.endswith("weight") else "bias"), tensor
+    if tensor.ndim == 4:
+        return "kernel", np.einsum("oihw->hwio", tensor)
+    return ("kernel", np.einsum("oi->io", tensor)) if name.endswith("weight") else ("bias", tensor)
+
+
+@pytest.mark.parametrize("layout", ["flax", "hf5", "npz"])
+def test_every_layout_is_hugging_faces_under_other_names(layout: str) -> None:
+    config = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 1})
+    column = ["flax", "hf5", "npz"].index(layout)
+    expected = {}
+    for name, tensor in porting.export(parameters(config), config, porting.HF).items():
+        stem = name.removeprefix("vit.")
+        if stem in NAMES:
+            renamed = NAMES[stem][column]
+        else:
+            stem, leaf = stem.rsplit(".", 1)
+            renamed = NAMES[stem][column]
+            if layout == "hf5":
+                renamed += f".{leaf}"
+            else:
+                leaf, tensor = pytorch_to_flax(name, tensor)
+                renamed += f"/{leaf}"
+        if "MultiHeadDotProductAttention" in renamed and not renamed.endswith("out/bias"):
+            heads, width = config.num_attention_heads, config.head_dim
+            apart = {"out/kernel": (heads, width, -1), "bias": (heads, width)}
+            tensor = tensor.reshape(next((s for end, s in apart.items() if renamed.endswith(end)), (-1, heads, width)))
+        prefix = {"flax": "vit/", "hf5": "vit.", "npz": ""}[layout]
+        expected[renamed if renamed.startswith("classifier") else prefix + renamed] = tensor
+    found = porting.export(parameters(config), config, LAYOUTS[layout])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)

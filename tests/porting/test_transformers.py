@@ -6,14 +6,17 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import vit_ref
+from vit_ref import porting
 from vit_ref.model import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.flaxvit import require_flaxvit
+from vit_ref.verify.flaxvit import FlaxViTReference, require_flaxvit
 
 pytestmark = pytest.mark.porting
 
@@ -42,8 +45,6 @@ def test_flaxvit_loads_what_is_saved(
         theirs = kind.from_pretrained(tmp_path)
     assert not [record.getMessage() for record in caplog.records if "Some weights" in record.getMessage()]
     pixels = CASES[name].images() if config is CASES[name].config else np.ones((2, 20, 20, config.num_channels), "f4")
-    import jax
-
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = theirs(pixel_values=pixels.transpose(0, 3, 1, 2))
     expected = output.logits if config.num_labels else output.pooler_output
@@ -68,3 +69,26 @@ def test_pytorch_loads_what_is_saved(name: str, tmp_path: Path, filled: Callable
         output = theirs.eval()(torch.tensor(pixels.transpose(0, 3, 1, 2)))
     expected = (output.logits if config.num_labels else output.pooler_output).numpy()
     np.testing.assert_allclose(model(jnp.asarray(pixels)), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["rectangular", "pooler", "no-qkv-bias"])
+def test_the_flax_layout_is_flaxvits_own_tree(name: str) -> None:
+    """As transformers' converter makes it of the PyTorch tensors, every parameter drawn at random."""
+    config, tensors = CASES[name].config, CASES[name].checkpoint().tensors
+    theirs = flatten_dict(FlaxViTReference(config, tensors).params, sep="/")
+    found = porting.export(porting.port(tensors, config, porting.HF), config, porting.FLAX)
+    assert found.keys() == theirs.keys()
+    for path, tensor in theirs.items():
+        np.testing.assert_array_equal(found[path], tensor, err_msg=path)
+
+
+def test_transformers_reads_what_was_saved_last(tmp_path: Path, filled: Callable[..., VisionTransformer]) -> None:
+    """Not the weights of another format that stood in the directory before."""
+    from transformers import FlaxViTForImageClassification, ViTConfig
+
+    config = CASES["deep"].config
+    FlaxViTForImageClassification(ViTConfig(**config.to_hf())).save_pretrained(tmp_path)
+    assert (tmp_path / "flax_model.msgpack").exists()
+    vit_ref.save_pretrained(filled(config), tmp_path)
+    theirs = FlaxViTForImageClassification.from_pretrained(tmp_path).params["classifier"]["bias"]
+    np.testing.assert_array_equal(theirs, filled(config).head.bias[...])

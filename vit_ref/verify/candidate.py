@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.porting import detect, port
-from vit_ref.pretrained import build
+from vit_ref.pretrained import build, parameters_of_state
+from vit_ref.sites import sites
+from vit_ref.verify.backward import Gradients, Objective, differentiate
 from vit_ref.verify.trace import Trace, precision_of
 
 
@@ -40,8 +43,12 @@ class OwnCandidate:
           replace: values by site that take the place of the model's own, after those were recorded.
         """
         with precision_of(dtype):
-            model = build(self.config, self.parameters, dtype=dtype)
-            graph, state = nnx.split(model)
+            narrow = np.dtype(dtype) != np.float64
+            parameters = {
+                path: value.astype(np.float32) if narrow and value.dtype == np.float64 else value
+                for path, value in self.parameters.items()
+            }
+            graph, state = nnx.split(build(self.config, parameters, dtype=dtype))
 
             def run(state: nnx.State, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
                 recorded: dict[str, jax.Array] = {}
@@ -55,3 +62,22 @@ class OwnCandidate:
 
             given = {site: jnp.asarray(value, dtype) for site, value in (replace or {}).items()}
             return jax.device_get(jax.jit(run)(state, jnp.asarray(pixels, dtype), given))
+
+    def gradients(self, pixels: NDArray, dtype: DTypeLike, objectives: tuple[Objective, ...]) -> list[Gradients]:
+        """See `Differentiable.gradients`."""
+        with precision_of(dtype):
+            wide = np.promote_types(np.dtype(dtype), np.float32)
+            parameters = {path: value.astype(wide) for path, value in self.parameters.items()}
+            graph, state = nnx.split(build(self.config, parameters, dtype=dtype))
+
+        def forward(state: nnx.State, perturbations: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
+            def tap(site: str, value: jax.Array) -> jax.Array:
+                return value + perturbations[site].astype(value.dtype)
+
+            return nnx.merge(graph, state)(pixels, tap=tap)
+
+        shapes = sites(self.config, len(pixels), pixels.shape[1:3])
+        return [
+            Gradients(by_site, parameters_of_state(by_parameter), by_pixel)
+            for by_parameter, by_site, by_pixel in differentiate(forward, state, shapes, pixels, dtype, objectives)
+        ]

@@ -1,6 +1,7 @@
 """The reference that nobody here wrote: transformers' FlaxViT, observed at every site from outside.
 
-flax's method interception sees each submodule's inputs and outputs, so transformers is neither edited nor copied.
+flax's method interception sees, and can replace, each submodule's inputs and outputs, so transformers is neither edited
+nor copied.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from flax import linen
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.model import Tap
+from vit_ref.porting import FLAX, port
+from vit_ref.sites import sites
+from vit_ref.verify.backward import Gradients, Objective, differentiate
 from vit_ref.verify.trace import Trace, precision_of
 
 # Submodule path -> site of its output, outside the blocks and inside one.
@@ -31,15 +38,14 @@ _OUTSIDE = {
 }
 _INSIDE = {
     ("layernorm_before",): "norm1",
-    ("attention", "attention", "query"): "attn.query",
-    ("attention", "attention", "key"): "attn.key",
-    ("attention", "attention", "value"): "attn.value",
     ("attention", "output", "dense"): "attn.out",
     ("layernorm_after",): "norm2",
     ("intermediate", "dense"): "mlp.fc1",
     ("intermediate",): "mlp.hidden",
     ("output", "dense"): "mlp.out",
 }
+
+_HEADS = {("attention", "attention", role): f"attn.{role}" for role in ("query", "key", "value")}
 
 
 class ReferenceUnavailableError(InputError):
@@ -93,7 +99,8 @@ class FlaxViTReference:
             self._build = partial(modeling_flax_vit.FlaxViTModule, add_pooling_layer=config.pooler)
         shapes = jax.eval_shape(self.module(np.float32).init, jax.random.key(0), self._pixels(config))["params"]
         stand_in = SimpleNamespace(params=shapes, base_model_prefix="vit")
-        self.params = convert_pytorch_state_dict_to_flax(dict(tensors), stand_in)
+        with precision_of(np.float64):  # so that float64 weights survive
+            self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), stand_in))
 
     def _pixels(self, config: ViTConfig) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *config.image_hw, config.num_channels), np.float32)
@@ -104,42 +111,92 @@ class FlaxViTReference:
 
     def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
         """See `Implementation.trace`."""
-        module = self.module(dtype)
 
         def run(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
             observed: dict[str, jax.Array] = {}
-            with linen.intercept_methods(self._observer(observed)):
-                module.apply({"params": params}, pixels, output_attentions=True)
+
+            def tap(site: str, value: jax.Array) -> jax.Array:
+                observed[site] = value
+                return value
+
+            self._forward(params, pixels, dtype, tap)
             return observed
 
         with precision_of(dtype):
-            return jax.device_get(jax.jit(run)(self.params, pixels.astype(dtype)))
+            return jax.device_get(jax.jit(run)(_rounded(self.params, dtype), pixels.astype(dtype)))
 
-    def _observer(self, observed: dict[str, jax.Array]) -> Any:
+    def gradients(self, pixels: NDArray, dtype: DTypeLike, objectives: tuple[Objective, ...]) -> list[Gradients]:
+        """See `Differentiable.gradients`. Gradients of parameters get our paths by the weight map of FlaxViT's tree."""
+
+        def forward(params: Any, perturbations: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
+            def tap(site: str, value: jax.Array) -> jax.Array:
+                return value + perturbations[site].astype(value.dtype)
+
+            return self._forward(params, pixels, dtype, tap)
+
+        shapes = sites(self.config, len(pixels), pixels.shape[1:3])
+        return [
+            Gradients(by_site, port(flatten_dict(by_parameter, sep="/"), self.config, FLAX), by_pixel)
+            for by_parameter, by_site, by_pixel in differentiate(
+                forward, self.params, shapes, pixels, dtype, objectives
+            )
+        ]
+
+    def _forward(self, params: Any, pixels: jax.Array, dtype: DTypeLike, tap: Tap) -> jax.Array:
+        """The module's output, with every site's value passed through a tap.
+
+        Values are intercepted as submodules return them. Two are not returned by any: the attention probabilities, for
+        which the function that computes them is wrapped while this runs, and the stream between attention and MLP,
+        which is replaced where it enters the second norm and the second addition.
+        """
+        from transformers.models.vit import modeling_flax_vit
+
         heads = (self.config.num_attention_heads, self.config.head_dim)
+        weights = modeling_flax_vit.dot_product_attention_weights  # type: ignore[attr-defined]
+        block = ""
+        stream = None
 
-        def observe(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            output = call(*args, **kwargs)
+        def attention_weights(*args: Any, **kwargs: Any) -> jax.Array:
+            return tap(f"{block}.attn.probs", weights(*args, **kwargs))
+
+        def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            nonlocal block, stream
             path = tuple(part for part in context.module.path if part != "vit")
             if context.method_name != "__call__":
-                return output
+                return call(*args, **kwargs)
             if path in _OUTSIDE:
-                observed[_OUTSIDE[path]] = output
-            elif path[:2] == ("encoder", "layer") and len(path) > 2:
-                block, inside = f"block.{path[2]}", path[3:]
-                if inside == ():
-                    observed[f"{block}.mlp.residual"] = output[0]
-                elif inside == ("attention", "attention"):
-                    observed[f"{block}.attn.context"], observed[f"{block}.attn.probs"] = output
-                elif inside in _INSIDE:
-                    site = _INSIDE[inside]
-                    split = site in ("attn.query", "attn.key", "attn.value")
-                    observed[f"{block}.{site}"] = output.reshape(*output.shape[:2], *heads) if split else output
-                if inside == ("layernorm_after",):
-                    observed[f"{block}.attn.residual"] = args[0]
-            return output
+                return tap(_OUTSIDE[path], call(*args, **kwargs))
+            if path[:2] != ("encoder", "layer") or len(path) == 2:
+                return call(*args, **kwargs)
+            block, inside = f"block.{path[2]}", path[3:]
+            if inside == ("layernorm_after",):
+                stream = tap(f"{block}.attn.residual", args[0])
+                args = (stream,)
+            if inside == ("output",):
+                args = (args[0], stream)
+            output = call(*args, **kwargs)
+            if inside in ((), ("attention", "attention")):
+                site = "attn.context" if inside else "mlp.residual"
+                return (tap(f"{block}.{site}", output[0]), *output[1:])
+            if inside in _HEADS:
+                split = output.reshape(*output.shape[:2], *heads)
+                return tap(f"{block}.{_HEADS[inside]}", split).reshape(output.shape)
+            return tap(f"{block}.{_INSIDE[inside]}", output) if inside in _INSIDE else output
 
-        return observe
+        with (
+            mock.patch.object(modeling_flax_vit, "dot_product_attention_weights", attention_weights),
+            linen.intercept_methods(intercept),
+        ):
+            outputs: Any = self.module(dtype).apply({"params": params}, pixels, return_dict=False)
+        if self.config.num_labels:
+            return outputs[0]
+        return outputs[1] if self.config.pooler else outputs[0][:, 0]
+
+
+def _rounded(params: Any, dtype: DTypeLike) -> Any:
+    """Parameters of float64 at the tested precision's own, which jax would otherwise make of them with a warning."""
+    narrow = np.dtype(dtype) != np.float64
+    return jax.tree.map(lambda x: x.astype(np.float32) if narrow and x.dtype == np.float64 else x, params)
 
 
 def _square(config: ViTConfig) -> dict[str, int]:

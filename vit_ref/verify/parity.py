@@ -77,6 +77,7 @@ class ParityReport:
       precision: the tested dtype's name.
       results: one per site, in the order of the forward pass.
       unobserved: sites that the candidate did not show. They have not passed.
+      what: what was measured, "sites" or "gradients".
     """
 
     title: str
@@ -84,6 +85,7 @@ class ParityReport:
     precision: str
     results: tuple[SiteResult, ...]
     unobserved: tuple[str, ...] = ()
+    what: str = "sites"
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:

@@ -55,4 +55,6 @@ def load(files: list[Path], config: ViTConfig) -> NDArray:
         except OSError as error:
             raise InputError(f"{file}: not a readable image ({error})") from None
     pixels = ViTImageProcessor(**settings)(images, return_tensors="np")["pixel_values"]
+    if pixels.shape[2:] != (height, width):
+        raise InputError(f"preprocessing makes images of {pixels.shape[2:]} pixels, the model takes {(height, width)}")
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), dtype=np.float32)

@@ -9,7 +9,7 @@ from vit_ref.verify.parity import ParityReport, SiteResult
 def headline(report: ParityReport) -> str:
     """The verdict in a few lines, the first divergence on top."""
     if report.unobserved:
-        return f"{report.title}: {len(report.unobserved)} sites were not observed, first {report.unobserved[0]}"
+        return f"{report.title}: {len(report.unobserved)} {report.what} were not observed, first {report.unobserved[0]}"
     last = report.results[-1]
     output = (
         f"{last.site}: {last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
@@ -31,8 +31,8 @@ def headline(report: ParityReport) -> str:
         exact = max(report.results, key=lambda result: result.exact.rms)
         tight = min(report.results, key=lambda result: result.margin)
         verdict = (
-            f"{report.title}: {len(report.results)} sites pass; float64 at most {exact.exact.rms:.1e} ({exact.site}),"
-            f" smallest margin {tight.margin:.2f} ({tight.site})"
+            f"{report.title}: {len(report.results)} {report.what} pass; float64 at most {exact.exact.rms:.1e}"
+            f" ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
         )
     return "\n  ".join([verdict, output, *_blame(report)])
 
@@ -56,11 +56,12 @@ def _blame(report: ParityReport) -> list[str]:
 def table(report: ParityReport) -> str:
     """Every site with its errors, in the order of the forward pass."""
     alone = any(result.alone for result in report.results)
+    width = max(len(result.site) for result in report.results) + 1
     header = (
-        f"{'site':<23}{'float64':>9}{'alone' if alone else '':>{9 * alone}}{report.precision:>10}"
+        f"{report.what:<{width}}{'float64':>9}{'alone' if alone else '':>{9 * alone}}{report.precision:>10}"
         f"{report.reference:>9}{'ratio':>8}{'margin':>8}"
     )
-    return "\n".join([header, *(_row(result) for result in report.results)])
+    return "\n".join([header, *(_row(result, width) for result in report.results)])
 
 
 def explain() -> str:
@@ -73,12 +74,12 @@ def explain() -> str:
     )
 
 
-def _row(result: SiteResult) -> str:
+def _row(result: SiteResult, width: int) -> str:
     failed = not result.exact.passes_semantic_gate, not result.passes_numerical_gate
     mark = {(True, True): " both", (True, False): " float64", (False, True): " rounding"}.get(failed, "")
     alone = f"{result.alone.rms:>9.1e}" if result.alone else ""
     return (
-        f"{result.site:<23}{result.exact.rms:>9.1e}{alone}{result.rounding:>10.1e}{result.yardstick:>9.1e}"
+        f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>10.1e}{result.yardstick:>9.1e}"
         f"{_multiple(result.ratio):>8}{result.margin:>8.2g}{mark}"
     )
 

@@ -1,11 +1,14 @@
 """pytest's options for parity, and the parity section at the end of a run.
 
 An entry point loads it, so the options are known before any conftest is: pytest would otherwise take the path after
-`--checkpoint` for a directory of tests. It stays light, since every project that has vit-ref installed imports it.
+`--checkpoint` for a directory of tests, and read its configuration from there. pytest loads entry points in every
+project of an environment, so this module stands outside the package, imports nothing of it, and adds its options only
+to runs that start in this project's directory.
 """
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,16 @@ EXIT_BAD_INPUT = 2
 _PROPERTY = "parity "
 
 
+def _at_home() -> bool:
+    try:
+        return tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "vit-ref"
+    except (OSError, KeyError, ValueError):
+        return False
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    if not _at_home():
+        return
     group = parser.getgroup("vit_ref", "numerical parity of ViT ports")
     group.addoption(
         "--checkpoint",
@@ -34,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    checkpoints, images = config.getoption("checkpoint"), config.getoption("images")
+    checkpoints, images = config.getoption("checkpoint", None), config.getoption("images", None)
     if not checkpoints and not images:
         return
     from vit_ref import checkpoint

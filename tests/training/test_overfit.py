@@ -1,0 +1,107 @@
+"""Can the model learn one batch by heart, along the reference's own curve, and only where it may?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from vit_ref import checkpoint, porting
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.config import ViTConfig
+from vit_ref.finetune.step import classification_loss, train_step
+from vit_ref.model import VisionTransformer
+from vit_ref.pretrained import configuration, parameters_of
+from vit_ref.verify import photographs
+from vit_ref.verify.cases import CASES, synthetic_images
+from vit_ref.verify.gates import root_mean_square
+from vit_ref.verify.trace import precision_of
+
+pytestmark = pytest.mark.training
+
+CONFIG = replace(CASES["rectangular"].config, hidden_size=48, intermediate_size=96, num_labels=7, initializer_range=0.1)
+
+
+def fresh(config: ViTConfig) -> Checkpoint:
+    """A randomly initialised model's weights, as a checkpoint."""
+    model = VisionTransformer(config, rngs=nnx.Rngs(0))
+    return Checkpoint(Path("fresh"), porting.export(parameters_of(model), config, porting.HF), config.to_hf())
+
+
+def assert_same_curve(ours: np.ndarray, reference: np.ndarray, truth: np.ndarray) -> None:
+    """In float32 our losses leave the reference's float64 curve no more than twice as far as its own float32 losses.
+
+    Up to each step the largest distance so far counts: where two curves happen to cross says nothing.
+    """
+    floor = 4 * 2**-23 * root_mean_square(truth)  # a loss is a mean of a few logarithms, each rounded
+    drift = np.maximum.accumulate(np.abs(reference - truth))
+    assert (np.abs(ours - truth) <= 2 * drift + floor).all()
+
+
+def test_one_batch_is_learnt_along_the_references_curve(train_ours: Callable, train_flaxvit: Callable) -> None:
+    pixels, labels = synthetic_images(CONFIG, 6, seed=5), np.array([0, 1, 2, 3, 4, 4])
+    arguments = CONFIG, fresh(CONFIG), lambda: optax.adamw(1e-2, weight_decay=0.01), [(pixels, labels)] * 80
+    truth = train_flaxvit(*arguments, np.float64, set())
+    # 1e-3 is reached at step 49 of 80.
+    assert truth.losses[0] > 1.5
+    assert truth.losses[-1] < 1e-3
+    ours = train_ours(*arguments, np.float32, set())
+    assert ours.losses[-1] < 1e-3
+    assert_same_curve(ours.losses, train_flaxvit(*arguments, np.float32, set()).losses, truth.losses)
+
+
+def test_a_given_checkpoint_with_a_new_head_learns_one_batch(
+    pytestconfig: pytest.Config, train_ours: Callable, train_flaxvit: Callable
+) -> None:
+    paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)
+    if not paths:
+        pytest.skip("needs real weights: --checkpoint DIR_OR_HUB_ID")
+    for path in paths:
+        source = checkpoint.read(path)
+        config = replace(configuration(source), num_labels=3, labels=(), pooler=False)
+        pixels = (
+            photographs.load(photographs.find(Path(images), 3), config) if images else synthetic_images(config, batch=3)
+        )
+        body = {name: value for name, value in source.tensors.items() if not name.startswith("classifier")}
+        head = {name: value for name, value in fresh(config).tensors.items() if name.startswith("classifier")}
+        source = Checkpoint(Path(path), {**body, **head}, config.to_hf())
+        arguments = config, source, lambda: optax.adamw(1e-4), [(pixels, np.arange(3))] * 15
+        ours = train_ours(*arguments, np.float32, set())
+        assert ours.losses[-1] < 1e-3
+        reference = train_flaxvit(*arguments, np.float32, set())
+        truth = train_flaxvit(*arguments, np.float64, set())
+        assert_same_curve(ours.losses, reference.losses, truth.losses)
+
+
+def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., VisionTransformer]) -> None:
+    model = filled(CONFIG)
+    before = parameters_of(model)
+    is_head = nnx.All(nnx.Param, nnx.PathContains("head"))
+    pixels, labels = jnp.asarray(synthetic_images(CONFIG, 4)), jnp.arange(4)
+    step = nnx.jit(train_step)
+    with precision_of(np.float32):  # optax promotes silently
+        optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=is_head)
+        losses = [float(step(model, optimizer, pixels, labels)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    after = parameters_of(model)
+    changed = {path for path in before if before[path].tobytes() != after[path].tobytes()}
+    assert changed == {"head.kernel", "head.bias"}
+    assert (after["head.kernel"] != before["head.kernel"]).all()
+
+
+def test_the_loss_is_float32_under_bfloat16(filled: Callable[..., VisionTransformer]) -> None:
+    pixels, labels = jnp.asarray(synthetic_images(CONFIG, 4)), jnp.arange(4)
+    with precision_of(jnp.bfloat16):
+        model = filled(CONFIG, dtype=jnp.bfloat16)
+        loss = classification_loss(model, pixels, labels)
+        logits = np.asarray(model(pixels)).astype(np.float64)
+    expected = np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(4), np.arange(4)])
+    assert loss.dtype == jnp.float32
+    # From the same bfloat16 logits: a few roundings of float32. In bfloat16 the loss would be off by up to 2^-9.
+    assert abs(float(loss) - expected) <= 8 * 2**-24 * abs(expected)

@@ -1,0 +1,53 @@
+"""One training step."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from vit_ref.model import VisionTransformer
+
+
+def classification_loss(model: VisionTransformer, pixels: Array, labels: Array, rngs: nnx.Rngs | None = None) -> Array:
+    """Mean cross-entropy over the batch, computed in at least float32 whatever the model's dtype.
+
+    Args:
+      model: a model with a head; in training mode its dropout is live.
+      pixels: (B, height, width, C).
+      labels: class ids (B,), integers.
+      rngs: the "dropout" stream, in training mode.
+
+    Returns:
+      A scalar. In bfloat16 it would be quantised to 8 bits, and its gradient with it.
+    """
+    logits = model(pixels, rngs=rngs)
+    logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train_step(
+    model: VisionTransformer,
+    optimizer: nnx.Optimizer,
+    pixels: Array,
+    labels: Array,
+    rngs: nnx.Rngs | None = None,
+) -> Array:
+    """Updates `model` and `optimizer` in place by one step; wrap it in `nnx.jit`.
+
+    Args:
+      model: see `classification_loss`.
+      optimizer: `nnx.Optimizer(model, transformation, wrt=filter)`. Parameters that `wrt` leaves out are frozen: their
+        gradients are not even computed.
+      pixels: see `classification_loss`.
+      labels: see `classification_loss`.
+      rngs: see `classification_loss`.
+
+    Returns:
+      The loss before the update.
+    """
+    differentiated = nnx.DiffState(0, optimizer.wrt)
+    loss, gradients = nnx.value_and_grad(classification_loss, argnums=differentiated)(model, pixels, labels, rngs)
+    optimizer.update(model, gradients)
+    return loss

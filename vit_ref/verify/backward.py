@@ -1,0 +1,107 @@
+"""Backward passes, for whoever is differentiated: objectives, and gradients by perturbing every site.
+
+Gradients are pulled back from the classification loss and from random cotangents at the output: the loss alone leaves
+directions out (its cotangents sum to zero over the classes, and vanish where the model is sure).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.sites import Site
+from vit_ref.verify.trace import precision_of
+
+# Enough that the rounding error pooled over them is known to a quarter; they share one compiled function.
+RANDOM_COTANGENTS = 5
+
+
+class Objective(NamedTuple):
+    """A scalar of the output: `loss_weight` times the mean cross-entropy, plus the inner product with `cotangent`.
+
+    The images are multiplied by `brightness` first, so that no two objectives share their forward pass's rounding.
+    """
+
+    brightness: float
+    loss_weight: float
+    labels: NDArray
+    cotangent: NDArray
+
+
+class Gradients(NamedTuple):
+    """Gradients of one objective.
+
+    Attributes:
+      sites: by site, shaped as the site.
+      parameters: by the candidate's paths, through the weight map.
+      pixels: (B, height, width, C).
+    """
+
+    sites: dict[str, NDArray]
+    parameters: dict[str, NDArray]
+    pixels: NDArray
+
+    def named(self) -> dict[str, NDArray]:
+        """All of them by name, in the order in which backpropagation meets them, parameters after the sites."""
+        return {**self.sites, **self.parameters, "pixels": self.pixels}
+
+
+def objectives_for(config: ViTConfig, batch: int, seed: int = 0) -> tuple[Objective, ...]:
+    """The classification loss on random labels, then random cotangents."""
+    rng = np.random.default_rng(seed)
+    width = config.num_labels or (config.pooler_width if config.pooler else config.hidden_size)
+    labels = rng.integers(0, width, batch)
+    loss = Objective(1.0, 1.0, labels, np.zeros((batch, width)))
+    return loss, *(
+        Objective(1 - k / 16, 0.0, labels, rng.normal(size=(batch, width))) for k in range(1, RANDOM_COTANGENTS + 1)
+    )
+
+
+def differentiate(
+    forward: Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array],
+    parameters: Any,
+    shapes: tuple[Site, ...],
+    pixels: NDArray,
+    dtype: DTypeLike,
+    objectives: tuple[Objective, ...],
+) -> list[tuple[Any, dict[str, NDArray], NDArray]]:
+    """Gradients of a forward pass that adds a perturbation to the value at every site.
+
+    Args:
+      forward: (parameters, perturbations by site, pixels) -> output (B, width).
+      parameters: any tree.
+      shapes: the sites; every perturbation is zero, and the gradient with respect to it is the site's.
+      pixels: float32 images.
+      dtype: float64, or the precision under test.
+      objectives: what to differentiate; one compiled function serves all.
+
+    Returns:
+      For each objective the gradients of parameters, sites and pixels.
+    """
+    wide = np.promote_types(np.dtype(dtype), np.float32)
+
+    def objective(
+        parameters: Any, perturbations: Any, pixels: jax.Array, weight: Any, labels: Any, cotangent: Any
+    ) -> jax.Array:
+        output = forward(parameters, perturbations, pixels.astype(dtype)).astype(wide)
+        log_probs = jax.nn.log_softmax(output)
+        loss = -jnp.mean(jnp.take_along_axis(log_probs, labels[:, None], axis=1))
+        return weight * loss + jnp.sum(cotangent * output)
+
+    with precision_of(dtype):
+        run = jax.jit(jax.grad(objective, argnums=(0, 1, 2)))
+        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), parameters)
+        perturbations = {site.name: jnp.zeros(site.shape, wide) for site in shapes}
+        found = []
+        for o in objectives:
+            images = jnp.asarray(pixels * np.float32(o.brightness), wide)
+            scalars = wide.type(o.loss_weight), o.labels, o.cotangent.astype(wide)
+            found.append(jax.device_get(run(cast, perturbations, images, *scalars)))
+        return found
