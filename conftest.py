@@ -8,6 +8,24 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import Phase, settings
+
+# `--hypothesis-profile NAME`: on how many configurations a property is tried. Each has shapes of its own and compiles
+# anew, hence so few, no deadline, and no shrinking but in the thorough profile: five minutes were seen, over an example
+# that was small to begin with. Every run draws others; `--hypothesis-seed` repeats one. The parent is named because
+# hypothesis takes another one, with fixed draws, where it finds itself in CI.
+AS_DRAWN = (Phase.explicit, Phase.reuse, Phase.generate)
+for name, examples, phases in (("quick", 5, AS_DRAWN), ("ci", 25, AS_DRAWN), ("thorough", 250, tuple(Phase))):
+    settings.register_profile(
+        name,
+        settings.get_profile("default"),
+        max_examples=examples,
+        phases=phases,
+        deadline=None,
+        derandomize=False,
+        print_blob=True,
+    )
+settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "porting: the weight map, checkpoints and bad input",
         "model: the model by itself",
         "training: training steps, dropout and one-batch overfitting follow the reference",
+        "preprocessing: images become what the reference's image processor makes of them",
+        "consistency: every way of running and differentiating the model agrees with every other",
+        "properties: what holds for every valid configuration",
         "mutants: a deliberate fault is seen, and named where it is",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",

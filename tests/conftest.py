@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.model import VisionTransformer
-from vit_ref.porting import parameter_shapes
+from vit_ref.porting import Tensors, parameter_shapes
 from vit_ref.pretrained import build
+from vit_ref.sites import sites
+from vit_ref.verify.trace import Trace, precision_of
 
 
 def _filled(config: ViTConfig, dtype: DTypeLike | None = None) -> VisionTransformer:
@@ -24,3 +31,30 @@ def _filled(config: ViTConfig, dtype: DTypeLike | None = None) -> VisionTransfor
 def filled() -> Callable[..., VisionTransformer]:
     """`filled(config, dtype=None)`: a model of that configuration with no parameter at its initial value."""
     return _filled
+
+
+# Compiled once a configuration and batch size, whatever the weights.
+@partial(jax.jit, static_argnums=0)
+def _observe(graph: nnx.GraphDef, state: nnx.State, pixels: jax.Array) -> dict[str, jax.Array]:
+    recorded: dict[str, jax.Array] = {}
+
+    def tap(site: str, value: jax.Array) -> jax.Array:
+        recorded[site] = value
+        return value
+
+    nnx.merge(graph, state)(pixels, tap=tap)
+    return recorded
+
+
+def _traced(config: ViTConfig, parameters: Tensors, pixels: NDArray) -> Trace:
+    with precision_of(np.float64):
+        graph, state = nnx.split(build(config, parameters, dtype=np.float64))
+        recorded = jax.device_get(_observe(graph, state, jnp.asarray(pixels, np.float64)))
+    # jit returns a dictionary's entries in alphabetical order.
+    return {site.name: recorded[site.name] for site in sites(config, len(pixels))}
+
+
+@pytest.fixture(scope="session")
+def traced() -> Callable[..., Trace]:
+    """`traced(config, parameters, pixels)`: the trace of this package's model in float64, in the order of its sites."""
+    return _traced

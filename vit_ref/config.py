@@ -22,6 +22,9 @@ _VARIANTS = {
     "H": (1280, 32, 5120, 16),
 }
 
+# Fields that are read from or written to a Hugging Face config in another way than by their names, or not at all.
+_NOT_BY_NAME = frozenset({"pooler", "labels", "extra", "preprocessor", "num_labels", "broadcast_attention_dropout"})
+
 _POSITIVE_INTEGERS = (
     "hidden_size",
     "num_hidden_layers",
@@ -54,6 +57,8 @@ class ViTConfig:
       qkv_bias: whether query, key and value have biases.
       hidden_dropout_prob: dropout after the embeddings, the attention output and the MLP output, in training.
       attention_probs_dropout_prob: dropout of the attention probabilities, in training.
+      broadcast_attention_dropout: draw one mask of the attention probabilities for all images and heads of a batch, as
+        FlaxViT does; by default each has its own, as in PyTorch. No Hugging Face field: no checkpoint holds it.
       image_size: (height, width) in pixels that the position embeddings belong to; an int means a square.
       patch_size: (height, width) of a patch in pixels; an int means a square.
       num_channels: channels of an image.
@@ -65,7 +70,7 @@ class ViTConfig:
       pooler_act: the pooler's activation.
       labels: names of the classes in order of their ids, or () where the checkpoint names none.
       extra: `config.json` as it was read. It changes no numerics and goes back into a saved checkpoint.
-      preprocessor: `preprocessor_config.json` as it was read, likewise carried and not interpreted.
+      preprocessor: `preprocessor_config.json` as it was read, likewise carried; `vit_ref.preprocessing` follows it.
 
     Raises:
       ConfigError: a value is out of range, unknown, or contradicts another.
@@ -80,6 +85,7 @@ class ViTConfig:
     qkv_bias: bool = True
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
+    broadcast_attention_dropout: bool = False
     image_size: int | tuple[int, int] = 224
     patch_size: int | tuple[int, int] = 16
     num_channels: int = 3
@@ -118,7 +124,7 @@ class ViTConfig:
         for name in ("layer_norm_eps", "initializer_range"):
             if not _is_real(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give a positive number")
-        for name in ("qkv_bias", "pooler"):
+        for name in ("qkv_bias", "pooler", "broadcast_attention_dropout"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give true or false")
         for axis, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
@@ -192,8 +198,7 @@ class ViTConfig:
         model_type = config.get("model_type")
         if model_type != "vit":
             raise ConfigError(f"model_type is {model_type!r}: only 'vit' is supported")
-        computed = {"pooler", "labels", "extra", "preprocessor", "num_labels"}
-        fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config.keys() - computed}
+        fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config.keys() - _NOT_BY_NAME}
         architectures = config.get("architectures") or []
         if not isinstance(architectures, list):
             raise ConfigError(f"architectures is {architectures!r}: give a list of class names")
@@ -206,9 +211,8 @@ class ViTConfig:
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this configuration: what was read, with every field that has changed since."""
         config: dict[str, Any] = {"model_type": "vit", **self.extra}
-        skipped = {"pooler", "labels", "extra", "preprocessor", "num_labels"}
         for field in dataclasses.fields(self):
-            if field.name not in skipped:
+            if field.name not in _NOT_BY_NAME:
                 config[field.name] = getattr(self, field.name)
         for name, (height, width) in (("image_size", self.image_hw), ("patch_size", self.patch_hw)):
             config[name] = height if height == width else [height, width]

@@ -57,7 +57,9 @@ class Attention(nnx.Module):
         self.key = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
         self.value = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
         self.out = linear(width, width, rngs=rngs)
-        self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, deterministic=True)
+        # Of (B, H, N, N): one mask for all images and heads, or one for each.
+        shared = (0, 1) if config.broadcast_attention_dropout else ()
+        self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, broadcast_dims=shared, deterministic=True)
         self.heads = config.num_attention_heads
 
     def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from vit_ref.config import ViTConfig
 
 # One block, in the order of its computation. `mlp.fc1` is before the activation, `mlp.hidden` after it; the two
@@ -27,12 +30,22 @@ BLOCK_SITES: tuple[tuple[str, str], ...] = (
     ("mlp.residual", "BND"),
 )
 
+_WIDE = ("embeddings", "norm1", "residual", "norm2", "norm")
+
 
 class Site(NamedTuple):
     """A site of one configuration: its name and the shape of its value."""
 
     name: str
     shape: tuple[int, ...]
+
+    def dtype(self, computation: DTypeLike) -> np.dtype:
+        """The dtype of the value in a model that computes in `computation`.
+
+        That dtype itself, except for the token stream and its LayerNorms, which stay in at least float32.
+        """
+        wide = self.name.rpartition(".")[2] in _WIDE
+        return np.promote_types(computation, np.float32) if wide else np.dtype(computation)
 
 
 def sites(config: ViTConfig, batch: int, image_hw: tuple[int, int] | None = None) -> tuple[Site, ...]:

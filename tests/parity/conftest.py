@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -102,7 +102,7 @@ def _backward(subject: Subject, precision: str) -> ParityReport:
 CHECKS = {"parity": _forward, "gradients": _backward}
 
 
-@lru_cache(maxsize=None)  # reports are small, and in a shuffled run a subject's tests are far apart
+@cache  # reports are small, and in a shuffled run a subject's tests are far apart
 def _outcome(check: Callable[[Subject, str], ParityReport], subject: Subject, precision: str) -> ParityReport | str:
     try:
         return check(subject, precision)

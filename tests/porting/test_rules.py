@@ -16,6 +16,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.model import VisionTransformer
 from vit_ref.porting import LAYOUTS, Fault, Layout, PortError
 from vit_ref.pretrained import parameters_of
+from vit_strategies import random_bits
 
 pytestmark = pytest.mark.porting
 
@@ -41,18 +42,6 @@ def parameters(config: ViTConfig, dtype: type = np.float32) -> dict[str, NDArray
         size = int(np.prod(shape))
         values[path] = np.arange(start, start + size).reshape(shape).astype(dtype)
         start += size
-    return values
-
-
-def random_bits(config: ViTConfig, dtype: type) -> dict[str, NDArray]:
-    """Random finite bit patterns, denormal numbers and negative zeros among them."""
-    rng = np.random.default_rng(0)
-    values = {}
-    for path, shape in porting.parameter_shapes(config).items():
-        raw = rng.integers(0, 2 ** (8 * np.dtype(dtype).itemsize), shape, dtype=f"u{np.dtype(dtype).itemsize}")
-        value = raw.view(dtype)
-        with np.errstate(invalid="ignore"):
-            values[path] = np.where(np.isfinite(value), value, dtype(-0.0))
     return values
 
 

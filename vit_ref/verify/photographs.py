@@ -1,4 +1,4 @@
-"""Photographs as a model sees them: read, turned upright, and preprocessed as the checkpoint asks."""
+"""Photographs for parity: found below a directory, and preprocessed as the checkpoint asks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.preprocessing import preprocess
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -28,7 +29,7 @@ def find(directory: Path, count: int) -> list[Path]:
 
 
 def load(files: list[Path], config: ViTConfig) -> NDArray:
-    """Images preprocessed by transformers' `ViTImageProcessor` under the checkpoint's own preprocessing config.
+    """Photographs preprocessed as the checkpoint's own preprocessing config asks.
 
     Args:
       files: image files.
@@ -38,23 +39,14 @@ def load(files: list[Path], config: ViTConfig) -> NDArray:
       (len(files), height, width, 3), float32.
 
     Raises:
-      InputError: a file is no readable image, or the model does not take colour images.
+      InputError: see `preprocessing.preprocess`; or what comes out does not fit the model.
     """
-    from PIL import Image, ImageOps
-    from transformers import ViTImageProcessor
-
     if config.num_channels != 3:
         raise InputError(f"photographs have 3 channels, the model takes {config.num_channels}: leave --images away")
-    height, width = config.image_hw
-    settings = {"size": {"height": height, "width": width}, **(config.preprocessor or {})}
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except OSError as error:
-            raise InputError(f"{file}: not a readable image ({error})") from None
-    pixels = ViTImageProcessor(**settings)(images, return_tensors="np")["pixel_values"]
-    if pixels.shape[2:] != (height, width):
-        raise InputError(f"preprocessing makes images of {pixels.shape[2:]} pixels, the model takes {(height, width)}")
-    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), dtype=np.float32)
+    pixels = preprocess(files, config)
+    if pixels.shape[1:3] != config.image_hw:
+        raise InputError(
+            f"photographs come out of the checkpoint's preprocessing with {list(pixels.shape[1:3])} pixels, the model"
+            f" takes {list(config.image_hw)}: leave --images away"
+        )
+    return pixels

@@ -1,0 +1,161 @@
+"""Are the derivatives those of the function that is computed? In float64, for every group of parameters and the pixels.
+
+Reverse mode is checked against differences of the loss, forward mode against reverse mode, second derivatives against
+their own symmetry.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+
+from vit_ref.porting import parameter_shapes
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.trace import precision_of
+
+pytestmark = [pytest.mark.consistency, pytest.mark.xdist_group("derivatives")]
+
+EPS = float(np.finfo(np.float64).eps)
+# A layer's kernel and bias, or scale and bias, are one group: they are used, and would be wrong, together.
+LEAVES = (".kernel", ".bias", ".scale")
+
+
+def _group(path: str) -> str:
+    return path.rpartition(".")[0] if path.endswith(LEAVES) else path
+
+
+GROUPS = sorted({_group(path) for path in parameter_shapes(CASES["rectangular"].config)} | {"pixels"})
+Point = dict[str, Array]
+
+
+class Functions(NamedTuple):
+    """The model as functions of one point, its parameters by path and its "pixels", compiled once.
+
+    Attributes:
+      point: where derivatives are taken.
+      loss: point -> scalar.
+      gradient: point -> gradient of the loss.
+      pair: (point, tangent, cotangent of the logits) -> Jacobian times tangent, cotangent times Jacobian.
+      curvature: (point, direction) -> Hessian of the loss times the direction.
+    """
+
+    point: Point
+    loss: Callable[[Point], Array]
+    gradient: Callable[[Point], Point]
+    pair: Callable[[Point, Point, Array], tuple[Array, Point]]
+    curvature: Callable[[Point, Point], Point]
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    with precision_of(np.float64):
+        yield
+
+
+@pytest.fixture(scope="module")
+def functions(example, cross_entropy) -> Functions:
+    with precision_of(np.float64):
+        model, pixels, labels, key = example(jnp.float64)
+        graph, state = nnx.split(model)
+    variables = nnx.to_flat_state(state)
+
+    def at(point: Point) -> tuple[Array, Array]:
+        filled = [(path, variable.replace(point[".".join(map(str, path))])) for path, variable in variables]
+        return cross_entropy(nnx.merge(graph, nnx.from_flat_state(filled)), point["pixels"], labels, key)
+
+    def loss(point: Point) -> Array:
+        return at(point)[0]
+
+    def pair(point: Point, tangent: Point, cotangent: Array) -> tuple[Array, Point]:
+        _, pushed = jax.jvp(lambda point: at(point)[1], (point,), (tangent,))
+        _, pull = jax.vjp(lambda point: at(point)[1], point)
+        return pushed, pull(cotangent)[0]
+
+    def curvature(point: Point, direction: Point) -> Point:
+        return jax.jvp(jax.grad(loss), (point,), (direction,))[1]
+
+    point = {".".join(map(str, path)): variable[...] for path, variable in variables} | {"pixels": pixels}
+    return Functions(point, jax.jit(loss), jax.jit(jax.grad(loss)), jax.jit(pair), jax.jit(curvature))
+
+
+def _direction(point: Point, group: str | None, draw: int = 0) -> Point:
+    """A random change of one group, or of all, as large as the values it changes: a step of h is a relative one."""
+    rng = np.random.default_rng([zlib.crc32((group or "all").encode()), draw])
+
+    def change(path: str, value: Array) -> Array:
+        scale = math.sqrt(np.mean(np.square(value))) if group in (None, _group(path)) else 0.0
+        return jnp.asarray(rng.standard_normal(value.shape) * scale)
+
+    return {path: change(path, value) for path, value in point.items()}
+
+
+def _dot(a: Point, b: Point) -> float:
+    return math.fsum(float(np.vdot(a[path], b[path])) for path in a)
+
+
+def _norm(a: Point) -> float:
+    return math.sqrt(_dot(a, a))
+
+
+# Central differences err by truncation, h^2 |f'''| / 6, and by rounding, eps |f| / h for each unit that f is wrong by.
+# Their sum is least at h = (3 eps |f| / |f'''|)^(1/3): with a loss of 4.6 and third derivatives of up to 140, 3e-6.
+STEP = 2.0**-18
+# Units of rounding in the loss, a mean of differences of a logit and a logarithm; at most 0.8 were seen.
+ROUNDINGS = 4
+# f''' comes from third differences, so that the bound owes nothing to the derivatives under test. At this step they are
+# wrong by 3 eps |f| / H^3 = 6e-9 from rounding and by H^2 f''''' / 4, some percent where f bends most.
+THIRD_STEP = 2.0**-7
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_gradient_is_what_central_differences_say(group: str, functions: Functions) -> None:
+    gradient = functions.gradient(functions.point)
+    signal = noise = 0.0
+    for draw in range(3):
+        direction = _direction(functions.point, group, draw)
+
+        def along(step: float, direction: Point = direction) -> float:
+            moved = {path: value + step * direction[path] for path, value in functions.point.items()}
+            return float(functions.loss(moved))
+
+        difference = (along(STEP) - along(-STEP)) / (2 * STEP)
+        h = THIRD_STEP
+        third = (along(2 * h) - 2 * along(h) + 2 * along(-h) - along(-2 * h)) / (2 * h**3)
+        # Half as much again for the third difference's own error.
+        bound = 1.5 * STEP**2 * abs(third) / 6 + ROUNDINGS * EPS * abs(along(0.0)) / STEP
+        analytic = _dot(gradient, direction)
+        assert abs(analytic - difference) <= bound
+        signal, noise = max(signal, abs(analytic)), max(noise, bound)
+    # Else a gradient could be wrong in its seventh digit unseen.
+    assert signal > 1e7 * noise
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_forward_mode_is_the_transpose_of_reverse_mode(group: str, functions: Functions) -> None:
+    tangent = _direction(functions.point, group)
+    cotangent = jnp.asarray(np.random.default_rng(0).standard_normal((3, 23)))
+    pushed, pulled = functions.pair(functions.point, tangent, cotangent)
+    forward, reverse = float(np.vdot(cotangent, pushed)), _dot(pulled, tangent)
+    # Either is a sum whose terms are at most of this size together; one unit of rounding was seen.
+    bound = 8 * EPS * float(jnp.linalg.norm(cotangent) * jnp.linalg.norm(pushed))
+    assert abs(forward - reverse) <= bound
+    assert abs(forward) > 1e10 * bound
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_second_derivatives_are_symmetric(group: str, functions: Functions) -> None:
+    one, other = _direction(functions.point, group), _direction(functions.point, None)
+    curved_one, curved_other = (functions.curvature(functions.point, direction) for direction in (one, other))
+    # Rounding is one unit of the products' sizes at worst; at most a thirtieth was seen.
+    bound = EPS * (_norm(other) * _norm(curved_one) + _norm(one) * _norm(curved_other))
+    assert abs(_dot(other, curved_one) - _dot(one, curved_other)) <= bound
+    assert abs(_dot(other, curved_one)) > 1e10 * bound

@@ -1,0 +1,230 @@
+"""Whatever the configuration: is every fault of a checkpoint reported by name, and every wrong rule seen?"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from vit_ref import porting
+from vit_ref.config import ViTConfig
+from vit_ref.porting import LAYOUTS, Layout, PortError, Rule, Tensors, Transform
+from vit_ref.sites import sites
+from vit_ref.verify.cases import Case
+from vit_ref.verify.gates import error
+from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.trace import Trace
+from vit_strategies import configs, indices, random_bits, seeds, square_configs, times
+
+pytestmark = pytest.mark.porting
+
+Traced = Callable[..., Trace]
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+# Each picks a tensor by its index.
+faults = st.lists(
+    st.tuples(indices, st.sampled_from(("dropped", "added", "renamed", "duplicated", "reshaped"))),
+    min_size=1,
+    max_size=4,
+)
+# A block's number in a tensor's name, in any layout.
+BLOCK = re.compile(r"(layers?[./]|encoderblock_)(\d+)")
+
+
+def twin(name: str, layout: Layout, config: ViTConfig) -> str:
+    """The name that the same tensor would have in the block after the last or, outside the blocks, by its prefix."""
+    beyond = BLOCK.sub(rf"\g<1>{config.num_hidden_layers}", name)
+    if beyond != name:
+        return beyond
+    bare = name.removeprefix(layout.prefix or "Transformer/")
+    return bare if bare != name else (layout.prefix or "Transformer/") + name
+
+
+def misshapen(tensor: NDArray, choice: int) -> NDArray:
+    """The tensor in one of the other shapes that a mistake gives it."""
+    shapes = (tensor[None], tensor.reshape(-1), tensor.squeeze(), tensor.T, tensor[:-1], tensor.repeat(2, axis=-1))
+    others = [other for other in shapes if other.shape != tensor.shape]
+    return others[choice % len(others)]
+
+
+@layouts
+@times(4)
+@given(config=configs(), seed=seeds, faults=faults)
+def test_all_faults_are_reported_and_nothing_else(
+    layout: Layout, config: ViTConfig, seed: int, faults: list[tuple[int, str]]
+) -> None:
+    source = porting.export(random_bits(config, np.float32, seed), config, layout)
+    names, broken, expected = sorted(source), dict(source), set()
+    for choice, fault in {index % len(names): (index, fault) for index, fault in faults}.values():
+        name = names[choice % len(names)]
+        other = twin(name, layout, config) if fault in ("renamed", "duplicated") else f"{name}_{choice}"
+        if fault in ("dropped", "renamed"):
+            del broken[name]
+            expected.add(("missing", name, source[name].shape))
+        if fault in ("added", "renamed", "duplicated"):
+            broken[other] = source[name]
+            expected.add(("unexpected", other, source[name].shape))
+        if fault == "reshaped":
+            broken[name] = misshapen(source[name], choice)
+            expected.add(("misshapen", name, broken[name].shape))
+    with pytest.raises(PortError) as caught:
+        porting.port(broken, config, porting.detect(broken))
+    found = caught.value.faults
+    assert {(fault.kind, fault.name) for fault in found} == {(kind, name) for kind, name, _ in expected}
+    assert len(found) == len(expected)
+    lines = str(caught.value).splitlines()[1:]
+    for kind, name, shape in expected:
+        assert [line for line in lines if line.startswith(f"  {kind}: {name}: ") and str(shape) in line]
+
+
+@layouts
+@given(config=configs(max_blocks=12), prefixed=st.booleans())
+def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, prefixed: bool) -> None:
+    # With the prefix and without, whichever the checkpoint has.
+    prefix = f"(?:{re.escape(layout.prefix)})?"
+    patterns = [re.compile(prefix + re.escape(rule.source).replace(r"\{i\}", r"\d+")) for rule in layout.rules]
+    names = [rule.source for rule in layout.bind(config, prefixed)]
+    assert len(set(names)) == len(names) == len(porting.parameter_shapes(config))
+    assert {name: sum(bool(pattern.fullmatch(name)) for pattern in patterns) for name in names} == dict.fromkeys(
+        names, 1
+    )
+
+
+@layouts
+@given(config=configs(), depth=st.integers(11, 14), seed=seeds)
+def test_blocks_are_in_numeric_order_whatever_the_order_of_the_tensors(
+    layout: Layout, config: ViTConfig, depth: int, seed: int
+) -> None:
+    config = dataclasses.replace(config, num_hidden_layers=depth)
+    source = porting.export(random_bits(config, np.float32), config, layout)
+    # Every tensor of a block is filled with the number in its name; files list 10 before 2, or nothing in order.
+    names = np.random.default_rng(seed).permutation(sorted(source))
+    numbered = {
+        str(name): np.full_like(source[name], int(match[2]) if (match := BLOCK.search(name)) else -1) for name in names
+    }
+    ported = porting.port(numbered, config, layout)
+    blocks = {path: int(path.split(".")[1]) for path in ported if path.startswith("blocks.")}
+    assert {path: set(ported[path].flat) for path in blocks} == {path: {block} for path, block in blocks.items()}
+    assert list(dict.fromkeys(blocks.values())) == list(range(depth))
+
+
+# Where the effect of a parameter is seen first.
+_SITES = {"patch": "patches", "cls_token": "embeddings", "position_embeddings": "embeddings", "head": "logits"}
+
+
+def site_of(path: str) -> str:
+    """The site that the parameters at a destination, of the first block where it is a block's, write."""
+    layer = path.removesuffix(".kernel").removesuffix(".bias").removesuffix(".scale")
+    layer = layer.replace("blocks.{i}.", "block.0.").replace("mlp.fc2", "mlp.out")
+    return _SITES.get(layer, layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A checkpoint in one layout and its truth: the NumPy oracle, which takes no part in the weight map.
+
+    It sees any permutation of elements: a mean, a shape or a sorted list of values does not.
+    """
+
+    config: ViTConfig
+    source: Tensors
+    images: NDArray
+    truth: Trace
+    traced: Traced
+
+    def first_divergence(self, layout: Layout, source: Tensors | None = None) -> str | None:
+        """The first site beyond the semantic gate, where `layout` ports the checkpoint or another `source`."""
+        parameters = porting.port(self.source if source is None else source, self.config, layout)
+        trace = self.traced(self.config, parameters, self.images)
+        wrong = (site for site, value in trace.items() if not error(value, self.truth[site]).passes_semantic_gate)
+        return next(wrong, None)
+
+
+@pytest.fixture(scope="session")
+def probe(traced: Traced) -> Callable[[ViTConfig, Layout, int], Probe]:
+    def make(config: ViTConfig, layout: Layout, seed: int) -> Probe:
+        case = Case("random", config, batch=2, seed=seed)
+        tensors, images = case.checkpoint().tensors, case.images()
+        source = porting.export(porting.port(tensors, config, porting.HF), config, layout)
+        return Probe(config, source, images, NumpyOracle(config, tensors).trace(images), traced)
+
+    return make
+
+
+def with_rules(layout: Layout, changed: Iterable[Rule]) -> Layout:
+    """The layout with other rules for the same sources."""
+    replaced = {rule.source: rule for rule in changed}
+    return dataclasses.replace(layout, rules=tuple(replaced.get(rule.source, rule) for rule in layout.rules))
+
+
+def transposed(rule: Rule) -> Rule:
+    """The rule with the last two axes of its kernel exchanged, or the first two of a patch kernel, which are square."""
+    axes = (0, 1) if rule.destination == "patch.kernel" else (-1, -2)
+    right = rule.transform
+    wrong = Transform(
+        lambda x, c: right.to_parameter(x, c).swapaxes(*axes), lambda x, c: right.to_source(x.swapaxes(*axes), c)
+    )
+    return rule._replace(transform=wrong)
+
+
+def shapes_by_template(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    return {re.sub(r"^blocks\.\d+", "blocks.{i}", path): s for path, s in porting.parameter_shapes(config).items()}
+
+
+@layouts
+@given(config=square_configs(), seed=seeds)
+def test_a_transposed_square_kernel_is_seen_at_its_own_site(
+    probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int
+) -> None:
+    checkpoint = probe(config, layout, seed)
+    assert checkpoint.first_divergence(layout) is None
+    kernels = [
+        rule for rule in layout.rules if rule.destination in shapes_by_template(config) and "kernel" in rule.destination
+    ]
+    seen = {rule.destination: checkpoint.first_divergence(with_rules(layout, [transposed(rule)])) for rule in kernels}
+    assert seen == {rule.destination: site_of(rule.destination) for rule in kernels}
+
+
+@layouts
+@given(config=square_configs(), seed=seeds, pair=indices)
+def test_two_exchanged_layers_are_seen_at_the_earlier_one(
+    probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int, pair: int
+) -> None:
+    shapes = shapes_by_template(config)
+    rules = [rule for rule in layout.rules if rule.destination in shapes]
+    pairs = [
+        (one, other)
+        for k, one in enumerate(rules)
+        for other in rules[k + 1 :]
+        if shapes[one.destination] == shapes[other.destination] and ("{i}" in one.source) == ("{i}" in other.source)
+    ]
+    one, other = pairs[pair % len(pairs)]
+    wrong = with_rules(
+        layout, [one._replace(destination=other.destination), other._replace(destination=one.destination)]
+    )
+    order = [site.name for site in sites(config, batch=2)]
+    earlier = min(site_of(one.destination), site_of(other.destination), key=order.index)
+    assert probe(config, layout, seed).first_divergence(wrong) == earlier
+
+
+@layouts
+@given(config=square_configs(), seed=seeds, block=indices, step=indices)
+def test_two_exchanged_blocks_are_seen_at_the_earlier_one(
+    probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int, block: int, step: int
+) -> None:
+    depth = config.num_hidden_layers
+    first = block % (depth - 1)
+    second = first + 1 + step % (depth - 1 - first)
+    places = {str(first): str(second), str(second): str(first)}
+    checkpoint = probe(config, layout, seed)
+    exchanged = {
+        BLOCK.sub(lambda match: match[1] + places.get(match[2], match[2]), name): tensor
+        for name, tensor in checkpoint.source.items()
+    }
+    assert checkpoint.first_divergence(layout, exchanged) == f"block.{first}.norm1"

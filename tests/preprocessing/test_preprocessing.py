@@ -1,0 +1,284 @@
+"""Are images what `ViTImageProcessor` makes of them, to the last bit, and do the two part only where it is said?"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from vit_ref.preprocessing import preprocess
+from vit_ref.verify import photographs
+
+pytestmark = pytest.mark.preprocessing
+
+Picture = Callable[..., NDArray]
+
+FILTERS = {method.name: method.value for method in Image.Resampling}
+SOURCE = (37, 53)
+TARGETS = {"down": (11, 17), "up": (71, 97), "up and down": (23, 97), "same": SOURCE}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def _palette(colours: int, transparency: int | bytes | None) -> Callable[[Image.Image], Image.Image]:
+    def convert(image: Image.Image) -> Image.Image:
+        indexed = image.convert("RGB").quantize(colours)
+        if transparency is not None:
+            indexed.info["transparency"] = transparency
+        return indexed
+
+    return convert
+
+
+# Name -> (how the file is made of an RGBA picture, its suffix)
+KINDS: dict[str, tuple[Callable[[Image.Image], Image.Image], str]] = {
+    "RGB": (lambda image: image.convert("RGB"), "png"),
+    "RGB-jpeg": (lambda image: image.convert("RGB"), "jpg"),
+    "grey": (lambda image: image.convert("L"), "png"),
+    "grey-jpeg": (lambda image: image.convert("L"), "jpg"),
+    "bilevel": (lambda image: image.convert("1"), "png"),
+    "alpha": (lambda image: image, "png"),
+    "grey-alpha": (lambda image: image.convert("LA"), "png"),
+    "palette": (_palette(200, None), "png"),
+    "palette-one-transparent": (_palette(200, 3), "gif"),
+    "palette-alpha": (_palette(200, bytes(range(200))), "png"),
+    "CMYK": (lambda image: image.convert("CMYK"), "jpg"),
+}
+
+
+def assert_same_bits(found: NDArray, expected: NDArray) -> None:
+    """Equal to the last bit; numpy's == would take -0.0 for 0.0."""
+    assert found.dtype == expected.dtype == np.float32 and found.shape == expected.shape
+    wrong = np.ascontiguousarray(found).view(np.uint32) != np.ascontiguousarray(expected).view(np.uint32)
+    assert not wrong.any(), f"{wrong.mean():.1%} differ, by at most {np.abs(found - expected).max():.2e}"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def file(request: pytest.FixtureRequest, picture: Picture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    convert, suffix = KINDS[request.param]
+    path = tmp_path_factory.mktemp("made") / f"{request.param}.{suffix}"
+    convert(Image.fromarray(picture(*SOURCE))).save(path)
+    return path
+
+
+@pytest.mark.parametrize("method", FILTERS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kind_of_image_has_the_references_bits(
+    file: Path, target: str, method: str, asks_for, by_reference
+) -> None:
+    height, width = TARGETS[target]
+    settings = {"size": {"height": height, "width": width}, "resample": FILTERS[method], **IMAGENET}
+    with Image.open(file) as image:
+        expected = by_reference([image], settings)
+    assert_same_bits(preprocess([file], asks_for(settings)), expected)
+
+
+@pytest.mark.parametrize(("do_resize", "do_rescale", "do_normalize"), list(itertools.product([True, False], repeat=3)))
+def test_every_step_can_be_left_out(
+    do_resize: bool, do_rescale: bool, do_normalize: bool, picture: Picture, asks_for, by_reference
+) -> None:
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    flags = {"do_resize": do_resize, "do_rescale": do_rescale, "do_normalize": do_normalize}
+    settings = {**flags, "size": [10, 14], **IMAGENET}
+    expected = by_reference([image], settings)
+    assert expected.dtype == (np.float32 if do_rescale or do_normalize else np.uint8)
+    # Whole numbers to 255: float32 holds them as they are.
+    assert_same_bits(preprocess([image], asks_for(settings)), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 19},
+        {"size": [19, 8]},
+        {"size": {"width": 8, "height": 19}},
+        {"size": 19, "resample": 3, "rescale_factor": 1 / 127.5, "image_mean": 1, "image_std": 1.0},
+        {"size": 19, "rescale_factor": 2, "do_normalize": False},
+        {"size": 19, "image_mean": None, "image_std": [0.1, 0.2, 0.3]},
+        # A feature extractor's file of 2021, and steps that are there but off
+        {"do_normalize": True, "do_resize": True, "feature_extractor_type": "ViTFeatureExtractor",
+         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 2, "size": 224},
+        {"size": 19, "do_center_crop": False, "crop_size": 8, "do_pad": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_mean_what_they_mean_to_the_reference(
+    settings: dict[str, Any], picture: Picture, asks_for, by_reference
+) -> None:
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    assert_same_bits(preprocess([image], asks_for(settings)), by_reference([image], settings))
+
+
+def test_the_file_that_the_reference_writes_is_followed(picture: Picture, asks_for, by_reference) -> None:
+    transformers = pytest.importorskip("transformers")
+    written = transformers.ViTImageProcessor(size={"height": 21, "width": 9}, resample=1, **IMAGENET)
+    settings = json.loads(written.to_json_string())
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    expected = by_reference([image], {"size": [21, 9], "resample": 1, **IMAGENET})
+    assert_same_bits(preprocess([image], asks_for(settings)), expected)
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"size": None}])
+def test_without_a_size_images_get_the_models(
+    settings: dict[str, Any] | None, picture: Picture, asks_for, by_reference
+) -> None:
+    """`ViTImageProcessor` would make them 224 by 224, which only a model of that size takes."""
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    assert by_reference([image], settings or {}).shape == (1, 224, 224, 3)
+    assert_same_bits(preprocess([image], asks_for(settings, (224, 224))), by_reference([image], settings or {}))
+    expected = by_reference([image], {"size": {"height": 6, "width": 9}})
+    assert_same_bits(preprocess([image], asks_for(settings, (6, 9))), expected)
+
+
+def test_a_batch_is_each_image_by_itself_in_order(picture: Picture, asks_for, tmp_path: Path) -> None:
+    """Though the reference judges a whole batch by its first image."""
+    rgb = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    grey = Image.fromarray(picture(20, 9, seed=1)).convert("L")
+    grey.save(tmp_path / "grey.png")
+    images = [tmp_path / "grey.png", rgb, str(tmp_path / "grey.png"), Image.fromarray(picture(1, 1))]
+    together = preprocess(images, asks_for({}))
+    assert together.shape == (4, 10, 14, 3)
+    assert_same_bits(together, np.concatenate([preprocess([image], asks_for({})) for image in images]))
+    assert_same_bits(together[:1], together[2:3])
+
+
+# EXIF orientation -> how the stored pixels become upright (EXIF 2.32, tag 274: where row 0 and column 0 are)
+UPRIGHT: dict[int, Callable[[NDArray], NDArray]] = {
+    1: lambda stored: stored,
+    2: np.fliplr,
+    3: lambda stored: np.rot90(stored, 2),
+    4: np.flipud,
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_images_are_turned_upright_where_the_reference_ignores_exif(
+    orientation: int, suffix: str, picture: Picture, asks_for, by_reference, tmp_path: Path
+) -> None:
+    """The difference is the turn and nothing else: the reference has our bits for the upright pixels, and we have its
+    bits for the pixels as they are stored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(picture(*SOURCE)).convert("RGB").save(path, exif=exif)
+    with Image.open(path) as image:
+        stored = np.asarray(image)
+        ignoring = by_reference([image], {"size": [10, 14]})
+    ours = preprocess([path], asks_for({}))
+    upright = Image.fromarray(np.ascontiguousarray(UPRIGHT[orientation](stored)))
+    assert_same_bits(ours, by_reference([upright], {"size": [10, 14]}))
+    assert_same_bits(ignoring, preprocess([Image.fromarray(stored)], asks_for({})))
+    assert (ours == ignoring).all() == (orientation == 1)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_tiff_which_pillow_itself_turns_is_turned_once(
+    orientation: int, picture: Picture, asks_for, by_reference, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(picture(*SOURCE)[..., :3])
+    Image.fromarray(stored).save(tmp_path / "turned.tif", exif=exif)
+    upright = Image.fromarray(np.ascontiguousarray(UPRIGHT[orientation](stored)))
+    assert_same_bits(preprocess([tmp_path / "turned.tif"], asks_for({})), by_reference([upright], {"size": [10, 14]}))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK"])
+def test_what_is_not_rgb_becomes_so_where_the_reference_must_be_told(mode: str, picture: Picture, by_reference) -> None:
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB" if mode == "P" else "RGBA").convert(mode)
+    with pytest.raises(ValueError, match=r"Unable to infer channel dimension|Unsupported number of image dimensions"):
+        by_reference([image], {"do_convert_rgb": None})
+
+
+def test_alpha_is_dropped_and_not_blended(picture: Picture, asks_for) -> None:
+    pixels = picture(*SOURCE)
+    assert pixels[..., 3].min() == 0 and pixels[..., 3].max() == 255
+    colours = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    assert_same_bits(preprocess([Image.fromarray(pixels)], asks_for({})), preprocess([colours], asks_for({})))
+
+
+def _png_16_bit(path: Path, values: NDArray) -> None:
+    """Pillow writes no 16-bit colour. `values` is (height, width, 3) of uint16."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">2I5B", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("RGB", "png")])
+def test_16_bits_keep_their_high_byte_where_the_reference_saturates(
+    mode: str, suffix: str, picture: Picture, asks_for, by_reference, tmp_path: Path
+) -> None:
+    """The difference is the conversion of 16-bit grey and nothing else: Pillow clips at 255, we shift by eight bits."""
+    high, low = picture(*SOURCE)[..., 0].astype(np.uint16), picture(*SOURCE, seed=1)[..., 0]
+    values = high << 8 | low
+    path = tmp_path / f"deep.{suffix}"
+    if mode == "RGB":
+        _png_16_bit(path, np.stack([values] * 3, axis=-1))
+    else:
+        data = values.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+        Image.frombytes(mode, SOURCE[::-1], data).save(path)
+    with Image.open(path) as image:
+        theirs = by_reference([image], {"size": [10, 14]})
+    expected = by_reference([Image.fromarray(high.astype(np.uint8))], {"size": [10, 14]})
+    assert_same_bits(preprocess([path], asks_for({})), expected)
+    if mode == "RGB":
+        assert_same_bits(theirs, expected)
+    else:
+        clipped = Image.fromarray(np.minimum(values, 255).astype(np.uint8))
+        assert_same_bits(theirs, by_reference([clipped], {"size": [10, 14]}))
+        assert (theirs != expected).any()
+
+
+def test_16_bits_are_turned_upright_too(picture: Picture, asks_for, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    high = picture(*SOURCE)[..., 0]
+    Image.fromarray(high.astype(np.uint16) << 8).save(tmp_path / "deep.png", exif=exif)
+    upright = Image.fromarray(np.ascontiguousarray(np.rot90(high, -1)))
+    assert_same_bits(preprocess([tmp_path / "deep.png"], asks_for({})), preprocess([upright], asks_for({})))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_are_an_image_where_the_reference_takes_them_for_channels(
+    rows: int, picture: Picture, asks_for, by_reference
+) -> None:
+    """The difference is that guess and nothing else: told where the channels are, it has our bits."""
+    image = Image.fromarray(picture(rows, 53)).convert("RGB")
+    ours = preprocess([image], asks_for({}))
+    assert_same_bits(ours, by_reference([image], {"size": [10, 14]}, input_data_format="channels_last"))
+    if rows == 1:
+        with pytest.raises(ValueError, match="mean must have 1 elements"):
+            by_reference([image], {"size": [10, 14]})
+    else:
+        assert (by_reference([image], {"size": [10, 14]}) != ours).any()
+
+
+def test_photographs_of_parity_are_preprocessed_here(picture: Picture, asks_for, by_reference, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    (tmp_path / "a").mkdir()
+    Image.fromarray(picture(*SOURCE)).convert("RGB").save(tmp_path / "a" / "turned.png", exif=exif)
+    Image.fromarray(picture(20, 9, seed=1)).convert("L").save(tmp_path / "b.png")
+    settings = {"size": [10, 14], "resample": 3, **IMAGENET}
+    found = photographs.load(photographs.find(tmp_path, 4), asks_for(settings))
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(picture(*SOURCE)[..., :3])))
+    grey = Image.fromarray(picture(20, 9, seed=1)).convert("L").convert("RGB")
+    assert_same_bits(found, by_reference([turned, grey], settings))

@@ -1,0 +1,35 @@
+"""Does a checkpoint of any configuration come back from the model as it went in, in every layout?"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vit_ref import porting
+from vit_ref.config import ViTConfig
+from vit_ref.porting import LAYOUTS
+from vit_strategies import configs, random_bits, seeds, times
+
+pytestmark = pytest.mark.properties
+
+dtypes = st.sampled_from((np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@times(2)
+@given(config=configs(), dtype=dtypes, seed=seeds)
+def test_port_export_port_is_the_identity(layout: str, config: ViTConfig, dtype: type, seed: int) -> None:
+    parameters = random_bits(config, dtype, seed)
+    source = porting.export(parameters, config, LAYOUTS[layout])
+    # By the names alone the layout is known again.
+    ported = porting.port(source, config, porting.detect(source))
+    assert {path: (value.dtype, value.shape, value.tobytes()) for path, value in ported.items()} == {
+        path: (value.dtype, value.shape, value.tobytes()) for path, value in parameters.items()
+    }
+    again = porting.export(ported, config, LAYOUTS[layout])
+    assert {name: (value.shape, value.tobytes()) for name, value in again.items()} == {
+        name: (value.shape, value.tobytes()) for name, value in source.items()
+    }
