@@ -88,7 +88,7 @@ def functions(example, cross_entropy) -> Functions:
 
 
 def _direction(point: Point, group: str | None, draw: int = 0) -> Point:
-    """A random change of one group, or of all, as large as the values it changes: a step of h is a relative one."""
+    """A random change of one group, or of all, as large as the values it changes, so that a step is a relative one."""
     rng = np.random.default_rng([zlib.crc32((group or "all").encode()), draw])
 
     def change(path: str, value: Array) -> Array:

@@ -19,6 +19,7 @@ from vit_ref.pretrained import configuration
 from vit_ref.verify import photographs
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES, synthetic_images
+from vit_ref.verify.flaxvit import UnsupportedByReferenceError
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.report import headline, table
@@ -64,7 +65,11 @@ def _subjects(checkpoints: tuple[str, ...], images: str | None) -> list[Subject]
             return vit_config, source, photographs.load(photographs.find(Path(images), PHOTOGRAPHS), vit_config)
         return vit_config, source, synthetic_images(vit_config, PHOTOGRAPHS)
 
-    given = [Subject(Path(path).resolve().name, lambda path=path: load(path), given=True) for path in checkpoints]
+    given = [
+        # Backward, a ViT-S/14 takes 8 GB for a single image, so for now what is given is checked forward.
+        Subject(name, lambda path=path: load(path), backward=False, given=True)
+        for name, path in zip(_names(checkpoints), checkpoints, strict=True)
+    ]
     return embedded + given
 
 
@@ -94,8 +99,6 @@ def _forward(subject: Subject, precision: str) -> ParityReport:
 
 def _backward(subject: Subject, precision: str) -> ParityReport:
     config, source, pixels = subject.load()
-    # Two images give every direction that four do, in half the memory.
-    pixels = pixels[:2] if subject.given else pixels
     return check_gradients(f"{subject.name}, backward", config, source, pixels, OwnCandidate(config, source), precision)
 
 
@@ -103,18 +106,23 @@ CHECKS = {"parity": _forward, "gradients": _backward}
 
 
 @cache  # reports are small, and in a shuffled run a subject's tests are far apart
-def _outcome(check: Callable[[Subject, str], ParityReport], subject: Subject, precision: str) -> ParityReport | str:
+def _outcome(
+    check: Callable[[Subject, str], ParityReport], subject: Subject, precision: str
+) -> ParityReport | BaseException:
     try:
         return check(subject, precision)
+    except UnsupportedByReferenceError as error:
+        # Forward the NumPy oracle stands in for FlaxViT; backward there is nobody to compare with.
+        return pytest.skip.Exception(str(error))
     except InputError as error:
-        return str(error)
+        return pytest.fail.Exception(str(error), pytrace=False)
 
 
 def _checked(request: pytest.FixtureRequest) -> ParityReport:
     _, subject, precision = request.param
     outcome = _outcome(*request.param)
-    if isinstance(outcome, str):
-        pytest.fail(outcome, pytrace=False)
+    if isinstance(outcome, BaseException):
+        raise outcome
     directory = request.config.getoption("parity_report", None)
     if directory:
         Path(directory).mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,12 @@ import optax
 import pytest
 from flax import nnx
 
-from vit_ref import checkpoint, porting
+from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.finetune.step import classification_loss, train_step
 from vit_ref.model import VisionTransformer
-from vit_ref.pretrained import configuration, parameters_of
-from vit_ref.verify import photographs
+from vit_ref.pretrained import parameters_of
 from vit_ref.verify.cases import CASES, synthetic_images
 from vit_ref.verify.gates import root_mean_square
 from vit_ref.verify.trace import precision_of
@@ -54,29 +53,6 @@ def test_one_batch_is_learnt_along_the_references_curve(train_ours: Callable, tr
     ours = train_ours(*arguments, np.float32, set())
     assert ours.losses[-1] < 1e-3
     assert_same_curve(ours.losses, train_flaxvit(*arguments, np.float32, set()).losses, truth.losses)
-
-
-def test_a_given_checkpoint_with_a_new_head_learns_one_batch(
-    pytestconfig: pytest.Config, train_ours: Callable, train_flaxvit: Callable
-) -> None:
-    paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)
-    if not paths:
-        pytest.skip("needs real weights: --checkpoint DIR_OR_HUB_ID")
-    for path in paths:
-        source = checkpoint.read(path)
-        config = replace(configuration(source), num_labels=3, labels=(), pooler=False)
-        pixels = (
-            photographs.load(photographs.find(Path(images), 3), config) if images else synthetic_images(config, batch=3)
-        )
-        body = {name: value for name, value in source.tensors.items() if not name.startswith("classifier")}
-        head = {name: value for name, value in fresh(config).tensors.items() if name.startswith("classifier")}
-        source = Checkpoint(Path(path), {**body, **head}, config.to_hf())
-        arguments = config, source, lambda: optax.adamw(1e-4), [(pixels, np.arange(3))] * 15
-        ours = train_ours(*arguments, np.float32, set())
-        assert ours.losses[-1] < 1e-3
-        reference = train_flaxvit(*arguments, np.float32, set())
-        truth = train_flaxvit(*arguments, np.float64, set())
-        assert_same_curve(ours.losses, reference.losses, truth.losses)
 
 
 def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., VisionTransformer]) -> None:
