@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "mutants: a deliberate fault is seen, and named where it is",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",
+        "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
     ):
         config.addinivalue_line("markers", marker)
     config.addinivalue_line("filterwarnings", "error")
