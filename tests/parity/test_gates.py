@@ -39,7 +39,19 @@ def test_semantic_gate_is_as_stated() -> None:
     assert not Error(rms=0.0, max=1.01e-11).passes_semantic_gate
 
 
-@pytest.mark.parametrize(("dtype", "factor", "unit"), [(np.float32, 2, 2**-23), (ml_dtypes.bfloat16, 3, 2**-7)])
-def test_numerical_gate_follows_the_reference_and_its_precision(dtype: type, factor: float, unit: float) -> None:
-    assert numerical_gate(0.0, dtype) == unit
-    assert numerical_gate(5.0, dtype) == factor * 5.0 + unit
+@pytest.mark.parametrize(
+    ("dtype", "backward", "factor", "unit"),
+    [
+        (np.float32, False, 2, 2**-23),
+        (np.float32, True, 3, 2**-23),
+        (ml_dtypes.bfloat16, False, 3, 2**-7),
+        (ml_dtypes.bfloat16, True, 3, 2**-7),
+        (np.float16, False, 2, 2**-10),
+        (np.float16, True, 2, 2**-10),
+    ],
+)
+def test_numerical_gate_follows_the_reference_and_its_precision(
+    dtype: type, backward: bool, factor: float, unit: float
+) -> None:
+    assert numerical_gate(0.0, dtype, backward=backward) == unit
+    assert numerical_gate(5.0, dtype, backward=backward) == factor * 5.0 + unit

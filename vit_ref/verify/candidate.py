@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import detect, port
 from vit_ref.pretrained import build, parameters_of_state
 from vit_ref.sites import sites
-from vit_ref.verify.backward import Gradients, Objective, differentiate
+from vit_ref.verify.backward import Gradients, Objective, differentiator
 from vit_ref.verify.trace import Trace, precision_of
 
 
@@ -63,7 +63,7 @@ class OwnCandidate:
             given = {site: jnp.asarray(value, dtype) for site, value in (replace or {}).items()}
             return jax.device_get(jax.jit(run)(state, jnp.asarray(pixels, dtype), given))
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike, objectives: tuple[Objective, ...]) -> list[Gradients]:
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`."""
         with precision_of(dtype):
             wide = np.promote_types(np.dtype(dtype), np.float32)
@@ -77,7 +77,10 @@ class OwnCandidate:
             return nnx.merge(graph, state)(pixels, tap=tap)
 
         shapes = sites(self.config, len(pixels), pixels.shape[1:3])
-        return [
-            Gradients(by_site, parameters_of_state(by_parameter), by_pixel)
-            for by_parameter, by_site, by_pixel in differentiate(forward, state, shapes, pixels, dtype, objectives)
-        ]
+        differentiate = differentiator(forward, state, shapes, pixels, dtype)
+
+        def gradients(objective: Objective) -> Gradients:
+            by_parameter, by_site, by_pixel = differentiate(objective)
+            return Gradients(by_site, parameters_of_state(by_parameter), by_pixel)
+
+        return gradients

@@ -7,7 +7,7 @@ nor copied.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from vit_ref.errors import InputError
 from vit_ref.model import Tap
 from vit_ref.porting import FLAX, port
 from vit_ref.sites import sites
-from vit_ref.verify.backward import Gradients, Objective, differentiate
+from vit_ref.verify.backward import Gradients, Objective, differentiator
 from vit_ref.verify.trace import Trace, precision_of
 
 # Submodule path -> site of its output, outside the blocks and inside one.
@@ -125,7 +125,7 @@ class FlaxViTReference:
         with precision_of(dtype):
             return jax.device_get(jax.jit(run)(_rounded(self.params, dtype), pixels.astype(dtype)))
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike, objectives: tuple[Objective, ...]) -> list[Gradients]:
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`. Gradients of parameters get our paths by the weight map of FlaxViT's tree."""
 
         def forward(params: Any, perturbations: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
@@ -135,12 +135,13 @@ class FlaxViTReference:
             return self._forward(params, pixels, dtype, tap)
 
         shapes = sites(self.config, len(pixels), pixels.shape[1:3])
-        return [
-            Gradients(by_site, port(flatten_dict(by_parameter, sep="/"), self.config, FLAX), by_pixel)
-            for by_parameter, by_site, by_pixel in differentiate(
-                forward, self.params, shapes, pixels, dtype, objectives
-            )
-        ]
+        differentiate = differentiator(forward, self.params, shapes, pixels, dtype)
+
+        def gradients(objective: Objective) -> Gradients:
+            by_parameter, by_site, by_pixel = differentiate(objective)
+            return Gradients(by_site, port(flatten_dict(by_parameter, sep="/"), self.config, FLAX), by_pixel)
+
+        return gradients
 
     def _forward(self, params: Any, pixels: jax.Array, dtype: DTypeLike, tap: Tap) -> jax.Array:
         """The module's output, with every site's value passed through a tap.

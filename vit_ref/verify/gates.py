@@ -26,20 +26,30 @@ SEMANTIC_MAX = 1e-11
 
 
 class Allowance(NamedTuple):
-    """How much of the reference's own error a candidate may make, and how many units of rounding besides."""
+    """How much of the reference's own error a candidate may make, and how many units of rounding besides.
 
-    factor: float
+    Attributes:
+      forward: multiple of the reference's error, at a site's value.
+      backward: the same, at a gradient.
+      floor: units of rounding.
+    """
+
+    forward: float
+    backward: float
     floor: float
 
 
-# factor: right ports that order their sums otherwise came out between 0.7 and 1.4 times the reference; under bfloat16,
+# forward: right ports that order their sums otherwise came out between 0.7 and 1.4 times the reference; under bfloat16,
 # where a reference rounds its softmax to 8 bits and a port may not (or the other way round), between 0.4 and 2.
+# backward: in float32 up to 2.0, seen where the scores are scaled instead of the query, for one head of 33: XLA fuses
+# the scale into the exponentials, their rows then sum to one less exactly, and softmax's pull-back subtracts two nearly
+# equal sums. In half precision, where the reference rounds more often than needed, between 0.4 and 1.
 # floor: half a unit is lost when a value is stored at all, so a site that the reference computes exactly by luck (one
 # product, one addition) must still allow a candidate to round twice: one unit, as a root mean square.
 ALLOWANCES: dict[str, Allowance] = {
-    "float32": Allowance(factor=2.0, floor=1.0),
-    "bfloat16": Allowance(factor=3.0, floor=1.0),
-    "float16": Allowance(factor=2.0, floor=1.0),
+    "float32": Allowance(forward=2.0, backward=3.0, floor=1.0),
+    "bfloat16": Allowance(forward=3.0, backward=3.0, floor=1.0),
+    "float16": Allowance(forward=2.0, backward=2.0, floor=1.0),
 }
 
 
@@ -79,7 +89,8 @@ def root_mean_square(x: NDArray) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-def numerical_gate(reference: float, dtype: DTypeLike) -> float:
+def numerical_gate(reference: float, dtype: DTypeLike, *, backward: bool = False) -> float:
     """The largest relative RMS error that a candidate may have where the reference has `reference`, in `dtype`."""
     allowance = ALLOWANCES[np.dtype(dtype).name]
-    return allowance.factor * reference + allowance.floor * float(ml_dtypes.finfo(dtype).eps)
+    factor = allowance.backward if backward else allowance.forward
+    return factor * reference + allowance.floor * float(ml_dtypes.finfo(dtype).eps)

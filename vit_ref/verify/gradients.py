@@ -5,7 +5,7 @@ Observed is the gradient with respect to every parameter, every site's activatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -28,8 +28,8 @@ class Differentiable(Protocol):
 
     name: str
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike, objectives: tuple[Objective, ...]) -> list[Gradients]:
-        """One forward and backward pass for each objective, computed in `dtype` from parameters of at least float32."""
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        """A function from an objective to its gradients, computed in `dtype` from parameters of at least float32."""
         ...
 
 
@@ -53,35 +53,35 @@ def check_gradients(
 
     Returns:
       One result a gradient: sites from the output back, parameters in the model's order, pixels. In float64 each holds
-      the worst of the objectives. Rounding is pooled over them, as a root mean square: a single pull-back of the
-      reference came out up to 2.5 times luckier than its average.
+      the worst of the objectives. Rounding is pooled over them, as a root mean square, because a single pull-back is
+      lucky or unlucky (see `backward.RANDOM_COTANGENTS`).
 
     Raises:
       UnsupportedByReferenceError: FlaxViT cannot express the configuration; the NumPy oracle has no backward pass.
       ReferenceUnavailableError: FlaxViT is not installed.
     """
     reference = FlaxViTReference(config, hf_tensors(config, source))
-    objectives = objectives_for(config, len(pixels))
-    truths = [gradients.named() for gradients in reference.gradients(pixels, np.float64, objectives)]
-    exacts = [gradients.named() for gradients in candidate.gradients(pixels, np.float64, objectives)]
-    for truth, exact in zip(truths, exacts, strict=True):
-        require_float64(truth, reference.name)
-        require_float64(exact, candidate.name)
-    yardsticks = [gradients.named() for gradients in reference.gradients(pixels, precision, objectives)]
-    roundings = [gradients.named() for gradients in candidate.gradients(pixels, precision, objectives)]
-    backward = [site.name for site in reversed(sites(config, len(pixels)))]
+    backward = [site.name for site in reversed(sites(config, len(pixels), pixels.shape[1:3]))]
     names = [*backward, *parameter_shapes(config), "pixels"]
-    observed = [name for name in names if all(name in gradients for gradients in (*exacts, *roundings))]
-    scales = [{name: _scale(name, truth) for name in names} for truth in truths]
+    truth_of = reference.gradients(pixels, np.float64)
+    exact_of = candidate.gradients(pixels, np.float64)
+    yardstick_of = reference.gradients(pixels, precision)
+    rounding_of = candidate.gradients(pixels, precision)
 
-    def errors(found: list[dict[str, NDArray]], name: str) -> list[Error]:
-        each = zip(found, truths, scales, strict=True)
-        return [error(gradients[name], truth[name], scale[name]) for gradients, truth, scale in each]
+    exacts, yardsticks, roundings = [], [], []
+    for objective in objectives_for(config, len(pixels)):
+        # The gradients of a real model take a gigabyte, their errors nothing: none outlives its turn.
+        truth = truth_of(objective).named()
+        require_float64(truth, reference.name)
+        exact = exact_of(objective).named()
+        require_float64(exact, candidate.name)
+        exacts.append(_errors(exact, truth))
+        del exact
+        yardsticks.append(_errors(yardstick_of(objective).named(), truth))
+        roundings.append(_errors(rounding_of(objective).named(), truth))
 
-    def pooled(found: list[dict[str, NDArray]], name: str) -> float:
-        return root_mean_square(np.array([each.rms for each in errors(found, name)]))
-
-    own = {name: pooled(yardsticks, name) for name in names}
+    own = {name: _pooled(yardsticks, name) for name in names}
+    observed = [name for name in names if all(name in found for found in (*exacts, *roundings))]
     results = []
     for name in observed:
         yardstick = max(own[mate] for mate in _layer(name, names))
@@ -89,15 +89,23 @@ def check_gradients(
             SiteResult(
                 name,
                 oracles=Error(0.0, 0.0),
-                exact=max(errors(exacts, name), key=lambda found: found.rms),
+                exact=max((found[name] for found in exacts), key=lambda error: error.rms),
                 alone=None,
-                rounding=pooled(roundings, name),
+                rounding=_pooled(roundings, name),
                 yardstick=yardstick,
-                gate=numerical_gate(yardstick, precision),
+                gate=numerical_gate(yardstick, precision, backward=True),
             )
         )
     unobserved = tuple(name for name in names if name not in observed)
     return ParityReport(title, reference.name, np.dtype(precision).name, tuple(results), unobserved, what="gradients")
+
+
+def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray]) -> dict[str, Error]:
+    return {name: error(found[name], value, _scale(name, truth)) for name, value in truth.items() if name in found}
+
+
+def _pooled(found: list[dict[str, Error]], name: str) -> float:
+    return root_mean_square(np.array([errors[name].rms for errors in found]))
 
 
 def _layer(name: str, names: list[str]) -> list[str]:
