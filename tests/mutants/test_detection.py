@@ -140,6 +140,17 @@ def test_a_site_that_is_not_shown_has_not_passed() -> None:
     assert "1 sites were not observed, first block.1.norm2" in headline(report)
 
 
+def test_a_reference_that_is_not_observed_everywhere_is_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = flaxvit.FlaxViTReference.trace
+
+    def all_but_one(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
+        return {site: value for site, value in whole(self, pixels, dtype).items() if site != "block.0.norm2"}
+
+    monkeypatch.setattr(flaxvit.FlaxViTReference, "trace", all_but_one)
+    with pytest.raises(AssertionError, match=r"FlaxViT was not observed at \['block.0.norm2'\]"):
+        check("stored-float64", lambda trace, dtype: trace)
+
+
 def test_nan_and_wrong_shape_fail_both_gates() -> None:
     def spoil(trace: Trace, dtype: np.dtype) -> Trace:
         trace["norm"] = np.where(np.arange(trace["norm"].shape[-1]) == 7, np.nan, trace["norm"])

@@ -45,6 +45,7 @@ def test_a_checkpoint_outside_the_checkout_is_tested_and_reported(tmp_path: Path
     for text in (ended.stdout, (tmp_path / "reports" / "given-vit-float32-sites.txt").read_text()):
         assert "given-vit: 30 sites pass; float64 at most " in text
         assert "\nblock.1.mlp.hidden " in text
+    assert "gradients pass" in (tmp_path / "reports" / "given-vit-float32-gradients.txt").read_text()
 
 
 def test_a_damaged_checkpoint_fails_with_its_reason(tmp_path: Path, filled) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -141,6 +142,10 @@ def test_no_such_directory() -> None:
     assert refusal("./nowhere/at/all") == "./nowhere/at/all: no such directory or file"
 
 
+def test_an_empty_name() -> None:
+    assert refusal("") == "the checkpoint's name is empty: give a directory or a hub id"
+
+
 def test_a_hub_id_while_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -169,6 +174,13 @@ def test_a_hub_repository_of_pickles_is_refused_before_anything_is_fetched(monke
     )
     assert refusal("someone/vit") == (
         "someone/vit/pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
+    )
+
+
+def test_a_hub_repository_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", lambda name: ["README.md", "model.onnx"])
+    assert refusal("someone/vit") == (
+        "someone/vit: no weights: expected model.safetensors, model.safetensors.index.json or flax_model.msgpack"
     )
 
 
@@ -226,6 +238,8 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
         ("qkv_bias", "yes", "qkv_bias is 'yes': give true or false"),
         ("architectures", "ViTModel", "architectures is 'ViTModel': give a list of class names"),
         ("id2label", {"0": "a", "2": "b"}, "id2label does not number the classes 0 to 1"),
+        ("id2label", ["a", "b"], "id2label is not a mapping from class ids to names: "),
+        ("id2label", {"cat": 0}, "id2label is not a mapping from class ids to names: "),
     ],
 )
 def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: object, message: str) -> None:
@@ -264,6 +278,14 @@ def test_damaged_npz(tmp_path: Path) -> None:
 def test_npz_that_is_no_vit(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", cls=np.zeros((1, 1, 6)))
     assert "other.npz: not an .npz of google-research/vision_transformer" in refusal(tmp_path / "other.npz")
+
+
+def test_npz_of_a_rectangle_does_not_say_which(tmp_path: Path) -> None:
+    config = replace(CONFIG, image_size=(8, 12))
+    tensors = porting.port(Case("rectangle", config).checkpoint().tensors, config, porting.HF)
+    np.savez(tmp_path / "wide.npz", **porting.export(tensors, config, porting.NPZ))
+    assert refusal(tmp_path / "wide.npz").endswith("wide.npz: 6 positions are no square grid: pass config=")
+    assert vit_ref.from_pretrained(tmp_path / "wide.npz", config=config).config == config
 
 
 class Bomb:

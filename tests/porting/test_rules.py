@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from vit_ref import porting
+from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.model import VisionTransformer
 from vit_ref.porting import LAYOUTS, Fault, Layout, PortError
 from vit_ref.pretrained import parameters_of
+from vit_ref.verify.parity import hf_tensors
 from vit_strategies import random_bits
 
 pytestmark = pytest.mark.porting
@@ -143,9 +146,25 @@ def test_a_checkpoint_with_half_its_prefix_is_reported() -> None:
     }
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_reference_gets_the_same_tensors_whatever_the_layout(layout: Layout) -> None:
+    ported = parameters(CONFIG)
+    source = Checkpoint(Path("any"), porting.export(ported, CONFIG, layout), CONFIG.to_hf())
+    expected, found = porting.export(ported, CONFIG, porting.HF), hf_tensors(CONFIG, source)
+    assert {name: value.tobytes() for name, value in found.items()} == {
+        name: value.tobytes() for name, value in expected.items()
+    }
+
+
 def test_unknown_names_are_no_layout() -> None:
     with pytest.raises(PortError, match=r"no known layout .* has such names: conv1.weight, fc.bias"):
         porting.detect({"fc.bias": np.zeros(1), "conv1.weight": np.zeros(1)})
+
+
+def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
+    incomplete = Layout("incomplete", tuple(rule for rule in porting.HF.rules if rule.destination != "norm.bias"))
+    with pytest.raises(LookupError, match=r"layout incomplete has no rule for norm\.bias"):
+        incomplete.bind(CONFIG, prefixed=False)
 
 
 def test_a_port_error_lists_faults_of_one_kind_together() -> None:

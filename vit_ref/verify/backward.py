@@ -19,9 +19,9 @@ from vit_ref.config import ViTConfig
 from vit_ref.sites import Site
 from vit_ref.verify.trace import precision_of
 
-# With the loss twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs up
-# to five times as much as the next. Of 361 gradients there, the one whose pooled error exceeds the reference's most does
-# so by 1.8 at worst (bootstrap over sixteen objectives); pooled over six, by 2.4.
+# With the loss twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs
+# up to five times as much as the next. Of 361 gradients there, the one whose pooled error exceeds the reference's most
+# does so by 1.8 at worst (bootstrap over sixteen objectives); pooled over six, by 2.4.
 RANDOM_COTANGENTS = 11
 
 
