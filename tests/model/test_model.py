@@ -19,6 +19,7 @@ from vit_ref.model import VisionTransformer
 from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
 from vit_ref.verify.cases import CASES, Case, synthetic_images
+from vit_ref.verify.gates import error
 from vit_ref.verify.trace import precision_of
 
 pytestmark = pytest.mark.model
@@ -72,6 +73,17 @@ def test_the_fused_and_the_observed_path_agree(case: Case, filled: Filled) -> No
     # Both sum the same products; scaling before or after the product, and fusion, cost a few roundings a block. At
     # most 3e-7 was seen; a wrong scale or softmax is 1e-2 and more.
     np.testing.assert_allclose(fused, observed, rtol=0, atol=16 * 2**-23 * scale)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_two_paths_agree_in_half_precision_too(dtype: type, filled: Filled) -> None:
+    case = CASES["rectangular"]
+    with precision_of(dtype):
+        vit, pixels = filled(case.config, dtype=dtype), jnp.asarray(case.images())
+        fused, observed = vit(pixels), vit(pixels, tap=lambda site, value: value)
+    off = error(np.asarray(fused), np.asarray(observed, np.float64)).rms
+    # On a CPU they are the same to the last bit.
+    assert off <= float(jnp.finfo(dtype).eps), f"{off:.1e}"
 
 
 @pytest.mark.parametrize("spelling", [jnp.float64, "float64", np.dtype("float64")])
@@ -142,6 +154,23 @@ def test_half_precision_keeps_stream_and_norms_in_float32(dtype: type, filled: F
     assert {found for site, found in seen.items() if site not in wide} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_rounds_the_softmax_once(dtype: type, filled: Filled) -> None:
+    """From the very queries and keys. Parity cannot ask for that: FlaxViT takes its softmax in the half precision."""
+    trace: dict[str, jax.Array] = {}
+    case = CASES["rectangular"]
+    with precision_of(dtype):
+        filled(case.config, dtype=dtype)(jnp.asarray(case.images()), tap=trace.setdefault)
+    for i in range(case.config.num_hidden_layers):
+        query, key = (np.asarray(trace[f"block.{i}.attn.{role}"], np.float64) for role in ("query", "key"))
+        scores = np.exp(np.einsum("bqhk,bmhk->bhqm", query, key) / np.sqrt(case.config.head_dim))
+        expected = scores / scores.sum(-1, keepdims=True)
+        site = f"block.{i}.attn.probs"
+        # Half a unit of rounding. Where the scores were rounded too it was 2.4 and 2.6 times that.
+        off = np.abs(np.asarray(trace[site], np.float64) - expected) / (expected + float(jnp.finfo(dtype).tiny))
+        assert off.max() <= 0.51 * float(jnp.finfo(dtype).eps), f"{site} is off by {off.max():.1e}"
+
+
 def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> None:
     config = ViTConfig.variant("Ti/16", num_hidden_layers=1, initializer_range=0.05)
     vit, again = (VisionTransformer(config, rngs=nnx.Rngs(7)) for _ in range(2))
@@ -170,6 +199,11 @@ def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> No
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str, filled: Filled) -> None:
     with pytest.raises(ValueError, match=message):
         filled(CASES["rectangular"].config)(jnp.ones(shape))
+
+
+def test_an_image_that_is_no_multiple_of_the_patch_is_refused_where_all_sizes_are_welcome_too(filled: Filled) -> None:
+    with pytest.raises(ValueError, match=r"images of \[12, 40\] pixels are no multiple of the patch \[5, 5\]"):
+        filled(CASES["rectangular"].config)(jnp.ones((2, 12, 40, 2)), interpolate_pos_encoding=True)
 
 
 def test_synthetic_images_differ_in_every_way_that_could_hide_a_bug() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vit_ref import porting
+from vit_ref.config import ViTConfig
 from vit_ref.model import VisionTransformer, resize_positions
 from vit_ref.pretrained import build, parameters_of
 from vit_ref.verify.cases import CASES
@@ -47,9 +48,47 @@ def test_resized_positions_are_pytorchs(target: tuple[int, int]) -> None:
     np.testing.assert_allclose(resized[0, 1:], expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("target", BY_TORCH)
+def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tuple[int, int]) -> None:
+    config = ViTConfig(
+        hidden_size=2,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+        intermediate_size=1,
+        image_size=GRID.shape,
+        patch_size=1,
+        num_channels=1,
+        num_labels=1,
+    )
+    parameters = {path: np.ones(shape) for path, shape in porting.parameter_shapes(config).items()}
+    parameters["position_embeddings"] = (np.append(7.0, GRID)[:, None] * [1.0, 2.0])[None]
+    trace: dict[str, jax.Array] = {}
+    with precision_of(np.float64):
+        vit = build(config, parameters, dtype=jnp.float64)
+        vit(jnp.ones((1, *target, 1)), tap=trace.setdefault, interpolate_pos_encoding=True)
+    added = np.asarray(trace["embeddings"][0, 1:] - trace["patches"][0])
+    # As above, and one sum.
+    np.testing.assert_allclose(added, np.array(BY_TORCH[target])[:, None] * [1.0, 2.0], rtol=0, atol=1e-14)
+
+
 def test_positions_at_the_native_size_are_untouched() -> None:
     positions = jnp.arange(26.0).reshape(1, 13, 2)
     assert resize_positions(positions, (3, 4), (3, 4)) is positions
+
+
+@pytest.mark.parametrize("target", BY_TORCH)
+def test_the_gradient_of_a_resize_is_its_transpose(target: tuple[int, int]) -> None:
+    """Resizing is linear, so positions that train at another size need no derivative but this."""
+    rng = np.random.default_rng(0)
+    with precision_of(np.float64):
+        positions, moved = (jnp.asarray(rng.normal(size=(1, 13, 2))) for _ in range(2))
+        resized, pull = jax.vjp(lambda positions: resize_positions(positions, (3, 4), target), positions)
+        cotangent = jnp.asarray(rng.normal(size=resized.shape))
+        forward = float(jnp.vdot(cotangent, resize_positions(moved, (3, 4), target)))
+        backward = float(jnp.vdot(pull(cotangent)[0], moved))
+    # Two sums of up to 32 products of values around one.
+    assert abs(forward - backward) <= 64 * np.finfo(np.float64).eps
+    assert abs(forward) > 0.1
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])

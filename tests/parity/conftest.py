@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
@@ -94,15 +95,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _forward(subject: Subject, precision: str) -> ParityReport:
-    config, source, pixels = subject.load()
-    return check_parity(subject.name, config, source, pixels, OwnCandidate(config, source), precision)
+    return _judged(check_parity, subject.name, subject, precision)
 
 
 def _backward(subject: Subject, precision: str) -> ParityReport:
+    return _judged(
+        check_gradients,
+        f"{subject.name}, backward",
+        subject,
+        precision,
+        PHOTOGRAPHS_BACKWARD if subject.given else None,
+    )
+
+
+def _judged(
+    check: Callable[..., ParityReport], title: str, subject: Subject, precision: str, images: int | None = None
+) -> ParityReport:
+    """The report, unless the candidate wrote into the arrays by which it is judged: the reference reads the same."""
     config, source, pixels = subject.load()
-    if subject.given:
-        pixels = pixels[:PHOTOGRAPHS_BACKWARD]
-    return check_gradients(f"{subject.name}, backward", config, source, pixels, OwnCandidate(config, source), precision)
+    pixels = pixels[:images]
+    before = _checksums(source, pixels)
+    report = check(title, config, source, pixels, OwnCandidate(config, source), precision)
+    after = _checksums(source, pixels)
+    changed = [name for name in before if after.get(name) != before[name]]
+    if changed:
+        pytest.fail(f"{title}: the candidate changed {changed[0]} in place: it has to copy it", pytrace=False)
+    return report
+
+
+def _checksums(source: Checkpoint, pixels: NDArray) -> dict[str, int]:
+    return {name: zlib.crc32(array.tobytes()) for name, array in {"the images": pixels, **source.tensors}.items()}
 
 
 CHECKS = {"parity": _forward, "gradients": _backward}
@@ -119,6 +141,8 @@ def _outcome(
         return pytest.skip.Exception(str(error))
     except InputError as error:
         return pytest.fail.Exception(str(error), pytrace=False)
+    except pytest.fail.Exception as error:
+        return error
 
 
 def _checked(request: pytest.FixtureRequest) -> ParityReport:

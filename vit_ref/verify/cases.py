@@ -63,6 +63,9 @@ class Case:
             value = _parameter(rng, rule.destination, shapes[rule.destination])
             if self.hard_tokens:
                 value = _harden(rule.destination, value)
+            if self.stored == np.float64:
+                # Else float32 would hold the values as well, and who rounds them to it would not be seen.
+                value = value * np.float64(1 + 2**-30)
             tensors[rule.source] = np.ascontiguousarray(rule.transform.to_source(value, self.config)).astype(
                 self.stored
             )

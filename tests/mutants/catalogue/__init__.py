@@ -1,0 +1,33 @@
+"""The catalogue: every deliberate bug, by theme."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+from catalogue import (
+    activation,
+    attention,
+    norm,
+    patches,
+    pooling,
+    positions,
+    precision,
+    preprocessing,
+    residual,
+    training,
+    weights,
+)
+
+MUTANTS: tuple[Mutant, ...] = (
+    *patches.MUTANTS,
+    *positions.MUTANTS,
+    *norm.MUTANTS,
+    *attention.MUTANTS,
+    *activation.MUTANTS,
+    *residual.MUTANTS,
+    *pooling.MUTANTS,
+    *weights.MUTANTS,
+    *precision.MUTANTS,
+    *training.MUTANTS,
+    *preprocessing.MUTANTS,
+)

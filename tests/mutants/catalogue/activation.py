@@ -1,0 +1,116 @@
+"""Bugs in activations: another one than the checkpoint was trained with, or another derivative."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from injection import Inject, at
+from mutant import Mutant, backward, forward
+
+from vit_ref import model
+
+
+def _computes(act: str) -> Inject:
+    """The MLPs compute this activation, whatever the configuration says."""
+    return lambda monkeypatch: monkeypatch.setattr(
+        model, "ACTIVATIONS", dict.fromkeys(model.ACTIVATIONS, model.ACTIVATIONS[act])
+    )
+
+
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_gelu.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple:
+    return _gelu(*primals), jax.jvp(lambda x: jax.nn.gelu(x, approximate=True), primals, tangents)[1]
+
+
+def _hidden_clipped(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
+    at("block.*.mlp.hidden", lambda value, here: jnp.maximum(value, -dose))(monkeypatch)
+
+
+MUTANTS = (
+    Mutant(
+        number=1,
+        name="tanh-gelu",
+        story="jax.nn.gelu's own default, the tanh form, for a checkpoint trained with the erf form",
+        source="bonsai #111",
+        inject=_computes("gelu_new"),
+        first_site="block.0.mlp.hidden",
+        cause="tanh GELU",
+    ),
+    Mutant(
+        number=2,
+        name="quick-gelu",
+        story="CLIP's x * sigmoid(1.702 x) for GELU",
+        source="timm #2031, open_clip #771",
+        inject=_computes("quick_gelu"),
+        first_site="block.0.mlp.hidden",
+        cause="quick GELU",
+    ),
+    Mutant(
+        number=3,
+        name="no-activation",
+        story="the MLP's two linears follow each other directly",
+        source="keras-cv #1014",
+        inject=at("block.*.mlp.hidden", lambda value, here: here["mlp.fc1"]),
+        first_site="block.0.mlp.hidden",
+        cause="no activation",
+    ),
+    Mutant(
+        number=44,
+        name="hidden-act-ignored",
+        story="GELU is written into the model, and the checkpoint's config says ReLU",
+        source="HF #25787, jimm",
+        inject=_computes("gelu"),
+        tests=forward("headless"),
+        first_site="block.0.mlp.hidden",
+        cause="erf GELU",
+    ),
+    Mutant(
+        name="relu-for-gelu",
+        story="the activation of the first Transformer",
+        source="Vaswani et al. (2017) has ReLU, and tutorials copy that",
+        inject=_computes("relu"),
+        first_site="block.0.mlp.hidden",
+        cause="ReLU",
+    ),
+    Mutant(
+        name="erf-gelu-for-tanh",
+        story="PyTorch's default, the erf form, for a checkpoint trained in JAX with the tanh form",
+        source="google-research/vision_transformer uses flax's default",
+        inject=_computes("gelu"),
+        tests=forward("no-qkv-bias"),
+        first_site="block.0.mlp.hidden",
+        cause="erf GELU",
+    ),
+    Mutant(
+        name="tanh-gelu-in-block-7",
+        story="one block of thirteen was left with the old activation after a search and replace",
+        source="the last of several edits is the one that is forgotten",
+        inject=at("block.7.mlp.hidden", lambda value, here: jax.nn.gelu(here["mlp.fc1"], approximate=True)),
+        tests=forward("deep"),
+        first_site="block.7.mlp.hidden",
+        cause="tanh GELU",
+    ),
+    Mutant(
+        name="gelu-with-the-derivative-of-tanh-gelu",
+        story="a hand-written kernel with the right values and the other form's derivative",
+        source="custom derivatives are written apart from the function",
+        inject=at("block.*.mlp.hidden", lambda value, here: _gelu(here["mlp.fc1"])),
+        tests=backward("rectangular"),
+        first_site="block.1.mlp.fc1",
+    ),
+    Mutant(
+        name="gelu-tail-clipped",
+        story="a quantised lookup table that ends where GELU's left tail was taken for zero",
+        source="tables of int8 inference",
+        inject=_hidden_clipped,
+        # GELU's least value is -0.17, which a clip at 0.1699 just touches.
+        doses=(0.1, 0.1699),
+        first_site="block.0.mlp.hidden",
+    ),
+)

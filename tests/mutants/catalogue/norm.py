@@ -1,0 +1,200 @@
+"""Bugs in LayerNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from injection import Inject, at, layers, loaded
+from jax import Array
+from mutant import Mutant, backward, forward
+
+
+def _epsilon(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
+    layers("LayerNorm", lambda width, **options: nnx.LayerNorm(width, **{**options, "epsilon": dose}))(monkeypatch)
+
+
+def _formula(normalise: Callable[[Array, float], Array]) -> Inject:
+    """The model's norms normalise as this does, then scale and shift as ever."""
+
+    class Norm(nnx.LayerNorm):
+        def __call__(self, x: Array, **_: Any) -> Array:
+            x = x if self.dtype is None else x.astype(self.dtype)
+            # Spread over all axes by hand, for a strict run.
+            scale, bias = (jnp.broadcast_to(each[...].astype(x.dtype), x.shape) for each in (self.scale, self.bias))
+            return normalise(x, self.epsilon) * scale + bias
+
+    return layers("LayerNorm", Norm)
+
+
+def _moments(x: Array) -> tuple[Array, Array]:
+    mean = x.mean(-1, keepdims=True)
+    return x - mean, jnp.square(x - mean).mean(-1, keepdims=True)
+
+
+def _epsilon_outside(x: Array, epsilon: float) -> Array:
+    centred, variance = _moments(x)
+    return centred / (jnp.sqrt(variance) + epsilon)
+
+
+def _not_centred(x: Array, epsilon: float) -> Array:
+    return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+
+
+def _over_width_less_one(x: Array, epsilon: float) -> Array:
+    centred, variance = _moments(x)
+    return centred / jnp.sqrt(variance * x.shape[-1] / (x.shape[-1] - 1) + epsilon)
+
+
+def _difference_of_squares(x: Array, epsilon: float) -> Array:
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean) + epsilon)
+
+
+def _detached(x: Array, epsilon: float) -> Array:
+    centred, variance = _moments(x)
+    return centred / jnp.sqrt(jax.lax.stop_gradient(variance) + epsilon)
+
+
+def _first_for_second(parameters: dict, config: Any) -> dict:
+    return {path: parameters[path.replace("norm2", "norm1")] for path in parameters if "norm2" in path}
+
+
+def _exchanged(parameters: dict, config: Any) -> dict:
+    other = {"norm1": "norm2", "norm2": "norm1"}
+    return {
+        path: parameters[path.replace(mine, theirs)]
+        for path in parameters
+        for mine, theirs in other.items()
+        if mine in path
+    }
+
+
+MUTANTS = (
+    Mutant(
+        number=4,
+        name="layer-norm-epsilon",
+        story="flax's default epsilon, 1e-6, PyTorch's, 1e-5, or nearly the right one",
+        source="HF #18137, mindone #225, kornia #2786",
+        inject=_epsilon,
+        # 1.00001e-12 is 1e-17 more under a variance of 1e-8: 5e-10 on the smallest token.
+        doses=(1e-5, 1e-6, 1.00001e-12),
+        tests=forward("hard-tokens"),
+        first_site="block.0.norm1",
+    ),
+    Mutant(
+        name="layer-norm-epsilon-on-ordinary-tokens",
+        story="the same, where every token has a variance of about one",
+        source="as above; a float32 check of a ViT-B/16 shows nothing",
+        inject=lambda monkeypatch: _epsilon(monkeypatch, 1e-6),
+        first_site="block.0.norm1",
+        cause="LayerNorm epsilon 1e-06",
+    ),
+    Mutant(
+        number=5,
+        name="fast-variance",
+        story="E[x^2] - E[x]^2, nnx.LayerNorm's default, which cancels where the mean exceeds the deviation",
+        source="nnx.LayerNorm's default",
+        inject=layers(
+            "LayerNorm", lambda width, **options: nnx.LayerNorm(width, **{**options, "use_fast_variance": True})
+        ),
+        # FlaxViT has it too, so parity has no better yardstick; no site, a LayerNorm by itself.
+        killed_by="model",
+        tests=("tests/model/test_model.py", "-k", "layer_norm_survives"),
+    ),
+    Mutant(
+        number=6,
+        name="negative-variance",
+        story="the same without flax's max(0, ...): rounding makes the variance negative, and its root NaN",
+        source="equinox #314",
+        inject=_formula(_difference_of_squares),
+        # No site: a LayerNorm by itself.
+        killed_by="model",
+        tests=("tests/model/test_model.py", "-k", "layer_norm_survives"),
+    ),
+    Mutant(
+        number=31,
+        name="no-final-norm",
+        story="the head reads the last block's output",
+        source="kornia #2786",
+        inject=at("norm", lambda value, here: here.stream),
+        first_site="norm",
+        cause="no norm",
+    ),
+    Mutant(
+        number=32,
+        name="norms-exchanged",
+        story="layernorm_before and layernorm_after were mapped the other way round",
+        source="two tensors of one shape",
+        inject=loaded(_exchanged),
+        first_site="block.0.norm1",
+        cause="parameters of block.0.norm2",
+    ),
+    Mutant(
+        number=46,
+        name="layer-norm-eps-ignored",
+        story="1e-12 is written into the model, and the checkpoint's config says 1e-2",
+        source="keras-hub convert_vit",
+        inject=lambda monkeypatch: _epsilon(monkeypatch, 1e-12),
+        tests=forward("headless"),
+        first_site="block.0.norm1",
+        cause="LayerNorm epsilon 1e-12",
+    ),
+    Mutant(
+        name="epsilon-outside-the-root",
+        story="(x - mean) / (deviation + epsilon)",
+        source="Ba et al. (2016) leaves epsilon out; The Annotated Transformer puts it there",
+        inject=_formula(_epsilon_outside),
+        # At a variance of one the two differ by 5e-13, under the gate: only faint tokens tell them apart.
+        tests=forward("hard-tokens"),
+        first_site="block.0.norm1",
+    ),
+    Mutant(
+        name="unbiased-variance",
+        story="torch.std divides by D - 1",
+        source="The Annotated Transformer's LayerNorm",
+        inject=_formula(_over_width_less_one),
+        first_site="block.0.norm1",
+        cause="variance over D - 1",
+    ),
+    Mutant(
+        name="rms-norm",
+        story="the mean is not taken away, as in language models",
+        source="Zhang and Sennrich (2019); a block reused from a Llama port",
+        inject=_formula(_not_centred),
+        first_site="block.0.norm1",
+    ),
+    Mutant(
+        name="norm-without-scale-and-bias",
+        story="the norms keep their initial scale and bias",
+        source="flax's names are scale and bias, PyTorch's weight and bias, and a loader that is not strict skips",
+        inject=loaded(
+            lambda parameters, config: {
+                path: value * 0 + path.endswith("scale") for path, value in parameters.items() if "norm" in path
+            }
+        ),
+        first_site="block.0.norm1",
+        cause="norm without scale and bias",
+    ),
+    Mutant(
+        name="one-norm-for-two",
+        story="each block uses its first norm twice",
+        source="a shared module: in NNX one object is one set of parameters",
+        inject=loaded(_first_for_second),
+        first_site="block.0.norm2",
+        cause="parameters of block.0.norm1",
+    ),
+    Mutant(
+        name="no-gradient-through-the-variance",
+        story="the statistics are taken for constants in the backward pass",
+        source="torch's detach() in hand-written norms",
+        inject=_formula(_detached),
+        tests=backward("rectangular"),
+        # The last norm's own gradient is right; what it hands back is not.
+        first_site="block.1.mlp.residual",
+    ),
+)

@@ -1,0 +1,115 @@
+"""Bugs behind the last block: which token, which pooler, which head."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from injection import Inject, Pass, at, loaded
+from jax import Array
+from mutant import Mutant, forward
+
+from vit_ref import porting
+from vit_ref.config import ViTConfig
+from vit_ref.porting import Layout
+
+
+def _head_reads(pool: Any) -> Inject:
+    """The head reads `pool(here)` for the normalised cls token."""
+    return at("logits", lambda value, here: here.model.head(pool(here)))
+
+
+def _missing_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = porting.port
+
+    def lenient(source: porting.Tensors, config: ViTConfig, layout: Layout, **options: Any) -> dict:
+        shapes = porting.parameter_shapes(config)
+        made_up = {
+            rule.source: np.random.default_rng(0)
+            .normal(0, 0.02, porting._source_shape(rule, shapes[rule.destination], config))
+            .astype(np.float32)
+            for rule in layout.bind(config, prefixed=porting.is_prefixed(source, layout))
+        }
+        return port({**made_up, **source}, config, layout, **options)
+
+    monkeypatch.setattr(porting, "port", lenient)
+
+
+def _linear_pooler(value: Array, here: Pass) -> Array:
+    return here.model.pooler(here["norm"][:, 0])
+
+
+MUTANTS = (
+    Mutant(
+        number=28,
+        name="mean-pooled",
+        story="the head reads the mean of all tokens",
+        source="vision_transformer's classifier='gap'",
+        inject=_head_reads(lambda here: here["norm"].mean(axis=1)),
+        first_site="logits",
+        cause="mean of the tokens pooled",
+    ),
+    Mutant(
+        name="norm-after-the-pool",
+        story="the mean of the patches' tokens, and only then the norm",
+        source="MAE's and BEiT's fc_norm",
+        inject=_head_reads(lambda here: here.model.norm(here.stream[:, 1:].mean(axis=1))),
+        first_site="logits",
+    ),
+    Mutant(
+        name="last-token-pooled",
+        story="the head reads the last token, as a language model's does",
+        source="big_vision and CLIP's text tower",
+        inject=_head_reads(lambda here: here["norm"][:, -1]),
+        first_site="logits",
+        cause="last token pooled",
+    ),
+    Mutant(
+        number=29,
+        name="tanh-pooler-dropped",
+        story="the pooler's dense layer without its tanh",
+        source="PyTorch-Pretrained-ViT #7",
+        inject=at("pooler", _linear_pooler),
+        tests=forward("pooler"),
+        first_site="pooler",
+        cause="no activation",
+    ),
+    Mutant(
+        name="tanh-before-the-head",
+        story="the classifier gets pre-logits' tanh, which the checkpoint has not",
+        source="PyTorch-Pretrained-ViT #7",
+        inject=_head_reads(lambda here: jnp.tanh(here["norm"][:, 0])),
+        first_site="logits",
+        cause="tanh added",
+    ),
+    Mutant(
+        number=30,
+        name="missing-tensors-made-up",
+        story="a head or pooler that the checkpoint lacks is initialised at random, and nothing is said",
+        source="HF #14017, #25377",
+        inject=_missing_made_up,
+        killed_by="porting",
+        # Nothing is computed: the test asks for a refusal and gets none.
+        tests=("tests/porting/test_rules.py", "-k", "any_one_tensor_dropped and classifier-hf"),
+    ),
+    Mutant(
+        name="left-over-tensors-ignored",
+        story="what no rule takes is left behind, and nothing is said",
+        source="strict=False",
+        inject=lambda monkeypatch: monkeypatch.setattr(porting, "port", functools.partial(porting.port, exempt=["*"])),
+        killed_by="porting",
+        # Nothing is computed: the test asks for a refusal and gets none.
+        tests=("tests/porting/test_rules.py", "-k", "beyond_the_configuration and hf5"),
+    ),
+    Mutant(
+        name="head-bias-dropped",
+        story="the head is loaded without its bias",
+        source="zero-shot heads have none",
+        inject=loaded(lambda parameters, config: {"head.bias": np.zeros_like(parameters["head.bias"])}),
+        first_site="logits",
+        cause="bias left out",
+    ),
+)

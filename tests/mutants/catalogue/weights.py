@@ -1,0 +1,240 @@
+"""Bugs in the weight map and in loading."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from injection import Inject, instead, loaded
+from mutant import Mutant, backward, forward
+from numpy.typing import NDArray
+
+from vit_ref import pretrained
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.config import ViTConfig
+from vit_ref.porting import HF, SAME, Layout
+from vit_ref.verify import candidate
+from vit_ref.verify.candidate import OwnCandidate
+
+
+def _layout(layout: Layout) -> Inject:
+    """The candidate, and nobody else, reads checkpoints by this weight map."""
+    return lambda monkeypatch: monkeypatch.setattr(candidate, "detect", lambda names: layout)
+
+
+def _untransposed(destination: str) -> Layout:
+    rules = (rule._replace(transform=SAME) if rule.destination == destination else rule for rule in HF.rules)
+    return dataclasses.replace(HF, rules=tuple(rules))
+
+
+class _FirstTwice(Layout):
+    """Block 1 is filled with block 0's tensors."""
+
+    def bind(self, config: ViTConfig, prefixed: bool) -> tuple:
+        return tuple(
+            rule._replace(source=rule.source.replace(".layer.1.", ".layer.0."))
+            for rule in super().bind(config, prefixed)
+        )
+
+
+def _duplicated(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = candidate.port
+    _layout(_FirstTwice(**{field.name: getattr(HF, field.name) for field in dataclasses.fields(HF)}))(monkeypatch)
+    # A port that does not ask what was left over.
+    monkeypatch.setattr(candidate, "port", lambda *arguments: port(*arguments, exempt=["vit.encoder.layer.1.*"]))
+
+
+def _blocks(order: Callable[[int], Sequence[int]]) -> Inject:
+    """Block i is filled with block order(depth)[i]."""
+
+    def change(parameters: dict, config: ViTConfig) -> dict:
+        source = order(config.num_hidden_layers)
+        return {
+            path: parameters[f"blocks.{source[int(path.split('.')[1])]}." + path.split(".", 2)[2]]
+            for path in parameters
+            if path.startswith("blocks.")
+        }
+
+    return loaded(change)
+
+
+def _exchanged(one: str, other: str) -> Inject:
+    """Two layers get each other's parameters."""
+    return loaded(
+        lambda parameters, config: {
+            path: parameters[path.replace(mine, theirs)]
+            for path in parameters
+            for mine, theirs in ((one, other), (other, one))
+            if mine in path
+        }
+    )
+
+
+def _one_element(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
+    def change(parameters: dict, config: ViTConfig) -> dict:
+        kernel = parameters["blocks.1.mlp.fc2.kernel"].astype(np.float64)
+        kernel[3, 5] *= 1 + dose
+        return {"blocks.1.mlp.fc2.kernel": kernel}
+
+    loaded(change)(monkeypatch)
+
+
+def _all_rounded(dtype: Any) -> Inject:
+    """All parameters went through `dtype`."""
+    return loaded(
+        lambda parameters, config: {path: value.astype(dtype).astype(value.dtype) for path, value in parameters.items()}
+    )
+
+
+def _shorter_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    to_hf = ViTConfig.to_hf
+
+    def wrong(self: ViTConfig) -> dict[str, Any]:
+        return {name: value for name, value in to_hf(self).items() if name != "qkv_bias"}
+
+    monkeypatch.setattr(ViTConfig, "to_hf", wrong)
+
+
+def _rounding_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = OwnCandidate.__init__
+
+    def wrong(self: OwnCandidate, config: ViTConfig, source: Checkpoint) -> None:
+        for tensor in source.tensors.values():
+            tensor[...] = tensor.astype(ml_dtypes.bfloat16)
+        init(self, config, source)
+
+    monkeypatch.setattr(OwnCandidate, "__init__", wrong)
+
+
+def _normalising_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = OwnCandidate.trace
+
+    def wrong(self: OwnCandidate, pixels: NDArray, *arguments: Any, **options: Any) -> dict:
+        found = trace(self, pixels, *arguments, **options)
+        pixels *= 1 + 1e-7
+        return found
+
+    monkeypatch.setattr(OwnCandidate, "trace", wrong)
+
+
+MUTANTS = (
+    Mutant(
+        number=11,
+        name="square-kernel-not-transposed",
+        story="PyTorch's (out, in) goes in as (in, out): for a square kernel shape and mean agree",
+        source="jax-ai-stack's check compares means",
+        inject=_layout(_untransposed("blocks.{i}.attn.out.kernel")),
+        first_site="block.0.attn.out",
+        cause="kernel not transposed",
+    ),
+    Mutant(
+        number=36,
+        name="layers-in-lexicographic-order",
+        story="names are sorted as text: block 10 comes before block 2",
+        source="nnli #1",
+        inject=_blocks(lambda depth: sorted(range(depth), key=str)),
+        tests=forward("deep"),
+        first_site="block.2.norm1",
+        cause="parameters of block.10.norm1",
+    ),
+    Mutant(
+        number=41,
+        name="checkpoint-changed-in-place",
+        story="the port rounds the checkpoint's own arrays, and so what judges it",
+        source="jax #37830: NumPy's memory is shared, not copied",
+        inject=_rounding_in_place,
+        first_site="vit.encoder.layer.0.attention.attention.key.bias",
+        says="the candidate changed {site} in place",
+    ),
+    Mutant(
+        name="memory-shared-with-the-checkpoint",
+        story="jax.device_put takes aligned arrays for its own: who writes to them changes the model",
+        source="jax #37830",
+        inject=lambda monkeypatch: instead(monkeypatch, pretrained, "jnp.array", lambda x, copy: jax.device_put(x)),
+        killed_by="porting",
+        # A set of parameters that changed, printed in no order.
+        tests=("tests/porting/test_checkpoint.py", "-k", "does_not_share_memory"),
+    ),
+    Mutant(
+        name="images-changed-in-place",
+        story="the port normalises the very images that it is judged on",
+        source="x *= on an argument",
+        inject=_normalising_in_place,
+        first_site="the images",
+        says="the candidate changed {site} in place",
+    ),
+    Mutant(
+        number=48,
+        name="one-layer-loaded-twice",
+        story="block 1 gets block 0's weights, and its own are read by nobody",
+        source="an index that is not advanced; only completeness both ways would say so",
+        inject=_duplicated,
+        tests=forward("rectangular"),
+        first_site="block.1.norm1",
+        cause="parameters of block.0.norm1",
+    ),
+    Mutant(
+        name="layers-exchanged",
+        story="value and output of attention were mapped the other way round",
+        source="two tensors of one shape",
+        inject=_exchanged("attn.value", "attn.out"),
+        first_site="block.0.attn.value",
+        cause="parameters of block.0.attn.out",
+    ),
+    Mutant(
+        name="blocks-in-reverse",
+        story="the last block's weights go into the first",
+        source="recursion that builds blocks from the end",
+        inject=_blocks(lambda depth: range(depth)[::-1]),
+        tests=forward("rectangular"),
+        first_site="block.0.norm1",
+        cause="parameters of block.1.norm1",
+    ),
+    Mutant(
+        name="one-element-off",
+        story="one of 1551 elements of one kernel is wrong",
+        source="a flipped bit, a hand-made patch",
+        inject=_one_element,
+        doses=(1e-2, 1e-4, 1e-9),
+        tests=forward("rectangular"),
+        first_site="block.1.mlp.out",
+    ),
+    Mutant(
+        name="one-element-off-seen-backward",
+        story="the same, where gradients alone are looked at",
+        source="a flipped bit, a hand-made patch",
+        inject=lambda monkeypatch: _one_element(monkeypatch, 1e-4),
+        tests=backward("rectangular"),
+        # The output's own gradient is the loss's, which the logits enter.
+        first_site="logits",
+    ),
+    Mutant(
+        name="config-forgets-qkv-bias",
+        story="a saved config.json does not say that there are no biases",
+        source="fields that are left out where they seem to be the default",
+        inject=_shorter_config,
+        killed_by="properties",
+        # Configurations are compared, and nothing is computed.
+        tests=("tests/properties/test_configurations.py", "-k", "survives_its_config_json"),
+    ),
+    Mutant(
+        name="weights-through-float16",
+        story="the checkpoint was converted by way of half precision",
+        source="download sizes; errors of 1e-4 pass as noise",
+        inject=_all_rounded(np.float16),
+        first_site="patches",
+    ),
+    Mutant(
+        name="float64-weights-through-float32",
+        story="a float64 checkpoint loses its lower half",
+        source="jax without x64 does so with a warning, torch.load().float() without",
+        inject=_all_rounded(np.float32),
+        tests=forward("stored-float64"),
+        first_site="patches",
+    ),
+)

@@ -1,0 +1,214 @@
+"""Runs tests of this suite as a person would, in this process, so that they meet a mutant that was injected here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import core, settings
+
+from vit_ref.verify.backward import Gradients, Objective
+from vit_ref.verify.flaxvit import FlaxViTReference
+from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.trace import Trace
+
+Differentiate = Callable[[Objective], Gradients]
+
+ROOT = Path(__file__).parents[2]
+# Plugins that would speak to the outer run's workers, files or hooks, shuffle, or collect garbage for seconds.
+_WITHOUT = (
+    "xdist",
+    "randomly",
+    "cov",
+    "benchmark",
+    "cacheprovider",
+    "faulthandler",
+    "unraisableexception",
+    "threadexception",
+)
+
+
+class Failure(NamedTuple):
+    """How a test failed: with what, and the text that a person would read."""
+
+    error: type[BaseException]
+    text: str
+
+
+class Outcome(NamedTuple):
+    """What a run of the suite came to: the failures by test, and how many passed."""
+
+    failed: dict[str, Failure]
+    passed: int
+
+
+class _Collector:
+    def __init__(self) -> None:
+        self.failed: dict[str, Failure] = {}
+        self.passed = 0
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+        report = yield
+        if report.failed:
+            self.failed.setdefault(item.nodeid, Failure(call.excinfo.type, report.longreprtext))
+        self.passed += report.when == "call" and report.passed
+        return report
+
+
+def run(tests: tuple[str, ...], marker: str, scratch: Path) -> Outcome:
+    """Runs tests in a pytest of their own, which leaves nothing behind.
+
+    Args:
+      tests: pytest's arguments: paths from the project's root, and options.
+      marker: only tests with it are run.
+      scratch: a directory for their temporary files.
+
+    Raises:
+      AssertionError: none was run, or pytest itself failed.
+    """
+    collector, printed = _Collector(), io.StringIO()
+    arguments = [argument for name in _WITHOUT for argument in ("-p", f"no:{name}")]
+    # Not captured by the inner run, whose capture would fight the outer one's, but caught here.
+    arguments += ["-m", marker, "--capture=no", "-q", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    arguments += ["--hypothesis-seed=0", f"--basetemp={scratch / 'inner'}", *tests]
+    with contextlib.ExitStack() as stack:
+        for each in (_fresh_test_modules, _fresh_compiler, _own_hypothesis, _remembered_references):
+            stack.enter_context(each())
+        stack.enter_context(contextlib.chdir(ROOT))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        stack.enter_context(contextlib.redirect_stderr(printed))
+        ended = pytest.main(arguments, plugins=[collector])
+    assert ended in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), (
+        f"pytest ended with {ended}:\n{printed.getvalue()}"
+    )
+    return Outcome(collector.failed, collector.passed)
+
+
+@contextlib.contextmanager
+def _fresh_test_modules() -> Iterator[None]:
+    """The inner run imports conftests and tests anew: their caches hold what was found without the mutant."""
+
+    def ours() -> dict[str, Any]:
+        return {
+            name: module
+            for name, module in list(sys.modules.items())
+            if (file := getattr(module, "__file__", None))
+            and (file == str(ROOT / "conftest.py") or Path(file).is_relative_to(ROOT / "tests"))
+        }
+
+    before, path, environment = ours(), sys.path[:], dict(os.environ)
+    for name in before:
+        del sys.modules[name]
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    try:
+        yield
+    finally:
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(before)
+        sys.path[:] = path
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _fresh_compiler() -> Iterator[None]:
+    """No function compiled for the truth serves the mutant, or the other way round; jax's settings come back."""
+    before = dict(jax.config.values)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if jax.config.values[name] != value:
+                jax.config.update(name, value)
+        jax.clear_caches()
+
+
+@contextlib.contextmanager
+def _own_hypothesis() -> Iterator[None]:
+    """The outer run's profile and seed come back."""
+    settings.register_profile("outer run", settings.default)
+    seed = core.global_force_seed
+    try:
+        yield
+    finally:
+        settings.load_profile("outer run")
+        core.global_force_seed = seed
+
+
+@contextlib.contextmanager
+def _remembered_references() -> Iterator[None]:
+    """What references say is kept from run to run: nearly half the time goes into compiling them, and no mutant may
+    reach them. Other weights, images or objectives are another question."""
+    with contextlib.ExitStack() as stack:
+        for owner in (FlaxViTReference, NumpyOracle):
+            stack.enter_context(mock.patch.object(owner, "trace", _remembering(owner.trace)))
+        gradients = _remembering_each(FlaxViTReference.gradients)
+        stack.enter_context(mock.patch.object(FlaxViTReference, "gradients", gradients))
+        stack.enter_context(mock.patch.object(FlaxViTReference, "__init__", _built_once(FlaxViTReference.__init__)))
+        yield
+
+
+_ANSWERS: dict[str, Any] = {}
+
+
+def _remembering(trace: Callable[..., Trace]) -> Callable[..., Trace]:
+    @functools.wraps(trace)
+    def answer(self: Any, pixels: Any, dtype: Any = np.float64) -> Trace:
+        weights = self.params if isinstance(self, FlaxViTReference) else self.tensors
+        key = _digest(trace.__qualname__, repr(self.config), np.dtype(dtype).name, weights, pixels)
+        if key not in _ANSWERS:
+            _ANSWERS[key] = trace(self, pixels, dtype)
+        return dict(_ANSWERS[key])
+
+    return answer
+
+
+def _remembering_each(gradients: Callable[..., Differentiate]) -> Callable[..., Differentiate]:
+    @functools.wraps(gradients)
+    def answer(self: FlaxViTReference, pixels: Any, dtype: Any) -> Differentiate:
+        key = _digest("gradients", repr(self.config), np.dtype(dtype).name, self.params, pixels)
+        differentiate = functools.cache(lambda: gradients(self, pixels, dtype))
+
+        def one(objective: Objective) -> Gradients:
+            mine = key + _digest(objective._asdict())
+            if mine not in _ANSWERS:
+                _ANSWERS[mine] = differentiate()(objective)
+            return _ANSWERS[mine]
+
+        return one
+
+    return answer
+
+
+def _built_once(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def build(self: FlaxViTReference, config: Any, tensors: Any) -> None:
+        key = _digest("built", repr(config), tensors)
+        if key not in _ANSWERS:
+            init(self, config, tensors)
+            _ANSWERS[key] = dict(vars(self))
+        vars(self).update(_ANSWERS[key])
+
+    return build
+
+
+def _digest(*question: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(question):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(leaf.encode() if isinstance(leaf, str) else np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
