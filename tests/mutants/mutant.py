@@ -37,7 +37,7 @@ class Mutant:
       tests: pytest's arguments: a file, "-k", and which tests of it; few, so that a mutant takes seconds.
       first_site: the first site, gradient or tensor that the report must name; None where the kind of bug has none.
       says: how the report names it.
-      cause: what the diagnosis must suggest; None where it has nothing to suggest.
+      cause: the one thing that the diagnosis must suggest, for each dose where there are doses; None where nothing.
       equivalent: why no input can tell the mutant from the truth. Then nothing is run.
     """
 
@@ -51,5 +51,9 @@ class Mutant:
     tests: Tests = ONE_BLOCK
     first_site: str | None = None
     says: str = "first divergence at {site}:"
-    cause: str | None = None
+    cause: str | tuple[str | None, ...] | None = None
     equivalent: str | None = None
+
+    def cause_at(self, dose: float | None) -> str | None:
+        """What the diagnosis must suggest at this dose."""
+        return self.cause[self.doses.index(dose)] if isinstance(self.cause, tuple) else self.cause

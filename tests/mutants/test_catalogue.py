@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def test_a_mutant_is_killed_and_named_where_it_is(
     assert not wrong, f"killed by a clumsy injection, {wrong}:\n{text}"
     if mutant.first_site:
         assert mutant.says.format(site=mutant.first_site) in text, text
+    suggested = set(re.findall(r"likely cause: (.*): with it the error", text))
+    cause = mutant.cause_at(dose)
+    assert suggested == ({cause} if cause else set()), text
 
 
 def test_every_bug_that_was_seen_is_in_the_catalogue_once() -> None:

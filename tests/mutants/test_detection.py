@@ -63,7 +63,8 @@ def test_tanh_gelu_is_named_at_the_first_activation() -> None:
     assert report.semantic_failures[0].site == "block.0.mlp.hidden"
     # Random weights spread the MLP's input wider than training does, where the two forms differ less: 552 was seen.
     assert report.results[-1].ratio > 100
-    first, output, blame = headline(report).splitlines()
+    first, output, cause, blame = headline(report).splitlines()
+    assert cause.startswith("  likely cause: tanh GELU: with it the error at block.0.mlp.hidden falls from ")
     assert "first divergence at block.0.mlp.hidden" in first
     assert "logits" in output
     assert blame.endswith(f"block.1 {max(r.alone.rms for r in report.results if 'block.1' in r.site):.1e}")

@@ -17,6 +17,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
 from vit_ref.verify.backward import Gradients, Objective, objectives_for
+from vit_ref.verify.diagnosis import Cause, diagnose_gradient
 from vit_ref.verify.flaxvit import FlaxViTReference
 from vit_ref.verify.gates import Error, error, numerical_gate, root_mean_square
 from vit_ref.verify.parity import ParityReport, SiteResult, hf_tensors
@@ -69,6 +70,7 @@ def check_gradients(
     rounding_of = candidate.gradients(pixels, precision)
 
     exacts, yardsticks, roundings = [], [], []
+    causes: tuple[Cause, ...] = ()
     for objective in objectives_for(config, len(pixels)):
         # The gradients of a real model take a gigabyte, their errors nothing: none outlives its turn.
         truth = truth_of(objective).named()
@@ -76,6 +78,9 @@ def check_gradients(
         exact = exact_of(objective).named()
         require_float64(exact, candidate.name)
         exacts.append(_errors(exact, truth))
+        wrong = [name for name in names if name in exact and not exacts[-1][name].passes_semantic_gate]
+        if wrong and not causes:
+            causes = diagnose_gradient(truth[wrong[0]], wrong[0], exact[wrong[0]])
         del exact
         yardsticks.append(_errors(yardstick_of(objective).named(), truth))
         roundings.append(_errors(rounding_of(objective).named(), truth))
@@ -97,7 +102,8 @@ def check_gradients(
             )
         )
     unobserved = tuple(name for name in names if name not in observed)
-    return ParityReport(title, reference.name, np.dtype(precision).name, tuple(results), unobserved, what="gradients")
+    dtype = np.dtype(precision).name
+    return ParityReport(title, reference.name, dtype, tuple(results), unobserved, what="gradients", causes=causes)
 
 
 def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray]) -> dict[str, Error]:

@@ -29,7 +29,7 @@ def _gelu_erf(x: NDArray) -> NDArray:
     return x / 2 * special.erfc(-x / x.dtype.type(np.sqrt(2)))
 
 
-_ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
+ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
     "gelu": _gelu_erf,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
@@ -39,6 +39,19 @@ _ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
     "swish": lambda x: x * special.expit(x),
     "tanh": np.tanh,
 }
+
+
+def layer_norm(x: NDArray, scale: NDArray, bias: NDArray, epsilon: float) -> NDArray:
+    """Ba et al. (2016), eq. 3-4, over the last axis, in x's dtype."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = np.square(centred).mean(axis=-1, keepdims=True)
+    return centred / np.sqrt(variance + x.dtype.type(epsilon)) * scale + bias
+
+
+def softmax(scores: NDArray) -> NDArray:
+    """Over the last axis."""
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 class NumpyOracle:
@@ -70,11 +83,8 @@ def _forward(config: ViTConfig, tensors: Mapping[str, NDArray], pixels: NDArray,
         y = x @ weight(f"{name}.weight").T
         return y + weight(f"{name}.bias") if f"{name}.bias" in tensors else y
 
-    def layer_norm(name: str, x: NDArray) -> NDArray:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = np.square(centred).mean(axis=-1, keepdims=True)
-        normalised = centred / np.sqrt(variance + dtype.type(config.layer_norm_eps))
-        return normalised * weight(f"{name}.weight") + weight(f"{name}.bias")
+    def norm(name: str, x: NDArray) -> NDArray:
+        return layer_norm(x, weight(f"{name}.weight"), weight(f"{name}.bias"), config.layer_norm_eps)
 
     (height, width), (rows, columns) = config.patch_hw, config.grid(pixels.shape[1:3])
     batch, channels, size = len(pixels), config.num_channels, config.hidden_size
@@ -89,26 +99,25 @@ def _forward(config: ViTConfig, tensors: Mapping[str, NDArray], pixels: NDArray,
 
     for i in range(config.num_hidden_layers):
         layer, site = f"encoder.layer.{i}", f"block.{i}"
-        normed = trace[f"{site}.norm1"] = layer_norm(f"{layer}.layernorm_before", x)
+        normed = trace[f"{site}.norm1"] = norm(f"{layer}.layernorm_before", x)
         heads = (batch, x.shape[1], config.num_attention_heads, config.head_dim)
         for role in ("query", "key", "value"):
             trace[f"{site}.attn.{role}"] = linear(f"{layer}.attention.attention.{role}", normed).reshape(heads)
         query, key, value = (trace[f"{site}.attn.{role}"].transpose(0, 2, 1, 3) for role in ("query", "key", "value"))
         scores = query @ key.transpose(0, 1, 3, 2) / dtype.type(np.sqrt(config.head_dim))
-        exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        probs = trace[f"{site}.attn.probs"] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+        probs = trace[f"{site}.attn.probs"] = softmax(scores)
         context = trace[f"{site}.attn.context"] = (probs @ value).transpose(0, 2, 1, 3).reshape(x.shape)
         out = trace[f"{site}.attn.out"] = linear(f"{layer}.attention.output.dense", context)
         x = trace[f"{site}.attn.residual"] = out + x
-        normed = trace[f"{site}.norm2"] = layer_norm(f"{layer}.layernorm_after", x)
+        normed = trace[f"{site}.norm2"] = norm(f"{layer}.layernorm_after", x)
         before = trace[f"{site}.mlp.fc1"] = linear(f"{layer}.intermediate.dense", normed)
-        hidden = trace[f"{site}.mlp.hidden"] = _ACTIVATIONS[config.hidden_act](before)
+        hidden = trace[f"{site}.mlp.hidden"] = ACTIVATIONS[config.hidden_act](before)
         out = trace[f"{site}.mlp.out"] = linear(f"{layer}.output.dense", hidden)
         x = trace[f"{site}.mlp.residual"] = out + x
 
-    normed = trace["norm"] = layer_norm("layernorm", x)
+    normed = trace["norm"] = norm("layernorm", x)
     if config.pooler:
-        trace["pooler"] = _ACTIVATIONS[config.pooler_act](linear("pooler.dense", normed[:, 0]))
+        trace["pooler"] = ACTIVATIONS[config.pooler_act](linear("pooler.dense", normed[:, 0]))
     if config.num_labels:
         trace["logits"] = linear("classifier", normed[:, 0])
     return trace

@@ -14,6 +14,7 @@ from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.sites import sites, stream_before
+from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
 from vit_ref.verify.flaxvit import FlaxViTReference, UnsupportedByReferenceError
 from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
@@ -78,6 +79,8 @@ class ParityReport:
       results: one per site, in the order of the forward pass.
       unobserved: sites that the candidate did not show. They have not passed.
       what: what was measured, "sites" or "gradients".
+      causes: known bugs that explain the first divergence, the best first.
+      place: where in the first diverging value it is wrong, "" where everywhere.
     """
 
     title: str
@@ -86,6 +89,8 @@ class ParityReport:
     results: tuple[SiteResult, ...]
     unobserved: tuple[str, ...] = ()
     what: str = "sites"
+    causes: tuple[Cause, ...] = ()
+    place: str = ""
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:
@@ -151,7 +156,8 @@ def check_parity(
       InputError: the checkpoint does not fit, or the reference is not installed.
     """
     reference = reference_for(config, source)
-    oracle = NumpyOracle(config, hf_tensors(config, source))
+    tensors = hf_tensors(config, source)
+    oracle = NumpyOracle(config, tensors)
     names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
     truth = reference.trace(pixels, np.float64)
     require_float64(truth, reference.name)
@@ -170,8 +176,20 @@ def check_parity(
     exact_trace = candidate.trace(pixels, np.float64)
     require_float64(exact_trace, candidate.name)
     exact = errors(exact_trace)
+    causes: tuple[Cause, ...] = ()
+    place = ""
+    first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
+    if first:
+        causes = diagnose(config, tensors, pixels, truth, first, exact_trace[first])
+        place = where(exact_trace[first], truth[first], first)
     del exact_trace
-    rounding = errors(candidate.trace(pixels, precision))
+    rounded_trace = candidate.trace(pixels, precision)
+    rounding = errors(rounded_trace)
+    gates = {site: numerical_gate(yardsticks[site].rms, precision) for site in names}
+    beyond = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
+    if beyond and not first:
+        causes = diagnose_rounding(config, tensors, beyond, rounded_trace, truth)
+    del rounded_trace
     report = ParityReport(
         title,
         reference.name,
@@ -184,12 +202,14 @@ def check_parity(
                 None,
                 rounding[site].rms,
                 yardsticks[site].rms,
-                numerical_gate(yardsticks[site].rms, precision),
+                gates[site],
             )
             for site in names
             if site in exact and site in rounding
         ),
         unobserved=tuple(site for site in names if site not in exact or site not in rounding),
+        causes=causes,
+        place=place,
     )
     if not (report.semantic_failures or report.numerical_failures):
         return report

@@ -34,7 +34,9 @@ def headline(report: ParityReport) -> str:
             f"{report.title}: {len(report.results)} {report.what} pass; float64 at most {exact.exact.rms:.1e}"
             f" ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
         )
-    return "\n  ".join([verdict, output, *_blame(report)])
+    place = [f"wrong only at {report.place}"] if report.place else []
+    causes = [f"likely cause: {cause}" for cause in report.causes]
+    return "\n  ".join([verdict, output, *place, *causes, *_blame(report)])
 
 
 def _blame(report: ParityReport) -> list[str]:

@@ -114,7 +114,7 @@ MUTANTS = (
         source="two tensors of one shape; with a single token nothing shows",
         inject=_roles({"query": "key", "key": "query"}),
         first_site="block.0.attn.query",
-        cause="query and key exchanged",
+        cause="parameters of block.0.attn.key",
     ),
     Mutant(
         number=8,
@@ -228,6 +228,7 @@ MUTANTS = (
         source="a block reused from a language model",
         inject=at("block.*.attn.probs", _causal),
         first_site="block.0.attn.probs",
+        cause="causal mask",
     ),
     Mutant(
         name="softmax-over-the-queries",
@@ -235,6 +236,7 @@ MUTANTS = (
         source="softmax(dim=-2), or einsum letters the other way round",
         inject=at("block.*.attn.probs", _over_queries),
         first_site="block.0.attn.probs",
+        cause="softmax over the queries",
     ),
     Mutant(
         name="softmax-without-the-maximum",
@@ -253,6 +255,7 @@ MUTANTS = (
         doses=(1e-2, 1e-9),
         tests=forward("rectangular"),
         first_site="block.1.attn.value",
+        cause=("1.01 x the reference", None),
     ),
     Mutant(
         name="no-gradient-through-the-probabilities",
@@ -262,6 +265,7 @@ MUTANTS = (
         tests=backward("rectangular"),
         # The gradient at the probabilities themselves is right; queries and keys get none.
         first_site="block.1.attn.key",
+        cause="zero",
     ),
     Mutant(
         name="fused-attention-off-in-half-precision",

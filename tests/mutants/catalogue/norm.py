@@ -85,6 +85,7 @@ MUTANTS = (
         doses=(1e-5, 1e-6, 1.00001e-12),
         tests=forward("hard-tokens"),
         first_site="block.0.norm1",
+        cause=("LayerNorm epsilon 1e-05", "LayerNorm epsilon 1e-06", None),
     ),
     Mutant(
         name="layer-norm-epsilon-on-ordinary-tokens",
@@ -152,6 +153,7 @@ MUTANTS = (
         # At a variance of one the two differ by 5e-13, under the gate: only faint tokens tell them apart.
         tests=forward("hard-tokens"),
         first_site="block.0.norm1",
+        cause="epsilon added to the deviation",
     ),
     Mutant(
         name="unbiased-variance",
@@ -167,6 +169,7 @@ MUTANTS = (
         source="Zhang and Sennrich (2019); a block reused from a Llama port",
         inject=_formula(_not_centred),
         first_site="block.0.norm1",
+        cause="mean not taken away",
     ),
     Mutant(
         name="norm-without-scale-and-bias",

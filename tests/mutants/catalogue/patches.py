@@ -101,6 +101,7 @@ MUTANTS = (
         source="dinov2 #333 is such a one",
         inject=at("patches", _by_columns_if_wide),
         first_site="patches",
+        cause="patches column by column",
     ),
     Mutant(
         name="patch-bias-dropped",
@@ -117,6 +118,7 @@ MUTANTS = (
         inject=_last_image,
         doses=(1e-2, 1e-9),
         first_site="patches",
+        cause=("1.01 x the reference", None),
     ),
     Mutant(
         name="channels-reversed",
@@ -124,6 +126,7 @@ MUTANTS = (
         source="OpenCV reads images so",
         inject=fed(lambda pixels: pixels[..., ::-1]),
         first_site="patches",
+        cause="channels in reverse order",
     ),
     Mutant(
         name="an-image-knows-its-neighbours",

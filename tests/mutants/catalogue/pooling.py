@@ -58,6 +58,7 @@ MUTANTS = (
         source="MAE's and BEiT's fc_norm",
         inject=_head_reads(lambda here: here.model.norm(here.stream[:, 1:].mean(axis=1))),
         first_site="logits",
+        cause="norm after the mean of the patches",
     ),
     Mutant(
         name="last-token-pooled",

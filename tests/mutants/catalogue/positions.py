@@ -165,7 +165,7 @@ MUTANTS = (
         source="Vaswani et al. (2017), section 3.4",
         inject=at("embeddings", lambda value, here: value * 33**0.5),
         first_site="embeddings",
-        cause="5.74 x the reference",
+        cause="5.74456 x the reference",
     ),
     Mutant(
         name="one-token-off",

@@ -157,6 +157,7 @@ MUTANTS = (
         source="jax_default_matmul_precision on TPU, TF32 on GPU",
         inject=lambda monkeypatch: instead(monkeypatch, model, "jnp.einsum", _rounded_operands),
         first_site="block.0.attn.probs",
+        cause="inputs of the scores rounded to bfloat16",
     ),
     Mutant(
         name="wrong-under-jit-alone",

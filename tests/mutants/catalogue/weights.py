@@ -228,6 +228,7 @@ MUTANTS = (
         source="download sizes; errors of 1e-4 pass as noise",
         inject=_all_rounded(np.float16),
         first_site="patches",
+        cause="parameters rounded to float16",
     ),
     Mutant(
         name="float64-weights-through-float32",
@@ -236,5 +237,6 @@ MUTANTS = (
         inject=_all_rounded(np.float32),
         tests=forward("stored-float64"),
         first_site="patches",
+        cause="parameters rounded to float32",
     ),
 )
