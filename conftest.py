@@ -15,7 +15,12 @@ from hypothesis import Phase, settings
 # that was small to begin with. Every run draws others; `--hypothesis-seed` repeats one. The parent is named because
 # hypothesis takes another one, with fixed draws, where it finds itself in CI.
 AS_DRAWN = (Phase.explicit, Phase.reuse, Phase.generate)
-for name, examples, phases in (("quick", 5, AS_DRAWN), ("ci", 25, AS_DRAWN), ("thorough", 250, tuple(Phase))):
+for name, examples, phases in (
+    ("quick", 5, AS_DRAWN),
+    ("ci", 25, AS_DRAWN),
+    ("thorough", 250, tuple(Phase)),
+    ("thousand", 1000, AS_DRAWN),
+):
     settings.register_profile(
         name,
         settings.get_profile("default"),

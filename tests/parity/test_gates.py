@@ -7,6 +7,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from scipy import special
 
 from vit_ref.verify.gates import Error, error, numerical_gate
 
@@ -16,8 +17,49 @@ pytestmark = pytest.mark.parity
 def test_errors_are_relative_to_the_truth() -> None:
     truth = np.array([3.0, -4.0])
     found = error(np.array([3.0, -4.5]), truth)
-    assert found == Error(rms=0.5 / 5, max=0.5 / 4)
+    assert (found.rms, found.max) == (0.5 / 5, 0.5 / 4)
     assert error(10 * np.array([3.0, -4.5]), 10 * truth) == found
+
+
+def test_errors_can_be_relative_to_a_larger_scale() -> None:
+    found = error(np.array([3.0, -4.5]), np.array([3.0, -4.0]), scale=50.0)
+    assert (found.rms, found.max) == pytest.approx((np.sqrt(0.125) / 50, 0.5 / 50))
+    # A scale between the truth's root mean square and its largest element: each error has its own.
+    found = error(np.array([0.0, 3.0]), np.array([0.0, 4.0]), scale=3.0)
+    assert (found.rms, found.max) == pytest.approx((np.sqrt(0.5) / 3, 0.25))
+
+
+def test_carriers_count_the_elements_that_carry_an_error() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=100_000)
+    # The fourth moment of so many normal numbers is known to 1.3 %, three standard deviations to 4 %.
+    assert error(noise, np.zeros_like(noise)).carriers == pytest.approx(noise.size, rel=0.04)
+    # A heavier tail: the fourth moment of Laplace's distribution is six times the second's square.
+    heavy = rng.laplace(size=1_000_000)
+    assert error(heavy, np.zeros_like(heavy)).carriers == pytest.approx(heavy.size / 2, rel=0.05)
+    few = np.where(np.arange(noise.size) % 1000 == 0, 1e-200, 0.0)
+    assert error(few, np.zeros_like(few)).carriers == pytest.approx(300)  # 100 equal ones: no tail at all
+    assert error(np.ones(7), np.ones(7)).carriers == 7
+    one = np.zeros(50)
+    one[3] = 1.0
+    assert error(one, np.zeros(50)).carriers == 3
+
+
+def test_the_channels_of_a_token_carry_its_error_together() -> None:
+    tokens = np.ones((2, 3, 5))
+    assert error(tokens, np.zeros_like(tokens)).carriers == pytest.approx(6)
+    tokens[1, 2] = 1e3
+    assert error(tokens, np.zeros_like(tokens)).carriers == pytest.approx(1, rel=1e-4)
+    one_key = np.zeros((2, 3, 7, 7))
+    one_key[..., 0] = 1.0
+    assert error(one_key, np.zeros_like(one_key)).carriers == pytest.approx(14)  # every query has its share
+    # Outputs: between the images and the elements.
+    assert error(np.ones((2, 18)), np.zeros((2, 18))).carriers == pytest.approx(np.sqrt(2 * 36))
+    one_logit = np.eye(2, 3) * [1, 0, 0]
+    assert error(one_logit, np.zeros((2, 3))).carriers == pytest.approx(np.sqrt(1 * 3))
+    # By token where heads come after the tokens, as in a query, and before them, as in the probabilities.
+    for shape in ((2, 7, 3, 5), (2, 3, 7, 7)):
+        assert error(np.ones(shape), np.zeros(shape)).carriers == pytest.approx(14)
 
 
 def test_errors_do_not_cancel() -> None:
@@ -28,12 +70,15 @@ def test_errors_against_nothing_are_absolute() -> None:
     assert error(np.array([3e-5, 0.0]), np.zeros(2)).max == 3e-5
 
 
-@pytest.mark.parametrize("value", [np.array([1.0, np.nan]), np.array([1.0, np.inf]), np.array([1.0]), np.ones((1, 2))])
+@pytest.mark.parametrize(
+    "value", [np.array([1.0, np.nan]), np.array([1.0, np.inf]), np.ones(1), np.ones(3), np.ones((1, 2))]
+)
 def test_what_cannot_be_compared_is_infinitely_wrong(value: np.ndarray) -> None:
     assert error(value, np.array([1.0, 1.0])) == Error(math.inf, math.inf)
 
 
 def test_semantic_gate_is_as_stated() -> None:
+    assert Error(rms=0.0, max=0.0).passes_semantic_gate
     assert Error(rms=1e-12, max=1e-11).passes_semantic_gate
     assert not Error(rms=1.01e-12, max=0.0).passes_semantic_gate
     assert not Error(rms=0.0, max=1.01e-11).passes_semantic_gate
@@ -53,5 +98,14 @@ def test_semantic_gate_is_as_stated() -> None:
 def test_numerical_gate_follows_the_reference_and_its_precision(
     dtype: type, backward: bool, factor: float, unit: float
 ) -> None:
-    assert numerical_gate(0.0, dtype, backward=backward) == unit
-    assert numerical_gate(5.0, dtype, backward=backward) == factor * 5.0 + unit
+    assert numerical_gate(0.0, dtype, 100, backward=backward) == unit
+    assert numerical_gate(5.0, dtype, 100, backward=backward) == factor * 5.0 + unit
+
+
+@pytest.mark.parametrize("carriers", [1, 3, 10, 40])
+def test_an_error_of_few_elements_fails_by_luck_once_in_a_million(carriers: int) -> None:
+    factor = numerical_gate(1.0, np.float32, carriers) - 2**-23
+    assert factor > 2
+    # scipy.special's own inverse, asked the other way round.
+    assert special.fdtrc(carriers, carriers, factor**2) == pytest.approx(1e-6, rel=1e-6)
+    assert numerical_gate(1.0, np.float32, 2 * carriers) < factor + 2**-23

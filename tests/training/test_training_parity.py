@@ -57,10 +57,12 @@ def test_losses_and_parameters_follow_the_reference(
             for run in (drifted, ours)
             for parameters in (truth.parameters[step].items(),)
         )
-        assert found <= numerical_gate(reference, np.float32), f"after step {step}"
+        assert found <= numerical_gate(reference, np.float32, sum(v.size for v in truth.parameters[step].values())), (
+            f"after step {step}"
+        )
     losses = root_mean_square(truth.losses)
     reference, found = (root_mean_square(run.losses - truth.losses) / losses for run in (drifted, ours))
-    assert found <= numerical_gate(reference, np.float32)
+    assert found <= numerical_gate(reference, np.float32, len(batches))
 
 
 def test_training_moves_every_parameter(batches: list, train_ours: Callable) -> None:

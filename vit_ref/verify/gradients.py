@@ -86,6 +86,7 @@ def check_gradients(
         roundings.append(_errors(rounding_of(objective).named(), truth))
 
     own = {name: _pooled(yardsticks, name) for name in names}
+    carriers = {name: sum(found[name].carriers for found in yardsticks) for name in names}
     observed = [name for name in names if all(name in found for found in (*exacts, *roundings))]
     results = []
     for name in observed:
@@ -98,7 +99,7 @@ def check_gradients(
                 alone=None,
                 rounding=_pooled(roundings, name),
                 yardstick=yardstick,
-                gate=numerical_gate(yardstick, precision, backward=True),
+                gate=numerical_gate(yardstick, precision, carriers[name], backward=True),
             )
         )
     unobserved = tuple(name for name in names if name not in observed)
