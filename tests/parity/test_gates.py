@@ -57,6 +57,8 @@ def test_the_channels_of_a_token_carry_its_error_together() -> None:
     assert error(np.ones((2, 18)), np.zeros((2, 18))).carriers == pytest.approx(np.sqrt(2 * 36))
     one_logit = np.eye(2, 3) * [1, 0, 0]
     assert error(one_logit, np.zeros((2, 3))).carriers == pytest.approx(np.sqrt(1 * 3))
+    uneven = np.array([[[1.0], [0.5]]])
+    assert error(uneven, np.zeros_like(uneven)).carriers == pytest.approx(1.25**2 / (1 + 0.25**2))
     # By token where heads come after the tokens, as in a query, and before them, as in the probabilities.
     for shape in ((2, 7, 3, 5), (2, 3, 7, 7)):
         assert error(np.ones(shape), np.zeros(shape)).carriers == pytest.approx(14)
