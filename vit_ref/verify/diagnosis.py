@@ -83,8 +83,6 @@ def _explaining(
     part = _wrong_part(value, truth)
     everywhere, there_alone = [], []
     for label, guess in guesses:
-        if guess.shape != value.shape:
-            continue
         after = error(value, guess).rms
         if after <= SEMANTIC_RMS and after < before / 4:
             everywhere.append(Cause(label, site, before, after))

@@ -1,0 +1,133 @@
+"""Does the diagnosis name what is known, at every kind of site, and nothing where it knows nothing?
+
+Where a bug is in the weights or the images, the NumPy oracle with those makes what a port with the bug would show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vit_ref.sites import sites
+from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.diagnosis import diagnose, diagnose_gradient, diagnose_rounding, where
+from vit_ref.verify.oracle import NumpyOracle
+
+pytestmark = pytest.mark.mutants
+
+SQUARE = Case("square", dataclasses.replace(CASES["pooler"].config, pooler_output_size=None, image_size=15), batch=2)
+SUBJECTS = {case.name: case for case in (CASES["rectangular-patch"], CASES["one-head"], SQUARE)}
+
+
+class Known:
+    """A case, its weights and images, and the truth."""
+
+    def __init__(self, case: Case):
+        self.config, self.tensors, self.images = case.config, case.checkpoint().tensors, case.images()
+        self.truth = NumpyOracle(self.config, self.tensors).trace(self.images)
+
+    def causes(self, site: str, value: NDArray) -> list[str]:
+        found = diagnose(self.config, self.tensors, self.images, self.truth, site, value)
+        return [cause.label for cause in found]
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def known(request: pytest.FixtureRequest) -> Known:
+    return Known(SUBJECTS[request.param])
+
+
+def test_at_every_site_a_factor_is_named_and_noise_is_not(known: Known) -> None:
+    rng = np.random.default_rng(0)
+    for site in sites(known.config, len(known.images)):
+        right = known.truth[site.name]
+        assert known.causes(site.name, 3 * right) == ["3 x the reference"], site.name
+        noise = 1 + 1e-3 * rng.normal(size=site.shape)
+        assert known.causes(site.name, right * noise) == [], site.name
+        assert known.causes(site.name, right[..., :-1]) == known.causes(site.name, right * np.nan) == [], site.name
+
+
+def upside_down(tensor: NDArray) -> NDArray:
+    return tensor[:, :, ::-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "site", "label"),
+    [
+        ("embeddings.patch_embeddings.projection.weight", upside_down, "patches", "patch kernel upside down"),
+        ("pooler.dense.weight", np.transpose, "pooler", "kernel not transposed"),
+        ("pooler.dense.bias", np.zeros_like, "pooler", "bias left out"),
+        ("layernorm.weight", np.ones_like, "norm", "norm without scale"),
+        ("layernorm.weight", lambda scale: 1 + np.float64(scale), "norm", "norm's scale counted from one"),
+        ("embeddings.cls_token", np.zeros_like, "embeddings", "cls token left out"),
+    ],
+)
+def test_a_bug_in_the_weights_is_named(name: str, change: Callable[[NDArray], NDArray], site: str, label: str) -> None:
+    known = Known(SQUARE)
+    wrong = NumpyOracle(known.config, {**known.tensors, name: change(known.tensors[name])}).trace(known.images)
+    assert known.causes(site, wrong[site]) == [label]
+
+
+def test_transposed_images_are_named() -> None:
+    known = Known(SQUARE)
+    wrong = NumpyOracle(known.config, known.tensors).trace(known.images.swapaxes(1, 2))
+    assert known.causes("patches", wrong["patches"]) == ["images transposed"]
+
+
+def test_one_wrong_head_is_placed_and_explained() -> None:
+    known = Known(CASES["rectangular"])
+    site = "block.1.attn.value"
+    wrong = known.truth[site].copy()
+    wrong[:, :, 2] *= 1.5
+    assert known.causes(site, wrong) == ["1.5 x the reference"]
+    assert where(wrong, known.truth[site], site) == "head 2 of 3"
+    assert where(known.truth[site], known.truth[site], site) == ""
+    assert where(wrong[..., 0], known.truth[site], site) == where(wrong * np.nan, known.truth[site], site) == ""
+
+
+PRODUCTS = {
+    "block.0.attn.out": ("block.0.attn.context", "encoder.layer.0.attention.output.dense"),
+    "block.1.mlp.fc1": ("block.1.norm2", "encoder.layer.1.intermediate.dense"),
+    "logits": ("norm", "classifier"),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label"), [(ml_dtypes.bfloat16, "bfloat16"), (np.float16, "ten bits of mantissa (TF32, float16)")]
+)
+def test_products_of_rounded_inputs_are_named(dtype: type, label: str) -> None:
+    known = Known(CASES["rectangular"])
+    tensors = {name.removeprefix("vit."): tensor for name, tensor in known.tensors.items()}
+    trace = {site: value.astype(np.float32) for site, value in known.truth.items()}
+
+    def narrow(x: NDArray) -> NDArray:
+        return x.astype(np.float32).astype(dtype).astype(np.float64)
+
+    def causes(site: str, value: NDArray) -> list[str]:
+        shown = {**trace, site: value.astype(np.float32)}
+        return [str(c.label) for c in diagnose_rounding(known.config, known.tensors, site, shown, known.truth)]
+
+    for site, (before, name) in PRODUCTS.items():
+        x = trace[before][:, 0] if site == "logits" else trace[before]
+        product = narrow(x) @ narrow(tensors[f"{name}.weight"]).T + tensors[f"{name}.bias"]
+        assert causes(site, product) == [f"inputs of the product rounded to {label}"], site
+    query, key, value, probs = (narrow(trace[f"block.0.attn.{kind}"]) for kind in ("query", "key", "value", "probs"))
+    context = np.einsum("bhqm,bmhk->bqhk", probs, value).reshape(trace["block.0.attn.context"].shape)
+    assert causes("block.0.attn.context", context) == [f"inputs of the product rounded to {label}"]
+    scores = np.exp(np.einsum("bqhk,bmhk->bhqm", query, key) / np.sqrt(known.config.head_dim))
+    probs = scores / scores.sum(-1, keepdims=True)
+    assert causes("block.0.attn.probs", probs) == [f"inputs of the scores rounded to {label}"]
+    assert causes("block.0.mlp.hidden", trace["block.0.mlp.hidden"] * np.float32(1.001)) == []
+    assert causes("block.0.mlp.hidden", trace["block.0.mlp.hidden"] * np.nan) == []
+
+
+def test_a_gradient_that_cannot_be_compared_has_no_cause() -> None:
+    truth = np.random.default_rng(0).normal(size=(2, 3))
+    assert [cause.label for cause in diagnose_gradient(truth, "norm", 2 * truth)] == ["2 x the reference"]
+    assert [cause.label for cause in diagnose_gradient(truth, "norm", 0 * truth)] == ["zero"]
+    assert diagnose_gradient(0 * truth, "norm", truth) == ()
+    assert diagnose_gradient(truth, "norm", truth[:1]) == diagnose_gradient(truth, "norm", truth * np.nan) == ()
