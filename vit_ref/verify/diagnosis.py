@@ -8,6 +8,7 @@ weights no wrong formula does so by chance.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -70,19 +71,16 @@ def diagnose(
     """
     if value.shape != truth[site].shape or not np.isfinite(value).all():
         return ()
-    value, before = value.astype(np.float64), error(value, truth[site]).rms
-    part = _wrong_part(value, truth[site])
-    known = Upstream(config, tensors, pixels, truth, site)
-    guesses = (*known.guesses(), *of_the_value(truth[site], value, part))
-    return _explaining(guesses, site, value, truth[site], before)
+    value = value.astype(np.float64)
+    return _explaining(Upstream(config, tensors, pixels, truth, site).guesses(), site, value, truth[site])
 
 
-def _explaining(
-    guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray, before: float
-) -> tuple[Cause, ...]:
-    part = _wrong_part(value, truth)
+def _explaining(guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray) -> tuple[Cause, ...]:
+    before = error(value, truth).rms
+    part = np.ix_(*_wrong_indices(value, truth))
     everywhere, there_alone = [], []
-    for label, guess in guesses:
+    # One at a time: of a real model each guess is megabytes.
+    for label, guess in chain(guesses, of_the_value(truth, value, part)):
         after = error(value, guess).rms
         if after <= SEMANTIC_RMS and after < before / 4:
             everywhere.append(Cause(label, site, before, after))
@@ -130,8 +128,7 @@ def diagnose_gradient(truth: NDArray, name: str, value: NDArray) -> tuple[Cause,
     """Names the simple faults that explain a gradient: a factor, nothing at all, a precision."""
     if value.shape != truth.shape or not np.isfinite(value).all():
         return ()
-    before = error(value, truth).rms
-    return _explaining(of_the_value(truth, value, _wrong_part(value, truth)), name, value, truth, before)
+    return _explaining((), name, value, truth)
 
 
 def where(value: NDArray, truth: NDArray, site: str) -> str:
@@ -156,7 +153,3 @@ def _wrong_indices(value: NDArray, truth: NDArray) -> list[NDArray]:
     return [
         np.flatnonzero(wrong.any(axis=tuple(k for k in range(value.ndim) if k != axis))) for axis in range(value.ndim)
     ]
-
-
-def _wrong_part(value: NDArray, truth: NDArray) -> tuple[NDArray, ...]:
-    return np.ix_(*_wrong_indices(value, truth))

@@ -111,9 +111,9 @@ class Upstream:
     def __init__(self, config: ViTConfig, tensors: Tensors, pixels: NDArray, trace: Trace, site: str):
         self.config, self.pixels, self.trace, self.site = config, pixels, trace, site
         self.parameters = _by_path(tensors)
-        self.block, _, self.kind = site.rpartition(".") if "." in site else ("", "", site)
-        if site.startswith("block."):
-            self.block, self.kind = ".".join(site.split(".")[:2]), ".".join(site.split(".")[2:])
+        # "block.3.attn.query" is "attn.query" in "block.3"; outside the blocks no name has a dot.
+        parts = site.split(".")
+        self.block, self.kind = (".".join(parts[:2]), ".".join(parts[2:])) if len(parts) > 1 else ("", site)
         before = stream_before(site, config.num_hidden_layers)
         self.stream = trace[before] if before else None
 
