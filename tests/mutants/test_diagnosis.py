@@ -32,7 +32,8 @@ class Known:
         self.truth = NumpyOracle(self.config, self.tensors).trace(self.images)
 
     def causes(self, site: str, value: NDArray) -> list[str]:
-        found = diagnose(self.config, self.tensors, self.images, self.truth, site, value)
+        shown = {**self.truth, site: value}
+        found = diagnose(self.config, self.tensors, self.images, self.truth, list(self.truth), site, shown)
         return [cause.label for cause in found]
 
 

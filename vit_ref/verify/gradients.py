@@ -21,13 +21,14 @@ from vit_ref.verify.diagnosis import Cause, diagnose_gradient
 from vit_ref.verify.flaxvit import FlaxViTReference
 from vit_ref.verify.gates import Error, error, numerical_gate, root_mean_square
 from vit_ref.verify.parity import ParityReport, SiteResult, hf_tensors
-from vit_ref.verify.trace import require_float64
+from vit_ref.verify.trace import Progress, require_float64, silent
 
 
 class Differentiable(Protocol):
-    """An implementation that can be differentiated and perturbed at its sites."""
+    """An implementation that can be differentiated and perturbed at its sites; `claims` as `Port` has it."""
 
     name: str
+    claims: frozenset[str] | None
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """A function from an objective to its gradients, computed in `dtype` from parameters of at least float32."""
@@ -41,6 +42,8 @@ def check_gradients(
     pixels: NDArray,
     candidate: Differentiable,
     precision: DTypeLike = np.float32,
+    *,
+    progress: Progress = silent,
 ) -> ParityReport:
     """Measures every gradient of the candidate against FlaxViT's in float64.
 
@@ -51,6 +54,7 @@ def check_gradients(
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
+      progress: told what is being done next.
 
     Returns:
       One result a gradient: sites from the output back, parameters in the model's order, pixels. In float64 each holds
@@ -71,7 +75,9 @@ def check_gradients(
 
     exacts, yardsticks, roundings = [], [], []
     causes: tuple[Cause, ...] = ()
-    for objective in objectives_for(config, len(pixels)):
+    objectives = objectives_for(config, len(pixels))
+    for k, objective in enumerate(objectives, start=1):
+        progress(f"gradients, objective {k} of {len(objectives)}")
         # The gradients of a real model take a gigabyte, their errors nothing: none outlives its turn.
         truth = truth_of(objective).named()
         require_float64(truth, reference.name)
@@ -102,9 +108,18 @@ def check_gradients(
                 gate=numerical_gate(yardstick, precision, carriers[name], backward=True),
             )
         )
-    unobserved = tuple(name for name in names if name not in observed)
-    dtype = np.dtype(precision).name
-    return ParityReport(title, reference.name, dtype, tuple(results), unobserved, what="gradients", causes=causes)
+    # Of a port that does not claim every site, a parameter may be unmapped, and a value seen only after it was used.
+    missing = tuple(name for name in names if name not in observed)
+    return ParityReport(
+        title,
+        reference.name,
+        np.dtype(precision).name,
+        tuple(results),
+        unobserved=missing if candidate.claims is None else (),
+        unmapped=() if candidate.claims is None else missing,
+        what="gradients",
+        causes=causes,
+    )
 
 
 def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray]) -> dict[str, Error]:

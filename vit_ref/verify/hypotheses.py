@@ -22,7 +22,7 @@ from vit_ref.verify.trace import Trace
 Guess = tuple[str, NDArray]
 _EPSILONS = (0.0, *(10.0**-k for k in range(1, 17)))
 # How an activation is called where it is guessed; names that mean the same function are left out.
-_NAMED = {
+NAMED = {
     "gelu": "erf GELU",
     "gelu_new": "tanh GELU",
     "quick_gelu": "quick GELU",
@@ -313,7 +313,7 @@ class Upstream:
         yield "bias left out", right(self._input() @ kernel)
         if kernel.shape[0] == kernel.shape[1]:
             yield "kernel not transposed", right(self._input() @ kernel.T + bias)
-        for name, label in _NAMED.items():
+        for name, label in NAMED.items():
             yield label, ACTIVATIONS[name](self._input() @ kernel + bias)
         yield from ((label, right(pooled @ kernel + bias)) for label, pooled in self._pooled())
 
@@ -351,7 +351,7 @@ class Upstream:
         before, right = self._at("mlp.fc1"), ACTIVATIONS[self.config.hidden_act]
         yield "no activation", before
         yield "activation applied twice", right(right(before))
-        for name, label in _NAMED.items():
+        for name, label in NAMED.items():
             yield label, ACTIVATIONS[name](before)
 
     def _residual(self, norm: str, branch: str) -> Iterator[Guess]:

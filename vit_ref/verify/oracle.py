@@ -8,6 +8,7 @@ has to be wrong twice. Tensors carry Hugging Face's PyTorch names and shapes. So
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -70,54 +71,101 @@ class NumpyOracle:
 
     def trace(self, pixels: NDArray, dtype: DTypeLike = np.float64) -> Trace:
         """See `Implementation.trace`."""
-        return _forward(self.config, self.tensors, pixels, np.dtype(dtype))
+        return _Pass(self.config, self.tensors, np.dtype(dtype)).run(pixels)
+
+    def value(self, site: str, pixels: NDArray, known: Mapping[str, NDArray]) -> NDArray:
+        """The float64 value at one site, where values of sites before it are given: only the rest is computed.
+
+        Args:
+          site: which.
+          pixels: as in `trace`.
+          known: values by site, taken as they are.
+        """
+        return _Pass(self.config, self.tensors, np.dtype(np.float64), known, until=site).run(pixels)[site]
 
 
-def _forward(config: ViTConfig, tensors: Mapping[str, NDArray], pixels: NDArray, dtype: np.dtype) -> Trace:
-    trace: Trace = {}
+class _ReachedError(Exception):
+    """The last site that was asked for has its value."""
 
-    def weight(name: str) -> NDArray:
-        return tensors[name].astype(dtype)
 
-    def linear(name: str, x: NDArray) -> NDArray:
-        y = x @ weight(f"{name}.weight").T
-        return y + weight(f"{name}.bias") if f"{name}.bias" in tensors else y
+class _Pass:
+    """One forward pass, in one dtype, that stops at a site where it is told to."""
 
-    def norm(name: str, x: NDArray) -> NDArray:
-        return layer_norm(x, weight(f"{name}.weight"), weight(f"{name}.bias"), config.layer_norm_eps)
+    def __init__(
+        self,
+        config: ViTConfig,
+        tensors: Mapping[str, NDArray],
+        dtype: np.dtype,
+        known: Mapping[str, NDArray] | None = None,
+        until: str | None = None,
+    ):
+        self.config, self.tensors, self.dtype = config, tensors, dtype
+        self.known, self.until = known or {}, until
+        self.trace: Trace = {}
 
-    (height, width), (rows, columns) = config.patch_hw, config.grid(pixels.shape[1:3])
-    batch, channels, size = len(pixels), config.num_channels, config.hidden_size
-    # Patches row by row; inside one, channel first, then row, then column, as PyTorch's kernel is laid out.
-    cut = pixels.astype(dtype).reshape(batch, rows, height, columns, width, channels).transpose(0, 1, 3, 5, 2, 4)
-    kernel = weight("embeddings.patch_embeddings.projection.weight").reshape(size, -1)
-    patches = cut.reshape(batch, rows * columns, -1) @ kernel.T
-    trace["patches"] = patches + weight("embeddings.patch_embeddings.projection.bias")
-    cls_token = np.broadcast_to(weight("embeddings.cls_token"), (batch, 1, size))
-    x = np.concatenate([cls_token, trace["patches"]], axis=1) + weight("embeddings.position_embeddings")
-    trace["embeddings"] = x
+    def run(self, pixels: NDArray) -> Trace:
+        with contextlib.suppress(_ReachedError):
+            self.forward(pixels.astype(self.dtype))
+        return self.trace
 
-    for i in range(config.num_hidden_layers):
-        layer, site = f"encoder.layer.{i}", f"block.{i}"
-        normed = trace[f"{site}.norm1"] = norm(f"{layer}.layernorm_before", x)
-        heads = (batch, x.shape[1], config.num_attention_heads, config.head_dim)
-        for role in ("query", "key", "value"):
-            trace[f"{site}.attn.{role}"] = linear(f"{layer}.attention.attention.{role}", normed).reshape(heads)
-        query, key, value = (trace[f"{site}.attn.{role}"].transpose(0, 2, 1, 3) for role in ("query", "key", "value"))
-        scores = query @ key.transpose(0, 1, 3, 2) / dtype.type(np.sqrt(config.head_dim))
-        probs = trace[f"{site}.attn.probs"] = softmax(scores)
-        context = trace[f"{site}.attn.context"] = (probs @ value).transpose(0, 2, 1, 3).reshape(x.shape)
-        out = trace[f"{site}.attn.out"] = linear(f"{layer}.attention.output.dense", context)
-        x = trace[f"{site}.attn.residual"] = out + x
-        normed = trace[f"{site}.norm2"] = norm(f"{layer}.layernorm_after", x)
-        before = trace[f"{site}.mlp.fc1"] = linear(f"{layer}.intermediate.dense", normed)
-        hidden = trace[f"{site}.mlp.hidden"] = ACTIVATIONS[config.hidden_act](before)
-        out = trace[f"{site}.mlp.out"] = linear(f"{layer}.output.dense", hidden)
-        x = trace[f"{site}.mlp.residual"] = out + x
+    def at(self, site: str, compute: Callable[[], NDArray]) -> NDArray:
+        self.trace[site] = self.known[site].astype(self.dtype) if site in self.known else compute()
+        if site == self.until:
+            raise _ReachedError
+        return self.trace[site]
 
-    normed = trace["norm"] = norm("layernorm", x)
-    if config.pooler:
-        trace["pooler"] = ACTIVATIONS[config.pooler_act](linear("pooler.dense", normed[:, 0]))
-    if config.num_labels:
-        trace["logits"] = linear("classifier", normed[:, 0])
-    return trace
+    def weight(self, name: str) -> NDArray:
+        return self.tensors[name].astype(self.dtype)
+
+    def linear(self, name: str, x: NDArray) -> NDArray:
+        y = x @ self.weight(f"{name}.weight").T
+        return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
+
+    def norm(self, name: str, x: NDArray) -> NDArray:
+        return layer_norm(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"), self.config.layer_norm_eps)
+
+    def patches(self, pixels: NDArray) -> NDArray:
+        (height, width), (rows, columns) = self.config.patch_hw, self.config.grid(pixels.shape[1:3])
+        batch, channels = len(pixels), self.config.num_channels
+        # Patches row by row; inside one, channel first, then row, then column, as PyTorch's kernel is laid out.
+        cut = pixels.reshape(batch, rows, height, columns, width, channels).transpose(0, 1, 3, 5, 2, 4)
+        projection = "embeddings.patch_embeddings.projection"
+        kernel = self.weight(f"{projection}.weight").reshape(self.config.hidden_size, -1)
+        return cut.reshape(batch, rows * columns, -1) @ kernel.T + self.weight(f"{projection}.bias")
+
+    def embeddings(self, patches: NDArray) -> NDArray:
+        cls_token = np.broadcast_to(self.weight("embeddings.cls_token"), (len(patches), 1, patches.shape[-1]))
+        return np.concatenate([cls_token, patches], axis=1) + self.weight("embeddings.position_embeddings")
+
+    def forward(self, pixels: NDArray) -> None:
+        config, at = self.config, self.at
+        patches = at("patches", lambda: self.patches(pixels))
+        x = at("embeddings", lambda: self.embeddings(patches))
+        for i in range(config.num_hidden_layers):
+            x = self.block(f"block.{i}", f"encoder.layer.{i}", x)
+        cls = at("norm", lambda: self.norm("layernorm", x))[:, 0]
+        if config.pooler:
+            at("pooler", lambda: ACTIVATIONS[config.pooler_act](self.linear("pooler.dense", cls)))
+        if config.num_labels:
+            at("logits", lambda: self.linear("classifier", cls))
+
+    def block(self, site: str, layer: str, x: NDArray) -> NDArray:
+        at = self.at
+        normed = at(f"{site}.norm1", lambda: self.norm(f"{layer}.layernorm_before", x))
+        heads = (*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
+
+        def projected(role: str) -> NDArray:
+            name = f"{layer}.attention.attention.{role}"
+            return at(f"{site}.attn.{role}", lambda: self.linear(name, normed).reshape(heads)).transpose(0, 2, 1, 3)
+
+        query, key, value = projected("query"), projected("key"), projected("value")
+        scale = self.dtype.type(np.sqrt(self.config.head_dim))
+        probs = at(f"{site}.attn.probs", lambda: softmax(query @ key.transpose(0, 1, 3, 2) / scale))
+        context = at(f"{site}.attn.context", lambda: (probs @ value).transpose(0, 2, 1, 3).reshape(x.shape))
+        attended = at(f"{site}.attn.out", lambda: self.linear(f"{layer}.attention.output.dense", context))
+        middle = at(f"{site}.attn.residual", lambda: attended + x)
+        normed_middle = at(f"{site}.norm2", lambda: self.norm(f"{layer}.layernorm_after", middle))
+        before = at(f"{site}.mlp.fc1", lambda: self.linear(f"{layer}.intermediate.dense", normed_middle))
+        hidden = at(f"{site}.mlp.hidden", lambda: ACTIVATIONS[self.config.hidden_act](before))
+        transformed = at(f"{site}.mlp.out", lambda: self.linear(f"{layer}.output.dense", hidden))
+        return at(f"{site}.mlp.residual", lambda: transformed + middle)

@@ -16,13 +16,22 @@ from vit_ref.config import ViTConfig
 from vit_ref.sites import sites, stream_before
 from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
 from vit_ref.verify.flaxvit import FlaxViTReference, UnsupportedByReferenceError
+from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.trace import Implementation, Trace, require_float64
+from vit_ref.verify.trace import Implementation, Progress, Trace, require_float64, silent
 
 
-class Candidate(Implementation, Protocol):
-    """An implementation whose activations can be replaced, so that a block can be judged alone."""
+class Port(Implementation, Protocol):
+    """The implementation under test. Its activations can be replaced, so that a block can be judged alone.
+
+    Attributes:
+      claims: the sites that it promises to show, None for all.
+      fixed: those at which nothing can be replaced.
+    """
+
+    claims: frozenset[str] | None
+    fixed: frozenset[str]
 
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """As `Implementation.trace`; values in `replace` take the place of the candidate's own at those sites."""
@@ -38,7 +47,7 @@ class SiteResult(NamedTuple):
       exact: candidate in float64.
       alone: the candidate again with the reference's own token stream fed to each block, so that one block's fault
         does not smear over all after it. Measured where something failed: in float64 if the semantic gate did, else in
-        the tested precision.
+        the tested precision; None elsewhere, and in a block whose token stream the candidate does not show.
       rounding: candidate in the tested precision, relative RMS.
       yardstick: reference in the tested precision, relative RMS.
       gate: the largest `rounding` that passes.
@@ -77,10 +86,12 @@ class ParityReport:
       reference: the reference's name.
       precision: the tested dtype's name.
       results: one per site, in the order of the forward pass.
-      unobserved: sites that the candidate did not show. They have not passed.
+      unobserved: sites that the candidate claims and did not show. They have failed.
+      unmapped: sites that it does not claim. They have neither passed nor failed.
       what: what was measured, "sites" or "gradients".
       causes: known bugs that explain the first divergence, the best first.
       place: where in the first diverging value it is wrong, "" where everywhere.
+      hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
     """
 
     title: str
@@ -88,9 +99,11 @@ class ParityReport:
     precision: str
     results: tuple[SiteResult, ...]
     unobserved: tuple[str, ...] = ()
+    unmapped: tuple[str, ...] = ()
     what: str = "sites"
     causes: tuple[Cause, ...] = ()
     place: str = ""
+    hidden: tuple[str, ...] = ()
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:
@@ -104,7 +117,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every site was observed and passes both gates."""
+        """Whether every claimed site was observed, and passes both gates."""
         return not (self.semantic_failures or self.numerical_failures or self.unobserved)
 
 
@@ -138,8 +151,10 @@ def check_parity(
     config: ViTConfig,
     source: Checkpoint,
     pixels: NDArray,
-    candidate: Candidate,
+    candidate: Port,
     precision: DTypeLike = np.float32,
+    *,
+    progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same images and measures every site.
 
@@ -150,6 +165,7 @@ def check_parity(
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
+      progress: told what is being done next.
 
     Raises:
       TruncatedError: an oracle did not compute in float64.
@@ -159,6 +175,7 @@ def check_parity(
     tensors = hf_tensors(config, source)
     oracle = NumpyOracle(config, tensors)
     names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
+    progress(f"{reference.name} in float64")
     truth = reference.trace(pixels, np.float64)
     require_float64(truth, reference.name)
     if set(truth) != set(names):
@@ -168,11 +185,15 @@ def check_parity(
         # A trace of a real model takes a gigabyte, its errors nothing: none outlives this call.
         return {site: error(trace[site], truth[site]) for site in names if site in trace}
 
+    progress(f"{oracle.name} in float64")
     oracle_trace = oracle.trace(pixels)
     require_float64(oracle_trace, oracle.name)
     oracles = errors(oracle_trace)
     del oracle_trace
+    dtype = np.dtype(precision).name
+    progress(f"{reference.name} in {dtype}")
     yardsticks = errors(reference.trace(pixels, precision))
+    progress(f"{candidate.name} in float64")
     exact_trace = candidate.trace(pixels, np.float64)
     require_float64(exact_trace, candidate.name)
     exact = errors(exact_trace)
@@ -180,9 +201,11 @@ def check_parity(
     place = ""
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
     if first:
-        causes = diagnose(config, tensors, pixels, truth, first, exact_trace[first])
+        progress("looking for the cause")
+        causes = diagnose(config, tensors, pixels, truth, names, first, exact_trace)
         place = where(exact_trace[first], truth[first], first)
     del exact_trace
+    progress(f"{candidate.name} in {dtype}")
     rounded_trace = candidate.trace(pixels, precision)
     rounding = errors(rounded_trace)
     gates = {site: numerical_gate(yardsticks[site].rms, precision, yardsticks[site].carriers) for site in names}
@@ -190,10 +213,13 @@ def check_parity(
     if beyond and not first:
         causes = diagnose_rounding(config, tensors, beyond, rounded_trace, truth)
     del rounded_trace
+    shown = {site for site in names if site in exact and site in rounding}
+    claims = set(names) if candidate.claims is None else candidate.claims
+    diverging = first or beyond
     report = ParityReport(
         title,
         reference.name,
-        np.dtype(precision).name,
+        dtype,
         results=tuple(
             SiteResult(
                 site,
@@ -205,16 +231,25 @@ def check_parity(
                 gates[site],
             )
             for site in names
-            if site in exact and site in rounding
+            if site in shown
         ),
-        unobserved=tuple(site for site in names if site not in exact or site not in rounding),
+        unobserved=tuple(site for site in names if site not in shown and site in claims),
+        unmapped=tuple(site for site in names if site not in shown and site not in claims),
         causes=causes,
         place=place,
+        hidden=hidden_before(diverging, names, shown) if diverging else (),
     )
     if not (report.semantic_failures or report.numerical_failures):
         return report
-    streams = {stream for name in names if (stream := stream_before(name, config.num_hidden_layers))}
-    dtype = np.float64 if report.semantic_failures else precision
-    alone = errors(candidate.trace(pixels, dtype, replace={site: truth[site] for site in streams}))
-    results = tuple(result._replace(alone=alone[result.site]) for result in report.results)
+    progress("each block alone")
+    before = {site: stream_before(site, config.num_hidden_layers) for site in shown}
+    fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
+    wide = np.float64 if report.semantic_failures else precision
+    alone = errors(candidate.trace(pixels, wide, replace=fed))
+    results = tuple(
+        result._replace(alone=alone.get(result.site))
+        if before[result.site] is None or before[result.site] in fed
+        else result
+        for result in report.results
+    )
     return dataclasses.replace(report, results=results)

@@ -1,7 +1,8 @@
-"""Photographs for parity: found below a directory, and preprocessed as the checkpoint asks."""
+"""Images for a given checkpoint: photographs, preprocessed as it asks, or synthetic ones."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,20 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.preprocessing import preprocess
+from vit_ref.verify.cases import synthetic_images
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def pixels_for(config: ViTConfig, images: str | os.PathLike[str] | None, count: int) -> NDArray:
+    """`count` images for a given checkpoint: photographs from below `images`, or synthetic ones where that is None.
+
+    Raises:
+      InputError: see `find` and `load`.
+    """
+    if images is None:
+        return synthetic_images(config, count)
+    return load(find(Path(images), count), config)
 
 
 def find(directory: Path, count: int) -> list[Path]:

@@ -10,6 +10,9 @@ def headline(report: ParityReport) -> str:
     """The verdict in a few lines, the first divergence on top."""
     if report.unobserved:
         return f"{report.title}: {len(report.unobserved)} {report.what} were not observed, first {report.unobserved[0]}"
+    unmapped = (
+        [f"not observed: {len(report.unmapped)} {report.what}: {_some(report.unmapped)}"] if report.unmapped else []
+    )
     last = report.results[-1]
     output = (
         f"{last.site}: {last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
@@ -34,9 +37,10 @@ def headline(report: ParityReport) -> str:
             f"{report.title}: {len(report.results)} {report.what} pass; float64 at most {exact.exact.rms:.1e}"
             f" ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
         )
+    hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
     place = [f"wrong only at {report.place}"] if report.place else []
     causes = [f"likely cause: {cause}" for cause in report.causes]
-    return "\n  ".join([verdict, output, *place, *causes, *_blame(report)])
+    return "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *_blame(report)])
 
 
 def _blame(report: ParityReport) -> list[str]:
@@ -44,13 +48,15 @@ def _blame(report: ParityReport) -> list[str]:
     worst: dict[str, float] = {}
     for result in report.results:
         if result.alone is None:
-            return []
+            continue
         part = ".".join(result.site.split(".")[:2]) if result.site.startswith("block.") else result.site
         worst[part] = max(worst.get(part, 0.0), result.alone.rms)
     if report.semantic_failures:
         guilty = [part for part, rms in worst.items() if rms > SEMANTIC_RMS]
     else:
         guilty = sorted(worst, key=lambda part: -worst[part])[:3]
+    if not guilty:
+        return []
     shown = ", ".join(f"{part} {worst[part]:.1e}" for part in guilty[:3])
     return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 3 else ''}"]
 
@@ -63,7 +69,7 @@ def table(report: ParityReport) -> str:
         f"{report.what:<{width}}{'float64':>9}{'alone' if alone else '':>{9 * alone}}{report.precision:>10}"
         f"{report.reference:>9}{'ratio':>8}{'margin':>8}"
     )
-    return "\n".join([header, *(_row(result, width) for result in report.results)])
+    return "\n".join([header, *(_row(result, width, alone) for result in report.results)])
 
 
 def explain() -> str:
@@ -76,14 +82,18 @@ def explain() -> str:
     )
 
 
-def _row(result: SiteResult, width: int) -> str:
+def _row(result: SiteResult, width: int, with_alone: bool) -> str:
     failed = not result.exact.passes_semantic_gate, not result.passes_numerical_gate
     mark = {(True, True): " both", (True, False): " float64", (False, True): " rounding"}.get(failed, "")
-    alone = f"{result.alone.rms:>9.1e}" if result.alone else ""
+    alone = (f"{result.alone.rms:>9.1e}" if result.alone else f"{'':>9}") if with_alone else ""
     return (
         f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>10.1e}{result.yardstick:>9.1e}"
         f"{_multiple(result.ratio):>8}{result.margin:>8.2g}{mark}"
     )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _multiple(ratio: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -12,6 +12,12 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 Trace = dict[str, NDArray]
+# Told what is being done next, in a few words.
+Progress = Callable[[str], None]
+
+
+def silent(step: str) -> None:
+    """The progress that nobody watches."""
 
 
 class Implementation(Protocol):

@@ -1,0 +1,139 @@
+"""How each kind of JAX port is split into parameters and a forward pass, and observed while that is traced.
+
+Submodules are observed from outside: nnx's by wrapping the `__call__` of their classes, linen's by flax's method
+interception. Values without a submodule of their own are seen as inputs of the next one, as named intermediates, or
+through a tap where the port takes one. What a port runs under a transformation of its own (`nnx.jit`, `jax.vmap`, a
+scan) is out of reach from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from vit_ref.verify.ports.declaration import CandidateError, takes
+from vit_ref.verify.ports.table import Table, Tap
+
+# (parameters, images, table, tap) -> whatever the port returns.
+Run = Callable[[Any, Any, Table, Tap], Any]
+Call = Callable[..., Any]
+
+
+def adapted(port: Any, call: Call | None) -> tuple[Any, Run]:
+    """A port's parameters, any tree, and its forward pass from them.
+
+    Args:
+      port: what a candidate's loader returned.
+      call: see `Candidate.call`.
+
+    Raises:
+      CandidateError: it is nothing that can be called.
+    """
+    if isinstance(port, nnx.Module):
+        return _nnx(port, call)
+    if isinstance(port, tuple) and len(port) == 2 and isinstance(port[0], linen.Module):
+        return _linen(port[0], port[1], call)
+    if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
+        function, parameters = port
+        return parameters, lambda parameters, images, table, tap: function(
+            parameters, images, **_tapping(function, table, tap)
+        )
+    if not callable(port):
+        raise CandidateError(f"load() returned a {type(port).__name__}: see vit_ref.Candidate for what it may return")
+    return _tree(port, call)
+
+
+def _nnx(port: nnx.Module, call: Call | None) -> tuple[Any, Run]:
+    graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        model = nnx.merge(graph, parameters, rest)
+        # What shows its values itself would be seen twice.
+        with contextlib.nullcontext() if takes(call or model, "tap") else _watching(model, table, tap):
+            return _called(model, images, call, table, tap)
+
+    return parameters, run
+
+
+def _linen(module: linen.Module, variables: Any, call: Call | None) -> tuple[Any, Run]:
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            path = ".".join(context.module.path)
+            if context.method_name != "__call__" or path not in table.paths:
+                return method(*args, **kwargs)
+            args, kwargs = table.at_input(path, args, kwargs, tap)
+            return table.at_output(path, method(*args, **kwargs), tap)
+
+        with linen.intercept_methods(intercept):
+            return _called(module.bind({**variables, "params": parameters}), images, call, table, tap)
+
+    return variables["params"], run
+
+
+def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
+    """A callable tree, such as an equinox module, whose float leaves are its parameters; or a function, without any."""
+    leaves = jax.tree_util.tree_leaves_with_path(port)
+    tree = jax.tree.structure(port)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    parameters = {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True) if is_float(leaf)}
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        filled = [parameters.get(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+        return _called(jax.tree.unflatten(tree, filled), images, call, table, tap)
+
+    return parameters, run
+
+
+def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap) -> Any:
+    if call is not None:
+        return call(port, images, **_tapping(call, table, tap))
+    return port(images, **_tapping(port, table, tap))
+
+
+def _tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
+    """The tap as an argument, for a port that takes it."""
+    return {"tap": lambda name, value: table.at_name(name, value, tap)} if takes(function, "tap") else {}
+
+
+@contextlib.contextmanager
+def _watching(model: nnx.Module, table: Table, tap: Tap) -> Iterator[None]:
+    modules = {".".join(map(str, parts)): module for parts, module in nnx.iter_modules(model)}
+    require_paths(table, modules)
+    watched = {id(modules[path]): path for path in table.paths & modules.keys()}
+
+    def observed(cls: type, method: Call) -> Call:
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            # A subclass that calls its parent's method is seen once, as itself.
+            if type(self) is not cls or id(self) not in watched:
+                return method(self, *args, **kwargs)
+            path = watched[id(self)]
+            args, kwargs = table.at_input(path, args, kwargs, tap)
+            return table.at_output(path, method(self, *args, **kwargs), tap)
+
+        return __call__
+
+    with contextlib.ExitStack() as stack:
+        for cls in {type(modules[path]) for path in watched.values()}:
+            stack.enter_context(mock.patch.object(cls, "__call__", observed(cls, cls.__call__)))
+        yield
+
+
+def require_paths(table: Table, modules: Any) -> None:
+    """Raises `CandidateError` where a table names a submodule that is not among `modules`."""
+    for path in sorted(table.paths - set(modules)):
+        near = difflib.get_close_matches(path, modules, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise CandidateError(f"sites: the port has no submodule {path!r}{hint}")
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is an array of floats, and so a parameter."""
+    return isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,0 +1,122 @@
+"""A declared candidate that runs in JAX, as the engine judges it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.model import Tap
+from vit_ref.verify.ports.adapters import adapted, is_float
+from vit_ref.verify.ports.declaration import Candidate
+from vit_ref.verify.ports.loading import called, loaded, output_site, recognised, split_output
+from vit_ref.verify.ports.table import Table, claimed
+from vit_ref.verify.tapped import Forward, Tapped
+
+
+class JaxPort(Tapped):
+    """A candidate of any kind but PyTorch's.
+
+    Args:
+      candidate: the declaration.
+      config: the checkpoint's configuration.
+      checkpoint: the path that its loader is given.
+
+    Raises:
+      CandidateError: its table does not fit the configuration.
+    """
+
+    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path):
+        self.name = candidate.name
+        self.config = config
+        self.claims = claimed(candidate.sites, config) | {output_site(config)}
+        self._candidate = candidate
+        self._checkpoint = checkpoint
+        # The last one loaded, and its dtype: reading a checkpoint takes seconds.
+        self._port: tuple[np.dtype, Any] | None = None
+
+    def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        """See `Tapped.ready`."""
+        candidate = self._candidate
+        if self._port is None or self._port[0] != np.dtype(dtype):
+            self._port = np.dtype(dtype), loaded(candidate, self._checkpoint, dtype)
+        parameters, run = adapted(self._port[1], candidate.call)
+        if np.dtype(dtype) == np.float64:
+            parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
+
+        def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
+            table = Table(candidate.sites, self.config, pixels.shape, _vjp)
+            images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
+            shown: set[str] = set()
+
+            def noting(site: str, value: jax.Array) -> jax.Array:
+                shown.add(site)
+                return tap(site, value)
+
+            with _unrounded_softmax(dtype):
+                returned = called(candidate.name, run, parameters, images, table, noting)
+            output, named = split_output(returned, candidate.name)
+            table.returned(named, noting)
+            self.fixed = frozenset(table.fixed)
+            last = output_site(self.config)
+            # A port with a tap may have shown its output itself.
+            return output if last in shown else tap(last, output)
+
+        return parameters, forward
+
+    def by_path(self, gradients: Any) -> dict[str, NDArray]:
+        """See `Tapped.by_path`."""
+        if isinstance(gradients, nnx.State):
+            leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
+        else:
+            leaves = {
+                jax.tree_util.keystr(path, simple=True, separator="."): leaf
+                for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+            }
+        return recognised(self._candidate, self.config, {path: np.asarray(leaf) for path, leaf in leaves.items()})
+
+
+@contextlib.contextmanager
+def _unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
+    """In float64, fused attention without its rounding of the softmax to float32.
+
+    `jax.nn.dot_product_attention`, which nnx's attention calls, rounds whatever its inputs are. That is its precision
+    and not its formula; the numerical gate judges it, untouched, in the tested precision.
+    """
+    if np.dtype(dtype) != np.float64:
+        yield
+        return
+    fused = jax.nn.dot_product_attention
+
+    def exact(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any) -> Any:
+        if query.ndim != 4 or query.shape[2] != key.shape[2] or any(options.get(name) for name in _OTHER_ATTENTION):
+            return fused(query, key, value, bias, mask, **options)
+        scale = options.get("scale")
+        scores = jnp.einsum("bqhk,bmhk->bhqm", query, key)
+        scores *= 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = scores if bias is None else scores + bias
+        scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+        return jnp.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
+
+    with mock.patch.object(jax.nn, "dot_product_attention", exact):
+        yield
+
+
+# Options of fused attention for which no vision transformer has a use.
+_OTHER_ATTENTION = ("is_causal", "query_seq_lengths", "key_value_seq_lengths", "local_window_size", "return_residual")
+
+
+def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    picked, pull_back = jax.vjp(function, value)
+    return picked, lambda cotangent: pull_back(cotangent)[0]

@@ -1,0 +1,153 @@
+"""From `FILE.py` or `module:attribute` to a candidate, and from its loader to a port, of whatever kind."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref import porting
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
+from vit_ref.verify.ports.table import gradients_by_path
+
+
+def find(spec: str) -> Candidate:
+    """The candidate that `--candidate` names.
+
+    Args:
+      spec: `FILE.py` or `module`, whose attribute `candidate` is meant, or `FILE.py:attribute` or `module:attribute`.
+
+    Raises:
+      CandidateError: there is no such file, module or attribute, or importing it failed.
+    """
+    place, _, attribute = spec.partition(":")
+    attribute = attribute or "candidate"
+    module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    found = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise CandidateError(f"{place}: it has no {attribute!r}: name one as {place}:NAME")
+        found = getattr(found, name)
+    name = Path(place).stem if attribute == "candidate" else f"{Path(place).stem}-{attribute}"
+    return declared(found, name)
+
+
+def _file(path: Path) -> Any:
+    if not path.is_file():
+        raise CandidateError(f"{path}: no such file")
+    # Its neighbours can be imported, as when Python runs the file.
+    directory = str(path.parent.resolve())
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    # A name of its own: a port in a file jax.py is not to stand for jax.
+    name = f"vit_ref_candidate_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise CandidateError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look a class's module up by its name.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(name, None)
+        raise failed(str(path), "importing it", error) from error
+    return module
+
+
+def _module(name: str) -> Any:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise CandidateError(f"{name}: neither a Python file nor the name of a module")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise failed(name, "importing it", error) from error
+
+
+def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
+    """What the candidate's loader returns.
+
+    Raises:
+      CandidateError: it raised something.
+    """
+    try:
+        if takes(candidate.load, "dtype"):
+            return candidate.load(checkpoint, dtype=np.dtype(dtype))
+        return candidate.load(checkpoint)
+    except Exception as error:
+        raise failed(candidate.name, "load()", error) from error
+
+
+def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    """What the port returns.
+
+    Raises:
+      CandidateError: it raised something, or its values do not fit its table.
+    """
+    try:
+        return run(*arguments)
+    # jax's own word that a function cannot be traced means something to the caller.
+    except (InputError, jax.errors.JAXTypeError):
+        raise
+    except Exception as error:
+        raise failed(name, "the forward pass", error) from error
+
+
+def failed(name: str, what: str, error: Exception) -> CandidateError:
+    """A person's exception as one line."""
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return CandidateError(f"{name}: {what} raised {type(error).__name__}: {reason}")
+
+
+def output_site(config: ViTConfig) -> str:
+    """The site of a model's output.
+
+    Raises:
+      CandidateError: there is none.
+    """
+    if not config.num_labels and not config.pooler:
+        raise CandidateError(
+            "the checkpoint has neither head nor pooler, and a candidate is judged by its output first"
+        )
+    return "logits" if config.num_labels else "pooler"
+
+
+def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
+    """A port's output, and the intermediates that it returned with it.
+
+    Raises:
+      CandidateError: there is no array in it.
+    """
+    named: Mapping[str, Any] = {}
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        returned, named = returned
+    output = getattr(returned, "logits", returned)
+    output = output[0] if isinstance(output, tuple) else output
+    if not hasattr(output, "shape"):
+        raise CandidateError(f"{name}: it returned a {type(output).__name__}: logits (B, classes) are expected")
+    return output, named
+
+
+def recognised(candidate: Candidate, config: ViTConfig, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """A port's gradients by this package's paths: by its table, or by those or a layout's names; else none."""
+    if candidate.parameters is not None:
+        return gradients_by_path(candidate.parameters, config, gradients)
+    if gradients.keys() == porting.parameter_shapes(config).keys():
+        return dict(gradients)
+    for separator in "./":
+        named = {name.replace(".", separator): value for name, value in gradients.items()}
+        try:
+            return porting.port(named, config, porting.detect(named))
+        except porting.PortError:
+            continue
+    return {}

@@ -1,0 +1,117 @@
+"""Whatever runs in JAX and passes its values through a tap: recorded, replaced, perturbed and differentiated alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.model import Tap, identity
+from vit_ref.sites import sites
+from vit_ref.verify.backward import Gradients, Objective, differentiator
+from vit_ref.verify.trace import Trace, precision_of
+
+# (parameters, pixels, tap) -> output (B, width). Parameters are any tree.
+Forward = Callable[[Any, jax.Array, Tap], jax.Array]
+
+
+class Tapped(ABC):
+    """An implementation in JAX that can be observed and changed at its sites.
+
+    Attributes:
+      name: how reports call it.
+      config: the model's configuration.
+      claims: the sites that it promises to show, None for all. Others are not observed; a claimed one that is not shown
+        has failed.
+      fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
+    """
+
+    name: str
+    config: ViTConfig
+    claims: frozenset[str] | None = None
+    fixed: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        """Parameters, and the forward pass in `dtype` from them; called under `precision_of(dtype)`."""
+
+    @abstractmethod
+    def by_path(self, gradients: Any) -> dict[str, NDArray]:
+        """Gradients with respect to the parameters, on the host, by the paths of this package's model."""
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        """See `Implementation.trace`.
+
+        Args:
+          pixels: as there.
+          dtype: as there.
+          replace: values by site that take the place of the model's own, after those were recorded.
+        """
+        with precision_of(dtype):
+            parameters, forward = self.ready(dtype)
+
+            def run(parameters: Any, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
+                recorded: dict[str, jax.Array] = {}
+
+                def tap(site: str, value: jax.Array) -> jax.Array:
+                    recorded[site] = value
+                    return replace.get(site, value)
+
+                forward(parameters, pixels, tap)
+                return recorded
+
+            given = {site: jnp.asarray(value, dtype) for site, value in (replace or {}).items()}
+            images = jnp.asarray(pixels, dtype)
+            try:
+                return jax.device_get(jax.jit(run)(parameters, images, given))
+            except jax.errors.JAXTypeError:
+                # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
+                return {site: np.asarray(value) for site, value in run(parameters, images, given).items()}
+
+    def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
+        """The outputs alone of several batches of images, compiled or operation by operation.
+
+        Raises:
+          jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
+        """
+        with precision_of(dtype):
+            parameters, forward = self.ready(dtype)
+
+            def run(parameters: Any, pixels: jax.Array) -> jax.Array:
+                return forward(parameters, pixels, identity)
+
+            run = jax.jit(run) if jit else run
+            return [np.asarray(run(parameters, jnp.asarray(pixels, dtype))) for pixels in batches]
+
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`."""
+        with precision_of(dtype):
+            parameters, forward = self.ready(dtype)
+        perturbed: set[str] = set()
+
+        def perturbing(parameters: Any, perturbations: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
+            def tap(site: str, value: jax.Array) -> jax.Array:
+                if value.shape != perturbations[site].shape:
+                    return value
+                perturbed.add(site)
+                return value + perturbations[site].astype(value.dtype)
+
+            return forward(parameters, pixels, tap)
+
+        shapes = sites(self.config, len(pixels), pixels.shape[1:3])
+        differentiate = differentiator(perturbing, parameters, shapes, pixels, dtype)
+
+        def gradients(objective: Objective) -> Gradients:
+            by_parameter, by_site, by_pixel = differentiate(objective)
+            # A site that was never met has a gradient of zeros, which says nothing about the port.
+            met = {site: gradient for site, gradient in by_site.items() if site in perturbed - self.fixed}
+            return Gradients(met, self.by_path(by_parameter), by_pixel)
+
+        return gradients
