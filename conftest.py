@@ -40,7 +40,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Here and not in pyproject.toml: with `--checkpoint DIR` outside the checkout, pytest looks for its configuration
     # from there up and finds none.
     for marker in (
-        "parity: the port computes what the reference computes, site by site",
         "porting: the weight map, checkpoints and bad input",
         "model: the model by itself",
         "training: training steps, dropout and one-batch overfitting follow the reference",
@@ -50,7 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "mutants: a deliberate fault is seen, and named where it is",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",
-        "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
     ):
         config.addinivalue_line("markers", marker)
     config.addinivalue_line("filterwarnings", "error")

@@ -3,7 +3,7 @@
 An entry point loads it, so the options are known before any conftest is: pytest would otherwise take the path after
 `--checkpoint` for a directory of tests, and read its configuration from there. pytest loads entry points in every
 project of an environment, so this module stands outside the package, imports nothing of it, and adds its options only
-to runs that start in this project's directory.
+to runs that start in this project's directory, or ask for the installed suite: `pytest --pyargs vit_ref.suite`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ EXIT_BAD_INPUT = 2
 _PROPERTY = "parity "
 
 
+def _wanted(manager: pytest.PytestPluginManager) -> bool:
+    run: pytest.Config | None = manager.get_plugin("pytestconfig")
+    arguments = run.invocation_params.args if run else ()
+    return _at_home() or any(str(argument).startswith("vit_ref.suite") for argument in arguments)
+
+
 def _at_home() -> bool:
     try:
         return tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "vit-ref"
@@ -24,8 +30,8 @@ def _at_home() -> bool:
         return False
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    if not _at_home():
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not _wanted(pluginmanager):
         return
     group = parser.getgroup("vit_ref", "numerical parity of ViT ports")
     group.addoption(
@@ -34,6 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="DIR_OR_HUB_ID",
         help="run parity on this checkpoint too; repeatable",
+    )
+    group.addoption(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="FILE.py|module:attr",
+        help="judge this port in place of vit_ref's own, on the checkpoints given or else on the embedded cases; repeatable",
     )
     group.addoption("--images", metavar="DIR", help="use photographs from below DIR for --checkpoint")
     group.addoption(
@@ -46,18 +59,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "parity: the port computes what the reference computes, site by site",
+        "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
+    ):
+        config.addinivalue_line("markers", marker)
     checkpoints, images = config.getoption("checkpoint", None), config.getoption("images", None)
-    if not checkpoints and not images:
+    candidates = config.getoption("candidate", None)
+    if not checkpoints and not images and not candidates:
         return
     from vit_ref import checkpoint
     from vit_ref.errors import InputError
     from vit_ref.verify import photographs
+    from vit_ref.verify.ports import loading
 
     try:
         for path in checkpoints:
             checkpoint.locate(path)
         if images and not checkpoints:
             raise InputError("--images belongs to a --checkpoint: give one")
+        for spec in candidates:
+            loading.find(spec)
         if images:
             photographs.find(Path(images), count=1)
     except InputError as error:

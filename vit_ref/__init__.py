@@ -12,6 +12,7 @@ from vit_ref.pretrained import from_pretrained, save_pretrained
 
 if TYPE_CHECKING:
     from vit_ref.verify.check import check_port
+    from vit_ref.verify.parametrize import parametrize_with_sites
     from vit_ref.verify.port_report import PortReport
     from vit_ref.verify.ports.declaration import Candidate
 
@@ -22,6 +23,7 @@ _OF_THE_ENGINE = {
     "Candidate": "vit_ref.verify.ports.declaration",
     "PortReport": "vit_ref.verify.port_report",
     "check_port": "vit_ref.verify.check",
+    "parametrize_with_sites": "vit_ref.verify.parametrize",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "VisionTransformer",
     "check_port",
     "from_pretrained",
+    "parametrize_with_sites",
     "save_pretrained",
 ]
 

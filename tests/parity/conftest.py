@@ -1,13 +1,19 @@
-"""The subjects of parity: embedded cases and the checkpoints given with --checkpoint, each checked once a session."""
+"""The subjects of parity: embedded cases and the checkpoints given with --checkpoint, each checked once a session.
+
+The port under test is this package's own model, or what was given with --candidate. The wheel brings this file and the
+tests beside it as `vit_ref.suite`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from numpy.typing import NDArray
@@ -17,18 +23,18 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.pretrained import configuration
-from vit_ref.verify import photographs
-from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.cases import CASES, synthetic_images
+from vit_ref.verify.behaviour import Behaviour, check_behaviour
+from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.check import BACKWARD as IMAGES_BACKWARD
+from vit_ref.verify.check import BEHAVIOUR, FORWARD, port_for
 from vit_ref.verify.flaxvit import UnsupportedByReferenceError
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
+from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.report import headline, table
+from vit_ref.verify.trace import TruncatedError
 from vit_ref_pytest import summarise
 
-PHOTOGRAPHS = 4
-# Backward, one image takes as much memory as forward four: 3.3 GB of a ViT-S/14, and 0.9 GB more with a second.
-PHOTOGRAPHS_BACKWARD = 1
 # A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
 # derivative. "rectangular-patch" is beyond FlaxViT, and the NumPy oracle goes forward only.
 BACKWARD = ("rectangular", "hard-tokens", "no-qkv-bias", "one-head", "pooler")
@@ -36,12 +42,21 @@ BACKWARD = ("rectangular", "hard-tokens", "no-qkv-bias", "one-head", "pooler")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What a parity test is about: a checkpoint with images, whether to go backward too, and whether it was given."""
+    """What a parity test is about.
+
+    Attributes:
+      name: its id.
+      load: reads the checkpoint, its configuration and images.
+      backward: whether to go backward too.
+      given: whether the person gave the checkpoint or the candidate.
+      candidate: the port under test, as given; None for this package's own.
+    """
 
     name: str
     load: Callable[[], tuple[ViTConfig, Checkpoint, NDArray]]
     backward: bool
     given: bool = False
+    candidate: str | None = None
 
 
 def _names(checkpoints: tuple[str, ...]) -> list[str]:
@@ -55,24 +70,46 @@ def _names(checkpoints: tuple[str, ...]) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _subjects(checkpoints: tuple[str, ...], images: str | None) -> list[Subject]:
+def _subjects(checkpoints: tuple[str, ...], images: str | None, candidates: tuple[str, ...]) -> list[Subject]:
+    def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        source = checkpoint.read(path)
+        vit_config = configuration(source)
+        return vit_config, source, pixels_for(vit_config, images, FORWARD)
+
     embedded = [
         Subject(case.name, lambda case=case: (case.config, case.checkpoint(), case.images()), case.name in BACKWARD)
         for case in CASES.values()
     ]
-
-    def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
-        source = checkpoint.read(path)
-        vit_config = configuration(source)
-        if images:
-            return vit_config, source, photographs.load(photographs.find(Path(images), PHOTOGRAPHS), vit_config)
-        return vit_config, source, synthetic_images(vit_config, PHOTOGRAPHS)
-
     given = [
         Subject(name, lambda path=path: load(path), backward=True, given=True)
         for name, path in zip(_names(checkpoints), checkpoints, strict=True)
     ]
-    return embedded + given
+    if not candidates:
+        return embedded + given
+    # Somebody's port is what is asked about: this package's own model has no part in the answer.
+    written = [
+        dataclasses.replace(subject, load=lambda case=case: (case.config, _written(case), case.images()))
+        for subject, case in zip(embedded, CASES.values(), strict=True)
+    ]
+    return [
+        dataclasses.replace(subject, name=f"{subject.name}-{Path(candidate).stem}", given=True, candidate=candidate)
+        for candidate in candidates
+        for subject in given or written
+    ]
+
+
+@cache
+def _written(case: Case) -> Checkpoint:
+    """An embedded case's checkpoint in a directory of its own, from which a candidate can load it."""
+    directory = Path(_scratch().name) / case.name
+    source = case.checkpoint()
+    checkpoint.write_directory(directory, source.tensors, source.config or {})
+    return dataclasses.replace(source, path=directory)
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="vit-ref-")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,11 +124,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 # Under pytest-xdist one worker takes all tests of a subject, so that it is observed once.
                 marks=pytest.mark.xdist_group(f"{fixture} {subject.name}"),
             )
-            for subject in _subjects(tuple(option("checkpoint") or ()), option("images"))
-            for precision in option("precision") or ["float32"]
-            if fixture == "parity" or subject.backward
+            for subject in _subjects(
+                tuple(option("checkpoint") or ()), option("images"), tuple(option("candidate") or ())
+            )
+            for precision in (option("precision") or ["float32"] if fixture != "behaviour" else ["float64"])
+            if _asked(fixture, subject)
         ]
         metafunc.parametrize(fixture, params, indirect=True, scope="session")
+
+
+def _asked(fixture: str, subject: Subject) -> bool:
+    if fixture == "gradients":
+        return subject.backward
+    # Of this package's own model `-m consistency` asks more than this.
+    return fixture == "parity" or subject.candidate is not None
 
 
 def _forward(subject: Subject, precision: str) -> ParityReport:
@@ -104,8 +150,13 @@ def _backward(subject: Subject, precision: str) -> ParityReport:
         f"{subject.name}, backward",
         subject,
         precision,
-        PHOTOGRAPHS_BACKWARD if subject.given else None,
+        IMAGES_BACKWARD if subject.given else None,
     )
+
+
+def _behaves(subject: Subject, precision: str) -> tuple[Behaviour, ...]:
+    config, source, pixels = subject.load()
+    return check_behaviour(port_for(subject.candidate, config, source), pixels[:BEHAVIOUR])
 
 
 def _judged(
@@ -115,7 +166,7 @@ def _judged(
     config, source, pixels = subject.load()
     pixels = pixels[:images]
     before = _checksums(source, pixels)
-    report = check(title, config, source, pixels, OwnCandidate(config, source), precision)
+    report = check(title, config, source, pixels, port_for(subject.candidate, config, source), precision)
     after = _checksums(source, pixels)
     changed = [name for name in before if after.get(name) != before[name]]
     if changed:
@@ -127,29 +178,31 @@ def _checksums(source: Checkpoint, pixels: NDArray) -> dict[str, int]:
     return {name: zlib.crc32(array.tobytes()) for name, array in {"the images": pixels, **source.tensors}.items()}
 
 
-CHECKS = {"parity": _forward, "gradients": _backward}
+CHECKS = {"parity": _forward, "gradients": _backward, "behaviour": _behaves}
 
 
 @cache  # reports are small, and in a shuffled run a subject's tests are far apart
 def _outcome(
-    check: Callable[[Subject, str], ParityReport], subject: Subject, precision: str
-) -> ParityReport | BaseException:
+    check: Callable[[Subject, str], Any], subject: Subject, precision: str
+) -> ParityReport | tuple[Behaviour, ...] | BaseException:
     try:
         return check(subject, precision)
     except UnsupportedByReferenceError as error:
         # Forward the NumPy oracle stands in for FlaxViT; backward there is nobody to compare with.
         return pytest.skip.Exception(str(error))
-    except InputError as error:
+    except (InputError, TruncatedError) as error:
         return pytest.fail.Exception(str(error), pytrace=False)
     except pytest.fail.Exception as error:
         return error
 
 
-def _checked(request: pytest.FixtureRequest) -> ParityReport:
+def _checked(request: pytest.FixtureRequest) -> Any:
     _, subject, precision = request.param
     outcome = _outcome(*request.param)
     if isinstance(outcome, BaseException):
         raise outcome
+    if isinstance(outcome, tuple):
+        return outcome
     directory = request.config.getoption("parity_report", None)
     if directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -170,10 +223,16 @@ def gradients(request: pytest.FixtureRequest) -> ParityReport:
     return _checked(request)
 
 
+@pytest.fixture(scope="session")
+def behaviour(request: pytest.FixtureRequest) -> tuple[Behaviour, ...]:
+    """What a candidate does besides computing the right values."""
+    return _checked(request)
+
+
 @pytest.fixture(autouse=True)
 def _summary(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
     """Hands the outcome to the summary at the end of the run, across worker processes too."""
-    for fixture in CHECKS.keys() & set(request.fixturenames):
+    for fixture in {"parity", "gradients"} & set(request.fixturenames):
         _, subject, precision = request.node.callspec.params[fixture]
         outcome = request.getfixturevalue(fixture)
         text = headline(outcome) + (f"\n\n{table(outcome)}\n" if subject.given else "")

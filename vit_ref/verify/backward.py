@@ -23,6 +23,9 @@ from vit_ref.verify.trace import precision_of
 # up to five times as much as the next. Of 361 gradients there, the one whose pooled error exceeds the reference's most
 # does so by 1.8 at worst (bootstrap over sixteen objectives); pooled over six, by 2.4.
 RANDOM_COTANGENTS = 11
+# Of all objectives, so many judge the formula, in float64: the loss and two random cotangents. A formula that is wrong
+# is wrong for any that nobody chose; only rounding has luck.
+SEMANTIC_OBJECTIVES = 3
 
 
 class Objective(NamedTuple):

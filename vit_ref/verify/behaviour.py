@@ -14,6 +14,9 @@ from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.trace import Progress, silent
 
 
+BEHAVIOURS = ("repeat", "batch", "jit", "inputs")
+
+
 class Runnable(Protocol):
     """A port of which only the output is asked."""
 
@@ -28,7 +31,7 @@ class Behaviour(NamedTuple):
     """One property of a port.
 
     Attributes:
-      name: "repeat", "batch", "jit" or "inputs".
+      name: one of `BEHAVIOURS`.
       error: relative RMS between what must be equal, in float64; None where it could not be measured.
       reason: what it means, where the property fails; "" where it holds.
     """

@@ -20,8 +20,8 @@ from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.verify.ports.adapters import adapted, is_float
 from vit_ref.verify.ports.declaration import Candidate
-from vit_ref.verify.ports.loading import called, loaded, output_site, recognised, split_output
-from vit_ref.verify.ports.table import Table, claimed
+from vit_ref.verify.ports.loading import called, claims, loaded, output_site, recognised, split_output
+from vit_ref.verify.ports.table import Table
 from vit_ref.verify.tapped import Forward, Tapped
 
 
@@ -40,7 +40,7 @@ class JaxPort(Tapped):
     def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path):
         self.name = candidate.name
         self.config = config
-        self.claims = claimed(candidate.sites, config) | {output_site(config)}
+        self.claims = claims(candidate, config)
         self._candidate = candidate
         self._checkpoint = checkpoint
         # The last one loaded, and its dtype: reading a checkpoint takes seconds.
@@ -71,7 +71,7 @@ class JaxPort(Tapped):
             self.fixed = frozenset(table.fixed)
             last = output_site(self.config)
             # A port with a tap may have shown its output itself.
-            return output if last in shown else tap(last, output)
+            return output if last is None or last in shown else tap(last, output)
 
         return parameters, forward
 

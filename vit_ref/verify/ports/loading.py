@@ -18,7 +18,7 @@ from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
-from vit_ref.verify.ports.table import gradients_by_path
+from vit_ref.verify.ports.table import claimed, gradients_by_path
 
 
 def find(spec: str) -> Candidate:
@@ -109,17 +109,26 @@ def failed(name: str, what: str, error: Exception) -> CandidateError:
     return CandidateError(f"{name}: {what} raised {type(error).__name__}: {reason}")
 
 
-def output_site(config: ViTConfig) -> str:
-    """The site of a model's output.
+def output_site(config: ViTConfig) -> str | None:
+    """The site of a model's output; None without head and pooler, where it is the cls token of `norm` alone."""
+    if config.num_labels:
+        return "logits"
+    return "pooler" if config.pooler else None
+
+
+def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
+    """The sites that a candidate promises to show: those of its table, and its output.
 
     Raises:
-      CandidateError: there is none.
+      CandidateError: there are none, or the table does not fit the configuration.
     """
-    if not config.num_labels and not config.pooler:
+    output = output_site(config)
+    found = claimed(candidate.sites, config) | ({output} if output else set())
+    if not found:
         raise CandidateError(
-            "the checkpoint has neither head nor pooler, and a candidate is judged by its output first"
+            f"{candidate.name}: the checkpoint has neither head nor pooler, so a candidate needs a table of sites"
         )
-    return "logits" if config.num_labels else "pooler"
+    return found
 
 
 def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:

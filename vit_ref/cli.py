@@ -1,0 +1,179 @@
+"""The command line: `vit-ref verify`, `vit-ref convert` and `vit-ref propose`.
+
+Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in one line. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.highlighter import RegexHighlighter
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.theme import Theme
+
+from vit_ref.errors import InputError
+
+WRONG, UNUSABLE, INTERRUPTED = 1, 2, 130
+_ERRORS = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class _Verdicts(RegexHighlighter):
+    """Colours the words that decide, where a terminal shows them."""
+
+    base_style = "verdict."
+    highlights = [  # noqa: RUF012  # rich's own way
+        r"(?P<good>\bpass(es|ed)?\b)",
+        r"(?P<bad>\b(first divergence|failed|FAILED|stale expectation|both|rounding$|float64$)\b)",
+        r"(?P<open>\b(not observed|expected failure|likely cause)\b)",
+    ]
+
+
+_THEME = Theme({"verdict.good": "green", "verdict.bad": "bold red", "verdict.open": "yellow"})
+
+
+class _Group(click.Group):
+    """Commands whose errors of input are one line and exit code 2, as click's own are."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _ERRORS.print(f"vit-ref: {error}", markup=False)
+            ctx.exit(UNUSABLE)
+        except KeyboardInterrupt:
+            _ERRORS.print("vit-ref: interrupted, nothing was written", markup=False)
+            ctx.exit(INTERRUPTED)
+
+
+def _version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if not asked:
+        return
+    from vit_ref.verify.environment import environment
+
+    for name, value in environment().items():
+        click.echo(f"{name} {value}")
+    ctx.exit()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the stack.")
+def main() -> None:
+    """A Vision Transformer in Flax NNX, and proof that ports of ViT weights are numerically right."""
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option("--candidate", "candidates", multiple=True, metavar="FILE.py|module:attr", help="Port to judge; repeatable.")
+@click.option("--reference", type=click.Choice(["flax", "torch", "numpy"]), default="flax", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Precision that the numerical gate judges.",
+)
+@click.option("--images", metavar="DIR", help="Photographs, preprocessed as the checkpoint asks; else synthetic images.")
+@click.option("--forward-only", is_flag=True, help="No gradients.")
+@click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one page.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    checkpoint: str,
+    candidates: tuple[str, ...],
+    reference: str,
+    dtype: str,
+    images: str | None,
+    forward_only: bool,
+    whole: bool,
+    html: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Judge a port on CHECKPOINT, a directory, file or hub id: this package's own, or each --candidate.
+
+    Every value of the forward pass and every gradient is compared with a float64 oracle. Exit code 0: it is right. 1: it
+    is wrong, and the first divergence is printed. 2: something that was given cannot be used.
+    """
+    if len(candidates) > 1 and (html or json_file):
+        raise InputError("--html and --json take one report: give one --candidate")
+    for file in (html, json_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise InputError(f"{file}: no such directory: make it first")
+    from vit_ref.verify.check import check_port, steps
+    from vit_ref.verify.html_report import to_html
+    from vit_ref.verify.json_report import to_json
+    from vit_ref.verify.report import summary, table, write
+    from vit_ref.verify.trace import TruncatedError
+
+    console = Console(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
+    passed = True
+    for candidate in candidates or (None,):
+        with _progress(steps(backward=not forward_only)) as progress:
+            try:
+                report = check_port(
+                    candidate,
+                    checkpoint,
+                    images=images,
+                    precision=dtype,
+                    reference=reference,
+                    backward=not forward_only,
+                    progress=progress,
+                )
+            except TruncatedError as error:
+                _ERRORS.print(f"vit-ref: {error}", markup=False)
+                passed = False
+                continue
+        if whole:
+            for part in (report.forward, report.backward):
+                console.print(f"{table(part)}\n" if part else "")
+        console.print(summary(report))
+        if html:
+            write(html, to_html(report))
+        if json_file:
+            write(json_file, to_json(report))
+        passed &= report.passed
+    ctx.exit(0 if passed else WRONG)
+
+
+@main.command()
+@click.argument("source")
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--to", "layout", type=click.Choice(["hf", "flax", "npz", "timm"]), required=True, help="Layout to write.")
+def convert(source: str, destination: Path, layout: str) -> None:
+    """Write the checkpoint SOURCE to DESTINATION in another layout, value for value, and read it back."""
+    from vit_ref.conversion import convert as converted
+
+    click.echo(converted(source, destination, layout))
+
+
+@main.command()
+@click.argument("candidate")
+@click.argument("checkpoint")
+def propose(candidate: str, checkpoint: str) -> None:
+    """Propose the table of sites for CANDIDATE, FILE.py or module:attr, by running it beside the oracle."""
+    from vit_ref.verify.ports.proposal import propose as proposed
+
+    click.echo(proposed(candidate, checkpoint))
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal, which names the step; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading the checkpoint", total=total)
+        done = 0
+
+        def step(doing: str) -> None:
+            nonlocal done
+            bar.update(task, completed=done, description=doing)
+            done += 1
+
+        yield step
