@@ -49,7 +49,7 @@ class PortError(InputError):
 
 
 class Transform(NamedTuple):
-    """How a source tensor becomes a parameter, and back. Both directions only move elements.
+    """How a source tensor becomes a parameter, and back. Both directions only move elements, or add and drop zeros.
 
     Attributes:
       to_parameter: from the layout to the model.
