@@ -41,8 +41,6 @@ _DEFAULTS: dict[str, Any] = {
     "image_mean": 0.5,
     "image_std": 0.5,
 }
-# Pillow's methods of resampling, in the order of their numbers.
-RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # The file may say null here and mean the default.
 _NULLABLE = ("size", "image_mean", "image_std")
 
@@ -53,7 +51,7 @@ class Steps:
 
     Attributes:
       size: (height, width) to resize to.
-      resample: how, by Pillow's number.
+      resample: how, by Pillow's number, as the file has it.
       scale: factor of the pixels' values.
       mean_and_std: one number each for red, green and blue; subtracted, and divided by.
     """
@@ -89,6 +87,8 @@ def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: V
     if not images:
         raise InputError("no images: give at least one")
     todo = steps(config)
+    if todo.size is not None:
+        _require_resampling(todo.resample)
     batch: list[NDArray] = []
     for i, image in enumerate(images):
         name = f"image {i}" if isinstance(image, Image.Image) else os.fspath(image)
@@ -146,7 +146,7 @@ def _apply(todo: Steps, image: Image.Image) -> NDArray:
 
 
 def steps(config: ViTConfig) -> Steps:
-    """What is done to an image for this checkpoint.
+    """What is done to an image for this checkpoint. Whether Pillow has that `resample` is seen by `preprocess` alone.
 
     Raises:
       ConfigError: `preprocessor` asks for something unknown.
@@ -165,7 +165,7 @@ def steps(config: ViTConfig) -> Steps:
         _refuse("rescale_factor", scale, "give a number")
     return Steps(
         size=_size(settings["size"]) if settings["do_resize"] else None,
-        resample=_resample(settings["resample"]) if settings["do_resize"] else 0,
+        resample=settings["resample"] if settings["do_resize"] else 0,
         scale=scale if settings["do_rescale"] else None,
         mean_and_std=_mean_and_std(settings) if settings["do_normalize"] else None,
     )
@@ -186,11 +186,12 @@ def _size(value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _resample(value: Any) -> int:
-    if isinstance(value, bool) or value not in range(len(RESAMPLING)):
-        known = ", ".join(f"{number} {name}" for number, name in enumerate(RESAMPLING))
+def _require_resampling(value: Any) -> None:
+    from PIL import Image
+
+    if isinstance(value, bool) or value not in list(Image.Resampling):
+        known = ", ".join(f"{method.value} {method.name.lower()}" for method in sorted(Image.Resampling))
         _refuse("resample", value, f"known are {known}")
-    return int(value)
 
 
 def _mean_and_std(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:

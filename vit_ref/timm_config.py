@@ -19,7 +19,7 @@ from typing import Any
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import ConfigError
-from vit_ref.preprocessing import RESAMPLING, steps
+from vit_ref.preprocessing import steps
 
 _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 _NAME = re.compile(
@@ -42,6 +42,8 @@ _ACTIVATIONS = {
     "swish": ("swish",),
     "tanh": ("tanh",),
 }
+# By their numbers in Pillow.
+_INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # `model_args`: those that become fields, those that leave evaluation at the native size alone, and those that must have
 # this value. Whatever else timm's VisionTransformer takes is refused.
 _FIELDS = {
@@ -138,11 +140,12 @@ def to_timm(config: ViTConfig) -> dict[str, Any]:
         done = steps(config)
     except ConfigError:
         done = None
-    if done and done.size == config.image_hw and done.scale == 1 / 255 and done.mean_and_std:
+    is_timms = done and done.size == config.image_hw and done.scale == 1 / 255
+    if done and is_timms and done.mean_and_std and done.resample in range(len(_INTERPOLATIONS)):
         mean, std = done.mean_and_std
         # "squash" with nothing cropped resizes the whole image (timm/data/transforms_factory.py).
         pretrained |= {"mean": mean, "std": std, "crop_pct": 1.0, "crop_mode": "squash"}
-        pretrained["interpolation"] = RESAMPLING[done.resample]
+        pretrained["interpolation"] = _INTERPOLATIONS[int(done.resample)]
     return {
         "architecture": name,
         "num_classes": config.num_labels,
@@ -193,13 +196,13 @@ def _deviations(config: ViTConfig, name: str) -> dict[str, Any]:
 def _preprocessor(pretrained: Mapping[str, Any], config: ViTConfig) -> dict[str, Any]:
     """The `preprocessor_config.json` of a `pretrained_cfg`; what it leaves out is as in timm/data/config.py."""
     interpolation = pretrained.get("interpolation", "bicubic")
-    if interpolation not in RESAMPLING:
-        raise ConfigError(f"pretrained_cfg: interpolation is {interpolation!r}: known are {', '.join(RESAMPLING)}")
+    if interpolation not in _INTERPOLATIONS:
+        raise ConfigError(f"pretrained_cfg: interpolation is {interpolation!r}: known are {', '.join(_INTERPOLATIONS)}")
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": dict(zip(("height", "width"), config.image_hw, strict=True)),
-        "resample": RESAMPLING.index(interpolation),
+        "resample": _INTERPOLATIONS.index(interpolation),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -146,6 +146,8 @@ def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, 
         ({"rescale_factor": 0.5}, False),
         ({"do_normalize": False}, False),
         ({"do_center_crop": True}, False),
+        ({"resample": 5}, True),
+        ({"resample": 6}, False),
     ],
 )
 def test_preprocessing_goes_to_timm_where_timm_has_its_like(
