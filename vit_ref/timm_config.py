@@ -140,8 +140,7 @@ def to_timm(config: ViTConfig) -> dict[str, Any]:
         done = steps(config)
     except ConfigError:
         done = None
-    is_timms = done and done.size == config.image_hw and done.scale == 1 / 255
-    if done and is_timms and done.mean_and_std and done.resample in range(len(_INTERPOLATIONS)):
+    if done and done.mean_and_std and done.resample in range(len(_INTERPOLATIONS)):
         mean, std = done.mean_and_std
         # "squash" with nothing cropped resizes the whole image (timm/data/transforms_factory.py).
         pretrained |= {"mean": mean, "std": std, "crop_pct": 1.0, "crop_mode": "squash"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_every_bit_survives_there_and_back(tmp_path: Path, to: Target, dtype: ty
     heads: dict[str, dict[str, Any]] = {
         "head": {},
         "pooler": {"num_labels": 0, "labels": (), "pooler": True, "pooler_output_size": 5},
-        "neither": {"num_labels": 0, "labels": ()},
+        "neither": {"num_labels": 0, "labels": (), "pooler_act": "relu", "pooler_output_size": 5},
     }
     layout = LAYOUTS[to]
     config = within(layout, replace(CONFIG, **heads[end]))
@@ -97,8 +98,9 @@ def test_every_bit_survives_there_and_back(tmp_path: Path, to: Target, dtype: ty
     assert (back.read, back.written) == (to, "hf")
     again, values, _ = pretrained.load(checkpoint.read(tmp_path / "back"))
     assert bits(values) == bits(parameters)
-    # gelu_new is the tanh form by another name; the width of a pooler that is not there means nothing.
-    assert replace(again, hidden_act="gelu_new", pooler_output_size=config.pooler_output_size) == config
+    # gelu_new is the tanh form by another name; a pooler that is not there has neither width nor activation.
+    absent = {} if config.pooler else {"pooler_output_size": config.pooler_output_size, "pooler_act": config.pooler_act}
+    assert replace(again, hidden_act="gelu_new", **absent) == config
 
 
 @pytest.mark.parametrize("read", TARGETS)
@@ -278,15 +280,28 @@ def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_pa
     assert len(checkpoint.read(tmp_path / "shorter").tensors) == 8 + 12
 
 
+@pytest.mark.parametrize(("to", "is_sharded"), [("hf", True), ("timm", False)])
+def test_large_weights_are_sharded_but_for_timm_which_reads_no_shards(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, to: Target, is_sharded: bool
+) -> None:
+    small = functools.partial(checkpoint.write_directory, max_shard_size=900)
+    monkeypatch.setattr(checkpoint, "write_directory", small)
+    written = convert(source, tmp_path / to, to).destination
+    assert ((written / checkpoint.INDEX).exists(), (written / checkpoint.WEIGHTS).exists()) == (
+        is_sharded,
+        not is_sharded,
+    )
+
+
 def _first_bit_turned(tensors: dict[str, NDArray]) -> None:
     name = next(iter(tensors))
     tensors[name] = tensors[name].copy()
     tensors[name].view(np.uint8).reshape(-1)[0] ^= 1
 
 
-def _widened(tensors: dict[str, NDArray]) -> None:
+def _of_another_dtype(tensors: dict[str, NDArray]) -> None:
     name = next(iter(tensors))
-    tensors[name] = tensors[name].astype(np.float64)
+    tensors[name] = tensors[name].view(np.float16)
 
 
 def _dropped(tensors: dict[str, NDArray]) -> None:
@@ -298,19 +313,23 @@ def _dropped(tensors: dict[str, NDArray]) -> None:
     ("damage", "message"),
     [
         (_first_bit_turned, "cannot be written (cls_token came back with other bits)"),
-        (_widened, "cannot be written (cls_token came back with other bits)"),
+        (_of_another_dtype, "cannot be written (cls_token came back with other bits)"),
         (_dropped, "1 missing"),
     ],
 )
 def test_what_comes_back_otherwise_is_not_kept(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, to: Target, damage: Callable[..., None], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Target, damage: Callable[..., None], message: str
 ) -> None:
-    write = conversion._WRITERS[to]
+    parameters = with_room(porting.BIG_VISION, random_bits(CONFIG, ml_dtypes.bfloat16))
+    # Ones of bfloat16, as bits of float16, are finite too.
+    parameters["cls_token"] = np.ones_like(parameters["cls_token"])
+    source = write(tmp_path / "source", CONFIG, parameters)
+    right = conversion._WRITERS[to]
 
     def damaging(place: Path, tensors: porting.Tensors, config: ViTConfig) -> None:
         changed = dict(sorted(tensors.items(), key=lambda item: "cls" not in item[0] or "classifier" in item[0]))
         damage(changed)
-        write(place, changed, config)
+        right(place, changed, config)
 
     monkeypatch.setitem(conversion._WRITERS, to, damaging)
     assert message in refusal(source, place(tmp_path, to), to)
