@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
 
 from vit_ref.config import ACTIVATION_NAMES, ViTConfig
-from vit_ref.porting import HF, parameter_shapes, port
+from vit_ref.porting import BIG_VISION, HF, TIMM, Layout, Tensors, parameter_shapes, port
 from vit_ref.verify.cases import Case
 
 seeds = st.integers(0, 2**16)
@@ -204,6 +204,20 @@ def random_bits(config: ViTConfig, dtype: DTypeLike, seed: int = 0) -> dict[str,
         with np.errstate(invalid="ignore"):
             values[path] = np.where(np.isfinite(value), value, dtype.type(-0.0))
     return values
+
+
+def within(layout: Layout, config: ViTConfig) -> ViTConfig:
+    """The configuration, without a pooler where the layout has no name for one."""
+    return dataclasses.replace(config, pooler=False) if layout is TIMM else config
+
+
+def with_room(layout: Layout, parameters: Tensors) -> dict[str, NDArray]:
+    """The parameters, with zero for the cls token's position where the layout has no room for it."""
+    fitting = dict(parameters)
+    if layout is BIG_VISION:
+        fitting["position_embeddings"] = fitting["position_embeddings"].copy()
+        fitting["position_embeddings"][:, 0] = 0
+    return fitting
 
 
 def random_cycle(length: int, seed: int) -> NDArray:

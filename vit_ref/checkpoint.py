@@ -255,10 +255,10 @@ def write_directory(
                 # transformers refuses a safetensors file that does not say which framework's names it holds.
                 save_file({name: tensors[name] for name in names}, Path(stage, file), metadata={"format": "pt"})
             if split.is_sharded:
-                _write_json(Path(stage, INDEX), {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+                write_json(Path(stage, INDEX), {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
             if preprocessor is not None:
-                _write_json(Path(stage, PREPROCESSOR), preprocessor)
-            _write_json(Path(stage, CONFIG), config)
+                write_json(Path(stage, PREPROCESSOR), preprocessor)
+            write_json(Path(stage, CONFIG), config)
             written = sorted((file.name for file in Path(stage).iterdir()), key=lambda name: name == CONFIG)
             for name in written:
                 # safetensors makes its files readable by their owner alone.
@@ -273,5 +273,18 @@ def write_directory(
         raise CheckpointError(f"{directory}: cannot be written ({error})") from None
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, NDArray]) -> None:
+    """Writes one `.npz` or `.msgpack` file, which `read_tensors` reads; names become a tree at each "/" in the latter.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if file.suffix == ".npz":
+        np.savez(file, allow_pickle=False, **tensors)
+    else:
+        file.write_bytes(serialization.msgpack_serialize(traverse_util.unflatten_dict(dict(tensors), sep="/")))
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object for people to read, too."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

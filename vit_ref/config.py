@@ -196,6 +196,12 @@ class ViTConfig:
           ConfigError: it is no ViT's, or a value cannot be honoured.
         """
         model_type = config.get("model_type")
+        if model_type == "deit":
+            # Every one has embeddings.distillation_token (transformers' DeiTEmbeddings), which attention sees.
+            raise ConfigError(
+                "model_type is 'deit': that is with a second class token, for distillation, and this model has but one:"
+                " use a DeiT without, such as facebook/deit-base-patch16-224, whose model_type is 'vit'"
+            )
         if model_type != "vit":
             raise ConfigError(f"model_type is {model_type!r}: only 'vit' is supported")
         fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config.keys() - _NOT_BY_NAME}

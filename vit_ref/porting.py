@@ -1,9 +1,9 @@
 """The weight map: one table of rules per checkpoint layout, applied and inverted under a completeness check.
 
 A rule is one line, a source name <-> a destination path with an invertible transform; `{i}` stands for the block's
-number. Every destination is written exactly once and every source tensor is consumed exactly once, unless the caller
-names it as exempt; `PortError` lists every fault at once. Values are moved, never computed with: each tensor keeps its
-bits and its dtype.
+number. Every destination is written exactly once and every source tensor is consumed exactly once, whole or in equal
+parts by as many rules, unless the caller names it as exempt; `PortError` lists every fault at once. Values are moved,
+never computed with: each tensor keeps its bits and its dtype.
 """
 
 from __future__ import annotations
@@ -49,10 +49,17 @@ class PortError(InputError):
 
 
 class Transform(NamedTuple):
-    """How a source tensor becomes a parameter, and back. Both directions only move elements."""
+    """How a source tensor becomes a parameter, and back. Both directions only move elements, or add and drop zeros.
+
+    Attributes:
+      to_parameter: from the layout to the model.
+      to_source: from the model to the layout.
+      unfit: what of a parameter the layout has no room for, "" where it has room for all.
+    """
 
     to_parameter: Callable[[NDArray, ViTConfig], NDArray]
     to_source: Callable[[NDArray, ViTConfig], NDArray]
+    unfit: Callable[[NDArray], str] = lambda x: ""
 
 
 SAME = Transform(lambda x, c: x, lambda x, c: x)
@@ -70,14 +77,31 @@ HEADS_OUT = Transform(
     lambda x, c: x.reshape(-1, x.shape[-1]),
     lambda x, c: x.reshape(c.num_attention_heads, -1, x.shape[-1]),
 )
+# big_vision adds positions before it puts the cls token in front, which is to add zero there. Anything else, and a
+# negative zero, would not come back.
+GRID_POSITIONS = Transform(
+    lambda x, c: np.concatenate([np.zeros_like(x[:, :1]), x], axis=1),
+    lambda x, c: x[:, 1:],
+    lambda x: "the cls token's position is not zero" if x[:, 0].tobytes().strip(b"\0") else "",
+)
 
 
 class Rule(NamedTuple):
-    """One line of the weight map."""
+    """One line of the weight map.
+
+    Attributes:
+      source: the tensor's name in the layout.
+      destination: the parameter's path in the model.
+      transform: how one becomes the other.
+      part: where several rules share a source, which of its equal parts, counted along the first axis, is this one's.
+      parts: how many such parts there are.
+    """
 
     source: str
     destination: str
     transform: Transform = SAME
+    part: int = 0
+    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +121,25 @@ class Layout:
     head: str = "classifier"
 
     def bind(self, config: ViTConfig, prefixed: bool) -> tuple[Rule, ...]:
-        """The rules of one configuration, blocks counted out, in the order of the model's parameters."""
-        bound = []
+        """The rules of one configuration, blocks counted out, in the order of the model's parameters.
+
+        Raises:
+          PortError: the layout has no name for some of them, as timm's has none for a pooler.
+        """
+        rules = {rule.destination: rule for rule in self.rules}
+        bound, nameless = [], []
         for destination in parameter_shapes(config):
             template, block = _templated(destination)
-            rule = next((rule for rule in self.rules if rule.destination == template), None)
-            if rule is None:
-                raise LookupError(f"layout {self.name} has no rule for {destination}")
+            if template not in rules:
+                nameless.append(Fault("no rule", destination, "the layout has no name for it"))
+                continue
+            rule = rules[template]
             source = rule.source.replace("{i}", block)
             if prefixed and not source.startswith(self.head):
                 source = self.prefix + source
-            bound.append(Rule(source, destination, rule.transform))
+            bound.append(rule._replace(source=source, destination=destination))
+        if nameless:
+            raise PortError(nameless, self.name)
         return tuple(bound)
 
     def recognises(self, names: Iterable[str]) -> int:
@@ -134,6 +166,16 @@ def _dense(source: str, destination: str) -> tuple[Rule, Rule]:
 
 def _norm(source: str, destination: str) -> tuple[Rule, Rule]:
     return Rule(f"{source}.weight", f"{destination}.scale"), Rule(f"{source}.bias", f"{destination}.bias")
+
+
+def _linen_dense(source: str, destination: str, kernel: Transform = SAME, bias: Transform = SAME) -> tuple[Rule, Rule]:
+    return Rule(f"{source}/kernel", f"{destination}.kernel", kernel), Rule(
+        f"{source}/bias", f"{destination}.bias", bias
+    )
+
+
+def _linen_norm(source: str, destination: str) -> tuple[Rule, Rule]:
+    return Rule(f"{source}/scale", f"{destination}.scale"), Rule(f"{source}/bias", f"{destination}.bias")
 
 
 # Hugging Face's PyTorch names up to transformers 4, which transformers 5 still writes.
@@ -188,82 +230,93 @@ FLAX = Layout(
     (
         Rule("embeddings/cls_token", "cls_token"),
         Rule("embeddings/position_embeddings", "position_embeddings"),
-        Rule("embeddings/patch_embeddings/projection/kernel", "patch.kernel"),
-        Rule("embeddings/patch_embeddings/projection/bias", "patch.bias"),
-        Rule("encoder/layer/{i}/layernorm_before/scale", "blocks.{i}.norm1.scale"),
-        Rule("encoder/layer/{i}/layernorm_before/bias", "blocks.{i}.norm1.bias"),
-        Rule("encoder/layer/{i}/attention/attention/query/kernel", "blocks.{i}.attn.query.kernel"),
-        Rule("encoder/layer/{i}/attention/attention/query/bias", "blocks.{i}.attn.query.bias"),
-        Rule("encoder/layer/{i}/attention/attention/key/kernel", "blocks.{i}.attn.key.kernel"),
-        Rule("encoder/layer/{i}/attention/attention/key/bias", "blocks.{i}.attn.key.bias"),
-        Rule("encoder/layer/{i}/attention/attention/value/kernel", "blocks.{i}.attn.value.kernel"),
-        Rule("encoder/layer/{i}/attention/attention/value/bias", "blocks.{i}.attn.value.bias"),
-        Rule("encoder/layer/{i}/attention/output/dense/kernel", "blocks.{i}.attn.out.kernel"),
-        Rule("encoder/layer/{i}/attention/output/dense/bias", "blocks.{i}.attn.out.bias"),
-        Rule("encoder/layer/{i}/layernorm_after/scale", "blocks.{i}.norm2.scale"),
-        Rule("encoder/layer/{i}/layernorm_after/bias", "blocks.{i}.norm2.bias"),
-        Rule("encoder/layer/{i}/intermediate/dense/kernel", "blocks.{i}.mlp.fc1.kernel"),
-        Rule("encoder/layer/{i}/intermediate/dense/bias", "blocks.{i}.mlp.fc1.bias"),
-        Rule("encoder/layer/{i}/output/dense/kernel", "blocks.{i}.mlp.fc2.kernel"),
-        Rule("encoder/layer/{i}/output/dense/bias", "blocks.{i}.mlp.fc2.bias"),
-        Rule("layernorm/scale", "norm.scale"),
-        Rule("layernorm/bias", "norm.bias"),
-        Rule("pooler/dense/kernel", "pooler.kernel"),
-        Rule("pooler/dense/bias", "pooler.bias"),
-        Rule("classifier/kernel", "head.kernel"),
-        Rule("classifier/bias", "head.bias"),
+        *_linen_dense("embeddings/patch_embeddings/projection", "patch"),
+        *_linen_norm("encoder/layer/{i}/layernorm_before", "blocks.{i}.norm1"),
+        *_linen_dense("encoder/layer/{i}/attention/attention/query", "blocks.{i}.attn.query"),
+        *_linen_dense("encoder/layer/{i}/attention/attention/key", "blocks.{i}.attn.key"),
+        *_linen_dense("encoder/layer/{i}/attention/attention/value", "blocks.{i}.attn.value"),
+        *_linen_dense("encoder/layer/{i}/attention/output/dense", "blocks.{i}.attn.out"),
+        *_linen_norm("encoder/layer/{i}/layernorm_after", "blocks.{i}.norm2"),
+        *_linen_dense("encoder/layer/{i}/intermediate/dense", "blocks.{i}.mlp.fc1"),
+        *_linen_dense("encoder/layer/{i}/output/dense", "blocks.{i}.mlp.fc2"),
+        *_linen_norm("layernorm", "norm"),
+        *_linen_dense("pooler/dense", "pooler"),
+        *_linen_dense("classifier", "head"),
     ),
     prefix="vit/",
 )
 
-# The .npz files of google-research/vision_transformer (names: vit_jax/models_vit.py). Its pre-logits layer is the
-# reference's pooler.
-NPZ = Layout(
+
+def _google(name: str, positions: Rule, norm2: str, attention: str, mlp: str) -> Layout:
+    """What the two ViTs of Google's have in common: linen numbers an unnamed module by its place or by its kind."""
+    block = "Transformer/encoderblock_{i}"
+    return Layout(
+        name,
+        (
+            Rule("cls", "cls_token"),
+            positions,
+            *_linen_dense("embedding", "patch"),
+            *_linen_norm(f"{block}/LayerNorm_0", "blocks.{i}.norm1"),
+            *_linen_dense(f"{block}/{attention}/query", "blocks.{i}.attn.query", HEADS_KERNEL, HEADS_BIAS),
+            *_linen_dense(f"{block}/{attention}/key", "blocks.{i}.attn.key", HEADS_KERNEL, HEADS_BIAS),
+            *_linen_dense(f"{block}/{attention}/value", "blocks.{i}.attn.value", HEADS_KERNEL, HEADS_BIAS),
+            *_linen_dense(f"{block}/{attention}/out", "blocks.{i}.attn.out", HEADS_OUT),
+            *_linen_norm(f"{block}/{norm2}", "blocks.{i}.norm2"),
+            *_linen_dense(f"{block}/{mlp}/Dense_0", "blocks.{i}.mlp.fc1"),
+            *_linen_dense(f"{block}/{mlp}/Dense_1", "blocks.{i}.mlp.fc2"),
+            *_linen_norm("Transformer/encoder_norm", "norm"),
+            # Both put a tanh after this dense layer of the cls token: the reference's pooler.
+            *_linen_dense("pre_logits", "pooler"),
+            *_linen_dense("head", "head"),
+        ),
+        head="head",
+    )
+
+
+# The .npz files of google-research/vision_transformer (names: vit_jax/models_vit.py).
+NPZ = _google(
     "npz",
+    positions=Rule("Transformer/posembed_input/pos_embedding", "position_embeddings"),
+    norm2="LayerNorm_2",
+    attention="MultiHeadDotProductAttention_1",
+    mlp="MlpBlock_3",
+)
+
+# google-research/big_vision with pool_type="tok" (names, and where positions are added: big_vision/models/vit.py).
+BIG_VISION = _google(
+    "big_vision",
+    positions=Rule("pos_embedding", "position_embeddings", GRID_POSITIONS),
+    norm2="LayerNorm_1",
+    attention="MultiHeadDotProductAttention_0",
+    mlp="MlpBlock_0",
+)
+
+# timm's VisionTransformer (names: timm/models/vision_transformer.py). One dense layer makes query, key and value, in
+# this order: `qkv(x).reshape(B, N, 3, heads, head_dim)` (timm/layers/attention.py). It has no pooler.
+TIMM = Layout(
+    "timm",
     (
-        Rule("cls", "cls_token"),
-        Rule("Transformer/posembed_input/pos_embedding", "position_embeddings"),
-        Rule("embedding/kernel", "patch.kernel"),
-        Rule("embedding/bias", "patch.bias"),
+        Rule("cls_token", "cls_token"),
+        Rule("pos_embed", "position_embeddings"),
+        Rule("patch_embed.proj.weight", "patch.kernel", CONV),
+        Rule("patch_embed.proj.bias", "patch.bias"),
+        *_norm("blocks.{i}.norm1", "blocks.{i}.norm1"),
         *(
-            rule
-            for ours, theirs in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2"))
-            for rule in (
-                Rule(f"Transformer/encoderblock_{{i}}/{theirs}/scale", f"blocks.{{i}}.{ours}.scale"),
-                Rule(f"Transformer/encoderblock_{{i}}/{theirs}/bias", f"blocks.{{i}}.{ours}.bias"),
-            )
+            rule._replace(part=part, parts=3)
+            for part, role in enumerate(("query", "key", "value"))
+            for rule in _dense("blocks.{i}.attn.qkv", f"blocks.{{i}}.attn.{role}")
         ),
-        *(
-            rule
-            for name in ("query", "key", "value")
-            for source in (f"Transformer/encoderblock_{{i}}/MultiHeadDotProductAttention_1/{name}",)
-            for rule in (
-                Rule(f"{source}/kernel", f"blocks.{{i}}.attn.{name}.kernel", HEADS_KERNEL),
-                Rule(f"{source}/bias", f"blocks.{{i}}.attn.{name}.bias", HEADS_BIAS),
-            )
-        ),
-        Rule(
-            "Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1/out/kernel",
-            "blocks.{i}.attn.out.kernel",
-            HEADS_OUT,
-        ),
-        Rule("Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1/out/bias", "blocks.{i}.attn.out.bias"),
-        *(
-            Rule(f"Transformer/encoderblock_{{i}}/MlpBlock_3/{theirs}/{leaf}", f"blocks.{{i}}.mlp.{ours}.{leaf}")
-            for ours, theirs in (("fc1", "Dense_0"), ("fc2", "Dense_1"))
-            for leaf in ("kernel", "bias")
-        ),
-        Rule("Transformer/encoder_norm/scale", "norm.scale"),
-        Rule("Transformer/encoder_norm/bias", "norm.bias"),
-        Rule("pre_logits/kernel", "pooler.kernel"),
-        Rule("pre_logits/bias", "pooler.bias"),
-        Rule("head/kernel", "head.kernel"),
-        Rule("head/bias", "head.bias"),
+        *_dense("blocks.{i}.attn.proj", "blocks.{i}.attn.out"),
+        *_norm("blocks.{i}.norm2", "blocks.{i}.norm2"),
+        *_dense("blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
+        *_dense("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
+        *_norm("norm", "norm"),
+        *_dense("head", "head"),
     ),
     head="head",
 )
 
-LAYOUTS = {layout.name: layout for layout in (HF, HF5, FLAX, NPZ)}
+LAYOUTS = {layout.name: layout for layout in (HF, HF5, FLAX, NPZ, BIG_VISION, TIMM)}
 
 
 @lru_cache(maxsize=64)
@@ -307,27 +360,29 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
       PortError: with every missing, unexpected, misshapen and non-finite tensor, every one that is not floating point,
         and every exemption that names nothing.
     """
-    rules = layout.bind(config, prefixed=is_prefixed(source, layout))
+    by_source = _by_source(layout.bind(config, prefixed=is_prefixed(source, layout)))
     shapes = parameter_shapes(config)
     faults = []
     parameters = {}
-    for rule in rules:
-        shape = _source_shape(rule, shapes[rule.destination], config)
-        if rule.source not in source:
-            faults.append(Fault("missing", rule.source, f"expected {shape} for {rule.destination}"))
+    for name, rules in by_source.items():
+        shape = _source_shape(rules[0], shapes[rules[0].destination], config)
+        wanted = f"expected {shape} for {', '.join(rule.destination for rule in rules)}"
+        if name not in source:
+            faults.append(Fault("missing", name, wanted))
             continue
-        tensor = np.asarray(source[rule.source])
+        tensor = np.asarray(source[name])
         if tensor.shape != shape:
-            detail = f"expected {shape} for {rule.destination}, found {tensor.shape}"
-            faults.append(Fault("misshapen", rule.source, detail))
+            faults.append(Fault("misshapen", name, f"{wanted}, found {tensor.shape}"))
         elif tensor.dtype not in _WEIGHT_DTYPES:
-            faults.append(Fault("not floating point", rule.source, f"dtype {tensor.dtype}"))
+            faults.append(Fault("not floating point", name, f"dtype {tensor.dtype}"))
         elif (where := _first_not_finite(tensor)) is not None:
-            faults.append(Fault("not finite", rule.source, f"{tensor[where]} at {where}"))
+            faults.append(Fault("not finite", name, f"{tensor[where]} at {where}"))
         else:
-            parameters[rule.destination] = np.ascontiguousarray(rule.transform.to_parameter(tensor, config))
+            for rule in rules:
+                part = np.split(tensor, rule.parts)[rule.part] if rule.parts > 1 else tensor
+                parameters[rule.destination] = np.ascontiguousarray(rule.transform.to_parameter(part, config))
     exempt = tuple(exempt)
-    left_over = source.keys() - {rule.source for rule in rules}
+    left_over = source.keys() - by_source.keys()
     faults += [
         Fault("unexpected", name, f"shape {np.shape(source[name])}, no rule takes it")
         for name in sorted(left_over)
@@ -353,11 +408,30 @@ def export(parameters: Tensors, config: ViTConfig, layout: Layout) -> dict[str, 
 
     Returns:
       Tensors by their names in the layout. A classifier's carry the layout's prefix, a headless model's do not.
+
+    Raises:
+      PortError: the layout has no room for a parameter.
     """
-    return {
-        rule.source: np.ascontiguousarray(rule.transform.to_source(np.asarray(parameters[rule.destination]), config))
-        for rule in layout.bind(config, prefixed=bool(config.num_labels))
-    }
+    tensors, faults = {}, []
+    for name, rules in _by_source(layout.bind(config, prefixed=bool(config.num_labels))).items():
+        parts = []
+        for rule in sorted(rules, key=lambda rule: rule.part):
+            value = np.asarray(parameters[rule.destination])
+            if unfit := rule.transform.unfit(value):
+                faults.append(Fault("unfit", rule.destination, f"{unfit}, and {name} has no room for it"))
+            parts.append(rule.transform.to_source(value, config))
+        tensors[name] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+    if faults:
+        raise PortError(faults, layout.name)
+    return tensors
+
+
+def _by_source(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
+    """Rules by the tensor that they share, in the order of the first."""
+    shared: dict[str, list[Rule]] = {}
+    for rule in rules:
+        shared.setdefault(rule.source, []).append(rule)
+    return shared
 
 
 def is_prefixed(names: Iterable[str], layout: Layout) -> bool:
@@ -375,4 +449,5 @@ def _first_not_finite(tensor: NDArray) -> tuple[int, ...] | None:
 
 def _source_shape(rule: Rule, shape: tuple[int, ...], config: ViTConfig) -> tuple[int, ...]:
     # One byte broadcast to the shape: the transform itself says what shape it comes from.
-    return rule.transform.to_source(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
+    part = rule.transform.to_source(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
+    return part[0] * rule.parts, *part[1:]

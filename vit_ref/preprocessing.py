@@ -46,13 +46,20 @@ _NULLABLE = ("size", "image_mean", "image_std")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Steps:
-    """What is done to the pixels, in this order; None for a step that is left out."""
+class Steps:
+    """What is done to the pixels, in this order; None for a step that is left out.
+
+    Attributes:
+      size: (height, width) to resize to.
+      resample: how, by Pillow's number, as the file has it.
+      scale: factor of the pixels' values.
+      mean_and_std: one number each for red, green and blue; subtracted, and divided by.
+    """
 
     size: tuple[int, int] | None
     resample: int
     scale: float | None
-    mean_and_std: tuple[NDArray, NDArray] | None
+    mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] | None
 
 
 def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: ViTConfig) -> NDArray:
@@ -79,11 +86,13 @@ def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: V
         raise InputError(f"images have 3 channels once they are RGB, the model takes {config.num_channels}")
     if not images:
         raise InputError("no images: give at least one")
-    steps = _steps(config)
+    todo = steps(config)
+    if todo.size is not None:
+        _require_resampling(todo.resample)
     batch: list[NDArray] = []
     for i, image in enumerate(images):
         name = f"image {i}" if isinstance(image, Image.Image) else os.fspath(image)
-        batch.append(_apply(steps, _read(image, name)))
+        batch.append(_apply(todo, _read(image, name)))
         if batch[-1].shape != batch[0].shape:
             found, first = (f"{array.shape[0]}x{array.shape[1]}" for array in (batch[-1], batch[0]))
             raise InputError(f"{name}: {found} pixels, but the first image has {first}, and do_resize is false")
@@ -122,21 +131,26 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _apply(steps: _Steps, image: Image.Image) -> NDArray:
-    if steps.size is not None:
-        height, width = steps.size
-        image = image.resize((width, height), steps.resample)
+def _apply(todo: Steps, image: Image.Image) -> NDArray:
+    if todo.size is not None:
+        height, width = todo.size
+        image = image.resize((width, height), todo.resample)
     pixels: NDArray = np.asarray(image)
-    if steps.scale is not None:
-        pixels = pixels.astype(np.float64) * steps.scale
+    if todo.scale is not None:
+        pixels = pixels.astype(np.float64) * todo.scale
     pixels = pixels.astype(np.float32)
-    if steps.mean_and_std is not None:
-        mean, std = steps.mean_and_std
+    if todo.mean_and_std is not None:
+        mean, std = np.array(todo.mean_and_std, np.float32)
         pixels = (pixels - mean) / std
     return pixels
 
 
-def _steps(config: ViTConfig) -> _Steps:
+def steps(config: ViTConfig) -> Steps:
+    """What is done to an image for this checkpoint. Whether Pillow has that `resample` is seen by `preprocess` alone.
+
+    Raises:
+      ConfigError: `preprocessor` asks for something unknown.
+    """
     given = config.preprocessor or {}
     for name in ("do_center_crop", "do_pad"):
         if given.get(name):
@@ -149,9 +163,9 @@ def _steps(config: ViTConfig) -> _Steps:
     scale = settings["rescale_factor"]
     if settings["do_rescale"] and not _is_number(scale):
         _refuse("rescale_factor", scale, "give a number")
-    return _Steps(
+    return Steps(
         size=_size(settings["size"]) if settings["do_resize"] else None,
-        resample=_resample(settings["resample"]) if settings["do_resize"] else 0,
+        resample=settings["resample"] if settings["do_resize"] else 0,
         scale=scale if settings["do_rescale"] else None,
         mean_and_std=_mean_and_std(settings) if settings["do_normalize"] else None,
     )
@@ -172,24 +186,23 @@ def _size(value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _resample(value: Any) -> int:
+def _require_resampling(value: Any) -> None:
     from PIL import Image
 
     if isinstance(value, bool) or value not in list(Image.Resampling):
         known = ", ".join(f"{method.value} {method.name.lower()}" for method in sorted(Image.Resampling))
         _refuse("resample", value, f"known are {known}")
-    return int(value)
 
 
-def _mean_and_std(settings: Mapping[str, Any]) -> tuple[NDArray, NDArray]:
+def _mean_and_std(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     both = []
     for name in ("image_mean", "image_std"):
         value = settings[name]
         values = list(value) if isinstance(value, (list, tuple)) else [value] * 3
         if len(values) != 3 or not all(_is_number(each) for each in values):
             _refuse(name, value, "give a number, or one for each of red, green and blue")
-        both.append(np.array(values, np.float32))
-    if not all(both[1]):
+        both.append(tuple(map(float, values)))
+    if not np.array(both[1], np.float32).all():
         _refuse("image_std", settings["image_std"], "it divides, so it cannot be zero")
     return both[0], both[1]
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from vit_ref import checkpoint, porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError
 from vit_ref.model import VisionTransformer
+from vit_ref.timm_config import from_timm, is_timm
 
 
 def from_pretrained(
@@ -31,8 +33,8 @@ def from_pretrained(
     """Loads a ViT, in evaluation mode.
 
     Args:
-      path: a Hugging Face directory (safetensors, also sharded, or flax msgpack), a hub id, or an `.npz` of
-        google-research/vision_transformer.
+      path: a Hugging Face directory (safetensors, also sharded, or flax msgpack), a timm directory (safetensors), a hub
+        id of either, or an `.npz` of google-research's vision_transformer or big_vision.
       config: takes the place of the checkpoint's own, class names included; needed for a lone file other than `.npz`.
       dtype: dtype of the computation, None to promote from pixels and parameters.
       exempt: names or patterns of tensors in the checkpoint to leave behind on purpose.
@@ -45,15 +47,32 @@ def from_pretrained(
       ConfigError: its configuration is none that this model can honour.
       PortError: its tensors do not fit the configuration.
     """
-    source = checkpoint.read(path)
+    config, parameters, _ = load(checkpoint.read(path), config=config, exempt=exempt)
+    return build(config, parameters, dtype=dtype)
+
+
+def load(
+    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, exempt: Iterable[str] = ()
+) -> tuple[ViTConfig, dict[str, NDArray], porting.Layout]:
+    """What `from_pretrained` makes a model of: its configuration, its parameters by path, and their former layout.
+
+    Args:
+      source: the checkpoint.
+      config: as in `from_pretrained`.
+      exempt: as in `from_pretrained`.
+
+    Raises:
+      CheckpointError, ConfigError, PortError: as in `from_pretrained`.
+    """
     exempt = tuple(exempt)
     if config is None:
         config = configuration(source, exempt)
     else:
-        extra, preprocessor = config.extra or source.config or {}, config.preprocessor or source.preprocessor
+        read = {} if source.config is None or is_timm(source.config) else source.config
+        extra, preprocessor = config.extra or read, config.preprocessor or source.preprocessor
         config = dataclasses.replace(config, extra=extra, preprocessor=preprocessor)
     layout = porting.detect(source.tensors)
-    return build(config, porting.port(source.tensors, config, layout, exempt=exempt), dtype=dtype)
+    return config, porting.port(source.tensors, config, layout, exempt=exempt), layout
 
 
 def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> ViTConfig:
@@ -68,6 +87,8 @@ def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> 
       ConfigError: see `ViTConfig`.
     """
     names = [name for name in source.tensors if not any(fnmatchcase(name, pattern) for pattern in exempt)]
+    if source.config is not None and is_timm(source.config):
+        return from_timm(source.config)
     if source.config is not None:
         config = ViTConfig.from_hf(source.config, source.preprocessor)
         if not source.config.get("architectures") and not any(
@@ -82,20 +103,33 @@ def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> 
 
 
 def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTConfig:
-    """What the shapes of a google-research/vision_transformer `.npz` say; the rest is fixed in that code.
+    """What the shapes of an `.npz` of google-research's say; the rest is fixed in that code.
 
-    Its LayerNorm has flax's epsilon, 1e-6, and its MLP `nn.gelu`, which is the tanh form (vit_jax/models_vit.py).
+    LayerNorm has flax's epsilon, 1e-6, the MLP `nn.gelu`, which is the tanh form, and attention its biases
+    (vit_jax/models_vit.py; big_vision/models/vit.py).
     """
+    names, block = " ".join(shapes), "Transformer/encoderblock_0"
+    if "Transformer/" in names and "cls" not in shapes:
+        pooling = "attention, pool_type 'map'" if "MAPHead_0/" in names else "the mean of the patches, 'gap'"
+        raise CheckpointError(
+            f"{path}: no cls token, so it pools in another way ({pooling}), which this model does not"
+        )
     try:
         patch_height, patch_width, channels, width = shapes["embedding/kernel"]
-        positions = shapes["Transformer/posembed_input/pos_embedding"][1] - 1
-        first = "Transformer/encoderblock_0"
-        heads = shapes[f"{first}/MultiHeadDotProductAttention_1/query/kernel"][1]
-        mlp = shapes[f"{first}/MlpBlock_3/Dense_0/kernel"][1]
+        if porting.detect(shapes) is porting.BIG_VISION:
+            positions = shapes["pos_embedding"][1]
+            attention, mlp = "MultiHeadDotProductAttention_0", "MlpBlock_0"
+        else:
+            positions = shapes["Transformer/posembed_input/pos_embedding"][1] - 1
+            attention, mlp = "MultiHeadDotProductAttention_1", "MlpBlock_3"
+        heads = shapes[f"{block}/{attention}/query/kernel"][1]
+        hidden = shapes[f"{block}/{mlp}/Dense_0/kernel"][1]
         labels = shapes["head/bias"][0] if "head/bias" in shapes else 0
         pooled = shapes["pre_logits/bias"][0] if "pre_logits/bias" in shapes else None
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: not an .npz of google-research/vision_transformer ({error})") from None
+        raise CheckpointError(
+            f"{path}: not an .npz of google-research/vision_transformer or big_vision ({error})"
+        ) from None
     if labels and pooled:
         raise CheckpointError(
             f"{path}: it has both a pre-logits layer and a head, and no Hugging Face ViT has: leave one behind with"
@@ -108,7 +142,7 @@ def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTCon
         hidden_size=width,
         num_hidden_layers=len({name.split("/")[1] for name in shapes if "/encoderblock_" in name}),
         num_attention_heads=heads,
-        intermediate_size=mlp,
+        intermediate_size=hidden,
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-6,
         image_size=(side * patch_height, side * patch_width),
@@ -175,6 +209,12 @@ def save_pretrained(
       CheckpointError: the directory cannot be written.
     """
     tensors = porting.export(parameters_of(model), model.config, porting.HF)
-    config = model.config.to_hf()
-    config.setdefault("torch_dtype", str(next(iter(tensors.values())).dtype))
+    config = hf_config(model.config, tensors)
     checkpoint.write_directory(directory, tensors, config, model.config.preprocessor, max_shard_size=max_shard_size)
+
+
+def hf_config(config: ViTConfig, tensors: porting.Tensors) -> dict[str, Any]:
+    """The Hugging Face `config.json` beside these tensors."""
+    content = config.to_hf()
+    content.setdefault("torch_dtype", str(next(iter(tensors.values())).dtype))
+    return content

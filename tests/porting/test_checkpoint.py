@@ -21,6 +21,7 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError, ConfigError
 from vit_ref.verify.cases import Case
+from vit_strategies import random_bits, with_room
 
 pytestmark = pytest.mark.porting
 
@@ -92,10 +93,20 @@ def test_flax_msgpack_is_read(directory: Path) -> None:
     assert all((again[path] == value).all() for path, value in pretrained.parameters_of(model).items())
 
 
-def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path) -> None:
-    source = Case("npz", CONFIG).checkpoint()
-    parameters = porting.port(source.tensors, CONFIG, porting.HF)
-    np.savez(tmp_path / "ViT.npz", **porting.export(parameters, CONFIG, porting.NPZ))
+google_layouts = pytest.mark.parametrize("layout", [porting.NPZ, porting.BIG_VISION], ids=lambda layout: layout.name)
+
+
+def google_npz(path: Path, layout: porting.Layout, config: ViTConfig = CONFIG, **extra: np.ndarray) -> porting.Tensors:
+    """Writes an `.npz` in one of google-research's layouts, and returns the parameters in it."""
+    source = Case("npz", config).checkpoint()
+    parameters = with_room(layout, porting.port(source.tensors, config, porting.HF))
+    np.savez(path, **porting.export(parameters, config, layout), **extra)
+    return parameters
+
+
+@google_layouts
+def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: porting.Layout) -> None:
+    parameters = google_npz(tmp_path / "ViT.npz", layout)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
     expected = {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "labels": ()}
     assert model.config == ViTConfig(**{**CONFIG.__dict__, **expected})
@@ -103,12 +114,43 @@ def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path) -> None:
     assert all((found[path] == value).all() for path, value in parameters.items())
 
 
-def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path) -> None:
+@google_layouts
+def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path, layout: porting.Layout) -> None:
     config = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "labels": (), "pooler": True, "pooler_output_size": 5})
-    parameters = porting.port(Case("pooled", config).checkpoint().tensors, config, porting.HF)
-    np.savez(tmp_path / "ViT.npz", **porting.export(parameters, config, porting.NPZ))
+    google_npz(tmp_path / "ViT.npz", layout, config)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
     assert model.config.pooler and model.config.pooler_width == 5
+
+
+@google_layouts
+@pytest.mark.parametrize(
+    ("extra", "pooling"),
+    [({}, "the mean of the patches, 'gap'"), ({"MAPHead_0/probe": 1.0}, "attention, pool_type 'map'")],
+)
+def test_npz_without_a_cls_token_pools_in_another_way(
+    tmp_path: Path, layout: porting.Layout, extra: dict, pooling: str
+) -> None:
+    tensors = porting.export(with_room(layout, random_bits(CONFIG, np.float32)), CONFIG, layout)
+    del tensors["cls"]
+    np.savez(tmp_path / "ViT.npz", **tensors, **extra)
+    assert refusal(tmp_path / "ViT.npz") == (
+        f"{tmp_path / 'ViT.npz'}: no cls token, so it pools in another way ({pooling}), which this model does not"
+    )
+
+
+def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
+    """As facebook/deit-base-patch16-224 is published: the model type is ViT's, the preprocessing DeiT's."""
+    # transformers' convert_vit_timm_to_pytorch.py made it, and writes of its configuration what deviates from B/16.
+    config = {**CONFIG.to_hf(), "model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    preprocessor = {"feature_extractor_type": "DeiTFeatureExtractor", "do_center_crop": True, "crop_size": 8, "size": 9}
+    source = Case("deit", CONFIG).checkpoint()
+    checkpoint.write_directory(tmp_path, source.tensors, config, preprocessor)
+    model = vit_ref.from_pretrained(tmp_path)
+    assert model.config == CONFIG and model.config.preprocessor == preprocessor
+    # With the distillation token under either model type it is another model.
+    token = {"vit.embeddings.distillation_token": np.zeros((1, 1, 6), np.float32)}
+    checkpoint.write_directory(tmp_path, {**source.tensors, **token}, config)
+    assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, porting.PortError)
 
 
 @pytest.mark.parametrize("architectures", [["ViTModel"], None])
@@ -238,7 +280,8 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "deit", "model_type is 'deit': only 'vit' is supported"),
+        ("model_type", "swin", "model_type is 'swin': only 'vit' is supported"),
+        ("model_type", "deit", "model_type is 'deit': that is with a second class token, for distillation, and this "),
         ("hidden_act", "mish", "hidden_act is 'mish': known are gelu, gelu_new, "),
         ("num_attention_heads", 4, "hidden_size 6 is not a multiple of num_attention_heads 4"),
         ("image_size", 10, "image height 10 is not a multiple of the patch height 4"),
@@ -401,11 +444,10 @@ def test_a_shard_size_that_is_none(directory: Path, size: str) -> None:
         vit_ref.save_pretrained(vit_ref.from_pretrained(directory), directory, max_shard_size=size)
 
 
-def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path) -> None:
-    parameters = porting.port(Case("npz", CONFIG).checkpoint().tensors, CONFIG, porting.HF)
-    tensors = porting.export(parameters, CONFIG, porting.NPZ)
+@google_layouts
+def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: porting.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
-    np.savez(tmp_path / "ViT.npz", **tensors, **extra)
+    google_npz(tmp_path / "ViT.npz", layout, **extra)
     assert "leave one behind with exempt=['head/*'] or exempt=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
     assert vit_ref.from_pretrained(tmp_path / "ViT.npz", exempt=["head/*"]).config.pooler
     assert vit_ref.from_pretrained(tmp_path / "ViT.npz", exempt=["pre_logits/*"]).config.num_labels == 3

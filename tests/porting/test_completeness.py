@@ -20,7 +20,7 @@ from vit_ref.verify.cases import Case
 from vit_ref.verify.gates import error
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.trace import Trace
-from vit_strategies import configs, indices, random_bits, seeds, square_configs, times
+from vit_strategies import configs, indices, random_bits, seeds, square_configs, times, with_room, within
 
 pytestmark = pytest.mark.porting
 
@@ -34,7 +34,7 @@ faults = st.lists(
     max_size=4,
 )
 # A block's number in a tensor's name, in any layout.
-BLOCK = re.compile(r"(layers?[./]|encoderblock_)(\d+)")
+BLOCK = re.compile(r"(layers?[./]|blocks\.|encoderblock_)(\d+)")
 
 
 def twin(name: str, layout: Layout, config: ViTConfig) -> str:
@@ -59,7 +59,8 @@ def misshapen(tensor: NDArray, choice: int) -> NDArray:
 def test_all_faults_are_reported_and_nothing_else(
     layout: Layout, config: ViTConfig, seed: int, faults: list[tuple[int, str]]
 ) -> None:
-    source = porting.export(random_bits(config, np.float32, seed), config, layout)
+    config = within(layout, config)
+    source = porting.export(with_room(layout, random_bits(config, np.float32, seed)), config, layout)
     names, broken, expected = sorted(source), dict(source), set()
     for choice, fault in {index % len(names): (index, fault) for index, fault in faults}.values():
         name = names[choice % len(names)]
@@ -86,11 +87,14 @@ def test_all_faults_are_reported_and_nothing_else(
 @layouts
 @given(config=configs(max_blocks=12), prefixed=st.booleans())
 def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, prefixed: bool) -> None:
+    config = within(layout, config)
     # With the prefix and without, whichever the checkpoint has.
     prefix = f"(?:{re.escape(layout.prefix)})?"
-    patterns = [re.compile(prefix + re.escape(rule.source).replace(r"\{i\}", r"\d+")) for rule in layout.rules]
-    names = [rule.source for rule in layout.bind(config, prefixed)]
-    assert len(set(names)) == len(names) == len(porting.parameter_shapes(config))
+    sources = {rule.source for rule in layout.rules}
+    patterns = [re.compile(prefix + re.escape(source).replace(r"\{i\}", r"\d+")) for source in sources]
+    bound = layout.bind(config, prefixed)
+    names = [rule.source for rule in bound]
+    assert len({(rule.source, rule.part) for rule in bound}) == len(bound) == len(porting.parameter_shapes(config))
     assert {name: sum(bool(pattern.fullmatch(name)) for pattern in patterns) for name in names} == dict.fromkeys(
         names, 1
     )
@@ -101,8 +105,8 @@ def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, pref
 def test_blocks_are_in_numeric_order_whatever_the_order_of_the_tensors(
     layout: Layout, config: ViTConfig, depth: int, seed: int
 ) -> None:
-    config = dataclasses.replace(config, num_hidden_layers=depth)
-    source = porting.export(random_bits(config, np.float32), config, layout)
+    config = dataclasses.replace(within(layout, config), num_hidden_layers=depth)
+    source = porting.export(with_room(layout, random_bits(config, np.float32)), config, layout)
     # Every tensor of a block is filled with the number in its name; files list 10 before 2, or nothing in order.
     names = np.random.default_rng(seed).permutation(sorted(source))
     numbered = {
@@ -150,17 +154,19 @@ class Probe:
 def probe(traced: Traced) -> Callable[[ViTConfig, Layout, int], Probe]:
     def make(config: ViTConfig, layout: Layout, seed: int) -> Probe:
         case = Case("random", config, batch=2, seed=seed)
-        tensors, images = case.checkpoint().tensors, case.images()
-        source = porting.export(porting.port(tensors, config, porting.HF), config, layout)
+        parameters = with_room(layout, porting.port(case.checkpoint().tensors, config, porting.HF))
+        tensors, images = porting.export(parameters, config, porting.HF), case.images()
+        source = porting.export(parameters, config, layout)
         return Probe(config, source, images, NumpyOracle(config, tensors).trace(images), traced)
 
     return make
 
 
 def with_rules(layout: Layout, changed: Iterable[Rule]) -> Layout:
-    """The layout with other rules for the same sources."""
-    replaced = {rule.source: rule for rule in changed}
-    return dataclasses.replace(layout, rules=tuple(replaced.get(rule.source, rule) for rule in layout.rules))
+    """The layout with other rules for the same sources, or parts of them."""
+    replaced = {(rule.source, rule.part): rule for rule in changed}
+    rules = tuple(replaced.get((rule.source, rule.part), rule) for rule in layout.rules)
+    return dataclasses.replace(layout, rules=rules)
 
 
 def transposed(rule: Rule) -> Rule:
@@ -182,6 +188,7 @@ def shapes_by_template(config: ViTConfig) -> dict[str, tuple[int, ...]]:
 def test_a_transposed_square_kernel_is_seen_at_its_own_site(
     probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int
 ) -> None:
+    config = within(layout, config)
     checkpoint = probe(config, layout, seed)
     assert checkpoint.first_divergence(layout) is None
     kernels = [
@@ -196,6 +203,7 @@ def test_a_transposed_square_kernel_is_seen_at_its_own_site(
 def test_two_exchanged_layers_are_seen_at_the_earlier_one(
     probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int, pair: int
 ) -> None:
+    config = within(layout, config)
     shapes = shapes_by_template(config)
     rules = [rule for rule in layout.rules if rule.destination in shapes]
     pairs = [
@@ -218,6 +226,7 @@ def test_two_exchanged_layers_are_seen_at_the_earlier_one(
 def test_two_exchanged_blocks_are_seen_at_the_earlier_one(
     probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int, block: int, step: int
 ) -> None:
+    config = within(layout, config)
     depth = config.num_hidden_layers
     first = block % (depth - 1)
     second = first + 1 + step % (depth - 1 - first)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.porting import LAYOUTS
-from vit_strategies import configs, random_bits, seeds, times
+from vit_strategies import configs, random_bits, seeds, times, with_room, within
 
 pytestmark = pytest.mark.properties
 
@@ -22,7 +22,8 @@ dtypes = st.sampled_from((np.float32, np.float16, ml_dtypes.bfloat16, np.float64
 @times(2)
 @given(config=configs(), dtype=dtypes, seed=seeds)
 def test_port_export_port_is_the_identity(layout: str, config: ViTConfig, dtype: type, seed: int) -> None:
-    parameters = random_bits(config, dtype, seed)
+    config = within(LAYOUTS[layout], config)
+    parameters = with_room(LAYOUTS[layout], random_bits(config, dtype, seed))
     source = porting.export(parameters, config, LAYOUTS[layout])
     # By the names alone the layout is known again.
     ported = porting.port(source, config, porting.detect(source))
