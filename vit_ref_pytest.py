@@ -42,18 +42,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="precision that the numerical gate judges; repeatable (default: float32)",
     )
+    group.addoption(
+        "--reference",
+        choices=("flax", "torch", "numpy"),
+        help="who judges: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy oracle, forward"
+        " only (default: flax)",
+    )
     group.addoption("--parity-report", metavar="DIR", help="write every case's full table to DIR")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    checkpoints, images = config.getoption("checkpoint", None), config.getoption("images", None)
-    if not checkpoints and not images:
+    checkpoints, images, reference = (config.getoption(name, None) for name in ("checkpoint", "images", "reference"))
+    if not checkpoints and not images and not reference:
         return
     from vit_ref import checkpoint
     from vit_ref.errors import InputError
-    from vit_ref.verify import photographs
+    from vit_ref.verify import photographs, references
 
     try:
+        # Not asked for, it fails the tests that need it and no others.
+        if reference:
+            references.require(reference)
         for path in checkpoints:
             checkpoint.locate(path)
         if images and not checkpoints:

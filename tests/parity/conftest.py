@@ -19,11 +19,11 @@ from vit_ref.errors import InputError
 from vit_ref.pretrained import configuration
 from vit_ref.verify import photographs
 from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.cases import CASES, synthetic_images
-from vit_ref.verify.flaxvit import UnsupportedByReferenceError
+from vit_ref.verify.cases import CASES, Case, synthetic_images
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.report import headline, table
+from vit_ref.verify.trace import UnsupportedByReferenceError
 from vit_ref_pytest import summarise
 
 PHOTOGRAPHS = 4
@@ -36,11 +36,12 @@ BACKWARD = ("rectangular", "hard-tokens", "no-qkv-bias", "one-head", "pooler")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What a parity test is about: a checkpoint with images, whether to go backward too, and whether it was given."""
+    """What a parity test is about: a checkpoint with images, who judges, whether backward too, whether it was given."""
 
     name: str
     load: Callable[[], tuple[ViTConfig, Checkpoint, NDArray]]
     backward: bool
+    reference: str
     given: bool = False
 
 
@@ -55,11 +56,11 @@ def _names(checkpoints: tuple[str, ...]) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _subjects(checkpoints: tuple[str, ...], images: str | None) -> list[Subject]:
-    embedded = [
-        Subject(case.name, lambda case=case: (case.config, case.checkpoint(), case.images()), case.name in BACKWARD)
-        for case in CASES.values()
-    ]
+def _subjects(checkpoints: tuple[str, ...], images: str | None, reference: str) -> list[Subject]:
+    def embed(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        return case.config, case.checkpoint(), case.images()
+
+    embedded = [Subject(name, partial(embed, case), name in BACKWARD, reference) for name, case in CASES.items()]
 
     def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
         source = checkpoint.read(path)
@@ -69,7 +70,7 @@ def _subjects(checkpoints: tuple[str, ...], images: str | None) -> list[Subject]
         return vit_config, source, synthetic_images(vit_config, PHOTOGRAPHS)
 
     given = [
-        Subject(name, lambda path=path: load(path), backward=True, given=True)
+        Subject(name, partial(load, path), backward=True, reference=reference, given=True)
         for name, path in zip(_names(checkpoints), checkpoints, strict=True)
     ]
     return embedded + given
@@ -87,7 +88,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 # Under pytest-xdist one worker takes all tests of a subject, so that it is observed once.
                 marks=pytest.mark.xdist_group(f"{fixture} {subject.name}"),
             )
-            for subject in _subjects(tuple(option("checkpoint") or ()), option("images"))
+            for subject in _subjects(tuple(option("checkpoint") or ()), option("images"), option("reference") or "flax")
             for precision in option("precision") or ["float32"]
             if fixture == "parity" or subject.backward
         ]
@@ -115,7 +116,7 @@ def _judged(
     config, source, pixels = subject.load()
     pixels = pixels[:images]
     before = _checksums(source, pixels)
-    report = check(title, config, source, pixels, OwnCandidate(config, source), precision)
+    report = check(title, config, source, pixels, OwnCandidate(config, source), precision, subject.reference)
     after = _checksums(source, pixels)
     changed = [name for name in before if after.get(name) != before[name]]
     if changed:
@@ -137,7 +138,7 @@ def _outcome(
     try:
         return check(subject, precision)
     except UnsupportedByReferenceError as error:
-        # Forward the NumPy oracle stands in for FlaxViT; backward there is nobody to compare with.
+        # The NumPy oracle judges forward, or stands in for FlaxViT there; backward there is nobody to compare with.
         return pytest.skip.Exception(str(error))
     except InputError as error:
         return pytest.fail.Exception(str(error), pytrace=False)

@@ -15,9 +15,9 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.sites import sites, stream_before
 from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
-from vit_ref.verify.flaxvit import FlaxViTReference, UnsupportedByReferenceError
 from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.references import reference_for
 from vit_ref.verify.trace import Implementation, Trace, require_float64
 
 
@@ -120,19 +120,6 @@ def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
     return porting.export(porting.port(source.tensors, config, layout), config, porting.HF)
 
 
-def reference_for(config: ViTConfig, source: Checkpoint) -> Implementation:
-    """FlaxViT, or the NumPy oracle where FlaxViT cannot express the configuration.
-
-    Raises:
-      ReferenceUnavailableError: FlaxViT could, but is not installed.
-    """
-    tensors = hf_tensors(config, source)
-    try:
-        return FlaxViTReference(config, tensors)
-    except UnsupportedByReferenceError:
-        return NumpyOracle(config, tensors)
-
-
 def check_parity(
     title: str,
     config: ViTConfig,
@@ -140,6 +127,7 @@ def check_parity(
     pixels: NDArray,
     candidate: Candidate,
     precision: DTypeLike = np.float32,
+    reference: str = "flax",
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same images and measures every site.
 
@@ -150,19 +138,20 @@ def check_parity(
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
+      reference: who judges, one of `references.REFERENCES`.
 
     Raises:
       TruncatedError: an oracle did not compute in float64.
       InputError: the checkpoint does not fit, or the reference is not installed.
     """
-    reference = reference_for(config, source)
     tensors = hf_tensors(config, source)
+    judge = reference_for(config, tensors, reference)
     oracle = NumpyOracle(config, tensors)
     names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
-    truth = reference.trace(pixels, np.float64)
-    require_float64(truth, reference.name)
+    truth = judge.trace(pixels, np.float64)
+    require_float64(truth, judge.name)
     if set(truth) != set(names):
-        raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
+        raise AssertionError(f"{judge.name} was not observed at {sorted(set(truth) ^ set(names))}")
 
     def errors(trace: Trace) -> dict[str, Error]:
         # A trace of a real model takes a gigabyte, its errors nothing: none outlives this call.
@@ -172,7 +161,7 @@ def check_parity(
     require_float64(oracle_trace, oracle.name)
     oracles = errors(oracle_trace)
     del oracle_trace
-    yardsticks = errors(reference.trace(pixels, precision))
+    yardsticks = errors(judge.trace(pixels, precision))
     exact_trace = candidate.trace(pixels, np.float64)
     require_float64(exact_trace, candidate.name)
     exact = errors(exact_trace)
@@ -192,7 +181,7 @@ def check_parity(
     del rounded_trace
     report = ParityReport(
         title,
-        reference.name,
+        judge.name,
         np.dtype(precision).name,
         results=tuple(
             SiteResult(
