@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,7 @@ from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import check_parity
-from vit_ref.verify.references import reference_for, require
+from vit_ref.verify.references import REFERENCES, reference_for, require
 from vit_ref.verify.trace import ReferenceUnavailableError, UnsupportedByReferenceError
 
 pytestmark = pytest.mark.parity
@@ -49,6 +52,21 @@ def test_an_unknown_reference_is_refused() -> None:
     case = CASES["rectangular"]
     with pytest.raises(InputError, match=r"^reference is 'nobody': known are flax, torch, numpy$"):
         reference_for(case.config, case.checkpoint().tensors, "nobody")
+
+
+def test_who_asks_for_a_reference_that_is_not_installed_is_told_what_to_install() -> None:
+    missing = {}
+    for name in REFERENCES:
+        try:
+            require(name)
+        except ReferenceUnavailableError as error:
+            missing[name] = str(error)
+    if not missing:
+        pytest.skip("all references are installed")
+    for name, message in missing.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "--reference", name]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+        assert (ended.returncode, ended.stderr.strip()) == (2, f"Exit: {message}")
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ class FlaxViTReference:
     """
 
     name = "FlaxViT"
+    foreign = False
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         require_flaxvit()

@@ -101,7 +101,7 @@ def check_gradients(
                 alone=None,
                 rounding=_pooled(roundings, name),
                 yardstick=yardstick,
-                gate=numerical_gate(yardstick, precision, carriers[name], backward=True),
+                gate=numerical_gate(yardstick, precision, carriers[name], backward=True, foreign=judge.foreign),
             )
         )
     unobserved = tuple(name for name in names if name not in observed)

@@ -174,7 +174,10 @@ def check_parity(
     del exact_trace
     rounded_trace = candidate.trace(pixels, precision)
     rounding = errors(rounded_trace)
-    gates = {site: numerical_gate(yardsticks[site].rms, precision, yardsticks[site].carriers) for site in names}
+    gates = {
+        site: numerical_gate(yardsticks[site].rms, precision, yardsticks[site].carriers, foreign=judge.foreign)
+        for site in names
+    }
     beyond = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
     if beyond and not first:
         causes = diagnose_rounding(config, tensors, beyond, rounded_trace, truth)

@@ -18,7 +18,13 @@ from vit_ref.verify.trace import Implementation, UnsupportedByReferenceError
 
 
 class Reference(Implementation, Protocol):
-    """An implementation that judges others, forward and backward."""
+    """An implementation that judges others, forward and backward.
+
+    Attributes:
+      foreign: whether it is no jax program, see `gates.ALLOWANCES`.
+    """
+
+    foreign: bool
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`.
@@ -37,6 +43,8 @@ class NumpyReference(NumpyOracle):
       tensors: see `NumpyOracle`.
       reason: why it stands in for another reference, if it does.
     """
+
+    foreign = True
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray], reason: str = ""):
         super().__init__(config, tensors)

@@ -118,6 +118,7 @@ class TorchViTReference:
     """
 
     name = "PyTorch"
+    foreign = True
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         require_torch()
