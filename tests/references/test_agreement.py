@@ -30,7 +30,7 @@ pytestmark = pytest.mark.torch
 SMALL = [name for name in CASES if name != "vit-b16"]
 # FlaxViT knows square patches only.
 PAIRS = [
-    pytest.param(name, pair, marks=pytest.mark.xdist_group(f"references {name}"))
+    pytest.param(name, pair, id=f"{name}-{'-'.join(pair)}", marks=pytest.mark.xdist_group(f"references {name}"))
     for name in SMALL
     for pair in combinations(REFERENCES, 2)
     if name != "rectangular-patch" or "flax" not in pair
@@ -68,13 +68,18 @@ def test_references_agree_at_every_site_in_float64(name: str, pair: tuple[str, s
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_in_half_precision_pytorchs_stream_stays_wide(dtype: type) -> None:
+    found, shapes = trace("torch", "rectangular", dtype), sites(CASES["rectangular"].config, 1)
+    assert {name: value.dtype for name, value in found.items()} == {site.name: site.dtype(dtype) for site in shapes}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("name", ["rectangular", "hard-tokens", "one-head"])
 def test_pytorch_passes_the_numerical_gate_as_a_candidate_would(name: str, dtype: type) -> None:
     found, yardstick, truth = trace("torch", name, dtype), trace("flax", name, dtype), trace("numpy", name)
     case = CASES[name]
     for site in sites(case.config, len(case.images())):
         own = error(yardstick[site.name], truth[site.name])
-        assert found[site.name].dtype == site.dtype(dtype)
         assert error(found[site.name], truth[site.name]).rms <= numerical_gate(own.rms, dtype, own.carriers), site.name
 
 
@@ -97,6 +102,7 @@ def test_pytorch_judges_the_gradients_of_rectangular_patches() -> None:
     report = check_gradients("patches", case.config, source, case.images(), candidate, reference="torch")
     assert report.passed, f"{headline(report)}\n\n{table(report)}"
     assert report.reference == "PyTorch"
+    assert all(result.gate > 6 * result.yardstick for result in report.results)
     assert len(report.results) == len(sites(case.config, 1)) + len(parameter_shapes(case.config)) + 1
 
 
