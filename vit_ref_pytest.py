@@ -55,6 +55,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         choices=("float32", "bfloat16", "float16"),
         help="precision that the numerical gate judges; repeatable (default: float32)",
     )
+    group.addoption(
+        "--reference",
+        choices=("flax", "torch", "numpy"),
+        help="who judges: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy oracle, forward"
+        " only (default: flax)",
+    )
     group.addoption("--parity-report", metavar="DIR", help="write every case's full table to DIR")
 
 
@@ -64,16 +70,19 @@ def pytest_configure(config: pytest.Config) -> None:
         "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
     ):
         config.addinivalue_line("markers", marker)
-    checkpoints, images = config.getoption("checkpoint", None), config.getoption("images", None)
-    candidates = config.getoption("candidate", None)
-    if not checkpoints and not images and not candidates:
+    given = (config.getoption(name, None) for name in ("checkpoint", "candidate", "images", "reference"))
+    checkpoints, candidates, images, reference = given
+    if not (checkpoints or candidates or images or reference):
         return
     from vit_ref import checkpoint
     from vit_ref.errors import InputError
-    from vit_ref.verify import photographs
+    from vit_ref.verify import photographs, references
     from vit_ref.verify.ports import loading
 
     try:
+        # Not asked for, it fails the tests that need it and no others.
+        if reference:
+            references.require(reference)
         for path in checkpoints:
             checkpoint.locate(path)
         if images and not checkpoints:

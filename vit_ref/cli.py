@@ -68,7 +68,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("checkpoint")
-@click.option("--candidate", "candidates", multiple=True, metavar="FILE.py|module:attr", help="Port to judge; repeatable.")
+@click.option(
+    "--candidate", "candidates", multiple=True, metavar="FILE.py|module:attr", help="Port to judge; repeatable."
+)
 @click.option("--reference", type=click.Choice(["flax", "torch", "numpy"]), default="flax", show_default=True)
 @click.option(
     "--dtype",
@@ -77,7 +79,9 @@ def main() -> None:
     show_default=True,
     help="Precision that the numerical gate judges.",
 )
-@click.option("--images", metavar="DIR", help="Photographs, preprocessed as the checkpoint asks; else synthetic images.")
+@click.option(
+    "--images", metavar="DIR", help="Photographs, preprocessed as the checkpoint asks; else synthetic images."
+)
 @click.option("--forward-only", is_flag=True, help="No gradients.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one page.")
@@ -144,7 +148,9 @@ def verify(
 @main.command()
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--to", "layout", type=click.Choice(["hf", "flax", "npz", "timm"]), required=True, help="Layout to write.")
+@click.option(
+    "--to", "layout", type=click.Choice(["hf", "flax", "npz", "timm"]), required=True, help="Layout to write."
+)
 def convert(source: str, destination: Path, layout: str) -> None:
     """Write the checkpoint SOURCE to DESTINATION in another layout, value for value, and read it back."""
     from vit_ref.conversion import convert as converted

@@ -27,12 +27,11 @@ from vit_ref.verify.behaviour import Behaviour, check_behaviour
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import BACKWARD as IMAGES_BACKWARD
 from vit_ref.verify.check import BEHAVIOUR, FORWARD, port_for
-from vit_ref.verify.flaxvit import UnsupportedByReferenceError
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.report import headline, table
-from vit_ref.verify.trace import TruncatedError
+from vit_ref.verify.trace import TruncatedError, UnsupportedByReferenceError
 from vit_ref_pytest import summarise
 
 # A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
@@ -48,6 +47,7 @@ class Subject:
       name: its id.
       load: reads the checkpoint, its configuration and images.
       backward: whether to go backward too.
+      reference: who judges.
       given: whether the person gave the checkpoint or the candidate.
       candidate: the port under test, as given; None for this package's own.
     """
@@ -55,6 +55,7 @@ class Subject:
     name: str
     load: Callable[[], tuple[ViTConfig, Checkpoint, NDArray]]
     backward: bool
+    reference: str
     given: bool = False
     candidate: str | None = None
 
@@ -70,25 +71,31 @@ def _names(checkpoints: tuple[str, ...]) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _subjects(checkpoints: tuple[str, ...], images: str | None, candidates: tuple[str, ...]) -> list[Subject]:
+def _subjects(
+    checkpoints: tuple[str, ...], images: str | None, candidates: tuple[str, ...], reference: str
+) -> list[Subject]:
+    def embed(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        return case.config, case.checkpoint(), case.images()
+
     def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
         source = checkpoint.read(path)
         vit_config = configuration(source)
         return vit_config, source, pixels_for(vit_config, images, FORWARD)
 
-    embedded = [
-        Subject(case.name, lambda case=case: (case.config, case.checkpoint(), case.images()), case.name in BACKWARD)
-        for case in CASES.values()
-    ]
+    embedded = [Subject(name, partial(embed, case), name in BACKWARD, reference) for name, case in CASES.items()]
+
+    def on_disk(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        return case.config, _written(case), case.images()
+
     given = [
-        Subject(name, lambda path=path: load(path), backward=True, given=True)
+        Subject(name, partial(load, path), backward=True, reference=reference, given=True)
         for name, path in zip(_names(checkpoints), checkpoints, strict=True)
     ]
     if not candidates:
         return embedded + given
     # Somebody's port is what is asked about: this package's own model has no part in the answer.
     written = [
-        dataclasses.replace(subject, load=lambda case=case: (case.config, _written(case), case.images()))
+        dataclasses.replace(subject, load=partial(on_disk, case))
         for subject, case in zip(embedded, CASES.values(), strict=True)
     ]
     return [
@@ -125,7 +132,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 marks=pytest.mark.xdist_group(f"{fixture} {subject.name}"),
             )
             for subject in _subjects(
-                tuple(option("checkpoint") or ()), option("images"), tuple(option("candidate") or ())
+                tuple(option("checkpoint") or ()),
+                option("images"),
+                tuple(option("candidate") or ()),
+                option("reference") or "flax",
             )
             for precision in (option("precision") or ["float32"] if fixture != "behaviour" else ["float64"])
             if _asked(fixture, subject)
@@ -166,7 +176,8 @@ def _judged(
     config, source, pixels = subject.load()
     pixels = pixels[:images]
     before = _checksums(source, pixels)
-    report = check(title, config, source, pixels, port_for(subject.candidate, config, source), precision)
+    port = port_for(subject.candidate, config, source)
+    report = check(title, config, source, pixels, port, precision, subject.reference)
     after = _checksums(source, pixels)
     changed = [name for name in before if after.get(name) != before[name]]
     if changed:
@@ -188,7 +199,7 @@ def _outcome(
     try:
         return check(subject, precision)
     except UnsupportedByReferenceError as error:
-        # Forward the NumPy oracle stands in for FlaxViT; backward there is nobody to compare with.
+        # The NumPy oracle judges forward, or stands in for FlaxViT there; backward there is nobody to compare with.
         return pytest.skip.Exception(str(error))
     except (InputError, TruncatedError) as error:
         return pytest.fail.Exception(str(error), pytrace=False)

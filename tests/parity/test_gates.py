@@ -104,6 +104,15 @@ def test_numerical_gate_follows_the_reference_and_its_precision(
     assert numerical_gate(5.0, dtype, 100, backward=backward) == factor * 5.0 + unit
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(np.float32, 4), (ml_dtypes.bfloat16, 3), (np.float16, 2)], ids=["f4", "bf16", "f2"]
+)
+def test_a_reference_that_sums_in_another_order_allows_more_in_float32(dtype: type, factor: float) -> None:
+    gate = numerical_gate(5.0, dtype, 100, foreign=True)
+    assert gate == factor * 5.0 + float(ml_dtypes.finfo(dtype).eps)
+    assert numerical_gate(5.0, np.float32, 100, backward=True, foreign=True) == 6 * 5.0 + 2**-23
+
+
 @pytest.mark.parametrize("carriers", [1, 3, 10, 40])
 def test_an_error_of_few_elements_fails_by_luck_once_in_a_million(carriers: int) -> None:
     factor = numerical_gate(1.0, np.float32, carriers) - 2**-23

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import vit_ref
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.references import REFERENCES
 
 pytestmark = pytest.mark.porting
 
@@ -46,6 +48,20 @@ def test_a_checkpoint_outside_the_checkout_is_tested_and_reported(tmp_path: Path
         assert "given-vit: 30 sites pass; float64 at most " in text
         assert "\nblock.1.mlp.hidden " in text
     assert "gradients pass" in (tmp_path / "reports" / "given-vit-float32-gradients.txt").read_text()
+
+
+def test_the_reference_is_the_one_that_is_named() -> None:
+    ended = run("--reference", "numpy", "-rs", "-k", "rectangular-float32")
+    assert ended.returncode == 0, ended.stdout
+    assert "x NumPy's own float32 error" in ended.stdout
+    assert "NumPy judges no gradients" in ended.stdout
+
+
+def test_the_known_references_can_be_named_and_no_others() -> None:
+    ended = run("--reference", "nobody")
+    assert ended.returncode == 4
+    known = ended.stderr.partition("choose from")[2].partition(")")[0]
+    assert re.findall(r"\w+", known) == list(REFERENCES)
 
 
 def test_a_damaged_checkpoint_fails_with_its_reason(tmp_path: Path, filled) -> None:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.trace import Progress, silent
 
-
 BEHAVIOURS = ("repeat", "batch", "jit", "inputs")
 
 

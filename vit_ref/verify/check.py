@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from vit_ref import checkpoint as checkpoints
 from vit_ref.checkpoint import Checkpoint
@@ -19,7 +20,6 @@ from vit_ref.verify.backward import RANDOM_COTANGENTS
 from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.environment import environment
-from vit_ref.verify.flaxvit import UnsupportedByReferenceError
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.photographs import pixels_for
@@ -27,7 +27,7 @@ from vit_ref.verify.port_report import PortReport, require_expectations
 from vit_ref.verify.ports.declaration import Candidate, declared
 from vit_ref.verify.ports.jaxport import JaxPort
 from vit_ref.verify.ports.loading import find
-from vit_ref.verify.trace import Progress, silent
+from vit_ref.verify.trace import Progress, UnsupportedByReferenceError, silent
 
 # Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and 0.9 GB more with two.
 FORWARD, BACKWARD, BEHAVIOUR = 4, 1, 2
@@ -39,6 +39,7 @@ def check_port(
     *,
     images: str | os.PathLike[str] | None = None,
     precision: DTypeLike = np.float32,
+    reference: str = "flax",
     backward: bool = True,
     expected_failures: Mapping[str, str] | None = None,
     progress: Progress = silent,
@@ -51,6 +52,7 @@ def check_port(
       checkpoint: a directory, file or hub id.
       images: a directory of photographs, preprocessed as the checkpoint asks; None for synthetic images.
       precision: the dtype whose rounding is judged.
+      reference: who judges: "flax", "torch" or "numpy", the last forward only.
       backward: whether to judge gradients too.
       expected_failures: pattern (`*`, `?`) of check names or sites -> why they fail. One that passes is an error.
       progress: told what is being done next.
@@ -67,8 +69,10 @@ def check_port(
     port = port_for(candidate, config, source)
     pixels = pixels_for(config, images, FORWARD)
     title = source.path.resolve().name
-    forward = check_parity(title, config, source, pixels, port, precision, progress=progress)
-    gradients, reason = _gradients(title, config, source, pixels, port, precision, progress) if backward else (None, "")
+    forward = check_parity(title, config, source, pixels, port, precision, reference, progress=progress)
+    gradients, reason = None, "not asked for"
+    if backward:
+        gradients, reason = _gradients(title, config, source, pixels, port, precision, reference, progress)
     report = PortReport(
         title=title,
         candidate=port.name,
@@ -76,7 +80,7 @@ def check_port(
         precision=forward.precision,
         forward=forward,
         backward=gradients,
-        not_backward=reason or ("" if gradients else "not asked for"),
+        not_backward=reason,
         behaviour=check_behaviour(port, pixels[:BEHAVIOUR], progress=progress),
         expected_failures=dict(expected_failures or {}),
         environment=environment(),
@@ -103,11 +107,18 @@ def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViT
 
 
 def _gradients(
-    title: str, config: ViTConfig, source: Checkpoint, pixels: Any, port: Any, precision: DTypeLike, progress: Progress
+    title: str,
+    config: ViTConfig,
+    source: Checkpoint,
+    pixels: NDArray,
+    port: Any,
+    precision: DTypeLike,
+    reference: str,
+    progress: Progress,
 ) -> tuple[ParityReport | None, str]:
+    title, pixels = f"{title}, backward", pixels[:BACKWARD]
     try:
-        title = f"{title}, backward"
-        return check_gradients(title, config, source, pixels[:BACKWARD], port, precision, progress=progress), ""
+        return check_gradients(title, config, source, pixels, port, precision, reference, progress=progress), ""
     except UnsupportedByReferenceError as error:
         return None, str(error)
     except jax.errors.JAXTypeError as error:

@@ -21,12 +21,11 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
-from vit_ref.errors import InputError
 from vit_ref.model import Tap
 from vit_ref.porting import FLAX, port
 from vit_ref.sites import sites
 from vit_ref.verify.backward import Gradients, Objective, differentiator
-from vit_ref.verify.trace import Trace, precision_of
+from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError, precision_of
 
 # Submodule path -> site of its output, outside the blocks and inside one.
 _OUTSIDE = {
@@ -48,21 +47,13 @@ _INSIDE = {
 _HEADS = {("attention", "attention", role): f"attn.{role}" for role in ("query", "key", "value")}
 
 
-class ReferenceUnavailableError(InputError):
-    """The reference is not installed, or not in a version that has it."""
-
-
-class UnsupportedByReferenceError(InputError):
-    """The reference cannot build this configuration, so only the NumPy oracle can judge it."""
-
-
 def require_flaxvit() -> None:
     """Raises `ReferenceUnavailableError`, saying what to install, where transformers has no FlaxViT."""
-    install = "install it with: pip install 'transformers>=4.50,<5'"
+    install = "install it with: pip install 'transformers>=4.50,<5', or use the reference torch or numpy"
     try:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
-        raise ReferenceUnavailableError(f"parity needs transformers, which is not installed: {install}") from None
+        raise ReferenceUnavailableError(f"FlaxViT needs transformers, which is not installed: {install}") from None
     if int(version.split(".")[0]) >= 5:
         raise ReferenceUnavailableError(f"transformers {version} has no FlaxViT, 4.x has: {install}")
 
@@ -81,6 +72,7 @@ class FlaxViTReference:
     """
 
     name = "FlaxViT"
+    foreign = False
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         require_flaxvit()

@@ -18,9 +18,9 @@ from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
 from vit_ref.verify.backward import SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.diagnosis import Cause, diagnose_gradient
-from vit_ref.verify.flaxvit import FlaxViTReference
 from vit_ref.verify.gates import Error, error, numerical_gate, root_mean_square
 from vit_ref.verify.parity import ParityReport, SiteResult, hf_tensors
+from vit_ref.verify.references import reference_for
 from vit_ref.verify.trace import Progress, require_float64, silent
 
 
@@ -42,10 +42,11 @@ def check_gradients(
     pixels: NDArray,
     candidate: Differentiable,
     precision: DTypeLike = np.float32,
+    reference: str = "flax",
     *,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Measures every gradient of the candidate against FlaxViT's in float64.
+    """Measures every gradient of the candidate against the reference's in float64.
 
     Args:
       title: which checkpoint or case, for the report.
@@ -54,6 +55,7 @@ def check_gradients(
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
+      reference: who judges, one of `references.REFERENCES` that goes backward.
       progress: told what is being done next.
 
     Returns:
@@ -62,15 +64,15 @@ def check_gradients(
       lucky or unlucky (see `backward.RANDOM_COTANGENTS`).
 
     Raises:
-      UnsupportedByReferenceError: FlaxViT cannot express the configuration; the NumPy oracle has no backward pass.
-      ReferenceUnavailableError: FlaxViT is not installed.
+      UnsupportedByReferenceError: NumPy judges, or stands in for FlaxViT, and has no backward pass.
+      ReferenceUnavailableError: the reference is not installed.
     """
-    reference = FlaxViTReference(config, hf_tensors(config, source))
+    judge = reference_for(config, hf_tensors(config, source), reference)
     backward = [site.name for site in reversed(sites(config, len(pixels), pixels.shape[1:3]))]
     names = [*backward, *parameter_shapes(config), "pixels"]
-    truth_of = reference.gradients(pixels, np.float64)
+    truth_of = judge.gradients(pixels, np.float64)
     exact_of = candidate.gradients(pixels, np.float64)
-    yardstick_of = reference.gradients(pixels, precision)
+    yardstick_of = judge.gradients(pixels, precision)
     rounding_of = candidate.gradients(pixels, precision)
 
     exacts, yardsticks, roundings = [], [], []
@@ -80,7 +82,7 @@ def check_gradients(
         progress(f"gradients, objective {k} of {len(objectives)}")
         # The gradients of a real model take a gigabyte, their errors nothing: none outlives its turn.
         truth = truth_of(objective).named()
-        require_float64(truth, reference.name)
+        require_float64(truth, judge.name)
         if k <= SEMANTIC_OBJECTIVES:
             exact = exact_of(objective).named()
             require_float64(exact, candidate.name)
@@ -106,14 +108,14 @@ def check_gradients(
                 alone=None,
                 rounding=_pooled(roundings, name),
                 yardstick=yardstick,
-                gate=numerical_gate(yardstick, precision, carriers[name], backward=True),
+                gate=numerical_gate(yardstick, precision, carriers[name], backward=True, foreign=judge.foreign),
             )
         )
     # Of a port that does not claim every site, a parameter may be unmapped, and a value seen only after it was used.
     missing = tuple(name for name in names if name not in observed)
     return ParityReport(
         title,
-        reference.name,
+        judge.name,
         np.dtype(precision).name,
         tuple(results),
         unobserved=missing if candidate.claims is None else (),

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from jax.typing import DTypeLike
-
 from vit_ref import checkpoint as checkpoints
 from vit_ref.porting import parameter_shapes
 from vit_ref.pretrained import configuration

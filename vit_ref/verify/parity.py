@@ -15,10 +15,10 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.sites import sites, stream_before
 from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
-from vit_ref.verify.flaxvit import FlaxViTReference, UnsupportedByReferenceError
 from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.references import reference_for
 from vit_ref.verify.trace import Implementation, Progress, Trace, require_float64, silent
 
 
@@ -133,19 +133,6 @@ def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
     return porting.export(porting.port(source.tensors, config, layout), config, porting.HF)
 
 
-def reference_for(config: ViTConfig, source: Checkpoint) -> Implementation:
-    """FlaxViT, or the NumPy oracle where FlaxViT cannot express the configuration.
-
-    Raises:
-      ReferenceUnavailableError: FlaxViT could, but is not installed.
-    """
-    tensors = hf_tensors(config, source)
-    try:
-        return FlaxViTReference(config, tensors)
-    except UnsupportedByReferenceError:
-        return NumpyOracle(config, tensors)
-
-
 def check_parity(
     title: str,
     config: ViTConfig,
@@ -153,6 +140,7 @@ def check_parity(
     pixels: NDArray,
     candidate: Port,
     precision: DTypeLike = np.float32,
+    reference: str = "flax",
     *,
     progress: Progress = silent,
 ) -> ParityReport:
@@ -165,21 +153,22 @@ def check_parity(
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
+      reference: who judges, one of `references.REFERENCES`.
       progress: told what is being done next.
 
     Raises:
       TruncatedError: an oracle did not compute in float64.
       InputError: the checkpoint does not fit, or the reference is not installed.
     """
-    reference = reference_for(config, source)
     tensors = hf_tensors(config, source)
+    judge = reference_for(config, tensors, reference)
     oracle = NumpyOracle(config, tensors)
     names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
-    progress(f"{reference.name} in float64")
-    truth = reference.trace(pixels, np.float64)
-    require_float64(truth, reference.name)
+    progress(f"{judge.name} in float64")
+    truth = judge.trace(pixels, np.float64)
+    require_float64(truth, judge.name)
     if set(truth) != set(names):
-        raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
+        raise AssertionError(f"{judge.name} was not observed at {sorted(set(truth) ^ set(names))}")
 
     def errors(trace: Trace) -> dict[str, Error]:
         # A trace of a real model takes a gigabyte, its errors nothing: none outlives this call.
@@ -191,8 +180,8 @@ def check_parity(
     oracles = errors(oracle_trace)
     del oracle_trace
     dtype = np.dtype(precision).name
-    progress(f"{reference.name} in {dtype}")
-    yardsticks = errors(reference.trace(pixels, precision))
+    progress(f"{judge.name} in {dtype}")
+    yardsticks = errors(judge.trace(pixels, precision))
     progress(f"{candidate.name} in float64")
     exact_trace = candidate.trace(pixels, np.float64)
     require_float64(exact_trace, candidate.name)
@@ -208,7 +197,10 @@ def check_parity(
     progress(f"{candidate.name} in {dtype}")
     rounded_trace = candidate.trace(pixels, precision)
     rounding = errors(rounded_trace)
-    gates = {site: numerical_gate(yardsticks[site].rms, precision, yardsticks[site].carriers) for site in names}
+    gates = {
+        site: numerical_gate(yardsticks[site].rms, precision, yardsticks[site].carriers, foreign=judge.foreign)
+        for site in names
+    }
     beyond = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
     if beyond and not first:
         causes = diagnose_rounding(config, tensors, beyond, rounded_trace, truth)
@@ -218,7 +210,7 @@ def check_parity(
     diverging = first or beyond
     report = ParityReport(
         title,
-        reference.name,
+        judge.name,
         dtype,
         results=tuple(
             SiteResult(

@@ -11,6 +11,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from vit_ref.errors import InputError
+
 Trace = dict[str, NDArray]
 # Told what is being done next, in a few words.
 Progress = Callable[[str], None]
@@ -53,6 +55,14 @@ def precision_of(dtype: DTypeLike) -> Iterator[None]:
     x64 = jax.enable_x64(np.dtype(dtype) == np.float64)
     with x64, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+class ReferenceUnavailableError(InputError):
+    """The reference is not installed, or not in a version that has it."""
+
+
+class UnsupportedByReferenceError(InputError):
+    """The reference cannot do this: build the configuration, or go backward."""
 
 
 class TruncatedError(AssertionError):

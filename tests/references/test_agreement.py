@@ -1,0 +1,167 @@
+"""Do the references agree with one another, and would it be seen if PyTorch's were observed wrongly?"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+from itertools import combinations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.typing import DTypeLike
+
+from vit_ref.errors import InputError
+from vit_ref.porting import parameter_shapes
+from vit_ref.sites import BLOCK_SITES, sites
+from vit_ref.verify import torchvit
+from vit_ref.verify.backward import objectives_for
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.gates import error, numerical_gate
+from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.references import REFERENCES, reference_for, require
+from vit_ref.verify.report import headline, table
+from vit_ref.verify.torchvit import TorchViTReference
+from vit_ref.verify.trace import ReferenceUnavailableError, Trace
+
+pytestmark = pytest.mark.torch
+
+SMALL = [name for name in CASES if name != "vit-b16"]
+# FlaxViT knows square patches only.
+PAIRS = [
+    pytest.param(name, pair, id=f"{name}-{'-'.join(pair)}", marks=pytest.mark.xdist_group(f"references {name}"))
+    for name in SMALL
+    for pair in combinations(REFERENCES, 2)
+    if name != "rectangular-patch" or "flax" not in pair
+]
+
+
+def needs(*references: str) -> None:
+    """Skips where one is not installed: transformers 5 has no FlaxViT, and PyTorch is an extra."""
+    for reference in references:
+        try:
+            require(reference)
+        except ReferenceUnavailableError as error:
+            pytest.skip(str(error))
+
+
+@cache
+def trace(reference: str, name: str, dtype: DTypeLike = np.float64) -> Trace:
+    needs(reference)
+    case = CASES[name]
+    return reference_for(case.config, case.checkpoint().tensors, reference).trace(case.images(), dtype)
+
+
+def apart(found: Trace, truth: Trace) -> list[str]:
+    """The sites at which two traces differ, in the order of the forward pass."""
+    assert found.keys() == truth.keys()
+    return [site for site in truth if not error(found[site], truth[site]).passes_semantic_gate]
+
+
+@pytest.mark.parametrize(("name", "pair"), PAIRS)
+def test_references_agree_at_every_site_in_float64(name: str, pair: tuple[str, str]) -> None:
+    one, other = (trace(reference, name) for reference in pair)
+    assert {value.dtype for value in (*one.values(), *other.values())} == {np.dtype(np.float64)}
+    assert one.keys() == {site.name for site in sites(CASES[name].config, 1)}
+    assert apart(one, other) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_in_half_precision_pytorchs_stream_stays_wide(dtype: type) -> None:
+    found, shapes = trace("torch", "rectangular", dtype), sites(CASES["rectangular"].config, 1)
+    assert {name: value.dtype for name, value in found.items()} == {site.name: site.dtype(dtype) for site in shapes}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("name", ["rectangular", "hard-tokens", "one-head"])
+def test_pytorch_passes_the_numerical_gate_as_a_candidate_would(name: str, dtype: type) -> None:
+    found, yardstick, truth = trace("torch", name, dtype), trace("flax", name, dtype), trace("numpy", name)
+    case = CASES[name]
+    for site in sites(case.config, len(case.images())):
+        own = error(yardstick[site.name], truth[site.name])
+        assert error(found[site.name], truth[site.name]).rms <= numerical_gate(own.rms, dtype, own.carriers), site.name
+
+
+# Every kind of output once, every precision once: FlaxViT's backward pass compiles for seconds.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("rectangular", np.float32), ("pooler", ml_dtypes.bfloat16), ("headless", np.float16)]
+)
+def test_pytorchs_gradients_are_flaxvits(name: str, dtype: type) -> None:
+    needs("flax", "torch")
+    case, source = CASES[name], CASES[name].checkpoint()
+    candidate = TorchViTReference(case.config, source.tensors)
+    report = check_gradients("PyTorch", case.config, source, case.images(), candidate, dtype)
+    assert report.passed, f"{headline(report)}\n\n{table(report)}"
+
+
+def test_pytorch_judges_the_gradients_of_rectangular_patches() -> None:
+    needs("torch")
+    case, source = CASES["rectangular-patch"], CASES["rectangular-patch"].checkpoint()
+    candidate = OwnCandidate(case.config, source)
+    report = check_gradients("patches", case.config, source, case.images(), candidate, reference="torch")
+    assert report.passed, f"{headline(report)}\n\n{table(report)}"
+    assert report.reference == "PyTorch"
+    assert all(result.gate > 6 * result.yardstick for result in report.results)
+    assert len(report.results) == len(sites(case.config, 1)) + len(parameter_shapes(case.config)) + 1
+
+
+@pytest.mark.parametrize("site", [site for site, _ in BLOCK_SITES])
+def test_a_site_seen_in_the_wrong_place_is_found(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("torch")
+    shapes = dict(BLOCK_SITES)
+    other = next((mate for mate in shapes if shapes[mate] == shapes[site] and mate != site), None)
+    for blocks in torchvit._BLOCKS.values():
+        if other:
+            wrong = blocks[other]
+        else:  # only the probabilities have their shape
+            wrong = torchvit._Seen(blocks[site].module, lambda arguments, returned: returned[1].transpose(2, 3))
+        monkeypatch.setitem(blocks, site, wrong)
+    case = CASES["rectangular"]
+    found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
+    assert apart(found, trace("numpy", "rectangular")) == [f"block.{i}.{site}" for i in range(2)]
+
+
+def test_a_value_that_the_model_does_not_go_on_with_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("torch")
+    for blocks in torchvit._BLOCKS.values():
+        copy = torchvit._Seen(blocks["attn.query"].module, lambda arguments, returned: returned.clone())
+        monkeypatch.setitem(blocks, "attn.query", copy)
+    case = CASES["rectangular"]
+    differentiate = TorchViTReference(case.config, case.checkpoint().tensors).gradients(case.images(), np.float64)
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        differentiate(objectives_for(case.config, len(case.images()))[0])
+
+
+def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("torch")
+    monkeypatch.setattr(torchvit, "_softmax_in_float64", contextlib.nullcontext)
+    case = CASES["rectangular"]
+    found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
+    assert {value.dtype for value in found.values()} == {np.dtype(np.float64)}
+    assert apart(found, trace("numpy", "rectangular"))[0] == "block.0.attn.probs"
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])
+def test_tensors_that_pytorch_does_not_take_are_named(kind: str) -> None:
+    needs("torch")
+    case = CASES["rectangular"]
+    tensors = dict(case.checkpoint().tensors)
+    name = "vit.layernorm.bias"
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "mismatched":
+        tensors[name] = tensors[name][1:]
+    else:
+        name = "vit.layernorm.gain"
+        tensors[name] = np.ones(3)
+    with pytest.raises(InputError, match=rf"not those of PyTorch's ViT: {kind} .*{name}"):
+        TorchViTReference(case.config, tensors)
+
+
+def test_a_vit_of_unknown_structure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("torch")
+    monkeypatch.setattr(torchvit, "_BLOCKS", {"transformer.blocks": torchvit._BLOCKS["layers"]})
+    case = CASES["rectangular"]
+    with pytest.raises(ReferenceUnavailableError, match="ViT of unknown structure"):
+        TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)

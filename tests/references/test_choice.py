@@ -1,0 +1,105 @@
+"""Does the option `--reference` get the reference that it names, or say why not?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import vit_ref_pytest
+from vit_ref.errors import InputError
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.parity import check_parity
+from vit_ref.verify.references import REFERENCES, reference_for, require
+from vit_ref.verify.trace import ReferenceUnavailableError, UnsupportedByReferenceError
+
+pytestmark = pytest.mark.parity
+
+
+def test_numpy_judges_forward() -> None:
+    case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
+    candidate = OwnCandidate(case.config, source)
+    report = check_parity("chosen", case.config, source, case.images(), candidate, reference="numpy")
+    assert report.passed and report.reference == "NumPy"
+    # It sums in another order than jax.
+    assert all(result.gate > 4 * result.yardstick for result in report.results)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "message"),
+    [
+        ("rectangular", "numpy", "^NumPy judges no gradients: the reference torch does"),
+        ("rectangular-patch", "flax", "^FlaxViT takes square patches .*, and NumPy judges no gradients"),
+    ],
+)
+def test_numpy_judges_no_gradients(name: str, reference: str, message: str) -> None:
+    case, source = CASES[name], CASES[name].checkpoint()
+    try:
+        require(reference)
+    except ReferenceUnavailableError as error:
+        pytest.skip(str(error))
+    candidate = OwnCandidate(case.config, source)
+    with pytest.raises(UnsupportedByReferenceError, match=message):
+        check_gradients("chosen", case.config, source, case.images(), candidate, reference=reference)
+
+
+def test_an_unknown_reference_is_refused() -> None:
+    case = CASES["rectangular"]
+    with pytest.raises(InputError, match=r"^reference is 'nobody': known are flax, torch, numpy$"):
+        reference_for(case.config, case.checkpoint().tensors, "nobody")
+
+
+def test_who_asks_for_a_reference_that_is_not_installed_is_told_what_to_install() -> None:
+    missing = {}
+    for name in REFERENCES:
+        try:
+            require(name)
+        except ReferenceUnavailableError as error:
+            missing[name] = str(error)
+    if not missing:
+        pytest.skip("all references are installed")
+    for name, message in missing.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "--reference", name]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+        assert (ended.returncode, ended.stderr.strip()) == (2, f"Exit: {message}")
+
+
+@pytest.mark.parametrize(
+    ("reference", "installed", "message"),
+    [
+        ("flax", {"transformers": "5.1.0"}, "transformers 5.1.0 has no FlaxViT, 4.x has: .*'transformers>=4.50,<5'"),
+        ("flax", {}, "FlaxViT needs transformers, which is not installed: .*'transformers>=4.50,<5'"),
+        ("torch", {}, "needs torch, which is not installed: .*'torch>=2.4'"),
+        ("torch", {"torch": "2.13.0+cpu"}, "needs transformers, which is not installed: .*'transformers>=4.57'"),
+        ("torch", {"torch": "2.13.0", "transformers": "4.50.3"}, "transformers 4.57 on, found 4.50.3: .*>=4.57'"),
+        ("torch", {"torch": "1.13.1", "transformers": "5.23.0"}, "torch 2.4 on, found 1.13.1: .*'torch>=2.4'"),
+        ("torch", {"torch": "2.13.0+cpu", "transformers": "5.0.0rc1"}, None),
+        ("flax", {"transformers": "4.57.6"}, None),
+        ("numpy", {}, None),
+    ],
+)
+def test_a_reference_that_is_asked_for_and_not_there_is_one_line_and_exit_code_2(
+    reference: str, installed: Mapping[str, str], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    given = {"reference": reference, "checkpoint": []}
+    config = SimpleNamespace(getoption=lambda name, default: given.get(name, default))
+    if message is None:
+        vit_ref_pytest.pytest_configure(config)
+        return
+    with pytest.raises(pytest.exit.Exception, match=message) as ended:
+        vit_ref_pytest.pytest_configure(config)
+    assert ended.value.returncode == 2
+    assert len(str(ended.value).splitlines()) == 1

@@ -1,0 +1,93 @@
+"""The references by name: who may judge, and what each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.verify.backward import Gradients, Objective
+from vit_ref.verify.flaxvit import FlaxViTReference, require_flaxvit
+from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.torchvit import TorchViTReference, require_torch
+from vit_ref.verify.trace import Implementation, UnsupportedByReferenceError
+
+
+class Reference(Implementation, Protocol):
+    """An implementation that judges others, forward and backward.
+
+    Attributes:
+      foreign: whether it is no jax program, see `gates.ALLOWANCES`.
+    """
+
+    foreign: bool
+
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`.
+
+        Raises:
+          UnsupportedByReferenceError: it has no backward pass.
+        """
+        ...
+
+
+class NumpyReference(NumpyOracle):
+    """The NumPy oracle as the only judge. It goes forward only.
+
+    Args:
+      config: the model's configuration.
+      tensors: see `NumpyOracle`.
+      reason: why it stands in for another reference, if it does.
+    """
+
+    foreign = True
+
+    def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray], reason: str = ""):
+        super().__init__(config, tensors)
+        self.reason = reason
+
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        """Raises `UnsupportedByReferenceError`."""
+        because = f"{self.reason}, and " if self.reason else ""
+        raise UnsupportedByReferenceError(f"{because}NumPy judges no gradients: the reference torch does")
+
+
+class _Entry(NamedTuple):
+    build: Callable[[ViTConfig, Mapping[str, NDArray]], Reference]
+    require: Callable[[], None]
+
+
+REFERENCES: dict[str, _Entry] = {
+    "flax": _Entry(FlaxViTReference, require_flaxvit),
+    "torch": _Entry(TorchViTReference, require_torch),
+    "numpy": _Entry(NumpyReference, lambda: None),
+}
+
+
+def require(name: str) -> None:
+    """Raises `ReferenceUnavailableError`, saying what to install, where what a reference needs is not there."""
+    REFERENCES[name].require()
+
+
+def reference_for(config: ViTConfig, tensors: Mapping[str, NDArray], name: str = "flax") -> Reference:
+    """A reference filled with a checkpoint's tensors.
+
+    Args:
+      config: the model's configuration.
+      tensors: Hugging Face's names and shapes, those of transformers 4.
+      name: one of `REFERENCES`. Where "flax" cannot express the configuration, NumPy stands in for it.
+
+    Raises:
+      ReferenceUnavailableError: it is not installed.
+      InputError: there is no such reference, or the tensors do not fit it.
+    """
+    if name not in REFERENCES:
+        raise InputError(f"reference is {name!r}: known are {', '.join(REFERENCES)}")
+    try:
+        return REFERENCES[name].build(config, tensors)
+    except UnsupportedByReferenceError as error:
+        return NumpyReference(config, tensors, reason=str(error))
