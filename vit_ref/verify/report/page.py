@@ -227,9 +227,9 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], name: str = ""
         label = f' id="{name}-{k}"' if name else ""
         inner = "".join(f"<td>{each}</td>" for each in narrow) + f"<td{wide}>{last}</td>"
         body.append(f'<tr{label}><th scope="row">{first}</th>{inner}</tr>')
-    return (
-        f'<div class="scroll table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-    )
+    # What scrolls has to be reached by keyboard.
+    reached = f' tabindex="0" role="region" aria-label="{name} numbers"' if name else ""
+    return f'<div class="scroll table"{reached}><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _status(status: str) -> str:

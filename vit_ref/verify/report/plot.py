@@ -85,15 +85,14 @@ def plot(section: dict[str, Any], document: dict[str, Any], label: str) -> str:
     width = 100 / len(checks)
     titles = ("float64: is it the same formula?", f"{precision}: is it only rounding?")
     first = next((k for k, check in enumerate(checks) if check["site"] == section["first_divergence"]), None)
+    columns = [_column(k * width, width, check, section, document, axes) for k, check in enumerate(checks)]
     parts = [
         *_blocks(checks, width),
         *(_panel(each, title) for each, title in zip(axes, titles, strict=True)),
+        # First, because its grey would else cover the gate, and half of its neighbours' marks.
+        *(column for check, column in zip(checks, columns, strict=True) if not check["measured"]),
         *_gate_line(axes[0], gate),
-        # Those that are not shown first, whose grey would else cover half of their neighbours' marks.
-        *(
-            _column(k * width, width, check, section, document, axes)
-            for k, check in sorted(enumerate(checks), key=lambda each: each[1]["measured"] is not None)
-        ),
+        *(column for check, column in zip(checks, columns, strict=True) if check["measured"]),
         *(_first((k + 0.5) * width, checks[k]["site"]) for k in (first,) if k is not None),
     ]
     scale = "".join(_ticks(axes))
