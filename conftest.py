@@ -46,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "preprocessing: images become what the reference's image processor makes of them",
         "consistency: every way of running and differentiating the model agrees with every other",
         "properties: what holds for every valid configuration",
+        "candidates: ports that are not ours are judged, and what is found is reported",
         "mutants: a deliberate fault is seen, and named where it is",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",

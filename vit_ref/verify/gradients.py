@@ -122,6 +122,7 @@ def check_gradients(
         unmapped=() if candidate.claims is None else missing,
         what="gradients",
         causes=causes,
+        order=tuple(names),
     )
 
 

@@ -92,6 +92,7 @@ class ParityReport:
       causes: known bugs that explain the first divergence, the best first.
       place: where in the first diverging value it is wrong, "" where everywhere.
       hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
+      order: all of these names, shown or not, in the order of the pass.
     """
 
     title: str
@@ -104,6 +105,7 @@ class ParityReport:
     causes: tuple[Cause, ...] = ()
     place: str = ""
     hidden: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:
@@ -230,6 +232,7 @@ def check_parity(
         causes=causes,
         place=place,
         hidden=hidden_before(diverging, names, shown) if diverging else (),
+        order=tuple(names),
     )
     if not (report.semantic_failures or report.numerical_failures):
         return report

@@ -1,9 +1,19 @@
-"""A parity report as text: the headline with the first divergence, and the table in site order, 80 columns wide."""
+"""Reports as text: headline and summary with the first divergence on top, and the table in site order."""
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from typing import get_args
+
 from vit_ref.verify.gates import SEMANTIC_RMS
 from vit_ref.verify.parity import ParityReport, SiteResult
+from vit_ref.verify.port_report import Check, PortReport, Status, matches
+
+WIDTH = 80
+# A row of the table ends with one of these where it fails: both gates, the semantic or the numerical one.
+MARKS = ("both", "float64", "rounding")
 
 
 def headline(report: ParityReport) -> str:
@@ -44,7 +54,20 @@ def headline(report: ParityReport) -> str:
 
 
 def _blame(report: ParityReport) -> list[str]:
-    """Which blocks are at fault when each is fed the reference's input: one line, where anything failed."""
+    guilty = wrong_alone(report)
+    if not guilty:
+        return []
+    shown = ", ".join(f"{part} {rms:.1e}" for part, rms in list(guilty.items())[:3])
+    return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 3 else ''}"]
+
+
+def wrong_alone(report: ParityReport) -> dict[str, float]:
+    """Which blocks, or sites outside them, are at fault when each block is fed the reference's input.
+
+    Returns:
+      The largest relative RMS error in each: of all beyond the semantic gate, in order; where the formulas agree, of
+      the three that round most, the worst first.
+    """
     worst: dict[str, float] = {}
     for result in report.results:
         if result.alone is None:
@@ -52,13 +75,53 @@ def _blame(report: ParityReport) -> list[str]:
         part = ".".join(result.site.split(".")[:2]) if result.site.startswith("block.") else result.site
         worst[part] = max(worst.get(part, 0.0), result.alone.rms)
     if report.semantic_failures:
-        guilty = [part for part, rms in worst.items() if rms > SEMANTIC_RMS]
-    else:
-        guilty = sorted(worst, key=lambda part: -worst[part])[:3]
-    if not guilty:
-        return []
-    shown = ", ".join(f"{part} {worst[part]:.1e}" for part in guilty[:3])
-    return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 3 else ''}"]
+        return {part: rms for part, rms in worst.items() if rms > SEMANTIC_RMS}
+    return dict(sorted(worst.items(), key=lambda item: -item[1])[:3])
+
+
+def summary(report: PortReport) -> str:
+    """A whole report in a few lines of 80 columns.
+
+    The headlines come first, forward before backward. Every paragraph after them begins with its status, as `Check` has
+    it. The last line is the verdict, and begins with PASSED or FAILED.
+    """
+    lines = [line for paragraph in _paragraphs(report) for line in _wrapped(paragraph)]
+    verdict = "PASSED" if report.passed else "FAILED"
+    judged = f"{report.candidate} on {report.title} against {report.reference}, {report.precision}"
+    return "\n".join([*lines, f"{verdict}: {judged}"])
+
+
+def _paragraphs(report: PortReport) -> Iterator[str]:
+    yield from headline(report.forward).splitlines()
+    if report.backward is not None:
+        yield from headline(report.backward).splitlines()
+    for check in report.checks:
+        if check.name.startswith("behaviour/") and check.status == "failed":
+            yield f"failed: {check.name}: {check.reason}"
+    hidden = [f"{len(part.unmapped)} {part.what}" for part in (report.forward, report.backward) if part]
+    if report.backward is None:
+        hidden.append(f"gradients ({report.not_backward})")
+    yield f"not observed: {', '.join(hidden)}"
+    for pattern, checks in met(report).items():
+        for status in ("expected failure", "stale expectation"):
+            if names := tuple(check.name for check in checks if check.status == status):
+                yield f"{status}: {pattern}: {report.expected_failures[pattern]}: {len(names)}: {_some(names)}"
+    counts = Counter(check.status for check in report.checks)
+    yield f"checks: {', '.join(f'{counts[status]} {status}' for status in get_args(Status) if counts[status])}"
+
+
+def met(report: PortReport) -> dict[str, list[Check]]:
+    """What each expectation decided: the checks that it means, and no pattern before it does."""
+    decided: dict[str, list[Check]] = {pattern: [] for pattern in report.expected_failures}
+    for check in report.checks:
+        if check.status in ("expected failure", "stale expectation"):
+            decided[next(pattern for pattern in decided if matches(pattern, check))].append(check)
+    return decided
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.wrap(line, WIDTH, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
 
 
 def table(report: ParityReport) -> str:
@@ -84,7 +147,8 @@ def explain() -> str:
 
 def _row(result: SiteResult, width: int, with_alone: bool) -> str:
     failed = not result.exact.passes_semantic_gate, not result.passes_numerical_gate
-    mark = {(True, True): " both", (True, False): " float64", (False, True): " rounding"}.get(failed, "")
+    both, exact, rounding = MARKS
+    mark = {(True, True): f" {both}", (True, False): f" {exact}", (False, True): f" {rounding}"}.get(failed, "")
     alone = (f"{result.alone.rms:>9.1e}" if result.alone else f"{'':>9}") if with_alone else ""
     return (
         f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>10.1e}{result.yardstick:>9.1e}"

@@ -1,0 +1,172 @@
+"""The report as JSON, and as files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from synthetic import REPORTS, measured, parity, ported, wrong
+
+from vit_ref.errors import InputError
+from vit_ref.verify.report import SCHEMA, to_json, write
+
+pytestmark = pytest.mark.candidates
+SCHEMA_OF_REPORTS = json.loads(SCHEMA.read_text(encoding="utf-8"))
+each_report = pytest.mark.parametrize("name", REPORTS)
+
+
+@each_report
+def test_every_report_is_what_the_schema_says(name) -> None:
+    jsonschema.Draft202012Validator(SCHEMA_OF_REPORTS).validate(to_json(REPORTS[name]()))
+
+
+def test_the_schema_is_one_and_describes_every_field_and_allows_no_other() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA_OF_REPORTS)
+    objects, bare = 0, []
+
+    def walk(node: Any, path: str) -> None:
+        nonlocal objects
+        if isinstance(node, dict):
+            if "properties" in node:
+                objects += 1
+                bare.extend(f"{path}/{key}" for key, field in node["properties"].items() if not field["description"])
+                if node["additionalProperties"] is not False or node["required"] != list(node["properties"]):
+                    bare.append(path)
+            for key, value in node.items():
+                walk(value, f"{path}/{key}")
+        elif isinstance(node, list):
+            for k, value in enumerate(node):
+                walk(value, f"{path}/{k}")
+
+    walk(SCHEMA_OF_REPORTS, "")
+    assert not bare
+    assert objects == 11
+
+
+@each_report
+def test_the_document_survives_a_strict_reader_and_has_every_check_once(name) -> None:
+    report = REPORTS[name]()
+    document = to_json(report)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    sections = [document[part] for part in ("forward", "backward") if document[part]]
+    found = {check["name"]: check["status"] for section in sections for check in section["checks"]}
+    found |= {f"behaviour/{each['name']}": each["status"] for each in document["behaviour"]}
+    if not document["backward"]:
+        found["backward/pixels"] = "not observed"
+    assert found == {check.name: check.status for check in report.checks}
+    assert sum(document["counts"].values()) == len(report.checks)
+    assert document["passed"] is report.passed
+
+
+@pytest.mark.parametrize(("value", "written"), [(math.inf, "Infinity"), (-math.inf, "-Infinity"), (math.nan, "NaN")])
+def test_what_is_no_finite_number_is_a_word_that_float_reads(value, written) -> None:
+    rounding = to_json(ported(parity(measured("logits", rounding=value))))["forward"]["checks"][0]["measured"][
+        "rounding"
+    ]
+    assert rounding == written
+    assert str(float(rounding)) == str(value)
+
+
+def test_numbers_are_those_that_were_measured() -> None:
+    result = measured("block.3.norm1", 3e-5, 2e-6, rounding=3.25e-5, yardstick=1e-7, gate=3e-7)
+    assert to_json(ported(parity(result)))["forward"]["checks"] == [
+        {
+            "name": "forward/block.3.norm1",
+            "site": "block.3.norm1",
+            "kind": "site",
+            "block": 3,
+            "status": "failed",
+            "reason": "float64 relative RMS 3.0e-05, gate 1e-12",
+            "measured": {
+                "exact": {"rms": 3e-5, "max": 9e-5},
+                "alone": {"rms": 2e-6, "max": 4e-6},
+                "oracles": {"rms": 1.5e-16, "max": 2.5e-16},
+                "rounding": 3.25e-5,
+                "yardstick": 1e-7,
+                "gate": 3e-7,
+                "ratio": pytest.approx(325, rel=1e-12),  # a quotient of two rounded numbers
+                "margin": pytest.approx(3e-7 / 3.25e-5, rel=1e-12),
+                "passes_semantic_gate": False,
+                "passes_numerical_gate": False,
+            },
+        }
+    ]
+
+
+def test_sites_that_are_not_shown_stand_in_their_place() -> None:
+    checks = to_json(ported(parity(measured("logits"), unmapped=("b", "a"), order=("a", "b", "logits"))))["forward"]
+    assert [check["site"] for check in checks["checks"]] == ["a", "b", "logits"]
+    assert [check["measured"] is None for check in checks["checks"]] == [True, True, False]
+
+
+def test_gradients_are_told_apart_and_claim_no_second_oracle() -> None:
+    checks = to_json(wrong())["backward"]["checks"]
+    kinds = {check["site"]: (check["kind"], check["block"]) for check in checks}
+    assert kinds["block.1.norm1"] == ("site", 1)
+    assert kinds["norm"] == ("site", None)
+    assert kinds["blocks.1.norm1.scale"] == ("parameter", 1)
+    assert kinds["norm.scale"] == ("parameter", None)
+    assert kinds["pixels"] == ("pixels", None)
+    assert {check["measured"]["oracles"] for check in checks} == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence", "alone_in", "parts"),
+    [
+        ("right", None, "float32", []),
+        ("wrong", "block.0.norm1", "float64", ["block.0", "block.1", "norm", "logits"]),
+        ("rounding", "norm", "float32", ["norm", "logits"]),
+    ],
+)
+def test_the_first_divergence_and_what_is_wrong_by_itself(name, divergence, alone_in, parts) -> None:
+    section = to_json(REPORTS[name]())["forward"]
+    assert section["first_divergence"] == divergence
+    assert section["alone_precision"] == alone_in
+    assert [each["part"] for each in section["wrong_alone"]] == parts
+
+
+def test_a_check_that_two_patterns_mean_counts_for_the_first() -> None:
+    report = ported(
+        parity(measured("block.0.norm1", 1e-6), measured("block.0.norm2"), measured("logits")),
+        expected_failures={"block.0.norm1": "one", "block.*": "two"},
+    )
+    found = [(each["pattern"], each["failed"], each["stale"]) for each in to_json(report)["expected_failures"]]
+    assert found == [("block.0.norm1", 1, 0), ("block.*", 0, 1)]
+
+
+def test_a_file_is_written_whole_and_nothing_else_with_it(tmp_path) -> None:
+    path = tmp_path / "report.html"
+    write(path, "first")
+    write(path, "second ✓ \udcff")
+    assert path.read_text(encoding="utf-8") == "second ✓ \\udcff"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "kept").touch()
+    for path in (tmp_path / "missing" / "report.html", tmp_path / "taken"):
+        with pytest.raises(InputError, match=f"^{path}: cannot be written .*: name a file") as raised:
+            write(path, "text")
+        assert "\n" not in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "taken", tmp_path / "taken" / "kept"]
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        with self.open("w") as stream:
+            stream.write(text[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        write(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

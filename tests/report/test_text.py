@@ -1,0 +1,77 @@
+"""The report on a terminal."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic import REPORTS, measured, parity, ported, wrong
+
+from vit_ref.verify.report import headline, summary, table
+from vit_ref.verify.report.text import MARKS
+
+pytestmark = pytest.mark.candidates
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_summary_has_the_divergence_on_top_the_verdict_last_and_80_columns(name) -> None:
+    report = REPORTS[name]()
+    lines = summary(report).splitlines()
+    # The headline may be broken in lines, but loses no word.
+    assert " ".join(summary(report).split()).startswith(" ".join(headline(report.forward).split()))
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == f"{'PASSED' if report.passed else 'FAILED'}: mine on tiny against FlaxViT, float32"
+
+
+def test_a_summary_says_where_a_port_goes_wrong_and_why_before_anything_else() -> None:
+    lines = summary(wrong()).splitlines()
+    assert lines[0] == "tiny: first divergence at block.0.norm1: float64 relative RMS 5.6e-07, gate"
+    assert "  likely cause: LayerNorm epsilon 1e-06: with it the error at block.0.norm1" in lines
+    assert "tiny: first divergence at norm: float64 relative RMS 3.3e-05, gate 1e-12; worst" in lines
+    assert lines[-2] == "checks: 5 passed, 98 failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("right", ["not observed: 0 sites, gradients (not asked for)"]),
+        ("wrong", ["not observed: 0 sites, 0 gradients"]),
+        ("output alone is shown", ["not observed: 3 sites, gradients (not asked for)"]),
+        (
+            "expected failures",
+            [
+                "expected failure: block.*: known: 1: forward/block.0.norm1",
+                "stale expectation: embeddings: was wrong once: 1: forward/embeddings",
+                "expected failure: l*: known: 1: forward/logits",
+            ],
+        ),
+        (
+            "misbehaving",
+            ["failed: behaviour/batch: an image alone comes out otherwise than in its batch"],
+        ),
+    ],
+)
+def test_every_status_has_lines_of_its_own_that_begin_with_it(name, lines) -> None:
+    found = summary(REPORTS[name]()).splitlines()
+    assert [line for line in found if line in lines] == lines
+    begun = ("failed: ", "not observed: ", "expected failure: ", "stale expectation: ")
+    assert {line for line in found if line.startswith(begun)} <= {*lines, "not observed: 0 sites, 0 gradients"} | {
+        "not observed: 0 sites, gradients (not asked for)"
+    }
+
+
+def test_a_row_of_the_table_that_fails_ends_with_its_mark_and_no_other_does() -> None:
+    both, exact, rounding = MARKS
+    rows = table(
+        parity(
+            measured("patches"),
+            measured("norm", 1e-6),
+            measured("pooler", rounding=1e-3),
+            measured("logits", 1e-6, rounding=1e-3),
+        )
+    ).splitlines()[1:]
+    assert [row.split()[-1] for row in rows[1:]] == [exact, rounding, both]
+    assert rows[0].split()[-1] not in MARKS
+
+
+def test_an_expectation_that_excuses_everything_makes_a_report_pass() -> None:
+    report = ported(parity(measured("norm", 1e-6), measured("logits")), expected_failures={"norm": "known"})
+    assert summary(report).splitlines()[-1].startswith("PASSED: ")

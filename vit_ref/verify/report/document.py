@@ -1,0 +1,126 @@
+"""A `PortReport` as JSON. `schema.json` beside this file says what each field is; the HTML page shows nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
+from vit_ref.verify.parity import ParityReport, SiteResult
+from vit_ref.verify.port_report import Check, PortReport, Status
+from vit_ref.verify.report.text import met, wrong_alone
+
+SCHEMA = Path(__file__).with_name("schema.json")
+_SITES = ("patches", "embeddings", "norm", "pooler", "logits")
+
+
+def to_json(report: PortReport) -> dict[str, Any]:
+    """A report as `json.dumps` takes it, with `allow_nan=False` too.
+
+    Returns:
+      What `SCHEMA` describes. JSON has no infinity: a number that is not finite is "Infinity" or "NaN", which `float`
+      and JavaScript's `Number` read back.
+    """
+    checks = report.checks
+    counts = Counter(check.status for check in checks)
+    return {
+        "schema_version": 1,
+        "passed": report.passed,
+        "title": report.title,
+        "candidate": report.candidate,
+        "reference": report.reference,
+        "precision": report.precision,
+        "counts": {status: counts[status] for status in get_args(Status)},
+        "gates": {"float64_rms": SEMANTIC_RMS, "float64_max": SEMANTIC_MAX},
+        "forward": _section(report.forward, [check for check in checks if check.name.startswith("forward/")]),
+        "backward": report.backward
+        and _section(report.backward, [check for check in checks if check.name.startswith("backward/")]),
+        "not_backward": report.not_backward,
+        "behaviour": [
+            {"name": check.site, "status": check.status, "error": _number(check.exact), "reason": check.reason}
+            for check in checks
+            if check.name.startswith("behaviour/")
+        ],
+        "expected_failures": [
+            {"pattern": pattern, "reason": report.expected_failures[pattern], **_outcome(decided)}
+            for pattern, decided in met(report).items()
+        ],
+        "environment": dict(report.environment),
+    }
+
+
+def _outcome(checks: Sequence[Check]) -> dict[str, int]:
+    counts = Counter(check.status for check in checks)
+    return {"failed": counts["expected failure"], "stale": counts["stale expectation"]}
+
+
+def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
+    measured = {result.site: result for result in report.results}
+    place = {name: k for k, name in enumerate(report.order)}
+    failures = report.semantic_failures or report.numerical_failures
+    return {
+        "what": report.what,
+        "passed": all(check.status in ("passed", "not observed", "expected failure") for check in checks),
+        "first_divergence": failures[0].site if failures else None,
+        "causes": [{"text": str(cause), **_numbers(cause._asdict())} for cause in report.causes],
+        "place": report.place,
+        "hidden": list(report.hidden),
+        "alone_precision": "float64" if report.semantic_failures else report.precision,
+        "wrong_alone": [{"part": part, "rms": _number(rms)} for part, rms in wrong_alone(report).items()],
+        "checks": [
+            {
+                "name": check.name,
+                "site": check.site,
+                "kind": _kind(check.site),
+                "block": _block(check.site),
+                "status": check.status,
+                "reason": check.reason,
+                "measured": _measured(measured.get(check.site), report.what),
+            }
+            for check in sorted(checks, key=lambda check: place.get(check.site, 0))
+        ],
+    }
+
+
+def _measured(result: SiteResult | None, what: str) -> dict[str, Any] | None:
+    return result and {
+        "exact": _error(result.exact),
+        "alone": _error(result.alone),
+        # Backward there is one oracle only.
+        "oracles": _error(result.oracles if what == "sites" else None),
+        "rounding": _number(result.rounding),
+        "yardstick": _number(result.yardstick),
+        "gate": _number(result.gate),
+        "ratio": _number(result.ratio),
+        "margin": _number(result.margin),
+        "passes_semantic_gate": result.exact.passes_semantic_gate,
+        "passes_numerical_gate": result.passes_numerical_gate,
+    }
+
+
+def _error(error: Error | None) -> dict[str, Any] | None:
+    return error and {"rms": _number(error.rms), "max": _number(error.max)}
+
+
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: _number(value) if isinstance(value, float) else value for name, value in fields.items()}
+
+
+def _number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else json.dumps(value)
+
+
+def _kind(site: str) -> str:
+    if site == "pixels":
+        return "pixels"
+    return "site" if site in _SITES or site.startswith("block.") else "parameter"
+
+
+def _block(site: str) -> int | None:
+    found = re.match(r"blocks?\.(\d+)\.", site)
+    return int(found[1]) if found else None

@@ -1,0 +1,26 @@
+"""Reports as files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from vit_ref.errors import InputError
+
+
+def write(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file under a temporary name and renames it, so that it is never there in part.
+
+    Raises:
+      InputError: it cannot be written there.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as stage:
+            staged = Path(stage, path.name)
+            # A candidate's name may come from a file name that is not Unicode.
+            staged.write_text(text, encoding="utf-8", errors="backslashreplace")
+            os.replace(staged, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}): name a file in a directory of yours") from None
