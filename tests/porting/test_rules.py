@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +160,50 @@ def test_the_reference_gets_the_same_tensors_whatever_the_layout(layout: Layout)
 def test_unknown_names_are_no_layout() -> None:
     with pytest.raises(PortError, match=r"no known layout .* has such names: conv1.weight, fc.bias"):
         porting.detect({"fc.bias": np.zeros(1), "conv1.weight": np.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [(["d", "b", "c", "a"], "a, b, c"), (["b", "a"], "a, b"), ([], "none at all")],
+)
+def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> None:
+    with pytest.raises(PortError, match=f"has such names: {shown}$"):
+        porting.detect(names)
+
+
+@pytest.mark.parametrize(
+    ("carrying", "bare", "expected"),
+    [
+        (0, 0, False),
+        (0, 1, False),
+        (1, 0, True),
+        (1, 1, False),
+        (1, 2, False),
+        (2, 1, True),
+        (3, 2, True),
+        (3, 3, False),
+        (3, 4, False),
+    ],
+)
+def test_names_are_prefixed_where_more_than_half_of_the_bodys_are(carrying: int, bare: int, expected: bool) -> None:
+    names = [f"vit.{k}" for k in range(carrying)] + [f"{k}" for k in range(bare)]
+    # However many tensors a head has, they say nothing.
+    assert porting.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], porting.HF) is expected
+
+
+def test_the_first_element_that_is_not_finite_is_reported_with_its_place() -> None:
+    source = porting.export(parameters(CONFIG), CONFIG, porting.HF)
+    kernel = source["classifier.weight"]
+    kernel[1, 2], kernel[3, 0], kernel[4, 4] = -np.inf, np.nan, np.inf
+    with pytest.raises(PortError) as caught:
+        porting.port(source, CONFIG, porting.HF)
+    assert caught.value.faults == (Fault("not finite", "classifier.weight", "-inf at (1, 2)"),)
+
+
+@layouts
+def test_a_layout_is_shared_and_cannot_be_changed(layout: Layout) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.prefix = "model."  # type: ignore[misc]
 
 
 def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
