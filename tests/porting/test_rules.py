@@ -60,6 +60,7 @@ def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtyp
     ours = random_bits(config, dtype)
     source = porting.export(ours, config, layout)
     assert len(source) == len(ours)
+    assert layout.recognises(source) == len(source)
     assert porting.detect(source) is layout
     ported = porting.port(source, config, layout)
     again = porting.export(ported, config, layout)
@@ -81,9 +82,10 @@ def test_no_two_rules_share_a_source_or_a_destination(layout: Layout) -> None:
 def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config: ViTConfig) -> None:
     source = porting.export(parameters(config), config, layout)
     names = sorted(source)
-    gone, bent, poisoned, counted = names[3], names[20], names[30], names[40]
+    gone, bent, grown, poisoned, counted = names[3], names[20], names[25], names[30], names[40]
     del source[gone]
     source[bent] = source[bent].reshape(-1)[:-1]
+    source[grown] = source[grown].repeat(2, axis=0)
     source[poisoned] = np.where(np.arange(source[poisoned].size).reshape(source[poisoned].shape) == 1, np.nan, 0.0)
     source[counted] = source[counted].astype(np.int32)
     source["something/else.weight"] = np.zeros((2, 3))
@@ -92,13 +94,16 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {
         ("missing", gone),
         ("misshapen", bent),
+        ("misshapen", grown),
         ("not finite", poisoned),
         ("not floating point", counted),
         ("unexpected", "something/else.weight"),
         ("stale exemption", "nothing.*"),
     }
     text = str(caught.value)
-    assert text.splitlines()[0].startswith(f"the weights do not fit the configuration (layout {layout.name}): 1 ")
+    summary = text.splitlines()[0]
+    assert summary.startswith(f"the weights do not fit the configuration (layout {layout.name}): ")
+    assert "2 misshapen" in summary and summary.count("1 ") == 5
     assert all(name in text for name in (gone, bent, poisoned, counted, "something/else.weight", "(2, 3)"))
 
 
