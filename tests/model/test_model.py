@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ import pytest
 from flax import nnx
 from jax.typing import DTypeLike
 
-from vit_ref.config import ViTConfig
-from vit_ref.model import VisionTransformer
+from vit_ref.config import ACTIVATION_NAMES, ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.model import ACTIVATIONS, VisionTransformer
 from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
 from vit_ref.verify.cases import CASES, Case, synthetic_images
 from vit_ref.verify.gates import error
+from vit_ref.verify.oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
 from vit_ref.verify.trace import precision_of
 
 pytestmark = pytest.mark.model
@@ -73,6 +76,33 @@ def test_the_fused_and_the_observed_path_agree(case: Case, filled: Filled) -> No
     # Both sum the same products; scaling before or after the product, and fusion, cost a few roundings a block. At
     # most 3e-7 was seen; a wrong scale or softmax is 1e-2 and more.
     np.testing.assert_allclose(fused, observed, rtol=0, atol=16 * 2**-23 * scale)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "training", "observed", "fuses"),
+    [
+        (jnp.float32, 0.5, False, False, True),
+        (jnp.bfloat16, 0.5, False, False, True),
+        (jnp.float64, 0.5, False, False, False),
+        (jnp.float32, 0.5, False, True, False),
+        (jnp.float32, 0.5, True, False, False),
+        (jnp.float32, 0.0, True, False, True),
+    ],
+)
+def test_attention_is_fused_wherever_nothing_forbids_it(
+    dtype: type, rate: float, training: bool, observed: bool, fuses: bool, monkeypatch, filled: Filled
+) -> None:
+    """The values are the same either way, so only who is asked can tell."""
+    fused, calls = jax.nn.dot_product_attention, []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *qkv: (calls.append(qkv), fused(*qkv))[1])
+    config = dataclasses.replace(CASES["rectangular"].config, attention_probs_dropout_prob=rate)
+    tap = {"tap": lambda site, value: value} if observed else {}
+    with precision_of(dtype):
+        vit = filled(config, dtype=dtype)
+        if training:
+            vit.train()
+        vit(jnp.asarray(CASES["rectangular"].images()), rngs=nnx.Rngs(dropout=0), **tap)
+    assert len(calls) == (config.num_hidden_layers if fuses else 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -171,6 +201,30 @@ def test_half_precision_rounds_the_softmax_once(dtype: type, filled: Filled) -> 
         assert off.max() <= 0.51 * float(jnp.finfo(dtype).eps), f"{site} is off by {off.max():.1e}"
 
 
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_every_activation_is_the_oracles(name: str) -> None:
+    with precision_of(np.float64):
+        x = jnp.linspace(-6, 6, 97)
+        found = ACTIVATIONS[name](x)
+    # A few roundings of values up to six. The two forms of GELU differ by 5e-4, quick_gelu from either by 2e-2.
+    np.testing.assert_allclose(found, ORACLES_ACTIVATIONS[name](np.asarray(x)), rtol=0, atol=1e-14)
+
+
+def test_a_model_starts_in_evaluation() -> None:
+    """Live dropout asks for `rngs`, whichever of the three it is: shapes alone show that none does."""
+    pixels = CASES["rectangular"].images()
+
+    def output(training: bool, pixels: jax.Array) -> jax.Array:
+        vit = VisionTransformer(CASES["rectangular"].config, rngs=nnx.Rngs(0))
+        if training:
+            vit.train()
+        return vit(pixels)
+
+    assert jax.eval_shape(partial(output, False), pixels).shape == (5, 23)
+    with pytest.raises(ValueError, match="no `rngs` argument was provided"):
+        jax.eval_shape(partial(output, True), pixels)
+
+
 def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> None:
     config = ViTConfig.variant("Ti/16", num_hidden_layers=1, initializer_range=0.05)
     vit, again = (VisionTransformer(config, rngs=nnx.Rngs(7)) for _ in range(2))
@@ -186,19 +240,36 @@ def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> No
     ("shape", "message"),
     [
         (
-            (2, 2, 10, 40),
+            (3, 2, 10, 40),
             "pixels have 40 channels, the model takes 2; they look channels-first: transpose them to NHWC",
         ),
         ((2, 10, 40, 3), "pixels have 3 channels, the model takes 2"),
-        ((2, 12, 40, 2), r"images of \[12, 40\] pixels are no multiple of the patch \[5, 5\]"),
-        ((2, 0, 40, 2), r"images of \[0, 40\] pixels are no multiple of the patch \[5, 5\]"),
-        ((2, 40, 10, 2), r"images of \[40, 10\] pixels, the model takes \[10, 40\]: resize them, or pass interpolate"),
-        ((10, 40, 2), r"pixels have shape \(10, 40, 2\): give a batch of images"),
+        ((2, 1, 40, 3), "pixels have 3 channels, the model takes 2"),
+        ((2, 10, 40, 1), "pixels have 1 channels, the model takes 2"),
+        ((2, 12, 40, 2), "images of [12, 40] pixels are no multiple of the patch [5, 5]"),
+        ((2, 10, 42, 2), "images of [10, 42] pixels are no multiple of the patch [5, 5]"),
+        ((2, 0, 40, 2), "images of [0, 40] pixels are no multiple of the patch [5, 5]"),
+        ((2, 10, 0, 2), "images of [10, 0] pixels are no multiple of the patch [5, 5]"),
+        *(
+            (
+                (2, *size, 2),
+                f"images of {size} pixels, the model takes [10, 40]: resize them, or pass"
+                " interpolate_pos_encoding=True",
+            )
+            for size in ([40, 10], [5, 40], [10, 35], [10, 45])
+        ),
+        *(
+            (shape, f"pixels have shape {shape}: give a batch of images (B, height, width, channels)")
+            for shape in ((10, 40, 2), (1, 2, 10, 40, 2))
+        ),
     ],
 )
-def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str, filled: Filled) -> None:
-    with pytest.raises(ValueError, match=message):
-        filled(CASES["rectangular"].config)(jnp.ones(shape))
+def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
+    # Before anything is computed: a model without numbers does.
+    vit = nnx.eval_shape(lambda: VisionTransformer(CASES["rectangular"].config, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError) as caught:
+        vit(np.ones(shape, np.float32))
+    assert str(caught.value) == message
 
 
 def test_an_image_that_is_no_multiple_of_the_patch_is_refused_where_all_sizes_are_welcome_too(filled: Filled) -> None:

@@ -73,7 +73,9 @@ def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tup
 
 def test_positions_at_the_native_size_are_untouched() -> None:
     positions = jnp.arange(26.0).reshape(1, 13, 2)
-    assert resize_positions(positions, (3, 4), (3, 4)) is positions
+    # Equal, and yet not one object, as two literals would be.
+    native, target = (tuple(size) for size in ([3, 4], [3, 4]))
+    assert resize_positions(positions, native, target) is positions
 
 
 @pytest.mark.parametrize("target", BY_TORCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtyp
     # big_vision leaves out the zeros at the cls token's position.
     left_out = config.hidden_size if layout is porting.BIG_VISION else 0
     assert sum(value.size for value in source.values()) == sum(value.size for value in ours.values()) - left_out
+    assert layout.recognises(source) == len(source)
     assert porting.detect(source) is layout
     ported = porting.port(source, config, layout)
     again = porting.export(ported, config, layout)
@@ -93,9 +95,10 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
     config = within(layout, config)
     source = exported(layout, config)
     names = sorted(source)
-    gone, bent, poisoned, counted = names[3], names[20], names[30], names[40]
+    gone, bent, grown, poisoned, counted = names[3], names[20], names[25], names[30], names[40]
     del source[gone]
     source[bent] = source[bent].reshape(-1)[:-1]
+    source[grown] = source[grown].repeat(2, axis=0)
     source[poisoned] = np.where(np.arange(source[poisoned].size).reshape(source[poisoned].shape) == 1, np.nan, 0.0)
     source[counted] = source[counted].astype(np.int32)
     source["something/else.weight"] = np.zeros((2, 3))
@@ -104,13 +107,16 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {
         ("missing", gone),
         ("misshapen", bent),
+        ("misshapen", grown),
         ("not finite", poisoned),
         ("not floating point", counted),
         ("unexpected", "something/else.weight"),
         ("stale exemption", "nothing.*"),
     }
     text = str(caught.value)
-    assert text.splitlines()[0].startswith(f"the weights do not fit the configuration (layout {layout.name}): 1 ")
+    summary = text.splitlines()[0]
+    assert summary.startswith(f"the weights do not fit the configuration (layout {layout.name}): ")
+    assert "2 misshapen" in summary and summary.count("1 ") == 5
     assert all(name in text for name in (gone, bent, poisoned, counted, "something/else.weight", "(2, 3)"))
 
 
@@ -172,6 +178,50 @@ def test_the_reference_gets_the_same_tensors_whatever_the_layout(layout: Layout)
 def test_unknown_names_are_no_layout() -> None:
     with pytest.raises(PortError, match=r"no known layout .* has such names: conv1.weight, fc.bias"):
         porting.detect({"fc.bias": np.zeros(1), "conv1.weight": np.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [(["d", "b", "c", "a"], "a, b, c"), (["b", "a"], "a, b"), ([], "none at all")],
+)
+def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> None:
+    with pytest.raises(PortError, match=f"has such names: {shown}$"):
+        porting.detect(names)
+
+
+@pytest.mark.parametrize(
+    ("carrying", "bare", "expected"),
+    [
+        (0, 0, False),
+        (0, 1, False),
+        (1, 0, True),
+        (1, 1, False),
+        (1, 2, False),
+        (2, 1, True),
+        (3, 2, True),
+        (3, 3, False),
+        (3, 4, False),
+    ],
+)
+def test_names_are_prefixed_where_more_than_half_of_the_bodys_are(carrying: int, bare: int, expected: bool) -> None:
+    names = [f"vit.{k}" for k in range(carrying)] + [f"{k}" for k in range(bare)]
+    # However many tensors a head has, they say nothing.
+    assert porting.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], porting.HF) is expected
+
+
+def test_the_first_element_that_is_not_finite_is_reported_with_its_place() -> None:
+    source = porting.export(parameters(CONFIG), CONFIG, porting.HF)
+    kernel = source["classifier.weight"]
+    kernel[1, 2], kernel[3, 0], kernel[4, 4] = -np.inf, np.nan, np.inf
+    with pytest.raises(PortError) as caught:
+        porting.port(source, CONFIG, porting.HF)
+    assert caught.value.faults == (Fault("not finite", "classifier.weight", "-inf at (1, 2)"),)
+
+
+@layouts
+def test_a_layout_is_shared_and_cannot_be_changed(layout: Layout) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.prefix = "model."  # type: ignore[misc]
 
 
 def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
