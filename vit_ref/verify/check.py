@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,10 +22,10 @@ from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.port_report import PortReport, require_expectations
-from vit_ref.verify.ports.declaration import Candidate, declared
+from vit_ref.verify.ports.declaration import Candidate, UndifferentiableError, declared
 from vit_ref.verify.ports.jaxport import JaxPort
-from vit_ref.verify.ports.loading import find
-from vit_ref.verify.trace import Progress, silent
+from vit_ref.verify.ports.loading import find, is_torch, loaded
+from vit_ref.verify.trace import Progress, precision_of, silent
 
 # Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and 0.9 GB more with two.
 FORWARD, BACKWARD, BEHAVIOUR = 4, 1, 2
@@ -93,7 +92,13 @@ def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViT
         if isinstance(candidate, str)
         else declared(candidate, getattr(candidate, "__name__", "candidate"))
     )
-    return JaxPort(found, config, Path(source.path))
+    with precision_of(np.float64):
+        port = loaded(found, source.path, np.float64)
+    if is_torch(port):
+        from vit_ref.verify.ports.torchport import TorchPort
+
+        return TorchPort(found, config, source.path, port)
+    return JaxPort(found, config, source.path, port)
 
 
 def _gradients(
@@ -102,7 +107,7 @@ def _gradients(
     try:
         title = f"{title}, backward"
         return check_gradients(title, config, source, pixels[:BACKWARD], port, precision, progress=progress), ""
-    except UnsupportedByReferenceError as error:
+    except (UnsupportedByReferenceError, UndifferentiableError) as error:
         return None, str(error)
     except jax.errors.JAXTypeError as error:
         return None, f"jax cannot trace it ({type(error).__name__}), so it cannot be differentiated"

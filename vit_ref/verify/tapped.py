@@ -31,12 +31,14 @@ class Tapped(ABC):
       claims: the sites that it promises to show, None for all. Others are not observed; a claimed one that is not shown
         has failed.
       fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
+      compiles: whether it can be compiled; what cannot can write into its images instead.
     """
 
     name: str
     config: ViTConfig
     claims: frozenset[str] | None = None
     fixed: frozenset[str] = frozenset()
+    compiles = True
 
     @abstractmethod
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:

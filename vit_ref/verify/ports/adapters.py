@@ -44,7 +44,7 @@ def adapted(port: Any, call: Call | None) -> tuple[Any, Run]:
     if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
         function, parameters = port
         return parameters, lambda parameters, images, table, tap: function(
-            parameters, images, **_tapping(function, table, tap)
+            parameters, images, **tapping(function, table, tap)
         )
     if not callable(port):
         raise CandidateError(f"load() returned a {type(port).__name__}: see vit_ref.Candidate for what it may return")
@@ -94,11 +94,11 @@ def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
 
 def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap) -> Any:
     if call is not None:
-        return call(port, images, **_tapping(call, table, tap))
-    return port(images, **_tapping(port, table, tap))
+        return call(port, images, **tapping(call, table, tap))
+    return port(images, **tapping(port, table, tap))
 
 
-def _tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
+def tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
     """The tap as an argument, for a port that takes it."""
     return {"tap": lambda name, value: table.at_name(name, value, tap)} if takes(function, "tap") else {}
 

@@ -18,7 +18,7 @@ from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
-from vit_ref.verify.ports.table import gradients_by_path
+from vit_ref.verify.ports.table import Table, Tap, gradients_by_path
 
 
 def find(spec: str) -> Candidate:
@@ -86,6 +86,40 @@ def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
         return candidate.load(checkpoint)
     except Exception as error:
         raise failed(candidate.name, "load()", error) from error
+
+
+def is_torch(port: Any) -> bool:
+    """Whether a port is a PyTorch module, found out without importing PyTorch: who made one has."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(port, torch.nn.Module)
+
+
+def observed(
+    candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap], Any], table: Table, tap: Tap
+) -> Any:
+    """The output of one forward pass, every value that the port shows passed through a tap.
+
+    Args:
+      candidate: the declaration.
+      config: the checkpoint's configuration.
+      run: the forward pass.
+      table: the candidate's, for these images.
+      tap: called with every site that the port shows.
+
+    Raises:
+      CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
+    """
+    shown: set[str] = set()
+
+    def noting(site: str, value: Any) -> Any:
+        shown.add(site)
+        return tap(site, value)
+
+    output, named = split_output(called(candidate.name, run, table, noting), candidate.name)
+    table.returned(named, noting)
+    last = output_site(config)
+    # A port with a tap may have shown its output itself.
+    return output if last in shown else tap(last, output)
 
 
 def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
