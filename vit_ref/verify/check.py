@@ -14,6 +14,7 @@ from vit_ref import checkpoint as checkpoints
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.pretrained import configuration
+from vit_ref.verify.backward import UndifferentiableError
 from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.environment import environment
@@ -22,7 +23,7 @@ from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.port_report import PortReport, require_expectations
-from vit_ref.verify.ports.declaration import Candidate, UndifferentiableError, declared
+from vit_ref.verify.ports.declaration import Candidate, declared
 from vit_ref.verify.ports.jaxport import JaxPort
 from vit_ref.verify.ports.loading import find, is_torch, loaded
 from vit_ref.verify.trace import Progress, precision_of, silent

@@ -294,8 +294,8 @@ class Upstream:
             mine = _ROLES.index(path.removeprefix(f"{own}."))
             yield "fused query, key and value split in the wrong order", by_head[:, :, :, mine]
         if self.kind == "attn.out":
-            mixed = kernel.reshape(-1, self.config.num_attention_heads, len(kernel)).swapaxes(0, 1).reshape(kernel.shape)
-            yield "heads merged in the wrong order", x @ mixed + bias
+            by_head = kernel.reshape(-1, self.config.num_attention_heads, len(kernel)).swapaxes(0, 1)
+            yield "heads merged in the wrong order", x @ by_head.reshape(kernel.shape) + bias
         if self.site == "logits":
             yield from ((label, pooled @ kernel + bias) for label, pooled in self._pooled())
 

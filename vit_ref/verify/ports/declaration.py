@@ -19,10 +19,6 @@ class CandidateError(InputError):
     """A candidate cannot be found, loaded, run or observed as declared."""
 
 
-class UndifferentiableError(CandidateError):
-    """A candidate has no gradients, and can still be judged forward."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A port under test, as declared by the person who wrote it.

@@ -53,7 +53,7 @@ class JaxPort(Tapped):
         candidate = self._candidate
         if self._port is None or self._port[0] != np.dtype(dtype):
             self._port = np.dtype(dtype), loaded(candidate, self._checkpoint, dtype)
-        parameters, run = adapted(self._port[1], candidate.call)
+        parameters, run = adapted(self._port[1], candidate.call, self.name)
         if np.dtype(dtype) == np.float64:
             parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 

@@ -94,9 +94,7 @@ def is_torch(port: Any) -> bool:
     return torch is not None and isinstance(port, torch.nn.Module)
 
 
-def observed(
-    candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap], Any], table: Table, tap: Tap
-) -> Any:
+def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap], Any], table: Table, tap: Tap) -> Any:
     """The output of one forward pass, every value that the port shows passed through a tap.
 
     Args:
@@ -156,15 +154,20 @@ def output_site(config: ViTConfig) -> str:
     return "logits" if config.num_labels else "pooler"
 
 
+def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
+    """What a port returned, and the intermediates with it, of which there may be none."""
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        return returned
+    return returned, {}
+
+
 def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
     """A port's output, and the intermediates that it returned with it.
 
     Raises:
       CandidateError: there is no array in it.
     """
-    named: Mapping[str, Any] = {}
-    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
-        returned, named = returned
+    returned, named = split_named(returned)
     output = getattr(returned, "logits", returned)
     output = output[0] if isinstance(output, tuple) else output
     if not hasattr(output, "shape"):

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.model import identity
 from vit_ref.sites import sites
-from vit_ref.verify.backward import Gradients, Objective
-from vit_ref.verify.ports.adapters import require_paths, tapping
-from vit_ref.verify.ports.declaration import Candidate, UndifferentiableError, takes
+from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, require_shape
+from vit_ref.verify.ports.adapters import require_known, tapping
+from vit_ref.verify.ports.declaration import Candidate, takes
 from vit_ref.verify.ports.loading import loaded, observed, output_site, recognised
 from vit_ref.verify.ports.table import Table, Tap, claimed
 from vit_ref.verify.trace import Trace
@@ -101,6 +101,7 @@ class TorchPort:
             with torch.enable_grad():
                 # Multiplied: a port that writes into its images must not meet a leaf.
                 output = self._forward(module, self._arranged(images.to(like.dtype) * 1), tap).to(wide)
+                require_shape(output.shape, o.cotangent.shape)
                 loss = torch.nn.functional.cross_entropy(output, labels)
                 objective = o.loss_weight * loss + (cotangent.to(wide) * output).sum()
             if not objective.requires_grad:
@@ -141,9 +142,14 @@ class TorchPort:
 
         def run(table: Table, tap: Tap) -> Any:
             named = tapping(call or module.forward, table, tap)
-            # What shows its values itself would be seen twice.
-            with contextlib.nullcontext() if named else _watching(module, table, tap):
+            if named:
+                # What shows its values itself would be seen twice.
                 return call(module, images, **named) if call else module(images, **named)
+            modules = dict(module.named_modules())
+            with _watching(modules, table, tap):
+                returned = call(module, images) if call else module(images)
+            require_known(table, modules, returned)
+            return returned
 
         output = observed(self._candidate, self.config, run, table, tap)
         self.fixed = frozenset(table.fixed)
@@ -151,10 +157,7 @@ class TorchPort:
 
 
 @contextlib.contextmanager
-def _watching(module: torch.nn.Module, table: Table, tap: Tap) -> Iterator[None]:
-    modules = dict(module.named_modules())
-    require_paths(table, modules)
-
+def _watching(modules: Mapping[str, torch.nn.Module], table: Table, tap: Tap) -> Iterator[None]:
     def entering(path: str, _: Any, args: Any, kwargs: Any) -> Any:
         return table.at_input(path, args, kwargs, tap)
 
@@ -162,7 +165,7 @@ def _watching(module: torch.nn.Module, table: Table, tap: Tap) -> Iterator[None]
         return table.at_output(path, output, tap)
 
     with contextlib.ExitStack() as stack:
-        for path in table.paths:
+        for path in table.paths & modules.keys():
             hook = modules[path].register_forward_pre_hook(partial(entering, path), with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(modules[path].register_forward_hook(partial(leaving, path)).remove)
