@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
 from vit_ref.sites import Site
 from vit_ref.verify.trace import precision_of
 
@@ -26,6 +27,10 @@ RANDOM_COTANGENTS = 11
 # Of all objectives, so many judge the formula, in float64: the loss and two random cotangents. A formula that is wrong
 # is wrong for any that nobody chose; only rounding has luck.
 SEMANTIC_OBJECTIVES = 3
+
+
+class UndifferentiableError(InputError):
+    """What has no gradients to compare, and can still be judged forward."""
 
 
 class Objective(NamedTuple):
@@ -69,6 +74,14 @@ def objectives_for(config: ViTConfig, batch: int, seed: int = 0) -> tuple[Object
     )
 
 
+def require_shape(output: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises `UndifferentiableError` where an output is not shaped as an objective has it."""
+    if tuple(output) != tuple(expected):
+        raise UndifferentiableError(
+            f"its output has shape {tuple(output)} and not {tuple(expected)}, so its gradients mean something else"
+        )
+
+
 def differentiator(
     forward: Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array],
     parameters: Any,
@@ -95,6 +108,7 @@ def differentiator(
         parameters: Any, perturbations: Any, pixels: jax.Array, weight: Any, labels: Any, cotangent: Any
     ) -> jax.Array:
         output = forward(parameters, perturbations, pixels.astype(dtype)).astype(wide)
+        require_shape(output.shape, cotangent.shape)
         log_probs = jax.nn.log_softmax(output)
         loss = -jnp.mean(jnp.take_along_axis(log_probs, labels[:, None], axis=1))
         return weight * loss + jnp.sum(cotangent * output)

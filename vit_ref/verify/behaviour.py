@@ -17,12 +17,21 @@ BEHAVIOURS = ("repeat", "batch", "jit", "inputs")
 
 
 class Runnable(Protocol):
-    """A port of which only the output is asked."""
+    """A port of which only the output is asked.
+
+    Attributes:
+      name: how reports call it.
+      compiles: whether it is one of jax. Any other can write into its images, which jax's arrays do not allow.
+    """
 
     name: str
+    compiles: bool
 
     def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
-        """Outputs of several batches of images, compiled where `jit` says so and the port is one of jax."""
+        """Outputs of several batches of images, compiled where `jit` says so and the port compiles.
+
+        What it writes into its images is in `batches` afterwards.
+        """
         ...
 
 
@@ -30,7 +39,7 @@ class Behaviour(NamedTuple):
     """One property of a port.
 
     Attributes:
-      name: one of `BEHAVIOURS`.
+      name: one of `BEHAVIOURS`: "jit" of a port that compiles, "inputs" of one that does not.
       error: relative RMS between what must be equal, in float64; None where it could not be measured.
       reason: what it means, where the property fails; "" where it holds.
     """
@@ -54,27 +63,29 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
       progress: told what is being done next.
     """
     progress(f"{port.name}: the same each time, alone, compiled")
-    given = pixels.copy()
-    first, last = given[:1], given[-1:]
+    # Copies: what a port writes into its images would show in the next run, too.
+    given = [images.copy() for images in (pixels, pixels, pixels[:1], pixels[-1:])]
     try:
-        together, again, *alone = port.outputs([given, given, first, last], np.float64)
-        compiled = _behaviour("jit", together, port.outputs([given], np.float64, jit=False)[0], _JIT)
+        together, again, *alone = port.outputs(given, np.float64)
+        if port.compiles:
+            own = _behaviour("jit", together, port.outputs([pixels], np.float64, jit=False)[0], _JIT)
+        else:
+            own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
     except jax.errors.JAXTypeError as error:
         reason = f"jax cannot trace it ({type(error).__name__}), so nothing can compile or differentiate it"
-        compiled = Behaviour("jit", None, reason)
-        together, again, *alone = port.outputs([given, given, first, last], np.float64, jit=False)
+        own = Behaviour("jit", None, reason)
+        together, again, *alone = port.outputs(given, np.float64, jit=False)
     ends = np.concatenate([together[:1], together[-1:]])
-    changed = "" if np.array_equal(given, pixels) else "it writes into the images that it is given: it has to copy them"
     return (
         _behaviour("repeat", together, again, _REPEAT),
         _behaviour("batch", ends, np.concatenate(alone), "an image alone comes out otherwise than in its batch"),
-        compiled,
-        Behaviour("inputs", None, changed),
+        own,
     )
 
 
 _REPEAT = "two runs on the same images differ: is dropout live? load it in evaluation mode"
 _JIT = "compiled it computes something else than operation by operation"
+_INPUTS = "it writes into the images that it is given: it has to copy them"
 
 
 def _behaviour(name: str, expected: NDArray, found: NDArray, reason: str) -> Behaviour:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from vit_ref import checkpoint as checkpoints
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.pretrained import configuration
-from vit_ref.verify.backward import RANDOM_COTANGENTS
+from vit_ref.verify.backward import RANDOM_COTANGENTS, UndifferentiableError
 from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.environment import environment
@@ -26,8 +25,8 @@ from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.port_report import PortReport, require_expectations
 from vit_ref.verify.ports.declaration import Candidate, declared
 from vit_ref.verify.ports.jaxport import JaxPort
-from vit_ref.verify.ports.loading import find
-from vit_ref.verify.trace import Progress, UnsupportedByReferenceError, silent
+from vit_ref.verify.ports.loading import find, is_torch, loaded
+from vit_ref.verify.trace import Progress, UnsupportedByReferenceError, precision_of, silent
 
 # Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and 0.9 GB more with two.
 FORWARD, BACKWARD, BEHAVIOUR = 4, 1, 2
@@ -103,7 +102,13 @@ def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViT
         if isinstance(candidate, str)
         else declared(candidate, getattr(candidate, "__name__", "candidate"))
     )
-    return JaxPort(found, config, Path(source.path))
+    with precision_of(np.float64):
+        port = loaded(found, source.path, np.float64)
+    if is_torch(port):
+        from vit_ref.verify.ports.torchport import TorchPort
+
+        return TorchPort(found, config, source.path, port)
+    return JaxPort(found, config, source.path, port)
 
 
 def _gradients(
@@ -119,7 +124,7 @@ def _gradients(
     title, pixels = f"{title}, backward", pixels[:BACKWARD]
     try:
         return check_gradients(title, config, source, pixels, port, precision, reference, progress=progress), ""
-    except UnsupportedByReferenceError as error:
+    except (UnsupportedByReferenceError, UndifferentiableError) as error:
         return None, str(error)
     except jax.errors.JAXTypeError as error:
         return None, f"jax cannot trace it ({type(error).__name__}), so it cannot be differentiated"

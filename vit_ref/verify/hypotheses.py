@@ -288,6 +288,14 @@ class Upstream:
             batch, tokens, heads, width = self._shape()
             y = (straight + bias).reshape(batch, tokens, width, heads)
             yield "heads split in the wrong order", y.swapaxes(2, 3)
+            own = path.rpartition(".")[0]
+            fused = np.concatenate([x @ k + b for k, b in (self._layer(f"{own}.{role}") for role in _ROLES)], axis=-1)
+            by_head = fused.reshape(batch, tokens, heads, len(_ROLES), width)
+            mine = _ROLES.index(path.removeprefix(f"{own}."))
+            yield "fused query, key and value split in the wrong order", by_head[:, :, :, mine]
+        if self.kind == "attn.out":
+            by_head = kernel.reshape(-1, self.config.num_attention_heads, len(kernel)).swapaxes(0, 1)
+            yield "heads merged in the wrong order", x @ by_head.reshape(kernel.shape) + bias
         if self.site == "logits":
             yield from ((label, pooled @ kernel + bias) for label, pooled in self._pooled())
 
@@ -385,6 +393,7 @@ class Upstream:
 
 
 _AFTER_NORM1 = ("attn.query", "attn.key", "attn.value")
+_ROLES = ("query", "key", "value")
 # Where a matrix product in a block takes its input from.
 _INPUTS = {
     "attn.query": "norm1",

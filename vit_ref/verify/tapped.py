@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
 from vit_ref.sites import sites
 from vit_ref.verify.backward import Gradients, Objective, differentiator
@@ -31,12 +32,14 @@ class Tapped(ABC):
       claims: the sites that it promises to show, None for all. Others are not observed; a claimed one that is not shown
         has failed.
       fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
+      compiles: whether it can be compiled; what cannot can write into its images instead.
     """
 
     name: str
     config: ViTConfig
     claims: frozenset[str] | None = None
     fixed: frozenset[str] = frozenset()
+    compiles = True
 
     @abstractmethod
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
@@ -53,6 +56,9 @@ class Tapped(ABC):
           pixels: as there.
           dtype: as there.
           replace: values by site that take the place of the model's own, after those were recorded.
+
+        Raises:
+          InputError: a value is out of reach.
         """
         with precision_of(dtype):
             parameters, forward = self.ready(dtype)
@@ -73,7 +79,14 @@ class Tapped(ABC):
                 return jax.device_get(jax.jit(run)(parameters, images, given))
             except jax.errors.JAXTypeError:
                 # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
-                return {site: np.asarray(value) for site, value in run(parameters, images, given).items()}
+                shown = run(parameters, images, given)
+            inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
+            if inside:
+                raise InputError(
+                    f"{self.name}: {inside[0]} is computed under a transformation of its own (jit, vmap, scan), where"
+                    " nothing can be seen from outside: return it with the logits, or call what is transformed"
+                )
+            return {site: np.asarray(value) for site, value in shown.items()}
 
     def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
         """The outputs alone of several batches of images, compiled or operation by operation.

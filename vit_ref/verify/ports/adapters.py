@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen, nnx
 
 from vit_ref.verify.ports.declaration import CandidateError, takes
+from vit_ref.verify.ports.loading import split_named
 from vit_ref.verify.ports.table import Table, Tap
 
 # (parameters, images, table, tap) -> whatever the port returns.
@@ -27,12 +28,13 @@ Run = Callable[[Any, Any, Table, Tap], Any]
 Call = Callable[..., Any]
 
 
-def adapted(port: Any, call: Call | None) -> tuple[Any, Run]:
+def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
     """A port's parameters, any tree, and its forward pass from them.
 
     Args:
       port: what a candidate's loader returned.
       call: see `Candidate.call`.
+      name: the candidate's, for messages.
 
     Raises:
       CandidateError: it is nothing that can be called.
@@ -44,10 +46,12 @@ def adapted(port: Any, call: Call | None) -> tuple[Any, Run]:
     if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
         function, parameters = port
         return parameters, lambda parameters, images, table, tap: function(
-            parameters, images, **_tapping(function, table, tap)
+            parameters, images, **tapping(function, table, tap)
         )
     if not callable(port):
-        raise CandidateError(f"load() returned a {type(port).__name__}: see vit_ref.Candidate for what it may return")
+        raise CandidateError(
+            f"{name}: load() returned a {type(port).__name__}: see vit_ref.Candidate for what it may return"
+        )
     return _tree(port, call)
 
 
@@ -56,24 +60,36 @@ def _nnx(port: nnx.Module, call: Call | None) -> tuple[Any, Run]:
 
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
         model = nnx.merge(graph, parameters, rest)
-        # What shows its values itself would be seen twice.
-        with contextlib.nullcontext() if takes(call or model, "tap") else _watching(model, table, tap):
+        if takes(call or model, "tap"):
+            # What shows its values itself would be seen twice.
             return _called(model, images, call, table, tap)
+        modules = {".".join(map(str, parts)): module for parts, module in nnx.iter_modules(model)}
+        with _watching(modules, table, tap):
+            returned = _called(model, images, call, table, tap)
+        require_known(table, modules, returned)
+        return returned
 
     return parameters, run
 
 
 def _linen(module: linen.Module, variables: Any, call: Call | None) -> tuple[Any, Run]:
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        met: set[str] = set()
+
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path = ".".join(context.module.path)
+            met.add(path)
             if context.method_name != "__call__" or path not in table.paths:
                 return method(*args, **kwargs)
             args, kwargs = table.at_input(path, args, kwargs, tap)
             return table.at_output(path, method(*args, **kwargs), tap)
 
         with linen.intercept_methods(intercept):
-            return _called(module.bind({**variables, "params": parameters}), images, call, table, tap)
+            port = module.bind({**variables, "params": parameters})
+            returned = _called(port, images, call, table, tap)
+        if not takes(call or port, "tap"):
+            require_known(table, met, returned)
+        return returned
 
     return variables["params"], run
 
@@ -94,19 +110,17 @@ def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
 
 def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap) -> Any:
     if call is not None:
-        return call(port, images, **_tapping(call, table, tap))
-    return port(images, **_tapping(port, table, tap))
+        return call(port, images, **tapping(call, table, tap))
+    return port(images, **tapping(port, table, tap))
 
 
-def _tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
+def tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
     """The tap as an argument, for a port that takes it."""
     return {"tap": lambda name, value: table.at_name(name, value, tap)} if takes(function, "tap") else {}
 
 
 @contextlib.contextmanager
-def _watching(model: nnx.Module, table: Table, tap: Tap) -> Iterator[None]:
-    modules = {".".join(map(str, parts)): module for parts, module in nnx.iter_modules(model)}
-    require_paths(table, modules)
+def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap) -> Iterator[None]:
     watched = {id(modules[path]): path for path in table.paths & modules.keys()}
 
     def observed(cls: type, method: Call) -> Call:
@@ -126,12 +140,13 @@ def _watching(model: nnx.Module, table: Table, tap: Tap) -> Iterator[None]:
         yield
 
 
-def require_paths(table: Table, modules: Any) -> None:
-    """Raises `CandidateError` where a table names a submodule that is not among `modules`."""
-    for path in sorted(table.paths - set(modules)):
-        near = difflib.get_close_matches(path, modules, n=1)
+def require_known(table: Table, modules: Iterable[str], returned: Any) -> None:
+    """Raises `CandidateError` where a table names neither a submodule nor an intermediate that was returned."""
+    known = {*modules, *split_named(returned)[1]}
+    for path in sorted(table.paths - known):
+        near = difflib.get_close_matches(path, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise CandidateError(f"sites: the port has no submodule {path!r}{hint}")
+        raise CandidateError(f"sites: the port has no submodule {path!r}, and returns nothing of that name{hint}")
 
 
 def is_float(leaf: Any) -> bool:

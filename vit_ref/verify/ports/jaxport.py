@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.verify.ports.adapters import adapted, is_float
 from vit_ref.verify.ports.declaration import Candidate
-from vit_ref.verify.ports.loading import called, claims, loaded, output_site, recognised, split_output
+from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
 from vit_ref.verify.ports.table import Table
 from vit_ref.verify.tapped import Forward, Tapped
 
@@ -32,46 +33,37 @@ class JaxPort(Tapped):
       candidate: the declaration.
       config: the checkpoint's configuration.
       checkpoint: the path that its loader is given.
+      port: what the loader returned for float64, where it was asked already.
 
     Raises:
       CandidateError: its table does not fit the configuration.
     """
 
-    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path):
+    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: Any = None):
         self.name = candidate.name
         self.config = config
         self.claims = claims(candidate, config)
         self._candidate = candidate
         self._checkpoint = checkpoint
         # The last one loaded, and its dtype: reading a checkpoint takes seconds.
-        self._port: tuple[np.dtype, Any] | None = None
+        self._port = None if port is None else (np.dtype(np.float64), port)
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         """See `Tapped.ready`."""
         candidate = self._candidate
         if self._port is None or self._port[0] != np.dtype(dtype):
             self._port = np.dtype(dtype), loaded(candidate, self._checkpoint, dtype)
-        parameters, run = adapted(self._port[1], candidate.call)
+        parameters, run = adapted(self._port[1], candidate.call, self.name)
         if np.dtype(dtype) == np.float64:
             parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 
         def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
             table = Table(candidate.sites, self.config, pixels.shape, _vjp)
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
-            shown: set[str] = set()
-
-            def noting(site: str, value: jax.Array) -> jax.Array:
-                shown.add(site)
-                return tap(site, value)
-
             with _unrounded_softmax(dtype):
-                returned = called(candidate.name, run, parameters, images, table, noting)
-            output, named = split_output(returned, candidate.name)
-            table.returned(named, noting)
+                output = observed(candidate, self.config, partial(run, parameters, images), table, tap)
             self.fixed = frozenset(table.fixed)
-            last = output_site(self.config)
-            # A port with a tap may have shown its output itself.
-            return output if last is None or last in shown else tap(last, output)
+            return output
 
         return parameters, forward
 

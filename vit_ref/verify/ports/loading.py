@@ -18,7 +18,7 @@ from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
-from vit_ref.verify.ports.table import claimed, gradients_by_path
+from vit_ref.verify.ports.table import Table, Tap, claimed, gradients_by_path
 
 
 def find(spec: str) -> Candidate:
@@ -88,6 +88,38 @@ def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
         raise failed(candidate.name, "load()", error) from error
 
 
+def is_torch(port: Any) -> bool:
+    """Whether a port is a PyTorch module, found out without importing PyTorch: who made one has."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(port, torch.nn.Module)
+
+
+def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap], Any], table: Table, tap: Tap) -> Any:
+    """The output of one forward pass, every value that the port shows passed through a tap.
+
+    Args:
+      candidate: the declaration.
+      config: the checkpoint's configuration.
+      run: the forward pass.
+      table: the candidate's, for these images.
+      tap: called with every site that the port shows.
+
+    Raises:
+      CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
+    """
+    shown: set[str] = set()
+
+    def noting(site: str, value: Any) -> Any:
+        shown.add(site)
+        return tap(site, value)
+
+    output, named = split_output(called(candidate.name, run, table, noting), candidate.name)
+    table.returned(named, noting)
+    last = output_site(config)
+    # A port with a tap may have shown its output itself.
+    return output if last is None or last in shown else tap(last, output)
+
+
 def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
     """What the port returns.
 
@@ -131,15 +163,20 @@ def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
     return found
 
 
+def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
+    """What a port returned, and the intermediates with it, of which there may be none."""
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        return returned
+    return returned, {}
+
+
 def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
     """A port's output, and the intermediates that it returned with it.
 
     Raises:
       CandidateError: there is no array in it.
     """
-    named: Mapping[str, Any] = {}
-    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
-        returned, named = returned
+    returned, named = split_named(returned)
     output = getattr(returned, "logits", returned)
     output = output[0] if isinstance(output, tuple) else output
     if not hasattr(output, "shape"):

@@ -122,6 +122,11 @@ class Table:
         shape = self.shapes[entry.destination]
         select = entry.select
         if select is None:
+            if not hasattr(value, "shape"):
+                raise CandidateError(
+                    f"sites: {entry.destination}: the port has a {_described(value)} there: name one of its elements,"
+                    " as in 'path[0]'"
+                )
             picked = fitted(value, shape)
             changed = tap(entry.destination, picked)
             return value if changed is picked else changed.reshape(value.shape)
@@ -229,7 +234,7 @@ def _of_block(i: int | None, select: Callable[[Any], Any] | None) -> Callable[[A
 
 def _described(value: Any) -> str:
     shape = getattr(value, "shape", None)
-    return f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else type(value).__name__
+    return f"value of shape {tuple(shape)}" if shape is not None else type(value).__name__
 
 
 def _point(key: str) -> Point:

@@ -1,0 +1,192 @@
+"""A declared candidate that is a PyTorch module, as the engine judges it: observed, and changed, through hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.model import identity
+from vit_ref.sites import sites
+from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, require_shape
+from vit_ref.verify.ports.adapters import require_known, tapping
+from vit_ref.verify.ports.declaration import Candidate, takes
+from vit_ref.verify.ports.loading import loaded, observed, output_site, recognised
+from vit_ref.verify.ports.table import Table, Tap, claimed
+from vit_ref.verify.trace import Trace
+
+
+class TorchPort:
+    """A candidate whose loader returns a `torch.nn.Module`; with the same methods as `Tapped`.
+
+    It runs as it was loaded, on the device of its parameters: whether it is in evaluation mode is part of what is
+    judged.
+
+    Args:
+      candidate: the declaration.
+      config: the checkpoint's configuration.
+      checkpoint: the path that its loader is given.
+      port: what the loader returned for float64, where it was asked already.
+
+    Raises:
+      CandidateError: its table does not fit the configuration.
+    """
+
+    compiles = False
+
+    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: torch.nn.Module | None = None):
+        self.name = candidate.name
+        self.config = config
+        self.claims = claimed(candidate.sites, config) | {output_site(config)}
+        self.fixed: frozenset[str] = frozenset()
+        self._candidate = candidate
+        self._checkpoint = checkpoint
+        self._port = None if port is None else (np.dtype(np.float64), port)
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        """See `Tapped.trace`."""
+        module = self._ready(dtype)
+        given = {site: torch.tensor(value) for site, value in (replace or {}).items()}
+        recorded: Trace = {}
+
+        def tap(site: str, value: torch.Tensor) -> torch.Tensor:
+            recorded[site] = _array(value)
+            return given[site].to(value) if site in given else value
+
+        with torch.no_grad():
+            self._forward(module, self._arranged(torch.tensor(pixels).to(_like(module, dtype))), tap)
+        return recorded
+
+    def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
+        """The outputs alone of several batches of images; `jit` has no meaning here."""
+        module = self._ready(dtype)
+        found = []
+        for batch in batches:
+            images = self._arranged(torch.tensor(batch).to(_like(module, dtype)))
+            with torch.no_grad():
+                found.append(_array(self._forward(module, images, identity)))
+            # Where the port wrote into its images, the caller is to see it in his.
+            batch[...] = _array(images.permute(0, 2, 3, 1) if self._channels_first else images)
+        return found
+
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`; parameters are those that `torch.nn.Module.to` makes, in `dtype`."""
+        module = self._ready(dtype).requires_grad_(True)
+        parameters = dict(module.named_parameters())
+        like = _like(module, dtype)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
+
+        def gradients(o: Objective) -> Gradients:
+            images = torch.tensor(pixels * np.float32(o.brightness)).to(like.device, wide).requires_grad_(True)
+            labels, cotangent = (torch.tensor(value, device=like.device) for value in (o.labels, o.cotangent))
+            perturbations: dict[str, torch.Tensor] = {}
+
+            def tap(site: str, value: torch.Tensor) -> torch.Tensor:
+                if tuple(value.shape) != shapes[site]:
+                    return value
+                perturbations[site] = torch.zeros(value.shape, dtype=wide, device=value.device, requires_grad=True)
+                return value + perturbations[site].to(value.dtype)
+
+            with torch.enable_grad():
+                # Multiplied: a port that writes into its images must not meet a leaf.
+                output = self._forward(module, self._arranged(images.to(like.dtype) * 1), tap).to(wide)
+                require_shape(output.shape, o.cotangent.shape)
+                loss = torch.nn.functional.cross_entropy(output, labels)
+                objective = o.loss_weight * loss + (cotangent.to(wide) * output).sum()
+            if not objective.requires_grad:
+                raise UndifferentiableError("its output has no gradient: does it run under torch.no_grad?")
+            leaves = [*perturbations.values(), *parameters.values(), images]
+            try:
+                found = torch.autograd.grad(objective, leaves, materialize_grads=True)
+            except RuntimeError as error:
+                raise UndifferentiableError(f"torch cannot differentiate it: {str(error).splitlines()[0]}") from error
+            names = iter(found)
+            by_site = {site: _array(next(names)) for site in perturbations}
+            by_name = {name: _array(next(names)) for name in parameters}
+            met = {site: gradient for site, gradient in by_site.items() if site not in self.fixed}
+            return Gradients(met, recognised(self._candidate, self.config, by_name), _array(next(names)))
+
+        return gradients
+
+    @property
+    def _channels_first(self) -> bool:
+        return self._candidate.channels_first is not False
+
+    def _ready(self, dtype: DTypeLike) -> torch.nn.Module:
+        """A module of its own, which nobody else sees changed, that computes in `dtype`."""
+        converts = takes(self._candidate.load, "dtype")
+        if self._port is None or (converts and self._port[0] != np.dtype(dtype)):
+            self._port = np.dtype(dtype), loaded(self._candidate, self._checkpoint, dtype)
+        module = copy.deepcopy(self._port[1])
+        return module if converts else module.to(_DTYPES[np.dtype(dtype).name])
+
+    def _arranged(self, images: torch.Tensor) -> torch.Tensor:
+        return images.permute(0, 3, 1, 2).contiguous() if self._channels_first else images
+
+    def _forward(self, module: torch.nn.Module, images: torch.Tensor, tap: Tap) -> torch.Tensor:
+        call = self._candidate.call
+        batch, *rest = images.shape
+        height, width = rest[1:] if self._channels_first else rest[:2]
+        table = Table(self._candidate.sites, self.config, (batch, height, width), _vjp)
+
+        def run(table: Table, tap: Tap) -> Any:
+            named = tapping(call or module.forward, table, tap)
+            if named:
+                # What shows its values itself would be seen twice.
+                return call(module, images, **named) if call else module(images, **named)
+            modules = dict(module.named_modules())
+            with _watching(modules, table, tap):
+                returned = call(module, images) if call else module(images)
+            require_known(table, modules, returned)
+            return returned
+
+        output = observed(self._candidate, self.config, run, table, tap)
+        self.fixed = frozenset(table.fixed)
+        return output
+
+
+@contextlib.contextmanager
+def _watching(modules: Mapping[str, torch.nn.Module], table: Table, tap: Tap) -> Iterator[None]:
+    def entering(path: str, _: Any, args: Any, kwargs: Any) -> Any:
+        return table.at_input(path, args, kwargs, tap)
+
+    def leaving(path: str, _: Any, args: Any, output: Any) -> Any:
+        return table.at_output(path, output, tap)
+
+    with contextlib.ExitStack() as stack:
+        for path in table.paths & modules.keys():
+            hook = modules[path].register_forward_pre_hook(partial(entering, path), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(modules[path].register_forward_hook(partial(leaving, path)).remove)
+        yield
+
+
+_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+
+
+def _like(module: torch.nn.Module, dtype: DTypeLike) -> torch.Tensor:
+    """An empty tensor of the dtype on the module's device, for `Tensor.to`."""
+    device = next((parameter.device for parameter in module.parameters()), None)
+    return torch.empty(0, dtype=_DTYPES[np.dtype(dtype).name], device=device)
+
+
+def _array(value: torch.Tensor) -> NDArray:
+    """A copy on the host: a port may add to the tensor in place later. NumPy has no name for bfloat16, but a type."""
+    value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    picked, pull_back = torch.func.vjp(function, value)
+    return picked, lambda cotangent: pull_back(cotangent)[0]
