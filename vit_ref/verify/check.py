@@ -86,14 +86,14 @@ def check_port(
 
 def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViTConfig, source: Checkpoint) -> Any:
     """The engine's view of whatever `check_port` takes for a candidate."""
-    if candidate is None:
-        return OwnCandidate(config, source)
-    found = (
-        find(candidate)
-        if isinstance(candidate, str)
-        else declared(candidate, getattr(candidate, "__name__", "candidate"))
-    )
-    return JaxPort(found, config, Path(source.path))
+    return OwnCandidate(config, source) if candidate is None else JaxPort(found(candidate), config, Path(source.path))
+
+
+def found(candidate: Candidate | Callable[..., Any] | str) -> Candidate:
+    """The declaration that a person gave, or said where to find."""
+    if isinstance(candidate, str):
+        return find(candidate)
+    return declared(candidate, getattr(candidate, "__name__", "candidate"))
 
 
 def _gradients(
