@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         action="append",
         default=[],
         metavar="FILE.py|module:attr",
-        help="judge this port in place of vit_ref's own, on the checkpoints given or else on the embedded cases; repeatable",
+        help="judge this port in place of vit_ref's own; without --checkpoint on the embedded cases; repeatable",
     )
     group.addoption("--images", metavar="DIR", help="use photographs from below DIR for --checkpoint")
     group.addoption(

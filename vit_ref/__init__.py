@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vit_ref.verify.parametrize import parametrize_with_sites
     from vit_ref.verify.port_report import PortReport
     from vit_ref.verify.ports.declaration import Candidate
+    from vit_ref.verify.ports.proposal import propose
 
 __version__ = version("vit-ref")
 
@@ -24,6 +25,7 @@ _OF_THE_ENGINE = {
     "PortReport": "vit_ref.verify.port_report",
     "check_port": "vit_ref.verify.check",
     "parametrize_with_sites": "vit_ref.verify.parametrize",
+    "propose": "vit_ref.verify.ports.proposal",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "check_port",
     "from_pretrained",
     "parametrize_with_sites",
+    "propose",
     "save_pretrained",
 ]
 

@@ -79,9 +79,7 @@ def main() -> None:
     show_default=True,
     help="Precision that the numerical gate judges.",
 )
-@click.option(
-    "--images", metavar="DIR", help="Photographs, preprocessed as the checkpoint asks; else synthetic images."
-)
+@click.option("--images", metavar="DIR", help="Photographs; else synthetic images.")
 @click.option("--forward-only", is_flag=True, help="No gradients.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one page.")
@@ -101,8 +99,8 @@ def verify(
 ) -> None:
     """Judge a port on CHECKPOINT, a directory, file or hub id: this package's own, or each --candidate.
 
-    Every value of the forward pass and every gradient is compared with a float64 oracle. Exit code 0: it is right. 1: it
-    is wrong, and the first divergence is printed. 2: something that was given cannot be used.
+    Every value of the forward pass and every gradient is compared with a float64 oracle. Exit code 0: it is right.
+    1: it is wrong, and the first divergence is printed. 2: something that was given cannot be used.
     """
     if len(candidates) > 1 and (html or json_file):
         raise InputError("--html and --json take one report: give one --candidate")

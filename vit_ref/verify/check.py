@@ -97,18 +97,21 @@ def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViT
     """The engine's view of whatever `check_port` takes for a candidate."""
     if candidate is None:
         return OwnCandidate(config, source)
-    found = (
-        find(candidate)
-        if isinstance(candidate, str)
-        else declared(candidate, getattr(candidate, "__name__", "candidate"))
-    )
+    declaration = found(candidate)
     with precision_of(np.float64):
-        port = loaded(found, source.path, np.float64)
+        port = loaded(declaration, source.path, np.float64)
     if is_torch(port):
         from vit_ref.verify.ports.torchport import TorchPort
 
-        return TorchPort(found, config, source.path, port)
-    return JaxPort(found, config, source.path, port)
+        return TorchPort(declaration, config, source.path, port)
+    return JaxPort(declaration, config, source.path, port)
+
+
+def found(candidate: Candidate | Callable[..., Any] | str) -> Candidate:
+    """The declaration that a person gave, or said where to find."""
+    if isinstance(candidate, str):
+        return find(candidate)
+    return declared(candidate, getattr(candidate, "__name__", "candidate"))
 
 
 def _gradients(

@@ -24,6 +24,7 @@ from vit_ref.verify.ports.declaration import Candidate
 from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
 from vit_ref.verify.ports.table import Table
 from vit_ref.verify.tapped import Forward, Tapped
+from vit_ref.verify.trace import precision_of
 
 
 class JaxPort(Tapped):
@@ -43,6 +44,8 @@ class JaxPort(Tapped):
         self.name = candidate.name
         self.config = config
         self.claims = claims(candidate, config)
+        # From the images' shape to what observes the port; a proposal puts one in its place that asks for everything.
+        self.tables: Callable[[tuple[int, ...]], Table] = lambda images: Table(candidate.sites, config, images, _vjp)
         self._candidate = candidate
         self._checkpoint = checkpoint
         # The last one loaded, and its dtype: reading a checkpoint takes seconds.
@@ -58,7 +61,7 @@ class JaxPort(Tapped):
             parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 
         def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
-            table = Table(candidate.sites, self.config, pixels.shape, _vjp)
+            table = self.tables(pixels.shape)
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
             with _unrounded_softmax(dtype):
                 output = observed(candidate, self.config, partial(run, parameters, images), table, tap)
@@ -69,14 +72,23 @@ class JaxPort(Tapped):
 
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""
-        if isinstance(gradients, nnx.State):
-            leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
-        else:
-            leaves = {
-                jax.tree_util.keystr(path, simple=True, separator="."): leaf
-                for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-            }
-        return recognised(self._candidate, self.config, {path: np.asarray(leaf) for path, leaf in leaves.items()})
+        return recognised(self._candidate, self.config, _leaves(gradients))
+
+    def parameters(self) -> dict[str, NDArray]:
+        """The port's parameters in float64, on the host, by its own paths."""
+        with precision_of(np.float64):
+            return _leaves(self.ready(np.float64)[0])
+
+
+def _leaves(tree: Any) -> dict[str, NDArray]:
+    if isinstance(tree, nnx.State):
+        leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(tree)}
+    else:
+        leaves = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
 
 @contextlib.contextmanager

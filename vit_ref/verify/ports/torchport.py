@@ -21,8 +21,8 @@ from vit_ref.sites import sites
 from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, require_shape
 from vit_ref.verify.ports.adapters import require_known, tapping
 from vit_ref.verify.ports.declaration import Candidate, takes
-from vit_ref.verify.ports.loading import loaded, observed, output_site, recognised
-from vit_ref.verify.ports.table import Table, Tap, claimed
+from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
+from vit_ref.verify.ports.table import Table, Tap
 from vit_ref.verify.trace import Trace
 
 
@@ -47,7 +47,7 @@ class TorchPort:
     def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: torch.nn.Module | None = None):
         self.name = candidate.name
         self.config = config
-        self.claims = claimed(candidate.sites, config) | {output_site(config)}
+        self.claims = claims(candidate, config)
         self.fixed: frozenset[str] = frozenset()
         self._candidate = candidate
         self._checkpoint = checkpoint
