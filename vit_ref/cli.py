@@ -6,9 +6,10 @@ Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.highlighter import RegexHighlighter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.theme import Theme
 
+from vit_ref import conversion
 from vit_ref.errors import InputError
 
 WRONG, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -108,9 +110,7 @@ def verify(
         if file is not None and not file.absolute().parent.is_dir():
             raise InputError(f"{file}: no such directory: make it first")
     from vit_ref.verify.check import check_port, steps
-    from vit_ref.verify.html_report import to_html
-    from vit_ref.verify.json_report import to_json
-    from vit_ref.verify.report import summary, table, write
+    from vit_ref.verify.report import summary, table, to_html, to_json, write
     from vit_ref.verify.trace import TruncatedError
 
     console = Console(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
@@ -138,7 +138,7 @@ def verify(
         if html:
             write(html, to_html(report))
         if json_file:
-            write(json_file, to_json(report))
+            write(json_file, json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
         passed &= report.passed
     ctx.exit(0 if passed else WRONG)
 
@@ -146,14 +146,10 @@ def verify(
 @main.command()
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option(
-    "--to", "layout", type=click.Choice(["hf", "flax", "npz", "timm"]), required=True, help="Layout to write."
-)
-def convert(source: str, destination: Path, layout: str) -> None:
+@click.option("--to", "layout", type=click.Choice(get_args(conversion.Target)), required=True, help="Layout to write.")
+def convert(source: str, destination: Path, layout: conversion.Target) -> None:
     """Write the checkpoint SOURCE to DESTINATION in another layout, value for value, and read it back."""
-    from vit_ref.conversion import convert as converted
-
-    click.echo(converted(source, destination, layout))
+    click.echo(conversion.convert(source, destination, layout))
 
 
 @main.command()

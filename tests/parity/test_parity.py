@@ -6,7 +6,7 @@ import pytest
 
 from vit_ref.verify.gates import SEMANTIC_RMS
 from vit_ref.verify.parity import ParityReport
-from vit_ref.verify.report import headline, table
+from vit_ref.verify.report import excerpt, headline
 
 pytestmark = pytest.mark.parity
 
@@ -19,9 +19,9 @@ def test_reference_and_numpy_oracle_agree_in_float64(parity: ParityReport) -> No
 
 def test_semantic_gate_float64(parity: ParityReport) -> None:
     if parity.semantic_failures or parity.unobserved:
-        pytest.fail(f"{headline(parity)}\n\n{table(parity)}", pytrace=False)
+        pytest.fail(f"{headline(parity)}\n\n{excerpt(parity)}", pytrace=False)
 
 
 def test_numerical_gate(parity: ParityReport) -> None:
     if parity.numerical_failures or parity.unobserved:
-        pytest.fail(f"{headline(parity)}\n\n{table(parity)}", pytrace=False)
+        pytest.fail(f"{headline(parity)}\n\n{excerpt(parity)}", pytrace=False)

@@ -60,8 +60,8 @@ def check_gradients(
 
     Returns:
       One result a gradient: sites from the output back, parameters in the model's order, pixels. In float64 each holds
-      the worst of `SEMANTIC_OBJECTIVES`. Rounding is pooled over all, as a root mean square: a single pull-back is lucky
-      or unlucky (see `backward.RANDOM_COTANGENTS`).
+      the worst of `SEMANTIC_OBJECTIVES`. Rounding is pooled over all, as a root mean square: a single pull-back is
+      lucky or unlucky (see `backward.RANDOM_COTANGENTS`).
 
     Raises:
       UnsupportedByReferenceError: NumPy judges, or stands in for FlaxViT, and has no backward pass.

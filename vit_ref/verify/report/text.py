@@ -135,6 +135,17 @@ def table(report: ParityReport) -> str:
     return "\n".join([header, *(_row(result, width, alone) for result in report.results)])
 
 
+def excerpt(report: ParityReport, rows: int = 8) -> str:
+    """The table around the first divergence: two rows before it, and what follows, `rows` in all."""
+    header, *lines = table(report).splitlines()
+    failing = [not (result.exact.passes_semantic_gate and result.passes_numerical_gate) for result in report.results]
+    start = max(failing.index(True) - 2, 0) if any(failing) else 0
+    shown = lines[start : start + rows]
+    return "\n".join(
+        [header, *shown, f"... {len(lines) - len(shown)} more" if len(lines) > len(shown) else ""]
+    ).rstrip()
+
+
 def explain() -> str:
     """What the table's columns are."""
     return (
