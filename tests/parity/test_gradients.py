@@ -18,3 +18,9 @@ def test_semantic_gate_float64_backward(gradients: ParityReport) -> None:
 def test_numerical_gate_backward(gradients: ParityReport) -> None:
     if gradients.numerical_failures or gradients.unobserved:
         pytest.fail(f"{headline(gradients)}\n\n{table(gradients)}", pytrace=False)
+
+
+def test_gradients_are_reported_in_the_order_of_the_pass(gradients: ParityReport) -> None:
+    observed = [name for name in gradients.order if name not in gradients.unobserved]
+    assert [result.site for result in gradients.results] == observed
+    assert gradients.order[-1] == "pixels"

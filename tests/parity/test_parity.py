@@ -25,3 +25,10 @@ def test_semantic_gate_float64(parity: ParityReport) -> None:
 def test_numerical_gate(parity: ParityReport) -> None:
     if parity.numerical_failures or parity.unobserved:
         pytest.fail(f"{headline(parity)}\n\n{table(parity)}", pytrace=False)
+
+
+def test_sites_are_reported_in_the_order_of_the_pass(parity: ParityReport) -> None:
+    assert [result.site for result in parity.results] == [
+        site for site in parity.order if site not in parity.unobserved
+    ]
+    assert parity.order[:2] == ("patches", "embeddings")
