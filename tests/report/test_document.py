@@ -9,8 +9,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from synthetic import REPORTS, measured, parity, ported, wrong
 
+from synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.errors import InputError
 from vit_ref.verify.report import SCHEMA, to_json, write
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from synthetic import REPORTS, measured, parity, ported, wrong
 
+from synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.verify.report import headline, summary, table
 from vit_ref.verify.report.text import MARKS
 

@@ -229,7 +229,8 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], name: str = ""
         body.append(f'<tr{label}><th scope="row">{first}</th>{inner}</tr>')
     # What scrolls has to be reached by keyboard.
     reached = f' tabindex="0" role="region" aria-label="{name} numbers"' if name else ""
-    return f'<div class="scroll table"{reached}><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll table"{reached}>{table}</div>'
 
 
 def _status(status: str) -> str:

@@ -1,0 +1,189 @@
+"""Does the command line say what was found, in its exit code too, and is unusable input one line and exit code 2?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import vit_ref
+from synthetic_reports import REPORTS
+from vit_ref import cli
+from vit_ref.verify import check
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.port_report import PortReport
+from vit_ref.verify.report import to_html
+from vit_ref.verify.trace import TruncatedError
+
+pytestmark = pytest.mark.candidates
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    return lambda *arguments: CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one block."""
+    source = CASES["stored-float64"].checkpoint()
+    directory = tmp_path_factory.mktemp("given") / "tiny"
+    vit_ref.checkpoint.write_directory(
+        directory, {name: tensor.astype("f4") for name, tensor in source.tensors.items()}, source.config
+    )
+    return directory
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
+    """Lets `check_port` find what is asked for, and returns the list of what it was called with."""
+
+    def find(name: str) -> list[Any]:
+        calls: list[Any] = []
+
+        def judged(*arguments: Any, progress: Callable[[str], None], **options: Any) -> PortReport:
+            progress("something")
+            calls.append((*arguments, options))
+            return REPORTS[name]()
+
+        monkeypatch.setattr(check, "check_port", judged)
+        return calls
+
+    return find
+
+
+@pytest.mark.parametrize(("name", "code"), [("right", 0), ("wrong", 1), ("misbehaving", 1), ("expected failures", 1)])
+def test_the_exit_code_is_the_verdict(name: str, code: int, found: Callable[[str], list[Any]], invoke: Invoke) -> None:
+    found(name)
+    ended = invoke("verify", "anywhere")
+    assert ended.exit_code == code, ended.output
+    assert ended.stdout.splitlines()[-1].startswith("FAILED: " if code else "PASSED: ")
+    assert max(map(len, ended.stdout.splitlines())) <= 80
+    assert "\x1b" not in ended.output  # no colours where there is no terminal
+
+
+def test_one_wrong_port_of_two_is_a_failure(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
+    monkeypatch.setattr(check, "check_port", lambda candidate, *_, **__: REPORTS[candidate]())
+    for order in (("right", "wrong"), ("wrong", "right")):
+        ended = invoke("verify", "anywhere", "--candidate", order[0], "--candidate", order[1])
+        assert ended.exit_code == 1
+        assert "PASSED" in ended.stdout and "FAILED" in ended.stdout
+
+
+def test_what_is_asked_for_reaches_the_check(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
+    calls = found("right")
+    options = ["--reference", "numpy", "--dtype", "bfloat16", "--images", "photographs", "--forward-only"]
+    assert invoke("verify", "anywhere", "--candidate", "port.py", *options).exit_code == 0
+    asked = {"images": "photographs", "precision": "bfloat16", "reference": "numpy", "backward": False}
+    assert calls == [("port.py", "anywhere", asked)]
+
+
+def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
+    found("wrong")
+    ended = invoke("verify", "anywhere", "--table")
+    lines = [line.split()[0] for line in ended.stdout.splitlines() if line.endswith("both")]
+    assert {"block.0.norm1", "block.1.mlp.residual", "blocks.0.attn.query.kernel", "pixels"} <= set(lines)
+
+
+def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], invoke: Invoke) -> None:
+    found("wrong")
+    page, document = tmp_path / "a.html", tmp_path / "a.json"
+    assert invoke("verify", "anywhere", "--html", page, "--json", document).exit_code == 1
+    assert page.read_text() == to_html(REPORTS["wrong"]())
+    assert json.loads(document.read_text())["verdict"] == "failed"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "no/such/place"], "no/such/place: no such directory or file"),
+        (["verify", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
+        (["verify", "{tiny}", "--candidate", "no.such.module"], "no.such.module: importing it raised"),
+        (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
+        (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: no such directory: make it first"),
+        (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
+        (
+            ["verify", "{tiny}", "--json", "a.json", "--candidate", "a.py", "--candidate", "b.py"],
+            "--html and --json take one report: give one --candidate",
+        ),
+        (["convert", "no/such/place", "out", "--to", "hf"], "no/such/place: no such directory or file"),
+        (["propose", "gone.py", "{tiny}"], "gone.py: no such file"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = invoke(*(argument.format(tiny=tiny) for argument in arguments))
+    assert ended.exit_code == 2, ended.output
+    assert len(ended.output.splitlines()) == 1 and ended.stderr.startswith(f"vit-ref: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["verify", "a", "--dtype", "int8"], ["convert", "a", "b"]])
+def test_a_wrong_call_is_exit_code_2(arguments: list[str], invoke: Invoke) -> None:
+    assert invoke(*arguments).exit_code == 2
+
+
+def test_a_port_that_does_not_compute_in_float64_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
+) -> None:
+    def truncated(*arguments: Any, **options: Any) -> PortReport:
+        raise TruncatedError("mine was to compute in float64")
+
+    monkeypatch.setattr(check, "check_port", truncated)
+    ended = invoke("verify", "anywhere", "--json", tmp_path / "a.json")
+    assert (ended.exit_code, ended.stderr) == (1, "vit-ref: mine was to compute in float64\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> PortReport:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "check_port", interrupted)
+    ended = invoke("verify", "anywhere", "--html", tmp_path / "a.html")
+    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing was written\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bar_names_the_step_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with cli._progress(2) as step:
+        step("FlaxViT in float64")
+    printed = capsys.readouterr()
+    assert "FlaxViT in float64" in printed.err and not printed.out
+
+
+def test_convert_says_what_it_did(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:
+    ended = invoke("convert", tiny, tmp_path / "flax", "--to", "flax")
+    assert ended.exit_code == 0, ended.output
+    assert "24 tensors, read back, every parameter the same to the last bit" in ended.stdout
+    assert (tmp_path / "flax" / "flax_model.msgpack").exists()
+
+
+def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
+    command = [Path(sys.executable).with_name("vit-ref"), "verify", tiny, "--forward-only"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("tiny: 17 sites pass; float64 at most ")
+    assert ended.stdout.splitlines()[-1] == "PASSED: vit_ref on tiny against FlaxViT, float32"
+    assert not ended.stderr
+
+
+def test_the_version_is_that_of_the_whole_stack(invoke: Invoke) -> None:
+    lines = invoke("--version").stdout.splitlines()
+    assert f"vit-ref {vit_ref.__version__}" in lines
+    assert [line for line in lines if line.startswith("jax ")]
