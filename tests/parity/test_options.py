@@ -28,6 +28,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     [
         (["--checkpoint", "no/such/place"], "no/such/place: no such directory or file"),
         (["--images", "."], "--images belongs to a --checkpoint: give one"),
+        (["--candidate", "gone.py"], "gone.py: no such file"),
         (["--checkpoint", ".", "--images", "no-such-place"], "no-such-place: no such directory of images"),
         (["--checkpoint", ".", "--images", "vit_ref"], "vit_ref: no image in it"),
     ],

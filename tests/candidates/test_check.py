@@ -1,0 +1,194 @@
+"""What a person gets who asks about a port: from `check_port`, from pytest in their own project, from this suite."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_ref
+from synthetic_reports import REPORTS
+from vit_ref.errors import InputError
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.check import steps
+from vit_ref.verify.parametrize import SiteCheck
+from vit_ref.verify.port_report import Check, PortReport
+
+pytestmark = pytest.mark.candidates
+
+ROOT = Path(__file__).parents[2]
+PORT = """
+import vit_ref
+
+
+def load(checkpoint, dtype):
+    return vit_ref.from_pretrained(checkpoint, dtype=dtype)
+
+
+candidate = vit_ref.Candidate(load=load)
+logits = vit_ref.Candidate(load=load, sites={})
+"""
+
+
+TANH = """
+import dataclasses
+
+import vit_ref
+
+
+def load(checkpoint, dtype):
+    config = vit_ref.from_pretrained(checkpoint).config
+    return vit_ref.from_pretrained(checkpoint, config=dataclasses.replace(config, hidden_act="gelu_new"), dtype=dtype)
+
+
+candidate = vit_ref.Candidate(load=load)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one block, and a port of it beside it."""
+    source = CASES["stored-float64"].checkpoint()
+    root = tmp_path_factory.mktemp("given")
+    tensors = {name: tensor.astype(np.float32) for name, tensor in source.tensors.items()}
+    vit_ref.checkpoint.write_directory(root / "tiny", tensors, source.config)
+    (root / "port.py").write_text(PORT)
+    return root / "tiny"
+
+
+@pytest.fixture(scope="module")
+def judged(tiny: Path) -> tuple[PortReport, list[str]]:
+    """This package's model as anybody's, and the steps that were told."""
+    said: list[str] = []
+    return vit_ref.check_port(str(tiny.parent / "port.py"), tiny, progress=said.append), said
+
+
+def statuses(report: PortReport) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for check in report.checks:
+        found.setdefault(check.status, []).append(check.name)
+    return found
+
+
+def test_a_right_port_passes_every_check(judged: tuple[PortReport, list[str]]) -> None:
+    report, said = judged
+    assert report.passed
+    assert list(statuses(report)) == ["passed"]
+    names = [check.name for check in report.checks]
+    assert len(names) == len(set(names)) == 17 + 17 + 24 + 1 + 3
+    assert names[0] == "forward/patches" and "backward/blocks.0.attn.query.kernel" in names
+    assert report.candidate == "port" and report.title == "tiny"
+    assert len(said) == steps(backward=True)
+
+
+def test_sites_and_gradients_are_reported_in_the_order_of_the_pass(judged: tuple[PortReport, list[str]]) -> None:
+    report, _ = judged
+    for part in (report.forward, report.backward):
+        assert part is not None
+        assert tuple(result.site for result in part.results) == part.order
+    assert report.forward.order[:2] == ("patches", "embeddings") and report.backward.order[-1] == "pixels"
+
+
+def test_what_is_not_shown_has_not_passed(tiny: Path) -> None:
+    report = vit_ref.check_port(f"{tiny.parent / 'port.py'}:logits", tiny, backward=False)
+    found = statuses(report)
+    assert report.passed
+    assert [name for name in found["passed"] if name.startswith("forward/")] == ["forward/logits"]
+    assert len([name for name in found["not observed"] if name.startswith("forward/")]) == 16
+    assert report.not_backward == "not asked for"
+
+
+def test_a_function_of_the_pixels_is_a_port(tiny: Path) -> None:
+    model = vit_ref.from_pretrained(tiny)
+
+    def wrong(pixels: jax.Array) -> jax.Array:
+        return model(pixels) * jnp.asarray(1 + 1e-9, pixels.dtype)
+
+    report = vit_ref.check_port(wrong, tiny, backward=False)
+    assert report.candidate == "wrong"
+    assert [check.name for check in report.checks if check.status == "failed"] == ["forward/logits"]
+
+
+def test_an_expected_failure_that_passes_is_an_error(tiny: Path) -> None:
+    port, known = str(tiny.parent / "port.py"), {"forward/logits": "known", "block.0.*": "was wrong once"}
+    report = vit_ref.check_port(port, tiny, backward=False, expected_failures=known)
+    assert not report.passed
+    stale = statuses(report)["stale expectation"]
+    assert "forward/logits" in stale and "forward/block.0.norm1" in stale and "forward/norm" not in stale
+    with pytest.raises(InputError, match=r"expected_failures: 'block\.7\.\*' matches no check of tiny"):
+        vit_ref.check_port(port, tiny, backward=False, expected_failures={"block.7.*": "misspelt"})
+
+
+def test_without_a_backward_pass_the_reason_is_given(tiny: Path) -> None:
+    report = vit_ref.check_port(None, tiny, reference="numpy")
+    assert report.candidate == "vit_ref" and report.reference == "NumPy"
+    assert report.not_backward == "NumPy judges no gradients: the reference torch does"
+    assert statuses(report)["not observed"] == ["backward/pixels"]
+
+
+@pytest.mark.parametrize(
+    ("report", "name", "outcome", "text"),
+    [
+        ("right", "forward/logits", None, ""),
+        ("right", "backward/pixels", pytest.skip.Exception, "not asked for"),
+        ("right", "behaviour/jit", pytest.skip.Exception, "not asked of a port of this kind"),
+        ("wrong", "forward/block.0.norm1", pytest.fail.Exception, "tiny: first divergence at block.0.norm1"),
+        ("wrong", "backward/pixels", pytest.fail.Exception, "float64 relative RMS 3.3e-05, gate 1e-12"),
+        ("misbehaving", "behaviour/batch", pytest.fail.Exception, "otherwise than in its batch"),
+        ("expected failures", "forward/block.0.norm1", pytest.xfail.Exception, "known"),
+        ("expected failures", "forward/embeddings", pytest.fail.Exception, "it passes, and was to fail: was wrong"),
+        ("output alone is shown", "forward/patches", pytest.skip.Exception, "not mapped to anything of the port"),
+    ],
+)
+def test_a_case_of_pytest_ends_as_its_check(
+    report: str, name: str, outcome: type[BaseException] | None, text: str
+) -> None:
+    check = SiteCheck(name, REPORTS[report])
+    if outcome is None:
+        check()
+        return
+    with pytest.raises(outcome) as caught:
+        check()
+    assert text in str(caught.value)
+
+
+def test_a_check_knows_its_site() -> None:
+    assert Check("backward/blocks.0.norm1.scale", "passed").site == "blocks.0.norm1.scale"
+
+
+def run(directory: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=directory, check=False)
+
+
+def test_three_lines_in_ones_own_project_are_a_case_a_site(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
+    (tmp_path / "test_port.py").write_text(
+        "import vit_ref\n\n"
+        f"@vit_ref.parametrize_with_sites({str(tiny.parent / 'port.py')!r}, {str(tiny)!r}, backward=False)\n"
+        "def test_port(check):\n    check()\n"
+    )
+    ended = run(tmp_path, "-v", "--strict-markers")
+    assert ended.returncode == 0, ended.stdout
+    assert "test_port[forward/block.0.attn.query] PASSED" in ended.stdout
+    assert "20 passed, 1 skipped" in ended.stdout
+
+
+def test_the_suite_judges_a_candidate_in_place_of_the_own_model(tiny: Path, tmp_path: Path) -> None:
+    port = tiny.parent / "port.py"
+    wrong = tmp_path / "tanh.py"
+    wrong.write_text(TANH)
+    arguments = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "parity", "-q", "-k", "forward or float32"]
+    ended = run(ROOT, *arguments, "--checkpoint", tiny, "--candidate", port, "--candidate", wrong, "tests/parity")
+    assert ended.returncode == 1
+    assert "tiny-port: 17 sites pass" in ended.stdout
+    assert "tiny-tanh: first divergence at block.0.mlp.hidden" in ended.stdout
+    assert "likely cause: tanh GELU" in ended.stdout
+    assert "rectangular" not in ended.stdout  # this package's own cases have no part in it
+    failed = [line for line in ended.stdout.splitlines() if line.startswith("FAILED")]
+    assert failed and all("tiny-tanh" in line for line in failed)
