@@ -63,7 +63,7 @@ class JaxPort(Tapped):
         def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
             table = self.tables(pixels.shape)
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
-            with _unrounded_softmax(dtype):
+            with unrounded_softmax(dtype):
                 output = observed(candidate, self.config, partial(run, parameters, images), table, tap)
             self.fixed = frozenset(table.fixed)
             return output
@@ -92,7 +92,7 @@ def _leaves(tree: Any) -> dict[str, NDArray]:
 
 
 @contextlib.contextmanager
-def _unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
+def unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
     """In float64, fused attention without its rounding of the softmax to float32.
 
     `jax.nn.dot_product_attention`, which nnx's attention calls, rounds whatever its inputs are. That is its precision

@@ -157,6 +157,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     """
     # A table may serve checkpoints with a head and without one.
     optional = ("pooler", "logits") if what == "sites" else ("pooler.", "head.")
+    absent = tuple(part for part in optional if not any(name.startswith(part) for name in known))
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
     for key, targets in mapped.items():
@@ -169,7 +170,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 stacked = i is not None and "{i}" not in key
                 entry = Entry(destination, _of_block(i, select) if stacked else select)
                 if destination not in known:
-                    if destination.startswith(optional):
+                    if destination.startswith(absent):
                         continue
                     near = difflib.get_close_matches(destination, known, n=1)
                     hint = f"; did you mean {near[0]}?" if near else ""

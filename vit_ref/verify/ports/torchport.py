@@ -85,6 +85,7 @@ class TorchPort:
         parameters = dict(module.named_parameters())
         like = _like(module, dtype)
         wide = torch.promote_types(like.dtype, torch.float32)
+        last = output_site(self.config)
         shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
 
         def gradients(o: Objective) -> Gradients:
@@ -93,6 +94,8 @@ class TorchPort:
             perturbations: dict[str, torch.Tensor] = {}
 
             def tap(site: str, value: torch.Tensor) -> torch.Tensor:
+                if site == last and not value.requires_grad:
+                    raise UndifferentiableError("its output has no gradient: does it run under torch.no_grad?")
                 if tuple(value.shape) != shapes[site]:
                     return value
                 perturbations[site] = torch.zeros(value.shape, dtype=wide, device=value.device, requires_grad=True)
@@ -104,8 +107,6 @@ class TorchPort:
                 require_shape(output.shape, o.cotangent.shape)
                 loss = torch.nn.functional.cross_entropy(output, labels)
                 objective = o.loss_weight * loss + (cotangent.to(wide) * output).sum()
-            if not objective.requires_grad:
-                raise UndifferentiableError("its output has no gradient: does it run under torch.no_grad?")
             leaves = [*perturbations.values(), *parameters.values(), images]
             try:
                 found = torch.autograd.grad(objective, leaves, materialize_grads=True)

@@ -1,0 +1,230 @@
+"""The table of a candidate by itself: what it reads, what it picks, what it writes back, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_ref
+from vit_ref import checkpoint
+from vit_ref.errors import InputError
+from vit_ref.porting import parameter_shapes
+from vit_ref.pretrained import configuration
+from vit_ref.verify.backward import objectives_for
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.check import port_for
+from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.ports.loading import find, recognised
+from vit_ref.verify.ports.table import Table, bind, claimed, fitted, gradients_by_path
+
+pytestmark = pytest.mark.candidates
+
+CONFIG = CASES["rectangular"].config
+BATCH, TOKENS, HEADS, WIDTH = 2, 17, 3, 33
+VALUE = np.arange(BATCH * TOKENS * WIDTH, dtype=np.float32).reshape(BATCH, TOKENS, WIDTH)
+
+
+def vjp(function: Callable, value: Any) -> tuple[Any, Callable]:
+    picked, pull_back = jax.vjp(function, jnp.asarray(value))
+    return picked, lambda cotangent: pull_back(cotangent)[0]
+
+
+def table(mapped: Any) -> Table:
+    return Table(mapped, CONFIG, (BATCH, *CONFIG.image_hw), vjp)
+
+
+class Recording:
+    """A tap that keeps what it is shown, and changes one site."""
+
+    def __init__(self, site: str = "", change: Callable = lambda value: value):
+        self.seen: dict[str, Any] = {}
+        self.site, self.change = site, change
+
+    def __call__(self, site: str, value: Any) -> Any:
+        self.seen[site] = value
+        return self.change(value) if site == self.site else value
+
+
+@pytest.mark.parametrize(
+    ("mapped", "message"),
+    [
+        ({"a": "block.0.attn.qery"}, r"sites: 'a': block.0.attn.qery is none of this model's; did you mean block.0"),
+        ({"a": "block.7.norm1"}, "block.7.norm1 is none of this model's"),
+        ({"a": "norm", "b": "norm"}, "sites: 'a' and 'b' both claim norm"),
+        ({"{i}.a": "block.{i}.norm1", "b": "block.1.norm1"}, "'1.a' and 'b' both claim block.1.norm1"),
+        ({"a": ["norm", ("norm", lambda x: x)]}, "both claim norm"),
+        ({"a": "logitz"}, r"logitz is none of this model's; did you mean logits\?"),
+        ({"a": "logits.mine"}, "logits.mine is none of this model's"),
+        ({"a:output": "norm"}, "sites: 'a:output' cannot be read: give 'path', 'path:input'"),
+        ({"a[0": "norm"}, "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_refused(mapped: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        table(mapped)
+
+
+def test_a_table_may_name_a_head_that_a_checkpoint_has_not() -> None:
+    assert claimed({"head": "logits", "pooler": "pooler", "a": "norm"}, CONFIG) == {"logits", "norm"}
+    assert claimed(None, CONFIG) == frozenset()
+
+
+def test_patterns_count_the_blocks_and_stacked_values_come_apart() -> None:
+    tap = Recording()
+    table({"{i}.a": "block.{i}.norm1"}).at_output("1.a", VALUE, tap)
+    assert list(tap.seen) == ["block.1.norm1"]
+    stacked = np.stack([VALUE, -VALUE])
+    table({"a": "block.{i}.norm1"}).at_name("a", stacked, tap)
+    np.testing.assert_array_equal(tap.seen["block.0.norm1"], VALUE)
+    np.testing.assert_array_equal(tap.seen["block.1.norm1"], -VALUE)
+    table({"a": ("block.{i}.norm1", lambda x: x[..., ::-1])}).at_name("a", stacked, tap)
+    np.testing.assert_array_equal(tap.seen["block.1.norm1"], -VALUE[..., ::-1])
+
+
+@pytest.mark.parametrize(
+    ("key", "args", "kwargs"),
+    [
+        ("a:input", (VALUE, 0), {}),
+        ("a:input", (), {"x": VALUE, "y": 0}),
+        ("a:input[1]", (0, VALUE), {}),
+        ("a:input[x]", (0,), {"x": VALUE}),
+    ],
+)
+def test_a_submodules_arguments_are_shown_and_replaced(key: str, args: tuple, kwargs: dict) -> None:
+    tap = Recording("block.0.norm2", np.negative)
+    args, kwargs = table({key: "block.0.norm2"}).at_input("a", args, kwargs, tap)
+    np.testing.assert_array_equal(tap.seen["block.0.norm2"], VALUE)
+    (found,) = (value for value in (*args, *kwargs.values()) if not isinstance(value, int))
+    np.testing.assert_array_equal(found, -VALUE)
+
+
+@pytest.mark.parametrize(
+    ("key", "output", "place"), [("a[1]", (0, VALUE), 1), ("a[x]", {"x": VALUE, "y": 0}, "x"), ("a[0]", (VALUE,), 0)]
+)
+def test_elements_of_an_output_are_shown_and_replaced(key: str, output: Any, place: Any) -> None:
+    tap = Recording("norm", np.negative)
+    found = table({key: "norm"}).at_output("a", output, tap)
+    assert type(found) is type(output) and len(found) == len(output)
+    np.testing.assert_array_equal(found[place], -VALUE)
+
+
+def test_an_output_of_which_no_element_was_chosen_is_refused() -> None:
+    with pytest.raises(InputError, match=r"sites: norm: the port has a tuple there: name one of its elements"):
+        table({"a": "norm"}).at_output("a", (VALUE, 0), Recording())
+
+
+def test_a_selection_that_does_not_fit_is_refused() -> None:
+    mapped = {"a": ("norm", lambda x: x[0, 0, 0, 0])}
+    with pytest.raises(
+        InputError, match=r"norm: its selection cannot be applied to a value of shape \(2, 17, 33\): Too"
+    ):
+        table(mapped).at_output("a", VALUE, Recording())
+
+
+def test_parts_of_one_value_are_shown_apart_and_written_back_where_they_were() -> None:
+    fused = np.concatenate([VALUE, VALUE + 1e4, VALUE + 2e4], axis=-1)
+    roles = ("query", "key", "value")
+    mapped = {
+        "qkv": [
+            (f"block.0.attn.{role}", lambda x, k=k: x[..., k * WIDTH : (k + 1) * WIDTH]) for k, role in enumerate(roles)
+        ]
+    }
+    tap = Recording("block.0.attn.key", lambda value: value * 0)
+    output = table(mapped).at_output("qkv", fused, tap)
+    for k, role in enumerate(roles):
+        apart = (VALUE + k * 1e4).reshape(BATCH, TOKENS, HEADS, -1)
+        np.testing.assert_array_equal(tap.seen[f"block.0.attn.{role}"], apart)
+    expected = fused.copy()
+    expected[..., WIDTH : 2 * WIDTH] = 0
+    np.testing.assert_array_equal(output, expected)
+
+
+def test_what_is_shown_after_or_beside_its_use_counts_as_fixed() -> None:
+    beside = table({"a:input": "block.0.attn.residual"})
+    beside.at_input("a", (VALUE,), {}, Recording("block.0.attn.residual", np.negative))
+    assert beside.fixed == {"block.0.attn.residual"}
+    # What enters a module that holds others is all of the stream.
+    whole = table({"a:input": "block.0.attn.residual", "a.b": "block.0.norm2"})
+    (changed,), _ = whole.at_input("a", (VALUE,), {}, Recording("block.0.attn.residual", np.negative))
+    assert whole.fixed == set() and changed is not VALUE
+    after = table(None)
+    after.returned({"norm": VALUE, "mine": VALUE}, tap := Recording("norm", np.negative))
+    assert after.fixed == {"norm"} and list(tap.seen) == ["norm"]
+
+
+def test_only_neighbouring_axes_are_merged_or_split() -> None:
+    apart = VALUE.reshape(BATCH, TOKENS, HEADS, -1)
+    np.testing.assert_array_equal(fitted(apart, VALUE.shape), VALUE)
+    np.testing.assert_array_equal(fitted(VALUE, apart.shape), apart)
+    np.testing.assert_array_equal(fitted(VALUE[0], (1, TOKENS, WIDTH)), VALUE[:1])
+    # Reshaped it would have the wanted shape, and its elements in the wrong places.
+    moved = apart.swapaxes(1, 2)
+    assert fitted(moved, apart.shape) is moved
+    assert fitted(VALUE.swapaxes(1, 2), VALUE.shape).shape == (BATCH, WIDTH, TOKENS)
+    assert fitted(VALUE, (BATCH, TOKENS, WIDTH + 1)) is VALUE
+
+
+def test_gradients_are_named_and_shaped_by_the_table() -> None:
+    ours = {"w": ("head.kernel", lambda w: w.T), "b": "head.bias", "q": "blocks.{i}.attn.query.bias"}
+    gradients = {"w": np.ones((23, 33)), "b": np.zeros(23), "q": np.stack([np.zeros((3, 11)), np.ones((3, 11))])}
+    found = gradients_by_path(ours, CONFIG, gradients)
+    assert {path: value.shape for path, value in found.items()} == {
+        "head.kernel": (33, 23),
+        "head.bias": (23,),
+        "blocks.0.attn.query.bias": (33,),
+        "blocks.1.attn.query.bias": (33,),
+    }
+    assert found["blocks.1.attn.query.bias"].all() and not found["blocks.0.attn.query.bias"].any()
+    with pytest.raises(InputError, match=r"parameters: the port has no parameter wight; did you mean weight\?"):
+        gradients_by_path({"wight": "norm.scale"}, CONFIG, {"weight": np.ones(33)})
+    with pytest.raises(InputError, match=r"parameters: 'w': head.kernal is none of this model's; did you mean head.k"):
+        bind({"w": "head.kernal"}, "parameters", CONFIG, {"head.kernel": ()})
+
+
+def test_gradients_need_no_table_under_names_that_are_known() -> None:
+    nothing = vit_ref.Candidate(load=print)
+    shapes = parameter_shapes(CONFIG)
+    assert recognised(nothing, CONFIG, CASES["rectangular"].checkpoint().tensors).keys() == shapes.keys()
+    own = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    assert recognised(nothing, CONFIG, own).keys() == shapes.keys()
+    assert recognised(nothing, CONFIG, {"my.weight": np.ones(3)}) == {}
+
+
+def reordered(spec: str) -> vit_ref.Candidate:
+    """The tutorial's port, with a selection where it needs none: one that moves axes and comes back."""
+    found = find(spec)
+    sites = dict(found.sites or {})
+    sites["encoder.layers.{i}.attention.query"] = ("block.{i}.attn.query", lambda x: x[:, :, ::-1][:, :, ::-1])
+    return vit_ref.Candidate(load=found.load, sites=sites, parameters=found.parameters)
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"), [("nnx_tutorial.py", reordered), pytest.param("torch_timm.py", find, marks=pytest.mark.torch)]
+)
+def test_a_site_replaced_or_perturbed_through_a_selection_is_so_inside(
+    file: str, changed: Callable[[str], vit_ref.Candidate], port: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
+    source = checkpoint.read(saved("one-block"))
+    config = configuration(source)
+    pixels = CASES["rectangular"].images()[:2]
+    own = OwnCandidate(config, source)
+    theirs = port_for(changed(port(file)), config, source)
+    rng = np.random.default_rng(0)
+    values = {
+        f"block.0.attn.{role}": rng.normal(size=(2, TOKENS, HEADS, WIDTH // HEADS)) for role in ("query", "value")
+    }
+    expected = own.trace(pixels, np.float64, replace=values)["logits"]
+    found = theirs.trace(pixels, np.float64, replace=values)["logits"]
+    assert error(found, expected).rms < SEMANTIC_RMS
+    objective = objectives_for(config, len(pixels))[1]
+    pulled = own.gradients(pixels, np.float64)(objective).sites
+    back = theirs.gradients(pixels, np.float64)(objective).sites
+    assert values.keys() <= back.keys() <= pulled.keys()
+    assert max(error(back[site], pulled[site]).rms for site in back) < SEMANTIC_RMS

@@ -1,0 +1,248 @@
+"""Candidates that cannot be found, loaded, run, observed or differentiated: said in one line, and whose fault it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_ref
+from vit_ref import checkpoint
+from vit_ref.errors import InputError
+from vit_ref.pretrained import configuration
+from vit_ref.verify.behaviour import check_behaviour
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.check import check_port, port_for
+from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.port_report import Check
+from vit_ref.verify.ports.jaxport import unrounded_softmax
+from vit_ref.verify.ports.loading import find, is_torch
+from vit_ref.verify.trace import TruncatedError, precision_of
+
+pytestmark = pytest.mark.candidates
+
+CONFIG = CASES["rectangular"].config
+IMAGES = CASES["rectangular"].images()
+
+
+@pytest.mark.parametrize(
+    ("spec", "content", "message"),
+    [
+        ("absent.py", None, r"absent.py: no such file"),
+        ("broken.py", "def f(:\n", r"broken.py: importing it raised SyntaxError: invalid syntax"),
+        ("needs.py", "import vit_ref_absent", "needs.py: importing it raised ModuleNotFoundError: No module named"),
+        ("empty.py", "", r"empty.py: it has no 'candidate': name one as .*empty.py:NAME"),
+        ("named.py:other", "candidate = print", r"named.py: it has no 'other'"),
+        ("number.py", "candidate = 3", "number: a int: give a vit_ref.Candidate, or a function from pixels to logits"),
+        ("cls.py", "class candidate: pass", "cls: a type: give a vit_ref.Candidate"),
+        ("vit_ref_absent.ports", None, "vit_ref_absent.ports: importing it raised ModuleNotFoundError"),
+        ("not a module", None, "not a module: neither a Python file nor the name of a module"),
+    ],
+)
+def test_a_candidate_that_cannot_be_found_is_one_line(
+    spec: str, content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file, _, attribute = spec.partition(":")
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    if file.endswith(".py"):
+        spec = f"{tmp_path / file}:{attribute}" if attribute else str(tmp_path / file)
+    with pytest.raises(InputError, match=message) as caught:
+        find(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_candidates_are_found_by_file_module_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    # A neighbour is imported, and a file may be called like a package.
+    (tmp_path / "vit_ref_neighbour.py").write_text("class made:\n    @staticmethod\n    def port(x): return x\n")
+    (tmp_path / "flax.py").write_text("from vit_ref_neighbour import made\nimport flax.nnx\ncandidate = made.port\n")
+    assert find(str(tmp_path / "flax.py")).name == "flax"
+    assert find(f"{tmp_path / 'flax.py'}:made.port").name == "flax-made.port"
+    assert find("vit_ref_neighbour:made.port").name == "vit_ref_neighbour-made.port"
+
+
+def made(candidate: Any, saved: Callable[[str], Path]) -> Any:
+    source = checkpoint.read(saved("rectangular"))
+    return port_for(candidate, configuration(source), source)
+
+
+def failing(_: Any) -> Any:
+    raise KeyError("no such tensor")
+
+
+def ones(classes: int, x: Any) -> Any:
+    return x.sum((1, 2, 3))[:, None] * jnp.ones(classes, x.dtype)
+
+
+def under_jit(candidate: vit_ref.Candidate) -> vit_ref.Candidate:
+    return dataclasses.replace(candidate, call=lambda model, x: jax.jit(lambda x: model(x))(x))
+
+
+def with_site(path: str) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
+    return lambda candidate: dataclasses.replace(candidate, sites={path: "norm"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: dataclasses.replace(c, load=failing), "mine: load\\(\\) raised KeyError: 'no such tensor'"),
+        (lambda c: dataclasses.replace(c, load=lambda _: failing), "mine: the forward pass raised KeyError: 'no such"),
+        (lambda c: dataclasses.replace(c, load=lambda _: 3), "mine: load\\(\\) returned a int: see vit_ref.Candidate"),
+        (lambda c: dataclasses.replace(c, load=lambda _: dict, sites=None), "mine: the forward pass raised"),
+        (
+            lambda c: dataclasses.replace(c, load=lambda _: lambda x: {"logits": x}, sites=None),
+            "mine: it returned a dict: logits \\(B, classes\\) are expected",
+        ),
+        (
+            with_site("final_nrm"),
+            "has no submodule 'final_nrm', and returns nothing of that name; did you mean 'final_",
+        ),
+        (under_jit, "mine: patches is computed under a transformation of its own \\(jit, vmap, scan\\)"),
+    ],
+)
+def test_a_candidate_that_cannot_be_run_or_seen_is_one_line(
+    change: Callable, message: str, port: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
+    candidate = dataclasses.replace(find(port("nnx_tutorial.py")), name="mine")
+    with pytest.raises(InputError, match=message) as caught:
+        made(change(candidate), saved).trace(IMAGES, np.float64)
+    assert "\n" not in str(caught.value)
+
+
+def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+    candidate = with_site("encoder_nrm")(find(port("linen_big_vision.py")))
+    with pytest.raises(InputError, match=r"has no submodule 'encoder_nrm'.* did you mean 'encoder_norm'"):
+        made(candidate, saved).trace(IMAGES, np.float64)
+
+
+def test_submodules_and_returned_intermediates_go_together(
+    port: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
+    candidate = dataclasses.replace(
+        find(port("nnx_tutorial.py")),
+        sites={"final_norm": "norm", "squares": "patches"},
+        call=lambda model, x: (model(x), {"squares": model.patch_embeddings(x)}),
+    )
+    shown = made(candidate, saved)
+    trace = shown.trace(IMAGES, np.float64)
+    assert {site: value.shape for site, value in trace.items()} == {
+        "norm": (5, 17, 33),
+        "patches": (5, 16, 33),
+        "logits": (5, 23),
+    }
+    assert shown.fixed == {"patches"}
+
+
+def checks_of(function: Callable, saved: Callable[[str], Path], *, backward: bool = False) -> dict[str, Check]:
+    report = check_port(function, saved("one-block"), backward=backward)
+    return {check.name: check for check in report.checks}
+
+
+def failures_of(function: Callable, saved: Callable[[str], Path]) -> dict[str, str]:
+    return {each.name: each.reason for each in check_behaviour(made(function, saved), IMAGES[:2]) if not each.passed}
+
+
+def test_a_port_that_stays_in_float32_has_not_been_judged(saved: Callable[[str], Path]) -> None:
+    def narrow(x: jax.Array) -> jax.Array:
+        return ones(23, x.astype(jnp.float32))
+
+    with pytest.raises(TruncatedError, match=r"narrow was to compute in float64, but 1 of 1 sites are not, first logi"):
+        checks_of(narrow, saved)
+
+
+def test_a_right_port_in_numpy_passes_and_cannot_be_compiled(saved: Callable[[str], Path]) -> None:
+    source = checkpoint.read(saved("one-block"))
+    oracle = NumpyOracle(configuration(source), source.tensors)
+    checks = checks_of(lambda x: oracle.trace(np.asarray(x))["logits"], saved, backward=True)
+    assert checks["forward/logits"].status == "passed"
+    assert checks["behaviour/jit"].status == "failed"
+    assert checks["behaviour/jit"].reason.startswith("jax cannot trace it (TracerArrayConversionError)")
+    assert checks["behaviour/repeat"].status == checks["behaviour/batch"].status == "passed"
+    assert checks["backward/pixels"].status == "not observed"
+    assert "it cannot be differentiated" in checks["backward/pixels"].reason
+
+
+def test_a_port_whose_images_depend_on_each_other_is_seen(saved: Callable[[str], Path]) -> None:
+    assert failures_of(lambda x: ones(23, x - x.mean(axis=0)), saved) == {
+        "batch": "an image alone comes out otherwise than in its batch"
+    }
+
+
+def test_a_port_that_is_another_when_compiled_is_seen(saved: Callable[[str], Path]) -> None:
+    assert failures_of(lambda x: ones(23, x) * (2 if isinstance(x, jax.core.Tracer) else 1), saved) == {
+        "jit": "compiled it computes something else than operation by operation"
+    }
+
+
+def test_a_port_that_differs_from_run_to_run_is_seen(saved: Callable[[str], Path]) -> None:
+    rng = np.random.default_rng(0)
+    # float(): it cannot be traced, so that numpy draws anew in each run.
+    failures = failures_of(lambda x: ones(23, x) + float(x[0, 0, 0, 0]) * rng.normal(), saved)
+    assert failures["repeat"].startswith("two runs on the same images differ")
+
+
+def test_a_port_that_writes_into_jaxs_images_is_one_line(saved: Callable[[str], Path]) -> None:
+    def centred(x: Any) -> Any:
+        x = np.asarray(x)
+        x -= x.mean()
+        return x
+
+    with pytest.raises(InputError, match=r"centred: the forward pass raised ValueError: output array is read-only"):
+        check_behaviour(made(centred, saved), IMAGES)
+
+
+def test_logits_of_another_shape_have_failed_and_have_no_gradients(saved: Callable[[str], Path]) -> None:
+    checks = checks_of(lambda x: ones(1, x), saved, backward=True)
+    assert checks["forward/logits"].status == "failed"
+    assert checks["backward/pixels"].reason.startswith("its output has shape (1, 1) and not (1, 23)")
+
+
+def test_a_loader_is_told_the_dtype_it_asks_for(saved: Callable[[str], Path]) -> None:
+    told = []
+
+    def load(path: Path, dtype: np.dtype) -> Callable:
+        told.append((path, dtype))
+        return lambda x: ones(23, x).astype(dtype)
+
+    port = made(vit_ref.Candidate(load=load), saved)
+    for dtype in (np.float64, np.float64, np.float32):
+        assert port.trace(IMAGES, dtype)["logits"].dtype == dtype
+    # Once each, though asked for twice: reading a checkpoint takes seconds.
+    assert told == [(saved("rectangular"), np.dtype(np.float64)), (saved("rectangular"), np.dtype(np.float32))]
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"mask": True}, {"bias": True}])
+def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    with precision_of(np.float64):
+        query, key, value = (jnp.asarray(rng.normal(size=(2, 5, 3, 7))) for _ in range(3))
+        if "mask" in options:
+            options = {"mask": jnp.asarray(rng.random((2, 3, 5, 5)) < 0.7).at[..., 0].set(True)}
+        if "bias" in options:
+            options = {"bias": jnp.asarray(rng.normal(size=(2, 3, 5, 5)))}
+        scores = jnp.einsum("bqhk,bmhk->bhqm", query, key) * options.get("scale", 7**-0.5) + options.get("bias", 0)
+        scores = jnp.where(options["mask"], scores, -jnp.inf) if "mask" in options else scores
+        expected = np.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
+        fused = jax.nn.dot_product_attention
+        with unrounded_softmax(np.float64):
+            found = jax.nn.dot_product_attention(query, key, value, **options)
+        # Rounding of a sum of five products; the fused softmax's own, in float32, is 1e-8.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
+        assert np.abs(fused(query, key, value, **options) - expected).max() > 1e-10
+    with unrounded_softmax(np.float32):
+        assert jax.nn.dot_product_attention is fused
+
+
+def test_pytorch_is_not_imported_to_see_that_a_port_is_none_of_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert not is_torch(object())
+    assert "torch" not in sys.modules
