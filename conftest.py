@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "preprocessing: images become what the reference's image processor makes of them",
         "consistency: every way of running and differentiating the model agrees with every other",
         "properties: what holds for every valid configuration",
+        "candidates: somebody else's port is judged rightly",
         "mutants: a deliberate fault is seen, and named where it is",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",

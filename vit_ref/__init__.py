@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vit_ref.verify.check import check_port
     from vit_ref.verify.port_report import PortReport
     from vit_ref.verify.ports.declaration import Candidate
+    from vit_ref.verify.ports.proposal import propose
 
 __version__ = version("vit-ref")
 
@@ -22,6 +23,7 @@ _OF_THE_ENGINE = {
     "Candidate": "vit_ref.verify.ports.declaration",
     "PortReport": "vit_ref.verify.port_report",
     "check_port": "vit_ref.verify.check",
+    "propose": "vit_ref.verify.ports.proposal",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "VisionTransformer",
     "check_port",
     "from_pretrained",
+    "propose",
     "save_pretrained",
 ]
 
