@@ -25,7 +25,8 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.check import port_for
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.ports.declaration import Candidate
-from vit_ref.verify.ports.proposal import Proposal
+from vit_ref.verify.ports.listing import Proposal
+from vit_ref.verify.ports.matching import Search
 from vit_ref.verify.ports.table import gradients_by_path
 from vit_ref.verify.trace import Trace
 
@@ -363,6 +364,35 @@ def test_without_parameters_a_close_value_is_proposed_and_a_distant_one_is_not(d
     assert found.unused == ("doubled",)
 
 
+def test_leftovers_of_all_blocks_are_named_once(directory: Path) -> None:
+    show = blocks(lambda get: {"extra.0": np.zeros(3), "extra.1": np.ones(3)})
+    assert vit_ref.propose(showing(show), directory).unused == ("layer_{i}.extra.0", "layer_{i}.extra.1")
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        # Near to both, nearer to one.
+        ({"x": 1e-4}, {"embeddings": "x"}),
+        # The only other value nearby is known to be something else.
+        ({"x": 0.0, "y": 0.008}, {"embeddings": "x", "norm": "y"}),
+        # It is not known to be.
+        ({"x": 0.001, "y": 0.008}, {}),
+    ],
+)
+def test_two_sites_that_differ_little_are_told_apart(shown: dict[str, float], expected: dict[str, str]) -> None:
+    rng = np.random.default_rng(0)
+    base, step = rng.normal(size=(2, 3, 17, D))
+    search = Search(
+        {key: base + distance * step for key, distance in shown.items()},
+        {"norm": base + 0.01 * step, "embeddings": base},
+        CASE.config,
+    )
+    search.run(lambda site: ())
+    search.run(lambda site: (), guess=True)
+    assert {target: match.reading.key for target, match in search.matches.items()} == expected
+
+
 def test_two_values_that_are_equally_near_leave_a_site_unmatched(directory: Path) -> None:
     def show(trace: Trace) -> Mapping[str, Any]:
         return {"one": trace["norm"] + 1e-3, "other": trace["norm"] - 1e-3}
@@ -439,9 +469,13 @@ FORMS: dict[str, tuple[Callable[[Trace], Mapping[str, Any]], dict[str, tuple[str
         lambda trace: {"norms": stacked(trace, "norm1"), "queries": stacked(trace, "attn.query").swapaxes(2, 3)},
         {"block.{i}.norm1": ("norms", ""), "block.{i}.attn.query": ("queries", "x.swapaxes(1, 2)")},
     ),
-    "without a pattern": (
-        lambda trace: {f"norm_{2 * i + 1}": trace[f"block.{i}.norm1"] for i in range(DEPTH)},
-        {f"block.{i}.norm1": (f"norm_{2 * i + 1}", "") for i in range(DEPTH)},
+    "numbered through all blocks": (
+        lambda trace: {f"norm_{2 * i + k}": trace[f"block.{i}.norm{k + 1}"] for i in range(DEPTH) for k in (0, 1)},
+        {f"block.{i}.norm{k + 1}": (f"norm_{2 * i + k}", "") for i in range(DEPTH) for k in (0, 1)},
+    ),
+    "numbered within blocks, as many": (
+        blocks(lambda get: {"mlp.0": get("mlp.fc1"), "mlp.1": get("mlp.hidden")}),
+        {"block.{i}.mlp.fc1": ("layer_{i}.mlp.0", ""), "block.{i}.mlp.hidden": ("layer_{i}.mlp.1", "")},
     ),
     "numbered like blocks by chance": (
         lambda trace: {"out_0": trace["block.0.norm1"], "out_1": trace["logits"]},
@@ -646,13 +680,32 @@ def test_parameters_of_zeros_and_ones_are_told_by_the_layer_that_they_are_in(unt
     }
 
 
+def test_a_bias_of_zeros_belongs_to_the_kernel_beside_it(untrained: Path) -> None:
+    names = {"query": "first", "key": "second"}
+    expected = {
+        f"h.{{i}}.{theirs}.{leaf}": f"blocks.{{i}}.attn.{ours}.{leaf}"
+        for ours, theirs in names.items()
+        for leaf in ("kernel", "bias")
+    }
+
+    def parameters(ours: dict[str, NDArray]) -> dict[str, NDArray]:
+        return {
+            key.replace("{i}", str(i)): ours[path.replace("{i}", str(i))]
+            for key, path in expected.items()
+            for i in range(DEPTH)
+        }
+
+    found = vit_ref.propose(showing(lambda trace: {}, parameters), untrained)
+    assert found.parameters == expected
+
+
 def test_parameters_that_nothing_tells_apart_are_left_to_the_person(untrained: Path) -> None:
     names = {"norm.scale": "first", "blocks.0.norm1.scale": "second"}
     port = showing(lambda trace: {}, lambda ours: {theirs: ours[path] for path, theirs in names.items()})
     found = vit_ref.propose(port, untrained)
     assert found.parameters == {}
     assert found.ambiguous["norm.scale"] == ("first", "second")
-    assert "# Equal to norm.scale, and to each other: first, second" in str(found)
+    assert "# Which of these is norm.scale its value does not tell: first, second" in str(found)
     assert not {"norm.scale"} & set(found.unowned)
 
 

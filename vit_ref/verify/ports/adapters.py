@@ -62,7 +62,9 @@ def _nnx(port: nnx.Module, call: Call | None) -> tuple[Any, Run]:
         model = nnx.merge(graph, parameters, rest)
         if takes(call or model, "tap"):
             # What shows its values itself would be seen twice.
-            return _called(model, images, call, table, tap)
+            returned = _called(model, images, call, table, tap)
+            require_known(table, table.met, returned)
+            return returned
         modules = {".".join(map(str, parts)): module for parts, module in nnx.iter_modules(model)}
         with _watching(modules, table, tap):
             returned = _called(model, images, call, table, tap)
@@ -87,8 +89,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None) -> tuple[Any
         with linen.intercept_methods(intercept):
             port = module.bind({**variables, "params": parameters})
             returned = _called(port, images, call, table, tap)
-        if not takes(call or port, "tap"):
-            require_known(table, met, returned)
+        require_known(table, table.met if takes(call or port, "tap") else met, returned)
         return returned
 
     return variables["params"], run

@@ -70,7 +70,7 @@ class Proposal:
         yield from _comment("Of the port, and of no use because they ran more than once", self.repeated)
         yield from _comment("Parameters with no equal in the port", self.unowned)
         for target, keys in self.ambiguous.items():
-            yield from _comment(f"Equal to {target}, and to each other", keys)
+            yield from _comment(f"Which of these is {target} its value does not tell", keys)
         yield from _comment("Parameters of the port with no equal in the checkpoint", self.unused_parameters)
 
 

@@ -6,7 +6,6 @@ port diverges.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -87,8 +86,7 @@ class Search:
           owners: the places where a target is to be, as far as is known.
           guess: whether unequal values count: those at the target's own place, or else close ones.
         """
-        # Kernels before biases: who owns a kernel of random numbers owns the bias of zeros beside it.
-        for template, names in sorted(self._groups.items(), key=lambda item: -math.prod(self._shapes[item[1][0]])):
+        for template, names in self._groups.items():
             if not any(name in self.matches for name in (template, *names)) and "{i}" in template:
                 self._find(template, names, owners(template), guess)
             if template not in self.matches and template not in self.ambiguous:
@@ -117,7 +115,8 @@ class Search:
             for match in (self.matches.values() if self._parameters else ())
             for key in (match.reading.key, *self._expanded(match.reading.key))
         }
-        pool = self._readings[self._shapes[names[0]]]
+        shape = self._shapes[names[0]]
+        pool = self._readings[shape]
         readings = [
             each for each in (pool.blocked if "{i}" in target else pool.single) if (each.key, each.part) not in used
         ]
@@ -132,9 +131,12 @@ class Search:
         if equal.any():
             tied = [int(k) for k in np.flatnonzero(equal == equal.max())]
             if self._parameters:
-                tied = [k for k in tied if k in owned] or tied
+                at_home = [k for k in tied if k in owned]
+                tied = at_home or tied
                 self.ambiguous.pop(target, None)
-                if len({(readings[k].key, readings[k].part) for k in tied}) > 1:
+                # Equal to several, or as equal to another target: the one that is left over need not be it.
+                shared = not at_home and _count(truth[0], self._truths[shape]) > _count(truth[0], truth)
+                if shared or len({(readings[k].key, readings[k].part) for k in tied}) > 1:
                     self.ambiguous[target] = tuple(dict.fromkeys(readings[k].key for k in tied))
                     return
             winner = tied[0]
@@ -213,6 +215,10 @@ class Search:
 def _values(readings: Sequence[Reading]) -> NDArray:
     """(readings, blocks or 1, SAMPLE)."""
     return np.stack([reading.values for reading in readings]) if readings else np.zeros((0, 1, SAMPLE))
+
+
+def _count(value: NDArray, among: NDArray) -> int:
+    return int((among == value).all(axis=-1).sum())
 
 
 def _relative(values: NDArray, truth: NDArray) -> NDArray:

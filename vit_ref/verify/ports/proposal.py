@@ -79,8 +79,8 @@ def propose(
     wanted = {name: value.astype(np.float64) for name, value in porting.port(source.tensors, config, layout).items()}
     sites = Search(shown, truth, config)
     parameters = Search(own, wanted, config, parameters=True)
-    # Equal values first. Then each side helps the other: parameters of zeros belong to the layer whose output is known,
-    # and a layer whose parameters are known shows its site even where the port has diverged.
+    # Equal values first. Then each side helps the other: a bias of zeros belongs to the layer whose output is known, or
+    # whose kernel is; and a layer whose parameters are known shows its site even where the port has diverged.
     sites.run(lambda site: ())
     for guess in (False, True):
         parameters.run(lambda name: _homes(name.rpartition(".")[0], parameters) | _outputs(name, sites), guess=guess)

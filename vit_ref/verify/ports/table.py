@@ -61,6 +61,8 @@ class Table:
         self.paths = frozenset(point.path for point in self.points)
         # Sites that were shown after their use, or beside it: a change there would change nothing, or too little.
         self.fixed: set[str] = set()
+        # Names that the port gave to its tap, or returned.
+        self.met: set[str] = set()
         self._vjp = vjp
 
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
@@ -92,6 +94,7 @@ class Table:
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
         """A named value, passed through the sites that stand for it."""
+        self.met.add(name)
         if self.given:
             return self._through(Point(name), value, tap)
         return self._pass(Entry(name), value, tap) if name in self.shapes else value

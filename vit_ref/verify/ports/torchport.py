@@ -49,6 +49,8 @@ class TorchPort:
         self.config = config
         self.claims = claims(candidate, config)
         self.fixed: frozenset[str] = frozenset()
+        # See `JaxPort`.
+        self.tables: Callable[[tuple[int, ...]], Table] = lambda images: Table(candidate.sites, config, images, _vjp)
         self._candidate = candidate
         self._checkpoint = checkpoint
         self._port = None if port is None else (np.dtype(np.float64), port)
@@ -120,6 +122,10 @@ class TorchPort:
 
         return gradients
 
+    def parameters(self) -> dict[str, NDArray]:
+        """The port's parameters in float64, on the host, by its own paths."""
+        return {name: _array(value) for name, value in self._ready(np.float64).named_parameters()}
+
     @property
     def _channels_first(self) -> bool:
         return self._candidate.channels_first is not False
@@ -139,13 +145,15 @@ class TorchPort:
         call = self._candidate.call
         batch, *rest = images.shape
         height, width = rest[1:] if self._channels_first else rest[:2]
-        table = Table(self._candidate.sites, self.config, (batch, height, width), _vjp)
+        table = self.tables((batch, height, width))
 
         def run(table: Table, tap: Tap) -> Any:
             named = tapping(call or module.forward, table, tap)
             if named:
                 # What shows its values itself would be seen twice.
-                return call(module, images, **named) if call else module(images, **named)
+                returned = call(module, images, **named) if call else module(images, **named)
+                require_known(table, table.met, returned)
+                return returned
             modules = dict(module.named_modules())
             with _watching(modules, table, tap):
                 returned = call(module, images) if call else module(images)
