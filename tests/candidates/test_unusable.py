@@ -124,6 +124,16 @@ def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], save
         made(candidate, saved).trace(IMAGES, np.float64)
 
 
+def test_a_port_with_a_tap_is_observed_through_that_alone(saved: Callable[[str], Path]) -> None:
+    candidate = vit_ref.Candidate(
+        load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), sites={"blocks.0.norm1": "block.0.norm1"}
+    )
+    with pytest.raises(InputError, match=r"has no submodule 'blocks.0.norm1'.* did you mean 'block.0.norm1'"):
+        made(candidate, saved).trace(IMAGES, np.float64)
+    around = dataclasses.replace(candidate, call=lambda model, x: model(x))
+    assert set(made(around, saved).trace(IMAGES, np.float64)) == {"block.0.norm1", "logits"}
+
+
 def test_submodules_and_returned_intermediates_go_together(
     port: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
