@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,11 +62,13 @@ def test_a_candidate_that_cannot_be_found_is_one_line(
 
 
 def test_candidates_are_found_by_file_module_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "flax", flax)
     # A neighbour is imported, and a file may be called like a package.
     (tmp_path / "vit_ref_neighbour.py").write_text("class made:\n    @staticmethod\n    def port(x): return x\n")
     (tmp_path / "flax.py").write_text("from vit_ref_neighbour import made\nimport flax.nnx\ncandidate = made.port\n")
     assert find(str(tmp_path / "flax.py")).name == "flax"
+    assert sys.modules["flax"] is flax
     assert find(f"{tmp_path / 'flax.py'}:made.port").name == "flax-made.port"
     assert find("vit_ref_neighbour:made.port").name == "vit_ref_neighbour-made.port"
 

@@ -37,7 +37,7 @@ class Candidate:
         takes an argument `tap` is given a function `(name, value) -> value` to pass its values through.
 
         A loader without `dtype` gets its float parameters widened to float64 for the semantic gate; one with it
-        computes in that dtype.
+        computes in that dtype. PyTorch promotes nothing, so that `.to(dtype)` is done to its modules in any precision.
       sites: where the sites are: `{"blocks.{i}.attn.query": "block.{i}.attn.query"}`. A key is the path of a submodule,
         whose output is meant, or of a named intermediate. `:input` after it means the submodule's first argument, and
         `[0]` or `[name]` after that an element of a tuple, a mapping or the arguments. Values are sites; `(site,
