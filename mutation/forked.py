@@ -85,7 +85,7 @@ def main(config_path: str, session: str) -> None:
             result = run(item, stages, config.timeout)
             db.set_result(item.job_id, result)
             (mutation,) = item.mutations
-            outcome = "survived" if result.test_outcome == TestOutcome.SURVIVED else f"killed by {killer(result)}"
+            outcome = "survived" if result.test_outcome == TestOutcome.SURVIVED else f"killed, {killer(result)}"
             print(
                 f"{count}/{len(items)} line {mutation.start_pos[0]}, {mutation.operator_name}: {outcome},"
                 f" {time.monotonic() - started:.1f} s",
