@@ -94,8 +94,10 @@ def test_a_reference_that_is_asked_for_and_not_there_is_one_line_and_exit_code_2
         return installed[package]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    given = {"reference": reference, "checkpoint": []}
-    config = SimpleNamespace(getoption=lambda name, default: given.get(name, default))
+    given = {"reference": reference, "checkpoint": [], "candidate": []}
+    config = SimpleNamespace(
+        getoption=lambda name, default: given.get(name, default), addinivalue_line=lambda name, line: None
+    )
     if message is None:
         vit_ref_pytest.pytest_configure(config)
         return
