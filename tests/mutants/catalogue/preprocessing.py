@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,11 @@ def _as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocessing, "_upright_rgb", lambda image: upright(Image.fromarray(np.asarray(image))))
 
 
+def _bicubic(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = preprocessing.steps
+    monkeypatch.setattr(preprocessing, "steps", lambda config: dataclasses.replace(steps(config), resample=3))
+
+
 MUTANTS = (
     Mutant(
         number=42,
@@ -65,7 +71,7 @@ MUTANTS = (
         name="bicubic-images",
         story="images are resized with another filter than the file says",
         source="HF #37112",
-        inject=lambda monkeypatch: monkeypatch.setattr(preprocessing, "_resample", lambda value: 3),
+        inject=_bicubic,
         killed_by="preprocessing",
         tests=(FOLDER, "-k", "references_bits and RGB and not jpeg"),
     ),
