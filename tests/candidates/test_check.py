@@ -157,6 +157,14 @@ def test_a_case_of_pytest_ends_as_its_check(
     assert text in str(caught.value)
 
 
+def test_every_check_of_a_port_is_a_case(tiny: Path, judged: tuple[PortReport, list[str]]) -> None:
+    mark = vit_ref.parametrize_with_sites(str(tiny.parent / "port.py"), tiny).mark
+    assert mark.args[0] == "check"
+    ids = [param.id for param in mark.args[1]]
+    # Of a port in jax nobody asks whether it writes into its images, and of any other not whether it compiles.
+    assert [name for name in ids if name != "behaviour/inputs"] == [check.name for check in judged[0].checks]
+
+
 def test_a_check_knows_its_site() -> None:
     assert Check("backward/blocks.0.norm1.scale", "passed").site == "blocks.0.norm1.scale"
 

@@ -127,6 +127,16 @@ def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], save
         made(candidate, saved).trace(IMAGES, np.float64)
 
 
+def test_without_a_head_a_port_needs_a_table(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+    source = checkpoint.read(saved("headless"))
+    config = configuration(source)
+    plain = vit_ref.Candidate(load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine")
+    with pytest.raises(InputError, match=r"mine: the checkpoint has neither head nor pooler, so a candidate needs"):
+        port_for(plain, config, source)
+    shown = port_for(dataclasses.replace(plain, sites={"norm": "norm"}), config, source)
+    assert set(shown.trace(CASES["headless"].images(), np.float64)) == {"norm"}
+
+
 def test_a_port_with_a_tap_is_observed_through_that_alone(saved: Callable[[str], Path]) -> None:
     candidate = vit_ref.Candidate(
         load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), sites={"blocks.0.norm1": "block.0.norm1"}

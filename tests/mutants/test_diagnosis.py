@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vit_ref.sites import sites
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.diagnosis import diagnose, diagnose_gradient, diagnose_rounding, where
+from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.oracle import NumpyOracle
 
 pytestmark = pytest.mark.mutants
@@ -132,3 +133,35 @@ def test_a_gradient_that_cannot_be_compared_has_no_cause() -> None:
     assert [cause.label for cause in diagnose_gradient(truth, "norm", 0 * truth)] == ["zero"]
     assert diagnose_gradient(0 * truth, "norm", truth) == ()
     assert diagnose_gradient(truth, "norm", truth[:1]) == diagnose_gradient(truth, "norm", truth * np.nan) == ()
+
+
+def hidden_causes(known: Known, other: dict[str, object], shown: tuple[str, ...]) -> list[str]:
+    """The causes named for a model of another configuration that shows only these sites and those before the first."""
+    wrong = NumpyOracle(dataclasses.replace(known.config, **other), known.tensors).trace(known.images)
+    names = list(known.truth)
+    before = {name: known.truth[name] for name in names[: names.index("block.0.mlp.fc1")]} if len(shown) > 1 else {}
+    exact = {**before, **{site: wrong[site] for site in shown}}
+    site = next(site for site in shown if not np.array_equal(wrong[site], known.truth[site]))
+    found = diagnose(known.config, known.tensors, known.images, known.truth, names, site, exact)
+    return [cause.label for cause in found]
+
+
+def test_a_cause_is_found_at_a_site_that_is_not_shown() -> None:
+    known = Known(CASES["rectangular-patch"])
+    tanh = {"hidden_act": "gelu_new"}
+    assert hidden_causes(known, tanh, ("block.0.mlp.out", "logits")) == ["tanh GELU, at block.0.mlp.hidden"]
+
+
+def test_a_cause_is_found_where_the_output_alone_is_shown() -> None:
+    known = Known(CASES["rectangular-patch"])
+    assert hidden_causes(known, {"hidden_act": "gelu_new"}, ("logits",)) == ["tanh GELU throughout"]
+    both = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-6}
+    assert hidden_causes(known, both, ("logits",)) == ["quick GELU and LayerNorm epsilon 1e-06 throughout"]
+    assert hidden_causes(known, {"layer_norm_eps": 3e-4}, ("logits",)) == []
+
+
+def test_what_is_hidden_before_a_site_ends_at_the_first_that_is_shown() -> None:
+    names = ["patches", "embeddings", "block.0.norm1", "block.0.attn.query"]
+    assert hidden_before("block.0.attn.query", names, {"patches": 0}) == ("embeddings", "block.0.norm1")
+    assert hidden_before("block.0.norm1", names, {"embeddings": 0}) == ()
+    assert hidden_before("embeddings", names, {}) == ("patches",)
