@@ -33,35 +33,35 @@ def test_carriers_count_the_elements_that_carry_an_error() -> None:
     rng = np.random.default_rng(0)
     noise = rng.normal(size=100_000)
     # The fourth moment of so many normal numbers is known to 1.3 %, three standard deviations to 4 %.
-    assert error(noise, np.zeros_like(noise)).carriers == pytest.approx(noise.size, rel=0.04)
+    assert error(noise, np.zeros_like(noise), carriers=True).carriers == pytest.approx(noise.size, rel=0.04)
     # A heavier tail: the fourth moment of Laplace's distribution is six times the second's square.
     heavy = rng.laplace(size=1_000_000)
-    assert error(heavy, np.zeros_like(heavy)).carriers == pytest.approx(heavy.size / 2, rel=0.05)
+    assert error(heavy, np.zeros_like(heavy), carriers=True).carriers == pytest.approx(heavy.size / 2, rel=0.05)
     few = np.where(np.arange(noise.size) % 1000 == 0, 1e-200, 0.0)
-    assert error(few, np.zeros_like(few)).carriers == pytest.approx(300)  # 100 equal ones: no tail at all
-    assert error(np.ones(7), np.ones(7)).carriers == 7
+    assert error(few, np.zeros_like(few), carriers=True).carriers == pytest.approx(300)  # 100 equal ones: no tail at all
+    assert error(np.ones(7), np.ones(7), carriers=True).carriers == 7
     one = np.zeros(50)
     one[3] = 1.0
-    assert error(one, np.zeros(50)).carriers == 3
+    assert error(one, np.zeros(50), carriers=True).carriers == 3
 
 
 def test_the_channels_of_a_token_carry_its_error_together() -> None:
     tokens = np.ones((2, 3, 5))
-    assert error(tokens, np.zeros_like(tokens)).carriers == pytest.approx(6)
+    assert error(tokens, np.zeros_like(tokens), carriers=True).carriers == pytest.approx(6)
     tokens[1, 2] = 1e3
-    assert error(tokens, np.zeros_like(tokens)).carriers == pytest.approx(1, rel=1e-4)
+    assert error(tokens, np.zeros_like(tokens), carriers=True).carriers == pytest.approx(1, rel=1e-4)
     one_key = np.zeros((2, 3, 7, 7))
     one_key[..., 0] = 1.0
-    assert error(one_key, np.zeros_like(one_key)).carriers == pytest.approx(14)  # every query has its share
+    assert error(one_key, np.zeros_like(one_key), carriers=True).carriers == pytest.approx(14)  # every query has its share
     # Outputs: between the images and the elements.
-    assert error(np.ones((2, 18)), np.zeros((2, 18))).carriers == pytest.approx(np.sqrt(2 * 36))
+    assert error(np.ones((2, 18)), np.zeros((2, 18)), carriers=True).carriers == pytest.approx(np.sqrt(2 * 36))
     one_logit = np.eye(2, 3) * [1, 0, 0]
-    assert error(one_logit, np.zeros((2, 3))).carriers == pytest.approx(np.sqrt(1 * 3))
+    assert error(one_logit, np.zeros((2, 3)), carriers=True).carriers == pytest.approx(np.sqrt(1 * 3))
     uneven = np.array([[[1.0], [0.5]]])
-    assert error(uneven, np.zeros_like(uneven)).carriers == pytest.approx(1.25**2 / (1 + 0.25**2))
+    assert error(uneven, np.zeros_like(uneven), carriers=True).carriers == pytest.approx(1.25**2 / (1 + 0.25**2))
     # By token where heads come after the tokens, as in a query, and before them, as in the probabilities.
     for shape in ((2, 7, 3, 5), (2, 3, 7, 7)):
-        assert error(np.ones(shape), np.zeros(shape)).carriers == pytest.approx(14)
+        assert error(np.ones(shape), np.zeros(shape), carriers=True).carriers == pytest.approx(14)
 
 
 def test_errors_do_not_cancel() -> None:

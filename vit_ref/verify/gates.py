@@ -83,23 +83,29 @@ class Error(NamedTuple):
         return self.rms <= SEMANTIC_RMS and self.max <= SEMANTIC_MAX
 
 
-def error(value: NDArray, truth: NDArray, scale: float | None = None) -> Error:
+def error(value: NDArray, truth: NDArray, scale: float | None = None, *, carriers: bool = False) -> Error:
     """The relative error of `value`, infinite where it has another shape or is not finite.
 
     Args:
       value: any float dtype.
       truth: float64. Where it is all zero, the error is absolute.
       scale: the root mean square that the error is relative to, by default the truth's own.
+      carriers: count them too, which takes as long again as all else.
     """
     if value.shape != truth.shape:
         return Error(math.inf, math.inf)
     difference = value.astype(np.float64) - truth
-    if not np.isfinite(difference).all():
+    largest = _largest(difference)
+    if not math.isfinite(largest):
         return Error(math.inf, math.inf)
     scale_rms = (root_mean_square(truth) if scale is None else scale) or 1.0
-    scale_max = max(float(np.abs(truth).max()), scale_rms)
-    largest = float(np.abs(difference).max())
-    return Error(root_mean_square(difference) / scale_rms, largest / scale_max, _carriers(difference, largest))
+    relative = root_mean_square(difference) / scale_rms, largest / max(_largest(truth), scale_rms)
+    return Error(*relative, _carriers(difference, largest) if carriers else 0.0)
+
+
+def _largest(x: NDArray) -> float:
+    """max(|x|), NaN where one is; without an array of absolute values, of which a report would make gigabytes."""
+    return max(float(x.max()), -float(x.min()))
 
 
 def _carriers(difference: NDArray, largest: float) -> float:
@@ -123,12 +129,12 @@ def _carriers(difference: NDArray, largest: float) -> float:
 
 def _participation(squares: NDArray) -> float:
     """Into how many equal parts a sum of squares falls: 1 where one of them is all of it."""
-    return float(squares.sum()) ** 2 / float(np.square(squares).sum())
+    return float(squares.sum()) ** 2 / float(np.vdot(squares, squares))
 
 
 def root_mean_square(x: NDArray) -> float:
     """sqrt(mean(x^2)) over all elements."""
-    return float(np.sqrt(np.mean(np.square(x))))
+    return math.sqrt(float(np.vdot(x, x)) / x.size)
 
 
 def numerical_gate(

@@ -91,7 +91,7 @@ def check_gradients(
             if wrong and not causes:
                 causes = diagnose_gradient(truth[wrong[0]], wrong[0], exact[wrong[0]])
             del exact
-        yardsticks.append(_errors(yardstick_of(objective).named(), truth))
+        yardsticks.append(_errors(yardstick_of(objective).named(), truth, carriers=True))
         roundings.append(_errors(rounding_of(objective).named(), truth))
 
     own = {name: _pooled(yardsticks, name) for name in names}
@@ -126,8 +126,12 @@ def check_gradients(
     )
 
 
-def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray]) -> dict[str, Error]:
-    return {name: error(found[name], value, _scale(name, truth)) for name, value in truth.items() if name in found}
+def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray], *, carriers: bool = False) -> dict[str, Error]:
+    return {
+        name: error(found[name], value, _scale(name, truth), carriers=carriers)
+        for name, value in truth.items()
+        if name in found
+    }
 
 
 def _pooled(found: list[dict[str, Error]], name: str) -> float:

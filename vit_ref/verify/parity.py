@@ -172,9 +172,9 @@ def check_parity(
     if set(truth) != set(names):
         raise AssertionError(f"{judge.name} was not observed at {sorted(set(truth) ^ set(names))}")
 
-    def errors(trace: Trace) -> dict[str, Error]:
+    def errors(trace: Trace, *, carriers: bool = False) -> dict[str, Error]:
         # A trace of a real model takes a gigabyte, its errors nothing: none outlives this call.
-        return {site: error(trace[site], truth[site]) for site in names if site in trace}
+        return {site: error(trace[site], truth[site], carriers=carriers) for site in names if site in trace}
 
     progress(f"{oracle.name} in float64")
     oracle_trace = oracle.trace(pixels)
@@ -183,7 +183,7 @@ def check_parity(
     del oracle_trace
     dtype = np.dtype(precision).name
     progress(f"{judge.name} in {dtype}")
-    yardsticks = errors(judge.trace(pixels, precision))
+    yardsticks = errors(judge.trace(pixels, precision), carriers=True)
     progress(f"{candidate.name} in float64")
     exact_trace = candidate.trace(pixels, np.float64)
     require_float64(exact_trace, candidate.name)
