@@ -68,7 +68,7 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
     try:
         together, again, *alone = port.outputs(given, np.float64)
         if port.compiles:
-            own = _behaviour("jit", together, port.outputs([pixels], np.float64, jit=False)[0], _JIT)
+            own = _behaviour("jit", alone[0], port.outputs([pixels[:1]], np.float64, jit=False)[0], _JIT)
         else:
             own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
     except jax.errors.JAXTypeError as error:
