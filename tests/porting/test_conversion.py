@@ -21,7 +21,6 @@ from vit_ref.errors import CheckpointError, ConfigError
 from vit_ref.model import VisionTransformer
 from vit_ref.porting import LAYOUTS, PortError
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.flaxvit import require_flaxvit
 from vit_strategies import random_bits, with_room, within
 
 pytestmark = pytest.mark.porting
@@ -347,8 +346,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
 
 
 def test_flaxvit_loads_what_is_converted(tmp_path: Path, filled: Callable[..., VisionTransformer]) -> None:
-    require_flaxvit()
-    import transformers
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'vit-ref[test]'")
     from flax.traverse_util import flatten_dict
 
     config = replace(CASES["rectangular"].config, image_size=20)
