@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,10 +16,11 @@ from vit_ref import checkpoint, model
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.pretrained import configuration
-from vit_ref.verify import flaxvit, photographs
+from vit_ref.verify import flaxvit
 from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.cases import CASES, synthetic_images
+from vit_ref.verify.cases import CASES
 from vit_ref.verify.parity import ParityReport, check_parity
+from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.trace import Trace, TruncatedError, precision_of
 
@@ -80,9 +80,7 @@ def test_tanh_gelu_is_named_on_the_given_checkpoints(pytestconfig: pytest.Config
         config = configuration(source)
         if config.hidden_act != "gelu":
             pytest.skip(f"{path} uses {config.hidden_act}")
-        pixels = (
-            photographs.load(photographs.find(Path(images), 1), config) if images else synthetic_images(config, batch=1)
-        )
+        pixels = pixels_for(config, images, 1)
         report = check_parity("tanh", config, source, pixels, OwnCandidate(config, source))
         assert report.semantic_failures[0].site == "block.0.mlp.hidden"
         assert report.results[-1].ratio > 1000

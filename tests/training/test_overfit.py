@@ -18,9 +18,9 @@ from vit_ref.config import ViTConfig
 from vit_ref.finetune.step import classification_loss, train_step
 from vit_ref.model import VisionTransformer
 from vit_ref.pretrained import configuration, parameters_of
-from vit_ref.verify import photographs
 from vit_ref.verify.cases import CASES, synthetic_images
 from vit_ref.verify.gates import root_mean_square
+from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.trace import precision_of
 
 pytestmark = pytest.mark.training
@@ -74,9 +74,7 @@ def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
         draw = np.random.default_rng(0).normal(0, 0.02, (config.hidden_size, 3)).astype(np.float32)
         parameters |= {"head.kernel": draw, "head.bias": np.zeros(3, np.float32)}
         source = Checkpoint(given.path, porting.export(parameters, config, porting.HF), config.to_hf())
-        pixels = (
-            photographs.load(photographs.find(Path(images), 3), config) if images else synthetic_images(config, batch=3)
-        )
+        pixels = pixels_for(config, images, 3)
         arguments = config, source, clipped_momentum, [(pixels, np.arange(3))] * 18
         truth = train_flaxvit(*arguments, np.float64, set()).losses
         # A ViT-S/14 that knows ten hand signs reaches 1e-3 at step 15.

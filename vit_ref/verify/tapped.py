@@ -148,7 +148,7 @@ def _kept_backward_forward(x: jax.Array, one: jax.Array) -> tuple[jax.Array, jax
 
 
 def _kept_backward_backward(one: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return cotangent / one.astype(cotangent.dtype), jax.numpy.zeros_like(one)
+    return cotangent / one.astype(cotangent.dtype), jnp.zeros_like(one)
 
 
 _kept_backward.defvjp(_kept_backward_forward, _kept_backward_backward)

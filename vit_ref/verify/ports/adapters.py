@@ -60,15 +60,13 @@ def _nnx(port: nnx.Module, call: Call | None) -> tuple[Any, Run]:
 
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
         model = nnx.merge(graph, parameters, rest)
-        if takes(call or model, "tap"):
-            # What shows its values itself would be seen twice.
-            returned = _called(model, images, call, table, tap)
-            require_known(table, table.met, returned)
-            return returned
-        modules = {".".join(map(str, parts)): module for parts, module in nnx.iter_modules(model)}
+        taps = takes(call or model, "tap")
+        # What shows its values itself would be seen twice.
+        seen = () if taps else nnx.iter_modules(model)
+        modules = {".".join(map(str, parts)): module for parts, module in seen}
         with _watching(modules, table, tap):
             returned = _called(model, images, call, table, tap)
-        require_known(table, modules, returned)
+        require_known(table, table.met if taps else modules, returned)
         return returned
 
     return parameters, run

@@ -149,15 +149,11 @@ class TorchPort:
 
         def run(table: Table, tap: Tap) -> Any:
             named = tapping(call or module.forward, table, tap)
-            if named:
-                # What shows its values itself would be seen twice.
-                returned = call(module, images, **named) if call else module(images, **named)
-                require_known(table, table.met, returned)
-                return returned
-            modules = dict(module.named_modules())
+            # What shows its values itself would be seen twice.
+            modules = {} if named else dict(module.named_modules())
             with _watching(modules, table, tap):
-                returned = call(module, images) if call else module(images)
-            require_known(table, modules, returned)
+                returned = call(module, images, **named) if call else module(images, **named)
+            require_known(table, table.met if named else modules, returned)
             return returned
 
         output = observed(self._candidate, self.config, run, table, tap)
