@@ -83,6 +83,11 @@ def test_pytorch_passes_the_numerical_gate_as_a_candidate_would(name: str, dtype
         assert error(found[site.name], truth[site.name]).rms <= numerical_gate(own.rms, dtype, own.carriers), site.name
 
 
+class TorchAsPort(TorchViTReference):
+    # Every site, as the judge shows them.
+    claims = None
+
+
 # Every kind of output once, every precision once: FlaxViT's backward pass compiles for seconds.
 @pytest.mark.parametrize(
     ("name", "dtype"), [("rectangular", np.float32), ("pooler", ml_dtypes.bfloat16), ("headless", np.float16)]
@@ -90,7 +95,7 @@ def test_pytorch_passes_the_numerical_gate_as_a_candidate_would(name: str, dtype
 def test_pytorchs_gradients_are_flaxvits(name: str, dtype: type) -> None:
     needs("flax", "torch")
     case, source = CASES[name], CASES[name].checkpoint()
-    candidate = TorchViTReference(case.config, source.tensors)
+    candidate = TorchAsPort(case.config, source.tensors)
     report = check_gradients("PyTorch", case.config, source, case.images(), candidate, dtype)
     assert report.passed, f"{headline(report)}\n\n{table(report)}"
 
