@@ -7,6 +7,7 @@ directions out (its cotangents sum to zero over the classes, and vanish where th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.sites import Site
+from vit_ref.sites import sites
 from vit_ref.verify.trace import precision_of
 
 # With the loss twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs
@@ -85,24 +86,29 @@ def require_shape(output: tuple[int, ...], expected: tuple[int, ...]) -> None:
 def differentiator(
     forward: Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array],
     parameters: Any,
-    shapes: tuple[Site, ...],
+    config: ViTConfig,
     pixels: NDArray,
     dtype: DTypeLike,
 ) -> Callable[[Objective], tuple[Any, dict[str, NDArray], NDArray]]:
     """A forward pass that adds a perturbation to the value at every site, made ready to be differentiated.
 
+    It is traced here and compiled in a thread of its own, beside whatever is traced next: XLA takes seconds for a real
+    model, on one core.
+
     Args:
-      forward: (parameters, perturbations by site, pixels) -> output (B, width).
+      forward: (parameters, perturbations by site, pixels) -> output (B, width). Every perturbation is zero, and the
+        gradient with respect to it is the site's.
       parameters: any tree.
-      shapes: the sites; every perturbation is zero, and the gradient with respect to it is the site's.
+      config: the model's configuration.
       pixels: float32 images.
       dtype: float64, or the precision under test.
 
     Returns:
       A function that gives the gradients of one objective with respect to parameters, sites and pixels; all objectives
-      share what it compiles.
+      share what is compiled.
     """
     wide = np.promote_types(np.dtype(dtype), np.float32)
+    shapes = sites(config, len(pixels), pixels.shape[1:3])
 
     def objective(
         parameters: Any, perturbations: Any, pixels: jax.Array, weight: Any, labels: Any, cotangent: Any
@@ -119,13 +125,19 @@ def differentiator(
         perturbations = {site.name: jnp.zeros(site.shape, wide) for site in shapes}
         return jax.grad(objective, argnums=(0, 1, 2))(parameters, perturbations, pixels, *scalars)
 
+    def arguments(o: Objective) -> tuple[Any, ...]:
+        images = jnp.asarray(pixels * np.float32(o.brightness), wide)
+        return images, wide.type(o.loss_weight), o.labels.astype(np.int32), o.cotangent.astype(wide)
+
     with precision_of(dtype):
         cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), parameters)
+        lowered = run.lower(cast, *arguments(objectives_for(config, len(pixels))[0]))
+    compiler = ThreadPoolExecutor(1)
+    compiling = compiler.submit(lowered.compile)
+    compiler.shutdown(wait=False)
 
     def differentiate(o: Objective) -> tuple[Any, dict[str, NDArray], NDArray]:
         with precision_of(dtype):
-            images = jnp.asarray(pixels * np.float32(o.brightness), wide)
-            scalars = wide.type(o.loss_weight), o.labels, o.cotangent.astype(wide)
-            return jax.device_get(run(cast, images, *scalars))
+            return jax.device_get(compiling.result()(cast, *arguments(o)))
 
     return differentiate

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.porting import FLAX, port
-from vit_ref.sites import sites
 from vit_ref.verify.backward import Gradients, Objective, differentiator
 from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError, precision_of
 
@@ -126,8 +125,7 @@ class FlaxViTReference:
 
             return self._forward(params, pixels, dtype, tap)
 
-        shapes = sites(self.config, len(pixels), pixels.shape[1:3])
-        differentiate = differentiator(forward, self.params, shapes, pixels, dtype)
+        differentiate = differentiator(forward, self.params, self.config, pixels, dtype)
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
-from vit_ref.sites import sites
 from vit_ref.verify.backward import Gradients, Objective, differentiator
 from vit_ref.verify.trace import Trace, precision_of
 
@@ -121,8 +120,7 @@ class Tapped(ABC):
 
             return forward(parameters, pixels, tap)
 
-        shapes = sites(self.config, len(pixels), pixels.shape[1:3])
-        differentiate = differentiator(perturbing, parameters, shapes, pixels, dtype)
+        differentiate = differentiator(perturbing, parameters, self.config, pixels, dtype)
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)
