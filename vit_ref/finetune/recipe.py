@@ -1,0 +1,97 @@
+"""How a model is fine-tuned: every choice that changes the result, in one place that is written beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from vit_ref.errors import InputError
+
+OptimizerName = Literal["sgd", "adamw"]
+ScheduleName = Literal["linear", "cosine", "constant"]
+Precision = Literal["float32", "mixed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run learns, besides the checkpoint and the images.
+
+    The defaults are those of Flax's ViT tutorial: SGD with Nesterov momentum and a linear schedule to zero.
+
+    Attributes:
+      epochs: passes over the training images.
+      batch_size: images a step, over all devices and processes.
+      optimizer: "sgd", with Nesterov momentum, or "adamw".
+      learning_rate: at its highest.
+      schedule: how it falls to zero after the warm-up: "linear", "cosine", or "constant" for not at all.
+      warmup: part of all updates over which it rises from zero, 0 to 1.
+      momentum: of SGD.
+      weight_decay: of AdamW, decoupled and on kernels alone; of SGD, added to the gradient of kernels.
+      layer_decay: learning rate of a block over that of the block above it; 1 for the same everywhere. The embeddings
+        count as the lowest block (BEiT, Bao et al. 2021, https://arxiv.org/abs/2106.08254, appendix).
+      frozen: how many blocks, from below and with the embeddings, are not trained; -1 for all but the head.
+      accumulate: steps whose gradients are averaged into one update.
+      clip: largest global norm of the gradient; None for any.
+      label_smoothing: part of a label's weight that all classes share.
+      dropout: of the hidden values and the attention probabilities; None for the checkpoint's own.
+      precision: "float32", or "mixed": blocks compute in bfloat16; parameters, optimizer, token stream, norms, softmax
+        and loss are float32.
+      image_size: pixels of an image's side, to which the position embeddings are resized; None for the checkpoint's.
+      head: "fresh", a new one of zeros for the data's classes, or "keep", where the checkpoint has the same ones.
+      augment: whether training images are cropped, flipped and jittered.
+      seed: of the head, the order of images, their augmentation and dropout.
+
+    Raises:
+      InputError: a value is out of range.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    optimizer: OptimizerName = "sgd"
+    learning_rate: float = 1e-3
+    schedule: ScheduleName = "linear"
+    warmup: float = 0.0
+    momentum: float = 0.8
+    weight_decay: float = 0.0
+    layer_decay: float = 1.0
+    frozen: int = 0
+    accumulate: int = 1
+    clip: float | None = None
+    label_smoothing: float = 0.0
+    dropout: float | None = None
+    precision: Precision = "float32"
+    image_size: int | None = None
+    head: Literal["fresh", "keep"] = "fresh"
+    augment: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("frozen", -1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} is {value!r}: give an integer of at least {least}")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
+        for name, known in (("optimizer", OptimizerName), ("schedule", ScheduleName), ("precision", Precision)):
+            if getattr(self, name) not in get_args(known):
+                raise InputError(f"{name} is {getattr(self, name)!r}: known are {', '.join(get_args(known))}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as `Recipe(**...)` takes it back."""
+        return dataclasses.asdict(self)
+
+
+# NaN is in no range. A rate of zero learns nothing; one of 1000 is a slip of the hand.
+_RANGES = (
+    ("learning_rate", 1e-12, 100.0),
+    ("warmup", 0.0, 1.0),
+    ("momentum", 0.0, 0.9999),
+    ("weight_decay", 0.0, 10.0),
+    ("layer_decay", 1e-3, 1.0),
+    ("clip", 1e-6, 1e6),
+    ("label_smoothing", 0.0, 0.9),
+    ("dropout", 0.0, 0.9),
+    ("image_size", 1, 8192),
+)

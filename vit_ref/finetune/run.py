@@ -1,0 +1,315 @@
+"""A whole run: load, train, look at the validation images, save, export; from any point on again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from vit_ref.errors import InputError
+from vit_ref.finetune.augmentation import Augmentation
+from vit_ref.finetune.data import ImageDataset
+from vit_ref.finetune.loading import batches
+from vit_ref.finetune.mesh import Sharding, divided, mesh_for, shardings, whole
+from vit_ref.finetune.metrics import Evaluation, MetricsLog
+from vit_ref.finetune.optimizer import schedule, trained, transformation
+from vit_ref.finetune.recipe import Recipe
+from vit_ref.finetune.saves import Progress, Saves
+from vit_ref.finetune.start import starting_model
+from vit_ref.finetune.step import train_step
+from vit_ref.model import VisionTransformer
+from vit_ref.pretrained import save_pretrained
+
+METRICS, TIMING, RECIPE, CHECKPOINTS, MODEL = "metrics.jsonl", "timing.jsonl", "run.json", "checkpoints", "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conduct:
+    """How a run is carried out; none of it changes what is learnt.
+
+    Attributes:
+      workers: processes that load images; 0 for threads of this one.
+      save_every: steps between two checkpoints, besides one after every epoch; None for those alone.
+      keep: how many of the last checkpoints to keep, besides the best.
+      sharding: where the parameters lie when there are several devices, see `mesh.shardings`.
+      tensorboard: whether to write TensorBoard's files too.
+      quiet: no bars.
+    """
+
+    workers: int = 0
+    save_every: int | None = None
+    keep: int = 2
+    sharding: Sharding = "data"
+    tensorboard: bool = False
+    quiet: bool = False
+
+
+class Outcome(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+      model: the best of all epochs, in evaluation mode.
+      directory: the Hugging Face directory where it is saved.
+      evaluation: the model on the validation images.
+      epoch: after which it was the best.
+    """
+
+    model: VisionTransformer
+    directory: Path
+    evaluation: Evaluation
+    epoch: int
+
+
+def finetune(
+    source: str | os.PathLike[str] | None,
+    training: ImageDataset,
+    validation: ImageDataset,
+    out: str | os.PathLike[str],
+    recipe: Recipe = Recipe(),  # noqa: B008  # frozen
+    conduct: Conduct = Conduct(),  # noqa: B008  # frozen
+    *,
+    resume: bool = False,
+    augment: Callable[..., Any] | None = None,
+) -> Outcome:
+    """Fine-tunes a checkpoint on images, and saves the model that did best on the validation images.
+
+    Args:
+      source: a checkpoint as `vit_ref.from_pretrained` takes it; None for a small model from scratch.
+      training: images to learn from.
+      validation: images to judge by, of the same classes.
+      out: the run's directory: metrics.jsonl, timing.jsonl, checkpoints/, model/.
+      recipe: what decides the result.
+      conduct: what does not.
+      resume: go on from the last checkpoint in `out`, if there is one: parameters and metrics become, bit for bit,
+        those of a run that was never stopped.
+      augment: takes the place of `Augmentation()`, see `loading.batches`.
+
+    Returns:
+      The best model, where it is, and how good.
+
+    Raises:
+      InputError: checkpoint, images or recipe cannot be used, `out` holds another run, or cannot be written to.
+    """
+    out = Path(out)
+    mesh = mesh_for(recipe.batch_size)
+    if training.classes != validation.classes:
+        raise InputError("the training and the validation images have other classes: give both the same folders")
+    per_epoch = len(training) // recipe.batch_size
+    if not per_epoch:
+        raise InputError(f"batch_size is {recipe.batch_size}: there are only {len(training)} training images")
+    steps = per_epoch * recipe.epochs
+    model = starting_model(source, training.classes, recipe)
+    blocks = model.config.num_hidden_layers
+    updates = max(steps // recipe.accumulate, 1)
+    optimizer = nnx.Optimizer(model, transformation(recipe, updates, blocks), wrt=trained(recipe, blocks))
+    model.train()
+    graph, state = nnx.split((model, optimizer))
+    layout = shardings(state, mesh, conduct.sharding)
+    state = jax.device_put(state, layout)
+    learn = _learner(graph, layout, mesh, recipe)
+    look = Examiner(model, mesh)
+
+    shard = (jax.process_index(), jax.process_count())
+    if recipe.augment and augment is None:
+        augment = Augmentation()
+    loader = iter(
+        batches(
+            training,
+            model.config,
+            batch_size=recipe.batch_size // shard[1],
+            seed=recipe.seed,
+            epochs=recipe.epochs,
+            augment=augment if recipe.augment else None,
+            workers=conduct.workers,
+            shard=shard,
+        )
+    )
+    _require_same_run(out, recipe, source, training, resume)
+    saves = Saves(out / CHECKPOINTS, conduct.keep)
+    done = saves.latest() if resume else None
+    if done is not None:
+        state = unflattened(state, saves.restore(done, flattened(state)))
+        loader.set_state(saves.progress(done).loader)
+    done = done or 0
+    first = jax.process_index() == 0
+    log = MetricsLog(out / METRICS, tensorboard=out / "tensorboard" if conduct.tensorboard else None) if first else None
+    timing = MetricsLog(out / TIMING) if first else None
+    for file in (log, timing):
+        if file is not None:
+            file.truncate_after(done)
+
+    rate = schedule(recipe, updates)
+    bar = tqdm(total=steps, initial=done, unit="step", disable=conduct.quiet or not first or None)
+    began, loss = time.perf_counter(), None
+    for step in range(done + 1, steps + 1):
+        batch = next(loader)
+        pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
+        state, loss = learn(state, pixels, labels, np.int32(step))
+        epoch = (step - 1) // per_epoch + 1
+        value = float(loss)
+        if not np.isfinite(value):
+            raise InputError(
+                f"the loss is {value} at step {step}: lower learning_rate, or give clip; {out / CHECKPOINTS} has the"
+                f" last good state"
+            )
+        now = time.perf_counter()
+        speed, began = recipe.batch_size / (now - began), now
+        bar.set_postfix_str(f"epoch {epoch}, loss {value:.3f}, {speed:.0f} images/s", refresh=False)
+        bar.update()
+        if log and timing:
+            used = float(rate((step - 1) // recipe.accumulate))
+            log.write({"step": step, "epoch": epoch, "loss": value, "learning_rate": used})
+            timing.write({"step": step, "images_per_second": speed})
+        accuracy = None
+        if step % per_epoch == 0:
+            evaluation = look(state_of_model(state), validation, recipe, conduct)
+            accuracy = evaluation.accuracy, evaluation.loss
+            if log:
+                log.write(
+                    {
+                        "step": step,
+                        "epoch": epoch,
+                        "validation_loss": evaluation.loss,
+                        "validation_accuracy": evaluation.accuracy,
+                    }
+                )
+            began = time.perf_counter()
+        if accuracy or (conduct.save_every and step % conduct.save_every == 0):
+            saves.save(flattened(state), Progress(step, loader.get_state(), accuracy))
+    bar.close()
+    saves.wait()
+    best = saves.best()
+    if best is None:
+        raise InputError(f"{out / CHECKPOINTS}: no checkpoint with an accuracy in it: start anew in another directory")
+    state = unflattened(state, saves.restore(best, flattened(state)))
+    saves.close()
+    evaluation = look(state_of_model(state), validation, recipe, conduct)
+    model = nnx.merge(graph, gathered(state, mesh))[0]
+    model.eval()
+    if first:
+        save_pretrained(model, out / MODEL)
+    return Outcome(model, out / MODEL, evaluation, best // per_epoch)
+
+
+def _learner(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[..., tuple[Any, jax.Array]]:
+    """(state, pixels, labels, step) -> (state, loss), compiled; the state is split once and not at every step."""
+    key = jax.random.key(recipe.seed)
+
+    def learn(state: Any, pixels: jax.Array, labels: jax.Array, step: jax.Array) -> tuple[Any, jax.Array]:
+        model, optimizer = nnx.merge(graph, state)
+        rngs = nnx.Rngs(dropout=jax.random.fold_in(key, step))
+        loss = train_step(model, optimizer, pixels, labels, rngs, recipe.label_smoothing)
+        return nnx.state((model, optimizer)), loss
+
+    return jax.jit(learn, donate_argnums=0, out_shardings=(layout, whole(mesh)))
+
+
+class Examiner:
+    """Looks at the validation images with the parameters that it is given.
+
+    Args:
+      model: whose computation it is.
+      mesh: over which images are divided.
+    """
+
+    def __init__(self, model: VisionTransformer, mesh: Mesh):
+        self._mesh, self._config = mesh, model.config
+        model = nnx.merge(*nnx.split(model))
+        model.eval()
+        graph, _ = nnx.split(model)
+
+        def run(state: Any, pixels: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return nnx.merge(graph, state)(pixels).astype(np.float32), labels
+
+        # Every process sees all, so that all agree on which epoch was the best.
+        self._run = jax.jit(run, out_shardings=whole(mesh))
+
+    def __call__(self, state: Any, dataset: ImageDataset, recipe: Recipe, conduct: Conduct) -> Evaluation:
+        """The evaluation of one state of the model."""
+        shard = (jax.process_index(), jax.process_count())
+        seen = [
+            self._run(state, divided(batch["pixels"], self._mesh), divided(batch["label"], self._mesh))
+            for batch in batches(
+                dataset,
+                self._config,
+                batch_size=recipe.batch_size // shard[1],
+                seed=recipe.seed,
+                epochs=1,
+                augment=None,
+                workers=conduct.workers,
+                shard=shard,
+                shuffle=False,
+                drop_remainder=False,
+            )
+        ]
+        logits, labels = (np.concatenate([np.asarray(each[k]) for each in seen]) for k in (0, 1))
+        return Evaluation.of(logits, labels, len(dataset.classes))
+
+
+def state_of_model(state: Any) -> Any:
+    """The model's part of (model, optimizer)."""
+    return state[0]
+
+
+def flattened(state: Any) -> dict[str, jax.Array]:
+    """A state's arrays by dotted path."""
+    return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def unflattened(like: Any, arrays: Mapping[str, jax.Array]) -> Any:
+    """The state with these arrays."""
+    return nnx.from_flat_state(
+        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)]
+    )
+
+
+def gathered(state: Any, mesh: Mesh) -> Any:
+    """The state with every array whole on every device."""
+    return jax.jit(lambda tree: tree, out_shardings=whole(mesh))(state)
+
+
+def _require_same_run(
+    out: Path, recipe: Recipe, source: str | os.PathLike[str] | None, training: ImageDataset, resume: bool
+) -> None:
+    """Writes down what decides the result, or compares it with what was written."""
+    is_first = jax.process_index() == 0
+    file = out / RECIPE
+    described = {
+        "checkpoint": None if source is None else os.fspath(source),
+        "images": len(training),
+        "classes": list(training.classes),
+        "recipe": recipe.to_json(),
+    }
+    try:
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            if not resume and is_first:
+                raise InputError(f"{out}: there is a run in it: go on with --resume, or give another directory")
+            for name, now, was in _differences(described, before):
+                raise InputError(f"{file}: {name} was {was!r} and is {now!r} now: a run goes on as it began")
+        elif is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            part.replace(file)
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"{file}: cannot be written or read ({error}): give another directory") from None
+
+
+def _differences(now: Mapping[str, Any], was: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in ("checkpoint", "images", "classes"):
+        if now[name] != was[name]:
+            yield name, now[name], was[name]
+    for name, value in now["recipe"].items():
+        if value != was["recipe"][name]:
+            yield name, value, was["recipe"][name]

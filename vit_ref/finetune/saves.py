@@ -1,0 +1,147 @@
+"""A run's checkpoints, by Orbax: asynchronous, atomic, the last few and the best."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from vit_ref.errors import InputError
+
+# What Orbax and tensorstore raise where a disk is full or cannot be written to is not OSError alone.
+_DISK = (OSError, ValueError, RuntimeError)
+
+
+class Progress(NamedTuple):
+    """Where a run is, besides its arrays.
+
+    Attributes:
+      step: how many steps are done.
+      loader: the loader's state, as JSON takes it.
+      accuracy: on the validation images, where they were just looked at, with the loss there.
+    """
+
+    step: int
+    loader: Any
+    accuracy: tuple[float, float] | None = None
+
+
+class Saves:
+    """The checkpoints in one directory.
+
+    Args:
+      directory: made if need be.
+      keep: how many of the last to keep, besides the best.
+
+    Raises:
+      InputError: it cannot be written to.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self._directory = directory.absolute()
+        with _one_line(self._directory):
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=preservation_policy.AnyPreservationPolicy(
+                        [
+                            preservation_policy.LatestN(keep),
+                            preservation_policy.BestN(
+                                get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False
+                            ),
+                        ]
+                    ),
+                    # Left by a process that was killed while it wrote.
+                    cleanup_tmp_directories=True,
+                ),
+            )
+
+    def save(self, arrays: Mapping[str, jax.Array], progress: Progress) -> None:
+        """Writes a checkpoint in the background; the arrays may be overwritten once this returns.
+
+        Raises:
+          InputError: this one, or the one before it, cannot be written.
+        """
+        # The step after this one is given the arrays' memory while they are being written.
+        copies = {name: jnp.copy(array) for name, array in arrays.items()}
+        jax.block_until_ready(copies)
+        metrics = None
+        if progress.accuracy:
+            metrics = dict(zip(("accuracy", "loss"), map(float, progress.accuracy), strict=True))
+        with _one_line(self._directory):
+            self._manager.save(
+                progress.step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(copies), progress=ocp.args.JsonSave(progress._asdict())
+                ),
+                metrics=metrics,
+                force=True,
+            )
+
+    def latest(self) -> int | None:
+        """The last step that was written whole, None where there is none."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the highest accuracy, the lowest loss among equals; None where none was measured."""
+        found = {}
+        for step in self._manager.all_steps():
+            progress = self.progress(step)
+            if progress.accuracy:
+                accuracy, loss = progress.accuracy
+                found[step] = (accuracy, -loss)
+        return max(found, key=found.__getitem__) if found else None
+
+    def progress(self, step: int) -> Progress:
+        """What was saved beside the arrays."""
+        with _one_line(self._directory):
+            read = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        accuracy = tuple(read["accuracy"]) if read["accuracy"] else None
+        return Progress(read["step"], read["loader"], accuracy)
+
+    def restore(self, step: int, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The arrays of a step, each with the shape, dtype and sharding of its like.
+
+        Raises:
+          InputError: they cannot be read, or are of another model.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
+        with _one_line(self._directory / str(step)):
+            return self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes)))[
+                "arrays"
+            ]
+
+    def wait(self) -> None:
+        """Until everything is written.
+
+        Raises:
+          InputError: something could not be.
+        """
+        with _one_line(self._directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and stops the threads."""
+        with _one_line(self._directory):
+            self._manager.close()
+
+
+def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
+    return metrics["accuracy"], -metrics["loss"]
+
+
+@contextlib.contextmanager
+def _one_line(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except _DISK as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{place}: checkpoint cannot be written or read: {reason[:300]}") from error

@@ -1,0 +1,92 @@
+"""What fine-tuning starts from: a checkpoint with a head for the data's classes, or a small model from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vit_ref import checkpoint
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.finetune.recipe import Recipe
+from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.pretrained import build, load
+
+# Learns the embedded images within a minute on one core.
+SCRATCH = ViTConfig(
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=128,
+    layer_norm_eps=1e-6,
+    image_size=32,
+    patch_size=8,
+)
+
+
+def starting_model(
+    source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe
+) -> VisionTransformer:
+    """The model that a run starts from, in evaluation mode.
+
+    Args:
+      source: a checkpoint as `vit_ref.from_pretrained` takes it; None for `SCRATCH`, freshly initialised.
+      classes: names of the data's classes, in order of their labels.
+      recipe: says which head, image size, dropout and precision.
+
+    Raises:
+      InputError: the checkpoint cannot be read, or has not the head that is to be kept.
+    """
+    dtype = jnp.bfloat16 if recipe.precision == "mixed" else None
+    if source is None:
+        config = _for_classes(_for_recipe(SCRATCH, recipe), classes)
+        return VisionTransformer(config, dtype=dtype, rngs=nnx.Rngs(recipe.seed))
+    was, parameters, _ = load(checkpoint.read(source))
+    config = _for_recipe(was, recipe)
+    if config.image_hw != was.image_hw:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            positions = jnp.asarray(parameters["position_embeddings"])
+            parameters["position_embeddings"] = np.asarray(resize_positions(positions, was.grid(), config.grid()))
+    if recipe.head == "keep":
+        if tuple(was.labels) != tuple(classes):
+            raise InputError(
+                f"{source}: its head knows the classes {_few(was.labels)}, the data has {_few(classes)}: take a fresh"
+                " head"
+            )
+    else:
+        config = _for_classes(config, classes)
+        parameters = {path: value for path, value in parameters.items() if path.split(".")[0] not in ("head", "pooler")}
+        # Zeros, as in the paper (appendix B.1.1): the first steps do not push noise through the backbone.
+        parameters["head.kernel"] = np.zeros((config.hidden_size, len(classes)), np.float32)
+        parameters["head.bias"] = np.zeros(len(classes), np.float32)
+    # Masters are float32, whatever the checkpoint was saved in: a bfloat16 parameter ignores small updates.
+    return build(config, {path: value.astype(np.float32) for path, value in parameters.items()}, dtype=dtype)
+
+
+def _for_recipe(config: ViTConfig, recipe: Recipe) -> ViTConfig:
+    if recipe.dropout is not None:
+        config = dataclasses.replace(
+            config, hidden_dropout_prob=recipe.dropout, attention_probs_dropout_prob=recipe.dropout
+        )
+    if recipe.image_size is None or config.image_hw == (recipe.image_size,) * 2:
+        return config
+    preprocessor = config.preprocessor
+    if preprocessor is not None:
+        preprocessor = {**preprocessor, "size": {"height": recipe.image_size, "width": recipe.image_size}}
+    return dataclasses.replace(config, image_size=recipe.image_size, preprocessor=preprocessor)
+
+
+def _for_classes(config: ViTConfig, classes: Sequence[str]) -> ViTConfig:
+    return dataclasses.replace(
+        config, num_labels=len(classes), labels=tuple(classes), pooler=False, pooler_output_size=None
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''} ({len(names)})"
