@@ -1,4 +1,4 @@
-"""The command line: `vit-ref verify`, `vit-ref convert` and `vit-ref propose`.
+"""The command line: `vit-ref verify | convert | propose | finetune | predict`.
 
 Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in one line. 130: interrupted.
 """
@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.theme import Theme
 
 from vit_ref import conversion
 from vit_ref.errors import InputError
+from vit_ref.finetune.options import recipe_from, recipe_options
 
 WRONG, UNUSABLE, INTERRUPTED = 1, 2, 130
 _ERRORS = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -160,6 +161,84 @@ def propose(candidate: str, checkpoint: str) -> None:
     from vit_ref.verify.ports.proposal import propose as proposed
 
     click.echo(proposed(candidate, checkpoint))
+
+
+@main.command("finetune")
+@click.argument("checkpoint", required=False)
+@click.option("--data", metavar="DIR|HUB_ID", help="Image folder or data set; else a small embedded one.")
+@click.option("--train-split", default="train", show_default=True, help="As in train[:5000].")
+@click.option("--validation-split", default="validation", show_default=True, help="Likewise.")
+@click.option("--classes", type=click.IntRange(2), metavar="N", help="Only the first N classes.")
+@click.option(
+    "--bad-images", type=click.Choice(["error", "skip"]), default="error", show_default=True, help="Unreadable ones."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("run"), show_default=True, help="The run's place.")
+@click.option("--resume", is_flag=True, help="Go on where the run in --out was stopped.")
+@recipe_options
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load images.")
+@click.option("--save-every", type=click.IntRange(1), metavar="N", help="Checkpoint every N steps, too.")
+@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Last checkpoints to keep.")
+@click.option(
+    "--sharding",
+    type=click.Choice(["data", "fsdp"]),
+    default="data",
+    show_default=True,
+    help="Parameters on several devices: whole on each, or divided.",
+)
+@click.option("--tensorboard", is_flag=True, help="Log for TensorBoard, too.")
+@click.option("--plots/--no-plots", default=True, show_default=True)
+@click.option("--coordinator", metavar="HOST:PORT", help="Of several processes, the first one's address.")
+@click.option("--processes", type=click.IntRange(1), help="How many there are.")
+@click.option("--process-id", type=click.IntRange(0), help="Which of them this is.")
+def finetune_command(
+    checkpoint: str | None,
+    data: str | None,
+    train_split: str,
+    validation_split: str,
+    classes: int | None,
+    bad_images: Literal["error", "skip"],
+    out: Path,
+    resume: bool,
+    workers: int,
+    save_every: int | None,
+    keep: int,
+    sharding: Literal["data", "fsdp"],
+    tensorboard: bool,
+    plots: bool,
+    coordinator: str | None,
+    processes: int | None,
+    process_id: int | None,
+    **recipe: Any,
+) -> None:
+    """Fine-tune CHECKPOINT, a directory, file or hub id, on images.
+
+    Without CHECKPOINT a small model is trained from scratch. What is best on the validation images is saved in
+    OUT/model, which transformers, `vit-ref predict` and `vit-ref verify` load. Defaults are those of Flax's ViT
+    tutorial.
+    """
+    chosen = recipe_from(recipe)
+    together = (coordinator, processes, process_id)
+    if any(given is not None for given in together):
+        if any(given is None for given in together):
+            raise InputError("--coordinator, --processes and --process-id belong together: give all three")
+        import jax
+
+        jax.distributed.initialize(coordinator, processes, process_id)
+    from vit_ref.finetune.data import open_dataset
+    from vit_ref.finetune.illustrate import illustrate
+    from vit_ref.finetune.run import Conduct, finetune, summary
+
+    training, validation = (
+        open_dataset(data, split, classes=classes, on_bad=bad_images) for split in (train_split, validation_split)
+    )
+    for name in (*training.bad, *validation.bad):
+        _ERRORS.print(f"vit-ref: {name}: not a readable image, left out", markup=False)
+    conduct = Conduct(workers, save_every, keep, sharding, tensorboard)
+    outcome = finetune(checkpoint, training, validation, out, chosen, conduct, resume=resume)
+    if outcome.writes:
+        if plots:
+            illustrate(outcome, training, validation, chosen)
+        click.echo(summary(outcome))
 
 
 @contextlib.contextmanager

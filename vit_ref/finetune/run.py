@@ -62,12 +62,14 @@ class Outcome(NamedTuple):
       directory: the Hugging Face directory where it is saved.
       evaluation: the model on the validation images.
       epoch: after which it was the best.
+      writes: whether this is the process that writes: the first.
     """
 
     model: VisionTransformer
     directory: Path
     evaluation: Evaluation
     epoch: int
+    writes: bool
 
 
 def finetune(
@@ -75,8 +77,8 @@ def finetune(
     training: ImageDataset,
     validation: ImageDataset,
     out: str | os.PathLike[str],
-    recipe: Recipe = Recipe(),  # noqa: B008  # frozen
-    conduct: Conduct = Conduct(),  # noqa: B008  # frozen
+    recipe: Recipe = Recipe(),  # noqa: B008  # it is frozen
+    conduct: Conduct = Conduct(),
     *,
     resume: bool = False,
     augment: Callable[..., Any] | None = None,
@@ -198,7 +200,25 @@ def finetune(
     model.eval()
     if first:
         save_pretrained(model, out / MODEL)
-    return Outcome(model, out / MODEL, evaluation, best // per_epoch)
+    return Outcome(model, out / MODEL, evaluation, best // per_epoch, first)
+
+
+def summary(outcome: Outcome) -> str:
+    """What a person wants to know of a finished run."""
+    evaluation, names = outcome.evaluation, outcome.model.config.class_names
+    rows, columns = np.nonzero(evaluation.confusion)
+    confused = [(int(evaluation.confusion[i, j]), i, j) for i, j in zip(rows, columns, strict=True) if i != j]
+    return "\n".join(
+        [
+            f"best after epoch {outcome.epoch}: {evaluation.accuracy:.1%} of {evaluation.images} validation images,"
+            f" loss {evaluation.loss:.3f}",
+            *(
+                f"  {names[i]} taken for {names[j]}: {count}"
+                for count, i, j in sorted(confused, key=lambda each: -each[0])[:3]
+            ),
+            f"model: {outcome.directory}",
+        ]
+    )
 
 
 def _learner(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[..., tuple[Any, jax.Array]]:
@@ -253,7 +273,7 @@ class Examiner:
             )
         ]
         logits, labels = (np.concatenate([np.asarray(each[k]) for each in seen]) for k in (0, 1))
-        return Evaluation.of(logits, labels, len(dataset.classes))
+        return Evaluation.of_logits(logits, labels)
 
 
 def state_of_model(state: Any) -> Any:

@@ -52,9 +52,7 @@ class Saves:
                     preservation_policy=preservation_policy.AnyPreservationPolicy(
                         [
                             preservation_policy.LatestN(keep),
-                            preservation_policy.BestN(
-                                get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False
-                            ),
+                            preservation_policy.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False),
                         ]
                     ),
                     # Left by a process that was killed while it wrote.

@@ -30,9 +30,7 @@ SCRATCH = ViTConfig(
 )
 
 
-def starting_model(
-    source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe
-) -> VisionTransformer:
+def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe) -> VisionTransformer:
     """The model that a run starts from, in evaluation mode.
 
     Args:

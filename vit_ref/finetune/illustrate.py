@@ -1,0 +1,71 @@
+"""The pictures of a run: what it was shown, how it learnt, and what the model takes the validation images for."""
+
+from __future__ import annotations
+
+import numpy as np
+from jax.nn import softmax
+
+from vit_ref.finetune import plots
+from vit_ref.finetune.attention import attention_maps
+from vit_ref.finetune.augmentation import Augmentation
+from vit_ref.finetune.data import ImageDataset
+from vit_ref.finetune.loading import draw
+from vit_ref.finetune.metrics import read_metrics
+from vit_ref.finetune.recipe import Recipe
+from vit_ref.finetune.run import METRICS, Outcome
+
+PLOTS = "plots"
+_SHOWN, _ATTENDED = 24, 6
+
+
+def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDataset, recipe: Recipe) -> None:
+    """Saves every plot of a finished run as a PNG in the run's `plots/`.
+
+    Args:
+      outcome: of `finetune`.
+      training: the images that it learnt from.
+      validation: the images that it was judged by.
+      recipe: its recipe.
+
+    Raises:
+      InputError: matplotlib is missing, or a file cannot be written.
+    """
+    run = outcome.directory.parent
+    directory = run / PLOTS
+    directory.mkdir(exist_ok=True)
+    config, names = outcome.model.config, validation.classes
+    lines = read_metrics(run / METRICS)
+    plots.schedule(directory / "schedule.png", [line["learning_rate"] for line in lines if "learning_rate" in line])
+    plots.curves(directory / "curves.png", lines)
+    plots.confusion(directory / "confusion.png", outcome.evaluation, names)
+
+    chosen = _spread(len(training), 8)
+    augment = Augmentation() if recipe.augment else None
+    after = np.stack([draw(training, config, augment, recipe.seed, 0, index) for index in chosen])
+    photographs = [training[index] for index in chosen]
+    plots.batches(
+        directory / "batches.png",
+        [photograph.image for photograph in photographs],
+        plots.visible(after, config),
+        [names[photograph.label] for photograph in photographs],
+    )
+
+    chosen = _spread(len(validation), _SHOWN)
+    pixels = np.stack([draw(validation, config, None, recipe.seed, 0, index) for index in chosen])
+    probabilities = np.asarray(softmax(np.asarray(outcome.model(pixels), np.float32)))
+    seen = plots.visible(pixels, config)
+    plots.predictions(
+        directory / "predictions.png",
+        seen,
+        [validation[index].label for index in chosen],
+        probabilities.argmax(-1).tolist(),
+        probabilities.max(-1).tolist(),
+        names,
+    )
+    maps = attention_maps(outcome.model, pixels[:_ATTENDED])
+    plots.attention_maps(directory / "attention.png", seen[:_ATTENDED], maps)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Evenly over the images, which come sorted by class."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
