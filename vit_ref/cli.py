@@ -1,4 +1,4 @@
-"""The command line: `vit-ref verify`, `vit-ref convert` and `vit-ref propose`.
+"""The command line: `vit-ref verify`, `vit-ref convert`, `vit-ref propose` and `vit-ref predict`.
 
 Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in one line. 130: interrupted.
 """
@@ -160,6 +160,34 @@ def propose(candidate: str, checkpoint: str) -> None:
     from vit_ref.verify.ports.proposal import propose as proposed
 
     click.echo(proposed(candidate, checkpoint))
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for each image."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
+    """Name what is in each IMAGE, with probabilities, by the classifier CHECKPOINT, a directory or hub id."""
+    with _progress(len(images)) as progress:
+        from vit_ref.finetune.predict import predictions
+        from vit_ref.pretrained import from_pretrained
+
+        results, found = predictions(from_pretrained(checkpoint), images, top), []
+        for number in range(1, len(images) + 1):
+            progress(f"image {number} of {len(images)}")
+            found.append(next(results))
+    if as_json:
+        named = [[{"label": label, "probability": value} for label, value in each] for each in found]
+        content = [{"image": str(file), "predictions": each} for file, each in zip(images, named, strict=True)]
+        click.echo(json.dumps(content, indent=1))
+        return
+    for file, each in zip(images, found, strict=True):
+        click.echo(click.format_filename(file))
+        for label, value in each:
+            click.echo(f"{100 * value:7.2f} %  {label}")
 
 
 @contextlib.contextmanager
