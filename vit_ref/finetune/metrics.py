@@ -185,13 +185,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _lines(Path(path))]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[bytes]:
     try:
-        text = path.read_bytes().decode(encoding="utf-8", errors="replace")
+        # What follows the last line end is a line that was not finished, or nothing.
+        lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    # What follows the last line end is a line that was not finished, or nothing.
-    lines = text.split("\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
             sound = isinstance(json.loads(line), dict)
@@ -206,11 +205,11 @@ def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leaves the finished lines that are to be kept; touches nothing where that is all."""
     if not path.exists():
         return
-    text = "".join(f"{line}\n" for line in _lines(path) if keep(json.loads(line))).encode()
+    kept = b"".join(line + b"\n" for line in _lines(path) if keep(json.loads(line)))
     try:
-        if text != path.read_bytes():
+        if kept != path.read_bytes():
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as stage:
-                Path(stage, path.name).write_bytes(text)
+                Path(stage, path.name).write_bytes(kept)
                 os.replace(Path(stage, path.name), path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
