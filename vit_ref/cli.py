@@ -241,6 +241,34 @@ def finetune_command(
         click.echo(summary(outcome))
 
 
+@main.command()
+@click.argument("checkpoint")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for each image."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
+    """Name what is in each IMAGE, with probabilities, by the classifier CHECKPOINT, a directory or hub id."""
+    with _progress(len(images)) as progress:
+        from vit_ref.finetune.predict import predictions
+        from vit_ref.pretrained import from_pretrained
+
+        results, found = predictions(from_pretrained(checkpoint), images, top), []
+        for number in range(1, len(images) + 1):
+            progress(f"image {number} of {len(images)}")
+            found.append(next(results))
+    if as_json:
+        named = [[{"label": label, "probability": value} for label, value in each] for each in found]
+        content = [{"image": str(file), "predictions": each} for file, each in zip(images, named, strict=True)]
+        click.echo(json.dumps(content, indent=1))
+        return
+    for file, each in zip(images, found, strict=True):
+        click.echo(click.format_filename(file))
+        for label, value in each:
+            click.echo(f"{100 * value:7.2f} %  {label}")
+
+
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on the terminal, which names the step; nothing where there is no terminal."""

@@ -158,6 +158,11 @@ class ViTConfig:
         """Width of the pooler's output."""
         return self.pooler_output_size or self.hidden_size
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """`labels`, or Hugging Face's LABEL_0, LABEL_1 and so on where the checkpoint names none; () without a head."""
+        return self.labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+
     def grid(self, image_hw: tuple[int, int] | None = None) -> tuple[int, int]:
         """(rows, columns) of patches in an image of `image_hw` pixels, by default the native size."""
         height, width = image_hw or self.image_hw
@@ -229,9 +234,8 @@ class ViTConfig:
             config.pop("id2label", None)
             config.pop("label2id", None)
         if self.num_labels and "id2label" not in config:
-            names = self.labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
-            config["id2label"] = {str(i): name for i, name in enumerate(names)}
-            config["label2id"] = {name: i for i, name in enumerate(names)}
+            config["id2label"] = {str(i): name for i, name in enumerate(self.class_names)}
+            config["label2id"] = {name: i for i, name in enumerate(self.class_names)}
         config.pop("num_labels", None)
         return config
 

@@ -1,0 +1,62 @@
+"""Where the cls token looks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from vit_ref.model import VisionTransformer
+
+Method = Literal["last", "rollout"]
+
+
+def attention_maps(model: VisionTransformer, pixels: ArrayLike, method: Method = "last") -> NDArray:
+    """How much of what the cls token reads comes from each patch.
+
+    Args:
+      model: any model, in either mode; it runs in evaluation mode and is left as it is.
+      pixels: images (B, height, width, C), preprocessed.
+      method: "last" for the attention probabilities of the last block, head by head. "rollout" for all blocks together,
+        as Abnar & Zuidema (2020, https://arxiv.org/abs/2005.00928) multiply them: the mean over the heads, half of it
+        replaced by the residual connection's identity, block by block.
+
+    Returns:
+      (B, heads, rows, columns), float32; one "head" for "rollout". A map's sum is below one by what the cls token reads
+      from itself.
+
+    Raises:
+      InputError: the images do not fit the model.
+    """
+    graph, state = nnx.split(model)
+    maps = np.asarray(_maps(graph, state, jnp.asarray(pixels), method)).astype(np.float32)
+    return maps.reshape(*maps.shape[:2], *model.config.grid())
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _maps(graph: nnx.GraphDef, state: nnx.State, pixels: Array, method: Method) -> Array:
+    """(B, heads, patches)."""
+    probabilities: list[Array] = []
+
+    def tap(site: str, value: Array) -> Array:
+        if site.endswith("attn.probs"):
+            probabilities.append(value.astype(jnp.promote_types(value.dtype, jnp.float32)))
+        return value
+
+    model = nnx.merge(graph, state)
+    model.eval()
+    model(pixels, tap=tap)
+    if method == "last":
+        return probabilities[-1][:, :, 0, 1:]
+    # Only the cls token's row of the product is wanted, so the row is multiplied through from the last block down.
+    row = jnp.zeros_like(probabilities[0][:, 0, 0]).at[:, 0].set(1)
+    for each in reversed(probabilities):
+        row = row / 2 + jnp.einsum("bq,bqk->bk", row, each.mean(axis=1), precision="highest") / 2
+    return row[:, None, 1:]

@@ -1,0 +1,288 @@
+"""Plots of a fine-tuning run, as PNG files.
+
+Nothing here touches pyplot, which keeps global state and may ask for a screen. The colours of Okabe and Ito (2008) and
+the maps "viridis" and "Blues" are told apart by the colour-blind too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.finetune.metrics import Evaluation
+from vit_ref.preprocessing import steps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+_LINES = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_ACROSS = 8  # images in a row
+_COUNTED, _NAMED = 25, 150  # classes up to which a confusion matrix shows numbers, and every name
+
+
+def visible(pixels: ArrayLike, config: ViTConfig) -> NDArray:
+    """Preprocessed images as they look: (B, height, width, 3) of uint8, from what `preprocess` made for this model."""
+    todo = steps(config)
+    values = np.asarray(pixels).astype(np.float64)
+    if todo.mean_and_std is not None:
+        mean, std = np.array(todo.mean_and_std)
+        values = values * std + mean
+    return np.clip(np.rint(values / (todo.scale or 1.0)), 0, 255).astype(np.uint8)
+
+
+def schedule(path: str | os.PathLike[str], rates: ArrayLike | Mapping[str, ArrayLike]) -> None:
+    """The learning rate at each step: one line, or several by name.
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written. So for every function here.
+    """
+    figure = _figure(6.4, 3.2)
+    axes = _axes(figure.add_subplot(), "step", "learning rate")
+    lines = rates if isinstance(rates, Mapping) else {"": rates}
+    for i, (name, values) in enumerate(lines.items()):
+        axes.plot(np.asarray(values), color=_LINES[i % len(_LINES)], label=name, linestyle=("-", "--", ":")[i % 3])
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
+    if any(lines):
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> None:
+    """The training loss by step, and the validation's loss and accuracy by epoch.
+
+    Args:
+      path: the file.
+      lines: as `read_metrics` gives them: "step" and "loss"; "epoch", "validation_loss" and "validation_accuracy".
+    """
+    figure = _figure(11, 3.4)
+    training, loss, accuracy = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    steps_, losses = _series(lines, "step", "loss")
+    _axes(training, "step", "training loss")
+    window = len(losses) // 40
+    training.plot(steps_, losses, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1)
+    if window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        # Each mean stands at its last step, so that it never knows what comes after it.
+        training.plot(steps_[window - 1 :], smooth, color=BLUE, linewidth=2, label=f"running mean of {window}")
+        training.legend(frameon=False)
+    for axes, name, best, form in (
+        (loss, "loss", np.nanargmin, "{:.3g}"),
+        (accuracy, "accuracy", np.nanargmax, "{:.1%}"),
+    ):
+        epochs, values = _series(lines, "epoch", f"validation_{name}")
+        _axes(axes, "epoch", f"validation {name}")
+        axes.plot(epochs, values, color=VERMILLION, marker="o", markersize=4)
+        if np.isfinite(values).any():
+            at = best(values)
+            axes.set_title(f"best {form.format(values[at])}, epoch {epochs[at]:g}", fontsize=10)
+            axes.plot(epochs[at], values[at], marker="o", markersize=9, fillstyle="none", color="black")
+    for axes in (training, loss):
+        _scale_of_losses(axes)
+    accuracy.yaxis.set_major_formatter(_percent())
+    _save(figure, path)
+
+
+def batches(path: str | os.PathLike[str], before: Sequence[Any], after: Sequence[Any], names: Sequence[str]) -> None:
+    """Images above what the augmentation made of them.
+
+    Args:
+      path: the file.
+      before: Pillow's images, or arrays (height, width, 3) of uint8 or of floats from 0 to 1.
+      after: the same, one for each; `visible` makes them from a batch.
+      names: a name for each.
+    """
+    bands, across = math.ceil(len(before) / _ACROSS), min(len(before), _ACROSS)
+    figure = _figure(1.55 * across + 0.5, 3.35 * bands + 0.2)
+    grid = figure.subplots(2 * bands, across, squeeze=False)
+    for i, (first, second, name) in enumerate(zip(before, after, names, strict=True)):
+        row, column = 2 * (i // _ACROSS), i % _ACROSS
+        _show(grid[row, column], first, _shortened(name, 20))
+        _show(grid[row + 1, column], second)
+        if column == 0:
+            grid[row, 0].set_ylabel("before", fontsize=9)
+            grid[row + 1, 0].set_ylabel("after", fontsize=9)
+    _hide_unused(grid)
+    _save(figure, path)
+
+
+def predictions(
+    path: str | os.PathLike[str],
+    images: Sequence[Any],
+    expected: Sequence[int],
+    predicted: Sequence[int],
+    probabilities: Sequence[float],
+    names: Sequence[str],
+) -> None:
+    """Images with what they were taken for, and what they are where that is something else.
+
+    Args:
+      path: the file.
+      images: see `batches`.
+      expected: class ids.
+      predicted: class ids.
+      probabilities: of the predicted class.
+      names: of the classes.
+    """
+    rows, across = math.ceil(len(images) / _ACROSS), min(len(images), _ACROSS)
+    figure = _figure(1.9 * across + 0.2, 2.3 * rows + 0.1)
+    grid = figure.subplots(rows, across, squeeze=False)
+    found = zip(images, expected, predicted, probabilities, strict=True)
+    for axes, (image, truth, guess, probability) in zip(grid.flat, found, strict=False):
+        right = truth == guess
+        title = f"{'✓' if right else '✗'} {probability:.0%} {_shortened(names[guess], 22)}"
+        if not right:
+            title += f"\nis {_shortened(names[truth], 26)}"
+        _show(axes, image, title, color=BLUE if right else VERMILLION)
+    _hide_unused(grid)
+    _save(figure, path)
+
+
+def attention_maps(
+    path: str | os.PathLike[str], images: Sequence[Any], maps: NDArray, names: Sequence[str] = ()
+) -> None:
+    """Each image, the attention laid over it, and where there are several heads each head's own.
+
+    Colours run from zero to the largest value of a map, so they compare places within it and not maps.
+
+    Args:
+      path: the file.
+      images: see `batches`.
+      maps: (images, heads, rows, columns), see `vit_ref.finetune.attention`.
+      names: of the images, where they are to be shown.
+    """
+    heads = maps.shape[1] if maps.shape[1] > 1 else 0
+    figure = _figure(1.35 * (heads + 2) + 0.4, 1.4 * len(images) + 0.3)
+    grid = figure.subplots(len(images), heads + 2, squeeze=False)
+    titles = ["image", "mean of heads" if heads else "attention", *(f"head {k}" for k in range(heads))]
+    for i, (image, each, row) in enumerate(zip(images, maps, grid, strict=True)):
+        colours = np.asarray(image)
+        # Grey below, so that the colour is the map's alone.
+        grey = np.repeat(colours.mean(-1, keepdims=True).astype(colours.dtype), 3, axis=-1)
+        _show(row[0], colours)
+        for axes, values in zip(row[1:], [each.mean(0), *each][: heads + 1], strict=True):
+            _show(axes, grey)
+            strength = np.asarray(values / max(values.max(), np.finfo(np.float32).tiny), np.float64)
+            extent, alpha = axes.images[0].get_extent(), 0.2 + 0.6 * strength
+            axes.imshow(strength, cmap="viridis", vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
+        if names:
+            row[0].set_ylabel(_shortened(names[i], 18), fontsize=8, parse_math=False)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=8)
+    _save(figure, path)
+
+
+def confusion(path: str | os.PathLike[str], evaluation: Evaluation, names: Sequence[str]) -> None:
+    """The confusion matrix: each row one true class, coloured by the share of its images taken for each class.
+
+    Numbers of images stand in it up to 25 classes, and names up to 150. A class without an image is grey.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
+
+    classes = len(evaluation.confusion)
+    side = min(max(0.16 * classes, 0.42 * min(classes, _COUNTED), 2.5), 18)
+    figure = _figure(side + 2.6, side + 2)
+    axes = figure.add_subplot()
+    colours = colormaps["Blues"].with_extremes(bad="#dddddd")
+    # The square root, because what is confused is a few percent, and pale.
+    shown = axes.imshow(evaluation.shares, cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    ticks = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.7, aspect=max(20, 5 * side), ticks=ticks, format=_percent())
+    bar.set_label("share of the class's images")
+    if classes <= _NAMED:
+        size = 9 if classes <= _COUNTED else 7
+        shortened = [_shortened(name, 24) for name in names]
+        axes.set_xticks(range(classes), shortened, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(classes), shortened, fontsize=size, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"{evaluation.accuracy:.1%} of {evaluation.images} images")
+    if classes <= _COUNTED:
+        for (row, column), count in np.ndenumerate(evaluation.confusion):
+            if count:
+                colour = "white" if evaluation.shares[row, column] > 0.4 else "black"
+                axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=8)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install 'vit-ref[finetune]'") from None
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def _axes(axes: Axes, x: str, y: str) -> Axes:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(color="#e5e5e5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    return axes
+
+
+def _series(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[NDArray, NDArray]:
+    """Two columns of the log; NaN, a gap in the curve, for what was not finite."""
+    found = [(line[x], line[y]) for line in lines if x in line and y in line]
+    values = np.array(found, np.float64).reshape(-1, 2)
+    return values[:, 0], values[:, 1]
+
+
+def _scale_of_losses(axes: Axes) -> None:
+    """Logarithmic where the losses span more than a factor of 30."""
+    values = np.concatenate([line.get_ydata() for line in axes.lines]).astype(np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 30 * values.min():
+        axes.set_yscale("log")
+    elif len(values):
+        axes.set_ylim(bottom=min(0, values.min()))
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1)
+
+
+def _show(axes: Axes, image: Any, title: str = "", color: str = "black") -> None:
+    axes.imshow(np.asarray(image))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    # A name may hold dollar signs, between which matplotlib would read mathematics.
+    axes.set_title(title, fontsize=8, color=color, parse_math=False)
+
+
+def _hide_unused(grid: NDArray) -> None:
+    for axes in grid.flat:
+        if not axes.images:
+            axes.set_axis_off()
+
+
+def _shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes the PNG under a temporary name and renames it."""
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as stage:
+            figure.savefig(Path(stage, "plot.png"), format="png", bbox_inches="tight")
+            os.replace(Path(stage, "plot.png"), path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None

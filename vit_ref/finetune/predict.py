@@ -1,0 +1,88 @@
+"""What a classifier takes photographs for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from vit_ref.errors import InputError
+from vit_ref.model import VisionTransformer
+from vit_ref.preprocessing import preprocess
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# (name of the class, its probability), the likeliest first.
+Prediction = list[tuple[str, float]]
+
+
+def predict(
+    model: VisionTransformer,
+    files: Sequence[str | os.PathLike[str] | Image.Image],
+    top: int = 5,
+    *,
+    batch_size: int = 8,
+) -> list[Prediction]:
+    """The likeliest classes of each image; see `predictions`."""
+    return list(predictions(model, files, top, batch_size=batch_size))
+
+
+def predictions(
+    model: VisionTransformer,
+    files: Sequence[str | os.PathLike[str] | Image.Image],
+    top: int = 5,
+    *,
+    batch_size: int = 8,
+) -> Iterator[Prediction]:
+    """The likeliest classes of each image, as they are found.
+
+    Args:
+      model: a model with a head. It predicts in evaluation mode, whichever mode it is in, and is left as it is.
+      files: image files, or Pillow's images; preprocessed as the checkpoint asks.
+      top: how many classes for each; fewer where the model has fewer.
+      batch_size: images per forward pass. The last batch is filled up, so that one is compiled and no more.
+
+    Yields:
+      (name, probability) of the likeliest classes, the likeliest first, by image. Names are `config.class_names`.
+
+    Raises:
+      InputError: the model has no head, an image cannot be read or does not fit the model, a logit is not finite, or
+        `top` or `batch_size` is below 1.
+    """
+    config = model.config
+    if not config.num_labels:
+        raise InputError("the model has no head, so it knows no classes: fine-tune it, or give another checkpoint")
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: give at least 1")
+    graph, state = nnx.split(model)
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        pixels = preprocess(batch, config)
+        if pixels.shape[1:3] != config.image_hw:
+            raise InputError(
+                f"images come out of the checkpoint's preprocessing with {list(pixels.shape[1:3])} pixels, the model"
+                f" takes {list(config.image_hw)}: correct preprocessor_config.json"
+            )
+        pixels = np.pad(pixels, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
+        logits = np.asarray(_logits(graph, state, jnp.asarray(pixels))).astype(np.float64)[: len(batch)]
+        for file, row in zip(batch, logits, strict=True):
+            if not np.isfinite(row).all():
+                raise InputError(f"{file}: the model's logits are not all finite: its weights are damaged")
+            odds = np.exp(row - row.max())
+            likeliest = np.argsort(-odds, kind="stable")[:top]
+            yield [(config.class_names[i], float(odds[i] / odds.sum())) for i in likeliest]
+
+
+@jax.jit(static_argnums=0)
+def _logits(graph: nnx.GraphDef, state: nnx.State, pixels: Array) -> Array:
+    model = nnx.merge(graph, state)
+    model.eval()
+    return model(pixels)
