@@ -20,7 +20,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ _DEFAULTS: dict[str, Any] = {
     "image_mean": 0.5,
     "image_std": 0.5,
 }
+# What counts as an image where a directory is searched for them.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 # The file may say null here and mean the default.
 _NULLABLE = ("size", "image_mean", "image_std")
 
@@ -92,14 +94,23 @@ def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: V
     batch: list[NDArray] = []
     for i, image in enumerate(images):
         name = f"image {i}" if isinstance(image, Image.Image) else os.fspath(image)
-        batch.append(_apply(todo, _read(image, name)))
+        batch.append(_apply(todo, read_image(image, name)))
         if batch[-1].shape != batch[0].shape:
             found, first = (f"{array.shape[0]}x{array.shape[1]}" for array in (batch[-1], batch[0]))
             raise InputError(f"{name}: {found} pixels, but the first image has {first}, and do_resize is false")
     return np.stack(batch)
 
 
-def _read(source: str | os.PathLike[str] | Image.Image, name: str) -> Image.Image:
+def read_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image, name: str) -> Image.Image:
+    """One image, upright and RGB.
+
+    Args:
+      source: a file, by name or open, or Pillow's image.
+      name: what it is called in an error.
+
+    Raises:
+      InputError: it cannot be read.
+    """
     from PIL import Image
 
     try:

@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.preprocessing import preprocess
+from vit_ref.preprocessing import SUFFIXES, preprocess
 from vit_ref.verify.cases import synthetic_images
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def pixels_for(config: ViTConfig, images: str | os.PathLike[str] | None, count: int) -> NDArray:
@@ -35,9 +33,9 @@ def find(directory: Path, count: int) -> list[Path]:
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory of images")
-    files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise InputError(f"{directory}: no image in it ({', '.join(sorted(_SUFFIXES))})")
+        raise InputError(f"{directory}: no image in it ({', '.join(sorted(SUFFIXES))})")
     return [files[k] for k in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)]
 
 

@@ -1,0 +1,312 @@
+"""Labelled images to learn from: made ones, a directory with one folder per class, or a data set of the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_ref.errors import InputError
+from vit_ref.finetune.extras import extra
+from vit_ref.preprocessing import SUFFIXES, read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# The folders that a split of a directory may be in, the first one that is there.
+_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid", "test")}
+# Where a directory has no validation images of its own, one in so many of its training images is one.
+_HELD_OUT = 5
+# How many unreadable images a message names.
+_NAMED = 5
+
+
+class Photograph(NamedTuple):
+    """One labelled image.
+
+    Attributes:
+      image: upright and RGB.
+      label: its place in `ImageDataset.classes`.
+      name: its file, or its row in a data set of the hub.
+    """
+
+    image: Image.Image
+    label: int
+    name: str
+
+
+class _Sources(Protocol):
+    """By row, whatever `vit_ref.preprocessing.read_image` reads."""
+
+    def __getitem__(self, row: int, /) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Labelled images, decoded one at a time when they are asked for. Worker processes get a copy of it, by pickling.
+
+    Attributes:
+      classes: their names, in the order of the labels.
+      bad: the images that cannot be read and were left out, each with the reason.
+      names: of the images.
+      labels: (N,), int64.
+      rows: (N,), int64: where in `sources` the images are.
+      sources: what the images are read from.
+    """
+
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    sources: _Sources = dataclasses.field(repr=False)
+    bad: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Photograph:
+        name = self.names[index]
+        return Photograph(read_image(self.sources[int(self.rows[index])], name), int(self.labels[index]), name)
+
+
+def open_dataset(
+    source: str | os.PathLike[str] | None,
+    split: str,
+    *,
+    classes: int | Sequence[str] | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+) -> ImageDataset:
+    """The images of one split. All of them are decoded once, so that what cannot be read is known before training.
+
+    Args:
+      source: one of
+        None: coloured shapes on grey noise, 64 by 64 pixels, of 4 classes, made anew each time and always the same;
+        a directory with `train/CLASS/*` and `validation/CLASS/*` (or `val`, `valid`, `test`), or with `CLASS/*` alone;
+          without validation images of its own, a fifth of each class is held out, by a hash of the file's name;
+        a data set that `datasets` loads, of the hub, such as "ethz/food101", or a directory of parquet files: with a
+          column of images, and one of class labels (the first one, of several).
+      split: "train" or "validation"; of a data set of the hub, any that `datasets` knows: "train[:5000]".
+      classes: how many to keep, the first that the split has, or the names of those to keep, in this order: open the
+        validation images with the `classes` of the training images.
+      on_bad: whether images that cannot be read are an error or are left out.
+
+    Raises:
+      InputError: there is no such data set, split or class, an image cannot be read, or a package is missing.
+    """
+    extra("PIL", "reading images")
+    if on_bad not in ("error", "skip"):
+        raise InputError(f"on_bad is {on_bad!r}: give 'error' or 'skip'")
+    if source is None:
+        dataset, where = _shapes(split), "the built-in images"
+    else:
+        path, where = Path(source), f"{os.fspath(source)} ({split})"
+        if path.is_dir() and not any(path.glob("*.parquet")) and not any(path.glob("data/*.parquet")):
+            dataset = _from_folders(path, split)
+        else:
+            dataset = _from_hub(os.fspath(source), split)
+    return _readable(_with_classes(dataset, classes, where), on_bad, where)
+
+
+def _kept(dataset: ImageDataset, keep: NDArray[np.bool_], **changes: Any) -> ImageDataset:
+    """The images where `keep` is true."""
+    changes = {"labels": dataset.labels[keep], **changes}
+    names = tuple(name for name, kept in zip(dataset.names, keep, strict=True) if kept)
+    return dataclasses.replace(dataset, names=names, rows=dataset.rows[keep], **changes)
+
+
+def _with_classes(dataset: ImageDataset, classes: int | Sequence[str] | None, where: str) -> ImageDataset:
+    if isinstance(classes, int):
+        present = np.unique(dataset.labels)
+        if not 1 <= classes <= len(present):
+            raise InputError(f"classes is {classes}: {where} has {len(present)}")
+        chosen = [dataset.classes[label] for label in present[:classes]]
+    else:
+        chosen = list(dataset.classes if classes is None else classes)
+    unknown = [name for name in chosen if name not in dataset.classes]
+    if unknown:
+        raise InputError(f"{where} has no class {', '.join(map(repr, unknown))}: it has {', '.join(dataset.classes)}")
+    label_of = np.full(len(dataset.classes), -1)
+    label_of[[dataset.classes.index(name) for name in chosen]] = range(len(chosen))
+    labels = label_of[dataset.labels]
+    return _kept(dataset, labels >= 0, labels=labels[labels >= 0], classes=tuple(chosen))
+
+
+def _readable(dataset: ImageDataset, on_bad: str, where: str) -> ImageDataset:
+    def fault(index: int) -> str | None:
+        try:
+            dataset[index]
+        except InputError as error:
+            return str(error)
+        return None
+
+    tqdm = extra("tqdm", "opening a data set").tqdm
+    # Pillow decodes without Python's lock, so that threads help.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        count = len(dataset)
+        checked = tqdm(pool.map(fault, range(count)), f"reading {where}", count, disable=None, delay=2, leave=False)
+        faults = list(checked)
+    bad = tuple(reason for reason in faults if reason is not None)
+    if bad and on_bad == "error":
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise InputError(
+            f"{where}: {len(bad)} of {count} images cannot be read: {'; '.join(bad[:_NAMED])}{more}: mend them, or skip"
+            " them (on_bad 'skip')"
+        )
+    if len(bad) == count:
+        raise InputError(f"{where}: no image that can be read")
+    return _kept(dataset, np.array([reason is None for reason in faults]), bad=bad)
+
+
+# Class -> (colour, where the shape is, by coordinates from its middle, 1 where it ends)
+_SHAPES: dict[str, tuple[tuple[int, int, int], Callable[[NDArray, NDArray], NDArray]]] = {
+    "red circle": ((200, 60, 60), lambda y, x: y**2 + x**2 < 1),
+    "green square": ((60, 170, 70), lambda y, x: np.maximum(abs(y), abs(x)) < 0.85),
+    "blue triangle": ((60, 80, 200), lambda y, x: (y < 0.9) & (2 * abs(x) < y + 1)),
+    "yellow cross": (
+        (200, 180, 50),
+        lambda y, x: (np.minimum(abs(y), abs(x)) < 0.35) & (np.maximum(abs(y), abs(x)) < 1),
+    ),
+}
+# Split -> (seed, images)
+_SHAPES_OF = {"train": (0, 512), "validation": (1, 128)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawings:
+    """Coloured shapes on grey noise, of random place, size and shade; the classes take turns."""
+
+    seed: int
+    side: int = 64
+
+    def __getitem__(self, row: int, /) -> Image.Image:
+        from PIL import Image
+
+        rng = np.random.default_rng((self.seed, row))
+        colour, shape = list(_SHAPES.values())[row % len(_SHAPES)]
+        radius = rng.uniform(0.2, 0.4) * self.side
+        middle = rng.uniform(radius, self.side - radius, size=2)
+        y, x = (np.arange(self.side) - middle[:, None] + 0.5) / radius
+        inside = shape(y[:, None], x[None, :])[..., None]
+        shade = colour + rng.uniform(-40, 40, size=3)
+        pixels = np.where(inside, shade, rng.uniform(70, 180)) + rng.uniform(-50, 50, (self.side, self.side, 3))
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _shapes(split: str) -> ImageDataset:
+    if split not in _SHAPES_OF:
+        raise InputError(f"split is {split!r}: the built-in images have {' and '.join(_SHAPES_OF)}")
+    seed, count = _SHAPES_OF[split]
+    rows = np.arange(count)
+    names = tuple(f"{split} image {row}" for row in rows)
+    return ImageDataset(tuple(_SHAPES), names, rows % len(_SHAPES), rows, _Drawings(seed))
+
+
+def _from_folders(directory: Path, split: str) -> ImageDataset:
+    if split not in _FOLDERS:
+        raise InputError(f"split is {split!r}: of a directory, give {' or '.join(_FOLDERS)}")
+    training = directory / "train" if (directory / "train").is_dir() else directory
+    apart = [directory / name for name in _FOLDERS["validation"] if (directory / name).is_dir()]
+    if training == directory and apart:
+        raise InputError(f"{apart[0]}: there is no {directory / 'train'} beside it: put the training images there")
+    classes = _folders(training)
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        if split == "validation" and apart:
+            found = _images(apart[0] / name)
+        else:
+            found = _images(training / name)
+            if not found:
+                raise InputError(f"{training / name}: no image in it ({', '.join(sorted(SUFFIXES))})")
+            if not apart:
+                found = _part(found, split)
+        files += found
+        labels += [label] * len(found)
+    if split == "validation" and apart:
+        surplus = [name for name in _folders(apart[0]) if name not in classes]
+        if surplus:
+            raise InputError(f"{apart[0] / surplus[0]}: {training} has no such class")
+    if not files:
+        raise InputError(f"{apart[0] if apart else directory}: no {split} images")
+    names = tuple(map(os.fspath, files))
+    return ImageDataset(tuple(classes), names, np.array(labels), np.arange(len(names)), names)
+
+
+def _folders(directory: Path) -> list[str]:
+    names = sorted(path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise InputError(f"{directory}: no folders in it: give a directory with one folder of images for each class")
+    return names
+
+
+def _images(directory: Path) -> list[Path]:
+    """The image files below a class's folder, sorted; a link to nowhere is one of them, and found to be unreadable."""
+    return sorted(
+        path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _part(files: Sequence[Path], split: str) -> list[Path]:
+    """A split of a class. It depends on names alone: neither on the place of the directory nor on the file system."""
+    by_hash = sorted(files, key=lambda path: (zlib.crc32(path.name.encode()), path))
+    held_out = set(by_hash[: max(1, len(files) // _HELD_OUT)] if len(files) > 1 else ())
+    return [path for path in files if (path in held_out) == (split == "validation")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """The undecoded images of a table of `datasets`."""
+
+    table: Any
+    column: str
+
+    def __getitem__(self, row: int, /) -> io.BytesIO | str:
+        image = self.table[row][self.column]
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise InputError("no image")
+        return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+
+
+def _from_hub(source: str, split: str) -> ImageDataset:
+    datasets = extra("datasets", f"{source}, which is no directory of images,")
+    table = _loaded(datasets, source, split)
+    features = table.features
+    images, label = (
+        next((name for name, feature in features.items() if isinstance(feature, kind)), "")
+        for kind in (datasets.Image, datasets.ClassLabel)
+    )
+    if not images or not label:
+        found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+        raise InputError(f"{source}: it needs a column of type Image and one of type ClassLabel: it has {found}")
+    labels = np.array(table.with_format("numpy").data.column(label).to_pylist(), np.float64)
+    if np.isnan(labels).any() or (labels < 0).any():
+        row = int(np.argmax(np.isnan(labels) | (labels < 0)))
+        raise InputError(f"{source} ({split}): row {row} has no {label}: give a split that is labelled throughout")
+    names = tuple(f"{source} ({split}), row {row}" for row in range(len(table)))
+    # Undecoded: this package's reader follows the orientation and tells what is wrong.
+    sources = _Column(table.cast_column(images, datasets.Image(decode=False)), images)
+    return ImageDataset(tuple(features[label].names), names, labels.astype(np.int64), np.arange(len(names)), sources)
+
+
+def _loaded(datasets: Any, source: str, split: str) -> Any:
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(source, split=split)
+    # A repository that is missing or private, a split that it lacks, a script in it, no network, damaged files.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{source} ({split}): no directory, and datasets cannot load it ({reason})") from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

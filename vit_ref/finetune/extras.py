@@ -1,0 +1,26 @@
+"""What fine-tuning needs beyond the package's own dependencies."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from vit_ref.errors import InputError
+
+
+def extra(module: str, purpose: str) -> Any:
+    """A module that the extra `finetune` installs.
+
+    Args:
+      module: its name.
+      purpose: what needs it, for the message.
+
+    Raises:
+      InputError: it is missing.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise InputError(f"{purpose} needs {module}: pip install 'vit-ref[finetune]'") from None

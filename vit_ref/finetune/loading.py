@@ -1,0 +1,236 @@
+"""Batches of images, by grain: the same ones in the same order, whatever loads them.
+
+Every image is a function of (seed, epoch, index) alone, `draw`: neither threads nor worker processes nor shards change
+what it looks like.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.finetune.augmentation import Augmentation, Transform, augmented
+from vit_ref.finetune.data import ImageDataset, Photograph
+from vit_ref.finetune.extras import extra
+from vit_ref.preprocessing import preprocess, steps
+
+if TYPE_CHECKING:
+    import grain  # type: ignore[import-untyped]
+
+# (B, ...) each; see `Batches`
+Batch = dict[str, NDArray]
+
+# How many batches each process has under way. Pillow decodes and resizes without Python's lock, so that threads help.
+_UNDER_WAY = 2
+# What an image that is none has for a label and an index, where the last batch is filled up.
+PADDING = -1
+
+
+def draw(
+    dataset: ImageDataset,
+    config: ViTConfig,
+    augment: Augmentation | Transform | None,
+    seed: int,
+    epoch: int,
+    index: int,
+) -> NDArray:
+    """One image as the model sees it in one epoch.
+
+    Args:
+      dataset: where it is from.
+      config: the model's configuration, with the checkpoint's `preprocessor` if it has one.
+      augment: see `batches`.
+      seed: see `batches`.
+      epoch: from 0.
+      index: of the image in the data set.
+
+    Returns:
+      (height, width, 3), float32.
+
+    Raises:
+      InputError: the image cannot be read, or does not come out as large as the model takes it.
+    """
+    return _pixels(dataset[index], config, augment, np.random.default_rng((seed, epoch, index)))
+
+
+def _pixels(
+    photograph: Photograph, config: ViTConfig, augment: Augmentation | Transform | None, rng: np.random.Generator
+) -> NDArray:
+    image, size = photograph.image, steps(config).size or config.image_hw
+    if augment is not None:
+        image = augmented(augment, image, rng, size)
+    # What has its size already is resized to itself, which changes nothing.
+    pixels: NDArray = preprocess([image], config)[0]
+    if pixels.shape[:2] != size:
+        found, wanted = (f"{height}x{width}" for height, width in (pixels.shape[:2], size))
+        raise InputError(f"{photograph.name}: {found} pixels, the model takes {wanted}, and do_resize is false")
+    return pixels
+
+
+class Batches(Iterator[Batch]):
+    """An iterator of batches that can go on from any batch; made by `batches`.
+
+    A batch is a dictionary: "pixels", (B, height, width, 3) float32; "label", "index" of the image in the data set and
+    "epoch", each (B,) int32. Neither it nor the state depends on `workers`; grain's own state does. Where there are
+    workers, end it with `close()`.
+    """
+
+    def __init__(self, source: grain.MapDataset[Batch], workers: int):
+        self._source, self._workers = source, workers
+        self._done = 0
+        self._loaded: grain.DatasetIterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __next__(self) -> Batch:
+        if self._done == len(self):
+            self.close()
+            raise StopIteration
+        if self._loaded is None:
+            self._loaded = _started(self._source[self._done :], self._workers)
+        batch = next(self._loaded)
+        self._done += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """How many batches were handed out."""
+        return {"batches": self._done}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes on from there, to the last bit.
+
+        Args:
+          state: from `get_state` of an iterator that was made with the same arguments, `workers` apart.
+
+        Raises:
+          InputError: it is no such state.
+        """
+        done = state.get("batches")
+        if not isinstance(done, int) or not 0 <= done <= len(self):
+            raise InputError(f"{dict(state)} is no state of a loader of {len(self)} batches: go on with what was begun")
+        self.close()
+        self._done = done
+
+    def close(self) -> None:
+        """Ends threads and workers; the next batch starts them anew."""
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
+
+
+def _started(source: grain.MapDataset[Batch], workers: int) -> grain.DatasetIterator[Batch]:
+    grain = extra("grain", "loading batches")
+    threads = 0 if workers else _UNDER_WAY
+    loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    if workers:
+        # grain reads flags of absl, which only a program that absl itself started has parsed.
+        flags = extra("absl.flags", "loading batches").FLAGS
+        if not flags.is_parsed():
+            flags.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_UNDER_WAY)
+        loaded = loaded.mp_prefetch(options)
+    return iter(loaded)
+
+
+def batches(
+    dataset: ImageDataset,
+    config: ViTConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int,
+    augment: Augmentation | Transform | None = None,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    shuffle: bool = True,
+    drop_remainder: bool = True,
+) -> Batches:
+    """The batches of all epochs, one after another; no batch has images of two epochs.
+
+    Args:
+      dataset: the images.
+      config: see `draw`.
+      batch_size: images in a batch of this process.
+      seed: of order and augmentation, from 0 to 2**32 - 1.
+      epochs: how often every image comes.
+      augment: `Augmentation`, or any function from Pillow's image to an image, see `augmentation.augmented`; None to
+        leave images as they are.
+      workers: processes that load; 0 for threads of this one.
+      shard: (index, count) of this process among those that share the data set: every image goes to one of them alone,
+        and all have the same number of batches.
+      shuffle: whether every epoch has an order of its own.
+      drop_remainder: leave out the images, others in every epoch, that fill no batch of every shard. Otherwise they
+        come in batches filled up with images of zeros, of label and index -1.
+
+    Raises:
+      InputError: an argument is out of range, there are fewer images than one batch takes, or grain is missing. While
+        iterating: see `draw`.
+    """
+    grain = extra("grain", "loading batches")
+    here, shards = shard
+    for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("workers", workers, 0)):
+        if value < least:
+            raise InputError(f"{name} is {value}: give at least {least}")
+    if not 0 <= here < shards:
+        raise InputError(f"shard is {here} of {shards}: give one from 0 to {shards - 1}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}: give one from 0 to 2**32 - 1")
+    each = batches_per_epoch(len(dataset), batch_size, shards=shards, drop_remainder=drop_remainder) * batch_size
+    if not each:
+        raise InputError(f"{len(dataset)} images make no batch of {batch_size} for each of {shards}: give less")
+
+    def load(position: int, index: int) -> dict[str, Any]:
+        epoch = position // each
+        if index >= len(dataset):
+            pixels, label, index = np.zeros((*(steps(config).size or config.image_hw), 3), np.float32), PADDING, PADDING
+        else:
+            photograph = dataset[index]
+            label = photograph.label
+            pixels = _pixels(photograph, config, augment, np.random.default_rng((seed, epoch, index)))
+        return {
+            "pixels": pixels,
+            "label": np.int32(label),
+            "index": np.int32(index),
+            "epoch": np.int32(epoch),
+        }
+
+    source = grain.MapDataset.range(len(dataset))
+    if shuffle:
+        source = source.seed(seed).shuffle()
+    if each * shards > len(dataset):
+        source = grain.MapDataset.concatenate([source, grain.MapDataset.range(len(dataset), each * shards)])
+    # Cut into batches before workers share them out: so they are the same for any number of workers.
+    return Batches(source[here : each * shards : shards].map_with_index(load).batch(batch_size).repeat(epochs), workers)
+
+
+def batches_per_epoch(images: int, batch_size: int, *, shards: int = 1, drop_remainder: bool = True) -> int:
+    """How many batches each of `shards` processes has in one epoch.
+
+    Args:
+      images: in the data set.
+      batch_size: see `batches`.
+      shards: processes that share the data set.
+      drop_remainder: see `batches`.
+    """
+    whole, rest = divmod(images, batch_size * shards)
+    return whole + bool(rest and not drop_remainder)
+
+
+def throughput(iterator: Iterator[Batch], batches: int) -> float:
+    """Images per second of the loader alone, after a first batch that starts it up.
+
+    Args:
+      iterator: of `batches`, with at least one more than that.
+      batches: how many to time.
+    """
+    next(iterator)
+    start = time.perf_counter()
+    images = sum(len(next(iterator)["label"]) for _ in range(batches))
+    return images / (time.perf_counter() - start)
