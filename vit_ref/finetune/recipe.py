@@ -10,6 +10,7 @@ from vit_ref.errors import InputError
 OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 Precision = Literal["float32", "mixed"]
+HeadName = Literal["fresh", "keep"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Recipe:
     dropout: float | None = None
     precision: Precision = "float32"
     image_size: int | None = None
-    head: Literal["fresh", "keep"] = "fresh"
+    head: HeadName = "fresh"
     augment: bool = True
     seed: int = 0
 
@@ -74,7 +75,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
-        for name, known in (("optimizer", OptimizerName), ("schedule", ScheduleName), ("precision", Precision)):
+        for name, known in _CHOICES:
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is {getattr(self, name)!r}: known are {', '.join(get_args(known))}")
 
@@ -83,6 +84,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+_CHOICES = (("optimizer", OptimizerName), ("schedule", ScheduleName), ("precision", Precision), ("head", HeadName))
 # NaN is in no range. A rate of zero learns nothing; one of 1000 is a slip of the hand.
 _RANGES = (
     ("learning_rate", 1e-12, 100.0),

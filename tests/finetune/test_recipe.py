@@ -1,0 +1,65 @@
+"""Is a recipe refused where it cannot be meant, and read back as it was written?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from vit_ref.errors import InputError
+from vit_ref.finetune.options import recipe_from
+from vit_ref.finetune.recipe import Recipe
+
+pytestmark = pytest.mark.training
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 2.0),
+        ("accumulate", 0),
+        ("frozen", -2),
+        ("seed", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("warmup", 1.5),
+        ("momentum", 1.0),
+        ("weight_decay", -0.1),
+        ("layer_decay", 0.0),
+        ("clip", 0.0),
+        ("label_smoothing", 1.0),
+        ("dropout", 1.0),
+        ("image_size", 0),
+        ("optimizer", "adam"),
+        ("schedule", "step"),
+        ("precision", "float16"),
+        ("head", "old"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"^{field} is .*: (give|known are) "):
+        Recipe(**{field: value})
+
+
+def test_it_is_read_back_as_written() -> None:
+    recipe = Recipe(epochs=7, optimizer="adamw", clip=1.0, image_size=112, augment=False)
+    assert Recipe(**json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_the_defaults_are_the_tutorials() -> None:
+    recipe = Recipe()
+    assert (recipe.optimizer, recipe.learning_rate, recipe.momentum, recipe.schedule, recipe.epochs) == (
+        "sgd",
+        1e-3,
+        0.8,
+        "linear",
+        3,
+    )
+
+
+def test_options_that_are_not_given_leave_the_defaults() -> None:
+    nothing = {field.name: None for field in dataclasses.fields(Recipe)}
+    assert recipe_from(nothing) == Recipe()
+    assert recipe_from({**nothing, "augment": False, "seed": 0, "epochs": 9}) == Recipe(augment=False, epochs=9)
