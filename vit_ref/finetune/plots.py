@@ -188,12 +188,12 @@ def confusion(path: str | os.PathLike[str], evaluation: Evaluation, names: Seque
 
     Numbers of images stand in it up to 25 classes, and names up to 150. A class without an image is grey.
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import PowerNorm
-
     classes = len(evaluation.confusion)
     side = min(max(0.16 * classes, 0.42 * min(classes, _COUNTED), 2.5), 18)
     figure = _figure(side + 2.6, side + 2)
+    from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
+
     axes = figure.add_subplot()
     colours = colormaps["Blues"].with_extremes(bad="#dddddd")
     # The square root, because what is confused is a few percent, and pale.

@@ -1,0 +1,72 @@
+"""Are the maps the attention that the model paid?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_ref.errors import InputError
+from vit_ref.finetune.attention import attention_maps
+from vit_ref.model import VisionTransformer
+from vit_ref.pretrained import parameters_of
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.trace import Trace, precision_of
+
+pytestmark = pytest.mark.training
+
+
+def rolled_out(trace: Trace, depth: int) -> np.ndarray:
+    """Abnar & Zuidema (2020), equation 1, with whole matrices: (B, 1, patches)."""
+    product = 1
+    for i in range(depth):
+        mean = trace[f"block.{i}.attn.probs"].mean(axis=1)
+        mixed = mean + np.eye(mean.shape[-1])
+        product = mixed / mixed.sum(-1, keepdims=True) @ (product if i else np.eye(mean.shape[-1]))
+    return product[:, None, 0, 1:]
+
+
+@pytest.mark.parametrize("name", ["headless", "rectangular-patch"])
+def test_maps_are_what_the_trace_has(
+    name: str, filled: Callable[..., VisionTransformer], traced: Callable[..., Trace]
+) -> None:
+    case = CASES[name]
+    config, pixels = case.config, case.images()
+    with precision_of(np.float64):
+        model = filled(config, dtype=np.float64)
+        last = attention_maps(model, pixels.astype(np.float64))
+        rollout = attention_maps(model, pixels.astype(np.float64), "rollout")
+    trace, depth = traced(config, parameters_of(model), pixels), config.num_hidden_layers
+    expected = trace[f"block.{depth - 1}.attn.probs"][:, :, 0, 1:]
+    for found, truth in ((last, expected), (rollout, rolled_out(trace, depth))):
+        assert found.dtype == np.float32
+        assert found.shape == (case.batch, truth.shape[1], *config.grid())
+        # One rounding to float32; the float64 below it is four hundred million times finer.
+        np.testing.assert_allclose(found.reshape(truth.shape), truth, rtol=1.01 * 2**-24)
+    assert np.ptp(last, axis=(2, 3)).min() > 1e-3 and np.ptp(rollout, axis=(2, 3)).min() > 1e-3
+
+
+def test_a_model_in_training_mode_is_seen_as_in_evaluation_and_left_as_it_is(
+    filled: Callable[..., VisionTransformer],
+) -> None:
+    model, pixels = filled(CASES["rectangular"].config), CASES["rectangular"].images()
+    expected = attention_maps(model, pixels)
+    model.train()
+    assert (attention_maps(model, pixels) == expected).all()
+    assert not model.blocks[0].attn.dropout.deterministic
+
+
+def test_maps_are_float32_under_bfloat16(filled: Callable[..., VisionTransformer]) -> None:
+    case = CASES["rectangular"]
+    with precision_of(jnp.bfloat16):
+        found = attention_maps(filled(case.config, dtype=jnp.bfloat16), case.images(), "rollout")
+    assert found.dtype == np.float32
+    # In bfloat16 a row that is multiplied through the blocks would have no more than these 8 bits.
+    assert (found != found.astype(jnp.bfloat16).astype(np.float32)).any()
+
+
+def test_images_of_another_size_are_refused(filled: Callable[..., VisionTransformer]) -> None:
+    with pytest.raises(InputError, match=r"images of \[5, 5\] pixels, the model takes \[10, 40\]"):
+        attention_maps(filled(CASES["rectangular"].config), np.zeros((1, 5, 5, 2), np.float32))
