@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 from jax.nn import softmax
 
@@ -52,7 +53,7 @@ def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDatase
 
     chosen = _spread(len(validation), _SHOWN)
     pixels = np.stack([draw(validation, config, None, recipe.seed, 0, index) for index in chosen])
-    probabilities = np.asarray(softmax(np.asarray(outcome.model(pixels), np.float32)))
+    probabilities = np.asarray(softmax(np.asarray(outcome.model(jnp.asarray(pixels)), np.float32)))
     seen = plots.visible(pixels, config)
     plots.predictions(
         directory / "predictions.png",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 _LINES = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Pillow's images, or arrays, a batch of them among these.
+Images = Sequence[Any] | NDArray[Any]
 _ACROSS = 8  # images in a row
 _COUNTED, _NAMED = 25, 150  # classes up to which a confusion matrix shows numbers, and every name
 
@@ -94,7 +96,7 @@ def curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> 
     _save(figure, path)
 
 
-def batches(path: str | os.PathLike[str], before: Sequence[Any], after: Sequence[Any], names: Sequence[str]) -> None:
+def batches(path: str | os.PathLike[str], before: Images, after: Images, names: Sequence[str]) -> None:
     """Images above what the augmentation made of them.
 
     Args:
@@ -119,7 +121,7 @@ def batches(path: str | os.PathLike[str], before: Sequence[Any], after: Sequence
 
 def predictions(
     path: str | os.PathLike[str],
-    images: Sequence[Any],
+    images: Images,
     expected: Sequence[int],
     predicted: Sequence[int],
     probabilities: Sequence[float],
@@ -149,9 +151,7 @@ def predictions(
     _save(figure, path)
 
 
-def attention_maps(
-    path: str | os.PathLike[str], images: Sequence[Any], maps: NDArray, names: Sequence[str] = ()
-) -> None:
+def attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, names: Sequence[str] = ()) -> None:
     """Each image, the attention laid over it, and where there are several heads each head's own.
 
     Colours run from zero to the largest value of a map, so they compare places within it and not maps.

@@ -124,17 +124,15 @@ def finetune(
     shard = (jax.process_index(), jax.process_count())
     if recipe.augment and augment is None:
         augment = Augmentation()
-    loader = iter(
-        batches(
-            training,
-            model.config,
-            batch_size=recipe.batch_size // shard[1],
-            seed=recipe.seed,
-            epochs=recipe.epochs,
-            augment=augment if recipe.augment else None,
-            workers=conduct.workers,
-            shard=shard,
-        )
+    loader = batches(
+        training,
+        model.config,
+        batch_size=recipe.batch_size // shard[1],
+        seed=recipe.seed,
+        epochs=recipe.epochs,
+        augment=augment if recipe.augment else None,
+        workers=conduct.workers,
+        shard=shard,
     )
     _require_same_run(out, recipe, source, training, resume)
     saves = Saves(out / CHECKPOINTS, conduct.keep)
