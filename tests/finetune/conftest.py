@@ -1,0 +1,41 @@
+"""Runs that several tests ask about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from finetuning import OPTIONS, Runner
+from vit_ref.cli import main
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def whole_run(runner: Runner) -> tuple[str, tuple[bytes, bytes]]:
+    """A run that nobody stopped: what it printed, and its result."""
+    return runner.run("whole"), runner.result("whole")
+
+
+@pytest.fixture
+def refused(runner: Runner) -> Callable[..., str]:
+    """`refused(out, *options)`: the one line that is said, with exit code 2; in this process unless told otherwise."""
+
+    def refused(out: str, *options: str, apart: bool = False, **popen: Any) -> str:
+        if apart:
+            said = runner.run(out, *options, code=2, **popen)
+        else:
+            result = CliRunner().invoke(main, ["finetune", "--out", str(runner.directory / out), *OPTIONS, *options])
+            assert result.exit_code == 2, result.output
+            said = result.output
+        assert said.startswith("vit-ref: ")
+        assert said.count("\n") == 1, said
+        return said.removeprefix("vit-ref: ").rstrip()
+
+    return refused

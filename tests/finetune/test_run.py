@@ -1,0 +1,161 @@
+"""Does a run end with the model that it says, whatever stops it on the way, and on however many devices?"""
+
+from __future__ import annotations
+
+import resource
+import socket
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import transformers
+
+import vit_ref
+from finetuning import STEPS, Runner
+from vit_ref.finetune.data import open_dataset
+from vit_ref.finetune.loading import batches
+from vit_ref.finetune.metrics import Evaluation, read_metrics
+
+pytestmark = [pytest.mark.training, pytest.mark.xdist_group("runs")]
+
+
+def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whole_run: tuple) -> None:
+    printed, _ = whole_run
+    model = vit_ref.from_pretrained(runner.directory / "whole" / "model")
+    validation = open_dataset(None, "validation")
+    assert model.config.labels == validation.classes
+    found = sum(
+        (
+            Evaluation.of_logits(model(batch["pixels"]), batch["label"])
+            for batch in batches(validation, model.config, batch_size=64, seed=0, epochs=1, shuffle=False)
+        ),
+        start=Evaluation.empty(4),
+    )
+    lines = read_metrics(runner.directory / "whole" / "metrics.jsonl")
+    measured = [line for line in lines if "validation_accuracy" in line]
+    best = max(measured, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
+    assert found.images == 128
+    # Better than chance by far: what is measured is not noise.
+    assert found.accuracy == best["validation_accuracy"] > 0.4
+    assert found.loss == pytest.approx(best["validation_loss"], rel=1e-5)  # another batch size sums otherwise
+    assert f"best after epoch {best['epoch']}: {found.accuracy:.1%} of 128" in printed
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert steps[0]["learning_rate"] == pytest.approx(0.003)
+    assert steps[-1]["learning_rate"] == pytest.approx(0.003 / STEPS)
+    assert np.mean([line["loss"] for line in steps[-4:]]) < steps[0]["loss"] - 0.2
+
+
+def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> None:
+    directory = runner.directory / "whole" / "model"
+    flax = transformers.FlaxViTForImageClassification.from_pretrained(directory)
+    ours = vit_ref.from_pretrained(directory)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    logits = np.asarray(flax(images.transpose(0, 3, 1, 2)).logits)
+    # Both round float32 sums of 64 terms through four blocks; another formula is 1e-3 off.
+    np.testing.assert_allclose(ours(images), logits, atol=2e-5)
+    assert flax.config.id2label == dict(enumerate(open_dataset(None, "train").classes))
+
+
+# Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice.
+@pytest.mark.parametrize("kills", [(1,), (3,), (10, 15)])
+def test_a_killed_run_goes_on_to_the_same_bits(kills: tuple[int, ...], runner: Runner, whole_run: tuple) -> None:
+    out, options = f"killed-{kills[0]}", ("--save-every", "3")
+    for lines in kills:
+        runner.killed(out, *options, *(["--resume"] if lines != kills[0] else []), lines=lines)
+    runner.run(out, *options, "--resume")
+    assert runner.result(out) == whole_run[1]
+    # What it was killed while writing is gone, and so is all but the last two and the best.
+    assert len(list((runner.directory / out / "checkpoints").iterdir())) <= 3
+
+
+def test_a_finished_run_that_is_resumed_only_saves_its_model_again(runner: Runner, whole_run: tuple) -> None:
+    (runner.directory / "whole" / "model" / "model.safetensors").unlink()
+    runner.run("whole", "--resume")
+    assert runner.result("whole") == whole_run[1]
+
+
+def losses(runner: Runner, out: str) -> np.ndarray:
+    lines = read_metrics(runner.directory / out / "metrics.jsonl")
+    return np.array([line.get("loss", line.get("validation_loss")) for line in lines])
+
+
+# Sums of float32 in another order, over sixteen steps of Adam: 3e-6 was seen. Another image in one batch is 1e-3.
+CLOSE = 5e-5
+
+
+@pytest.fixture(scope="module")
+def steady(runner: Runner) -> np.ndarray:
+    """The losses of one device without dropout, whose masks depend on how arrays are laid out."""
+    runner.run("steady", "--dropout", "0")
+    return losses(runner, "steady")
+
+
+@pytest.mark.parametrize("sharding", ["data", "fsdp"])
+def test_eight_devices_learn_what_one_learns(sharding: str, runner: Runner, steady: np.ndarray) -> None:
+    runner.run(f"eight-{sharding}", "--dropout", "0", "--sharding", sharding, devices=8)
+    np.testing.assert_allclose(losses(runner, f"eight-{sharding}"), steady, rtol=CLOSE)
+
+
+@pytest.mark.parametrize("sharding", ["data", "fsdp"])
+def test_two_processes_learn_what_one_learns(sharding: str, runner: Runner, steady: np.ndarray) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    out = f"two-{sharding}"
+    together = ("--dropout", "0", "--sharding", sharding, "--coordinator", coordinator, "--processes", "2")
+    processes = [runner.start(out, *together, "--process-id", str(k), devices=2) for k in (0, 1)]
+    ended = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended[0][1][-2000:] + ended[1][1][-2000:]
+    assert "best after epoch" in ended[0][0]
+    assert not ended[1][0], "the second process prints nothing"
+    np.testing.assert_allclose(losses(runner, out), steady, rtol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--batch-size", "1000"), "batch_size is 1000: there are only 512 training images"),
+        (("--learning-rate", "0"), "learning_rate is 0.0: give a number from 1e-12 to 100"),
+        (("--frozen", "9"), "frozen is 9: the model has 4 blocks"),
+        (("nowhere",), "nowhere: "),
+        (("--data", "/nowhere/images"), "/nowhere/images (train): no directory"),
+        (("--coordinator", "127.0.0.1:1"), "--coordinator, --processes and --process-id belong together"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(options: tuple[str, ...], said: str, refused: Callable) -> None:
+    assert said in refused("refused", *options)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(refused: Callable) -> None:
+    line = refused("diverged", "--learning-rate", "90", "--clip", "1000000", "--optimizer", "sgd", apart=True)
+    assert "the loss is nan at step" in line
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(refused: Callable) -> None:
+    assert "batch_size is 36: give a multiple of the 8 devices" in refused(
+        "share", "--batch-size", "36", apart=True, devices=8
+    )
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, whole_run: tuple) -> None:
+    assert "whole: there is a run in it: go on with --resume" in refused("whole")
+    line = refused("whole", "--resume", "--epochs", "3")
+    assert "run.json: epochs was 2 and is 3 now" in line
+
+
+def test_a_directory_that_cannot_be_written_to_is_said(refused: Callable, runner: Runner) -> None:
+    (runner.directory / "file").touch()
+    assert "file/run" in refused("file/run")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(runner: Runner, refused: Callable, whole_run: tuple) -> None:
+    runner.killed("full", "--save-every", "3", lines=7)
+    good = sorted(path.name for path in (runner.directory / "full" / "checkpoints").iterdir() if path.name.isdigit())
+    # No file may become larger than this, as on a disk that has no more; a checkpoint's largest are.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    line = refused("full", "--save-every", "3", "--resume", apart=True, preexec_fn=limit)
+    assert "cannot be written" in line
+    assert good[-1] in {path.name for path in (runner.directory / "full" / "checkpoints").iterdir()}
+    runner.run("full", "--save-every", "3", "--resume")
+    assert runner.result("full") == whole_run[1]

@@ -1,0 +1,55 @@
+"""Runs of `vit-ref finetune` in processes of their own, as a person starts them, on the built-in images."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# A program of its own, so that a test need not know where the script was installed.
+_PROGRAM = "from vit_ref.cli import main; main(prog_name='vit-ref')"
+# 512 images: eight steps an epoch, each a fraction of a second.
+OPTIONS = (
+    *("--epochs", "2", "--batch-size", "64", "--optimizer", "adamw", "--learning-rate", "0.003", "--dropout", "0.1"),
+    *("--clip", "1", "--no-plots"),
+)
+STEPS = 16
+
+
+class Runner:
+    """Starts `vit-ref finetune` in a directory."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def start(self, out: str, *options: str, devices: int = 1, **popen: Any) -> subprocess.Popen:
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "-c", _PROGRAM, "finetune", "--out", str(self.directory / out), *OPTIONS, *options]
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+        )
+
+    def run(self, out: str, *options: str, devices: int = 1, code: int = 0, **popen: Any) -> str:
+        """What it printed, once it has ended with this exit code."""
+        process = self.start(out, *options, devices=devices, **popen)
+        printed, errors = process.communicate()
+        assert process.returncode == code, errors[-3000:]
+        return printed + errors
+
+    def result(self, out: str) -> tuple[bytes, bytes]:
+        """The metrics and the model's tensors, as bytes."""
+        run = self.directory / out
+        return (run / "metrics.jsonl").read_bytes(), (run / "model" / "model.safetensors").read_bytes()
+
+    def killed(self, out: str, *options: str, lines: int) -> None:
+        """Starts a run and kills it with SIGKILL once its log has so many lines."""
+        process, log = self.start(out, *options), self.directory / out / "metrics.jsonl"
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it had ended before it was killed"
