@@ -63,7 +63,9 @@ def test_folders_are_classes(tmp_path: Path, folder: str) -> None:
 def test_a_class_without_validation_images_keeps_its_label(tmp_path: Path) -> None:
     fill(tmp_path / "train", {"ant": 1, "bee": 1, "cat": 1})
     fill(tmp_path / "val", {"cat": 2})
-    assert seen(open_dataset(tmp_path, "validation")) == expected({"cat": 2})
+    dataset = open_dataset(tmp_path, "validation")
+    assert dataset.classes == ("ant", "bee", "cat")
+    assert seen(dataset) == expected({"cat": 2})
 
 
 @pytest.mark.parametrize("below", [".", "train"])
@@ -150,7 +152,7 @@ def test_many_unreadable_images_make_a_short_message(tmp_path: Path) -> None:
     for file in (tmp_path / "train" / "ant").iterdir():
         file.write_bytes(b"")
     message = refusal(lambda: open_dataset(tmp_path, "train"))
-    assert "30 of 30 images" in message and "and 25 more" in message
+    assert "30 of 30 images" in message and "and 25 more" in message and message.count("not a readable image") == 5
     assert "no image that can be read" in refusal(lambda: open_dataset(tmp_path, "train", on_bad="skip"))
 
 
@@ -241,11 +243,12 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def parquet(datasets: Any, directory: Path, rows: list[tuple[str | None, bytes | None]], **features: Any) -> Path:
     """A directory as the hub has it, of (class, encoded image)."""
     names = list(RED)
+    label = {**{name: k for k, name in enumerate(names)}, "?": -1}
     table = datasets.Dataset.from_dict(
         {
             "number": list(range(len(rows))),
             "picture": [raw and {"bytes": raw, "path": None} for _, raw in rows],
-            "species": [None if name is None else names.index(name) for name, _ in rows],
+            "species": [label.get(name) for name, _ in rows],
         },
         datasets.Features(
             {
@@ -304,8 +307,11 @@ def test_missing_and_broken_images_of_a_data_set_are_named_by_row(tmp_path: Path
     assert len(dataset.bad) == 2
 
 
-def test_an_unlabelled_row_of_a_data_set_is_refused(tmp_path: Path, datasets: Any, rows: Any) -> None:
-    rows[2] = (None, rows[2][1])
+@pytest.mark.parametrize("label", [None, "?"], ids=["null", "-1"])
+def test_an_unlabelled_row_of_a_data_set_is_refused(
+    tmp_path: Path, datasets: Any, rows: Any, label: str | None
+) -> None:
+    rows[2] = (label, rows[2][1])
     directory = parquet(datasets, tmp_path / "hub", rows)
     assert "row 2 has no species" in refusal(lambda: open_dataset(directory, "train"))
 
@@ -322,7 +328,7 @@ def test_what_datasets_cannot_load_is_one_line(
 ) -> None:
     parquet(datasets, tmp_path / "hub", rows)
     message = refusal(lambda: open_dataset(tmp_path / below, split))
-    assert message.startswith(f"{tmp_path / below} ({split}): no directory, and datasets cannot load it (")
+    assert message.startswith(f"{tmp_path / below} ({split}): no directory of images, and datasets cannot load it (")
 
 
 @pytest.mark.hub

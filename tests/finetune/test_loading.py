@@ -236,8 +236,8 @@ def test_a_state_of_something_else_is_refused(dataset: ImageDataset, state: dict
         loader(dataset).set_state(state)
 
 
-def test_the_throughput_counts_images(dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_throughput_counts_the_images_after_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 14.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    once = iter([{"label": np.zeros(BATCH)}] * 6)
-    assert throughput(once, 5) == 5 * BATCH / 4
+    once = iter([{"label": np.zeros(size)} for size in (99, 4, 4, 4, 3, 3)])
+    assert throughput(once, 5) == 18 / 4

@@ -310,7 +310,9 @@ def _loaded(datasets: Any, source: str, split: str) -> Any:
     # A repository that is missing or private, a split that it lacks, a script in it, no network, damaged files.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{source} ({split}): no directory, and datasets cannot load it ({reason})") from None
+        raise InputError(
+            f"{source} ({split}): no directory of images, and datasets cannot load it ({reason})"
+        ) from None
     finally:
         if shown:
             datasets.enable_progress_bars()
