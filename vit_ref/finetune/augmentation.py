@@ -66,13 +66,24 @@ class Augmentation:
           rng: where all randomness comes from.
           size: (height, width) of the result.
         """
-        from PIL import Image, ImageEnhance
+        from PIL import Image
 
         height, width = size
         # First cut, then resized, as torchvision does: the resampling sees nothing outside of the crop.
         image = image.crop(self.crop_box(rng, image.size)).resize((width, height), Image.Resampling.BILINEAR)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.jittered(image, rng)
+
+    def jittered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """An image with its brightness, contrast and saturation changed, in random order.
+
+        Args:
+          image: RGB.
+          rng: where all randomness comes from.
+        """
+        from PIL import ImageEnhance
+
         jitter = (
             (ImageEnhance.Brightness, self.brightness),
             (ImageEnhance.Contrast, self.contrast),

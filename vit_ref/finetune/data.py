@@ -45,7 +45,7 @@ class Photograph(NamedTuple):
 
 
 class _Sources(Protocol):
-    """By row, whatever `vit_ref.preprocessing.read_image` reads."""
+    """By row, whatever `vit_ref.preprocessing.read_image` reads; None where the image is missing."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
@@ -74,8 +74,10 @@ class ImageDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Photograph:
-        name = self.names[index]
-        return Photograph(read_image(self.sources[int(self.rows[index])], name), int(self.labels[index]), name)
+        name, source = self.names[index], self.sources[int(self.rows[index])]
+        if source is None:
+            raise InputError(f"{name}: no image")
+        return Photograph(read_image(source, name), int(self.labels[index]), name)
 
 
 def open_dataset(
@@ -127,13 +129,13 @@ def _with_classes(dataset: ImageDataset, classes: int | Sequence[str] | None, wh
     if isinstance(classes, int):
         present = np.unique(dataset.labels)
         if not 1 <= classes <= len(present):
-            raise InputError(f"classes is {classes}: {where} has {len(present)}")
+            raise InputError(f"classes is {classes}: there are {len(present)} in {where}")
         chosen = [dataset.classes[label] for label in present[:classes]]
     else:
         chosen = list(dataset.classes if classes is None else classes)
     unknown = [name for name in chosen if name not in dataset.classes]
     if unknown:
-        raise InputError(f"{where} has no class {', '.join(map(repr, unknown))}: it has {', '.join(dataset.classes)}")
+        raise InputError(f"no class {', '.join(map(repr, unknown))} in {where}: known are {', '.join(dataset.classes)}")
     label_of = np.full(len(dataset.classes), -1)
     label_of[[dataset.classes.index(name) for name in chosen]] = range(len(chosen))
     labels = label_of[dataset.labels]
@@ -231,7 +233,7 @@ def _from_folders(directory: Path, split: str) -> ImageDataset:
                 found = _part(found, split)
         files += found
         labels += [label] * len(found)
-    if split == "validation" and apart:
+    if apart:
         surplus = [name for name in _folders(apart[0]) if name not in classes]
         if surplus:
             raise InputError(f"{apart[0] / surplus[0]}: {training} has no such class")
@@ -269,10 +271,10 @@ class _Column:
     table: Any
     column: str
 
-    def __getitem__(self, row: int, /) -> io.BytesIO | str:
+    def __getitem__(self, row: int, /) -> io.BytesIO | str | None:
         image = self.table[row][self.column]
-        if image is None or (image["bytes"] is None and image["path"] is None):
-            raise InputError("no image")
+        if image is None:
+            return None
         return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
@@ -287,14 +289,16 @@ def _from_hub(source: str, split: str) -> ImageDataset:
     if not images or not label:
         found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         raise InputError(f"{source}: it needs a column of type Image and one of type ClassLabel: it has {found}")
-    labels = np.array(table.with_format("numpy").data.column(label).to_pylist(), np.float64)
+    labels = np.array(table.select_columns(label)[:][label], np.float64)
     if np.isnan(labels).any() or (labels < 0).any():
         row = int(np.argmax(np.isnan(labels) | (labels < 0)))
         raise InputError(f"{source} ({split}): row {row} has no {label}: give a split that is labelled throughout")
     names = tuple(f"{source} ({split}), row {row}" for row in range(len(table)))
     # Undecoded: this package's reader follows the orientation and tells what is wrong.
-    sources = _Column(table.cast_column(images, datasets.Image(decode=False)), images)
-    return ImageDataset(tuple(features[label].names), names, labels.astype(np.int64), np.arange(len(names)), sources)
+    undecoded = table.select_columns(images).cast_column(images, datasets.Image(decode=False))
+    return ImageDataset(
+        tuple(features[label].names), names, labels.astype(np.int64), np.arange(len(names)), _Column(undecoded, images)
+    )
 
 
 def _loaded(datasets: Any, source: str, split: str) -> Any:
@@ -306,7 +310,9 @@ def _loaded(datasets: Any, source: str, split: str) -> Any:
     # A repository that is missing or private, a split that it lacks, a script in it, no network, damaged files.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{source} ({split}): no directory, and datasets cannot load it ({reason})") from None
+        raise InputError(
+            f"{source} ({split}): no directory of images, and datasets cannot load it ({reason})"
+        ) from None
     finally:
         if shown:
             datasets.enable_progress_bars()
