@@ -39,6 +39,7 @@ IMAGES = CASES["rectangular"].images()
         ("absent.py", None, r"absent.py: no such file"),
         ("broken.py", "def f(:\n", r"broken.py: importing it raised SyntaxError: invalid syntax"),
         ("needs.py", "import vit_ref_absent", "needs.py: importing it raised ModuleNotFoundError: No module named"),
+        ("script.py", "raise SystemExit(0)", "script.py: importing it raised SystemExit: 0"),
         ("empty.py", "", r"empty.py: it has no 'candidate': name one as .*empty.py:NAME"),
         ("named.py:other", "candidate = print", r"named.py: it has no 'other'"),
         ("number.py", "candidate = 3", "number: a int: give a vit_ref.Candidate, or a function from pixels to logits"),
@@ -82,6 +83,10 @@ def failing(_: Any) -> Any:
     raise KeyError("no such tensor")
 
 
+def leaving(_: Any) -> Any:
+    sys.exit(0)
+
+
 def ones(classes: int, x: Any) -> Any:
     return x.sum((1, 2, 3))[:, None] * jnp.ones(classes, x.dtype)
 
@@ -99,6 +104,8 @@ def with_site(path: str) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
     [
         (lambda c: dataclasses.replace(c, load=failing), "mine: load\\(\\) raised KeyError: 'no such tensor'"),
         (lambda c: dataclasses.replace(c, load=lambda _: failing), "mine: the forward pass raised KeyError: 'no such"),
+        (lambda c: dataclasses.replace(c, load=leaving), "mine: load\\(\\) raised SystemExit: 0"),
+        (lambda c: dataclasses.replace(c, load=lambda _: leaving), "mine: the forward pass raised SystemExit: 0"),
         (lambda c: dataclasses.replace(c, load=lambda _: 3), "mine: load\\(\\) returned a int: see vit_ref.Candidate"),
         (lambda c: dataclasses.replace(c, load=lambda _: dict, sites=None), "mine: the forward pass raised"),
         (

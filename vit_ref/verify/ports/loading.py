@@ -20,6 +20,9 @@ from vit_ref.errors import InputError
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
 from vit_ref.verify.ports.table import Table, Tap, claimed, gradients_by_path
 
+# A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
+RAISED = (Exception, SystemExit)
+
 
 def find(spec: str) -> Candidate:
     """The candidate that `--candidate` names.
@@ -59,7 +62,7 @@ def _file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except RAISED as error:
         sys.modules.pop(name, None)
         raise failed(str(path), "importing it", error) from error
     return module
@@ -70,7 +73,7 @@ def _module(name: str) -> Any:
         raise CandidateError(f"{name}: neither a Python file nor the name of a module")
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except RAISED as error:
         raise failed(name, "importing it", error) from error
 
 
@@ -84,7 +87,7 @@ def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
         if takes(candidate.load, "dtype"):
             return candidate.load(checkpoint, dtype=np.dtype(dtype))
         return candidate.load(checkpoint)
-    except Exception as error:
+    except RAISED as error:
         raise failed(candidate.name, "load()", error) from error
 
 
@@ -131,11 +134,11 @@ def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
     # jax's own word that a function cannot be traced means something to the caller.
     except (InputError, jax.errors.JAXTypeError):
         raise
-    except Exception as error:
+    except RAISED as error:
         raise failed(name, "the forward pass", error) from error
 
 
-def failed(name: str, what: str, error: Exception) -> CandidateError:
+def failed(name: str, what: str, error: BaseException) -> CandidateError:
     """A person's exception as one line."""
     reason = next(iter(str(error).strip().splitlines()), "")
     return CandidateError(f"{name}: {what} raised {type(error).__name__}: {reason}")
