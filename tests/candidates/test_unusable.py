@@ -113,6 +113,10 @@ def with_site(path: str) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
             "mine: it returned a dict: logits \\(B, classes\\) are expected",
         ),
         (
+            lambda c: dataclasses.replace(c, load=lambda _: jnp.sum, sites=None),
+            "mine: it returned a value of shape \\(\\): logits \\(B, classes\\) are expected",
+        ),
+        (
             with_site("final_nrm"),
             "has no submodule 'final_nrm', and returns nothing of that name; did you mean 'final_",
         ),
@@ -205,6 +209,12 @@ def test_a_port_whose_images_depend_on_each_other_is_seen(saved: Callable[[str],
     assert failures_of(lambda x: ones(23, x - x.mean(axis=0)), saved) == {
         "batch": "an image alone comes out otherwise than in its batch"
     }
+
+
+@pytest.mark.parametrize("output", [lambda x: ones(23, x) * jnp.nan, lambda x: ones(23, x)[:0]], ids=["NaN", "empty"])
+def test_what_is_always_wrong_in_one_way_is_the_same_each_time(output: Callable, saved: Callable[[str], Path]) -> None:
+    checks = checks_of(output, saved)
+    assert [name for name, check in checks.items() if check.status == "failed"] == ["forward/logits"]
 
 
 def test_a_port_that_is_another_when_compiled_is_seen(saved: Callable[[str], Path]) -> None:

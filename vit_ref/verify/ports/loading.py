@@ -18,7 +18,7 @@ from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
-from vit_ref.verify.ports.table import Table, Tap, claimed, gradients_by_path
+from vit_ref.verify.ports.table import Table, Tap, claimed, described, gradients_by_path
 
 # A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
 RAISED = (Exception, SystemExit)
@@ -182,8 +182,8 @@ def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
     returned, named = split_named(returned)
     output = getattr(returned, "logits", returned)
     output = output[0] if isinstance(output, tuple) else output
-    if not hasattr(output, "shape"):
-        raise CandidateError(f"{name}: it returned a {type(output).__name__}: logits (B, classes) are expected")
+    if not getattr(output, "shape", ()):
+        raise CandidateError(f"{name}: it returned a {described(output)}: logits (B, classes) are expected")
     return output, named
 
 

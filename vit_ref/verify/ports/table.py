@@ -127,7 +127,7 @@ class Table:
         if select is None:
             if not hasattr(value, "shape"):
                 raise CandidateError(
-                    f"sites: {entry.destination}: the port has a {_described(value)} there: name one of its elements,"
+                    f"sites: {entry.destination}: the port has a {described(value)} there: name one of its elements,"
                     " as in 'path[0]'"
                 )
             picked = fitted(value, shape)
@@ -137,7 +137,7 @@ class Table:
             picked, pull_back = self._vjp(lambda x: fitted(select(x), shape), value)
         except Exception as error:
             raise CandidateError(
-                f"sites: {entry.destination}: its selection cannot be applied to a {_described(value)}: {error}"
+                f"sites: {entry.destination}: its selection cannot be applied to a {described(value)}: {error}"
             ) from error
         changed = tap(entry.destination, picked)
         return value if changed is picked else value + pull_back(changed - picked)
@@ -236,7 +236,8 @@ def _of_block(i: int | None, select: Callable[[Any], Any] | None) -> Callable[[A
     return (lambda x: select(x[i])) if select else (lambda x: x[i])
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """What a value is, for messages: its shape, or its type."""
     shape = getattr(value, "shape", None)
     return f"value of shape {tuple(shape)}" if shape is not None else type(value).__name__
 
