@@ -64,6 +64,12 @@ class Recording:
         ({"a": "logits.mine"}, "logits.mine is none of this model's"),
         ({"a:output": "norm"}, "sites: 'a:output' cannot be read: give 'path', 'path:input'"),
         ({"a[0": "norm"}, "cannot be read"),
+        (["norm"], "sites: a list: give a dict, from the port's names to this package's"),
+        ({"a": 3}, r"sites: 'a': 3 cannot be read: give a name, \(name, selection\), or a list of these"),
+        ({0: "norm"}, "sites: 0: 'norm' cannot be read"),
+        ({"a": ("norm", "embeddings")}, r"\('norm', 'embeddings'\) cannot be read"),
+        ({"a": (("norm", abs), ("embeddings", abs))}, "or a list of these"),
+        ({"a": ("norm", abs, 0)}, "cannot be read"),
     ],
 )
 def test_a_table_that_cannot_be_meant_is_refused(mapped: Any, message: str) -> None:

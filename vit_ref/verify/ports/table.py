@@ -156,8 +156,10 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
       Entries by key.
 
     Raises:
-      CandidateError: a destination is unknown, or claimed twice.
+      CandidateError: what was given is no table, or a destination in it is unknown or claimed twice.
     """
+    if not isinstance(mapped, Mapping):
+        raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
     # A table may serve checkpoints with a head and without one.
     optional = ("pooler", "logits") if what == "sites" else ("pooler.", "head.")
     absent = tuple(part for part in optional if not any(name.startswith(part) for name in known))
@@ -166,7 +168,11 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     for key, targets in mapped.items():
         several = targets if isinstance(targets, list) else [targets]
         for target in several:
-            pattern, select = target if isinstance(target, tuple) else (target, None)
+            pattern, select = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
+            if not isinstance(key, str) or not isinstance(pattern, str) or not (select is None or callable(select)):
+                raise CandidateError(
+                    f"{what}: {key!r}: {target!r} cannot be read: give a name, (name, selection), or a list of these"
+                )
             blocks = range(config.num_hidden_layers) if "{i}" in pattern or "{i}" in key else (None,)
             for i in blocks:
                 source, destination = (text.replace("{i}", str(i)) for text in (key, pattern))
