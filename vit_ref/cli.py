@@ -106,9 +106,14 @@ def verify(
     """
     if len(candidates) > 1 and (html or json_file):
         raise InputError("--html and --json take one report: give one --candidate")
-    for file in (html, json_file):
-        if file is not None and not file.absolute().parent.is_dir():
+    # Said now, and not after minutes of judging.
+    for file in filter(None, (html, json_file)):
+        if not file.absolute().parent.is_dir():
             raise InputError(f"{file}: no such directory: make it first")
+        if file.is_dir():
+            raise InputError(f"{file}: is a directory: name a file")
+    if html and json_file and html.resolve() == json_file.resolve():
+        raise InputError(f"{html}: --html and --json are the same file: give two")
     from vit_ref.verify.check import check_port, steps
     from vit_ref.verify.report import summary, table, to_html, to_json, write
     from vit_ref.verify.trace import TruncatedError

@@ -111,6 +111,8 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
         (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
         (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: no such directory: make it first"),
         (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
+        (["verify", "{tiny}", "--html", "{tiny}"], "{tiny}: is a directory: name a file"),
+        (["verify", "{tiny}", "--html", "a", "--json", "./a"], "a: --html and --json are the same file: give two"),
         (
             ["verify", "{tiny}", "--json", "a.json", "--candidate", "a.py", "--candidate", "b.py"],
             "--html and --json take one report: give one --candidate",
@@ -125,7 +127,8 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     ended = invoke(*(argument.format(tiny=tiny) for argument in arguments))
     assert ended.exit_code == 2, ended.output
-    assert len(ended.output.splitlines()) == 1 and ended.stderr.startswith(f"vit-ref: {message}")
+    assert len(ended.output.splitlines()) == 1
+    assert ended.stderr.startswith(f"vit-ref: {message.format(tiny=tiny)}")
     assert not list(tmp_path.iterdir())
 
 
