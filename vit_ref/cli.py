@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -40,6 +42,18 @@ _THEME = Theme({"verdict.good": "green", "verdict.bad": "bold red", "verdict.ope
 
 class _Group(click.Group):
     """Commands whose errors of input are one line and exit code 2, as click's own are."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the installed command calls."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                # At its end Python takes jaxlib down while that still compiles in threads of its own: a segmentation
+                # fault, and exit code 139.
+                sys.stdout.flush()
+                os._exit(INTERRUPTED)
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -159,6 +159,51 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
+COMPILING = """
+import os, signal, threading
+import jax, jax.numpy as jnp
+
+def slow(x):
+    for _ in range(400):
+        x = jnp.sort(x + 1)
+    return x
+
+def load(checkpoint):
+    lowered = jax.jit(slow).lower(jnp.ones(8))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return lowered.compile()
+
+import vit_ref
+candidate = vit_ref.Candidate(load=load)
+"""
+# As the installed command; a conversion is interrupted once all of it is written and nothing is renamed.
+COMMAND = """
+import os, signal, sys
+from vit_ref import cli, conversion
+
+conversion._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "{tiny}", "--candidate", "port.py", "--html", "out/a.html"],
+        ["convert", "{tiny}", "out/copy", "--to", "hf"],
+        ["convert", "{tiny}", "out/copy.npz", "--to", "npz"],
+    ],
+    ids=lambda arguments: arguments[-1],
+)
+def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[str], tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "port.py").write_text(COMPILING)
+    command = [sys.executable, "-c", COMMAND, *(argument.format(tiny=tiny) for argument in arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "vit-ref: interrupted, nothing was written\n")
+    assert not ended.stdout and not list((tmp_path / "out").iterdir())
+
+
 def test_a_bar_names_the_step_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
