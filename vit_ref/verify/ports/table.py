@@ -7,7 +7,6 @@ differentiation gives, puts them back in their places.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from vit_ref.config import ViTConfig
 from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
-from vit_ref.verify.ports.declaration import CandidateError, Mapped
+from vit_ref.verify.ports.declaration import CandidateError, Mapped, hint
 
 # (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
 Vjp = Callable[[Callable[[Any], Any], Any], tuple[Any, Callable[[Any], Any]]]
@@ -181,9 +180,9 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 if destination not in known:
                     if destination.startswith(absent):
                         continue
-                    near = difflib.get_close_matches(destination, known, n=1)
-                    hint = f"; did you mean {near[0]}?" if near else ""
-                    raise CandidateError(f"{what}: {key!r}: {destination} is none of this model's{hint}")
+                    raise CandidateError(
+                        f"{what}: {key!r}: {destination!r} is none of this model's{hint(destination, known)}"
+                    )
                 if destination in claimed:
                     raise CandidateError(f"{what}: {claimed[destination]!r} and {source!r} both claim {destination}")
                 claimed[destination] = source
@@ -211,9 +210,7 @@ def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str,
     found = {}
     for source, entries in bind(mapped, "parameters", config, shapes).items():
         if source not in gradients:
-            near = difflib.get_close_matches(source, gradients, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise CandidateError(f"parameters: the port has no parameter {source}{hint}")
+            raise CandidateError(f"parameters: the port has no parameter {source!r}{hint(source, gradients)}")
         for entry in entries:
             value = entry.select(gradients[source]) if entry.select else gradients[source]
             found[entry.destination] = fitted(value, shapes[entry.destination])
