@@ -190,7 +190,7 @@ def test_gradients_are_named_and_shaped_by_the_table() -> None:
     assert found["blocks.1.attn.query.bias"].all() and not found["blocks.0.attn.query.bias"].any()
     with pytest.raises(InputError, match=r"parameters: the port has no parameter 'wight'; did you mean 'weight'\?"):
         gradients_by_path({"wight": "norm.scale"}, CONFIG, {"weight": np.ones(33)})
-    with pytest.raises(InputError, match=r"parameters: 'w': 'head.kernal' is none of this model's; did you mean 'head.k"):
+    with pytest.raises(InputError, match=r"'w': 'head.kernal' is none of this model's; did you mean 'head.kernel'\?"):
         bind({"w": "head.kernal"}, "parameters", CONFIG, {"head.kernel": ()})
 
 

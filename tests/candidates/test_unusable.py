@@ -246,6 +246,17 @@ def test_logits_of_another_shape_have_failed_and_have_no_gradients(saved: Callab
     assert checks["backward/pixels"].reason.startswith("its output has shape (1, 1) and not (1, 23)")
 
 
+def test_a_port_that_cannot_be_differentiated_is_judged_forward(saved: Callable[[str], Path]) -> None:
+    def calling_back(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(np.copy, jax.ShapeDtypeStruct((len(x), 23), x.dtype), ones(23, x))
+
+    checks = checks_of(calling_back, saved, backward=True)
+    assert checks["forward/logits"].status == "failed"
+    assert checks["behaviour/jit"].status == "passed"
+    assert checks["backward/pixels"].status == "not observed"
+    assert checks["backward/pixels"].reason.startswith("jax cannot differentiate it: calling_back: the forward pass")
+
+
 def test_a_loader_is_told_the_dtype_it_asks_for(saved: Callable[[str], Path]) -> None:
     told = []
 
