@@ -87,7 +87,8 @@ def diagnose(
     for guess in across(config, tensors, pixels[one], there, names, site, gap):
         causes = _fitting([guess], site, value[one], there[site])
         if causes:
-            return causes
+            before = error(value, truth[site]).rms
+            return tuple(cause._replace(before=before) for cause in causes)
     return ()
 
 
