@@ -132,9 +132,21 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["verify"], ["verify", "a", "--dtype", "int8"], ["convert", "a", "b"]])
-def test_a_wrong_call_is_exit_code_2(arguments: list[str], invoke: Invoke) -> None:
-    assert invoke(*arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify"], "Missing argument 'CHECKPOINT'"),
+        (["verify", "a", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["verify", "a", "--reference", "keras"], "'keras' is not one of 'flax', 'torch', 'numpy'"),
+        (["convert", "a", "b"], "Missing option '--to'"),
+        (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
+        (["propose", "a"], "Missing argument 'CHECKPOINT'"),
+    ],
+)
+def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
+    ended = invoke(*arguments)
+    assert ended.exit_code == 2
+    assert message in ended.stderr
 
 
 def test_a_port_that_does_not_compute_in_float64_is_wrong(
