@@ -122,9 +122,9 @@ def verify(
         raise InputError("--html and --json take one report: give one --candidate")
     # Said now, and not after minutes of judging.
     for file in filter(None, (html, json_file)):
-        if not file.absolute().parent.is_dir():
+        if not os.path.isdir(file.absolute().parent):
             raise InputError(f"{file}: no such directory: make it first")
-        if file.is_dir():
+        if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
             raise InputError(f"{file}: is a directory: name a file")
     if html and json_file and html.resolve() == json_file.resolve():
         raise InputError(f"{html}: --html and --json are the same file: give two")

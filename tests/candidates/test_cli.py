@@ -111,6 +111,7 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
         (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
         (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: no such directory: make it first"),
         (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
+        (["verify", "no/such/place", "--html", "y" * 300], "no/such/place: no such directory or file"),
         (["verify", "{tiny}", "--html", "{tiny}"], "{tiny}: is a directory: name a file"),
         (["verify", "{tiny}", "--html", "a", "--json", "./a"], "a: --html and --json are the same file: give two"),
         (
