@@ -66,7 +66,7 @@ def wrong(depth: int = 2) -> PortReport:
     gradients = [*reversed(names), *parameters, "pixels"]
     cause = Cause("LayerNorm epsilon 1e-06", names[2], bad[names[2]], 1.7e-16)
     return ported(
-        parity(*sites, causes=(cause,), place="image 1 of 4", hidden=("embeddings",)),
+        parity(*sites, causes=(cause,), place="only at image 1 of 4", hidden=("embeddings",)),
         parity(
             measured(gradients[0]),
             *(measured(name, 3.3e-5, rounding=4.4e-5) for name in gradients[1:]),

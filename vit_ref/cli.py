@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -41,6 +43,18 @@ _THEME = Theme({"verdict.good": "green", "verdict.bad": "bold red", "verdict.ope
 
 class _Group(click.Group):
     """Commands whose errors of input are one line and exit code 2, as click's own are."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the installed command calls."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                # At its end Python takes jaxlib down while that still compiles in threads of its own: a segmentation
+                # fault, and exit code 139.
+                sys.stdout.flush()
+                os._exit(INTERRUPTED)
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -107,9 +121,14 @@ def verify(
     """
     if len(candidates) > 1 and (html or json_file):
         raise InputError("--html and --json take one report: give one --candidate")
-    for file in (html, json_file):
-        if file is not None and not file.absolute().parent.is_dir():
+    # Said now, and not after minutes of judging.
+    for file in filter(None, (html, json_file)):
+        if not os.path.isdir(file.absolute().parent):
             raise InputError(f"{file}: no such directory: make it first")
+        if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
+            raise InputError(f"{file}: is a directory: name a file")
+    if html and json_file and html.resolve() == json_file.resolve():
+        raise InputError(f"{html}: --html and --json are the same file: give two")
     from vit_ref.verify.check import check_port, steps
     from vit_ref.verify.report import summary, table, to_html, to_json, write
     from vit_ref.verify.trace import TruncatedError

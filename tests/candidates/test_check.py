@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 import vit_ref
 from synthetic_reports import REPORTS
 from vit_ref.errors import InputError
+from vit_ref.verify import parametrize
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.check import steps
 from vit_ref.verify.parametrize import SiteCheck
@@ -163,6 +165,24 @@ def test_every_check_of_a_port_is_a_case(tiny: Path, judged: tuple[PortReport, l
     ids = [param.id for param in mark.args[1]]
     # Of a port in jax nobody asks whether it writes into its images, and of any other not whether it compiles.
     assert [name for name in ids if name != "behaviour/inputs"] == [check.name for check in judged[0].checks]
+
+
+def test_a_port_is_judged_once_as_asked_and_by_one_worker(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def judged(*arguments: Any, **options: Any) -> PortReport:
+        calls.append((arguments, options))
+        return REPORTS["right"]()
+
+    monkeypatch.setattr(parametrize, "check_port", judged)
+    params = vit_ref.parametrize_with_sites("port.py", tiny, backward=False, reference="numpy").mark.args[1]
+    for param in params:
+        if param.id in ("forward/patches", "forward/logits"):
+            param.values[0]()
+    assert calls == [(("port.py", tiny), {"backward": False, "reference": "numpy"})]
+    assert {(mark.name, mark.args) for param in params for mark in param.marks} == {
+        ("xdist_group", (f"{tiny} port.py",))
+    }
 
 
 def test_a_check_knows_its_site() -> None:

@@ -111,6 +111,9 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
         (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
         (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: no such directory: make it first"),
         (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
+        (["verify", "no/such/place", "--html", "y" * 300], "no/such/place: no such directory or file"),
+        (["verify", "{tiny}", "--html", "{tiny}"], "{tiny}: is a directory: name a file"),
+        (["verify", "{tiny}", "--html", "a", "--json", "./a"], "a: --html and --json are the same file: give two"),
         (
             ["verify", "{tiny}", "--json", "a.json", "--candidate", "a.py", "--candidate", "b.py"],
             "--html and --json take one report: give one --candidate",
@@ -125,13 +128,26 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     ended = invoke(*(argument.format(tiny=tiny) for argument in arguments))
     assert ended.exit_code == 2, ended.output
-    assert len(ended.output.splitlines()) == 1 and ended.stderr.startswith(f"vit-ref: {message}")
+    assert len(ended.output.splitlines()) == 1
+    assert ended.stderr.startswith(f"vit-ref: {message.format(tiny=tiny)}")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["verify"], ["verify", "a", "--dtype", "int8"], ["convert", "a", "b"]])
-def test_a_wrong_call_is_exit_code_2(arguments: list[str], invoke: Invoke) -> None:
-    assert invoke(*arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify"], "Missing argument 'CHECKPOINT'"),
+        (["verify", "a", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["verify", "a", "--reference", "keras"], "'keras' is not one of 'flax', 'torch', 'numpy'"),
+        (["convert", "a", "b"], "Missing option '--to'"),
+        (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
+        (["propose", "a"], "Missing argument 'CHECKPOINT'"),
+    ],
+)
+def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
+    ended = invoke(*arguments)
+    assert ended.exit_code == 2
+    assert message in ended.stderr
 
 
 def test_a_port_that_does_not_compute_in_float64_is_wrong(
@@ -154,6 +170,51 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     ended = invoke("verify", "anywhere", "--html", tmp_path / "a.html")
     assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing was written\n")
     assert not list(tmp_path.iterdir())
+
+
+COMPILING = """
+import os, signal, threading
+import jax, jax.numpy as jnp
+
+def slow(x):
+    for _ in range(400):
+        x = jnp.sort(x + 1)
+    return x
+
+def load(checkpoint):
+    lowered = jax.jit(slow).lower(jnp.ones(8))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return lowered.compile()
+
+import vit_ref
+candidate = vit_ref.Candidate(load=load)
+"""
+# As the installed command; a conversion is interrupted once all of it is written and nothing is renamed.
+COMMAND = """
+import os, signal, sys
+from vit_ref import cli, conversion
+
+conversion._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "{tiny}", "--candidate", "port.py", "--html", "out/a.html"],
+        ["convert", "{tiny}", "out/copy", "--to", "hf"],
+        ["convert", "{tiny}", "out/copy.npz", "--to", "npz"],
+    ],
+    ids=lambda arguments: arguments[-1],
+)
+def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[str], tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "port.py").write_text(COMPILING)
+    command = [sys.executable, "-c", COMMAND, *(argument.format(tiny=tiny) for argument in arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "vit-ref: interrupted, nothing was written\n")
+    assert not ended.stdout and not list((tmp_path / "out").iterdir())
 
 
 def test_a_bar_names_the_step_on_a_terminal(

@@ -55,15 +55,21 @@ class Recording:
 @pytest.mark.parametrize(
     ("mapped", "message"),
     [
-        ({"a": "block.0.attn.qery"}, r"sites: 'a': block.0.attn.qery is none of this model's; did you mean block.0"),
-        ({"a": "block.7.norm1"}, "block.7.norm1 is none of this model's"),
+        ({"a": "block.0.attn.qery"}, r"sites: 'a': 'block.0.attn.qery' is none of this model's; did you mean 'block.0"),
+        ({"a": "block.7.norm1"}, "'block.7.norm1' is none of this model's"),
         ({"a": "norm", "b": "norm"}, "sites: 'a' and 'b' both claim norm"),
         ({"{i}.a": "block.{i}.norm1", "b": "block.1.norm1"}, "'1.a' and 'b' both claim block.1.norm1"),
         ({"a": ["norm", ("norm", lambda x: x)]}, "both claim norm"),
-        ({"a": "logitz"}, r"logitz is none of this model's; did you mean logits\?"),
-        ({"a": "logits.mine"}, "logits.mine is none of this model's"),
+        ({"a": "logitz"}, r"'logitz' is none of this model's; did you mean 'logits'\?"),
+        ({"a": "logits.mine"}, "'logits.mine' is none of this model's"),
         ({"a:output": "norm"}, "sites: 'a:output' cannot be read: give 'path', 'path:input'"),
         ({"a[0": "norm"}, "cannot be read"),
+        (["norm"], "sites: a list: give a dict, from the port's names to this package's"),
+        ({"a": 3}, r"sites: 'a': 3 cannot be read: give a name, \(name, selection\), or a list of these"),
+        ({0: "norm"}, "sites: 0: 'norm' cannot be read"),
+        ({"a": ("norm", "embeddings")}, r"\('norm', 'embeddings'\) cannot be read"),
+        ({"a": (("norm", abs), ("embeddings", abs))}, "or a list of these"),
+        ({"a": ("norm", abs, 0)}, "cannot be read"),
     ],
 )
 def test_a_table_that_cannot_be_meant_is_refused(mapped: Any, message: str) -> None:
@@ -182,9 +188,9 @@ def test_gradients_are_named_and_shaped_by_the_table() -> None:
         "blocks.1.attn.query.bias": (33,),
     }
     assert found["blocks.1.attn.query.bias"].all() and not found["blocks.0.attn.query.bias"].any()
-    with pytest.raises(InputError, match=r"parameters: the port has no parameter wight; did you mean weight\?"):
+    with pytest.raises(InputError, match=r"parameters: the port has no parameter 'wight'; did you mean 'weight'\?"):
         gradients_by_path({"wight": "norm.scale"}, CONFIG, {"weight": np.ones(33)})
-    with pytest.raises(InputError, match=r"parameters: 'w': head.kernal is none of this model's; did you mean head.k"):
+    with pytest.raises(InputError, match=r"'w': 'head.kernal' is none of this model's; did you mean 'head.kernel'\?"):
         bind({"w": "head.kernal"}, "parameters", CONFIG, {"head.kernel": ()})
 
 

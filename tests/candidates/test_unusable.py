@@ -39,6 +39,7 @@ IMAGES = CASES["rectangular"].images()
         ("absent.py", None, r"absent.py: no such file"),
         ("broken.py", "def f(:\n", r"broken.py: importing it raised SyntaxError: invalid syntax"),
         ("needs.py", "import vit_ref_absent", "needs.py: importing it raised ModuleNotFoundError: No module named"),
+        ("script.py", "raise SystemExit(0)", "script.py: importing it raised SystemExit: 0"),
         ("empty.py", "", r"empty.py: it has no 'candidate': name one as .*empty.py:NAME"),
         ("named.py:other", "candidate = print", r"named.py: it has no 'other'"),
         ("number.py", "candidate = 3", "number: a int: give a vit_ref.Candidate, or a function from pixels to logits"),
@@ -82,6 +83,10 @@ def failing(_: Any) -> Any:
     raise KeyError("no such tensor")
 
 
+def leaving(_: Any) -> Any:
+    sys.exit(0)
+
+
 def ones(classes: int, x: Any) -> Any:
     return x.sum((1, 2, 3))[:, None] * jnp.ones(classes, x.dtype)
 
@@ -99,11 +104,17 @@ def with_site(path: str) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
     [
         (lambda c: dataclasses.replace(c, load=failing), "mine: load\\(\\) raised KeyError: 'no such tensor'"),
         (lambda c: dataclasses.replace(c, load=lambda _: failing), "mine: the forward pass raised KeyError: 'no such"),
+        (lambda c: dataclasses.replace(c, load=leaving), "mine: load\\(\\) raised SystemExit: 0"),
+        (lambda c: dataclasses.replace(c, load=lambda _: leaving), "mine: the forward pass raised SystemExit: 0"),
         (lambda c: dataclasses.replace(c, load=lambda _: 3), "mine: load\\(\\) returned a int: see vit_ref.Candidate"),
         (lambda c: dataclasses.replace(c, load=lambda _: dict, sites=None), "mine: the forward pass raised"),
         (
             lambda c: dataclasses.replace(c, load=lambda _: lambda x: {"logits": x}, sites=None),
             "mine: it returned a dict: logits \\(B, classes\\) are expected",
+        ),
+        (
+            lambda c: dataclasses.replace(c, load=lambda _: jnp.sum, sites=None),
+            "mine: it returned a value of shape \\(\\): logits \\(B, classes\\) are expected",
         ),
         (
             with_site("final_nrm"),
@@ -200,6 +211,12 @@ def test_a_port_whose_images_depend_on_each_other_is_seen(saved: Callable[[str],
     }
 
 
+@pytest.mark.parametrize("output", [lambda x: ones(23, x) * jnp.nan, lambda x: ones(23, x)[:0]], ids=["NaN", "empty"])
+def test_what_is_always_wrong_in_one_way_is_the_same_each_time(output: Callable, saved: Callable[[str], Path]) -> None:
+    checks = checks_of(output, saved)
+    assert [name for name, check in checks.items() if check.status == "failed"] == ["forward/logits"]
+
+
 def test_a_port_that_is_another_when_compiled_is_seen(saved: Callable[[str], Path]) -> None:
     assert failures_of(lambda x: ones(23, x) * (2 if isinstance(x, jax.core.Tracer) else 1), saved) == {
         "jit": "compiled it computes something else than operation by operation"
@@ -227,6 +244,17 @@ def test_logits_of_another_shape_have_failed_and_have_no_gradients(saved: Callab
     checks = checks_of(lambda x: ones(1, x), saved, backward=True)
     assert checks["forward/logits"].status == "failed"
     assert checks["backward/pixels"].reason.startswith("its output has shape (1, 1) and not (1, 23)")
+
+
+def test_a_port_that_cannot_be_differentiated_is_judged_forward(saved: Callable[[str], Path]) -> None:
+    def calling_back(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(np.copy, jax.ShapeDtypeStruct((len(x), 23), x.dtype), ones(23, x))
+
+    checks = checks_of(calling_back, saved, backward=True)
+    assert checks["forward/logits"].status == "failed"
+    assert checks["behaviour/jit"].status == "passed"
+    assert checks["backward/pixels"].status == "not observed"
+    assert checks["backward/pixels"].reason.startswith("jax cannot differentiate it: calling_back: the forward pass")
 
 
 def test_a_loader_is_told_the_dtype_it_asks_for(saved: Callable[[str], Path]) -> None:

@@ -17,6 +17,7 @@ from vit_ref.sites import sites
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.diagnosis import diagnose, diagnose_gradient, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
+from vit_ref.verify.gates import error
 from vit_ref.verify.oracle import NumpyOracle
 
 pytestmark = pytest.mark.mutants
@@ -86,9 +87,10 @@ def test_one_wrong_head_is_placed_and_explained() -> None:
     wrong = known.truth[site].copy()
     wrong[:, :, 2] *= 1.5
     assert known.causes(site, wrong) == ["1.5 x the reference"]
-    assert where(wrong, known.truth[site], site) == "head 2 of 3"
+    assert where(wrong, known.truth[site], site) == "only at head 2 of 3"
     assert where(known.truth[site], known.truth[site], site) == ""
-    assert where(wrong[..., 0], known.truth[site], site) == where(wrong * np.nan, known.truth[site], site) == ""
+    assert where(wrong[..., 0], known.truth[site], site) == f"as its shape is {wrong.shape[:-1]}, not {wrong.shape}"
+    assert where(wrong * np.nan, known.truth[site], site) == "as it is not finite"
 
 
 PRODUCTS = {
@@ -143,6 +145,8 @@ def hidden_causes(known: Known, other: dict[str, object], shown: tuple[str, ...]
     exact = {**before, **{site: wrong[site] for site in shown}}
     site = next(site for site in shown if not np.array_equal(wrong[site], known.truth[site]))
     found = diagnose(known.config, known.tensors, known.images, known.truth, names, site, exact)
+    # The number that the report has above it, though one image alone was tried.
+    assert all(cause.before == error(wrong[site], known.truth[site]).rms for cause in found)
     return [cause.label for cause in found]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def test_a_file_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_pat
             write(path, "text")
         assert "\n" not in str(raised.value)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "taken", tmp_path / "taken" / "kept"]
+
+
+def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("file")
+    write(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write(tmp_path / "pipe", "text")
+    assert os.read(reader, 9) == b"text" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch) -> None:

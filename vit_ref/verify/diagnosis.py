@@ -87,7 +87,8 @@ def diagnose(
     for guess in across(config, tensors, pixels[one], there, names, site, gap):
         causes = _fitting([guess], site, value[one], there[site])
         if causes:
-            return causes
+            before = error(value, truth[site]).rms
+            return tuple(cause._replace(before=before) for cause in causes)
     return ()
 
 
@@ -154,16 +155,21 @@ def diagnose_gradient(truth: NDArray, name: str, value: NDArray) -> tuple[Cause,
 
 
 def where(value: NDArray, truth: NDArray, site: str) -> str:
-    """In which images, tokens, heads and channels a value is wrong, where that is not everywhere; else ""."""
-    if value.shape != truth.shape or not np.isfinite(value).all():
-        return ""
+    """How a value is wrong: its shape, or in which images, tokens, heads and channels; "" where in all of them.
+
+    It goes on after the word "wrong".
+    """
+    if value.shape != truth.shape:
+        return f"as its shape is {value.shape}, not {truth.shape}"
+    if not np.isfinite(value).all():
+        return "as it is not finite"
     names = _AXES["attn.probs" if site.endswith("attn.probs") else value.ndim]
     said = []
     for name, indices, size in zip(names, _wrong_indices(value, truth), value.shape, strict=True):
         if len(indices) < size:
             few = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
             said.append(f"{name} {few} of {size}")
-    return "; ".join(said)
+    return f"only at {'; '.join(said)}" if said else ""
 
 
 def _wrong_indices(value: NDArray, truth: NDArray) -> list[NDArray]:

@@ -90,7 +90,7 @@ class ParityReport:
       unmapped: sites that it does not claim. They have neither passed nor failed.
       what: what was measured, "sites" or "gradients".
       causes: known bugs that explain the first divergence, the best first.
-      place: where in the first diverging value it is wrong, "" where everywhere.
+      place: how the first diverging value is wrong, see `diagnosis.where`.
       hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
       order: all of these names, shown or not, in the order of the pass.
     """

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
-from vit_ref.verify.backward import Gradients, Objective, differentiator
+from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, differentiator
+from vit_ref.verify.ports.declaration import CandidateError
 from vit_ref.verify.trace import Trace, precision_of
 
 # (parameters, pixels, tap) -> output (B, width). Parameters are any tree.
@@ -120,7 +121,11 @@ class Tapped(ABC):
 
             return forward(parameters, pixels, tap)
 
-        differentiate = differentiator(perturbing, parameters, self.config, pixels, dtype)
+        try:
+            differentiate = differentiator(perturbing, parameters, self.config, pixels, dtype)
+        except CandidateError as error:
+            # It ran forward: it calls what jax has no derivative of, such as a callback.
+            raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)

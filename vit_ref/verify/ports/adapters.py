@@ -9,7 +9,6 @@ scan) is out of reach from outside.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from vit_ref.verify.ports.declaration import CandidateError, takes
+from vit_ref.verify.ports.declaration import CandidateError, hint, takes
 from vit_ref.verify.ports.loading import split_named
 from vit_ref.verify.ports.table import Table, Tap
 
@@ -143,9 +142,9 @@ def require_known(table: Table, modules: Iterable[str], returned: Any) -> None:
     """Raises `CandidateError` where a table names neither a submodule nor an intermediate that was returned."""
     known = {*modules, *split_named(returned)[1]}
     for path in sorted(table.paths - known):
-        near = difflib.get_close_matches(path, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise CandidateError(f"sites: the port has no submodule {path!r}, and returns nothing of that name{hint}")
+        raise CandidateError(
+            f"sites: the port has no submodule {path!r}, and returns nothing of that name{hint(path, known)}"
+        )
 
 
 def is_float(leaf: Any) -> bool:

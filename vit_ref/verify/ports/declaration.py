@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vit_ref.errors import InputError
@@ -72,6 +73,12 @@ def declared(value: Any, name: str) -> Candidate:
     raise CandidateError(
         f"{name}: a {type(value).__name__}: give a vit_ref.Candidate, or a function from pixels to logits"
     )
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that was probably meant, or ""."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def takes(function: Callable[..., Any], argument: str) -> bool:

@@ -18,7 +18,10 @@ from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
-from vit_ref.verify.ports.table import Table, Tap, claimed, gradients_by_path
+from vit_ref.verify.ports.table import Table, Tap, claimed, described, gradients_by_path
+
+# A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
+RAISED = (Exception, SystemExit)
 
 
 def find(spec: str) -> Candidate:
@@ -59,7 +62,7 @@ def _file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except RAISED as error:
         sys.modules.pop(name, None)
         raise failed(str(path), "importing it", error) from error
     return module
@@ -70,7 +73,7 @@ def _module(name: str) -> Any:
         raise CandidateError(f"{name}: neither a Python file nor the name of a module")
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except RAISED as error:
         raise failed(name, "importing it", error) from error
 
 
@@ -84,7 +87,7 @@ def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
         if takes(candidate.load, "dtype"):
             return candidate.load(checkpoint, dtype=np.dtype(dtype))
         return candidate.load(checkpoint)
-    except Exception as error:
+    except RAISED as error:
         raise failed(candidate.name, "load()", error) from error
 
 
@@ -131,11 +134,11 @@ def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
     # jax's own word that a function cannot be traced means something to the caller.
     except (InputError, jax.errors.JAXTypeError):
         raise
-    except Exception as error:
+    except RAISED as error:
         raise failed(name, "the forward pass", error) from error
 
 
-def failed(name: str, what: str, error: Exception) -> CandidateError:
+def failed(name: str, what: str, error: BaseException) -> CandidateError:
     """A person's exception as one line."""
     reason = next(iter(str(error).strip().splitlines()), "")
     return CandidateError(f"{name}: {what} raised {type(error).__name__}: {reason}")
@@ -179,8 +182,8 @@ def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
     returned, named = split_named(returned)
     output = getattr(returned, "logits", returned)
     output = output[0] if isinstance(output, tuple) else output
-    if not hasattr(output, "shape"):
-        raise CandidateError(f"{name}: it returned a {type(output).__name__}: logits (B, classes) are expected")
+    if not getattr(output, "shape", ()):
+        raise CandidateError(f"{name}: it returned a {described(output)}: logits (B, classes) are expected")
     return output, named
 
 

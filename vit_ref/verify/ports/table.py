@@ -7,7 +7,6 @@ differentiation gives, puts them back in their places.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from vit_ref.config import ViTConfig
 from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
-from vit_ref.verify.ports.declaration import CandidateError, Mapped
+from vit_ref.verify.ports.declaration import CandidateError, Mapped, hint
 
 # (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
 Vjp = Callable[[Callable[[Any], Any], Any], tuple[Any, Callable[[Any], Any]]]
@@ -127,7 +126,7 @@ class Table:
         if select is None:
             if not hasattr(value, "shape"):
                 raise CandidateError(
-                    f"sites: {entry.destination}: the port has a {_described(value)} there: name one of its elements,"
+                    f"sites: {entry.destination}: the port has a {described(value)} there: name one of its elements,"
                     " as in 'path[0]'"
                 )
             picked = fitted(value, shape)
@@ -137,7 +136,7 @@ class Table:
             picked, pull_back = self._vjp(lambda x: fitted(select(x), shape), value)
         except Exception as error:
             raise CandidateError(
-                f"sites: {entry.destination}: its selection cannot be applied to a {_described(value)}: {error}"
+                f"sites: {entry.destination}: its selection cannot be applied to a {described(value)}: {error}"
             ) from error
         changed = tap(entry.destination, picked)
         return value if changed is picked else value + pull_back(changed - picked)
@@ -156,8 +155,10 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
       Entries by key.
 
     Raises:
-      CandidateError: a destination is unknown, or claimed twice.
+      CandidateError: what was given is no table, or a destination in it is unknown or claimed twice.
     """
+    if not isinstance(mapped, Mapping):
+        raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
     # A table may serve checkpoints with a head and without one.
     optional = ("pooler", "logits") if what == "sites" else ("pooler.", "head.")
     absent = tuple(part for part in optional if not any(name.startswith(part) for name in known))
@@ -166,7 +167,11 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     for key, targets in mapped.items():
         several = targets if isinstance(targets, list) else [targets]
         for target in several:
-            pattern, select = target if isinstance(target, tuple) else (target, None)
+            pattern, select = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
+            if not isinstance(key, str) or not isinstance(pattern, str) or not (select is None or callable(select)):
+                raise CandidateError(
+                    f"{what}: {key!r}: {target!r} cannot be read: give a name, (name, selection), or a list of these"
+                )
             blocks = range(config.num_hidden_layers) if "{i}" in pattern or "{i}" in key else (None,)
             for i in blocks:
                 source, destination = (text.replace("{i}", str(i)) for text in (key, pattern))
@@ -175,9 +180,9 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 if destination not in known:
                     if destination.startswith(absent):
                         continue
-                    near = difflib.get_close_matches(destination, known, n=1)
-                    hint = f"; did you mean {near[0]}?" if near else ""
-                    raise CandidateError(f"{what}: {key!r}: {destination} is none of this model's{hint}")
+                    raise CandidateError(
+                        f"{what}: {key!r}: {destination!r} is none of this model's{hint(destination, known)}"
+                    )
                 if destination in claimed:
                     raise CandidateError(f"{what}: {claimed[destination]!r} and {source!r} both claim {destination}")
                 claimed[destination] = source
@@ -205,9 +210,7 @@ def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str,
     found = {}
     for source, entries in bind(mapped, "parameters", config, shapes).items():
         if source not in gradients:
-            near = difflib.get_close_matches(source, gradients, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise CandidateError(f"parameters: the port has no parameter {source}{hint}")
+            raise CandidateError(f"parameters: the port has no parameter {source!r}{hint(source, gradients)}")
         for entry in entries:
             value = entry.select(gradients[source]) if entry.select else gradients[source]
             found[entry.destination] = fitted(value, shapes[entry.destination])
@@ -236,7 +239,8 @@ def _of_block(i: int | None, select: Callable[[Any], Any] | None) -> Callable[[A
     return (lambda x: select(x[i])) if select else (lambda x: x[i])
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """What a value is, for messages: its shape, or its type."""
     shape = getattr(value, "shape", None)
     return f"value of shape {tuple(shape)}" if shape is not None else type(value).__name__
 

@@ -82,7 +82,7 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
     for cause in section["causes"]:
         yield "Likely cause", f"<b>{escape(cause['label'])}</b>{escape(cause['text'].removeprefix(cause['label']))}"
     if section["place"]:
-        yield "Wrong only at", escape(section["place"])
+        yield "Wrong", escape(section["place"])
     if section["hidden"]:
         yield "Not shown right before", f"{_listed(section['hidden'])}: it may have begun there"
     if section["wrong_alone"]:

@@ -48,7 +48,7 @@ def headline(report: ParityReport) -> str:
             f" ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
         )
     hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
-    place = [f"wrong only at {report.place}"] if report.place else []
+    place = [f"wrong {report.place}"] if report.place else []
     causes = [f"likely cause: {cause}" for cause in report.causes]
     return "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *_blame(report)])
 
