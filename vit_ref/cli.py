@@ -247,9 +247,8 @@ def finetune_command(
     from vit_ref.finetune.illustrate import illustrate
     from vit_ref.finetune.run import Conduct, finetune, summary
 
-    training, validation = (
-        open_dataset(data, split, classes=classes, on_bad=bad_images) for split in (train_split, validation_split)
-    )
+    training = open_dataset(data, train_split, classes=classes, on_bad=bad_images)
+    validation = open_dataset(data, validation_split, classes=training.classes, on_bad=bad_images)
     for name in (*training.bad, *validation.bad):
         _ERRORS.print(f"vit-ref: {name}: not a readable image, left out", markup=False)
     conduct = Conduct(workers, save_every, keep, sharding, tensorboard)
