@@ -26,16 +26,17 @@ class Runner:
     def __init__(self, directory: Path):
         self.directory = directory
 
-    def start(self, out: str, *options: str, devices: int = 1, **popen: Any) -> subprocess.Popen:
+    def start(self, out: str, *options: str, devices: int = 1, blocks: int | None = None) -> subprocess.Popen:
+        """Starts it, with so many simulated devices; no file may become larger than so many blocks of 512 bytes."""
         environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, "-c", _PROGRAM, "finetune", "--out", str(self.directory / out), *OPTIONS, *options]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-        )
+        if blocks is not None:
+            command = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh", *command]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def run(self, out: str, *options: str, devices: int = 1, code: int = 0, **popen: Any) -> str:
+    def run(self, out: str, *options: str, code: int = 0, **options_of_start: Any) -> str:
         """What it printed, once it has ended with this exit code."""
-        process = self.start(out, *options, devices=devices, **popen)
+        process = self.start(out, *options, **options_of_start)
         printed, errors = process.communicate()
         assert process.returncode == code, errors[-3000:]
         return printed + errors

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -243,6 +244,9 @@ def finetune_command(
         import jax
 
         jax.distributed.initialize(coordinator, processes, process_id)
+    # Of a full disk Orbax and tensorstore say there, over pages, what becomes one line here.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     from vit_ref.finetune.data import open_dataset
     from vit_ref.finetune.illustrate import illustrate
     from vit_ref.finetune.run import Conduct, finetune, summary

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +69,7 @@ class Saves:
         Raises:
           InputError: this one, or the one before it, cannot be written.
         """
+        self._require_space(sum(array.nbytes for array in arrays.values()))
         # The step after this one is given the arrays' memory while they are being written.
         copies = {name: jnp.copy(array) for name, array in arrays.items()}
         jax.block_until_ready(copies)
@@ -80,6 +84,16 @@ class Saves:
                 ),
                 metrics=metrics,
                 force=True,
+            )
+
+    def _require_space(self, size: int) -> None:
+        """Before anything is written: tensorstore, out of space, prints pages from threads of its own."""
+        with _one_line(self._directory):
+            free = shutil.disk_usage(self._directory).free
+        if free < size:
+            raise InputError(
+                f"{self._directory}: a checkpoint takes {size / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} left:"
+                " make room and go on with --resume"
             )
 
     def latest(self) -> int | None:
@@ -141,5 +155,10 @@ def _one_line(place: Path) -> Iterator[None]:
     except InputError:
         raise
     except _DISK as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{place}: checkpoint cannot be written or read: {reason[:300]}") from error
+        raise InputError(f"{place}: checkpoint cannot be written or read ({_reason(str(error))})") from error
+
+
+def _reason(message: str) -> str:
+    """What the operating system said, which tensorstore buries in names and numbers of its own."""
+    said = [os.strerror(code) for code in errno.errorcode]
+    return next((each for each in said if each in message), " ".join(message.split())[:200])

@@ -1,0 +1,68 @@
+"""Is what was saved what is read, only the last and the best kept, and a full disk seen before anything is written?"""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_ref.errors import InputError
+from vit_ref.finetune.saves import Progress, Saves
+
+pytestmark = pytest.mark.training
+
+
+def arrays(step: int) -> dict[str, jax.Array]:
+    return {"a.kernel": jnp.full((3, 2), step, jnp.float32), "count": jnp.array(step, jnp.int32)}
+
+
+def test_the_last_and_the_best_are_kept_and_read_back(tmp_path: Path) -> None:
+    saves = Saves(tmp_path, keep=2)
+    # By accuracy, and among equals by loss: step 3.
+    found = {1: (0.5, 0.9), 2: (0.8, 0.7), 3: (0.8, 0.6), 4: None, 5: (0.7, 0.1), 6: None}
+    for step, accuracy in found.items():
+        saves.save(arrays(step), Progress(step, {"batches": step}, accuracy))
+    saves.wait()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 5, 6]
+    assert (saves.latest(), saves.best()) == (6, 3)
+    assert saves.progress(3) == Progress(3, {"batches": 3}, (0.8, 0.6))
+    read = saves.restore(3, arrays(0))
+    assert {name: value.tolist() for name, value in read.items()} == {"a.kernel": [[3.0, 3.0]] * 3, "count": 3}
+    assert read["count"].dtype == np.int32
+    saves.close()
+
+
+def test_what_is_saved_may_be_overwritten_at_once(tmp_path: Path) -> None:
+    saves = Saves(tmp_path, keep=1)
+    values = {"a": jnp.zeros(2**20, jnp.float32)}
+    saves.save(values, Progress(1, None))
+    values["a"].delete()
+    saves.wait()
+    assert not np.asarray(saves.restore(1, {"a": jnp.ones(2**20, jnp.float32)})["a"]).any()
+    saves.close()
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = Saves(tmp_path, keep=1)
+    saves.save(arrays(1), Progress(1, None))
+    saves.wait()
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(16))
+    with pytest.raises(InputError, match=r"a checkpoint takes .* MiB, the disk has .* left: make room"):
+        saves.save(arrays(2), Progress(2, None))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    saves.close()
+
+
+def test_the_arrays_of_another_model_are_refused(tmp_path: Path) -> None:
+    saves = Saves(tmp_path, keep=1)
+    saves.save(arrays(1), Progress(1, None))
+    saves.wait()
+    with pytest.raises(InputError, match="checkpoint cannot be written or read"):
+        saves.restore(1, {"a.kernel": jnp.zeros((5, 5))})
+    saves.close()
