@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -74,8 +75,10 @@ def pytest_report_header() -> list[str]:
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     precision = jax.config.jax_default_matmul_precision or "the backend's own"  # type: ignore[attr-defined]
     x64 = "on" if jax.config.jax_enable_x64 else "off, on for the oracle alone"  # type: ignore[attr-defined]
+    without = [] if find_spec("grain") else ["tests of fine-tuning are left out: pip install 'vit-ref[finetune]'"]
     return [
         f"vit_ref on {packages}",
         f"device: {jax.default_backend()} ({devices}, {platform.machine()});"
         f" default matmul precision: {precision}; x64: {x64}",
+        *without,
     ]

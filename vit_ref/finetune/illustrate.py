@@ -13,7 +13,8 @@ from vit_ref.finetune.data import ImageDataset
 from vit_ref.finetune.loading import draw
 from vit_ref.finetune.metrics import read_metrics
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.run import METRICS, Outcome
+from vit_ref.finetune.record import METRICS
+from vit_ref.finetune.run import Outcome
 
 PLOTS = "plots"
 _SHOWN, _ATTENDED = 24, 6

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,23 +13,23 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from vit_ref.errors import InputError
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset
 from vit_ref.finetune.loading import batches
 from vit_ref.finetune.mesh import Sharding, divided, mesh_for, shardings, whole
-from vit_ref.finetune.metrics import Evaluation, MetricsLog
+from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import schedule, trained, transformation
 from vit_ref.finetune.recipe import Recipe
+from vit_ref.finetune.record import Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model import VisionTransformer
 from vit_ref.pretrained import save_pretrained
 
-METRICS, TIMING, RECIPE, CHECKPOINTS, MODEL = "metrics.jsonl", "timing.jsonl", "run.json", "checkpoints", "model"
+RECIPE, CHECKPOINTS, MODEL = "run.json", "checkpoints", "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,51 +141,31 @@ def finetune(
         loader.set_state(saves.progress(done).loader)
     done = done or 0
     first = jax.process_index() == 0
-    log = MetricsLog(out / METRICS, tensorboard=out / "tensorboard" if conduct.tensorboard else None) if first else None
-    timing = MetricsLog(out / TIMING) if first else None
-    for file in (log, timing):
-        if file is not None:
-            file.truncate_after(done)
-
-    rate = schedule(recipe, updates)
-    bar = tqdm(total=steps, initial=done, unit="step", disable=conduct.quiet or not first or None)
-    began, loss = time.perf_counter(), None
+    record = Record(
+        out,
+        recipe,
+        schedule(recipe, updates),
+        per_epoch,
+        done,
+        writes=first,
+        tensorboard=conduct.tensorboard,
+        quiet=conduct.quiet,
+    )
     for step in range(done + 1, steps + 1):
         batch = next(loader)
         pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
         state, loss = learn(state, pixels, labels, np.int32(step))
-        epoch = (step - 1) // per_epoch + 1
-        value = float(loss)
-        if not np.isfinite(value):
-            raise InputError(
-                f"the loss is {value} at step {step}: lower learning_rate, or give clip; {out / CHECKPOINTS} has the"
-                f" last good state"
-            )
-        now = time.perf_counter()
-        speed, began = recipe.batch_size / (now - began), now
-        bar.set_postfix_str(f"epoch {epoch}, loss {value:.3f}, {speed:.0f} images/s", refresh=False)
-        bar.update()
-        if log and timing:
-            used = float(rate((step - 1) // recipe.accumulate))
-            log.write({"step": step, "epoch": epoch, "loss": value, "learning_rate": used})
-            timing.write({"step": step, "images_per_second": speed})
+        record.step(step, loss)
         accuracy = None
         if step % per_epoch == 0:
+            record.flush()
             evaluation = look(state_of_model(state), validation, recipe, conduct)
             accuracy = evaluation.accuracy, evaluation.loss
-            if log:
-                log.write(
-                    {
-                        "step": step,
-                        "epoch": epoch,
-                        "validation_loss": evaluation.loss,
-                        "validation_accuracy": evaluation.accuracy,
-                    }
-                )
-            began = time.perf_counter()
+            record.validated(step, evaluation)
         if accuracy or (conduct.save_every and step % conduct.save_every == 0):
+            record.flush()
             saves.save(flattened(state), Progress(step, loader.get_state(), accuracy))
-    bar.close()
+    record.close()
     saves.wait()
     best = saves.best()
     if best is None:

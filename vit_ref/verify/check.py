@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
@@ -129,5 +128,3 @@ def _gradients(
         return check_gradients(title, config, source, pixels, port, precision, reference, progress=progress), ""
     except (UnsupportedByReferenceError, UndifferentiableError) as error:
         return None, str(error)
-    except jax.errors.JAXTypeError as error:
-        return None, f"jax cannot trace it ({type(error).__name__}), so it cannot be differentiated"

@@ -126,6 +126,9 @@ class Tapped(ABC):
         except CandidateError as error:
             # It ran forward: it calls what jax has no derivative of, such as a callback.
             raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error
+        except jax.errors.JAXTypeError as error:
+            reason = f"jax cannot trace it ({type(error).__name__}), so it cannot be differentiated"
+            raise UndifferentiableError(reason) from error
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)

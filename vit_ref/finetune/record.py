@@ -1,0 +1,105 @@
+"""What a run leaves behind while it goes: metrics, timing and a bar."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import jax
+import optax
+from tqdm import tqdm
+
+from vit_ref.errors import InputError
+from vit_ref.finetune.metrics import Evaluation, MetricsLog
+from vit_ref.finetune.recipe import Recipe
+
+METRICS, TIMING, TENSORBOARD = "metrics.jsonl", "timing.jsonl", "tensorboard"
+
+
+class Record:
+    """The log of a run. Metrics depend on the recipe alone, so that two runs can be compared byte for byte; speed has a
+    file of its own.
+
+    A step's loss is read when the next step is under way, so that the device does not wait for Python.
+
+    Args:
+      directory: of the run.
+      recipe: its recipe.
+      rate: its learning rate by update.
+      per_epoch: steps of an epoch.
+      done: steps that are done already; what was logged of later ones is dropped.
+      writes: whether this process writes: the first of several does.
+      tensorboard: whether to write TensorBoard's files too.
+      quiet: no bar.
+
+    Raises:
+      InputError: a file cannot be written. So for every method.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        recipe: Recipe,
+        rate: optax.Schedule,
+        per_epoch: int,
+        done: int,
+        *,
+        writes: bool,
+        tensorboard: bool,
+        quiet: bool,
+    ):
+        self._recipe, self._rate, self._per_epoch = recipe, rate, per_epoch
+        self._logs: tuple[MetricsLog, ...] = ()
+        if writes:
+            metrics = MetricsLog(directory / METRICS, tensorboard=directory / TENSORBOARD if tensorboard else None)
+            self._logs = (metrics, MetricsLog(directory / TIMING))
+        for log in self._logs:
+            log.truncate_after(done)
+        # Only on a terminal, unless it is not wanted at all.
+        silent = True if quiet or not writes else None
+        self._bar = tqdm(total=per_epoch * recipe.epochs, initial=done, unit="step", disable=silent)
+        self._pending: tuple[int, jax.Array] | None = None
+        self._since = time.perf_counter()
+
+    def step(self, step: int, loss: jax.Array) -> None:
+        """A step was started: its number, from 1, and its loss, which need not be there yet."""
+        self.flush()
+        self._pending = step, loss
+
+    def flush(self) -> None:
+        """Waits for the last step's loss and writes it.
+
+        Raises:
+          InputError: it is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, loss), self._pending = self._pending, None
+        value = float(loss)
+        if not math.isfinite(value):
+            raise InputError(f"the loss is {value} at step {step}: lower learning_rate, or give clip, and start anew")
+        now = time.perf_counter()
+        speed, self._since = self._recipe.batch_size / (now - self._since), now
+        epoch = (step - 1) // self._per_epoch + 1
+        self._bar.set_postfix_str(f"epoch {epoch}, loss {value:.3f}, {speed:.0f} images/s", refresh=False)
+        self._bar.update()
+        if self._logs:
+            metrics, timing = self._logs
+            rate = float(self._rate((step - 1) // self._recipe.accumulate))
+            metrics.write({"step": step, "epoch": epoch, "loss": value, "learning_rate": rate})
+            timing.write({"step": step, "images_per_second": speed})
+
+    def validated(self, step: int, evaluation: Evaluation) -> None:
+        """The validation images were looked at after a step."""
+        if self._logs:
+            found = {"validation_loss": evaluation.loss, "validation_accuracy": evaluation.accuracy}
+            self._logs[0].write({"step": step, "epoch": step // self._per_epoch, **found})
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        """Writes what is pending, and closes the files."""
+        self.flush()
+        self._bar.close()
+        for log in self._logs:
+            log.close()
