@@ -168,16 +168,26 @@ def build(config: ViTConfig, parameters: porting.Tensors, *, dtype: DTypeLike | 
     x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     if not x64 and any(value.dtype == np.float64 for value in parameters.values()):
         raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
-    abstract = nnx.eval_shape(lambda: VisionTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    flat = nnx.to_flat_state(state)
-    # A copy: jax may otherwise alias the array's memory, and whoever wrote to that would change the model.
-    filled = [
-        (path, variable.replace(jnp.array(parameters[".".join(map(str, path))], copy=True))) for path, variable in flat
-    ]
-    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    graph, state = skeleton(config, dtype)
+    model = nnx.merge(graph, filled(state, parameters))
     model.eval()
     return model
+
+
+def skeleton(config: ViTConfig, dtype: DTypeLike | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model without values, split: its graph, and its parameters' shapes. It takes a second to trace."""
+    return nnx.split(nnx.eval_shape(lambda: VisionTransformer(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def filled(shapes: nnx.State, parameters: porting.Tensors) -> nnx.State:
+    """The state with the parameters of these paths in it."""
+    # A copy: jax may otherwise alias the array's memory, and whoever wrote to that would change the model.
+    return nnx.from_flat_state(
+        [
+            (path, variable.replace(jnp.array(parameters[".".join(map(str, path))], copy=True)))
+            for path, variable in nnx.to_flat_state(shapes)
+        ]
+    )
 
 
 def parameters_of(model: VisionTransformer) -> dict[str, NDArray]:

@@ -14,7 +14,7 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.porting import detect, port
-from vit_ref.pretrained import build, parameters_of_state
+from vit_ref.pretrained import filled, parameters_of_state, skeleton
 from vit_ref.verify.tapped import Forward, Tapped
 
 
@@ -31,6 +31,7 @@ class OwnCandidate(Tapped):
     def __init__(self, config: ViTConfig, source: Checkpoint):
         self.config = config
         self.parameters = port(source.tensors, config, detect(source.tensors))
+        self._skeletons: dict[np.dtype, tuple[nnx.GraphDef, nnx.State]] = {}
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         """See `Tapped.ready`."""
@@ -39,12 +40,14 @@ class OwnCandidate(Tapped):
             path: value.astype(np.float32) if narrow and value.dtype == np.float64 else value
             for path, value in self.parameters.items()
         }
-        graph, state = nnx.split(build(self.config, parameters, dtype=dtype))
+        if np.dtype(dtype) not in self._skeletons:
+            self._skeletons[np.dtype(dtype)] = skeleton(self.config, dtype)
+        graph, shapes = self._skeletons[np.dtype(dtype)]
 
         def forward(state: nnx.State, pixels: jax.Array, tap: Tap) -> jax.Array:
             return nnx.merge(graph, state)(pixels, tap=tap)
 
-        return state, forward
+        return filled(shapes, parameters), forward
 
     def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""

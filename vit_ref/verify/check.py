@@ -19,12 +19,13 @@ from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.environment import environment
 from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.parity import ParityReport, check_parity
+from vit_ref.verify.parity import ParityReport, check_parity, hf_tensors
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.port_report import PortReport, require_expectations
 from vit_ref.verify.ports.declaration import Candidate, declared
 from vit_ref.verify.ports.jaxport import JaxPort
 from vit_ref.verify.ports.loading import find, is_torch, loaded
+from vit_ref.verify.references import Reference, reference_for
 from vit_ref.verify.trace import Progress, UnsupportedByReferenceError, precision_of, silent
 
 # Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and 0.9 GB more with two.
@@ -67,10 +68,11 @@ def check_port(
     port = port_for(candidate, config, source)
     pixels = pixels_for(config, images, FORWARD)
     title = source.path.resolve().name
-    forward = check_parity(title, config, source, pixels, port, precision, reference, progress=progress)
+    judge = reference_for(config, hf_tensors(config, source), reference)
+    forward = check_parity(title, config, source, pixels, port, precision, judge, progress=progress)
     gradients, reason = None, "not asked for"
     if backward:
-        gradients, reason = _gradients(title, config, source, pixels, port, precision, reference, progress)
+        gradients, reason = _gradients(title, config, source, pixels, port, precision, judge, progress)
     report = PortReport(
         title=title,
         candidate=port.name,
@@ -120,11 +122,11 @@ def _gradients(
     pixels: NDArray,
     port: Any,
     precision: DTypeLike,
-    reference: str,
+    judge: Reference,
     progress: Progress,
 ) -> tuple[ParityReport | None, str]:
     title, pixels = f"{title}, backward", pixels[:BACKWARD]
     try:
-        return check_gradients(title, config, source, pixels, port, precision, reference, progress=progress), ""
+        return check_gradients(title, config, source, pixels, port, precision, judge, progress=progress), ""
     except (UnsupportedByReferenceError, UndifferentiableError) as error:
         return None, str(error)

@@ -20,7 +20,7 @@ from vit_ref.verify.backward import SEMANTIC_OBJECTIVES, Gradients, Objective, o
 from vit_ref.verify.diagnosis import Cause, diagnose_gradient
 from vit_ref.verify.gates import Error, error, numerical_gate, root_mean_square
 from vit_ref.verify.parity import ParityReport, SiteResult, hf_tensors
-from vit_ref.verify.references import reference_for
+from vit_ref.verify.references import Reference, reference_for
 from vit_ref.verify.trace import Progress, require_float64, silent
 
 
@@ -42,7 +42,7 @@ def check_gradients(
     pixels: NDArray,
     candidate: Differentiable,
     precision: DTypeLike = np.float32,
-    reference: str = "flax",
+    reference: str | Reference = "flax",
     *,
     progress: Progress = silent,
 ) -> ParityReport:
@@ -55,7 +55,7 @@ def check_gradients(
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
-      reference: who judges, one of `references.REFERENCES` that goes backward.
+      reference: who judges, one of `references.REFERENCES` that goes backward, by name or already filled.
       progress: told what is being done next.
 
     Returns:
@@ -67,7 +67,9 @@ def check_gradients(
       UnsupportedByReferenceError: NumPy judges, or stands in for FlaxViT, and has no backward pass.
       ReferenceUnavailableError: the reference is not installed.
     """
-    judge = reference_for(config, hf_tensors(config, source), reference)
+    judge = reference
+    if isinstance(judge, str):
+        judge = reference_for(config, hf_tensors(config, source), judge)
     backward = [site.name for site in reversed(sites(config, len(pixels), pixels.shape[1:3]))]
     names = [*backward, *parameter_shapes(config), "pixels"]
     truth_of = judge.gradients(pixels, np.float64)

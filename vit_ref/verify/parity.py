@@ -18,7 +18,7 @@ from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.references import reference_for
+from vit_ref.verify.references import Reference, reference_for
 from vit_ref.verify.trace import Implementation, Progress, Trace, require_float64, silent
 
 
@@ -142,7 +142,7 @@ def check_parity(
     pixels: NDArray,
     candidate: Port,
     precision: DTypeLike = np.float32,
-    reference: str = "flax",
+    reference: str | Reference = "flax",
     *,
     progress: Progress = silent,
 ) -> ParityReport:
@@ -155,7 +155,7 @@ def check_parity(
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
-      reference: who judges, one of `references.REFERENCES`.
+      reference: who judges, one of `references.REFERENCES`, by name or already filled.
       progress: told what is being done next.
 
     Raises:
@@ -163,7 +163,7 @@ def check_parity(
       InputError: the checkpoint does not fit, or the reference is not installed.
     """
     tensors = hf_tensors(config, source)
-    judge = reference_for(config, tensors, reference)
+    judge = reference_for(config, tensors, reference) if isinstance(reference, str) else reference
     oracle = NumpyOracle(config, tensors)
     names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
     progress(f"{judge.name} in float64")
