@@ -14,6 +14,7 @@ from finetuning import STEPS, Runner
 from vit_ref.finetune.data import open_dataset
 from vit_ref.finetune.loading import batches
 from vit_ref.finetune.metrics import Evaluation, read_metrics
+from vit_ref.verify.report import summary
 
 pytestmark = [pytest.mark.training, pytest.mark.xdist_group("runs")]
 
@@ -36,6 +37,7 @@ def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whol
     assert found.images == 128
     # Better than chance by far: what is measured is not noise.
     assert found.accuracy == best["validation_accuracy"] > 0.4
+    assert found.per_class.tolist() == best["validation_accuracy_by_class"]
     assert found.loss == pytest.approx(best["validation_loss"], rel=1e-5)  # another batch size sums otherwise
     assert f"best after epoch {best['epoch']}: {found.accuracy:.1%} of 128" in printed
     steps = [line for line in lines if "loss" in line]
@@ -43,6 +45,11 @@ def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whol
     assert steps[0]["learning_rate"] == pytest.approx(0.003)
     assert steps[-1]["learning_rate"] == pytest.approx(0.003 / STEPS)
     assert np.mean([line["loss"] for line in steps[-4:]]) < steps[0]["loss"] - 0.2
+
+
+def test_what_is_saved_is_verified(runner: Runner, whole_run: tuple) -> None:
+    report = vit_ref.check_port(None, runner.directory / "whole" / "model", backward=False)
+    assert report.passed, summary(report)
 
 
 def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> None:
@@ -132,12 +139,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused: Callable, whole_run: tu
     vit_ref.save_pretrained(model, runner.directory / "large")
     line = refused("diverged", str(runner.directory / "large"), apart=True)
     assert "the loss is nan at step 1: lower learning_rate" in line
-
-
-def test_a_batch_that_the_devices_cannot_share_is_refused(refused: Callable) -> None:
-    assert "batch_size is 36: give a multiple of the 8 devices" in refused(
-        "share", "--batch-size", "36", apart=True, devices=8
-    )
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, whole_run: tuple) -> None:

@@ -93,7 +93,11 @@ class Record:
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """The validation images were looked at after a step."""
         if self._logs:
-            found = {"validation_loss": evaluation.loss, "validation_accuracy": evaluation.accuracy}
+            found = {
+                "validation_loss": evaluation.loss,
+                "validation_accuracy": evaluation.accuracy,
+                "validation_accuracy_by_class": evaluation.per_class,
+            }
             self._logs[0].write({"step": step, "epoch": step // self._per_epoch, **found})
         self._since = time.perf_counter()
 
