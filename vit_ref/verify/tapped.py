@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -100,8 +101,13 @@ class Tapped(ABC):
             def run(parameters: Any, pixels: jax.Array) -> jax.Array:
                 return forward(parameters, pixels, identity)
 
-            run = jax.jit(run) if jit else run
-            return [np.asarray(run(parameters, jnp.asarray(pixels, dtype))) for pixels in batches]
+            images = [jnp.asarray(pixels, dtype) for pixels in batches]
+            if not jit:
+                return [np.asarray(run(parameters, given)) for given in images]
+            lowered = {given.shape: jax.jit(run).lower(parameters, given) for given in images}
+            with ThreadPoolExecutor() as compilers:
+                compiled = dict(zip(lowered, compilers.map(lambda each: each.compile(), lowered.values()), strict=True))
+            return [np.asarray(compiled[given.shape](parameters, given)) for given in images]
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`."""
