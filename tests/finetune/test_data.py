@@ -332,6 +332,7 @@ def test_what_datasets_cannot_load_is_one_line(
 
 
 @pytest.mark.hub
+@pytest.mark.skipif("VIT_REF_HUB" not in os.environ, reason="needs the Hugging Face hub: set VIT_REF_HUB=1 to run it")
 def test_a_data_set_of_the_hub_is_read() -> None:
     dataset = open_dataset("ethz/food101", "validation[:3]")
     assert len(dataset.classes) == 101 and dataset.classes[0] == "apple_pie"
