@@ -234,7 +234,7 @@ def _plain(value: Any) -> Any:
 
 def _summary_writer(directory: str, purge_step: int | None) -> Any:
     try:
-        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+        from tensorboardX import SummaryWriter
     except ImportError:
         raise InputError("logging for TensorBoard needs tensorboardX: pip install 'vit-ref[tensorboard]'") from None
     return SummaryWriter(directory, purge_step=purge_step)

@@ -1,0 +1,125 @@
+"""Does a run start from the checkpoint's backbone, with the head, size and precision that the recipe asks for?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import vit_ref
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.finetune.recipe import Recipe
+from vit_ref.finetune.start import SCRATCH, starting_model
+from vit_ref.finetune.step import train_step
+from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.pretrained import parameters_of
+
+pytestmark = pytest.mark.training
+
+CONFIG = ViTConfig(
+    hidden_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=20,
+    image_size=12,
+    patch_size=4,
+    num_labels=3,
+    labels=("cat", "dog", "owl"),
+    hidden_dropout_prob=0.1,
+    preprocessor={"size": {"height": 12, "width": 12}, "image_mean": [0.4, 0.5, 0.6], "image_std": 0.25},
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    vit_ref.save_pretrained(VisionTransformer(CONFIG, rngs=nnx.Rngs(0)), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_fresh_head_is_of_zeros_and_the_backbone_the_checkpoints(saved: Path) -> None:
+    model = starting_model(saved, ["a", "b", "c", "d", "e"], Recipe())
+    found, before = parameters_of(model), parameters_of(vit_ref.from_pretrained(saved))
+    assert found["head.kernel"].shape == (12, 5) and not found["head.kernel"].any()
+    assert found["head.bias"].shape == (5,) and not found["head.bias"].any()
+    backbone = [path for path in before if not path.startswith("head")]
+    assert all(found[path].tobytes() == before[path].tobytes() for path in backbone)
+    assert found.keys() == before.keys()
+    assert model.config.labels == ("a", "b", "c", "d", "e")
+    assert model.config.preprocessor == CONFIG.preprocessor
+
+
+def test_the_new_classes_are_what_is_saved(saved: Path, tmp_path: Path) -> None:
+    vit_ref.save_pretrained(starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
+    config = vit_ref.from_pretrained(tmp_path / "new").config
+    assert (config.labels, config.num_labels) == (("a", "b"), 2)
+
+
+def test_a_backbone_without_head_loses_its_pooler(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, num_labels=0, labels=(), pooler=True)
+    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path)
+    model = starting_model(tmp_path, ["a", "b"], Recipe())
+    assert not any(path.startswith("pooler") for path in parameters_of(model))
+    assert model(jnp.ones((1, 12, 12, 3))).shape == (1, 2)
+
+
+def test_a_kept_head_needs_its_own_classes(saved: Path) -> None:
+    model = starting_model(saved, ("cat", "dog", "owl"), Recipe(head="keep"))
+    kept, before = parameters_of(model), parameters_of(vit_ref.from_pretrained(saved))
+    assert all(kept[path].tobytes() == before[path].tobytes() for path in before)
+    with pytest.raises(InputError, match=r"its head knows the classes cat, dog, owl \(3\), the data has dog, cat"):
+        starting_model(saved, ("dog", "cat", "owl"), Recipe(head="keep"))
+
+
+def test_another_image_size_resizes_positions_and_preprocessing(saved: Path) -> None:
+    model = starting_model(saved, ["a", "b"], Recipe(image_size=20))
+    before = parameters_of(vit_ref.from_pretrained(saved))["position_embeddings"]
+    resized = np.asarray(resize_positions(jnp.asarray(before), (3, 3), (5, 5)))
+    np.testing.assert_array_equal(parameters_of(model)["position_embeddings"], resized)
+    assert resized.shape == (1, 26, 12)
+    assert model.config.image_hw == (20, 20)
+    assert model.config.preprocessor == {**CONFIG.preprocessor, "size": {"height": 20, "width": 20}}
+
+
+def test_dropout_is_the_checkpoints_unless_the_recipe_has_its_own(saved: Path) -> None:
+    assert starting_model(saved, ["a", "b"], Recipe()).config.hidden_dropout_prob == 0.1
+    config = starting_model(saved, ["a", "b"], Recipe(dropout=0.2)).config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.2, 0.2)
+
+
+def test_from_scratch_the_seed_decides() -> None:
+    first, again, other = (
+        parameters_of(starting_model(None, ["a", "b"], Recipe(seed=seed)))["patch.kernel"] for seed in (0, 0, 1)
+    )
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    assert starting_model(None, ["a", "b"], Recipe(image_size=16)).config == dataclasses.replace(
+        SCRATCH, image_size=16, num_labels=2
+    )
+
+
+def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path) -> None:
+    half = {path: value.astype(jnp.bfloat16) for path, value in parameters_of(vit_ref.from_pretrained(saved)).items()}
+    model = vit_ref.from_pretrained(saved)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
+    vit_ref.save_pretrained(model, saved.parent / "half")
+    model = starting_model(saved.parent / "half", ["a", "b"], Recipe(precision="mixed"))
+    assert {value.dtype for value in parameters_of(model).values()} == {np.dtype(np.float32)}
+    assert (parameters_of(model)["patch.kernel"] == half["patch.kernel"].astype(np.float32)).all()
+    dtypes: dict[str, np.dtype] = {}
+    model(jnp.ones((1, 12, 12, 3)), tap=lambda site, value: dtypes.setdefault(site, value.dtype) is None or value)
+    assert dtypes["block.0.mlp.hidden"] == jnp.bfloat16
+    assert dtypes["block.0.mlp.residual"] == dtypes["norm"] == jnp.float32
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
+    with jax.numpy_dtype_promotion("standard"):
+        loss = train_step(model, optimizer, jnp.ones((2, 12, 12, 3)), jnp.array([0, 1]))
+    moments = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.ndim]
+    assert loss.dtype == jnp.float32
+    assert set(moments) == {np.dtype(np.float32)}
+    assert {value.dtype for value in parameters_of(model).values()} == {np.dtype(np.float32)}
