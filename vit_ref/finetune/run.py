@@ -117,7 +117,7 @@ def finetune(
     graph, state = nnx.split((model, optimizer))
     layout = shardings(state, mesh, conduct.sharding)
     state = jax.device_put(state, layout)
-    learn = _learner(graph, layout, mesh, recipe)
+    learn = learner(graph, layout, mesh, recipe)
     look = Examiner(model, mesh)
 
     shard = (jax.process_index(), jax.process_count())
@@ -198,7 +198,7 @@ def summary(outcome: Outcome) -> str:
     )
 
 
-def _learner(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[..., tuple[Any, jax.Array]]:
+def learner(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[..., tuple[Any, jax.Array]]:
     """(state, pixels, labels, step) -> (state, loss), compiled; the state is split once and not at every step."""
     key = jax.random.key(recipe.seed)
 

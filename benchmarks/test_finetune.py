@@ -1,0 +1,66 @@
+"""Is it the loader or the step that a run waits for: each alone, and both as in a run, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from vit_ref.config import ViTConfig
+from vit_ref.finetune.augmentation import Augmentation
+from vit_ref.finetune.data import open_dataset
+from vit_ref.finetune.loading import Batches, batches
+from vit_ref.finetune.mesh import divided, mesh_for, shardings
+from vit_ref.finetune.optimizer import transformation
+from vit_ref.finetune.recipe import Recipe
+from vit_ref.finetune.run import learner
+from vit_ref.model import VisionTransformer
+
+CONFIG = ViTConfig.variant("Ti/16", num_labels=4, image_size=96)
+RECIPE = Recipe(batch_size=16)
+
+
+def _loader() -> Batches:
+    training = open_dataset(None, "train")
+    options: dict[str, Any] = {"batch_size": RECIPE.batch_size, "seed": 0, "epochs": 100}
+    return batches(training, CONFIG, augment=Augmentation(), **options)
+
+
+def _step() -> Callable[[dict[str, np.ndarray]], jax.Array]:
+    model = VisionTransformer(CONFIG, rngs=nnx.Rngs(0))
+    model.train()
+    optimizer = nnx.Optimizer(model, transformation(RECIPE, 1000, CONFIG.num_hidden_layers), wrt=nnx.Param)
+    graph, state = nnx.split((model, optimizer))
+    mesh = mesh_for(RECIPE.batch_size)
+    learn = learner(graph, shardings(state, mesh, "data"), mesh, RECIPE)
+    held = [state]
+
+    def step(batch: dict[str, np.ndarray]) -> jax.Array:
+        pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
+        held[0], loss = learn(held[0], pixels, labels, np.int32(1))
+        return loss
+
+    return step
+
+
+@pytest.mark.benchmark(group="fine-tuning, Ti/16 at 96 pixels, batch 16", min_rounds=10)
+@pytest.mark.parametrize("part", ["loader", "step", "both"])
+def test_finetune(benchmark: Any, part: str) -> None:
+    loader = _loader()
+    batch = next(loader)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        step = None if part == "loader" else _step()
+        if step is None:
+            benchmark(lambda: next(loader))
+        elif part == "step":
+            assert np.isfinite(step(batch))
+            benchmark(lambda: jax.block_until_ready(step(batch)))
+        else:
+            step(batch)
+            benchmark(lambda: jax.block_until_ready(step(next(loader))))
+    loader.close()
+    benchmark.extra_info["images/s"] = RECIPE.batch_size / benchmark.stats.stats.median
