@@ -6,6 +6,7 @@ Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -47,6 +48,9 @@ class _Group(click.Group):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the installed command calls."""
+        # A path may hold bytes that are no text: after the work is done is no time to fail on printing it.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().__call__(*args, **kwargs)
         except SystemExit as end:
@@ -64,7 +68,7 @@ class _Group(click.Group):
             _ERRORS.print(f"vit-ref: {error}", markup=False)
             ctx.exit(UNUSABLE)
         except KeyboardInterrupt:
-            _ERRORS.print("vit-ref: interrupted, nothing was written", markup=False)
+            _ERRORS.print("vit-ref: interrupted, nothing is left half-written", markup=False)
             ctx.exit(INTERRUPTED)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(check, "check_port", interrupted)
     ended = invoke("verify", "anywhere", "--html", tmp_path / "a.html")
-    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing was written\n")
+    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing is left half-written\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -213,7 +214,7 @@ def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[st
     (tmp_path / "port.py").write_text(COMPILING)
     command = [sys.executable, "-c", COMMAND, *(argument.format(tiny=tiny) for argument in arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (ended.returncode, ended.stderr) == (130, "vit-ref: interrupted, nothing was written\n")
+    assert (ended.returncode, ended.stderr) == (130, "vit-ref: interrupted, nothing is left half-written\n")
     assert not ended.stdout and not list((tmp_path / "out").iterdir())
 
 
@@ -233,6 +234,20 @@ def test_convert_says_what_it_did(tiny: Path, tmp_path: Path, invoke: Invoke) ->
     assert ended.exit_code == 0, ended.output
     assert "24 tensors, read back, every parameter the same to the last bit" in ended.stdout
     assert (tmp_path / "copy" / "model.safetensors").exists()
+
+
+def test_a_path_that_is_no_text_is_written_and_printed(tiny: Path, tmp_path: Path) -> None:
+    command = [
+        Path(sys.executable).with_name("vit-ref"),
+        "convert",
+        tiny,
+        tmp_path / os.fsdecode(b"copy-\xff"),
+        "--to",
+        "hf",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "copy-\\udcff" in ended.stdout
 
 
 def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
