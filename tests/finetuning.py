@@ -26,9 +26,13 @@ class Runner:
     def __init__(self, directory: Path):
         self.directory = directory
 
-    def start(self, out: str, *options: str, devices: int = 1, blocks: int | None = None) -> subprocess.Popen:
+    def start(
+        self, out: str, *options: str, devices: int = 1, blocks: int | None = None, measured: bool = True
+    ) -> subprocess.Popen:
         """Starts it, with so many simulated devices; no file may become larger than so many blocks of 512 bytes."""
         environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        if not measured:
+            environment = {name: value for name, value in environment.items() if not name.startswith("COV")}
         command = [sys.executable, "-c", _PROGRAM, "finetune", "--out", str(self.directory / out), *OPTIONS, *options]
         if blocks is not None:
             command = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh", *command]
@@ -48,7 +52,8 @@ class Runner:
 
     def killed(self, out: str, *options: str, lines: int) -> None:
         """Starts a run and kills it with SIGKILL once its log has so many lines."""
-        process, log = self.start(out, *options), self.directory / out / "metrics.jsonl"
+        # The file of its coverage would be half-written, too.
+        process, log = self.start(out, *options, measured=False), self.directory / out / "metrics.jsonl"
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
             time.sleep(0.005)
         process.kill()

@@ -195,6 +195,8 @@ COMMAND = """
 import os, signal, sys
 from vit_ref import cli, conversion
 
+# A shell that starts something in the background has it ignore the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 conversion._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 sys.exit(cli.main())
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -216,3 +218,14 @@ def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(InputError, match=r"needs tensorboardX: pip install 'vit-ref\[tensorboard\]'$"):
         MetricsLog(tmp_path / "log", tensorboard=tmp_path)
+
+
+def test_a_disk_that_is_full_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsLog(tmp_path / "a.jsonl") as log:
+        stream = mock.Mock(wraps=log._stream, write=full)
+        monkeypatch.setattr(log, "_stream", stream)
+        with pytest.raises(InputError, match=r"a\.jsonl: cannot be written \(No space left on device\)"):
+            log.write({"step": 1})

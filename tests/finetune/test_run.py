@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +146,21 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, 
     assert "whole: there is a run in it: go on with --resume" in refused("whole")
     line = refused("whole", "--resume", "--epochs", "3")
     assert "run.json: epochs was 2 and is 3 now" in line
+    assert "run.json: images was 512 and is 384 now" in refused("whole", "--resume", "--classes", "3")
+
+
+def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_path: Path) -> None:
+    drawn = open_dataset(None, "train")
+    for index in range(160):
+        image, label, _ = drawn[index]
+        folder = tmp_path / ("train" if index < 128 else "validation") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{index}.png")
+    (tmp_path / "train" / "0" / "torn.png").write_bytes((tmp_path / "train" / "0" / "0.png").read_bytes()[:200])
+    said = runner.run("folder", "--data", str(tmp_path), "--bad-images", "skip", "--epochs", "1", "--plots")
+    assert f"vit-ref: left out: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
+    assert "of 32 validation images" in said
+    assert len(list((runner.directory / "folder" / "plots").glob("*.png"))) == 6
 
 
 def test_a_directory_that_cannot_be_written_to_is_said(refused: Callable, runner: Runner) -> None:

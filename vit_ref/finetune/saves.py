@@ -152,8 +152,6 @@ def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
 def _one_line(place: Path) -> Iterator[None]:
     try:
         yield
-    except InputError:
-        raise
     except _DISK as error:
         raise InputError(f"{place}: checkpoint cannot be written or read ({_reason(str(error))})") from error
 
