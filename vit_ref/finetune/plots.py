@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vit_ref.atomic import replacing
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.metrics import Evaluation
@@ -281,8 +281,7 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the PNG under a temporary name and renames it."""
     path = Path(path)
     try:
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as stage:
-            figure.savefig(Path(stage, "plot.png"), format="png", bbox_inches="tight")
-            os.replace(Path(stage, "plot.png"), path)
+        with replacing(path) as staged:
+            figure.savefig(staged, format="png", bbox_inches="tight")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None

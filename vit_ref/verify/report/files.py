@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
+from vit_ref.atomic import replacing
 from vit_ref.errors import InputError
 
 
@@ -23,10 +23,8 @@ def write(path: str | os.PathLike[str], text: str) -> None:
             # /dev/stdout, /dev/null, a pipe: renaming would put a file in its place.
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as stage:
-            staged = Path(stage, path.name)
+        with replacing(path) as staged:
             # A candidate's name may come from a file name that is not Unicode.
             staged.write_text(text, encoding="utf-8", errors="backslashreplace")
-            os.replace(staged, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}): name a file in a directory of yours") from None
