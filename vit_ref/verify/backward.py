@@ -7,7 +7,6 @@ directions out (its cotangents sum to zero over the classes, and vanish where th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.sites import sites
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.trace import beside, precision_of
 
 # With the loss twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs
 # up to five times as much as the next. Of 361 gradients there, the one whose pooled error exceeds the reference's most
@@ -132,9 +131,7 @@ def differentiator(
     with precision_of(dtype):
         cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), parameters)
         lowered = run.lower(cast, *arguments(objectives_for(config, len(pixels))[0]))
-    compiler = ThreadPoolExecutor(1)
-    compiling = compiler.submit(lowered.compile)
-    compiler.shutdown(wait=False)
+    compiling = beside(lowered.compile)
 
     def differentiate(o: Objective) -> tuple[Any, dict[str, NDArray], NDArray]:
         with precision_of(dtype):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.references import Reference, reference_for
-from vit_ref.verify.trace import Implementation, Progress, Trace, require_float64, silent
+from vit_ref.verify.trace import Implementation, Progress, Trace, beside, require_float64, silent
 
 
 class Port(Implementation, Protocol):
@@ -168,9 +167,7 @@ def check_parity(
     oracle = NumpyOracle(config, tensors)
     names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
     # NumPy multiplies while the reference is traced and compiled.
-    background = ThreadPoolExecutor(1)
-    numpy = background.submit(oracle.trace, pixels)
-    background.shutdown(wait=False)
+    numpy = beside(oracle.trace, pixels)
     progress(f"{judge.name} in float64")
     truth = judge.trace(pixels, np.float64)
     require_float64(truth, judge.name)

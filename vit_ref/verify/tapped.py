@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
 from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, differentiator
 from vit_ref.verify.ports.declaration import CandidateError
-from vit_ref.verify.trace import Trace, precision_of
+from vit_ref.verify.trace import Trace, beside, precision_of
 
 # (parameters, pixels, tap) -> output (B, width). Parameters are any tree.
 Forward = Callable[[Any, jax.Array, Tap], jax.Array]
@@ -104,10 +103,9 @@ class Tapped(ABC):
             images = [jnp.asarray(pixels, dtype) for pixels in batches]
             if not jit:
                 return [np.asarray(run(parameters, given)) for given in images]
-            lowered = {given.shape: jax.jit(run).lower(parameters, given) for given in images}
-            with ThreadPoolExecutor() as compilers:
-                compiled = dict(zip(lowered, compilers.map(lambda each: each.compile(), lowered.values()), strict=True))
-            return [np.asarray(compiled[given.shape](parameters, given)) for given in images]
+            sizes = {given.shape: given for given in images}
+            compiling = {shape: beside(jax.jit(run).lower(parameters, given).compile) for shape, given in sizes.items()}
+            return [np.asarray(compiling[given.shape].result()(parameters, given)) for given in images]
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
 
+T = TypeVar("T")
 Trace = dict[str, NDArray]
 # Told what is being done next, in a few words.
 Progress = Callable[[str], None]
@@ -55,6 +57,14 @@ def precision_of(dtype: DTypeLike) -> Iterator[None]:
     x64 = jax.enable_x64(np.dtype(dtype) == np.float64)
     with x64, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+def beside(work: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Work in a thread of its own, for what leaves Python's lock alone: XLA's compiler, NumPy's products."""
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(work, *arguments)
+    thread.shutdown(wait=False)
+    return future
 
 
 class ReferenceUnavailableError(InputError):
