@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,8 @@ def build(config: ViTConfig, parameters: porting.Tensors, *, dtype: DTypeLike | 
     x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     if not x64 and any(value.dtype == np.float64 for value in parameters.values()):
         raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
-    graph, state = skeleton(config, dtype)
-    model = nnx.merge(graph, filled(state, parameters))
+    graph, shapes = skeleton(config, dtype)
+    model = nnx.merge(graph, filled(shapes, parameters))
     model.eval()
     return model
 
@@ -180,14 +180,21 @@ def skeleton(config: ViTConfig, dtype: DTypeLike | None = None) -> tuple[nnx.Gra
 
 
 def filled(shapes: nnx.State, parameters: porting.Tensors) -> nnx.State:
-    """The state with the parameters of these paths in it."""
+    """The state with copies of these parameters in it."""
     # A copy: jax may otherwise alias the array's memory, and whoever wrote to that would change the model.
+    return with_arrays(shapes, {path: jnp.array(value, copy=True) for path, value in parameters.items()})
+
+
+def with_arrays(like: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
+    """A state with these arrays, by path, in the place of its own."""
     return nnx.from_flat_state(
-        [
-            (path, variable.replace(jnp.array(parameters[".".join(map(str, path))], copy=True)))
-            for path, variable in nnx.to_flat_state(shapes)
-        ]
+        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)]
     )
+
+
+def arrays_of(state: nnx.State) -> dict[str, jax.Array]:
+    """A state's arrays, by path, where they are."""
+    return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
 def parameters_of(model: VisionTransformer) -> dict[str, NDArray]:
@@ -197,8 +204,7 @@ def parameters_of(model: VisionTransformer) -> dict[str, NDArray]:
 
 def parameters_of_state(state: nnx.State) -> dict[str, NDArray]:
     """The arrays of a state, such as a gradient, by path, on the host."""
-    flat = nnx.to_flat_state(state)
-    return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
+    return {path: np.asarray(array) for path, array in arrays_of(state).items()}
 
 
 def save_pretrained(

@@ -8,12 +8,13 @@ from typing import Any
 from vit_ref.errors import InputError
 
 
-def extra(module: str, purpose: str) -> Any:
-    """A module that the extra `finetune` installs.
+def extra(module: str, purpose: str, name: str = "finetune") -> Any:
+    """A module that an extra installs.
 
     Args:
       module: its name.
       purpose: what needs it, for the message.
+      name: of the extra.
 
     Raises:
       InputError: it is missing.
@@ -23,4 +24,4 @@ def extra(module: str, purpose: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise InputError(f"{purpose} needs {module}: pip install 'vit-ref[finetune]'") from None
+        raise InputError(f"{purpose} needs {module}: pip install 'vit-ref[{name}]'") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.nn import softmax
 
 from vit_ref.finetune import plots
@@ -12,6 +13,7 @@ from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset
 from vit_ref.finetune.loading import draw
 from vit_ref.finetune.metrics import read_metrics
+from vit_ref.finetune.predict import logits_of
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS
 from vit_ref.finetune.run import Outcome
@@ -54,7 +56,7 @@ def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDatase
 
     chosen = _spread(len(validation), _SHOWN)
     pixels = np.stack([draw(validation, config, None, recipe.seed, 0, index) for index in chosen])
-    probabilities = np.asarray(softmax(np.asarray(outcome.model(jnp.asarray(pixels)), np.float32)))
+    probabilities = np.asarray(softmax(logits_of(*nnx.split(outcome.model), jnp.asarray(pixels)).astype(np.float32)))
     seen = plots.visible(pixels, config)
     plots.predictions(
         directory / "predictions.png",

@@ -20,6 +20,7 @@ from vit_ref.errors import InputError
 from vit_ref.finetune.augmentation import Augmentation, Transform, augmented
 from vit_ref.finetune.data import ImageDataset, Photograph
 from vit_ref.finetune.extras import extra
+from vit_ref.finetune.metrics import PADDING
 from vit_ref.preprocessing import preprocess, steps
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ Batch = dict[str, NDArray]
 # Pillow decodes and resizes without Python's lock, so that threads help. Each has a batch in memory.
 _THREADS = min(4, os.cpu_count() or 1)
 _BATCHES_OF_A_WORKER = 2
-# What an image that is none has for a label and an index, where the last batch is filled up.
-PADDING = -1
 
 
 def draw(

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vit_ref.atomic import replacing
 from vit_ref.errors import InputError
+from vit_ref.finetune.extras import extra
 
-# The label that fills up a last batch: whatever stands there is no image.
+# The label, and the index, of what fills up a last batch: no image.
 PADDING = -1
 
 
@@ -130,7 +131,10 @@ class MetricsLog:
 
     def _open(self, keep: Callable[[dict[str, Any]], bool], purge_step: int | None) -> None:
         _rewrite(self.path, keep)
-        self._writer = None if self._tensorboard is None else _summary_writer(self._tensorboard, purge_step)
+        self._writer = None
+        if self._tensorboard is not None:
+            tensorboardx = extra("tensorboardX", "logging for TensorBoard", "tensorboard")
+            self._writer = tensorboardx.SummaryWriter(self._tensorboard, purge_step=purge_step)
         try:
             self._stream = self.path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
@@ -214,9 +218,8 @@ def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     kept = b"".join(line + b"\n" for line in _lines(path) if keep(json.loads(line)))
     try:
         if kept != path.read_bytes():
-            with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as stage:
-                Path(stage, path.name).write_bytes(kept)
-                os.replace(Path(stage, path.name), path)
+            with replacing(path) as staged:
+                staged.write_bytes(kept)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -230,11 +233,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _summary_writer(directory: str, purge_step: int | None) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise InputError("logging for TensorBoard needs tensorboardX: pip install 'vit-ref[tensorboard]'") from None
-    return SummaryWriter(directory, purge_step=purge_step)

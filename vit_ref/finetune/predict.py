@@ -72,7 +72,7 @@ def predictions(
                 f" takes {list(config.image_hw)}: correct preprocessor_config.json"
             )
         pixels = np.pad(pixels, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-        logits = np.asarray(_logits(graph, state, jnp.asarray(pixels))).astype(np.float64)[: len(batch)]
+        logits = np.asarray(logits_of(graph, state, jnp.asarray(pixels))).astype(np.float64)[: len(batch)]
         for file, row in zip(batch, logits, strict=True):
             if not np.isfinite(row).all():
                 raise InputError(f"{file}: the model's logits are not all finite: its weights are damaged")
@@ -82,7 +82,8 @@ def predictions(
 
 
 @jax.jit(static_argnums=0)
-def _logits(graph: nnx.GraphDef, state: nnx.State, pixels: Array) -> Array:
+def logits_of(graph: nnx.GraphDef, state: nnx.State, pixels: Array) -> Array:
+    """Logits (B, classes) of a split model in evaluation mode, whichever mode it was split in; compiled."""
     model = nnx.merge(graph, state)
     model.eval()
     return model(pixels)

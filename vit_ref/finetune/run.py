@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +14,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from vit_ref.atomic import replacing
 from vit_ref.errors import InputError
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset
-from vit_ref.finetune.loading import batches
+from vit_ref.finetune.loading import batches, batches_per_epoch
 from vit_ref.finetune.mesh import Sharding, divided, mesh_for, shardings, whole
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import schedule, trained, transformation
+from vit_ref.finetune.predict import logits_of
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model import VisionTransformer
-from vit_ref.pretrained import save_pretrained
+from vit_ref.pretrained import arrays_of, save_pretrained, with_arrays
 
 RECIPE, CHECKPOINTS, MODEL = "run.json", "checkpoints", "model"
 
@@ -105,7 +107,7 @@ def finetune(
     mesh = mesh_for(recipe.batch_size)
     if training.classes != validation.classes:
         raise InputError("the training and the validation images have other classes: give both the same folders")
-    per_epoch = len(training) // recipe.batch_size
+    per_epoch = batches_per_epoch(len(training), recipe.batch_size)
     if not per_epoch:
         raise InputError(f"batch_size is {recipe.batch_size}: there are only {len(training)} training images")
     steps = per_epoch * recipe.epochs
@@ -121,15 +123,13 @@ def finetune(
     look = Examiner(model, mesh)
 
     shard = (jax.process_index(), jax.process_count())
-    if recipe.augment and augment is None:
-        augment = Augmentation()
     loader = batches(
         training,
         model.config,
         batch_size=recipe.batch_size // shard[1],
         seed=recipe.seed,
         epochs=recipe.epochs,
-        augment=augment if recipe.augment else None,
+        augment=(augment or Augmentation()) if recipe.augment else None,
         workers=conduct.workers,
         shard=shard,
     )
@@ -137,7 +137,7 @@ def finetune(
     saves = Saves(out / CHECKPOINTS, conduct.keep)
     done = saves.latest() if resume else None
     if done is not None:
-        state = unflattened(state, saves.restore(done, flattened(state)))
+        state = with_arrays(state, saves.restore(done, arrays_of(state)))
         loader.set_state(saves.progress(done).loader)
     done = done or 0
     first = jax.process_index() == 0
@@ -151,28 +151,31 @@ def finetune(
         tensorboard=conduct.tensorboard,
         quiet=conduct.quiet,
     )
+    evaluations: dict[int, Evaluation] = {}
     for step in range(done + 1, steps + 1):
         batch = next(loader)
         pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
         state, loss = learn(state, pixels, labels, np.int32(step))
         record.step(step, loss)
+        epoch_ends = step % per_epoch == 0
+        if not epoch_ends and (conduct.save_every is None or step % conduct.save_every):
+            continue
+        record.flush()
         accuracy = None
-        if step % per_epoch == 0:
-            record.flush()
-            evaluation = look(state_of_model(state), validation, recipe, conduct)
+        if epoch_ends:
+            evaluation = evaluations[step] = look(state_of_model(state), validation, recipe, conduct)
             accuracy = evaluation.accuracy, evaluation.loss
             record.validated(step, evaluation)
-        if accuracy or (conduct.save_every and step % conduct.save_every == 0):
-            record.flush()
-            saves.save(flattened(state), Progress(step, loader.get_state(), accuracy))
+        saves.save(arrays_of(state), Progress(step, loader.get_state(), accuracy))
     record.close()
     saves.wait()
     best = saves.best()
     if best is None:
         raise InputError(f"{out / CHECKPOINTS}: no checkpoint with an accuracy in it: start anew in another directory")
-    state = unflattened(state, saves.restore(best, flattened(state)))
+    state = with_arrays(state, saves.restore(best, arrays_of(state)))
     saves.close()
-    evaluation = look(state_of_model(state), validation, recipe, conduct)
+    # Of an epoch before a resume only the figures are known, and not the confusions.
+    evaluation = evaluations.get(best) or look(state_of_model(state), validation, recipe, conduct)
     model = nnx.merge(graph, gathered(state, mesh))[0]
     model.eval()
     if first:
@@ -221,12 +224,10 @@ class Examiner:
 
     def __init__(self, model: VisionTransformer, mesh: Mesh):
         self._mesh, self._config = mesh, model.config
-        model = nnx.merge(*nnx.split(model))
-        model.eval()
-        graph, _ = nnx.split(model)
+        graph = nnx.graphdef(model)
 
         def run(state: Any, pixels: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return nnx.merge(graph, state)(pixels).astype(np.float32), labels
+            return logits_of(graph, state, pixels).astype(np.float32), labels
 
         # Every process sees all, so that all agree on which epoch was the best.
         self._run = jax.jit(run, out_shardings=whole(mesh))
@@ -258,18 +259,6 @@ def state_of_model(state: Any) -> Any:
     return state[0]
 
 
-def flattened(state: Any) -> dict[str, jax.Array]:
-    """A state's arrays by dotted path."""
-    return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
-
-
-def unflattened(like: Any, arrays: Mapping[str, jax.Array]) -> Any:
-    """The state with these arrays."""
-    return nnx.from_flat_state(
-        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)]
-    )
-
-
 def gathered(state: Any, mesh: Mesh) -> Any:
     """The state with every array whole on every device."""
     return jax.jit(lambda tree: tree, out_shardings=whole(mesh))(state)
@@ -281,7 +270,7 @@ def _require_same_run(
     """Writes down what decides the result, or compares it with what was written."""
     is_first = jax.process_index() == 0
     file = out / RECIPE
-    described = {
+    described: dict[str, Any] = {
         "checkpoint": None if source is None else os.fspath(source),
         "images": len(training),
         "classes": list(training.classes),
@@ -292,21 +281,15 @@ def _require_same_run(
             before = json.loads(file.read_text(encoding="utf-8"))
             if not resume and is_first:
                 raise InputError(f"{out}: there is a run in it: go on with --resume, or give another directory")
-            for name, now, was in _differences(described, before):
-                raise InputError(f"{file}: {name} was {was!r} and is {now!r} now: a run goes on as it began")
+            was, now = ({**each, **each["recipe"]} for each in (before, described))
+            for name in now:
+                if name != "recipe" and now[name] != was[name]:
+                    raise InputError(
+                        f"{file}: {name} was {was[name]!r} and is {now[name]!r} now: a run goes on as it began"
+                    )
         elif is_first:
             out.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-            part.replace(file)
+            with replacing(file) as staged:
+                staged.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise InputError(f"{file}: cannot be written or read ({error}): give another directory") from None
-
-
-def _differences(now: Mapping[str, Any], was: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for name in ("checkpoint", "images", "classes"):
-        if now[name] != was[name]:
-            yield name, now[name], was[name]
-    for name, value in now["recipe"].items():
-        if value != was["recipe"][name]:
-            yield name, value, was["recipe"][name]

@@ -73,16 +73,13 @@ class Saves:
         # The step after this one is given the arrays' memory while they are being written.
         copies = {name: jnp.copy(array) for name, array in arrays.items()}
         jax.block_until_ready(copies)
-        metrics = None
-        if progress.accuracy:
-            metrics = dict(zip(("accuracy", "loss"), map(float, progress.accuracy), strict=True))
         with _one_line(self._directory):
             self._manager.save(
                 progress.step,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(copies), progress=ocp.args.JsonSave(progress._asdict())
                 ),
-                metrics=metrics,
+                metrics=_metrics(progress),
                 force=True,
             )
 
@@ -102,13 +99,9 @@ class Saves:
 
     def best(self) -> int | None:
         """The step with the highest accuracy, the lowest loss among equals; None where none was measured."""
-        found = {}
-        for step in self._manager.all_steps():
-            progress = self.progress(step)
-            if progress.accuracy:
-                accuracy, loss = progress.accuracy
-                found[step] = (accuracy, -loss)
-        return max(found, key=found.__getitem__) if found else None
+        metrics = {step: _metrics(self.progress(step)) for step in self._manager.all_steps()}
+        ranks = {step: _rank(found) for step, found in metrics.items() if found}
+        return max(ranks, key=ranks.__getitem__, default=None)
 
     def progress(self, step: int) -> Progress:
         """What was saved beside the arrays."""
@@ -142,6 +135,10 @@ class Saves:
         """Waits, and stops the threads."""
         with _one_line(self._directory):
             self._manager.close()
+
+
+def _metrics(progress: Progress) -> dict[str, float] | None:
+    return dict(zip(("accuracy", "loss"), map(float, progress.accuracy), strict=True)) if progress.accuracy else None
 
 
 def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:

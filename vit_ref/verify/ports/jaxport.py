@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
+from vit_ref.pretrained import parameters_of_state
 from vit_ref.verify.ports.adapters import adapted, is_float
 from vit_ref.verify.ports.declaration import Candidate
 from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
@@ -82,13 +83,11 @@ class JaxPort(Tapped):
 
 def _leaves(tree: Any) -> dict[str, NDArray]:
     if isinstance(tree, nnx.State):
-        leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(tree)}
-    else:
-        leaves = {
-            jax.tree_util.keystr(path, simple=True, separator="."): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+        return parameters_of_state(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @contextlib.contextmanager
