@@ -38,9 +38,8 @@ def test_carriers_count_the_elements_that_carry_an_error() -> None:
     heavy = rng.laplace(size=1_000_000)
     assert error(heavy, np.zeros_like(heavy), carriers=True).carriers == pytest.approx(heavy.size / 2, rel=0.05)
     few = np.where(np.arange(noise.size) % 1000 == 0, 1e-200, 0.0)
-    assert error(few, np.zeros_like(few), carriers=True).carriers == pytest.approx(
-        300
-    )  # 100 equal ones: no tail at all
+    # 100 equal ones: no tail at all.
+    assert error(few, np.zeros_like(few), carriers=True).carriers == pytest.approx(300)
     assert error(np.ones(7), np.ones(7), carriers=True).carriers == 7
     one = np.zeros(50)
     one[3] = 1.0
@@ -54,9 +53,8 @@ def test_the_channels_of_a_token_carry_its_error_together() -> None:
     assert error(tokens, np.zeros_like(tokens), carriers=True).carriers == pytest.approx(1, rel=1e-4)
     one_key = np.zeros((2, 3, 7, 7))
     one_key[..., 0] = 1.0
-    assert error(one_key, np.zeros_like(one_key), carriers=True).carriers == pytest.approx(
-        14
-    )  # every query has its share
+    # Every query has its share.
+    assert error(one_key, np.zeros_like(one_key), carriers=True).carriers == pytest.approx(14)
     # Outputs: between the images and the elements.
     assert error(np.ones((2, 18)), np.zeros((2, 18)), carriers=True).carriers == pytest.approx(np.sqrt(2 * 36))
     one_logit = np.eye(2, 3) * [1, 0, 0]
