@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "properties: what holds for every valid configuration",
         "candidates: ports that are not ours are judged, and what is found is reported",
         "mutants: a deliberate fault is seen, and named where it is",
+        "benchmarks: what is timed is what was asked for; nothing asserts a time",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",
     ):

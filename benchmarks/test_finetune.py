@@ -52,15 +52,14 @@ def _step() -> Callable[[dict[str, np.ndarray]], jax.Array]:
 def test_finetune(benchmark: Any, part: str) -> None:
     loader = _loader()
     batch = next(loader)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        step = None if part == "loader" else _step()
-        if step is None:
-            benchmark(lambda: next(loader))
-        elif part == "step":
-            assert np.isfinite(step(batch))
-            benchmark(lambda: jax.block_until_ready(step(batch)))
-        else:
-            step(batch)
-            benchmark(lambda: jax.block_until_ready(step(next(loader))))
+    step = None if part == "loader" else _step()
+    if step is None:
+        benchmark(lambda: next(loader))
+    elif part == "step":
+        assert np.isfinite(step(batch))
+        benchmark(lambda: jax.block_until_ready(step(batch)))
+    else:
+        step(batch)
+        benchmark(lambda: jax.block_until_ready(step(next(loader))))
     loader.close()
     benchmark.extra_info["images/s"] = RECIPE.batch_size / benchmark.stats.stats.median

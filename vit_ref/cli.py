@@ -1,4 +1,4 @@
-"""The command line: `vit-ref verify | convert | propose | finetune | predict`.
+"""The command line: `vit-ref verify | convert | propose | finetune | predict | bench`.
 
 Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in one line. 130: interrupted.
 """
@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 from rich.console import Console
@@ -24,6 +24,9 @@ from rich.theme import Theme
 from vit_ref import conversion
 from vit_ref.errors import InputError
 from vit_ref.finetune.options import recipe_from, recipe_options
+
+if TYPE_CHECKING:
+    from vit_ref.bench.measure import Timing
 
 WRONG, UNUSABLE, INTERRUPTED = 1, 2, 130
 _ERRORS = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -293,6 +296,51 @@ def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) 
         click.echo(click.format_filename(file))
         for label, value in each:
             click.echo(f"{100 * value:7.2f} %  {label}")
+
+
+@main.command()
+@click.option("--size", "sizes", multiple=True, metavar="SIZE", help="As Ti/16 or B/16; repeatable.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Images; repeatable.")
+@click.option("--precision", "precisions", multiple=True, help="float32 or mixed; repeatable.")
+@click.option("--pass", "passes", multiple=True, help='"forward" or "train step"; repeatable. Else both.')
+@click.option("--implementation", "names", multiple=True, help="One of those installed; repeatable. Else all.")
+@click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Of each, in turns.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw a PNG.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all rounds as JSON.")
+def bench(
+    sizes: tuple[str, ...],
+    batches: tuple[int, ...],
+    precisions: tuple[str, ...],
+    passes: tuple[str, ...],
+    names: tuple[str, ...],
+    rounds: int,
+    picture: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Time forward pass and train step beside FlaxViT, and PyTorch where it is installed, in turns.
+
+    Without options: what two cores do in a minute, or what fills an accelerator.
+    """
+    from vit_ref.bench.report import plot, table
+    from vit_ref.bench.session import session
+    from vit_ref.verify.environment import environment
+    from vit_ref.verify.report import write
+
+    console = Console(soft_wrap=False)
+    timings: list[Timing] = []
+
+    def say(line: str) -> None:
+        _ERRORS.print(f"vit-ref: {line}", markup=False)
+
+    for group in session(sizes, batches, precisions, passes, names, rounds, say):
+        console.print(table(group))
+        console.print()
+        timings += group
+    if picture:
+        plot(picture, timings)
+    if json_file:
+        content = {"environment": environment(), "timings": [timing.to_json() for timing in timings]}
+        write(json_file, json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager

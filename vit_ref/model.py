@@ -40,6 +40,16 @@ def identity(site: str, value: Array) -> Array:
     return value
 
 
+def _materialised(x: Array) -> Array:
+    """x itself, divided by a one that XLA does not see through, so that it and its cotangent are computed once.
+
+    On CPU, XLA takes a division for expensive, and what is cheap it fuses into each reader anew. A token stream's
+    cotangent, one sum a branch, is then summed again by all readers of all blocks below: the train step of a ViT-S/16
+    takes 3 times as long to compile, and 1.4 times to run. Barriers alone it drops. The division is exact.
+    """
+    return x / jax.lax.optimization_barrier(jnp.ones((), x.dtype))
+
+
 def _at_least_float32(dtype: DTypeLike) -> DTypeLike:
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
@@ -116,8 +126,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
         """Adds attention, then the MLP, to the stream; `tap` sees the sites of a block."""
+        # Without a backward pass to come it costs a tenth of the time and saves nothing.
+        stream = (lambda x: x) if self.dropout.deterministic else _materialised
+        x = stream(x)
         attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), rngs)
-        x = tap("attn.residual", x + self.dropout(attended, rngs=rngs).astype(x.dtype))
+        x = stream(tap("attn.residual", x + self.dropout(attended, rngs=rngs).astype(x.dtype)))
         transformed = self.mlp(tap("norm2", self.norm2(x)), _scoped(tap, "mlp"))
         return tap("mlp.residual", x + self.dropout(transformed, rngs=rngs).astype(x.dtype))
 

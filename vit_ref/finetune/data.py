@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
-from vit_ref.finetune.extras import extra
+from vit_ref.extras import extra
 from vit_ref.preprocessing import SUFFIXES, read_image
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.extras import extra
 from vit_ref.finetune.augmentation import Augmentation, Transform, augmented
 from vit_ref.finetune.data import ImageDataset, Photograph
-from vit_ref.finetune.extras import extra
 from vit_ref.finetune.metrics import PADDING
 from vit_ref.preprocessing import preprocess, steps
 

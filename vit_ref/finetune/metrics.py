@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vit_ref.atomic import replacing
 from vit_ref.errors import InputError
-from vit_ref.finetune.extras import extra
+from vit_ref.extras import extra
 
 # The label, and the index, of what fills up a last batch: no image.
 PADDING = -1

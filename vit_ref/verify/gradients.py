@@ -5,7 +5,8 @@ Observed is the gradient with respect to every parameter, every site's activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from vit_ref.verify.diagnosis import Cause, diagnose_gradient
 from vit_ref.verify.gates import Error, error, numerical_gate, root_mean_square
 from vit_ref.verify.parity import ParityReport, SiteResult, hf_tensors
 from vit_ref.verify.references import Reference, reference_for
-from vit_ref.verify.trace import Progress, require_float64, silent
+from vit_ref.verify.trace import Progress, beside, require_float64, silent
 
 
 class Differentiable(Protocol):
@@ -77,12 +78,14 @@ def check_gradients(
     yardstick_of = judge.gradients(pixels, precision)
     rounding_of = candidate.gradients(pixels, precision)
 
-    exacts, yardsticks, roundings = [], [], []
+    exacts: list[dict[str, Error]] = []
+    measuring: list[Future[tuple[dict[str, Error], dict[str, Error]]]] = []
     causes: tuple[Cause, ...] = ()
     objectives = objectives_for(config, len(pixels))
     for k, objective in enumerate(objectives, start=1):
         progress(f"gradients, objective {k} of {len(objectives)}")
-        # The gradients of a real model take a gigabyte, their errors nothing: none outlives its turn.
+        # The gradients of a real model take a gigabyte, their errors nothing: none outlives the turn after its own,
+        # whose backward passes run while NumPy measures these.
         truth = truth_of(objective).named()
         require_float64(truth, judge.name)
         if k <= SEMANTIC_OBJECTIVES:
@@ -93,9 +96,13 @@ def check_gradients(
             if wrong and not causes:
                 causes = diagnose_gradient(truth[wrong[0]], wrong[0], exact[wrong[0]])
             del exact
-        yardsticks.append(_errors(yardstick_of(objective).named(), truth, carriers=True))
-        roundings.append(_errors(rounding_of(objective).named(), truth))
+        rounded = yardstick_of(objective).named(), rounding_of(objective).named()
+        if measuring:
+            measuring[-1].result()
+        measuring.append(beside(_both, *rounded, truth))
+        del truth, rounded
 
+    yardsticks, roundings = zip(*(measured.result() for measured in measuring), strict=True)
     own = {name: _pooled(yardsticks, name) for name in names}
     carriers = {name: sum(found[name].carriers for found in yardsticks) for name in names}
     observed = [name for name in names if all(name in found for found in (*exacts, *roundings))]
@@ -136,7 +143,13 @@ def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray], *, carri
     }
 
 
-def _pooled(found: list[dict[str, Error]], name: str) -> float:
+def _both(
+    yardstick: Mapping[str, NDArray], rounding: Mapping[str, NDArray], truth: Mapping[str, NDArray]
+) -> tuple[dict[str, Error], dict[str, Error]]:
+    return _errors(yardstick, truth, carriers=True), _errors(rounding, truth)
+
+
+def _pooled(found: Sequence[dict[str, Error]], name: str) -> float:
     return root_mean_square(np.array([errors[name].rms for errors in found]))
 
 

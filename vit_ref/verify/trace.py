@@ -59,10 +59,10 @@ def precision_of(dtype: DTypeLike) -> Iterator[None]:
         yield
 
 
-def beside(work: Callable[..., T], *arguments: Any) -> Future[T]:
+def beside(work: Callable[..., T], *arguments: Any, **options: Any) -> Future[T]:
     """Work in a thread of its own, for what leaves Python's lock alone: XLA's compiler, NumPy's products."""
     thread = ThreadPoolExecutor(1)
-    future = thread.submit(work, *arguments)
+    future = thread.submit(work, *arguments, **options)
     thread.shutdown(wait=False)
     return future
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vit_ref.errors import InputError
-from vit_ref.finetune.extras import extra
+from vit_ref.extras import extra
 
 pytestmark = pytest.mark.training
 

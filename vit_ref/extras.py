@@ -1,4 +1,4 @@
-"""What fine-tuning needs beyond the package's own dependencies."""
+"""What fine-tuning and benchmarks need beyond the package's own dependencies."""
 
 from __future__ import annotations
 

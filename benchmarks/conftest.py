@@ -1,0 +1,38 @@
+"""Options of `pytest --benchmark-only`, and the promotion that other people's code relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from vit_ref.bench.session import implementations, workloads
+from vit_ref.errors import InputError
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vit_ref benchmarks")
+    lists = {"action": "append", "default": []}
+    group.addoption("--size", metavar="SIZE", help="as Ti/16 or B/16; repeatable", **lists)
+    group.addoption("--batch", type=int, metavar="N", help="images; repeatable", **lists)
+    group.addoption("--bench-precision", metavar="NAME", help="float32 or mixed; repeatable", **lists)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "workload" not in metafunc.fixturenames:
+        return
+    asked = (metafunc.config.getoption(name) for name in ("size", "batch", "bench_precision"))
+    try:
+        found = workloads(*asked, [])
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from None
+    metafunc.parametrize("workload", found, ids=str, scope="module")
+    metafunc.parametrize("name", implementations([]))
+
+
+@pytest.fixture(autouse=True)
+def _promotion() -> Iterator[None]:
+    """FlaxViT promotes implicitly."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

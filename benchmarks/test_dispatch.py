@@ -1,0 +1,91 @@
+"""What a train step costs beside the compiled function in it: on one image of a ViT-Ti/16 it would show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+import pytest
+from flax import nnx
+
+from vit_ref.bench.workload import Workload
+from vit_ref.finetune.step import train_step
+from vit_ref.pretrained import build
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import Case
+
+WORK = Workload("Ti/16", 1, "float32", "train step")
+
+
+def _pair() -> tuple[Any, Any]:
+    parameters = OwnCandidate(WORK.config, Case("ti16", WORK.config).checkpoint()).parameters
+    model = build(WORK.config, parameters)
+    model.train()
+    return model, nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.Param)
+
+
+def _whole_step() -> tuple[Any, Any]:
+    graph, state = nnx.split(_pair())
+
+    def step(state: nnx.State, pixels: jax.Array, labels: jax.Array) -> tuple[nnx.State, jax.Array]:
+        model, optimizer = nnx.merge(graph, state)
+        loss = train_step(model, optimizer, pixels, labels)
+        return nnx.state((model, optimizer)), loss
+
+    return jax.jit(step, donate_argnums=0), state
+
+
+def _bare() -> Callable[..., Any]:
+    """The executable on a flat list of arrays: nothing of NNX, no cache of signatures to look into."""
+    step, state = _whole_step()
+    leaves, tree = jax.tree.flatten(state)
+
+    def flat(leaves: list[jax.Array], pixels: jax.Array, labels: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        after, loss = step(jax.tree.unflatten(tree, leaves), pixels, labels)
+        return jax.tree.leaves(after), loss
+
+    pixels, labels = map(jax.device_put, WORK.inputs())
+    call = jax.jit(flat, donate_argnums=0).lower(leaves, pixels, labels).compile()
+    held = [leaves]
+
+    def run() -> None:
+        held[0], loss = call(held[0], pixels, labels)
+        jax.block_until_ready((held[0], loss))
+
+    return run
+
+
+def _split_once() -> Callable[..., Any]:
+    """As `vit_ref.finetune` steps: a jitted function of the state, which is split once."""
+    step, state = _whole_step()
+    pixels, labels = map(jax.device_put, WORK.inputs())
+    held = [state]
+
+    def run() -> None:
+        held[0], loss = step(held[0], pixels, labels)
+        jax.block_until_ready((held[0], loss))
+
+    return run
+
+
+def _nnx_jit() -> Callable[..., Any]:
+    """`nnx.jit`, which takes model and optimizer apart and puts them together at every step."""
+    model, optimizer = _pair()
+    pixels, labels = map(jax.device_put, WORK.inputs())
+    step = nnx.jit(train_step)
+
+    def run() -> None:
+        loss = step(model, optimizer, pixels, labels)
+        jax.block_until_ready((nnx.state(model), loss))
+
+    return run
+
+
+@pytest.mark.benchmark(group=f"dispatch: {WORK}", min_rounds=15)
+@pytest.mark.parametrize("way", [_bare, _split_once, _nnx_jit], ids=["bare executable", "split once", "nnx.jit"])
+def test_dispatch(benchmark: Any, way: Callable[[], Callable[..., Any]]) -> None:
+    run = way()
+    run()
+    benchmark(run)

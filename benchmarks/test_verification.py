@@ -1,0 +1,40 @@
+"""What verification itself costs, cold, by pass: time and peak memory of a process that does nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+# In a process of its own: only there is the peak this pass's alone, and nothing compiled yet.
+_CHECK = """
+import resource, sys
+import numpy as np
+from vit_ref.config import ViTConfig
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import Case
+from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.parity import check_parity
+
+size, passes = sys.argv[1:]
+case = Case(size, ViTConfig.variant(size, num_labels=10), batch=1)
+source, pixels = case.checkpoint(), case.images()
+for check, name in ((check_parity, "forward"), (check_gradients, "backward")):
+    if name == passes:
+        report = check(size, case.config, source, pixels, OwnCandidate(case.config, source))
+        assert report.passed, report
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.benchmark(group="verification, float64 and float32, cold")
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+def test_verification(benchmark: Any, passes: str, request: pytest.FixtureRequest) -> None:
+    size = (request.config.getoption("size") or ["Ti/16"])[0]
+    command = [sys.executable, "-c", _CHECK, size, passes]
+    result = benchmark.pedantic(
+        subprocess.run, (command,), {"check": True, "capture_output": True, "text": True}, rounds=1
+    )
+    benchmark.extra_info.update({"size": size, "peak bytes": int(result.stdout.split()[-1])})

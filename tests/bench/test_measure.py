@@ -1,0 +1,146 @@
+"""Is what is timed what was asked for, and are the figures those of the rounds?"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vit_ref.bench import measure, session
+from vit_ref.bench.compiling import compile_twice
+from vit_ref.bench.contenders import Contender
+from vit_ref.bench.measure import OutOfMemoryError, Timing, fitting, race
+from vit_ref.bench.roofline import matmul_flops
+from vit_ref.bench.session import implementations, workloads
+from vit_ref.bench.workload import Workload
+from vit_ref.errors import InputError
+
+pytestmark = pytest.mark.benchmarks
+WORK = Workload("Ti/16", 8, "float32", "forward")
+
+
+def _timing(seconds: tuple[float, ...]) -> Timing:
+    return Timing("vit_ref", WORK, seconds, 1e12, 3.0, 1.0, 2.1e10, 2**30)
+
+
+def test_figures_follow_from_the_median_round() -> None:
+    timing = _timing((0.5, 0.1, 0.2, 0.3, 0.9))
+    assert timing.images_per_second == 8 / 0.3
+    assert timing.utilisation == WORK.flops() / 0.3 / 1e12
+    # Quartiles of five ordered values, exclusive: halfway between the first two, and the last two.
+    assert timing.spread == pytest.approx(((0.5 + 0.9) / 2 - (0.1 + 0.2) / 2) / 0.3)
+
+
+def test_contenders_run_in_turns_and_each_has_its_own_times() -> None:
+    order: list[str] = []
+
+    def runner(name: str, seconds: float) -> Contender:
+        def run() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return Contender(name, run, None, 7.0)
+
+    slow, quick = race(WORK, [runner("slow", 0.02), runner("quick", 0.0)], 3, 1e12)
+    assert order == ["slow", "quick"] * 3
+    assert (slow.name, len(slow.seconds), slow.cold_s, slow.cached_s) == ("slow", 3, 7.0, None)
+    assert min(slow.seconds) >= 0.02 > quick.median
+
+
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: 3 GiB", "CUDA out of memory. Tried to"])
+def test_out_of_memory_halves_the_batch_and_says_so(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(workload: Workload) -> Contender:
+        if workload.batch > 3:
+            raise RuntimeError(message)
+        return Contender("greedy", lambda: None, None)
+
+    monkeypatch.setitem(measure.CONTENDERS, "greedy", build)
+    said: list[str] = []
+    fitted, (contender,) = fitting(WORK, ["greedy"], said.append)
+    assert (fitted.batch, contender.name) == (2, "greedy")
+    assert said == [
+        "forward, Ti/16, batch 8, float32: out of memory, going on with batch 4",
+        "forward, Ti/16, batch 4, float32: out of memory, going on with batch 2",
+    ]
+
+
+def test_what_does_not_fit_at_all_is_an_error_and_other_errors_stay_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(message: str) -> Any:
+        def build(workload: Workload) -> Contender:
+            raise RuntimeError(message)
+
+        return build
+
+    monkeypatch.setitem(measure.CONTENDERS, "greedy", failing("RESOURCE_EXHAUSTED"))
+    with pytest.raises(OutOfMemoryError, match="batch 1, float32: one image does not fit"):
+        fitting(WORK, ["greedy"], lambda line: None)
+    monkeypatch.setitem(measure.CONTENDERS, "greedy", failing("no such layer"))
+    with pytest.raises(RuntimeError, match=r"^no such layer$"):
+        fitting(WORK, ["greedy"], lambda line: None)
+
+
+def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_path: Any) -> None:
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    reads: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: reads.append(event))
+
+    x = jnp.ones((64, 64))
+
+    def function(x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ x) @ x
+
+    for _ in range(2):  # the second would find the first's entry, were the cache not its own
+        reads.clear()
+        compiled = compile_twice(function, x)
+        assert [e.rsplit("/", 1)[1] for e in reads if "cache_hit" in e or "cache_miss" in e] == [
+            "cache_misses",
+            "cache_hits",
+        ]
+    # Two products of 64^3, and 64^2 tanh.
+    assert compiled.flops == pytest.approx(4 * 64**3, rel=0.05)
+    # Argument and result, and at least one intermediate between them.
+    assert 3 * 64 * 64 * 4 <= compiled.bytes < 10 * 64 * 64 * 4
+    assert jnp.array_equal(compiled.call(x), jax.jit(function)(x))
+    assert jax.config.jax_compilation_cache_dir == before  # type: ignore[attr-defined]
+
+
+def test_the_roofline_is_that_of_products_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: side * 1e9)
+    assert matmul_flops("float32") == 2048e9
+    monkeypatch.setattr("vit_ref.bench.roofline.jax.default_backend", lambda: "gpu")
+    assert matmul_flops("float32") == 8192e9
+
+
+def test_what_was_not_said_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workloads([], [], [], []) == [WORK, WORK._replace(what="train step")]
+    monkeypatch.setattr(session.jax, "default_backend", lambda: "gpu")
+    assert [str(work) for work in workloads([], [], [], ["train step"])] == [
+        "train step, B/16, batch 128, float32",
+        "train step, B/16, batch 128, mixed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["B"], [1], [], []), "variant is 'B'"),
+        ((["B/16"], [0], [], []), "batch is 0: give a positive number"),
+        ((["B/16"], [1], ["float8"], []), "precision is 'float8': give one of float32, mixed"),
+        ((["B/16"], [1], [], ["backward"]), "pass is 'backward': give one of forward, train step"),
+    ],
+)
+def test_what_is_not_known_is_said(arguments: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        workloads(*arguments)
+
+
+def test_an_implementation_has_to_be_known_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "installed", lambda: ["vit_ref"])
+    assert implementations([]) == ["vit_ref"]
+    with pytest.raises(InputError, match="implementation is 'timm'"):
+        implementations(["timm"])
+    with pytest.raises(InputError, match="FlaxViT is not installed: pip install"):
+        implementations(["vit_ref", "FlaxViT"])

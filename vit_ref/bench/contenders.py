@@ -1,0 +1,197 @@
+"""The implementations that are timed: this package's model, FlaxViT, and transformers' ViT in PyTorch.
+
+All take the same images and, in a train step, the same optimizer: AdamW on every parameter, the loss in float32.
+Parameters are random; what they are does not change what a step costs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from vit_ref.bench.compiling import Compiled, compile_twice
+from vit_ref.bench.workload import Workload
+from vit_ref.errors import InputError
+from vit_ref.finetune.step import train_step
+from vit_ref.pretrained import skeleton
+from vit_ref.verify.flaxvit import require_flaxvit
+
+RATE = 1e-4
+
+
+class Contender(NamedTuple):
+    """One implementation, compiled and warm.
+
+    Attributes:
+      name: how tables call it.
+      run: one forward pass or train step, which returns when the device is done. A train step goes on from the last.
+      compiled: what XLA said of it; None of what XLA did not compile.
+      cold_s: seconds until the first result was there, where XLA did not compile it.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    compiled: Compiled | None
+    cold_s: float | None = None
+
+
+def vit_ref(workload: Workload) -> Contender:
+    """This package's model and train step; model and optimizer are split once, and donated."""
+    graph, shapes = skeleton(workload.config, workload.dtype)
+    parameters = _random(shapes)
+    pixels, labels = map(jax.device_put, workload.inputs())
+    if workload.what == "forward":
+
+        def forward(state: nnx.State, pixels: jax.Array) -> jax.Array:
+            return nnx.merge(graph, state)(pixels)
+
+        return _forward("vit_ref", forward, parameters, pixels)
+    model = nnx.merge(graph, parameters)
+    model.train()
+    whole, state = nnx.split((model, nnx.Optimizer(model, optax.adamw(RATE), wrt=nnx.Param)))
+
+    def step(state: nnx.State, pixels: jax.Array, labels: jax.Array) -> tuple[nnx.State, jax.Array]:
+        model, optimizer = nnx.merge(whole, state)
+        loss = train_step(model, optimizer, pixels, labels)
+        return nnx.state((model, optimizer)), loss
+
+    return _stepping("vit_ref", step, state, pixels, labels)
+
+
+def flaxvit(workload: Workload) -> Contender:
+    """`FlaxViTForImageClassification`'s module, as its documentation trains it."""
+    import transformers
+    from transformers.models.vit import modeling_flax_vit
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.ViTConfig(**workload.config.to_hf())
+    dtype: Any = workload.dtype
+    module: Any = modeling_flax_vit.FlaxViTForImageClassificationModule(config, dtype=dtype)
+    pixels, labels = map(jax.device_put, workload.inputs())
+    parameters = _random(jax.eval_shape(module.init, jax.random.key(0), pixels[:1])["params"])
+
+    def forward(parameters: Any, pixels: jax.Array) -> jax.Array:
+        return module.apply({"params": parameters}, pixels).logits
+
+    if workload.what == "forward":
+        return _forward("FlaxViT", forward, parameters, pixels)
+    optimizer = optax.adamw(RATE)
+
+    def loss_of(parameters: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = forward(parameters, pixels).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(state: Any, pixels: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
+        parameters, moments = state
+        loss, gradients = jax.value_and_grad(loss_of)(parameters, pixels, labels)
+        updates, moments = optimizer.update(gradients, moments, parameters)
+        return (optax.apply_updates(parameters, updates), moments), loss
+
+    return _stepping("FlaxViT", step, (parameters, optimizer.init(parameters)), pixels, labels)
+
+
+def torch_eager(workload: Workload) -> Contender:
+    """transformers' ViT in PyTorch with its fused attention, on its GPU where it has one."""
+    return _torch("PyTorch", workload, compiles=False)
+
+
+def torch_compiled(workload: Workload) -> Contender:
+    """The same through `torch.compile`."""
+    return _torch("torch.compile", workload, compiles=True)
+
+
+CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
+    "vit_ref": vit_ref,
+    "FlaxViT": flaxvit,
+    "PyTorch": torch_eager,
+    "torch.compile": torch_compiled,
+}
+
+
+def installed() -> list[str]:
+    """The contenders whose packages are here."""
+    names = ["vit_ref"]
+    try:
+        require_flaxvit()
+        names.append("FlaxViT")
+    except InputError:
+        pass
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        names += ["PyTorch", "torch.compile"]
+    return names
+
+
+def _random(shapes: Any) -> Any:
+    """A tree of shapes with small random arrays in their place, each dtype as it was."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, dtype=np.float32) / 50, leaf.dtype), shapes
+    )
+
+
+def _forward(name: str, forward: Callable[..., jax.Array], parameters: Any, pixels: jax.Array) -> Contender:
+    compiled = compile_twice(forward, parameters, pixels)
+    return _warm(name, lambda: jax.block_until_ready(compiled.call(parameters, pixels)), compiled)
+
+
+def _stepping(name: str, step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Contender:
+    compiled = compile_twice(step, state, pixels, labels, donate=(0,))
+
+    def run() -> jax.Array:
+        nonlocal state
+        state, loss = compiled.call(state, pixels, labels)
+        jax.block_until_ready((state, loss))
+        return loss
+
+    return _warm(name, run, compiled)
+
+
+def _warm(name: str, run: Callable[[], Any], compiled: Compiled) -> Contender:
+    run()
+    return Contender(name, run, compiled)
+
+
+def _torch(name: str, workload: Workload, *, compiles: bool) -> Contender:
+    import torch
+    import transformers
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = transformers.ViTConfig(**workload.config.to_hf())
+    model: Any = transformers.ViTForImageClassification(config).to(device)
+    model.train(workload.what != "forward")
+    pixels, labels = (torch.from_numpy(array).to(device) for array in workload.inputs())
+    # PyTorch wants channels first, and class ids in 64 bits.
+    pixels, labels = pixels.permute(0, 3, 1, 2).contiguous(), labels.long()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4, fused=device.type == "cuda")
+    called = torch.compile(model) if compiles else model
+
+    def logits() -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=workload.precision == "mixed"):
+            return called(pixels).logits
+
+    def run() -> Any:
+        if workload.what == "forward":
+            with torch.inference_mode():
+                result = logits()
+        else:
+            result = torch.nn.functional.cross_entropy(logits().float(), labels)
+            result.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    run()
+    return Contender(name, run, None, first)

@@ -1,0 +1,38 @@
+"""The most that the device's matrix products reach in one run: what a model's speed is measured against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+# Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
+# takes ten seconds on two cores.
+_SIDES = {"cpu": (1024, 2048)}
+_ACCELERATOR = (4096, 8192)
+_ROUNDS = 7
+
+
+def matmul_flops(dtype: DTypeLike) -> float:
+    """Floating point operations a second of a large matrix product in `dtype`: the median of each side, the best side.
+
+    The median, as of what is compared with it: a machine's best moment is nothing that a model could keep up.
+    """
+    return max(_measured(side, dtype) for side in _SIDES.get(jax.default_backend(), _ACCELERATOR))
+
+
+def _measured(side: int, dtype: DTypeLike) -> float:
+    values = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
+    x = jax.device_put(jnp.asarray(values, dtype))
+    multiply = jax.jit(jnp.matmul).lower(x, x).compile()
+    jax.block_until_ready(multiply(x, x))
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(x, x))
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds)

@@ -1,0 +1,81 @@
+"""A whole run: which workloads, with what stands in for what was not said, and each of them timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+import jax
+
+from vit_ref.bench.contenders import CONTENDERS, installed
+from vit_ref.bench.measure import Timing, fitting, race
+from vit_ref.bench.roofline import matmul_flops
+from vit_ref.bench.workload import PASSES, PRECISIONS, Workload, workload
+from vit_ref.errors import InputError
+
+
+def workloads(
+    sizes: Sequence[str], batches: Sequence[int], precisions: Sequence[str], passes: Sequence[str]
+) -> list[Workload]:
+    """Every combination of what was asked for; of what was not, what suits the device.
+
+    On a CPU Ti/16 on 8 images in float32: two cores take a second for it. On an accelerator B/16 on 128 images, which
+    fill it, and bfloat16 too, which is what it is for.
+
+    Raises:
+      InputError: see `workload`.
+    """
+    cpu = jax.default_backend() == "cpu"
+    sizes = sizes or (["Ti/16"] if cpu else ["B/16"])
+    batches = batches or ([8] if cpu else [128])
+    precisions = precisions or (["float32"] if cpu else list(PRECISIONS))
+    return [workload(*each) for each in product(sizes, batches, precisions, passes or PASSES)]
+
+
+def implementations(names: Sequence[str]) -> list[str]:
+    """Those asked for, or all that are installed.
+
+    Raises:
+      InputError: there is none of that name, or its packages are missing.
+    """
+    here = installed()
+    for name in names:
+        if name not in CONTENDERS:
+            raise InputError(f"implementation is {name!r}: give one of {', '.join(CONTENDERS)}")
+        if name not in here:
+            raise InputError(
+                f"{name} is not installed: pip install 'vit-ref[test]' for FlaxViT, 'vit-ref[torch]' for PyTorch"
+            )
+    return list(names) or here
+
+
+def session(
+    sizes: Sequence[str],
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    passes: Sequence[str],
+    names: Sequence[str],
+    rounds: int,
+    say: Callable[[str], None],
+) -> Iterator[list[Timing]]:
+    """Times each workload when it is asked for.
+
+    Args:
+      sizes: see `workloads`.
+      batches: likewise.
+      precisions: likewise.
+      passes: likewise.
+      names: see `implementations`.
+      rounds: of each.
+      say: told what is out of the ordinary.
+
+    Raises:
+      InputError: see `workloads` and `implementations`.
+    """
+    todo, racing = workloads(sizes, batches, precisions, passes), implementations(names)
+    rooflines: dict[str, float] = {}
+    for asked in todo:
+        if asked.precision not in rooflines:
+            rooflines[asked.precision] = matmul_flops(asked.dtype)
+        fitted, contenders = fitting(asked, racing, say)
+        yield race(fitted, contenders, rounds, rooflines[asked.precision])

@@ -1,0 +1,96 @@
+"""What is timed: one size, batch, precision and pass, and how many operations that is."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from jax.typing import DTypeLike
+from ml_dtypes import bfloat16
+from numpy.typing import NDArray
+
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+
+Pass = Literal["forward", "train step"]
+Precision = Literal["float32", "mixed"]
+PASSES: tuple[Pass, ...] = get_args(Pass)
+# The dtype of the computation. Parameters, and what an optimizer keeps of them, are float32 in each.
+PRECISIONS: dict[Precision, DTypeLike] = {"float32": np.float32, "mixed": bfloat16}
+CLASSES = 1000
+
+
+class Workload(NamedTuple):
+    """One thing to time.
+
+    Attributes:
+      size: a variant of `ViTConfig.variant`, as in "B/16", on 224 pixels and 1000 classes.
+      batch: images.
+      precision: "float32", or "mixed": computation in bfloat16 from parameters in float32.
+      what: the forward pass, or loss, backward pass and AdamW.
+    """
+
+    size: str
+    batch: int
+    precision: Precision
+    what: Pass
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.size}, batch {self.batch}, {self.precision}"
+
+    @property
+    def config(self) -> ViTConfig:
+        """The model's configuration."""
+        return ViTConfig.variant(self.size, num_labels=CLASSES)
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """The dtype of the computation."""
+        return PRECISIONS[self.precision]
+
+    def flops(self) -> int:
+        """Floating point operations of all matrix products, two a multiplication, in closed form.
+
+        A linear layer's backward pass is two products as large as its own, the patches' one: pixels get no gradient.
+        """
+        once = operations(self.config)
+        if self.what == "forward":
+            return self.batch * sum(once.values())
+        return self.batch * (3 * sum(once.values()) - once["patches"])
+
+    def inputs(self) -> tuple[NDArray, NDArray]:
+        """Images (B, 224, 224, 3), float32, and labels (B,), int32."""
+        rng = np.random.default_rng(0)
+        pixels = rng.standard_normal((self.batch, *self.config.image_hw, 3), dtype=np.float32)
+        return pixels, rng.integers(CLASSES, size=self.batch).astype(np.int32)
+
+
+def operations(config: ViTConfig) -> dict[str, int]:
+    """Operations of one image's forward pass, by layer, over all blocks."""
+    rows, columns = config.grid()
+    patches, tokens, width = rows * columns, rows * columns + 1, config.hidden_size
+    depth, hidden = config.num_hidden_layers, config.intermediate_size
+    return {
+        "patches": 2 * patches * config.patch_hw[0] * config.patch_hw[1] * config.num_channels * width,
+        "query, key, value": depth * 6 * tokens * width * width,
+        "scores, context": depth * 4 * tokens * tokens * width,
+        "attention's output": depth * 2 * tokens * width * width,
+        "mlp": depth * 4 * tokens * width * hidden,
+        "head": 2 * width * config.num_labels,
+    }
+
+
+def workload(size: str, batch: int, precision: str, what: str) -> Workload:
+    """A workload of what a person typed.
+
+    Raises:
+      InputError: one of them is not known.
+    """
+    ViTConfig.variant(size)
+    if batch < 1:
+        raise InputError(f"batch is {batch}: give a positive number of images")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
+    if what not in PASSES:
+        raise InputError(f"pass is {what!r}: give one of {', '.join(PASSES)}")
+    return Workload(size, batch, precision, what)
