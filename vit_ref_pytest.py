@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption(
         "--precision",
         action="append",
-        choices=("float32", "bfloat16", "float16"),
+        choices=("float32", "tensorfloat32", "bfloat16", "mixed", "float16"),
         help="precision that the numerical gate judges; repeatable (default: float32)",
     )
     group.addoption(
@@ -93,6 +93,17 @@ def pytest_configure(config: pytest.Config) -> None:
             photographs.find(Path(images), count=1)
     except InputError as error:
         pytest.exit(str(error), returncode=EXIT_BAD_INPUT)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What there is to know of this device to read a verdict in the precisions that are asked for."""
+    if not hasattr(config.option, "parity_report"):  # of no other plugin's option of that name
+        return []
+    from vit_ref.verify.environment import notes
+    from vit_ref.verify.precision import PRECISIONS
+
+    asked = config.getoption("precision") or ["float32"]
+    return [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
 
 
 def summarise(name: str, text: str, *, given: bool) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from rich.theme import Theme
 from vit_ref import conversion
 from vit_ref.errors import InputError
 from vit_ref.finetune.options import recipe_from, recipe_options
+from vit_ref.verify.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from vit_ref.bench.measure import Timing
@@ -98,11 +99,13 @@ def main() -> None:
 )
 @click.option("--reference", type=click.Choice(["flax", "torch", "numpy"]), default="flax", show_default=True)
 @click.option(
+    "--precision",
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    "precision",
+    type=click.Choice(list(PRECISIONS)),
     default="float32",
     show_default=True,
-    help="Precision that the numerical gate judges.",
+    help="What the numerical gate judges.",
 )
 @click.option("--images", metavar="DIR", help="Photographs; else synthetic images.")
 @click.option("--forward-only", is_flag=True, help="No gradients.")
@@ -115,7 +118,7 @@ def verify(
     checkpoint: str,
     candidates: tuple[str, ...],
     reference: str,
-    dtype: str,
+    precision: str,
     images: str | None,
     forward_only: bool,
     whole: bool,
@@ -150,7 +153,7 @@ def verify(
                     candidate,
                     checkpoint,
                     images=images,
-                    precision=dtype,
+                    precision=precision,
                     reference=reference,
                     backward=not forward_only,
                     progress=progress,

@@ -138,7 +138,10 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
     ("arguments", "message"),
     [
         (["verify"], "Missing argument 'CHECKPOINT'"),
-        (["verify", "a", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        (
+            ["verify", "a", "--precision", "int8"],
+            "'int8' is not one of 'float32', 'tensorfloat32', 'bfloat16', 'mixed'",
+        ),
         (["verify", "a", "--reference", "keras"], "'keras' is not one of 'flax', 'torch', 'numpy'"),
         (["convert", "a", "b"], "Missing option '--to'"),
         (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),

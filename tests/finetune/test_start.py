@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import vit_ref
+from jaxprs import computed_in
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
@@ -123,3 +125,42 @@ def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path)
     assert loss.dtype == jnp.float32
     assert set(moments) == {np.dtype(np.float32)}
     assert {value.dtype for value in parameters_of(model).values()} == {np.dtype(np.float32)}
+
+
+def test_gradients_are_float32_and_masters_keep_updates_below_bfloat16s_resolution(saved: Path) -> None:
+    model = starting_model(saved, ["a", "b"], Recipe(precision="mixed", head="fresh", dropout=0.0))
+    before, seen = parameters_of(model), set()
+
+    def see(gradients: Any, _: Any) -> Any:
+        seen.update(leaf.dtype for leaf in jax.tree.leaves(gradients))
+        return gradients
+
+    # Adam moves a parameter by at most its rate each step, whatever the size of its gradient.
+    rate, steps = 2e-6, 3
+    optimizer = nnx.Optimizer(model, optax.chain(optax.stateless(see), optax.adam(rate)), wrt=nnx.Param)
+    pixels = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
+    step = nnx.jit(train_step)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(steps):
+            step(model, optimizer, pixels, jnp.array([0, 1]))
+    assert seen == {np.dtype(np.float32)}
+    kernel = "blocks.0.mlp.fc1.kernel"
+    moved = np.abs(parameters_of(model)[kernel] - before[kernel])
+    # All that bfloat16 tells apart, at the parameters' size, is larger.
+    resolution = np.sqrt(np.square(before[kernel]).mean()) * float(jnp.finfo(jnp.bfloat16).eps)
+    assert (moved > 0).mean() > 0.9
+    assert moved.max() <= 1.1 * steps * rate < resolution / 10
+    # The softmaxes, the norms, the logarithm of the loss, Adam's root. Not exp: GELU's derivative has one in bfloat16.
+    needs_float32 = {"reduce_max", "rsqrt", "log", "sqrt"}
+    graph, state = nnx.split((model, optimizer))
+
+    def pure(state: nnx.State) -> tuple[jax.Array, nnx.State]:
+        both = nnx.merge(graph, state)
+        loss = train_step(*both, pixels, jnp.array([0, 1]))
+        return loss, nnx.state(both)
+
+    with jax.numpy_dtype_promotion("standard"):
+        traced = jax.make_jaxpr(pure)(state).jaxpr
+    found = computed_in(traced, needs_float32)
+    assert set(found) == needs_float32
+    assert set().union(*found.values()) == {np.dtype(np.float32)}, found

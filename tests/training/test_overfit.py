@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -111,3 +112,15 @@ def test_the_loss_is_float32_under_bfloat16(filled: Callable[..., VisionTransfor
     assert loss.dtype == jnp.float32
     # From the same bfloat16 logits: a few roundings of float32. In bfloat16 the loss would be off by up to 2^-9.
     assert abs(float(loss) - expected) <= 8 * 2**-24 * abs(expected)
+
+
+def test_the_cotangent_of_bfloat16_logits_is_computed_in_float32() -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 7)), jnp.bfloat16)
+    labels = jnp.arange(6)
+    with precision_of(jnp.bfloat16):
+        found = jax.grad(lambda logits: classification_loss(lambda *_, **__: logits, logits, labels))(logits)
+    exponentials = np.exp(np.asarray(logits, np.float64))
+    expected = (exponentials / exponentials.sum(-1, keepdims=True) - np.eye(6, 7)) / 6
+    # Rounded once, on its way into the model: half a unit at most.
+    off = np.abs(np.asarray(found, np.float64) - expected) / np.abs(expected)
+    assert off.max() <= 0.501 * float(jnp.finfo(jnp.bfloat16).eps)

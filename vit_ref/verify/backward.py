@@ -97,7 +97,7 @@ def differentiator(
     Args:
       forward: (parameters, perturbations by site, pixels) -> output (B, width). Every perturbation is zero, and the
         gradient with respect to it is the site's.
-      parameters: any tree.
+      parameters: any tree. What is not stored in the precision under test is widened to at least float32.
       config: the model's configuration.
       pixels: float32 images.
       dtype: float64, or the precision under test.
@@ -129,7 +129,9 @@ def differentiator(
         return images, wide.type(o.loss_weight), o.labels.astype(np.int32), o.cotangent.astype(wide)
 
     with precision_of(dtype):
-        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), parameters)
+        cast = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, leaf.dtype if leaf.dtype == np.dtype(dtype) else wide), parameters
+        )
         lowered = run.lower(cast, *arguments(objectives_for(config, len(pixels))[0]))
     compiling = beside(lowered.compile)
 

@@ -25,6 +25,7 @@ from vit_ref.verify.port_report import PortReport, require_expectations
 from vit_ref.verify.ports.declaration import Candidate, declared
 from vit_ref.verify.ports.jaxport import JaxPort
 from vit_ref.verify.ports.loading import find, is_torch, loaded
+from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for
 from vit_ref.verify.trace import Progress, UnsupportedByReferenceError, precision_of, silent
 
@@ -37,7 +38,7 @@ def check_port(
     checkpoint: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
-    precision: DTypeLike = np.float32,
+    precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
     expected_failures: Mapping[str, str] | None = None,
@@ -50,7 +51,8 @@ def check_port(
         "module:attribute" where one of these is; or None for this package's own model.
       checkpoint: a directory, file or hub id.
       images: a directory of photographs, preprocessed as the checkpoint asks; None for synthetic images.
-      precision: the dtype whose rounding is judged.
+      precision: whose rounding is judged: "float32", "tensorfloat32", "bfloat16", "mixed" or "float16", or a dtype of
+        that name; `precision.PRECISIONS` says what each is.
       reference: who judges: "flax", "torch" or "numpy", the last forward only.
       backward: whether to judge gradients too.
       expected_failures: pattern (`*`, `?`) of check names or sites -> why they fail. One that passes is an error.
@@ -63,16 +65,17 @@ def check_port(
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
       TruncatedError: the candidate does not compute in float64 when asked to.
     """
+    asked = named(precision)
     source = checkpoints.read(checkpoint)
     config = configuration(source)
     port = port_for(candidate, config, source)
     pixels = pixels_for(config, images, FORWARD)
     title = source.path.resolve().name
     judge = reference_for(config, hf_tensors(config, source), reference)
-    forward = check_parity(title, config, source, pixels, port, precision, judge, progress=progress)
+    forward = check_parity(title, config, source, pixels, port, asked, judge, progress=progress)
     gradients, reason = None, "not asked for"
     if backward:
-        gradients, reason = _gradients(title, config, source, pixels, port, precision, judge, progress)
+        gradients, reason = _gradients(title, config, source, pixels, port, asked, judge, progress)
     report = PortReport(
         title=title,
         candidate=port.name,
@@ -83,7 +86,7 @@ def check_port(
         not_backward=reason,
         behaviour=check_behaviour(port, pixels[:BEHAVIOUR], progress=progress),
         expected_failures=dict(expected_failures or {}),
-        environment=environment(),
+        environment=environment(asked),
     )
     require_expectations(report)
     return report
@@ -121,7 +124,7 @@ def _gradients(
     source: Checkpoint,
     pixels: NDArray,
     port: Any,
-    precision: DTypeLike,
+    precision: Precision,
     judge: Reference,
     progress: Progress,
 ) -> tuple[ParityReport | None, str]:

@@ -21,18 +21,23 @@ from vit_ref.verify.backward import SEMANTIC_OBJECTIVES, Gradients, Objective, o
 from vit_ref.verify.diagnosis import Cause, diagnose_gradient
 from vit_ref.verify.gates import Error, error, numerical_gate, root_mean_square
 from vit_ref.verify.parity import ParityReport, SiteResult, hf_tensors
-from vit_ref.verify.references import Reference, reference_for
-from vit_ref.verify.trace import Progress, beside, require_float64, silent
+from vit_ref.verify.precision import Precision, named
+from vit_ref.verify.references import Reference, reference_for, refilled
+from vit_ref.verify.trace import Progress, beside, require_float64, silent, storing
 
 
 class Differentiable(Protocol):
-    """An implementation that can be differentiated and perturbed at its sites; `claims` as `Port` has it."""
+    """An implementation that can be differentiated and perturbed at its sites; attributes as `Port` has them."""
 
     name: str
     claims: frozenset[str] | None
+    stored: DTypeLike | None
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """A function from an objective to its gradients, computed in `dtype` from parameters of at least float32."""
+        """A function from an objective to its gradients, computed in `dtype`.
+
+        Parameters are stored in `dtype` itself or in at least float32.
+        """
         ...
 
 
@@ -42,7 +47,7 @@ def check_gradients(
     source: Checkpoint,
     pixels: NDArray,
     candidate: Differentiable,
-    precision: DTypeLike = np.float32,
+    precision: str | DTypeLike | Precision = "float32",
     reference: str | Reference = "flax",
     *,
     progress: Progress = silent,
@@ -55,7 +60,7 @@ def check_gradients(
       source: the checkpoint.
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
-      precision: the dtype whose rounding is judged.
+      precision: whose rounding is judged, see `precision.named`.
       reference: who judges, one of `references.REFERENCES` that goes backward, by name or already filled.
       progress: told what is being done next.
 
@@ -68,15 +73,21 @@ def check_gradients(
       UnsupportedByReferenceError: NumPy judges, or stands in for FlaxViT, and has no backward pass.
       ReferenceUnavailableError: the reference is not installed.
     """
-    judge = reference
-    if isinstance(judge, str):
-        judge = reference_for(config, hf_tensors(config, source), judge)
+    asked = named(precision)
+    tensors = hf_tensors(config, source)
+    judge = reference_for(config, tensors, reference) if isinstance(reference, str) else reference
     backward = [site.name for site in reversed(sites(config, len(pixels), pixels.shape[1:3]))]
     names = [*backward, *parameter_shapes(config), "pixels"]
     truth_of = judge.gradients(pixels, np.float64)
     exact_of = candidate.gradients(pixels, np.float64)
-    yardstick_of = judge.gradients(pixels, precision)
-    rounding_of = candidate.gradients(pixels, precision)
+    # Of the parameters as they are stored, which the semantic gate has nothing to do with.
+    stored_truth_of = truth_of
+    if asked.stored is not None:
+        judge, candidate = refilled(judge, asked.rounded(tensors)), storing(candidate, asked.stored)
+        stored_truth_of = judge.gradients(pixels, np.float64)
+    with asked.asked():
+        yardstick_of = judge.gradients(pixels, asked.dtype)
+        rounding_of = candidate.gradients(pixels, asked.dtype)
 
     exacts: list[dict[str, Error]] = []
     measuring: list[Future[tuple[dict[str, Error], dict[str, Error]]]] = []
@@ -96,6 +107,9 @@ def check_gradients(
             if wrong and not causes:
                 causes = diagnose_gradient(truth[wrong[0]], wrong[0], exact[wrong[0]])
             del exact
+        if asked.stored is not None:
+            truth = stored_truth_of(objective).named()
+            require_float64(truth, judge.name)
         rounded = yardstick_of(objective).named(), rounding_of(objective).named()
         if measuring:
             measuring[-1].result()
@@ -117,7 +131,7 @@ def check_gradients(
                 alone=None,
                 rounding=_pooled(roundings, name),
                 yardstick=yardstick,
-                gate=numerical_gate(yardstick, precision, carriers[name], backward=True, foreign=judge.foreign),
+                gate=numerical_gate(yardstick, asked.dtype, carriers[name], backward=True, foreign=judge.foreign),
             )
         )
     # Of a port that does not claim every site, a parameter may be unmapped, and a value seen only after it was used.
@@ -125,7 +139,7 @@ def check_gradients(
     return ParityReport(
         title,
         judge.name,
-        np.dtype(precision).name,
+        asked.name,
         tuple(results),
         unobserved=missing if candidate.claims is None else (),
         unmapped=() if candidate.claims is None else missing,

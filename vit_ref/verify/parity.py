@@ -18,8 +18,9 @@ from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.references import Reference, reference_for
-from vit_ref.verify.trace import Implementation, Progress, Trace, beside, require_float64, silent
+from vit_ref.verify.precision import Precision, named
+from vit_ref.verify.references import Reference, reference_for, refilled
+from vit_ref.verify.trace import Implementation, Progress, Trace, beside, require_float64, silent, storing
 
 
 class Port(Implementation, Protocol):
@@ -28,10 +29,12 @@ class Port(Implementation, Protocol):
     Attributes:
       claims: the sites that it promises to show, None for all.
       fixed: those at which nothing can be replaced.
+      stored: the dtype that its parameters are rounded to, below float64; None for as it loaded them.
     """
 
     claims: frozenset[str] | None
     fixed: frozenset[str]
+    stored: DTypeLike | None
 
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """As `Implementation.trace`; values in `replace` take the place of the candidate's own at those sites."""
@@ -84,7 +87,7 @@ class ParityReport:
     Attributes:
       title: which checkpoint or case.
       reference: the reference's name.
-      precision: the tested dtype's name.
+      precision: the tested precision's name.
       results: one per site, in the order of the forward pass.
       unobserved: sites that the candidate claims and did not show. They have failed.
       unmapped: sites that it does not claim. They have neither passed nor failed.
@@ -141,7 +144,7 @@ def check_parity(
     source: Checkpoint,
     pixels: NDArray,
     candidate: Port,
-    precision: DTypeLike = np.float32,
+    precision: str | DTypeLike | Precision = "float32",
     reference: str | Reference = "flax",
     *,
     progress: Progress = silent,
@@ -154,7 +157,7 @@ def check_parity(
       source: the checkpoint.
       pixels: float32 images (B, height, width, C).
       candidate: the port under test.
-      precision: the dtype whose rounding is judged.
+      precision: whose rounding is judged, see `precision.named`.
       reference: who judges, one of `references.REFERENCES`, by name or already filled.
       progress: told what is being done next.
 
@@ -162,6 +165,7 @@ def check_parity(
       TruncatedError: an oracle did not compute in float64.
       InputError: the checkpoint does not fit, or the reference is not installed.
     """
+    asked = named(precision)
     tensors = hf_tensors(config, source)
     judge = reference_for(config, tensors, reference) if isinstance(reference, str) else reference
     oracle = NumpyOracle(config, tensors)
@@ -178,19 +182,24 @@ def check_parity(
         # A trace of a real model takes a gigabyte, its errors nothing: none outlives this call.
         return {site: error(trace[site], truth[site], carriers=carriers) for site in names if site in trace}
 
+    def each_alone(shown: set[str], dtype: DTypeLike) -> dict[str, Error]:
+        progress("each block alone")
+        before = {site: stream_before(site, config.num_hidden_layers) for site in shown}
+        fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
+        found = errors(candidate.trace(pixels, dtype, replace=fed))
+        return {site: found[site] for site, stream in before.items() if site in found and (not stream or stream in fed)}
+
     progress(f"{oracle.name} in float64")
     oracle_trace = numpy.result()
     require_float64(oracle_trace, oracle.name)
     oracles = errors(oracle_trace)
     del oracle_trace, numpy
-    dtype = np.dtype(precision).name
-    progress(f"{judge.name} in {dtype}")
-    yardsticks = errors(judge.trace(pixels, precision), carriers=True)
     progress(f"{candidate.name} in float64")
     exact_trace = candidate.trace(pixels, np.float64)
     require_float64(exact_trace, candidate.name)
     exact = errors(exact_trace)
     causes: tuple[Cause, ...] = ()
+    alone: dict[str, Error] = {}
     place = ""
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
     if first:
@@ -198,30 +207,44 @@ def check_parity(
         causes = diagnose(config, tensors, pixels, truth, names, first, exact_trace)
         place = where(exact_trace[first], truth[first], first)
     del exact_trace
-    progress(f"{candidate.name} in {dtype}")
-    rounded_trace = candidate.trace(pixels, precision)
+    if first:
+        alone = each_alone(set(exact), np.float64)
+    progress(f"{judge.name} in {asked.name}")
+    if asked.stored is not None:
+        # What rounding the parameters costs is no error of the port's: from here on the truth is of rounded ones.
+        tensors = asked.rounded(tensors)
+        judge, candidate = refilled(judge, tensors), storing(candidate, asked.stored)
+        truth = judge.trace(pixels, np.float64)
+        require_float64(truth, judge.name)
+    with asked.asked():
+        yardsticks = errors(judge.trace(pixels, asked.dtype), carriers=True)
+        progress(f"{candidate.name} in {asked.name}")
+        rounded_trace = candidate.trace(pixels, asked.dtype)
     rounding = errors(rounded_trace)
     gates = {
-        site: numerical_gate(yardsticks[site].rms, precision, yardsticks[site].carriers, foreign=judge.foreign)
+        site: numerical_gate(yardsticks[site].rms, asked.dtype, yardsticks[site].carriers, foreign=judge.foreign)
         for site in names
     }
     beyond = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
     if beyond and not first:
         causes = diagnose_rounding(config, tensors, beyond, rounded_trace, truth)
     del rounded_trace
+    if beyond and not first:
+        with asked.asked():
+            alone = each_alone(set(rounding), asked.dtype)
     shown = {site for site in names if site in exact and site in rounding}
     claims = set(names) if candidate.claims is None else candidate.claims
     diverging = first or beyond
-    report = ParityReport(
+    return ParityReport(
         title,
         judge.name,
-        dtype,
+        asked.name,
         results=tuple(
             SiteResult(
                 site,
                 oracles[site],
                 exact[site],
-                None,
+                alone.get(site),
                 rounding[site].rms,
                 yardsticks[site].rms,
                 gates[site],
@@ -236,17 +259,3 @@ def check_parity(
         hidden=hidden_before(diverging, names, shown) if diverging else (),
         order=tuple(names),
     )
-    if not (report.semantic_failures or report.numerical_failures):
-        return report
-    progress("each block alone")
-    before = {site: stream_before(site, config.num_hidden_layers) for site in shown}
-    fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
-    wide = np.float64 if report.semantic_failures else precision
-    alone = errors(candidate.trace(pixels, wide, replace=fed))
-    results = tuple(
-        result._replace(alone=alone.get(result.site))
-        if before[result.site] is None or before[result.site] in fed
-        else result
-        for result in report.results
-    )
-    return dataclasses.replace(report, results=results)

@@ -52,13 +52,13 @@ class PortReport:
       title: the checkpoint's name.
       candidate: the port's name.
       reference: the reference's name.
-      precision: the tested dtype's name.
+      precision: the tested precision's name.
       forward: every site.
       backward: every gradient; None where none was measured.
       not_backward: why there is no `backward`, "" where there is.
       behaviour: the same each time, alone, compiled.
       expected_failures: pattern -> reason, as given.
-      environment: versions and device.
+      environment: versions and device, and what there is to know of it under "note".
     """
 
     title: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
@@ -21,9 +21,11 @@ class Reference(Implementation, Protocol):
     """An implementation that judges others, forward and backward.
 
     Attributes:
+      config: the model's configuration.
       foreign: whether it is no jax program, see `gates.ALLOWANCES`.
     """
 
+    config: ViTConfig
     foreign: bool
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
@@ -71,6 +73,12 @@ REFERENCES: dict[str, _Entry] = {
 def require(name: str) -> None:
     """Raises `ReferenceUnavailableError`, saying what to install, where what a reference needs is not there."""
     REFERENCES[name].require()
+
+
+def refilled(judge: Reference, tensors: Mapping[str, NDArray]) -> Reference:
+    """The same reference with other tensors."""
+    kind: Any = type(judge)
+    return kind(judge.config, tensors)
 
 
 def reference_for(config: ViTConfig, tensors: Mapping[str, NDArray], name: str = "flax") -> Reference:

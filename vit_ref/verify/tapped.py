@@ -16,6 +16,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
 from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, differentiator
+from vit_ref.verify.ports.adapters import is_float
 from vit_ref.verify.ports.declaration import CandidateError
 from vit_ref.verify.trace import Trace, beside, precision_of
 
@@ -32,6 +33,7 @@ class Tapped(ABC):
       claims: the sites that it promises to show, None for all. Others are not observed; a claimed one that is not shown
         has failed.
       fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
+      stored: the dtype that its parameters are rounded to below float64, None for as they were loaded.
       compiles: whether it can be compiled; what cannot can write into its images instead.
     """
 
@@ -39,6 +41,7 @@ class Tapped(ABC):
     config: ViTConfig
     claims: frozenset[str] | None = None
     fixed: frozenset[str] = frozenset()
+    stored: DTypeLike | None = None
     compiles = True
 
     @abstractmethod
@@ -48,6 +51,12 @@ class Tapped(ABC):
     @abstractmethod
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
         """Gradients with respect to the parameters, on the host, by the paths of this package's model."""
+
+    def _ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        parameters, forward = self.ready(dtype)
+        if self.stored is None or np.dtype(dtype) == np.float64:
+            return parameters, forward
+        return jax.tree.map(lambda x: x.astype(self.stored) if is_float(x) else x, parameters), forward
 
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Implementation.trace`.
@@ -61,7 +70,7 @@ class Tapped(ABC):
           InputError: a value is out of reach.
         """
         with precision_of(dtype):
-            parameters, forward = self.ready(dtype)
+            parameters, forward = self._ready(dtype)
 
             def run(parameters: Any, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
                 recorded: dict[str, jax.Array] = {}
@@ -95,7 +104,7 @@ class Tapped(ABC):
           jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
         """
         with precision_of(dtype):
-            parameters, forward = self.ready(dtype)
+            parameters, forward = self._ready(dtype)
 
             def run(parameters: Any, pixels: jax.Array) -> jax.Array:
                 return forward(parameters, pixels, identity)
@@ -110,7 +119,7 @@ class Tapped(ABC):
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`."""
         with precision_of(dtype):
-            parameters, forward = self.ready(dtype)
+            parameters, forward = self._ready(dtype)
         perturbed: set[str] = set()
 
         def perturbing(parameters: Any, perturbations: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ class TorchPort:
     """
 
     compiles = False
+    stored: DTypeLike | None = None
 
     def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: torch.nn.Module | None = None):
         self.name = candidate.name

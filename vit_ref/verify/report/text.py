@@ -83,7 +83,8 @@ def summary(report: PortReport) -> str:
     """A whole report in a few lines of 80 columns.
 
     The headlines come first, forward before backward. Every paragraph after them begins with its status, as `Check` has
-    it. The last line is the verdict, and begins with PASSED or FAILED.
+    it, or with "note" where there is one of the environment. The last line is the verdict, and begins with PASSED or
+    FAILED.
     """
     lines = [line for paragraph in _paragraphs(report) for line in _wrapped(paragraph)]
     verdict = "PASSED" if report.passed else "FAILED"
@@ -106,6 +107,8 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
         for status in ("expected failure", "stale expectation"):
             if names := tuple(check.name for check in checks if check.status == status):
                 yield f"{status}: {pattern}: {report.expected_failures[pattern]}: {len(names)}: {_some(names)}"
+    if note := report.environment.get("note"):
+        yield f"note: {note}"
     counts = Counter(check.status for check in report.checks)
     yield f"checks: {', '.join(f'{counts[status]} {status}' for status in get_args(Status) if counts[status])}"
 
@@ -128,11 +131,12 @@ def table(report: ParityReport) -> str:
     """Every site with its errors, in the order of the forward pass."""
     alone = any(result.alone for result in report.results)
     width = max(len(result.site) for result in report.results) + 1
+    column = max(10, len(report.precision) + 1)
     header = (
-        f"{report.what:<{width}}{'float64':>9}{'alone' if alone else '':>{9 * alone}}{report.precision:>10}"
+        f"{report.what:<{width}}{'float64':>9}{'alone' if alone else '':>{9 * alone}}{report.precision:>{column}}"
         f"{report.reference:>9}{'ratio':>8}{'margin':>8}"
     )
-    return "\n".join([header, *(_row(result, width, alone) for result in report.results)])
+    return "\n".join([header, *(_row(result, width, alone, column) for result in report.results)])
 
 
 def excerpt(report: ParityReport, rows: int = 8) -> str:
@@ -156,13 +160,13 @@ def explain() -> str:
     )
 
 
-def _row(result: SiteResult, width: int, with_alone: bool) -> str:
+def _row(result: SiteResult, width: int, with_alone: bool, column: int) -> str:
     failed = not result.exact.passes_semantic_gate, not result.passes_numerical_gate
     both, exact, rounding = MARKS
     mark = {(True, True): f" {both}", (True, False): f" {exact}", (False, True): f" {rounding}"}.get(failed, "")
     alone = (f"{result.alone.rms:>9.1e}" if result.alone else f"{'':>9}") if with_alone else ""
     return (
-        f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>10.1e}{result.yardstick:>9.1e}"
+        f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>{column}.1e}{result.yardstick:>9.1e}"
         f"{_multiple(result.ratio):>8}{result.margin:>8.2g}{mark}"
     )
 

@@ -1,0 +1,247 @@
+"""Is each precision what its name says, of reference and candidate both, and is it said where a device differs?"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import Array
+
+import vit_ref_pytest
+from synthetic_reports import measured, parity, ported
+from vit_ref.errors import InputError
+from vit_ref.verify import environment
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.environment import notes, products
+from vit_ref.verify.flaxvit import FlaxViTReference
+from vit_ref.verify.gates import ALLOWANCES, SEMANTIC_RMS, error
+from vit_ref.verify.hypotheses import MULTIPLIED
+from vit_ref.verify.parity import check_parity
+from vit_ref.verify.precision import PRECISIONS, Precision, named
+from vit_ref.verify.report import summary, table, to_json
+from vit_ref.verify.trace import Trace, storing
+
+pytestmark = pytest.mark.candidates
+
+CASE = CASES["rectangular"]
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def own() -> OwnCandidate:
+    return OwnCandidate(CASE.config, CASE.checkpoint())
+
+
+@pytest.mark.parametrize("given", ["mixed", np.float16, jnp.bfloat16, np.dtype("float32"), PRECISIONS["mixed"]])
+def test_a_precision_is_named_by_itself_or_by_the_dtype_of_its_name(given: Any) -> None:
+    expected = given if isinstance(given, str) else given.name if isinstance(given, Precision) else np.dtype(given).name
+    assert named(given) is PRECISIONS[expected]
+
+
+@pytest.mark.parametrize("given", ["int8", "brain", np.float64, "float64"])
+def test_an_unknown_precision_is_one_line(given: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"^precision is '[a-z0-9]+': known are float32, tensorfloat32, bfloat16, mixed"
+    ):
+        named(given)
+
+
+def test_every_precision_has_its_gate_and_can_be_asked_for() -> None:
+    assert {precision.dtype.name for precision in PRECISIONS.values()} == set(ALLOWANCES)
+    choices = re.search(r'"--precision".*?choices=\((.*?)\)', Path(vit_ref_pytest.__file__).read_text(), re.DOTALL)
+    assert choices and re.findall(r"\w+", choices[1]) == list(PRECISIONS)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, str]]:
+    """Who was run in which dtype, under which precision of products and with parameters of which dtype."""
+    runs: list[tuple[str, str, str | None, str]] = []
+
+    def watch(kind: type, stored: Callable[[Any], Any]) -> None:
+        trace = kind.trace
+
+        def watched(self: Any, pixels: Any, dtype: Any, *rest: Any, **named: Any) -> Trace:
+            asked = jax.config.jax_default_matmul_precision
+            runs.append((self.name, np.dtype(dtype).name, asked, str(np.dtype(stored(self)))))
+            return trace(self, pixels, dtype, *rest, **named)
+
+        monkeypatch.setattr(kind, "trace", watched)
+
+    watch(OwnCandidate, lambda port: port.stored or np.float32)
+    watch(FlaxViTReference, lambda judge: jax.tree.leaves(judge.params)[0].dtype)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "products", "stored"),
+    [
+        ("float32", "float32", "float32", "float32"),
+        ("tensorfloat32", "float32", "tensorfloat32", "float32"),
+        ("mixed", "bfloat16", None, "float32"),
+        ("bfloat16", "bfloat16", None, "bfloat16"),
+        ("float16", "float16", None, "float32"),
+    ],
+)
+def test_reference_and_candidate_are_run_alike(
+    name: str, dtype: str, products: str | None, stored: str, seen: list[tuple[str, str, str | None, str]]
+) -> None:
+    report = check_parity("alike", CASE.config, CASE.checkpoint(), CASE.images(), own(), name)
+    assert report.passed and report.precision == name
+    assert {run[0]: run[1:] for run in seen if run[1] != "float64"} == dict.fromkeys(
+        ("FlaxViT", "vit_ref"), (dtype, products, stored)
+    )
+    # Whose parameters are rounded has its own oracle; formulas are judged with those of the checkpoint.
+    oracles = {run[3] for run in seen if run[:2] == ("FlaxViT", "float64")}
+    assert oracles == {"float32", stored}
+    assert [run[3] for run in seen if run[:2] == ("vit_ref", "float64")] == ["float32"]
+
+
+def test_parameters_are_rounded_below_float64_alone() -> None:
+    port, narrow = own(), storing(own(), BFLOAT16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow._ready(BFLOAT16)[0])} == {BFLOAT16}
+    exact, kept = port.trace(CASE.images(), np.float64), narrow.trace(CASE.images(), np.float64)
+    assert all((exact[site] == kept[site]).all() for site in exact)
+    assert port.stored is None
+
+
+def test_a_fault_of_the_formula_is_one_in_bfloat16_too() -> None:
+    """Its blocks, each alone, are compared with the parameters that they have: only the wrong one is wrong."""
+    config = dataclasses.replace(CASE.config, hidden_act="gelu_new")
+    report = check_parity(
+        "tanh", CASE.config, CASE.checkpoint(), CASE.images(), OwnCandidate(config, CASE.checkpoint()), "bfloat16"
+    )
+    assert report.semantic_failures[0].site == "block.0.mlp.hidden"
+    alone = {result.site: result.alone for result in report.results}
+    assert alone["block.1.attn.out"].rms <= SEMANTIC_RMS < alone["block.1.mlp.out"].rms
+
+
+@pytest.mark.parametrize("implementation", [own, lambda: FlaxViTReference(CASE.config, CASE.checkpoint().tensors)])
+def test_products_of_float64_are_whole_whatever_the_setting(implementation: Callable[[], Any]) -> None:
+    plain = implementation().trace(CASE.images(), np.float64)
+    # The setting that a CPU heeds: it would be 4e-3 at the logits.
+    with jax.default_matmul_precision("BF16_BF16_F32"):
+        found = implementation().trace(CASE.images(), np.float64)
+    assert max(error(found[site], plain[site]).rms for site in plain) <= SEMANTIC_RMS
+
+
+def rounding(to: str) -> Callable[[Array, Array], Array]:
+    """A device whose products are of rounded operands."""
+    rounded = MULTIPLIED[to]
+    return lambda left, right: jnp.asarray(rounded(np.asarray(left)) @ rounded(np.asarray(right)))
+
+
+def cut(left: Array, right: Array) -> Array:
+    """A device that cuts operands off after TF32's ten bits, as tensor cores may."""
+    left, right = ((np.asarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (left, right))
+    return jnp.asarray(left @ right)
+
+
+@pytest.mark.parametrize(
+    ("multiply", "kind"),
+    [
+        (jnp.matmul, "float32"),
+        (rounding("ten bits of mantissa (TF32, float16)"), "tensorfloat32"),
+        (cut, "tensorfloat32"),
+        (rounding("bfloat16"), "bfloat16"),
+    ],
+    ids=["this-device", "tf32", "tf32-cut", "bfloat16"],
+)
+def test_what_a_device_makes_of_a_product_is_found_by_making_one(multiply: Any, kind: str) -> None:
+    assert products(multiply) == kind
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
+    """`device(default, {asked: made})`: what products are by default, and what they are when asked for."""
+
+    def install(default: str, made: dict[str, str]) -> None:
+        def found() -> str:
+            return made.get(jax.config.jax_default_matmul_precision, default)
+
+        monkeypatch.setattr(environment, "products", found)
+
+    return install
+
+
+CPU = "float32", {}
+GPU = "tensorfloat32", {"float32": "float32"}
+TPU = "bfloat16", {"float32": "float32", "tensorfloat32": "tensorfloat32"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "precision", "said"),
+    [
+        (CPU, None, "float32", []),
+        (CPU, None, "tensorfloat32", ["tensorfloat32 products were asked for, and cpu made float32 ones"]),
+        (
+            CPU,
+            "tensorfloat32",
+            "float32",
+            ["products are in tensorfloat32 by default (jax_default_matmul_precision is"],
+        ),
+        (CPU, "highest", "float32", []),
+        (CPU, "default", "float32", []),
+        (
+            GPU,
+            None,
+            "float32",
+            ["products are in tensorfloat32 by default (the device's own choice), and this run asks"],
+        ),
+        (GPU, "default", "float32", ["products are in tensorfloat32 by default (jax_default_matmul_precision is 'def"]),
+        (GPU, "float32", "float32", []),
+        (GPU, None, "tensorfloat32", []),
+        (GPU, "high", "tensorfloat32", []),
+        (
+            GPU,
+            "highest",
+            "tensorfloat32",
+            ["products are in float32 by default (jax_default_matmul_precision is 'highest"],
+        ),
+        (GPU, None, "mixed", []),
+        (GPU, "bfloat16", "bfloat16", []),
+        (TPU, None, "tensorfloat32", ["products are in bfloat16 by default (the device's own choice)"]),
+        (("bfloat16", {}), None, "float32", ["float32 products were asked for, and cpu made bfloat16 ones"]),
+    ],
+)
+def test_a_default_that_is_not_the_asked_one_is_said(
+    kind: Any, setting: str | None, precision: str, said: list[str], device: Callable[..., None]
+) -> None:
+    device(*kind)
+    with jax.default_matmul_precision(setting):
+        found = notes(PRECISIONS[precision])
+    assert len(found) == len(said)
+    assert all(note.startswith(begun) for note, begun in zip(found, said, strict=True))
+
+
+def test_the_header_warns_of_the_asked_precisions(pytestconfig: pytest.Config, device: Callable[..., None]) -> None:
+    device(*GPU)
+    options = pytestconfig.option
+    before = options.precision
+    try:
+        for asked, warned in ((None, ["float32"]), (["mixed"], []), (["tensorfloat32", "float32"], ["float32"])):
+            options.precision = asked
+            lines = vit_ref_pytest.pytest_report_header(pytestconfig)
+            assert [line.split(":")[:2] for line in lines] == [["warning", f" {name}"] for name in warned]
+    finally:
+        options.precision = before
+
+
+def test_a_report_says_it_too(device: Callable[..., None]) -> None:
+    device(*CPU)
+    found = environment.environment(PRECISIONS["tensorfloat32"])
+    report = ported(parity(measured("norm"), measured("logits"), precision="tensorfloat32"), environment=found)
+    note = "note: tensorfloat32 products were asked for, and cpu made float32 ones"
+    assert note in summary(report)
+    assert to_json(report)["environment"]["note"] == note.removeprefix("note: ")
+    assert to_json(report)["precision"] == "tensorfloat32"
+    assert "note" not in environment.environment(PRECISIONS["float32"])
+    header, row, _ = table(report.forward).splitlines()
+    assert len(header) == len(row) and " tensorfloat32 " in header
