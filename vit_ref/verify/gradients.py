@@ -5,7 +5,7 @@ Observed is the gradient with respect to every parameter, every site's activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +44,7 @@ def check_gradients(
     precision: DTypeLike = np.float32,
     reference: str | Reference = "flax",
     *,
+    names: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Measures every gradient of the candidate against the reference's in float64.
@@ -56,6 +57,7 @@ def check_gradients(
       candidate: the port under test.
       precision: the dtype whose rounding is judged.
       reference: who judges, one of `references.REFERENCES` that goes backward, by name or already filled.
+      names: the gradients to compare, by default all of the model.
       progress: told what is being done next.
 
     Returns:
@@ -70,8 +72,7 @@ def check_gradients(
     judge = reference
     if isinstance(judge, str):
         judge = reference_for(config, hf_tensors(config, source), judge)
-    backward = [site.name for site in reversed(sites(config, len(pixels), pixels.shape[1:3]))]
-    names = [*backward, *parameter_shapes(config), "pixels"]
+    names = gradient_names(config) if names is None else names
     truth_of = judge.gradients(pixels, np.float64)
     exact_of = candidate.gradients(pixels, np.float64)
     yardstick_of = judge.gradients(pixels, precision)
@@ -128,6 +129,11 @@ def check_gradients(
     )
 
 
+def gradient_names(config: ViTConfig) -> list[str]:
+    """Every gradient: sites from the output back, parameters in the model's order, pixels."""
+    return [*(site.name for site in reversed(sites(config, 1))), *parameter_shapes(config), "pixels"]
+
+
 def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray], *, carriers: bool = False) -> dict[str, Error]:
     return {
         name: error(found[name], value, _scale(name, truth), carriers=carriers)
@@ -140,7 +146,7 @@ def _pooled(found: list[dict[str, Error]], name: str) -> float:
     return root_mean_square(np.array([errors[name].rms for errors in found]))
 
 
-def _layer(name: str, names: list[str]) -> list[str]:
+def _layer(name: str, names: Sequence[str]) -> list[str]:
     """The gradients that one yardstick serves: all parameters of a layer, any other by itself.
 
     A bias has too few elements to say what its own error typically is: over 33 of them the reference's was seen between
