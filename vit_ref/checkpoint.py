@@ -80,6 +80,10 @@ class LazyTensors(Mapping[str, NDArray]):
         with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
             return stored.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; a mapping's own way is to read it."""
+        return name in self._file
+
     def __iter__(self) -> Iterator[str]:
         """The names."""
         return iter(self._file)

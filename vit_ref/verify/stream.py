@@ -149,7 +149,7 @@ class _Chained:
     def __init__(self, one: Any, directory: Path):
         self.name: str = one.name
         self.foreign: bool = getattr(one, "foreign", False)
-        self._one = one
+        self.one = one
         self._directory = directory
         self._stage = _Stage(0, 1)
         # By dtype and brightness of the images: the streams into this block and out of it; and by dtype and brightness
@@ -166,7 +166,7 @@ class _Chained:
         """See `Port.trace`: the values at the stage's sites and at those before the first block."""
         key = np.dtype(dtype)
         fed = {_INTO: self._into[key]} if self._stage.block else {}
-        trace = {**self._one.trace(pixels, dtype, {**fed, **(replace or {})}), **fed}
+        trace = {**self.one.trace(pixels, dtype, {**fed, **(replace or {})}), **fed}
         if replace is None:
             self._out_of[key] = trace[_OUT_OF]
         return {site: value for site, value in trace.items() if site in self._stage.sites(trace)}
@@ -177,7 +177,7 @@ class _Chained:
         if self._stage.block:
             np.save(self._file(*key), self._into[key].astype(np.promote_types(dtype, np.float32)))
         if not self._stage.last:
-            self._out_of[key] = self._one.trace(pixels * np.float32(brightness), dtype, self._fed(*key))[_OUT_OF]
+            self._out_of[key] = self.one.trace(pixels * np.float32(brightness), dtype, self._fed(*key))[_OUT_OF]
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`: those that are the stage's."""
@@ -188,8 +188,8 @@ class _Chained:
             pulled = {} if stage.last else {_OUT_OF: self._cotangents[key]}
             return objective._replace(fed=self._fed(*key), pulled=pulled)
 
-        like = of_this_block(objectives_for(self._one.config, len(pixels))[0])
-        differentiate = self._one.gradients(pixels, dtype, like=like)
+        like = of_this_block(objectives_for(self.one.config, len(pixels))[0])
+        differentiate = self.one.gradients(pixels, dtype, like=like)
 
         def gradients(objective: Objective) -> Gradients:
             found = differentiate(of_this_block(objective))
@@ -218,28 +218,27 @@ class _Blocks:
         self.config = dataclasses.replace(config, num_hidden_layers=1)
         self._prefixed = porting.is_prefixed(source.tensors, porting.detect(source.tensors))
         tensors = hf_tensors(self.config, self._numbered(0))
-        self._judge: Any = reference_for(self.config, tensors, reference)
-        self._oracle = NumpyOracle(self.config, tensors)
-        self._candidate = OwnCandidate(self.config, self._mapped(0))
-        chained = [_Chained(one, directory) for one in (self._judge, self._oracle, self._candidate)]
-        self.judge, self.oracle, self.candidate = chained
+        self.judge = _Chained(reference_for(self.config, tensors, reference), directory)
+        self.oracle = _Chained(NumpyOracle(self.config, tensors), directory)
+        self.candidate = _Chained(OwnCandidate(self.config, self._mapped(0)), directory)
 
     @property
     def tensors(self) -> porting.Tensors:
         """The block's, under Hugging Face's names."""
-        return self._oracle.tensors
+        tensors: porting.Tensors = self.oracle.one.tensors
+        return tensors
 
     def stages(self, indices: Iterable[int]) -> Iterator[_Stage]:
         """Each block's turn, during which its tensors, and no other block's, are held."""
         for index in indices:
-            self._judge.fill({})
-            self._oracle.fill({})
-            self._candidate.parameters = {}
+            self.judge.one.fill({})
+            self.oracle.one.fill({})
+            self.candidate.one.parameters = {}
             tensors = hf_tensors(self.config, self._numbered(index))
-            self._judge.fill(tensors)
-            self._oracle.fill(tensors)
+            self.judge.one.fill(tensors)
+            self.oracle.one.fill(tensors)
             del tensors
-            self._candidate.fill(self._mapped(index))
+            self.candidate.one.fill(self._mapped(index))
             stage = _Stage(index, self.whole.num_hidden_layers)
             for each in (self.judge, self.oracle, self.candidate):
                 each.enter(stage)
@@ -290,8 +289,8 @@ def _forward(title: str, blocks: _Blocks, pixels: NDArray, precision: DTypeLike,
 
 
 def _backward(title: str, blocks: _Blocks, pixels: NDArray, precision: DTypeLike, progress: Progress) -> ParityReport:
-    if isinstance(blocks._judge, NumpyReference):
-        blocks._judge.gradients(pixels, precision)  # says why there are none
+    if isinstance(blocks.judge.one, NumpyReference):
+        blocks.judge.one.gradients(pixels, precision)  # says why there are none
     objectives = objectives_for(blocks.config, len(pixels))
     for stage in blocks.stages(range(blocks.whole.num_hidden_layers)):
         progress(f"token streams, block {stage.block} of {stage.depth}")
