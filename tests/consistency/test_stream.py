@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import json
 import re
 import weakref
 from collections import Counter
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jsonschema
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -28,8 +26,6 @@ from vit_ref.verify import candidate
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import check_port
 from vit_ref.verify.parity import ParityReport
-from vit_ref.verify.report import to_html, to_json
-from vit_ref.verify.report.document import SCHEMA
 from vit_ref.verify.stream import check_streamed
 
 pytestmark = pytest.mark.consistency
@@ -64,10 +60,6 @@ def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float
     [
         ("rectangular", "float32"),
         ("deep", "float32"),
-        ("hard-tokens", "bfloat16"),
-        ("pooler", "float16"),
-        ("headless", "float32"),
-        ("stored-bfloat16", "bfloat16"),
     ],
 )
 def test_forward_every_error_is_that_of_the_whole_model(name: str, precision: str, tmp_path: Path) -> None:
@@ -78,7 +70,7 @@ def test_forward_every_error_is_that_of_the_whole_model(name: str, precision: st
     require_same(streamed.forward, whole.forward)
 
 
-@pytest.mark.parametrize("case", [THREE, CASES["pooler"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [THREE], ids=lambda case: case.name)
 def test_backward_every_error_is_that_of_the_whole_model(case: Case, tmp_path: Path) -> None:
     path = written(case, tmp_path)
     whole, streamed = check_port(None, path), check_streamed(path)
@@ -146,17 +138,6 @@ def test_a_fault_is_found_where_the_whole_model_has_it(
     assert not streamed.passed
 
 
-def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(THREE, tmp_path)
-    norm = model.nnx.LayerNorm.__call__
-    monkeypatch.setattr(model.nnx.LayerNorm, "__call__", lambda self, x: norm(self, jax.lax.stop_gradient(x)))
-    streamed = check_streamed(path)
-    assert not streamed.forward.semantic_failures and streamed.backward
-    # The last LayerNorm has the output's only way back, so that nothing before it has any gradient.
-    assert streamed.backward.semantic_failures[0].site == "block.2.mlp.residual"
-    assert str(streamed.backward.causes[0]).startswith("zero: with it the error at block.2.mlp.residual falls from 1")
-
-
 def test_one_block_is_held_at_a_time_whatever_the_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(Case("held", dataclasses.replace(THREE.config, num_hidden_layers=4), seed=13), tmp_path)
     read, alive, reads = LazyTensors.__getitem__, Counter[int](), Counter[int]()
@@ -193,22 +174,6 @@ def test_one_block_is_held_at_a_time_whatever_the_depth(tmp_path: Path, monkeypa
     assert reads == {0: 7 + 2, 1: 7, 2: 7, 3: 7}
     assert len({in_jax[f"block {block} of 4"] for block in (1, 2, 3)}) == 1
     assert len({in_jax[f"gradients, block {block} of 4"] for block in (2, 1, 0)}) == 1
-
-
-def test_where_numpy_judges_there_are_no_gradients(tmp_path: Path) -> None:
-    path = written(CASES["rectangular-patch"], tmp_path)
-    whole, streamed = check_port(None, path), check_streamed(path)
-    assert streamed.passed and streamed.not_backward == whole.not_backward != ""
-    require_same(streamed.forward, whole.forward)
-
-
-def test_a_streamed_report_is_valid_and_says_what_was_not_asked(tmp_path: Path) -> None:
-    report = check_streamed(written(CASES["stored-float64"], tmp_path), reference="numpy", backward=False)
-    document = to_json(report)
-    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(document)
-    (behaviour,) = document["behaviour"]
-    assert behaviour["status"] == "not observed" and behaviour["reason"].startswith("it is the whole model's")
-    assert behaviour["reason"] in to_html(report)
 
 
 @pytest.mark.parametrize("layout", ["flax", "npz"])
