@@ -13,7 +13,8 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,57 @@ class Checkpoint:
 
     Attributes:
       path: the directory or file that it was read from.
-      tensors: by name, in the file's dtypes; names of nested trees are joined with "/".
+      tensors: by name, in the file's dtypes; names of nested trees are joined with "/". A `LazyTensors` where they were
+        to be read one by one.
       config: `config.json`, or None where a lone file has none beside it.
       preprocessor: `preprocessor_config.json`, or None.
     """
 
     path: Path
-    tensors: dict[str, NDArray]
+    tensors: Mapping[str, NDArray]
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
+
+
+class LazyTensors(Mapping[str, NDArray]):
+    """Tensors of safetensors files, read each time they are asked for, and kept by nobody here.
+
+    Args:
+      files: the files, whose headers are read and checked now.
+
+    Raises:
+      CheckpointError: a file is missing, damaged or truncated; also when a tensor is read.
+    """
+
+    def __init__(self, *files: Path):
+        self._file: dict[str, Path] = {}
+        for file in files:
+            with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
+                self._file |= dict.fromkeys(stored.keys(), file)
+
+    def __getitem__(self, name: str) -> NDArray:
+        """The tensor, in the file's dtype."""
+        file = self._file[name]
+        with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
+            return stored.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; a mapping's own way is to read it."""
+        return name in self._file
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._file)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without its values."""
+        file = self._file[name]
+        with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
+            return tuple(stored.get_slice(name).get_shape())
 
 
 def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -99,8 +142,12 @@ def _wanted(name: str) -> list[str]:
     raise CheckpointError(f"{name}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
 
 
-def read(path_or_hub_id: str | os.PathLike[str]) -> Checkpoint:
+def read(path_or_hub_id: str | os.PathLike[str], *, lazy: bool = False) -> Checkpoint:
     """Reads a checkpoint: a Hugging Face directory, a hub id, or a `.safetensors`, `.msgpack` or `.npz` file.
+
+    Args:
+      path_or_hub_id: which.
+      lazy: read headers only, and each tensor when it is asked for. Of safetensors; other files are read whole.
 
     Raises:
       CheckpointError: it cannot be found, is damaged, is a pickle, or lacks its config.
@@ -109,7 +156,8 @@ def read(path_or_hub_id: str | os.PathLike[str]) -> Checkpoint:
     directory = path.parent if path.is_file() else path
     config = _read_json(directory / CONFIG, required=path.is_dir())
     preprocessor = _read_json(directory / PREPROCESSOR, required=False)
-    tensors = read_tensors(path) if path.is_file() else _read_directory(path)
+    reader = _read_lazily if lazy else read_tensors
+    tensors = reader(path) if path.is_file() else _read_directory(path, reader)
     return Checkpoint(path, tensors, config, preprocessor)
 
 
@@ -128,6 +176,17 @@ def read_tensors(file: Path) -> dict[str, NDArray]:
     }
     if file.suffix not in readers:
         raise CheckpointError(f"{file}: unknown kind of file: give one of {', '.join(readers)}")
+    with _damage_of(file):
+        return readers[file.suffix](file)
+
+
+def _read_lazily(file: Path) -> Mapping[str, NDArray]:
+    return LazyTensors(file) if file.suffix == ".safetensors" else read_tensors(file)
+
+
+@contextmanager
+def _damage_of(file: Path) -> Iterator[None]:
+    """Makes whatever readers raise of a damaged file one line."""
     damage = (
         safetensors.SafetensorError,
         msgpack.exceptions.UnpackException,
@@ -144,42 +203,43 @@ def read_tensors(file: Path) -> dict[str, NDArray]:
         OSError,
     )
     try:
-        return readers[file.suffix](file)
+        yield
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
     except damage as error:
         raise CheckpointError(f"{file}: damaged or truncated, fetch it again ({str(error).strip()})") from None
 
 
-def _read_directory(path: Path) -> dict[str, NDArray]:
+def _read_directory(path: Path, reader: Callable[[Path], Mapping[str, NDArray]]) -> Mapping[str, NDArray]:
     if (path / WEIGHTS).exists():
-        return read_tensors(path / WEIGHTS)
+        return reader(path / WEIGHTS)
     if (path / INDEX).exists():
-        return _read_shards(path)
+        return _read_shards(path, reader)
     if (path / FLAX_WEIGHTS).exists():
-        return read_tensors(path / FLAX_WEIGHTS)
+        return reader(path / FLAX_WEIGHTS)
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(f"{path / pickles[0]}: {_PICKLE_REFUSAL}")
     raise CheckpointError(f"{path}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
 
 
-def _read_shards(path: Path) -> dict[str, NDArray]:
+def _read_shards(path: Path, reader: Callable[[Path], Mapping[str, NDArray]]) -> Mapping[str, NDArray]:
     index = _read_json(path / INDEX, required=True) or {}
     shard_of = index.get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise CheckpointError(f"{path / INDEX}: no weight_map from tensors to files")
-    tensors: dict[str, NDArray] = {}
+    shards: dict[str, Mapping[str, NDArray]] = {}
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{path / INDEX}: {shard!r} is not a file name beside the index")
-        found = read_tensors(path / shard)
+        shards[shard] = reader(path / shard)
         listed = {name for name, file in shard_of.items() if file == shard}
-        if found.keys() != listed:
-            names = ", ".join(sorted(found.keys() ^ listed))
+        if shards[shard].keys() != listed:
+            names = ", ".join(sorted(shards[shard].keys() ^ listed))
             raise CheckpointError(f"{path / shard}: the index and the file disagree on {names}")
-        tensors |= found
-    return tensors
+    if all(isinstance(tensors, LazyTensors) for tensors in shards.values()):
+        return LazyTensors(*(path / shard for shard in shards))
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
 
 
 def _read_msgpack(file: Path) -> dict[str, NDArray]:

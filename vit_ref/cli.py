@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -109,6 +110,7 @@ def main() -> None:
 )
 @click.option("--images", metavar="DIR", help="Photographs; else synthetic images.")
 @click.option("--forward-only", is_flag=True, help="No gradients.")
+@click.option("--stream", is_flag=True, help="Hold one block at a time, however deep the model. Not with --candidate.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one page.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
@@ -121,6 +123,7 @@ def verify(
     precision: str,
     images: str | None,
     forward_only: bool,
+    stream: bool,
     whole: bool,
     html: Path | None,
     json_file: Path | None,
@@ -132,6 +135,8 @@ def verify(
     """
     if len(candidates) > 1 and (html or json_file):
         raise InputError("--html and --json take one report: give one --candidate")
+    if stream and candidates:
+        raise InputError("--stream judges this package's own model: leave --candidate away, or --stream")
     # Said now, and not after minutes of judging.
     for file in filter(None, (html, json_file)):
         if not os.path.isdir(file.absolute().parent):
@@ -142,15 +147,16 @@ def verify(
         raise InputError(f"{html}: --html and --json are the same file: give two")
     from vit_ref.verify.check import check_port, steps
     from vit_ref.verify.report import summary, table, to_html, to_json, write
+    from vit_ref.verify.stream import check_streamed
     from vit_ref.verify.trace import TruncatedError
 
     console = Console(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
     passed = True
     for candidate in candidates or (None,):
-        with _progress(steps(backward=not forward_only)) as progress:
+        with _progress(None if stream else steps(backward=not forward_only)) as progress:
+            judge = check_streamed if stream else partial(check_port, candidate)
             try:
-                report = check_port(
-                    candidate,
+                report = judge(
                     checkpoint,
                     images=images,
                     precision=precision,
@@ -347,7 +353,7 @@ def bench(
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
+def _progress(total: int | None) -> Iterator[Callable[[str], None]]:
     """A bar on the terminal, which names the step; nothing where there is no terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())

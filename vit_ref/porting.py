@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import NamedTuple
@@ -360,10 +360,16 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
       PortError: with every missing, unexpected, misshapen and non-finite tensor, every one that is not floating point,
         and every exemption that names nothing.
     """
+    return dict(ported(source, config, layout, exempt=exempt))
+
+
+def ported(
+    source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = ()
+) -> Iterator[tuple[str, NDArray]]:
+    """What `port` returns, one parameter at a time, and no earlier one kept. What it raises comes after the last."""
     by_source = _by_source(layout.bind(config, prefixed=is_prefixed(source, layout)))
     shapes = parameter_shapes(config)
     faults = []
-    parameters = {}
     for name, rules in by_source.items():
         shape = _source_shape(rules[0], shapes[rules[0].destination], config)
         wanted = f"expected {shape} for {', '.join(rule.destination for rule in rules)}"
@@ -380,7 +386,7 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
         else:
             for rule in rules:
                 part = np.split(tensor, rule.parts)[rule.part] if rule.parts > 1 else tensor
-                parameters[rule.destination] = np.ascontiguousarray(rule.transform.to_parameter(part, config))
+                yield rule.destination, np.ascontiguousarray(rule.transform.to_parameter(part, config))
     exempt = tuple(exempt)
     left_over = source.keys() - by_source.keys()
     faults += [
@@ -395,7 +401,6 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
     ]
     if faults:
         raise PortError(faults, layout.name)
-    return parameters
 
 
 def export(parameters: Tensors, config: ViTConfig, layout: Layout) -> dict[str, NDArray]:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 import vit_ref
 from synthetic_reports import REPORTS
 from vit_ref import cli
-from vit_ref.verify import check
+from vit_ref.verify import check, stream
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.report import to_html
@@ -25,6 +25,7 @@ from vit_ref.verify.trace import TruncatedError
 pytestmark = pytest.mark.candidates
 
 Invoke = Callable[..., Result]
+RIGHT = REPORTS["right"]
 
 
 @pytest.fixture
@@ -87,6 +88,16 @@ def test_what_is_asked_for_reaches_the_check(found: Callable[[str], list[Any]], 
     assert calls == [("port.py", "anywhere", asked)]
 
 
+def test_a_stream_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
+    calls = []
+    monkeypatch.setattr(stream, "check_streamed", lambda *given, **options: calls.append((given, options)) or RIGHT())
+    assert invoke("verify", "anywhere", "--stream", "--dtype", "bfloat16").exit_code == 0
+    ((given, options),) = calls
+    del options["progress"]
+    assert given == ("anywhere",)
+    assert options == {"images": None, "precision": "bfloat16", "reference": "flax", "backward": True}
+
+
 def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
     found("wrong")
     ended = invoke("verify", "anywhere", "--table")
@@ -118,6 +129,14 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
         (
             ["verify", "{tiny}", "--json", "a.json", "--candidate", "a.py", "--candidate", "b.py"],
             "--html and --json take one report: give one --candidate",
+        ),
+        (
+            ["verify", "{tiny}", "--stream", "--candidate", "a.py"],
+            "--stream judges this package's own model: leave --candidate away, or --stream",
+        ),
+        (
+            ["verify", "{tiny}", "--stream", "--reference", "torch"],
+            "the reference torch runs whole models only: with --stream take flax or numpy",
         ),
         (["convert", "no/such/place", "out", "--to", "hf"], "no/such/place: no such directory or file"),
         (["propose", "gone.py", "{tiny}"], "gone.py: no such file"),

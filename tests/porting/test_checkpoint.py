@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import vit_ref
 from vit_ref import checkpoint, porting, pretrained
-from vit_ref.checkpoint import Checkpoint
+from vit_ref.checkpoint import Checkpoint, LazyTensors
 from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError, ConfigError
 from vit_ref.verify.cases import Case
@@ -54,6 +54,14 @@ def refusal(path: Path | str, error: type[Exception] = CheckpointError) -> str:
     return str(caught.value)
 
 
+def refusal_when_opened(path: Path) -> str:
+    """The refusal of a damaged file, which has to be the same where no tensor is read."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.read(path, lazy=True)
+    assert str(caught.value) == refusal(path)
+    return str(caught.value)
+
+
 def same(a: Checkpoint, b: Checkpoint) -> bool:
     return a.tensors.keys() == b.tensors.keys() and all(
         value.dtype == b.tensors[name].dtype and value.tobytes() == b.tensors[name].tobytes()
@@ -70,6 +78,9 @@ def test_a_round_trip_keeps_every_byte_and_everything_else(tmp_path: Path, dtype
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "a"), tmp_path / "b", max_shard_size=shards)
     before, after = checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "b")
     assert same(before, after) and same(source, after)
+    one_by_one = checkpoint.read(tmp_path / "a", lazy=True)
+    assert isinstance(one_by_one.tensors, LazyTensors) and same(source, one_by_one)
+    assert all(one_by_one.tensors.shape(name) == value.shape for name, value in source.tensors.items())
     assert after.preprocessor == PREPROCESSOR
     assert after.config is not None and before.config is not None
     assert {key: after.config[key] for key in before.config} == before.config
@@ -306,14 +317,36 @@ def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: ob
 def test_truncated_safetensors(directory: Path, keep: int) -> None:
     whole = (directory / checkpoint.WEIGHTS).read_bytes()
     (directory / checkpoint.WEIGHTS).write_bytes(whole[:keep])
-    assert refusal(directory).startswith(f"{directory / 'model.safetensors'}: damaged or truncated, fetch it again (")
+    damage = f"{directory / 'model.safetensors'}: damaged or truncated, fetch it again ("
+    assert refusal_when_opened(directory).startswith(damage)
 
 
 def test_corrupt_safetensors_header(directory: Path) -> None:
     whole = bytearray((directory / checkpoint.WEIGHTS).read_bytes())
     whole[8:20] = b"\xff" * 12
     (directory / checkpoint.WEIGHTS).write_bytes(whole)
-    assert "model.safetensors: damaged or truncated" in refusal(directory)
+    assert "model.safetensors: damaged or truncated" in refusal_when_opened(directory)
+
+
+def test_tensors_read_one_by_one_are_those_in_the_file_now(directory: Path) -> None:
+    tensors = checkpoint.read(directory, lazy=True).tensors
+    name = "vit.layernorm.bias"
+    before = tensors[name]
+    assert tensors[name] is not before and tensors[name].tobytes() == before.tobytes()
+    (directory / checkpoint.WEIGHTS).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged or truncated"):
+        tensors[name]
+    (directory / checkpoint.WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors: no such file"):
+        tensors[name]
+
+
+@pytest.mark.parametrize("layout", [".npz", ".msgpack"])
+def test_files_that_cannot_be_read_one_by_one_are_read_whole(tmp_path: Path, layout: str) -> None:
+    tensors = {"a/b": np.arange(3.0), "c": np.ones((2, 1), np.float32)}
+    checkpoint.write_tensors(tmp_path / f"some{layout}", tensors)
+    found = checkpoint.read(tmp_path / f"some{layout}", lazy=True)
+    assert not isinstance(found.tensors, LazyTensors) and same(found, Checkpoint(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xc1garbage", b"\x93\x01\x02\x03", b"\x81\xa1a\x01"])
@@ -422,7 +455,7 @@ def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message
     shards[0].rename(tmp_path / "model-00001-of-00004.safetensors")
     edit(index)
     (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
-    assert re.search(re.escape(message), refusal(tmp_path))
+    assert re.search(re.escape(message), refusal_when_opened(tmp_path))
 
 
 def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

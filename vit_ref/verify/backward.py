@@ -7,6 +7,8 @@ directions out (its cotangents sum to zero over the classes, and vanish where th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.sites import sites
-from vit_ref.verify.trace import beside, precision_of
+from vit_ref.verify.trace import Forward, beside, precision_of
 
 # With the loss twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs
 # up to five times as much as the next. Of 361 gradients there, the one whose pooled error exceeds the reference's most
@@ -37,12 +39,16 @@ class Objective(NamedTuple):
     """A scalar of the output: `loss_weight` times the mean cross-entropy, plus the inner product with `cotangent`.
 
     The images are multiplied by `brightness` first, so that no two objectives share their forward pass's rounding.
+    For a part of a model: values in `fed` take the place of its own at those sites; and where there are any in
+    `pulled`, the scalar is their inner product with the values at those sites, and the output has no part in it.
     """
 
     brightness: float
     loss_weight: float
     labels: NDArray
     cotangent: NDArray
+    fed: Mapping[str, NDArray] = MappingProxyType({})
+    pulled: Mapping[str, NDArray] = MappingProxyType({})
 
 
 class Gradients(NamedTuple):
@@ -83,11 +89,14 @@ def require_shape(output: tuple[int, ...], expected: tuple[int, ...]) -> None:
 
 
 def differentiator(
-    forward: Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array],
+    forward: Forward,
     parameters: Any,
     config: ViTConfig,
     pixels: NDArray,
     dtype: DTypeLike,
+    *,
+    like: Objective | None = None,
+    compiled: dict[Any, Future[Any]] | None = None,
 ) -> Callable[[Objective], tuple[Any, dict[str, NDArray], NDArray]]:
     """A forward pass that adds a perturbation to the value at every site, made ready to be differentiated.
 
@@ -95,24 +104,48 @@ def differentiator(
     model, on one core.
 
     Args:
-      forward: (parameters, perturbations by site, pixels) -> output (B, width). Every perturbation is zero, and the
+      forward: the forward pass. A perturbation of zero is added at every site that has the shape of `sites`, and the
         gradient with respect to it is the site's.
       parameters: any tree. What is not stored in the precision under test is widened to at least float32.
       config: the model's configuration.
       pixels: float32 images.
       dtype: float64, or the precision under test.
+      like: an objective that is fed and pulled at the sites of those to come; by default at none.
+      compiled: what earlier calls compiled for the same `forward`, which other parameters then share.
 
     Returns:
       A function that gives the gradients of one objective with respect to parameters, sites and pixels; all objectives
       share what is compiled.
     """
+    compiled = {} if compiled is None else compiled
+    like = like or objectives_for(config, len(pixels))[0]
     wide = np.promote_types(np.dtype(dtype), np.float32)
     shapes = sites(config, len(pixels), pixels.shape[1:3])
 
     def objective(
-        parameters: Any, perturbations: Any, pixels: jax.Array, weight: Any, labels: Any, cotangent: Any
+        parameters: Any,
+        perturbations: Any,
+        pixels: jax.Array,
+        weight: Any,
+        labels: Any,
+        cotangent: Any,
+        fed: Any,
+        pulled: Any,
     ) -> jax.Array:
-        output = forward(parameters, perturbations, pixels.astype(dtype)).astype(wide)
+        products = []
+
+        def tap(site: str, value: jax.Array) -> jax.Array:
+            value = fed[site].astype(value.dtype) if site in fed else value
+            if value.shape != perturbations[site].shape:
+                return value
+            value = value + perturbations[site].astype(value.dtype)
+            if site in pulled:
+                products.append(jnp.sum(pulled[site] * value.astype(wide)))
+            return value
+
+        output = forward(parameters, pixels.astype(dtype), tap).astype(wide)
+        if pulled:
+            return jnp.sum(jnp.stack(products))
         require_shape(output.shape, cotangent.shape)
         log_probs = jax.nn.log_softmax(output)
         loss = -jnp.mean(jnp.take_along_axis(log_probs, labels[:, None], axis=1))
@@ -126,14 +159,18 @@ def differentiator(
 
     def arguments(o: Objective) -> tuple[Any, ...]:
         images = jnp.asarray(pixels * np.float32(o.brightness), wide)
-        return images, wide.type(o.loss_weight), o.labels.astype(np.int32), o.cotangent.astype(wide)
+        ends = [{site: value.astype(wide) for site, value in given.items()} for given in (o.fed, o.pulled)]
+        return images, wide.type(o.loss_weight), o.labels.astype(np.int32), o.cotangent.astype(wide), *ends
 
+    key = np.dtype(dtype), pixels.shape, *like.fed, None, *like.pulled
     with precision_of(dtype):
         cast = jax.tree.map(
             lambda leaf: jnp.asarray(leaf, leaf.dtype if leaf.dtype == np.dtype(dtype) else wide), parameters
         )
-        lowered = run.lower(cast, *arguments(objectives_for(config, len(pixels))[0]))
-    compiling = beside(lowered.compile)
+        key = (*key, *(leaf.dtype for leaf in jax.tree.leaves(cast)))
+        if key not in compiled:
+            compiled[key] = beside(run.lower(cast, *arguments(like)).compile)
+    compiling = compiled[key]
 
     def differentiate(o: Objective) -> tuple[Any, dict[str, NDArray], NDArray]:
         with precision_of(dtype):

@@ -15,7 +15,8 @@ from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.porting import detect, port
 from vit_ref.pretrained import filled, parameters_of_state, skeleton
-from vit_ref.verify.tapped import Forward, Tapped
+from vit_ref.verify.tapped import Tapped
+from vit_ref.verify.trace import Forward
 
 
 class OwnCandidate(Tapped):
@@ -30,8 +31,12 @@ class OwnCandidate(Tapped):
 
     def __init__(self, config: ViTConfig, source: Checkpoint):
         self.config = config
-        self.parameters = port(source.tensors, config, detect(source.tensors))
-        self._skeletons: dict[np.dtype, tuple[nnx.GraphDef, nnx.State]] = {}
+        self.fill(source)
+        self._by_dtype: dict[np.dtype, tuple[nnx.State, Forward]] = {}
+
+    def fill(self, source: Checkpoint) -> None:
+        """Takes another checkpoint's weights; what was compiled serves them too."""
+        self.parameters = port(source.tensors, self.config, detect(source.tensors))
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         """See `Tapped.ready`."""
@@ -40,14 +45,15 @@ class OwnCandidate(Tapped):
             path: value.astype(np.float32) if narrow and value.dtype == np.float64 else value
             for path, value in self.parameters.items()
         }
-        if np.dtype(dtype) not in self._skeletons:
-            self._skeletons[np.dtype(dtype)] = skeleton(self.config, dtype)
-        graph, shapes = self._skeletons[np.dtype(dtype)]
+        if np.dtype(dtype) not in self._by_dtype:
+            graph, shapes = skeleton(self.config, dtype)
 
-        def forward(state: nnx.State, pixels: jax.Array, tap: Tap) -> jax.Array:
-            return nnx.merge(graph, state)(pixels, tap=tap)
+            def forward(state: nnx.State, pixels: jax.Array, tap: Tap) -> jax.Array:
+                return nnx.merge(graph, state)(pixels, tap=tap)
 
-        return filled(shapes, parameters), forward
+            self._by_dtype[np.dtype(dtype)] = shapes, forward
+        shapes, same = self._by_dtype[np.dtype(dtype)]
+        return filled(shapes, parameters), same
 
     def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""

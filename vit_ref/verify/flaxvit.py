@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,15 @@ from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.porting import FLAX, port
 from vit_ref.verify.backward import Gradients, Objective, differentiator
-from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError, precision_of
+from vit_ref.verify.trace import (
+    Forward,
+    ReferenceUnavailableError,
+    Trace,
+    UnsupportedByReferenceError,
+    precision_of,
+    recorder,
+    replacements,
+)
 
 # Submodule path -> site of its output, outside the blocks and inside one.
 _OUTSIDE = {
@@ -79,7 +88,6 @@ class FlaxViTReference:
 
         # Its notice that Flax classes end with transformers 5 is why the NumPy oracle exists; once is enough.
         transformers.logging.set_verbosity_error()
-        from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
         from transformers.models.vit import modeling_flax_vit
 
         self.config = config
@@ -89,9 +97,18 @@ class FlaxViTReference:
         else:
             self._build = partial(modeling_flax_vit.FlaxViTModule, add_pooling_layer=config.pooler)
         shapes = jax.eval_shape(self.module(np.float32).init, jax.random.key(0), self._pixels(config))["params"]
-        stand_in = SimpleNamespace(params=shapes, base_model_prefix="vit")
+        self._stand_in = SimpleNamespace(params=shapes, base_model_prefix="vit")
+        self._recorders: dict[np.dtype, Callable[..., dict[str, jax.Array]]] = {}
+        self._differentiators: dict[Any, Future[Any]] = {}
+        self.fill(tensors)
+
+    def fill(self, tensors: Mapping[str, NDArray]) -> None:
+        """Takes other weights; what was compiled serves them too."""
+        from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
+
+        self.params: Any = {}
         with precision_of(np.float64):  # so that float64 weights survive
-            self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), stand_in))
+            self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), self._stand_in))
 
     def _pixels(self, config: ViTConfig) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *config.image_hw, config.num_channels), np.float32)
@@ -100,38 +117,32 @@ class FlaxViTReference:
         """The linen module that computes in `dtype`; apply it to `params`."""
         return self._build(self._hf_config, dtype=dtype)
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
-        """See `Implementation.trace`."""
-
-        def run(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-            observed: dict[str, jax.Array] = {}
-
-            def tap(site: str, value: jax.Array) -> jax.Array:
-                observed[site] = value
-                return value
-
-            self._forward(params, pixels, dtype, tap)
-            return observed
-
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        """See `Port.trace`."""
         with precision_of(dtype):
-            return jax.device_get(jax.jit(run)(_rounded(self.params, dtype), pixels.astype(dtype)))
+            if np.dtype(dtype) not in self._recorders:
+                self._recorders[np.dtype(dtype)] = jax.jit(recorder(self._forward_in(dtype)))
+            given = _rounded(self.params, dtype), pixels.astype(dtype), replacements(replace, dtype)
+            return jax.device_get(self._recorders[np.dtype(dtype)](*given))
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`. Gradients of parameters get our paths by the weight map of FlaxViT's tree."""
+    def gradients(
+        self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
+    ) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`, and `differentiator` for `like`.
 
-        def forward(params: Any, perturbations: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
-            def tap(site: str, value: jax.Array) -> jax.Array:
-                return value + perturbations[site].astype(value.dtype)
-
-            return self._forward(params, pixels, dtype, tap)
-
-        differentiate = differentiator(forward, self.params, self.config, pixels, dtype)
+        Gradients of parameters get our paths by the weight map of FlaxViT's tree.
+        """
+        forward, compiled = self._forward_in(dtype), self._differentiators
+        differentiate = differentiator(forward, self.params, self.config, pixels, dtype, like=like, compiled=compiled)
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)
             return Gradients(by_site, port(flatten_dict(by_parameter, sep="/"), self.config, FLAX), by_pixel)
 
         return gradients
+
+    def _forward_in(self, dtype: DTypeLike) -> Forward:
+        return lambda params, pixels, tap: self._forward(params, pixels, dtype, tap)
 
     def _forward(self, params: Any, pixels: jax.Array, dtype: DTypeLike, tap: Tap) -> jax.Array:
         """The module's output, with every site's value passed through a tap.

@@ -50,6 +50,7 @@ def check_gradients(
     precision: str | DTypeLike | Precision = "float32",
     reference: str | Reference = "flax",
     *,
+    names: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Measures every gradient of the candidate against the reference's in float64.
@@ -62,6 +63,7 @@ def check_gradients(
       candidate: the port under test.
       precision: whose rounding is judged, see `precision.named`.
       reference: who judges, one of `references.REFERENCES` that goes backward, by name or already filled.
+      names: the gradients to compare, by default all of the model.
       progress: told what is being done next.
 
     Returns:
@@ -74,10 +76,9 @@ def check_gradients(
       ReferenceUnavailableError: the reference is not installed.
     """
     asked = named(precision)
-    tensors = hf_tensors(config, source)
+    tensors = hf_tensors(config, source) if asked.stored is not None or isinstance(reference, str) else {}
     judge = reference_for(config, tensors, reference) if isinstance(reference, str) else reference
-    backward = [site.name for site in reversed(sites(config, len(pixels), pixels.shape[1:3]))]
-    names = [*backward, *parameter_shapes(config), "pixels"]
+    names = gradient_names(config) if names is None else names
     truth_of = judge.gradients(pixels, np.float64)
     exact_of = candidate.gradients(pixels, np.float64)
     # Of the parameters as they are stored, which the semantic gate has nothing to do with.
@@ -149,6 +150,11 @@ def check_gradients(
     )
 
 
+def gradient_names(config: ViTConfig) -> list[str]:
+    """Every gradient: sites from the output back, parameters in the model's order, pixels."""
+    return [*(site.name for site in reversed(sites(config, 1))), *parameter_shapes(config), "pixels"]
+
+
 def _errors(found: Mapping[str, NDArray], truth: Mapping[str, NDArray], *, carriers: bool = False) -> dict[str, Error]:
     return {
         name: error(found[name], value, _scale(name, truth), carriers=carriers)
@@ -167,7 +173,7 @@ def _pooled(found: Sequence[dict[str, Error]], name: str) -> float:
     return root_mean_square(np.array([errors[name].rms for errors in found]))
 
 
-def _layer(name: str, names: list[str]) -> list[str]:
+def _layer(name: str, names: Sequence[str]) -> list[str]:
     """The gradients that one yardstick serves: all parameters of a layer, any other by itself.
 
     A bias has too few elements to say what its own error typically is: over 33 of them the reference's was seen between

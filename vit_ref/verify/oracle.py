@@ -67,11 +67,17 @@ class NumpyOracle:
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         self.config = config
+        self.fill(tensors)
+
+    def fill(self, tensors: Mapping[str, NDArray]) -> None:
+        """Takes other weights."""
         self.tensors = {name.removeprefix("vit."): np.asarray(tensor) for name, tensor in tensors.items()}
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike = np.float64) -> Trace:
-        """See `Implementation.trace`."""
-        return _Pass(self.config, self.tensors, np.dtype(dtype)).run(pixels)
+    def trace(
+        self, pixels: NDArray, dtype: DTypeLike = np.float64, replace: Mapping[str, NDArray] | None = None
+    ) -> Trace:
+        """See `Port.trace`; what is replaced is not computed, and its replacement recorded."""
+        return _Pass(self.config, self.tensors, np.dtype(dtype), replace).run(pixels)
 
     def value(self, site: str, pixels: NDArray, known: Mapping[str, NDArray]) -> NDArray:
         """The float64 value at one site, where values of sites before it are given: only the rest is computed.

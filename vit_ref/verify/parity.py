@@ -170,8 +170,40 @@ def check_parity(
     judge = reference_for(config, tensors, reference) if isinstance(reference, str) else reference
     oracle = NumpyOracle(config, tensors)
     names = [site.name for site in sites(config, len(pixels), pixels.shape[1:3])]
+    return compare(title, config, tensors, pixels, names, judge, oracle, candidate, asked, progress=progress)
+
+
+def compare(
+    title: str,
+    config: ViTConfig,
+    tensors: Mapping[str, NDArray],
+    pixels: NDArray,
+    names: list[str],
+    judge: Reference,
+    oracle: Implementation,
+    candidate: Port,
+    asked: Precision,
+    *,
+    explain: bool = True,
+    progress: Progress = silent,
+) -> ParityReport:
+    """What `check_parity` does once all are filled with the checkpoint's tensors.
+
+    Args:
+      title: as there.
+      config: as there.
+      tensors: the checkpoint's, under Hugging Face's names.
+      pixels: as there.
+      names: the sites to compare, which judge and oracle show, in order.
+      judge: the reference.
+      oracle: the NumPy oracle.
+      candidate: as there.
+      asked: whose rounding is judged.
+      explain: whether to look for the cause of a divergence.
+      progress: as there.
+    """
     # NumPy multiplies while the reference is traced and compiled.
-    numpy = beside(oracle.trace, pixels)
+    numpy = beside(oracle.trace, pixels, np.float64)
     progress(f"{judge.name} in float64")
     truth = judge.trace(pixels, np.float64)
     require_float64(truth, judge.name)
@@ -202,7 +234,7 @@ def check_parity(
     alone: dict[str, Error] = {}
     place = ""
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
-    if first:
+    if first and explain:
         progress("looking for the cause")
         causes = diagnose(config, tensors, pixels, truth, names, first, exact_trace)
         place = where(exact_trace[first], truth[first], first)
@@ -226,7 +258,7 @@ def check_parity(
         for site in names
     }
     beyond = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
-    if beyond and not first:
+    if beyond and not first and explain:
         causes = diagnose_rounding(config, tensors, beyond, rounded_trace, truth)
     del rounded_trace
     if beyond and not first:

@@ -59,6 +59,7 @@ class PortReport:
       behaviour: the same each time, alone, compiled.
       expected_failures: pattern -> reason, as given.
       environment: versions and device, and what there is to know of it under "note".
+      not_behaviour: why nothing is known of its behaviour, "" where something is.
     """
 
     title: str
@@ -71,6 +72,7 @@ class PortReport:
     behaviour: tuple[Behaviour, ...]
     expected_failures: Mapping[str, str]
     environment: Mapping[str, str]
+    not_behaviour: str = ""
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -91,6 +93,8 @@ class PortReport:
         for each in self.behaviour:
             status: Status = "passed" if each.passed else "failed"
             yield Check(f"behaviour/{each.name}", status, exact=each.error, reason=each.reason)
+        if self.not_behaviour:
+            yield Check("behaviour/batch", "not observed", reason=self.not_behaviour)
 
     def _expected(self, check: Check) -> Check:
         reason = next((why for what, why in self.expected_failures.items() if matches(what, check)), None)

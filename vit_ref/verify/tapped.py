@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,21 @@ from vit_ref.model import Tap, identity
 from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, differentiator
 from vit_ref.verify.ports.adapters import is_float
 from vit_ref.verify.ports.declaration import CandidateError
-from vit_ref.verify.trace import Trace, beside, precision_of
+from vit_ref.verify.trace import Forward, Trace, beside, precision_of, recorder, replacements
 
-# (parameters, pixels, tap) -> output (B, width). Parameters are any tree.
-Forward = Callable[[Any, jax.Array, Tap], jax.Array]
+
+class _Compiled(NamedTuple):
+    """What was compiled of one forward pass, for whichever parameters.
+
+    Attributes:
+      recorder: see `trace.recorder`, compiled when it is called.
+      differentiators: see `backward.differentiator`.
+      perturbed: the sites that were met when those were traced.
+    """
+
+    recorder: Callable[..., dict[str, jax.Array]]
+    differentiators: dict[Any, Future[Any]]
+    perturbed: set[str]
 
 
 class Tapped(ABC):
@@ -72,23 +85,13 @@ class Tapped(ABC):
         with precision_of(dtype):
             parameters, forward = self._ready(dtype)
 
-            def run(parameters: Any, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
-                recorded: dict[str, jax.Array] = {}
-
-                def tap(site: str, value: jax.Array) -> jax.Array:
-                    recorded[site] = value
-                    return replace.get(site, value)
-
-                forward(parameters, pixels, tap)
-                return recorded
-
-            given = {site: jnp.asarray(value, dtype) for site, value in (replace or {}).items()}
+            given = replacements(replace, dtype)
             images = jnp.asarray(pixels, dtype)
             try:
-                return jax.device_get(jax.jit(run)(parameters, images, given))
+                return jax.device_get(self._compiled_of(forward).recorder(parameters, images, given))
             except jax.errors.JAXTypeError:
                 # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
-                shown = run(parameters, images, given)
+                shown = recorder(forward)(parameters, images, given)
             inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
             if inside:
                 raise InputError(
@@ -116,26 +119,31 @@ class Tapped(ABC):
             compiling = {shape: beside(jax.jit(run).lower(parameters, given).compile) for shape, given in sizes.items()}
             return [np.asarray(compiling[given.shape].result()(parameters, given)) for given in images]
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`."""
+    def gradients(
+        self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
+    ) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`, and `differentiator` for `like`."""
         with precision_of(dtype):
             parameters, forward = self._ready(dtype)
-        perturbed: set[str] = set()
+        _, compiled, perturbed = self._compiled_of(forward)
 
-        def perturbing(parameters: Any, perturbations: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
+        def keeping(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
             # No constant, so that no compiler can take a division by it for nothing.
             one = 1 + 0 * jax.lax.stop_gradient(pixels[0, 0, 0, 0])
 
-            def tap(site: str, value: jax.Array) -> jax.Array:
-                if value.shape != perturbations[site].shape:
+            def kept(site: str, value: jax.Array) -> jax.Array:
+                tapped = tap(site, value)
+                if tapped is value:  # it has another shape, and was not perturbed
                     return value
                 perturbed.add(site)
-                return _kept_backward(value + perturbations[site].astype(value.dtype), one)
+                return _kept_backward(tapped, one)
 
-            return forward(parameters, pixels, tap)
+            return forward(parameters, pixels, kept)
 
         try:
-            differentiate = differentiator(perturbing, parameters, self.config, pixels, dtype)
+            differentiate = differentiator(
+                keeping, parameters, self.config, pixels, dtype, like=like, compiled=compiled
+            )
         except CandidateError as error:
             # It ran forward: it calls what jax has no derivative of, such as a callback.
             raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error
@@ -150,6 +158,15 @@ class Tapped(ABC):
             return Gradients(met, self.by_path(by_parameter), by_pixel)
 
         return gradients
+
+    @cached_property
+    def _compiled(self) -> dict[Forward, _Compiled]:
+        return {}
+
+    def _compiled_of(self, forward: Forward) -> _Compiled:
+        if forward not in self._compiled:
+            self._compiled[forward] = _Compiled(jax.jit(recorder(forward)), {}, set())
+        return self._compiled[forward]
 
 
 @jax.custom_vjp

@@ -9,14 +9,18 @@ from copy import copy
 from typing import Any, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
+from vit_ref.model import Tap
 
 T = TypeVar("T")
 Trace = dict[str, NDArray]
+# (parameters, pixels, tap) -> output (B, width), in jax. Parameters are any tree.
+Forward = Callable[[Any, jax.Array, Tap], jax.Array]
 # Told what is being done next, in a few words.
 Progress = Callable[[str], None]
 
@@ -46,6 +50,28 @@ class Implementation(Protocol):
           FlaxViT keeps its residual stream in float32 under bfloat16.
         """
         ...
+
+
+def recorder(forward: Forward) -> Callable[[Any, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """A function from parameters, pixels and replacements by site to every site's value, before it is replaced."""
+
+    def run(parameters: Any, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        recorded: dict[str, jax.Array] = {}
+
+        def tap(site: str, value: jax.Array) -> jax.Array:
+            recorded[site] = value
+            return replace[site].astype(value.dtype) if site in replace else value
+
+        forward(parameters, pixels, tap)
+        return recorded
+
+    return run
+
+
+def replacements(replace: Mapping[str, NDArray] | None, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """Values by site for `recorder`, wide enough for a token stream that is wider than `dtype`."""
+    wide = np.promote_types(dtype, np.float32)
+    return {site: jnp.asarray(value, wide) for site, value in (replace or {}).items()}
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from vit_ref.verify.ports.adapters import adapted, is_float
 from vit_ref.verify.ports.declaration import Candidate
 from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
 from vit_ref.verify.ports.table import Table
-from vit_ref.verify.tapped import Forward, Tapped
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.tapped import Tapped
+from vit_ref.verify.trace import Forward, precision_of
 
 
 class JaxPort(Tapped):

@@ -102,6 +102,8 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
     hidden = [f"{len(part.unmapped)} {part.what}" for part in (report.forward, report.backward) if part]
     if report.backward is None:
         hidden.append(f"gradients ({report.not_backward})")
+    if report.not_behaviour:
+        hidden.append(f"behaviour ({report.not_behaviour})")
     yield f"not observed: {', '.join(hidden)}"
     for pattern, checks in met(report).items():
         for status in ("expected failure", "stale expectation"):

@@ -1,0 +1,204 @@
+"""Does verification block by block say what verification of the whole model says, and hold one block at a time?"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import re
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vit_ref import checkpoint, model, porting
+from vit_ref.checkpoint import LazyTensors
+from vit_ref.conversion import convert
+from vit_ref.errors import InputError
+from vit_ref.porting import PortError
+from vit_ref.verify import candidate
+from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.check import check_port
+from vit_ref.verify.parity import ParityReport
+from vit_ref.verify.stream import check_streamed
+
+pytestmark = pytest.mark.consistency
+
+# A first, a middle and a last block.
+THREE = Case("three", dataclasses.replace(CASES["hard-tokens"].config, num_hidden_layers=3), seed=12)
+
+
+def written(case: Case, directory: Path, **options: object) -> Path:
+    source = case.checkpoint()
+    checkpoint.write_directory(directory / case.name, source.tensors, source.config or {}, **options)
+    return directory / case.name
+
+
+def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float = 1e-12) -> None:
+    """That both measured the same, at the same names.
+
+    Forward the same operations are compiled for the same values. In float64 4e-15 is some units of rounding, of errors
+    that are themselves that small; a divergence has to be the same to six digits.
+    """
+    assert [result.site for result in streamed.results] == [result.site for result in whole.results]
+    for name in ("title", "reference", "precision", "unobserved", "unmapped", "what", "place", "hidden", "order"):
+        assert getattr(streamed, name) == getattr(whole, name), name
+    for a, b in zip(streamed.results, whole.results, strict=True):
+        assert (a.rounding, a.yardstick, a.gate) == pytest.approx((b.rounding, b.yardstick, b.gate), rel=rounding)
+        for mine, theirs in ((a.exact, b.exact), (a.oracles, b.oracles)):
+            assert mine[:2] == pytest.approx(theirs[:2], rel=1e-6, abs=4e-15), a.site
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("rectangular", "float32"),
+        ("deep", "float32"),
+    ],
+)
+def test_forward_every_error_is_that_of_the_whole_model(name: str, precision: str, tmp_path: Path) -> None:
+    path = written(CASES[name], tmp_path, max_shard_size=9_000)
+    options = {"precision": precision, "backward": False}
+    whole, streamed = check_port(None, path, **options), check_streamed(path, **options)
+    assert streamed.passed and whole.passed
+    require_same(streamed.forward, whole.forward)
+
+
+@pytest.mark.parametrize("case", [THREE], ids=lambda case: case.name)
+def test_backward_every_error_is_that_of_the_whole_model(case: Case, tmp_path: Path) -> None:
+    path = written(case, tmp_path)
+    whole, streamed = check_port(None, path), check_streamed(path)
+    assert streamed.passed and streamed.backward and whole.backward
+    # Where a sum is cut between blocks, XLA orders it otherwise: up to 3.5 % of a root mean square of twelve errors.
+    require_same(streamed.backward, whole.backward, rounding=0.2)
+    assert not [check for check in streamed.checks if check.name.startswith("behaviour/") and check.status == "passed"]
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[NDArray], NDArray]) -> None:
+    """The candidate's weight map makes another value of one of the tensors of THREE, and leaves all else alone."""
+    tensor = THREE.checkpoint().tensors[name].T
+
+    def wrong(*arguments: object) -> dict[str, NDArray]:
+        found = porting.port(*arguments)
+        return {path: change(value) if np.array_equal(value, tensor) else value for path, value in found.items()}
+
+    monkeypatch.setattr(candidate, "port", wrong)
+
+
+def exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight map takes the second block for the third and the other way round."""
+    bind = porting.Layout.bind
+
+    def wrong(self: porting.Layout, *arguments: object, **options: object) -> tuple[porting.Rule, ...]:
+        other = {"layer.1.": "layer.2.", "layer.2.": "layer.1."}
+        return tuple(
+            rule._replace(source=re.sub(r"layer\.[12]\.", lambda found: other[found[0]], rule.source))
+            for rule in bind(self, *arguments, **options)
+        )
+
+    monkeypatch.setattr(porting.Layout, "bind", wrong)
+
+
+FAULTS = {
+    "tanh GELU": lambda patch: patch.setitem(model.ACTIVATIONS, "gelu", partial(jax.nn.gelu, approximate=True)),
+    "a kernel in the middle": lambda patch: changed(
+        patch, "vit.encoder.layer.1.attention.output.dense.weight", lambda kernel: kernel.T.copy()
+    ),
+    "an element of the last block": lambda patch: changed(
+        patch, "vit.encoder.layer.2.output.dense.weight", lambda kernel: kernel * (1 + 1e-9 * np.eye(*kernel.shape))
+    ),
+    "blocks exchanged": exchanged,
+}
+FIRST = {
+    "tanh GELU": "block.0.mlp.hidden",
+    "a kernel in the middle": "block.1.attn.out",
+    "an element of the last block": "block.2.mlp.out",
+    "blocks exchanged": "block.1.norm1",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_where_the_whole_model_has_it(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(THREE, tmp_path)
+    FAULTS[fault](monkeypatch)
+    whole, streamed = check_port(None, path, backward=False), check_streamed(path, backward=False)
+    require_same(streamed.forward, whole.forward, rounding=1e-6)
+    assert streamed.forward.semantic_failures[0].site == FIRST[fault]
+    # That another block's parameters fit is not seen by who holds one block.
+    causes = () if fault == "blocks exchanged" else whole.forward.causes
+    assert [str(cause) for cause in streamed.forward.causes] == [str(cause) for cause in causes]
+    assert not streamed.passed
+
+
+def test_one_block_is_held_at_a_time_whatever_the_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(Case("held", dataclasses.replace(THREE.config, num_hidden_layers=4), seed=13), tmp_path)
+    read, alive, reads = LazyTensors.__getitem__, Counter[int](), Counter[int]()
+    step, at_once, in_jax = "", dict[str, set[int]](), dict[str, int]()
+
+    def observed(self: LazyTensors, name: str) -> NDArray:
+        value = read(self, name)
+        if found := re.search(r"layer\.(\d+)\.", name):
+            block = int(found[1])
+            reads[block] += name.endswith("layernorm_before.weight")
+            alive[block] += 1
+            weakref.finalize(value, alive.subtract, [block])
+            at_once[step] |= {block for block, count in alive.items() if count}
+        return value
+
+    def progress(doing: str) -> None:
+        nonlocal step
+        gc.collect()
+        step = doing
+        at_once[step] = set()
+        in_jax[step] = sum(array.nbytes for array in jax.live_arrays())
+
+    monkeypatch.setattr(LazyTensors, "__getitem__", observed)
+    assert check_streamed(path, progress=progress).passed
+    # A turn's progress is told when its block was read, and the next one is read before the next is told.
+    for kind, order in (
+        ("block", (0, 1, 2, 3)),
+        ("token streams, block", (0, 1, 2, 3)),
+        ("gradients, block", (3, 2, 1, 0)),
+    ):
+        for block, following in itertools.pairwise(order):
+            assert at_once[f"{kind} {block} of 4"] == {following}
+    # Forward, for the streams and backward, by the reference and by the candidate; and once to see what is there.
+    assert reads == {0: 7 + 2, 1: 7, 2: 7, 3: 7}
+    assert len({in_jax[f"block {block} of 4"] for block in (1, 2, 3)}) == 1
+    assert len({in_jax[f"gradients, block {block} of 4"] for block in (2, 1, 0)}) == 1
+
+
+@pytest.mark.parametrize("layout", ["flax", "npz"])
+def test_what_cannot_be_read_block_by_block_is_refused(layout: str, tmp_path: Path) -> None:
+    converted = tmp_path / ("vit.npz" if layout == "npz" else "vit")
+    case = Case(
+        "converted",
+        dataclasses.replace(CASES["hard-tokens"].config, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
+    )
+    convert(written(case, tmp_path), converted, layout)
+    with pytest.raises(InputError, match=r"only safetensors can be read block by block: convert it first") as caught:
+        check_streamed(converted)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_all_that_is_wrong_with_a_checkpoint_is_said_before_anything_runs(tmp_path: Path) -> None:
+    source = THREE.checkpoint()
+    tensors = dict(source.tensors)
+    del tensors["vit.encoder.layer.2.layernorm_after.bias"]
+    tensors["vit.encoder.layer.3.layernorm_after.bias"] = np.ones(33, np.float32)
+    tensors["vit.layernorm.bias"] = np.full(33, np.nan, np.float32)
+    tensors["vit.encoder.layer.1.intermediate.dense.bias"] = np.ones(46, np.float32)
+    checkpoint.write_directory(tmp_path, tensors, source.config or {})
+    steps: list[str] = []
+    with pytest.raises(PortError) as caught:
+        check_streamed(tmp_path, progress=steps.append)
+    assert sorted(fault.kind for fault in caught.value.faults) == ["misshapen", "missing", "not finite", "unexpected"]
+    assert steps == ["reading every tensor once"]
