@@ -106,7 +106,7 @@ def shardings(
             raise InputError(f"{path}: no rule says where it lies: add one for {template!r}")
         spec = rules[template]
         if len(spec) > len(shape):
-            raise InputError(f"{path}: the rule {spec} has more dimensions than its shape {shape}")
+            raise InputError(f"{path}: the rule {tuple(spec)} has more dimensions than its shape {shape}")
         if isinstance(sharding, str) and math.prod(shape) < LEAST:
             spec = P(*(None if axis == DATA else axis for axis in spec))
         fitting = [

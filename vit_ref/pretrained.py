@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
@@ -264,6 +265,9 @@ def save_pretrained(
     `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
     reads no shards.
 
+    Of a model on many devices one tensor at a time is gathered. Where the devices are several processes', all of these
+    call this, and the first writes.
+
     Args:
       model: any model of this package.
       directory: where to; made if need be.
@@ -272,12 +276,29 @@ def save_pretrained(
     Raises:
       CheckpointError: the directory cannot be written.
     """
-    tensors = porting.export(parameters_of(model), model.config, porting.HF)
-    config = hf_config(model.config, tensors)
-    checkpoint.write_directory(directory, tensors, config, model.config.preprocessor, max_shard_size=max_shard_size)
+    config, layout = model.config, porting.HF
+    arrays = arrays_of(nnx.state(model, nnx.Param))
+
+    def tensor(rule: porting.Rule) -> checkpoint.Deferred:
+        array = arrays[rule.destination]
+        shape = porting.source_shape(rule, array.shape, config)
+        return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
+
+    tensors = {rule.source: tensor(rule) for rule in layout.bind(config, prefixed=bool(config.num_labels))}
+    writes = jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values())
+    content, preprocessor = hf_config(config, tensors), config.preprocessor
+    checkpoint.write_directory(directory, tensors, content, preprocessor, max_shard_size=max_shard_size, writes=writes)
 
 
-def hf_config(config: ViTConfig, tensors: porting.Tensors) -> dict[str, Any]:
+def _on_host(array: jax.Array) -> NDArray:
+    """The whole of an array, put together from its shards for whoever asks: the array itself would keep it."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
+def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | checkpoint.Deferred]) -> dict[str, Any]:
     """The Hugging Face `config.json` beside these tensors."""
     content = config.to_hf()
     content.setdefault("torch_dtype", str(next(iter(tensors.values())).dtype))
