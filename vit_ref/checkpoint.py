@@ -88,7 +88,7 @@ class LazyTensors(Mapping[str, NDArray]):
             return stored.get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor; `Mapping` itself would read it to know."""
+        """Whether there is such a tensor; a mapping's own way is to read it."""
         return name in self._file
 
     def __iter__(self) -> Iterator[str]:
