@@ -57,11 +57,11 @@ def from_pretrained(
       PortError: its tensors do not fit the configuration.
       InputError: the mesh does not fit the rules or the model.
     """
+    if mesh is None and sharding != "data":
+        raise InputError(f"sharding is {sharding!r}: give the mesh, too")
     exempt = tuple(exempt)
     source = checkpoint.read(path, lazy=mesh is not None)
     config, layout = described(source, config=config, exempt=exempt)
-    if mesh is None and sharding != "data":
-        raise InputError(f"sharding is {sharding!r}: give the mesh, too")
     shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
     return _built(config, porting.ported(source.tensors, config, layout, exempt=exempt), dtype, shardings)
 

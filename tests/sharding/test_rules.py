@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from ways import CASE
 
+import vit_ref
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.partition import RULES, shardings
@@ -64,10 +65,12 @@ def test_each_rule_is_some_parameters_and_each_parameter_has_one(kind: str) -> N
     )
 
 
-def test_small_parameters_are_whole_whatever_the_devices() -> None:
-    # 88 x 23 elements, and biases of 88: none is worth gathering, and the width need not be a multiple of 5.
-    small = replace(CASE.config, hidden_size=40, intermediate_size=41, patch_size=5)
-    assert not any(any(where.spec) for where in shardings(small, mesh(data=3), "fsdp").values())
+@pytest.mark.parametrize(("width", "divided"), [(56, 0), (64, 4)])
+def test_small_parameters_are_whole_and_need_not_be_divisible(width: int, divided: int) -> None:
+    # 64 x 64 elements are enough, in query, key, value and out; 56 is no multiple of 5, and nobody asks.
+    config = replace(CASE.config, hidden_size=width, intermediate_size=57)
+    found = shardings(config, mesh(data=8 if divided else 5), "fsdp")
+    assert sum(any(where.spec) for where in found.values()) == divided
 
 
 def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
@@ -132,8 +135,6 @@ def test_rules_of_ones_own_are_followed_to_the_letter() -> None:
     }
 
 
-def test_a_sharding_wants_a_mesh(directory) -> None:
-    import vit_ref
-
+def test_a_sharding_wants_a_mesh() -> None:
     with pytest.raises(InputError, match="sharding is 'tensor': give the mesh, too"):
-        vit_ref.from_pretrained(directory, sharding="tensor")
+        vit_ref.from_pretrained("anywhere", sharding="tensor")
