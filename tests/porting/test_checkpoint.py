@@ -425,7 +425,7 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
     tensors["vit.layernorm.weight"][4] = -np.inf
     save_file(tensors, directory / checkpoint.WEIGHTS)
     text = refusal(directory, porting.PortError)
-    assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 not finite, 1 unexpected")
+    assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 unexpected, 1 not finite")
     for line in (
         "missing: vit.layernorm.bias: expected (6,) for norm.bias",
         "missing: classifier.weight: expected (3, 6) for head.kernel",
