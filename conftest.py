@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "consistency: every way of running and differentiating the model agrees with every other",
         "properties: what holds for every valid configuration",
         "candidates: ports that are not ours are judged, and what is found is reported",
+        "sharding: many devices hold their own part of a model, and compute what one computes",
         "mutants: a deliberate fault is seen, and named where it is",
         "benchmarks: what is timed is what was asked for; nothing asserts a time",
         "torch: needs PyTorch, which the extra of that name installs",

@@ -36,7 +36,7 @@ def _step() -> Callable[[dict[str, np.ndarray]], jax.Array]:
     optimizer = nnx.Optimizer(model, transformation(RECIPE, 1000, CONFIG.num_hidden_layers), wrt=nnx.Param)
     graph, state = nnx.split((model, optimizer))
     mesh = mesh_for(RECIPE.batch_size)
-    learn = learner(graph, shardings(state, mesh, "data"), mesh, RECIPE)
+    learn = learner(graph, shardings(state, CONFIG, mesh, "data"), mesh, RECIPE)
     held = [state]
 
     def step(batch: dict[str, np.ndarray]) -> jax.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import tempfile
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import ml_dtypes
@@ -25,8 +26,8 @@ import numpy as np
 import safetensors
 from flax import serialization, traverse_util
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from numpy.typing import DTypeLike, NDArray
+from safetensors.numpy import load_file
 
 from vit_ref.errors import CheckpointError
 
@@ -36,6 +37,12 @@ SHARDS = "model-*-of-*.safetensors"
 FLAX_WEIGHTS = "flax_model.msgpack"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+_STORED = {
+    np.dtype(np.float64): "F64",
+    np.dtype(np.float32): "F32",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.float16): "F16",
+}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PICKLE_REFUSAL = "is a pickle, which can run code when read: convert it to safetensors first"
 
@@ -97,6 +104,29 @@ class LazyTensors(Mapping[str, NDArray]):
         file = self._file[name]
         with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
             return tuple(stored.get_slice(name).get_shape())
+
+
+class Deferred(NamedTuple):
+    """A tensor to be written that is made when its turn comes, and held no longer.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype.
+      make: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], NDArray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray:
+        """Makes it."""
+        return self.make()
 
 
 def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -277,11 +307,12 @@ def _read_json(file: Path, *, required: bool) -> dict[str, Any] | None:
 
 def write_directory(
     directory: str | os.PathLike[str],
-    tensors: Mapping[str, NDArray],
+    tensors: Mapping[str, NDArray | Deferred],
     config: Mapping[str, Any],
     preprocessor: Mapping[str, Any] | None = None,
     *,
     max_shard_size: int | str = "5GB",
+    writes: bool = True,
 ) -> None:
     """Writes a Hugging Face directory.
 
@@ -290,10 +321,11 @@ def write_directory(
 
     Args:
       directory: made where it does not exist; other files in it stay.
-      tensors: by name, contiguous.
+      tensors: by name. Of those that are deferred one at a time is made.
       config: becomes `config.json`.
       preprocessor: becomes `preprocessor_config.json`, where given.
       max_shard_size: larger weights are split, in bytes or as "5GB".
+      writes: else tensors are only made, in the order of a process that writes and has this one help to make them.
 
     Raises:
       CheckpointError: the directory cannot be written.
@@ -308,12 +340,16 @@ def write_directory(
         )
     except ValueError as error:
         raise CheckpointError(f"max_shard_size is {max_shard_size!r}: {error}") from None
+    if not writes:
+        for names in split.filename_to_tensors.values():
+            for name in _as_stored({name: tensors[name] for name in names}):
+                np.asarray(tensors[name])
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as stage:
             for file, names in split.filename_to_tensors.items():
-                # transformers refuses a safetensors file that does not say which framework's names it holds.
-                save_file({name: tensors[name] for name in names}, Path(stage, file), metadata={"format": "pt"})
+                write_safetensors(Path(stage, file), {name: tensors[name] for name in names})
             if split.is_sharded:
                 write_json(Path(stage, INDEX), {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
             if preprocessor is not None:
@@ -321,16 +357,44 @@ def write_directory(
             write_json(Path(stage, CONFIG), config)
             written = sorted((file.name for file in Path(stage).iterdir()), key=lambda name: name == CONFIG)
             for name in written:
-                # safetensors makes its files readable by their owner alone.
-                Path(stage, name).chmod(0o644)
                 os.replace(Path(stage, name), directory / name)
         # Weights of an earlier save, in whichever format, would be read in place of these by some reader.
         earlier = [directory / WEIGHTS, directory / INDEX, directory / FLAX_WEIGHTS, *directory.glob(SHARDS)]
         for superseded in earlier:
             if superseded.name not in written:
                 superseded.unlink(missing_ok=True)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{directory}: cannot be written ({error})") from None
+
+
+def _as_stored(tensors: Mapping[str, NDArray | Deferred]) -> list[str]:
+    # The widest first, then by name, so that each is aligned. Of two widths alike bfloat16 comes first there.
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, _STORED[tensors[name].dtype], name))
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, NDArray | Deferred]) -> None:
+    """Writes the bytes that safetensors' own `save_file` does, which wants all tensors at once.
+
+    The format (https://huggingface.co/docs/safetensors) is the header's length, the header, the tensors without gaps.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    names = _as_stored(tensors)
+    # transformers refuses a safetensors file that does not say which framework's names it holds.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {"dtype": _STORED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            # numpy has no buffer of bfloat16.
+            stream.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, NDArray]) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from vit_ref.checkpoint import LazyTensors
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.model import VisionTransformer
@@ -129,7 +130,7 @@ class Layout:
         rules = {rule.destination: rule for rule in self.rules}
         bound, nameless = [], []
         for destination in parameter_shapes(config):
-            template, block = _templated(destination)
+            template, block = templated(destination)
             if template not in rules:
                 nameless.append(Fault("no rule", destination, "the layout has no name for it"))
                 continue
@@ -145,10 +146,10 @@ class Layout:
     def recognises(self, names: Iterable[str]) -> int:
         """How many of `names` could be this layout's, whatever the configuration."""
         known = {rule.source for rule in self.rules}
-        return sum(_templated(name.removeprefix(self.prefix))[0] in known for name in names)
+        return sum(templated(name.removeprefix(self.prefix))[0] in known for name in names)
 
 
-def _templated(name: str) -> tuple[str, str]:
+def templated(name: str) -> tuple[str, str]:
     """A name with its block number replaced by `{i}`, and that number ("" without one)."""
     for separator in "./":
         parts = name.split(separator)
@@ -366,31 +367,37 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
 def ported(
     source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = ()
 ) -> Iterator[tuple[str, NDArray]]:
-    """What `port` returns, one parameter at a time, and no earlier one kept. What it raises comes after the last."""
+    """Applies a layout's rules to one tensor after the other, none of which is held while the next is read.
+
+    Args:
+      source: as `port` takes it. Of a `LazyTensors` nothing is read before names and shapes are known to fit.
+      config: as there.
+      layout: as there.
+      exempt: as there.
+
+    Yields:
+      Paths and parameters. Once a fault is known there are no more; what remains is looked through for others.
+
+    Raises:
+      PortError: as `port` does.
+    """
     by_source = _by_source(layout.bind(config, prefixed=is_prefixed(source, layout)))
     shapes = parameter_shapes(config)
     faults = []
+    shaped = {}
     for name, rules in by_source.items():
-        shape = _source_shape(rules[0], shapes[rules[0].destination], config)
+        shape = source_shape(rules[0], shapes[rules[0].destination], config)
         wanted = f"expected {shape} for {', '.join(rule.destination for rule in rules)}"
         if name not in source:
             faults.append(Fault("missing", name, wanted))
-            continue
-        tensor = np.asarray(source[name])
-        if tensor.shape != shape:
-            faults.append(Fault("misshapen", name, f"{wanted}, found {tensor.shape}"))
-        elif tensor.dtype not in _WEIGHT_DTYPES:
-            faults.append(Fault("not floating point", name, f"dtype {tensor.dtype}"))
-        elif (where := _first_not_finite(tensor)) is not None:
-            faults.append(Fault("not finite", name, f"{tensor[where]} at {where}"))
+        elif (found := _shape(source, name)) != shape:
+            faults.append(Fault("misshapen", name, f"{wanted}, found {found}"))
         else:
-            for rule in rules:
-                part = np.split(tensor, rule.parts)[rule.part] if rule.parts > 1 else tensor
-                yield rule.destination, np.ascontiguousarray(rule.transform.to_parameter(part, config))
+            shaped[name] = rules
     exempt = tuple(exempt)
     left_over = source.keys() - by_source.keys()
     faults += [
-        Fault("unexpected", name, f"shape {np.shape(source[name])}, no rule takes it")
+        Fault("unexpected", name, f"shape {_shape(source, name)}, no rule takes it")
         for name in sorted(left_over)
         if not any(fnmatchcase(name, pattern) for pattern in exempt)
     ]
@@ -399,6 +406,18 @@ def ported(
         for pattern in exempt
         if not any(fnmatchcase(name, pattern) for name in left_over)
     ]
+    for name, rules in shaped.items():
+        tensor = np.asarray(source[name])
+        if tensor.dtype not in _WEIGHT_DTYPES:
+            faults.append(Fault("not floating point", name, f"dtype {tensor.dtype}"))
+        elif (where := _first_not_finite(tensor)) is not None:
+            faults.append(Fault("not finite", name, f"{tensor[where]} at {where}"))
+        elif not faults:
+            for rule in rules:
+                part = np.split(tensor, rule.parts)[rule.part] if rule.parts > 1 else tensor
+                yield rule.destination, np.ascontiguousarray(rule.transform.to_parameter(part, config))
+                del part
+        del tensor
     if faults:
         raise PortError(faults, layout.name)
 
@@ -452,7 +471,12 @@ def _first_not_finite(tensor: NDArray) -> tuple[int, ...] | None:
     return None if finite.all() else tuple(int(k) for k in np.argwhere(~finite)[0])
 
 
-def _source_shape(rule: Rule, shape: tuple[int, ...], config: ViTConfig) -> tuple[int, ...]:
+def _shape(source: Tensors, name: str) -> tuple[int, ...]:
+    return source.shape(name) if isinstance(source, LazyTensors) else np.shape(source[name])
+
+
+def source_shape(rule: Rule, shape: tuple[int, ...], config: ViTConfig) -> tuple[int, ...]:
+    """The shape in the layout of what becomes, whole or with its like, a parameter of this shape."""
     # One byte broadcast to the shape: the transform itself says what shape it comes from.
     part = rule.transform.to_source(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
     return part[0] * rule.parts, *part[1:]

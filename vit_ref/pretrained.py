@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import checkpoint, porting
+from vit_ref import checkpoint, partition, porting
 from vit_ref.config import ViTConfig
-from vit_ref.errors import CheckpointError
+from vit_ref.errors import CheckpointError, InputError
 from vit_ref.model import VisionTransformer
+from vit_ref.partition import Kind, Rules
 from vit_ref.timm_config import from_timm, is_timm
 
 
@@ -29,6 +32,8 @@ def from_pretrained(
     config: ViTConfig | None = None,
     dtype: DTypeLike | None = None,
     exempt: Iterable[str] = (),
+    mesh: Mesh | None = None,
+    sharding: Kind | Rules = "data",
 ) -> VisionTransformer:
     """Loads a ViT, in evaluation mode.
 
@@ -38,6 +43,10 @@ def from_pretrained(
       config: takes the place of the checkpoint's own, class names included; needed for a lone file other than `.npz`.
       dtype: dtype of the computation, None to promote from pixels and parameters.
       exempt: names or patterns of tensors in the checkpoint to leave behind on purpose.
+      mesh: many devices, on axes called "data" and "model". Each is given its own part of each parameter; safetensors
+        are read tensor by tensor, of which the host holds one at a time. Divide the batch, too:
+        `jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))`.
+      sharding: what is divided on it, "data", "fsdp", "tensor" or "fsdp+tensor", see `vit_ref.partition`.
 
     Returns:
       The model; its parameters have the checkpoint's own bits and dtypes.
@@ -46,9 +55,15 @@ def from_pretrained(
       CheckpointError: the checkpoint cannot be found or read.
       ConfigError: its configuration is none that this model can honour.
       PortError: its tensors do not fit the configuration.
+      InputError: the mesh does not fit the rules or the model.
     """
-    config, parameters, _ = load(checkpoint.read(path), config=config, exempt=exempt)
-    return build(config, parameters, dtype=dtype)
+    if mesh is None and sharding != "data":
+        raise InputError(f"sharding is {sharding!r}: give the mesh, too")
+    exempt = tuple(exempt)
+    source = checkpoint.read(path, lazy=mesh is not None)
+    config, layout = described(source, config=config, exempt=exempt)
+    shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
+    return _built(config, porting.ported(source.tensors, config, layout, exempt=exempt), dtype, shardings)
 
 
 def load(
@@ -65,14 +80,30 @@ def load(
       CheckpointError, ConfigError, PortError: as in `from_pretrained`.
     """
     exempt = tuple(exempt)
+    config, layout = described(source, config=config, exempt=exempt)
+    return config, porting.port(source.tensors, config, layout, exempt=exempt), layout
+
+
+def described(
+    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, exempt: Iterable[str] = ()
+) -> tuple[ViTConfig, porting.Layout]:
+    """A checkpoint's configuration and layout, as `load` returns them, without its values.
+
+    Args:
+      source: the checkpoint.
+      config: as in `from_pretrained`.
+      exempt: as in `from_pretrained`.
+
+    Raises:
+      CheckpointError, ConfigError, PortError: as in `from_pretrained`.
+    """
     if config is None:
         config = configuration(source, exempt)
     else:
         read = {} if source.config is None or is_timm(source.config) else source.config
         extra, preprocessor = config.extra or read, config.preprocessor or source.preprocessor
         config = dataclasses.replace(config, extra=extra, preprocessor=preprocessor)
-    layout = porting.detect(source.tensors)
-    return config, porting.port(source.tensors, config, layout, exempt=exempt), layout
+    return config, porting.detect(source.tensors)
 
 
 def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> ViTConfig:
@@ -165,13 +196,32 @@ def build(config: ViTConfig, parameters: porting.Tensors, *, dtype: DTypeLike | 
     Raises:
       CheckpointError: a parameter is float64 while jax would silently make it float32.
     """
-    x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
-    if not x64 and any(value.dtype == np.float64 for value in parameters.values()):
-        raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
+    return _built(config, parameters.items(), dtype, {})
+
+
+def _built(
+    config: ViTConfig,
+    parameters: Iterable[tuple[str, NDArray]],
+    dtype: DTypeLike | None,
+    shardings: Mapping[str, NamedSharding],
+) -> VisionTransformer:
+    arrays = {}
+    for path, value in parameters:
+        if value.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
+        arrays[path] = _placed(value, shardings.get(path))
+        del value  # before the next one is made
     graph, shapes = skeleton(config, dtype)
-    model = nnx.merge(graph, filled(shapes, parameters))
+    model = nnx.merge(graph, with_arrays(shapes, arrays))
     model.eval()
     return model
+
+
+def _placed(value: NDArray, sharding: NamedSharding | None = None) -> jax.Array:
+    # A copy: jax may otherwise alias the array's memory, and whoever wrote to that would change the model.
+    if sharding is None:
+        return jnp.array(value, copy=True)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
 
 
 def skeleton(config: ViTConfig, dtype: DTypeLike | None = None) -> tuple[nnx.GraphDef, nnx.State]:
@@ -181,12 +231,11 @@ def skeleton(config: ViTConfig, dtype: DTypeLike | None = None) -> tuple[nnx.Gra
 
 def filled(shapes: nnx.State, parameters: porting.Tensors) -> nnx.State:
     """The state with copies of these parameters in it."""
-    # A copy: jax may otherwise alias the array's memory, and whoever wrote to that would change the model.
-    return with_arrays(shapes, {path: jnp.array(value, copy=True) for path, value in parameters.items()})
+    return with_arrays(shapes, {path: _placed(value) for path, value in parameters.items()})
 
 
-def with_arrays(like: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
-    """A state with these arrays, by path, in the place of its own."""
+def with_arrays(like: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+    """A state with these arrays, by path, in the place of its own; or with what there is to say of each, its place."""
     return nnx.from_flat_state(
         [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)]
     )
@@ -216,6 +265,9 @@ def save_pretrained(
     `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
     reads no shards.
 
+    Of a model on many devices one tensor at a time is gathered. Where the devices are several processes', all of these
+    call this, and the first writes.
+
     Args:
       model: any model of this package.
       directory: where to; made if need be.
@@ -224,12 +276,29 @@ def save_pretrained(
     Raises:
       CheckpointError: the directory cannot be written.
     """
-    tensors = porting.export(parameters_of(model), model.config, porting.HF)
-    config = hf_config(model.config, tensors)
-    checkpoint.write_directory(directory, tensors, config, model.config.preprocessor, max_shard_size=max_shard_size)
+    config, layout = model.config, porting.HF
+    arrays = arrays_of(nnx.state(model, nnx.Param))
+
+    def tensor(rule: porting.Rule) -> checkpoint.Deferred:
+        array = arrays[rule.destination]
+        shape = porting.source_shape(rule, array.shape, config)
+        return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
+
+    tensors = {rule.source: tensor(rule) for rule in layout.bind(config, prefixed=bool(config.num_labels))}
+    writes = jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values())
+    content, preprocessor = hf_config(config, tensors), config.preprocessor
+    checkpoint.write_directory(directory, tensors, content, preprocessor, max_shard_size=max_shard_size, writes=writes)
 
 
-def hf_config(config: ViTConfig, tensors: porting.Tensors) -> dict[str, Any]:
+def _on_host(array: jax.Array) -> NDArray:
+    """The whole of an array, put together from its shards for whoever asks: the array itself would keep it."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
+def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | checkpoint.Deferred]) -> dict[str, Any]:
     """The Hugging Face `config.json` beside these tensors."""
     content = config.to_hf()
     content.setdefault("torch_dtype", str(next(iter(tensors.values())).dtype))

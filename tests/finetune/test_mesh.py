@@ -3,36 +3,75 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.mesh import mesh_for, shardings
+from vit_ref.finetune.optimizer import trained, transformation
+from vit_ref.finetune.recipe import Recipe
+from vit_ref.model import VisionTransformer
 
 pytestmark = pytest.mark.training
 
-EIGHT = AbstractMesh((8,), ("data",))
-
-
-@pytest.mark.parametrize(
-    ("shape", "spec"),
-    [
-        ((384, 1536), PartitionSpec(None, "data")),  # the longest axis
-        ((1536, 384), PartitionSpec("data", None)),
-        ((1000, 1001), PartitionSpec("data", None)),  # the longest that eight devices divide evenly
-        ((14, 14, 3, 384), PartitionSpec(None, None, None, "data")),
-        ((997, 1001), PartitionSpec()),  # none
-        ((384,), PartitionSpec()),  # too small to be worth gathering
-        ((), PartitionSpec()),
-    ],
+CONFIG = ViTConfig(
+    hidden_size=96,
+    num_attention_heads=3,
+    num_hidden_layers=2,
+    intermediate_size=104,
+    image_size=15,
+    patch_size=5,
+    num_labels=7,
 )
-def test_large_arrays_are_divided_along_the_longest_axis_that_can_be(
-    shape: tuple[int, ...], spec: PartitionSpec
-) -> None:
-    leaf = jax.ShapeDtypeStruct(shape, np.float32)
-    assert shardings({"a": leaf}, EIGHT, "fsdp")["a"].spec == spec
-    assert shardings({"a": leaf}, EIGHT, "data")["a"].spec == PartitionSpec()
+# Everything that a rule can ask of an optimizer: moments, sums of gradients, a lowest block without either.
+RECIPE = Recipe(optimizer="adamw", accumulate=2, layer_decay=0.9, frozen=1)
+
+
+def placed(kind: str, devices: int) -> dict[str, PartitionSpec]:
+    def training() -> tuple[VisionTransformer, nnx.Optimizer]:
+        model = VisionTransformer(CONFIG, rngs=nnx.Rngs(0))
+        blocks = CONFIG.num_hidden_layers
+        return model, nnx.Optimizer(model, transformation(RECIPE, 8, blocks), wrt=trained(RECIPE, blocks))
+
+    state = nnx.state(nnx.eval_shape(training))
+    found = shardings(state, CONFIG, AbstractMesh((devices,), ("data",)), kind)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    return {".".join(map(str, path)): variable.get_value().spec for path, variable in nnx.to_flat_state(found)}
+
+
+def divided(specs: dict[str, PartitionSpec]) -> dict[str, PartitionSpec]:
+    return {path: spec for path, spec in specs.items() if any(spec)}
+
+
+KERNELS = {
+    "attn.query.kernel": PartitionSpec("data", None),
+    "attn.key.kernel": PartitionSpec("data", None),
+    "attn.value.kernel": PartitionSpec("data", None),
+    "attn.out.kernel": PartitionSpec(None, "data"),
+    "mlp.fc1.kernel": PartitionSpec("data", None),
+    "mlp.fc2.kernel": PartitionSpec(None, "data"),
+}
+
+
+def test_large_parameters_are_divided_and_their_moments_with_them() -> None:
+    specs = placed("fsdp", 8)
+    lies = divided(specs)
+    model = {f"0.blocks.{i}.{path}": spec for i in (0, 1) for path, spec in KERNELS.items()}
+    patch = PartitionSpec(None, None, None, "data")
+    assert {path: spec for path, spec in lies.items() if path.startswith("0.")} == {**model, "0.patch.kernel": patch}
+    moments = [path for path in lies if path.startswith("1.")]
+    # The first block and the patches are frozen: what is left is one block's, in two moments and the sum.
+    assert len(moments) == 3 * len(KERNELS)
+    assert all(lies[path] == KERNELS[path.partition(".blocks.1.")[2]] for path in moments)
+    assert len(lies) < len(specs)
+
+
+# 96 is no multiple of 5 or 7; a run on so many devices is a run with whole parameters.
+@pytest.mark.parametrize(("kind", "devices"), [("data", 8), ("fsdp", 5), ("fsdp", 7)])
+def test_else_everything_is_on_every_device(kind: str, devices: int) -> None:
+    assert divided(placed(kind, devices)) == {}
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

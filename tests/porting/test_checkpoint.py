@@ -425,7 +425,7 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
     tensors["vit.layernorm.weight"][4] = -np.inf
     save_file(tensors, directory / checkpoint.WEIGHTS)
     text = refusal(directory, porting.PortError)
-    assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 not finite, 1 unexpected")
+    assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 unexpected, 1 not finite")
     for line in (
         "missing: vit.layernorm.bias: expected (6,) for norm.bias",
         "missing: classifier.weight: expected (3, 6) for head.kernel",
@@ -458,6 +458,18 @@ def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message
     assert re.search(re.escape(message), refusal_when_opened(tmp_path))
 
 
+def test_safetensors_are_written_with_the_bytes_of_their_own_library(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kinds = (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)
+    tensors = {f"é.{n}.{np.dtype(kind)}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
+    tensors["scalar"] = np.full((), 3, np.float32)
+    tensors["turned"] = np.asfortranarray(tensors["é.11.float32"])
+    checkpoint.write_safetensors(tmp_path / "ours", tensors)
+    # It writes memory as it lies.
+    save_file({**tensors, "turned": tensors["é.11.float32"]}, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = vit_ref.from_pretrained(directory)
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
@@ -465,7 +477,7 @@ def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytes
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full_disk)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         vit_ref.save_pretrained(model, directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

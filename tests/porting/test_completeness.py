@@ -16,7 +16,7 @@ from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.porting import LAYOUTS, Layout, PortError, Rule, Tensors, Transform
 from vit_ref.sites import sites
-from vit_ref.verify.cases import Case
+from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.gates import error
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.trace import Trace
@@ -82,6 +82,19 @@ def test_all_faults_are_reported_and_nothing_else(
     lines = str(caught.value).splitlines()[1:]
     for kind, name, shape in expected:
         assert [line for line in lines if line.startswith(f"  {kind}: {name}: ") and str(shape) in line]
+
+
+def test_nothing_is_handed_over_once_a_tensor_is_known_not_to_fit_and_all_else_is_still_looked_at() -> None:
+    config = CASES["rectangular"].config
+    source = dict(CASES["rectangular"].checkpoint().tensors)
+    last, late = "vit.embeddings.cls_token", "vit.layernorm.weight"
+    source[last] = np.full_like(source[last], np.nan)
+    del source[late]
+    handed: list[str] = []
+    with pytest.raises(PortError) as caught:
+        handed.extend(path for path, _ in porting.ported(source, config, porting.HF))
+    assert {(fault.kind, fault.name) for fault in caught.value.faults} == {("not finite", last), ("missing", late)}
+    assert handed == []
 
 
 @layouts

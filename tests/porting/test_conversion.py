@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
     def full_disk(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("save_file", "write_tensors"):
+    for name in ("write_safetensors", "write_tensors"):
         monkeypatch.setattr(checkpoint, name, full_disk)
     message = refusal(source, place(tmp_path, to), to)
     assert message == f"{place(tmp_path, to)}: cannot be written ([Errno 28] No space left on device)"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from vit_ref import partition
+from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.partition import DATA
+from vit_ref.pretrained import with_arrays
 
 Sharding = Literal["data", "fsdp"]
-AXIS = "data"
-# A smaller parameter costs more to gather than to keep whole: all biases, norms and heads of a few classes.
-_LEAST = 2**12
 
 
 def mesh_for(batch_size: int) -> Mesh:
@@ -26,39 +28,38 @@ def mesh_for(batch_size: int) -> Mesh:
     devices = jax.devices()
     if batch_size % len(devices):
         raise InputError(f"batch_size is {batch_size}: give a multiple of the {len(devices)} devices")
-    return Mesh(np.array(devices), (AXIS,))
+    return Mesh(np.array(devices), (DATA,))
 
 
-def shardings(state: Any, mesh: Mesh, kind: Sharding) -> Any:
-    """Where each array of a tree lies.
+def shardings(state: nnx.State, config: ViTConfig, mesh: Mesh | AbstractMesh, kind: Sharding) -> nnx.State:
+    """Where each array of a training state lies, by `vit_ref.partition`.
 
     Args:
-      state: a tree of arrays or of their shapes: parameters, and an optimizer's moments, which are as large.
+      state: parameters, and an optimizer's moments, each of which lies as the parameter does whose path ends its own.
+      config: the model's.
       mesh: from `mesh_for`.
-      kind: "data": every device has all of it. "fsdp": large arrays are divided over the devices along the longest
-        axis that they divide evenly (Zhao et al. 2023, https://arxiv.org/abs/2304.11277, as XLA does it).
+      kind: "data": every device has all of it. "fsdp": large arrays are divided over the devices, where these divide
+        the model's width.
 
     Returns:
-      A tree of `NamedSharding`.
+      The state with a `NamedSharding` in the place of each array; what belongs to no parameter is on every device.
     """
+    placed = partition.shardings(config, mesh, kind, lenient=True)
 
-    def spec(leaf: Any) -> PartitionSpec:
-        if kind == "data" or leaf.size < _LEAST:
-            return PartitionSpec()
-        fitting = [axis for axis, length in enumerate(leaf.shape) if length % mesh.size == 0]
-        if not fitting:
-            return PartitionSpec()
-        longest = max(fitting, key=lambda axis: leaf.shape[axis])
-        return PartitionSpec(*(AXIS if axis == longest else None for axis in range(leaf.ndim)))
+    def of(path: str) -> NamedSharding:
+        parts = path.split(".")
+        names = (".".join(parts[k:]) for k in range(len(parts)))
+        return next((placed[name] for name in names if name in placed), whole(mesh))
 
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), state)
+    paths = (".".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
+    return with_arrays(state, {path: of(path) for path in paths})
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def whole(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """On every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def divided(batch: NDArray, mesh: Mesh) -> jax.Array:
     """This process's part of a batch, as its part of the one array that all processes share."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(AXIS)), batch)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(DATA)), batch)

@@ -117,7 +117,7 @@ def finetune(
     optimizer = nnx.Optimizer(model, transformation(recipe, updates, blocks), wrt=trained(recipe, blocks))
     model.train()
     graph, state = nnx.split((model, optimizer))
-    layout = shardings(state, mesh, conduct.sharding)
+    layout = shardings(state, model.config, mesh, conduct.sharding)
     state = jax.device_put(state, layout)
     learn = learner(graph, layout, mesh, recipe)
     look = Examiner(model, mesh)

@@ -1,0 +1,54 @@
+"""What eight simulated devices did: measured once, by one program of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ways import CASE
+
+from vit_ref import checkpoint
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of the case, as a directory."""
+    directory = tmp_path_factory.mktemp("sharding") / "checkpoint"
+    source = CASE.checkpoint()
+    checkpoint.write_directory(directory, source.tensors, source.config or {})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def start(directory: Path) -> Callable[..., subprocess.Popen]:
+    """`start(devices, program, *arguments)`: a program of this folder's, with so many simulated devices."""
+
+    def start(devices: int, program: str, *arguments: Any) -> subprocess.Popen:
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, str(Path(__file__).parent / program), str(directory), *map(str, arguments)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def out(start: Callable[..., subprocess.Popen], directory: Path) -> Path:
+    """Where `measure.py` wrote what it saw."""
+    out = directory.parent / "measured"
+    out.mkdir()
+    process = start(8, "measure.py", out)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    return out
+
+
+@pytest.fixture(scope="session")
+def measured(out: Path) -> dict[str, Any]:
+    """What it saw."""
+    return json.loads((out / "measured.json").read_text(encoding="utf-8"))

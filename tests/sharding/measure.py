@@ -1,0 +1,236 @@
+"""On eight simulated devices: loads, runs, differentiates and saves a model in every way, and writes down what it saw.
+
+A program of its own, because the number of devices is settled when jax starts: `measure.py CHECKPOINT DIRECTORY`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+from ways import CASE, JUDGED, WAYS, Way, digests
+
+import vit_ref
+from vit_ref import checkpoint
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.model import Tap
+from vit_ref.pretrained import arrays_of
+from vit_ref.verify.backward import Gradients, Objective
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.gates import error, numerical_gate
+from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.parity import ParityReport, check_parity
+from vit_ref.verify.tapped import Forward
+from vit_ref.verify.trace import Trace
+
+
+class OneDevice(OwnCandidate):
+    """The model on one device, which judges the others; it is asked once."""
+
+    name = "one device"
+    foreign = False
+
+    def __init__(self, source: Checkpoint):
+        super().__init__(CASE.config, source)
+        self._traces: dict[np.dtype, Trace] = {}
+        self._gradients: dict[np.dtype, Callable[[Objective], Gradients]] = {}
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        if np.dtype(dtype) not in self._traces:
+            self._traces[np.dtype(dtype)] = super().trace(pixels, dtype, replace)
+        return dict(self._traces[np.dtype(dtype)])
+
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        if np.dtype(dtype) not in self._gradients:
+            found: dict[float, Gradients] = {}
+            differentiate = super().gradients(pixels, dtype)
+
+            def remembered(objective: Objective) -> Gradients:
+                # No two objectives have the same brightness.
+                if objective.brightness not in found:
+                    found[objective.brightness] = differentiate(objective)
+                return found[objective.brightness]
+
+            self._gradients[np.dtype(dtype)] = remembered
+        return self._gradients[np.dtype(dtype)]
+
+
+class Sharded(OwnCandidate):
+    """The model as it was loaded onto a mesh, the batch divided over the axis "data"."""
+
+    name = "sharded"
+
+    def __init__(self, source: Checkpoint, model: vit_ref.VisionTransformer, mesh: Mesh):
+        super().__init__(CASE.config, source)
+        self._state, self._images = nnx.state(model), NamedSharding(mesh, PartitionSpec("data"))
+
+    def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        graph = nnx.split(
+            nnx.eval_shape(lambda: vit_ref.VisionTransformer(CASE.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        )[0]
+        # As differentiation has them.
+        state = jax.tree.map(lambda x: jnp.asarray(x, np.promote_types(dtype, np.float32)), self._state)
+        before, after = arrays_of(self._state), arrays_of(state)
+        moved = [
+            path
+            for path in before
+            if not after[path].sharding.is_equivalent_to(before[path].sharding, after[path].ndim)
+        ]
+        assert not moved, moved
+
+        def forward(state: nnx.State, pixels: jax.Array, tap: Tap) -> jax.Array:
+            return nnx.merge(graph, state)(jax.lax.with_sharding_constraint(pixels, self._images), tap=tap)
+
+        return state, forward
+
+
+class Watched(checkpoint.LazyTensors):
+    """Tensors that are counted as they are read, and what the devices hold meanwhile."""
+
+    def __init__(self, *files: Path):
+        super().__init__(*files)
+        Watched.last, self.asked, self.alive, self.most = self, Counter[str](), 0, 0
+
+    def __getitem__(self, name: str) -> NDArray:
+        tensor = super().__getitem__(name)
+        self.asked[name] += 1
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(tensor, self._died)
+        return tensor
+
+    def _died(self) -> None:
+        self.alive -= 1
+
+
+def held() -> Counter[int]:
+    """Bytes of all arrays that live, by device."""
+    found = Counter[int]()
+    for array in jax.live_arrays():
+        # Asked for its shards an array would make arrays of them, which would be counted, too.
+        part = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for device in array.sharding.addressable_devices:
+            found[device.id] += part
+    return found
+
+
+def loaded(directory: Path, mesh: Mesh, way: Way) -> tuple[vit_ref.VisionTransformer, dict[str, Any]]:
+    """The model on its mesh, and what was asked of the host and held by the devices while it was loaded."""
+    gc.collect()
+    before, peak, placed = held(), Counter[int](), []
+    make = jax.make_array_from_callback
+
+    def watched(shape: tuple[int, ...], sharding: NamedSharding, callback: Callable[..., NDArray]) -> jax.Array:
+        nonlocal peak
+        largest = 0
+
+        def asked(index: Any) -> NDArray:
+            nonlocal largest, peak
+            part = callback(index)
+            largest = max(largest, part.nbytes)
+            peak |= held() - before
+            return part
+
+        array = make(shape, sharding, asked)
+        peak |= held() - before
+        placed.append((list(shape), largest))
+        return array
+
+    with (
+        mock.patch.object(jax, "make_array_from_callback", watched),
+        mock.patch.object(checkpoint, "LazyTensors", Watched),
+    ):
+        model = vit_ref.from_pretrained(directory, mesh=mesh, sharding=way.sharding)
+    peak |= held() - before
+    arrays = arrays_of(nnx.state(model))
+    return model, {
+        "asked": Watched.last.asked,
+        "alive": Watched.last.most,
+        "placed": placed,
+        "peak": [peak[device.id] for device in jax.devices()],
+        "shards": {
+            path: [[list(shard.data.shape), shard.data.nbytes] for shard in array.addressable_shards]
+            for path, array in arrays.items()
+        },
+    }
+
+
+def observed(report: ParityReport) -> dict[str, Any]:
+    """A report's numbers, by site or gradient: both errors in float64, the error in float32, and its gate."""
+    sites = {each.site: [each.exact.rms, each.exact.max, each.rounding, each.gate] for each in report.results}
+    return {"unobserved": report.unobserved, "sites": sites}
+
+
+def communication(text: str) -> Counter[str]:
+    """How often a compiled program communicates, by the operation."""
+    return Counter(re.findall(rf"= [^=]*? ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def as_users_run_it(model: vit_ref.VisionTransformer, pixels: Any) -> tuple[NDArray, str]:
+    """Logits without a tap, and the compiled program."""
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, pixels: nnx.merge(graph, state)(pixels)).lower(state, pixels).compile()
+    return np.asarray(compiled(state, pixels)), compiled.as_text() or ""
+
+
+def main(directory: Path, out: Path) -> None:
+    source, images = checkpoint.read(directory), CASE.images()
+    judge = OneDevice(source)
+    alone = vit_ref.from_pretrained(directory)
+    yardstick, _ = as_users_run_it(alone, images)
+    truth = judge.trace(images, np.float64)["logits"]
+    own = error(yardstick, truth, carriers=True)
+    vit_ref.save_pretrained(alone, out / "one", max_shard_size="100KB")
+    found: dict[str, Any] = {"one": digests(out / "one")}
+    models = {}
+    for name, way in WAYS.items():
+        mesh = Mesh(np.array(jax.devices()).reshape(way.data, way.model), ("data", "model"))
+        models[name], load = loaded(directory, mesh, way)
+        vit_ref.save_pretrained(models[name], out / name, max_shard_size="100KB")
+        found[name] = {"load": load, "saved": digests(out / name)}
+
+    def judged(name: str) -> None:
+        model = models[name]
+        mesh = model.norm.scale[...].sharding.mesh
+        logits, program = as_users_run_it(model, jax.device_put(images, NamedSharding(mesh, PartitionSpec("data"))))
+        found[name] |= {
+            "communication": communication(program),
+            "logits": [error(logits, truth).rms, numerical_gate(own.rms, np.float32, own.carriers)],
+        }
+        if name in JUDGED:
+            given = name, CASE.config, source, images, Sharded(source, model, mesh), np.float32, judge
+            found[name] |= {
+                "forward": observed(check_parity(*given)),
+                "backward": observed(check_gradients(*given)),
+            }
+
+    # The first has the judge compiled; then one is traced while another is compiled.
+    first, *others = WAYS
+    judged(first)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(judged, others))
+    (out / "measured.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

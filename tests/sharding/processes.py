@@ -1,0 +1,72 @@
+"""One of two processes of four simulated devices each: loads, runs, differentiates and saves a model with the other.
+
+A program of its own: `processes.py CHECKPOINT DIRECTORY COORDINATOR NUMBER`. The first writes down what it saw.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ways import CASE
+
+import vit_ref
+from vit_ref.pretrained import arrays_of
+from vit_ref.verify.backward import objectives_for
+from vit_ref.verify.gradients import _errors
+
+
+def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Array]:
+    """The logits, and the gradient of the loss for each parameter, in float64."""
+    graph, state = nnx.split(model)
+    labels = objectives_for(CASE.config, CASE.batch)[0].labels
+
+    @jax.jit
+    def run(state: nnx.State, images: jax.Array) -> tuple[jax.Array, nnx.State]:
+        def loss(state: nnx.State) -> tuple[jax.Array, jax.Array]:
+            logits = nnx.merge(graph, state)(images)
+            return -jax.nn.log_softmax(logits)[np.arange(CASE.batch), labels].mean(), logits
+
+        gradients, logits = jax.grad(loss, has_aux=True)(state)
+        return logits, gradients
+
+    logits, gradients = run(jax.tree.map(lambda x: x.astype(np.float64), state), images)
+    return {"logits": logits, **arrays_of(gradients)}
+
+
+def main(directory: Path, out: Path, coordinator: str, number: int) -> None:
+    jax.distributed.initialize(coordinator, 2, number)
+    jax.config.update("jax_enable_x64", True)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    model = vit_ref.from_pretrained(directory, dtype=np.float64, mesh=mesh, sharding="fsdp+tensor")
+    vit_ref.save_pretrained(model, out / f"process-{number}", max_shard_size="100KB")
+    images = CASE.images().astype(np.float64)
+    divided = NamedSharding(mesh, PartitionSpec("data"))
+    batch = jax.make_array_from_callback(images.shape, divided, lambda index: images[index])
+    together = {
+        name: np.asarray(multihost_utils.process_allgather(value, tiled=True))
+        for name, value in observed(model, batch).items()
+    }
+    if number:
+        return
+    alone = observed(vit_ref.from_pretrained(directory, dtype=np.float64), images)
+    # The scale of a gradient is its layer's: the key's bias has none but rounding.
+    errors = _errors(together, {name: np.asarray(value) for name, value in alone.items()})
+    spans = [path for path, array in arrays_of(nnx.state(model)).items() if not array.is_fully_replicated]
+    found = {
+        "devices": [jax.local_device_count(), jax.device_count()],
+        "divided": spans,
+        "errors": {name: [each.rms, each.max] for name, each in errors.items()},
+    }
+    (out / "processes.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

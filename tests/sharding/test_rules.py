@@ -1,0 +1,140 @@
+"""Does a rule say of each parameter where it lies, and is what cannot be divided refused?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from ways import CASE
+
+import vit_ref
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.partition import RULES, shardings
+from vit_ref.porting import parameter_shapes, templated
+
+pytestmark = pytest.mark.sharding
+
+# Of ViT-B/16, on two dimensions as the papers have it: columns are a kernel's second. Whatever is not named is whole.
+COLUMNS = ("attn.query", "attn.key", "attn.value", "mlp.fc1")
+ROWS = ("attn.out", "mlp.fc2")
+WIDTH = {"position_embeddings": P(None, None, "data"), "patch.kernel": P(None, None, None, "data")}
+TENSOR = {
+    **{f"{layer}.kernel": P(None, "model") for layer in COLUMNS},
+    **{f"{layer}.bias": P("model") for layer in COLUMNS},
+    **{f"{layer}.kernel": P("model", None) for layer in ROWS},
+}
+FSDP = {
+    **{f"{layer}.kernel": P("data", None) for layer in COLUMNS},
+    **{f"{layer}.kernel": P(None, "data") for layer in ROWS},
+    **WIDTH,
+    "head.kernel": P("data"),
+}
+BOTH = {
+    **{f"{layer}.kernel": P("data", "model") for layer in COLUMNS},
+    **{f"{layer}.bias": P("model") for layer in COLUMNS},
+    **{f"{layer}.kernel": P("model", "data") for layer in ROWS},
+    **WIDTH,
+    "head.kernel": P("data"),
+}
+BASE = ViTConfig.variant("B/16")
+
+
+def mesh(**axes: int) -> AbstractMesh:
+    return AbstractMesh(tuple(axes.values()), tuple(axes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("data", {}), ("tensor", TENSOR), ("fsdp", FSDP), ("fsdp+tensor", BOTH)]
+)
+def test_parameters_of_vit_b16_are_divided_as_published(kind: str, expected: dict[str, P]) -> None:
+    found = {path: where.spec for path, where in shardings(BASE, mesh(data=2, model=4), kind).items()}
+    assert list(found) == list(parameter_shapes(BASE))
+    divided = {path: spec for path, spec in found.items() if any(spec)}
+    assert divided == {path: expected[path.split(".", 2)[-1] if "blocks" in path else path] for path in divided}
+    assert {path.split(".", 2)[-1] if "blocks" in path else path for path in divided} == expected.keys()
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_each_rule_is_some_parameters_and_each_parameter_has_one(kind: str) -> None:
+    headless = replace(CASE.config, num_labels=0, pooler=True)
+    assert {templated(path)[0] for config in (CASE.config, headless) for path in parameter_shapes(config)} == set(
+        RULES[kind]
+    )
+
+
+@pytest.mark.parametrize(("width", "divided"), [(56, 0), (64, 4)])
+def test_small_parameters_are_whole_and_need_not_be_divisible(width: int, divided: int) -> None:
+    # 64 x 64 elements are enough, in query, key, value and out; 56 is no multiple of 5, and nobody asks.
+    config = replace(CASE.config, hidden_size=width, intermediate_size=57)
+    found = shardings(config, mesh(data=8 if divided else 5), "fsdp")
+    assert sum(any(where.spec) for where in found.values()) == divided
+
+
+def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
+    with pytest.raises(InputError) as caught:
+        shardings(config, on, sharding)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "on", "sharding", "message"),
+    [
+        # 768 columns can be divided over eight devices, twelve heads cannot.
+        (
+            BASE,
+            mesh(model=8),
+            "tensor",
+            "blocks.0.attn.key.bias: dimension 0 (12 heads, 768 columns or rows) cannot be",
+        ),
+        (BASE, mesh(data=5), "fsdp", "blocks.0.attn.key.kernel: dimension 0 (length 768) cannot be divided over the 5"),
+        (
+            replace(BASE, intermediate_size=3073),
+            mesh(data=2, model=4),
+            "fsdp+tensor",
+            "blocks.0.mlp.fc1.bias: dimension 0 (length 3073) cannot be divided over the 4 devices of the axis 'model'",
+        ),
+        (BASE, mesh(data=4), "tensor", "divides it over the axis 'model', and the mesh has only 'data'"),
+        (BASE, mesh(data=4), "zero", "sharding is 'zero': known are data, fsdp, tensor, fsdp+tensor"),
+        (BASE, mesh(data=4), {}, "blocks.0.attn.key.bias: no rule says where it lies: add one for 'blocks.{i}.attn"),
+        (
+            BASE,
+            mesh(x=2),
+            {**RULES["data"], "norm.bias": P(None, "x")},
+            "norm.bias: the rule (None, 'x') has more dimensions than its shape (768,)",
+        ),
+        (
+            BASE,
+            mesh(x=3, y=5),
+            {**RULES["data"], "head.kernel": P(("x", "y"))},
+            "head.kernel: dimension 0 (length 768) cannot be divided over the 15 devices of the axis 'x+y'",
+        ),
+        (
+            BASE,
+            AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,)),
+            "data",
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 1)",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    config: ViTConfig, on: AbstractMesh, sharding: object, message: str
+) -> None:
+    assert message in refusal(config, on, sharding)
+
+
+def test_rules_of_ones_own_are_followed_to_the_letter() -> None:
+    rules = {**RULES["data"], "norm.bias": P("x"), "head.kernel": P(("x", "y"))}
+    found = shardings(BASE, mesh(x=2, y=4), rules)
+    assert {path: where.spec for path, where in found.items() if any(where.spec)} == {
+        "norm.bias": P("x"),
+        "head.kernel": P(("x", "y")),
+    }
+
+
+def test_a_sharding_wants_a_mesh() -> None:
+    with pytest.raises(InputError, match="sharding is 'tensor': give the mesh, too"):
+        vit_ref.from_pretrained("anywhere", sharding="tensor")

@@ -1,0 +1,64 @@
+"""What is sharded: a model whose dimensions tell axes apart, and the ways to lay it on eight devices.
+
+Eight devices or four divide the width and the heads, two the hidden units besides; tokens, classes, channels and the
+heads' width are prime or odd. Query and the other kernels are large enough to be divided by FSDP, the head is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from vit_ref.config import ViTConfig
+from vit_ref.verify.cases import Case
+
+CASE = Case(
+    "sharded",
+    ViTConfig(
+        hidden_size=88,
+        num_attention_heads=8,
+        num_hidden_layers=1,
+        intermediate_size=104,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.2,
+        image_size=(10, 40),
+        patch_size=5,
+        num_channels=2,
+        num_labels=23,
+    ),
+    batch=8,
+    seed=11,
+)
+
+
+class Way(NamedTuple):
+    """A mesh, devices along "data" and along "model", and a kind of sharding on it."""
+
+    sharding: str
+    data: int
+    model: int
+
+    def __str__(self) -> str:
+        return f"{self.sharding}-{self.data}x{self.model}"
+
+
+WAYS = {
+    str(way): way
+    for way in (
+        Way("data", 8, 1),
+        Way("fsdp", 8, 1),
+        Way("tensor", 1, 8),
+        Way("fsdp+tensor", 4, 2),
+        Way("fsdp+tensor", 2, 4),
+    )
+}
+
+
+# Of the last, another mesh of the kind before it, the logits are: each way takes ten seconds to compile.
+JUDGED = tuple(WAYS)[:-1]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """What a directory's files hold, by name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(directory.iterdir())}
