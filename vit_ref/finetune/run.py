@@ -119,7 +119,7 @@ def finetune(
     if not updates:
         raise InputError(f"accumulate is {recipe.accumulate}: there are only {steps} steps, so nothing would be learnt")
     model = starting_model(source, training.classes, recipe)
-    blocks = model.config.num_hidden_layers
+    config, blocks = model.config, model.config.num_hidden_layers
     optimizer = nnx.Optimizer(model, transformation(recipe, updates, blocks), wrt=trained(recipe, blocks))
     model.train()
     graph, state = nnx.split((model, optimizer))
@@ -127,11 +127,13 @@ def finetune(
     state = jax.device_put(state, layout)
     learn = learner(graph, layout, mesh, recipe)
     look = Examiner(model, mesh)
+    # Where parameters and moments are divided over devices, these are the only whole ones, on the first.
+    del model, optimizer
 
     shard = (jax.process_index(), jax.process_count())
     loader = batches(
         training,
-        model.config,
+        config,
         batch_size=recipe.batch_size // shard[1],
         seed=recipe.seed,
         epochs=recipe.epochs,
