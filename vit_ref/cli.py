@@ -209,7 +209,7 @@ def propose(candidate: str, checkpoint: str) -> None:
     "--bad-images", type=click.Choice(["error", "skip"]), default="error", show_default=True, help="Unreadable ones."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("run"), show_default=True, help="The run's place.")
-@click.option("--resume", is_flag=True, help="Go on where the run in --out was stopped.")
+@click.option("--resume", is_flag=True, help="Go on where the run in --out was stopped, or begin it.")
 @recipe_options
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load images.")
 @click.option("--save-every", type=click.IntRange(1), metavar="N", help="Checkpoint every N steps, too.")
@@ -259,7 +259,14 @@ def finetune_command(
             raise InputError("--coordinator, --processes and --process-id belong together: give all three")
         import jax
 
-        jax.distributed.initialize(coordinator, processes, process_id)
+        # What jax raises of an address or a number that makes no sense has no family of its own.
+        try:
+            jax.distributed.initialize(coordinator, processes, process_id)
+        except Exception as error:
+            raise InputError(
+                f"--coordinator {coordinator} --processes {processes} --process-id {process_id}: they cannot be joined"
+                f" ({' '.join(str(error).split())}): give HOST:PORT, and numbers from 0 to {(processes or 1) - 1}"
+            ) from None
     # Of a full disk Orbax and tensorstore say there, over pages, what becomes one line here.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -269,8 +276,11 @@ def finetune_command(
 
     training = open_dataset(data, train_split, classes=classes, on_bad=bad_images)
     validation = open_dataset(data, validation_split, classes=training.classes, on_bad=bad_images)
-    for reason in (*training.bad, *validation.bad):
-        _ERRORS.print(f"vit-ref: left out: {reason}", markup=False)
+    for images in (training, validation):
+        for reason in images.bad:
+            _ERRORS.print(f"vit-ref: left out: {reason}", markup=False)
+        if images.bad:
+            _ERRORS.print(f"vit-ref: left out: {len(images.bad)} of {len(images.bad) + len(images)} images")
     conduct = Conduct(workers, save_every, keep, sharding, tensorboard)
     outcome = finetune(checkpoint, training, validation, out, chosen, conduct, resume=resume)
     if outcome.writes:

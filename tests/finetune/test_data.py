@@ -183,6 +183,14 @@ def test_folders_that_make_no_data_set_are_refused(
     assert said.format(root=tmp_path) in refusal(lambda: open_dataset(tmp_path, split))
 
 
+def test_names_that_are_no_text_are_refused_of_classes_and_taken_of_files(tmp_path: Path) -> None:
+    fill(tmp_path, {"ant": 3, "bee": 3})
+    os.rename(tmp_path / "ant" / "0.png", os.fsencode(tmp_path / "ant") + b"/caf\xe9.png")
+    assert len(open_dataset(tmp_path, "train")) == 4
+    os.rename(tmp_path / "bee", os.fsencode(tmp_path) + b"/caf\xe9")
+    assert r"'caf\udce9' is not: rename the folder" in refusal(lambda: open_dataset(tmp_path, "train"))
+
+
 def test_a_directory_without_folders_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "0.png", 1, 1)
     assert f"{tmp_path}: no folders in it" in refusal(lambda: open_dataset(tmp_path, "train"))

@@ -26,8 +26,9 @@ from vit_ref.preprocessing import preprocess
 
 pytestmark = pytest.mark.training
 
-# The longest that Food-101 has is of 23 letters; dollar signs would be mathematics, and here a mistake in it.
-NAMES = ("strawberry_shortcake", "pho", "grilled_cheese_sandwich", "$\\x$")
+# The longest that Food-101 has is of 23 letters; an apple is in no font of matplotlib's; dollar signs would
+# be mathematics, and here a mistake in it.
+NAMES = ("strawberry_shortcake", "ph\U0001f34f", "grilled_cheese_sandwich", "$\\x$")
 
 
 def names(count: int) -> list[str]:
@@ -183,7 +184,11 @@ def test_batches_show_each_image_above_its_augmentation(drawn: Drawn, tmp_path: 
 def test_predictions_say_what_is_wrong_in_words_too(drawn: Drawn, tmp_path: Path) -> None:
     images, _, _, _, labels = predicted(3)
     plots.predictions(tmp_path / "plot.png", images, [1, 4, 3], [1, 0, 3], [0.984, 0.5, 1], labels)
-    assert drawn.titles == ["✓ 98% pho1", "✗ 50% strawberry_shortcake0\nis strawberry_shortcake4", "✓ 100% $\\x$3"]
+    assert drawn.titles == [
+        "✓ 98% ph\U0001f34f1",
+        "✗ 50% strawberry_shortcake0\nis strawberry_shortcake4",
+        "✓ 100% $\\x$3",
+    ]
     assert [axes.title.get_color() for axes in drawn.axes] == [plots.BLUE, plots.VERMILLION, plots.BLUE]
     for axes, image in zip(drawn.axes, images, strict=True):
         assert (axes.images[0].get_array() == image).all()

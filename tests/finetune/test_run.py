@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax import nnx
+from PIL import Image
 
 import vit_ref
 from finetuning import STEPS, Runner
-from vit_ref.finetune.data import open_dataset
+from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.finetune.augmentation import Augmentation
+from vit_ref.finetune.data import ImageDataset, open_dataset
 from vit_ref.finetune.loading import batches
 from vit_ref.finetune.metrics import Evaluation, read_metrics
+from vit_ref.finetune.optimizer import schedule, trained, transformation
+from vit_ref.finetune.recipe import Recipe
+from vit_ref.finetune.run import Conduct, _require_same_run, finetune
+from vit_ref.finetune.start import starting_model
+from vit_ref.finetune.step import train_step
+from vit_ref.model import VisionTransformer
+from vit_ref.preprocessing import preprocess
 from vit_ref.verify.report import summary
 
 pytestmark = [pytest.mark.training, pytest.mark.xdist_group("runs")]
@@ -119,15 +134,77 @@ def test_two_processes_learn_what_one_learns(sharding: str, runner: Runner, stea
     np.testing.assert_allclose(losses(runner, out), steady, rtol=CLOSE)
 
 
+# optax counts in integers.
+@jax.numpy_dtype_promotion("standard")
+def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        image_size=8,
+        patch_size=4,
+        initializer_range=0.3,
+    )
+    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "start")
+    # Two images of an epoch fill no batch; of the validation images two are left for a last one.
+    training, validation = (
+        dataclasses.replace(images, names=images.names[:k], labels=images.labels[:k], rows=images.rows[:k])
+        for images, k in ((open_dataset(None, "train"), 14), (open_dataset(None, "validation"), 6))
+    )
+    recipe = Recipe(
+        epochs=2,
+        batch_size=4,
+        accumulate=2,
+        learning_rate=0.3,
+        layer_decay=0.5,
+        frozen=1,
+        warmup=0.4,
+        label_smoothing=0.2,
+        dropout=0.2,
+        seed=3,
+    )
+    outcome = finetune(tmp_path / "start", training, validation, tmp_path / "run", recipe, Conduct(quiet=True))
+
+    model = starting_model(tmp_path / "start", training.classes, recipe)
+    optimizer = nnx.Optimizer(model, transformation(recipe, 3, 2), wrt=trained(recipe, 2))
+    model.train()
+    arguments = {"batch_size": 4, "seed": 3, "epochs": 2, "augment": Augmentation()}
+    learn = nnx.jit(train_step, static_argnums=5)
+    expected, found = [], []
+    for step, batch in enumerate(batches(training, model.config, **arguments), start=1):
+        rngs = nnx.Rngs(dropout=jax.random.fold_in(jax.random.key(3), step))
+        loss = learn(model, optimizer, jnp.array(batch["pixels"]), jnp.array(batch["label"]), rngs, 0.2)
+        rate = float(schedule(recipe, 3)((step - 1) // 2))
+        expected.append({"step": step, "epoch": 1 + (step > 3), "loss": float(loss), "learning_rate": rate})
+        if step % 3 == 0:
+            model.eval()
+            pixels = preprocess([photograph.image for photograph in validation], model.config)
+            found.append(Evaluation.of_logits(model(pixels), validation.labels))
+            expected.append({"step": step, "epoch": step // 3, "validation_loss": found[-1].loss})
+            model.train()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    for line, wanted in zip(lines, expected, strict=True):
+        # Another compilation sums otherwise, over six steps; another mask, image or rate is seen in the third digit.
+        assert {name: line[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    best = max((0, 1), key=lambda epoch: (found[epoch].accuracy, -found[epoch].loss))
+    assert outcome.epoch == best + 1
+    assert (outcome.evaluation.confusion == found[best].confusion).all()
+    assert all(each.deterministic for _, each in nnx.iter_modules(outcome.model) if isinstance(each, nnx.Dropout))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--batch-size", "1000"), "batch_size is 1000: there are only 512 training images"),
         (("--learning-rate", "0"), "learning_rate is 0.0: give a number from 1e-12 to 100"),
+        (("--accumulate", "17"), "accumulate is 17: there are only 16 steps"),
         (("--frozen", "9"), "frozen is 9: the model has 4 blocks"),
         (("nowhere",), "nowhere: "),
         (("--data", "/nowhere/images"), "/nowhere/images (train): no directory"),
         (("--coordinator", "127.0.0.1:1"), "--coordinator, --processes and --process-id belong together"),
+        (("--coordinator", "here", "--processes", "2", "--process-id", "0"), "--coordinator here --processes 2"),
+        (("--coordinator", "127.0.0.1:1", "--processes", "2", "--process-id", "2"), "--process-id 2: they cannot be"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(options: tuple[str, ...], said: str, refused: Callable) -> None:
@@ -139,14 +216,53 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused: Callable, whole_run: tu
     model.position_embeddings[...] = model.position_embeddings[...] * 0 + 3e38  # whose sum is no float32
     vit_ref.save_pretrained(model, runner.directory / "large")
     line = refused("diverged", str(runner.directory / "large"), apart=True)
-    assert "the loss is nan at step 1: lower learning_rate" in line
+    assert "the loss at step 1 is nan: lower learning_rate" in line
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, whole_run: tuple) -> None:
     assert "whole: there is a run in it: go on with --resume" in refused("whole")
     line = refused("whole", "--resume", "--epochs", "3")
     assert "run.json: epochs was 2 and is 3 now" in line
-    assert "run.json: images was 512 and is 384 now" in refused("whole", "--resume", "--classes", "3")
+    assert "run.json: training_images was '512 (" in refused("whole", "--resume", "--classes", "3")
+
+
+def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> None:
+    def begin(below: str, change: Callable[[ImageDataset], ImageDataset] = lambda dataset: dataset) -> None:
+        shapes = (open_dataset(None, split) for split in ("train", "validation"))
+        training, validation = (
+            dataclasses.replace(each, names=tuple(f"{below}/{name}" for name in each.names)) for each in shapes
+        )
+        _require_same_run(tmp_path, Recipe(), None, training, change(validation), resume=below != "here")
+
+    begin("here")
+    begin("there")
+    for change in (
+        lambda images: dataclasses.replace(images, labels=images.labels[::-1]),
+        lambda images: dataclasses.replace(images, names=("another", *images.names[1:])),
+    ):
+        with pytest.raises(InputError, match=r"run\.json: validation_images was '128 \(.{8}\)' and is '128 \("):
+            begin("there", change)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"recipe": 3}', b"\xff"])
+def test_a_damaged_description_of_a_run_is_said(content: bytes, refused: Callable, runner: Runner) -> None:
+    (runner.directory / "damaged").mkdir(exist_ok=True)
+    (runner.directory / "damaged" / "run.json").write_bytes(content)
+    assert "damaged/run.json: cannot be written or read (" in refused("damaged", "--resume")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "timing.jsonl"])
+def test_a_directory_of_somebody_elses_is_left_alone(name: str, refused: Callable, runner: Runner) -> None:
+    (runner.directory / f"has-{name}" / name).mkdir(parents=True)
+    assert f"{name} is there and would be overwritten" in refused(f"has-{name}")
+    assert [path.name for path in (runner.directory / f"has-{name}").iterdir()] == [name]
+
+
+def test_one_class_is_refused(refused: Callable, tmp_path: Path) -> None:
+    for index in range(64):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "cat" / f"{index}.png")
+    assert "there is one class, cat" in refused("one", "--data", str(tmp_path), "--batch-size", "8")
 
 
 def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_path: Path) -> None:

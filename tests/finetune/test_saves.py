@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,11 +22,18 @@ def arrays(step: int) -> dict[str, jax.Array]:
     return {"a.kernel": jnp.full((3, 2), step, jnp.float32), "count": jnp.array(step, jnp.int32)}
 
 
-def test_the_last_and_the_best_are_kept_and_read_back(tmp_path: Path) -> None:
+# In one process, or in two, of which the second has to know which was the best of the first.
+@pytest.mark.parametrize("stopped", [None, 4, 6])
+def test_the_last_and_the_best_are_kept_and_read_back(stopped: int | None, tmp_path: Path) -> None:
     saves = Saves(tmp_path, keep=2)
     # By accuracy, and among equals by loss: step 3.
     found = {1: (0.5, 0.9), 2: (0.8, 0.7), 3: (0.8, 0.6), 4: None, 5: (0.7, 0.1), 6: None}
     for step, accuracy in found.items():
+        if step == stopped:
+            saves.close()
+            # As the first one leaves it that is killed while it writes.
+            (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+            saves = Saves(tmp_path, keep=2)
         saves.save(arrays(step), Progress(step, {"batches": step}, accuracy))
     saves.wait()
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 5, 6]
@@ -39,11 +47,12 @@ def test_the_last_and_the_best_are_kept_and_read_back(tmp_path: Path) -> None:
 
 def test_what_is_saved_may_be_overwritten_at_once(tmp_path: Path) -> None:
     saves = Saves(tmp_path, keep=1)
-    values = {"a": jnp.zeros(2**20, jnp.float32)}
+    values = {"a": jnp.zeros(2**22, jnp.float32)}
+    following = jax.jit(lambda a: a + 1, donate_argnums=0).lower(values["a"]).compile()
     saves.save(values, Progress(1, None))
-    values["a"].delete()
+    following(values["a"])
     saves.wait()
-    assert not np.asarray(saves.restore(1, {"a": jnp.ones(2**20, jnp.float32)})["a"]).any()
+    assert not np.asarray(saves.restore(1, {"a": jnp.ones(2**22, jnp.float32)})["a"]).any()
     saves.close()
 
 
@@ -66,3 +75,23 @@ def test_the_arrays_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="checkpoint cannot be written or read"):
         saves.restore(1, {"a.kernel": jnp.zeros((5, 5))})
     saves.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: (step / "progress" / "metadata").unlink(),
+        lambda step: (step / "progress" / "metadata").write_text('{"batches": 1}'),
+        lambda step: (step / "progress" / "metadata").write_text("[1]"),
+        lambda step: shutil.rmtree(step / "arrays"),
+        lambda step: [file.write_bytes(file.read_bytes()[:-9]) for file in step.glob("arrays/**/d/*")],
+    ],
+    ids=["no progress", "another progress", "no object", "no arrays", "torn arrays"],
+)
+def test_a_damaged_checkpoint_is_named_with_the_way_on(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    saves = Saves(tmp_path, keep=1)
+    saves.save(arrays(1), Progress(1, {"batches": 1}))
+    saves.close()
+    damage(tmp_path / "1")
+    with pytest.raises(InputError, match=r"/1: checkpoint cannot be .*: remove it, and --resume goes on from the one"):
+        Saves(tmp_path, keep=1).restore(1, arrays(1))

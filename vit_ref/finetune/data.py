@@ -161,7 +161,7 @@ def _readable(dataset: ImageDataset, on_bad: str, where: str) -> ImageDataset:
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise InputError(
             f"{where}: {len(bad)} of {count} images cannot be read: {'; '.join(bad[:_NAMED])}{more}: mend them, or skip"
-            " them (on_bad 'skip')"
+            " them (--bad-images skip, on_bad='skip')"
         )
     if len(bad) == count:
         raise InputError(f"{where}: no image that can be read")
@@ -247,6 +247,10 @@ def _folders(directory: Path) -> list[str]:
     names = sorted(path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise InputError(f"{directory}: no folders in it: give a directory with one folder of images for each class")
+    for name in names:
+        # It becomes a name in JSON.
+        if name != name.encode(errors="replace").decode():
+            raise InputError(f"{directory}: a class's name has to be text, and {name!r} is not: rename the folder")
     return names
 
 
@@ -259,7 +263,7 @@ def _images(directory: Path) -> list[Path]:
 
 def _part(files: Sequence[Path], split: str) -> list[Path]:
     """A split of a class. It depends on names alone: neither on the place of the directory nor on the file system."""
-    by_hash = sorted(files, key=lambda path: (zlib.crc32(path.name.encode()), path))
+    by_hash = sorted(files, key=lambda path: (zlib.crc32(os.fsencode(path.name)), path))
     held_out = set(by_hash[: max(1, len(files) // _HELD_OUT)] if len(files) > 1 else ())
     return [path for path in files if (path in held_out) == (split == "validation")]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,7 +282,9 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the PNG under a temporary name and renames it."""
     path = Path(path)
     try:
-        with replacing(path) as staged:
+        with replacing(path) as staged, warnings.catch_warnings():
+            # A class's name may have letters that matplotlib's own font lacks: a box is drawn for each.
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
             figure.savefig(staged, format="png", bbox_inches="tight")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None

@@ -28,10 +28,12 @@ class Recipe:
       warmup: part of all updates over which it rises from zero, 0 to 1.
       momentum: of SGD.
       weight_decay: of AdamW, decoupled and on kernels alone; of SGD, added to the gradient of kernels.
-      layer_decay: learning rate of a block over that of the block above it; 1 for the same everywhere. The embeddings
-        count as the lowest block (BEiT, Bao et al. 2021, https://arxiv.org/abs/2106.08254, appendix).
+      layer_decay: learning rate of a block over that of the block above it; 1 for the same everywhere. Norm and head
+        are above the highest block, the embeddings below the lowest (BEiT, Bao et al. 2021,
+        https://arxiv.org/abs/2106.08254, appendix).
       frozen: how many blocks, from below and with the embeddings, are not trained; -1 for all but the head.
-      accumulate: steps whose gradients are averaged into one update.
+      accumulate: steps whose gradients are averaged into one update. Steps at the end that do not fill one change
+        nothing.
       clip: largest global norm of the gradient; None for any.
       label_smoothing: part of a label's weight that all classes share.
       dropout: of the hidden values and the attention probabilities; None for the checkpoint's own.

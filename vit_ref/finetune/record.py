@@ -77,8 +77,7 @@ class Record:
             return
         (step, loss), self._pending = self._pending, None
         value = float(loss)
-        if not math.isfinite(value):
-            raise InputError(f"the loss is {value} at step {step}: lower learning_rate, or give clip, and start anew")
+        _require_finite(value, f"at step {step}")
         now = time.perf_counter()
         speed, self._since = self._recipe.batch_size / (now - self._since), now
         epoch = (step - 1) // self._per_epoch + 1
@@ -91,7 +90,12 @@ class Record:
             timing.write({"step": step, "images_per_second": speed})
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
-        """The validation images were looked at after a step."""
+        """The validation images were looked at after a step.
+
+        Raises:
+          InputError: the loss there is not finite.
+        """
+        _require_finite(evaluation.loss, f"after step {step}, on the validation images,")
         if self._logs:
             found = {
                 "validation_loss": evaluation.loss,
@@ -103,7 +107,14 @@ class Record:
 
     def close(self) -> None:
         """Writes what is pending, and closes the files."""
-        self.flush()
-        self._bar.close()
-        for log in self._logs:
-            log.close()
+        try:
+            self.flush()
+        finally:
+            self._bar.close()
+            for log in self._logs:
+                log.close()
+
+
+def _require_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise InputError(f"the loss {where} is {loss}: lower learning_rate, or give clip, and start anew")

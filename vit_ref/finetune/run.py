@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import schedule, trained, transformation
 from vit_ref.finetune.predict import logits_of
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.record import Record
+from vit_ref.finetune.record import METRICS, TIMING, Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import starting_model
 from vit_ref.finetune.step import train_step
@@ -110,10 +112,14 @@ def finetune(
     per_epoch = batches_per_epoch(len(training), recipe.batch_size)
     if not per_epoch:
         raise InputError(f"batch_size is {recipe.batch_size}: there are only {len(training)} training images")
+    if len(training.classes) < 2:
+        raise InputError(f"there is one class, {training.classes[0]}: give at least two, each in a folder of its own")
     steps = per_epoch * recipe.epochs
+    updates = steps // recipe.accumulate
+    if not updates:
+        raise InputError(f"accumulate is {recipe.accumulate}: there are only {steps} steps, so nothing would be learnt")
     model = starting_model(source, training.classes, recipe)
-    blocks = model.config.num_hidden_layers
-    updates = max(steps // recipe.accumulate, 1)
+    config, blocks = model.config, model.config.num_hidden_layers
     optimizer = nnx.Optimizer(model, transformation(recipe, updates, blocks), wrt=trained(recipe, blocks))
     model.train()
     graph, state = nnx.split((model, optimizer))
@@ -121,11 +127,13 @@ def finetune(
     state = jax.device_put(state, layout)
     learn = learner(graph, layout, mesh, recipe)
     look = Examiner(model, mesh)
+    # Where parameters and moments are divided over devices, these are the only whole ones, on the first.
+    del model, optimizer
 
     shard = (jax.process_index(), jax.process_count())
     loader = batches(
         training,
-        model.config,
+        config,
         batch_size=recipe.batch_size // shard[1],
         seed=recipe.seed,
         epochs=recipe.epochs,
@@ -133,7 +141,7 @@ def finetune(
         workers=conduct.workers,
         shard=shard,
     )
-    _require_same_run(out, recipe, source, training, resume)
+    _require_same_run(out, recipe, source, training, validation, resume)
     saves = Saves(out / CHECKPOINTS, conduct.keep)
     done = saves.latest() if resume else None
     if done is not None:
@@ -152,22 +160,22 @@ def finetune(
         quiet=conduct.quiet,
     )
     evaluations: dict[int, Evaluation] = {}
-    for step in range(done + 1, steps + 1):
-        batch = next(loader)
-        pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
-        state, loss = learn(state, pixels, labels, np.int32(step))
-        record.step(step, loss)
-        epoch_ends = step % per_epoch == 0
-        if not epoch_ends and (conduct.save_every is None or step % conduct.save_every):
-            continue
-        record.flush()
-        accuracy = None
-        if epoch_ends:
-            evaluation = evaluations[step] = look(state_of_model(state), validation, recipe, conduct)
-            accuracy = evaluation.accuracy, evaluation.loss
-            record.validated(step, evaluation)
-        saves.save(arrays_of(state), Progress(step, loader.get_state(), accuracy))
-    record.close()
+    with contextlib.closing(loader), contextlib.closing(record):
+        for step in range(done + 1, steps + 1):
+            batch = next(loader)
+            pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
+            state, loss = learn(state, pixels, labels, np.int32(step))
+            record.step(step, loss)
+            epoch_ends = step % per_epoch == 0
+            if not epoch_ends and (conduct.save_every is None or step % conduct.save_every):
+                continue
+            record.flush()
+            accuracy = None
+            if epoch_ends:
+                evaluation = evaluations[step] = look(state_of_model(state), validation, recipe, conduct)
+                accuracy = evaluation.accuracy, evaluation.loss
+                record.validated(step, evaluation)
+            saves.save(arrays_of(state), Progress(step, loader.get_state(), accuracy))
     saves.wait()
     best = saves.best()
     if best is None:
@@ -265,31 +273,45 @@ def gathered(state: Any, mesh: Mesh) -> Any:
 
 
 def _require_same_run(
-    out: Path, recipe: Recipe, source: str | os.PathLike[str] | None, training: ImageDataset, resume: bool
+    out: Path,
+    recipe: Recipe,
+    source: str | os.PathLike[str] | None,
+    training: ImageDataset,
+    validation: ImageDataset,
+    resume: bool,
 ) -> None:
     """Writes down what decides the result, or compares it with what was written."""
     is_first = jax.process_index() == 0
     file = out / RECIPE
     described: dict[str, Any] = {
         "checkpoint": None if source is None else os.fspath(source),
-        "images": len(training),
+        "training_images": _told_apart(training),
+        "validation_images": _told_apart(validation),
         "classes": list(training.classes),
         "recipe": recipe.to_json(),
     }
     try:
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            if not resume and is_first:
-                raise InputError(f"{out}: there is a run in it: go on with --resume, or give another directory")
-            was, now = ({**each, **each["recipe"]} for each in (before, described))
-            for name in now:
-                if name != "recipe" and now[name] != was[name]:
-                    raise InputError(
-                        f"{file}: {name} was {was[name]!r} and is {now[name]!r} now: a run goes on as it began"
-                    )
-        elif is_first:
+        before = json.loads(file.read_bytes()) if file.exists() else None
+        was, now = ({**each, **each["recipe"]} for each in (described if before is None else before, described))
+        changed = [name for name in now if name != "recipe" and now[name] != was[name]]
+        if before is None and is_first:
+            foreign = [out / name for name in (CHECKPOINTS, MODEL, METRICS, TIMING) if (out / name).exists()]
+            if foreign:
+                raise FileExistsError(f"{foreign[0]} is there and would be overwritten")
             out.mkdir(parents=True, exist_ok=True)
             with replacing(file) as staged:
                 staged.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: cannot be written or read ({error}): give another directory") from None
+    if before is not None and not resume and is_first:
+        raise InputError(f"{out}: there is a run in it: go on with --resume, or give another directory")
+    for name in changed:
+        raise InputError(f"{file}: {name} was {was[name]!r} and is {now[name]!r} now: a run goes on as it began")
+
+
+def _told_apart(dataset: ImageDataset) -> str:
+    """How many images, and a checksum of their names and labels. Where their directory is does not matter."""
+    files = [
+        (os.path.basename(name), label) for name, label in zip(dataset.names, dataset.labels.tolist(), strict=True)
+    ]
+    return f"{len(dataset)} ({zlib.crc32(ascii(files).encode()):08x})"

@@ -6,19 +6,20 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vit_ref.errors import InputError
 
-# What Orbax and tensorstore raise where a disk is full or cannot be written to is not OSError alone.
-_DISK = (OSError, ValueError, RuntimeError)
+# What Orbax and tensorstore raise of a full disk, one that cannot be written to, or damaged files is not OSError alone.
+_DISK = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+
+_DAMAGED = ": remove it, and --resume goes on from the one before"
 
 
 class Progress(NamedTuple):
@@ -47,21 +48,28 @@ class Saves:
     """
 
     def __init__(self, directory: Path, keep: int):
-        self._directory = directory.absolute()
+        self._directory, self._keep = directory.absolute(), keep
         with _one_line(self._directory):
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=preservation_policy.AnyPreservationPolicy(
-                        [
-                            preservation_policy.LatestN(keep),
-                            preservation_policy.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False),
-                        ]
-                    ),
+                    preservation_policy=self,
                     # Left by a process that was killed while it wrote.
                     cleanup_tmp_directories=True,
                 ),
             )
+        # Orbax's own policy of the best knows nothing of a former process: resumed, it would delete the best so far.
+        self._ranks = {step: _rank(self.progress(step)) for step in self._manager.all_steps()}
+
+    def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
+        """Which to keep: the last few and the best. Orbax asks, after each checkpoint."""
+        steps = [each.step for each in checkpoints]
+        kept = {*steps[-self._keep :], self._best_of(steps)}
+        return [step in kept for step in steps]
+
+    def _best_of(self, steps: Iterable[int]) -> int | None:
+        ranked = {step: rank for step in steps if (rank := self._ranks[step])}
+        return max(ranked, key=ranked.__getitem__, default=None)
 
     def save(self, arrays: Mapping[str, jax.Array], progress: Progress) -> None:
         """Writes a checkpoint in the background; the arrays may be overwritten once this returns.
@@ -73,13 +81,13 @@ class Saves:
         # The step after this one is given the arrays' memory while they are being written.
         copies = {name: jnp.copy(array) for name, array in arrays.items()}
         jax.block_until_ready(copies)
+        self._ranks[progress.step] = _rank(progress)
         with _one_line(self._directory):
             self._manager.save(
                 progress.step,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(copies), progress=ocp.args.JsonSave(progress._asdict())
                 ),
-                metrics=_metrics(progress),
                 force=True,
             )
 
@@ -99,16 +107,18 @@ class Saves:
 
     def best(self) -> int | None:
         """The step with the highest accuracy, the lowest loss among equals; None where none was measured."""
-        metrics = {step: _metrics(self.progress(step)) for step in self._manager.all_steps()}
-        ranks = {step: _rank(found) for step, found in metrics.items() if found}
-        return max(ranks, key=ranks.__getitem__, default=None)
+        return self._best_of(self._manager.all_steps())
 
     def progress(self, step: int) -> Progress:
-        """What was saved beside the arrays."""
-        with _one_line(self._directory):
+        """What was saved beside the arrays.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        with _one_line(self._directory / str(step), _DAMAGED):
             read = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-        accuracy = tuple(read["accuracy"]) if read["accuracy"] else None
-        return Progress(read["step"], read["loader"], accuracy)
+            accuracy = tuple(read["accuracy"]) if read["accuracy"] else None
+            return Progress(read["step"], read["loader"], accuracy)
 
     def restore(self, step: int, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The arrays of a step, each with the shape, dtype and sharding of its like.
@@ -117,7 +127,7 @@ class Saves:
           InputError: they cannot be read, or are of another model.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
-        with _one_line(self._directory / str(step)):
+        with _one_line(self._directory / str(step), _DAMAGED):
             return self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes)))[
                 "arrays"
             ]
@@ -137,20 +147,16 @@ class Saves:
             self._manager.close()
 
 
-def _metrics(progress: Progress) -> dict[str, float] | None:
-    return dict(zip(("accuracy", "loss"), map(float, progress.accuracy), strict=True)) if progress.accuracy else None
-
-
-def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    return metrics["accuracy"], -metrics["loss"]
+def _rank(progress: Progress) -> tuple[float, float] | None:
+    return progress.accuracy and (progress.accuracy[0], -progress.accuracy[1])
 
 
 @contextlib.contextmanager
-def _one_line(place: Path) -> Iterator[None]:
+def _one_line(place: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except _DISK as error:
-        raise InputError(f"{place}: checkpoint cannot be written or read ({_reason(str(error))})") from error
+        raise InputError(f"{place}: checkpoint cannot be written or read ({_reason(str(error))}){advice}") from error
 
 
 def _reason(message: str) -> str:
