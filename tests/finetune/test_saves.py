@@ -32,7 +32,7 @@ def test_the_last_and_the_best_are_kept_and_read_back(stopped: int | None, tmp_p
         if step == stopped:
             saves.close()
             # As the first one leaves it that is killed while it writes.
-            (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+            (tmp_path / "99.orbax-checkpoint-tmp").mkdir()
             saves = Saves(tmp_path, keep=2)
         saves.save(arrays(step), Progress(step, {"batches": step}, accuracy))
     saves.wait()

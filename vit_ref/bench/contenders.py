@@ -7,8 +7,8 @@ Parameters are random; what they are does not change what a step costs.
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,14 @@ class Contender(NamedTuple):
     run: Callable[[], Any]
     compiled: Compiled | None
     cold_s: float | None = None
+
+
+def torchvit(workload: Workload, *, compiles: bool) -> Contender:
+    """transformers' ViT in PyTorch, eager or through `torch.compile`."""
+    from vit_ref.bench.torchvit import build
+
+    run, first = build(workload, RATE, compiles=compiles)
+    return Contender("torch.compile" if compiles else "PyTorch", run, None, first)
 
 
 def vit_ref(workload: Workload) -> Contender:
@@ -98,21 +106,11 @@ def flaxvit(workload: Workload) -> Contender:
     return _stepping("FlaxViT", step, (parameters, optimizer.init(parameters)), pixels, labels)
 
 
-def torch_eager(workload: Workload) -> Contender:
-    """transformers' ViT in PyTorch with its fused attention, on its GPU where it has one."""
-    return _torch("PyTorch", workload, compiles=False)
-
-
-def torch_compiled(workload: Workload) -> Contender:
-    """The same through `torch.compile`."""
-    return _torch("torch.compile", workload, compiles=True)
-
-
 CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "vit_ref": vit_ref,
     "FlaxViT": flaxvit,
-    "PyTorch": torch_eager,
-    "torch.compile": torch_compiled,
+    "PyTorch": partial(torchvit, compiles=False),
+    "torch.compile": partial(torchvit, compiles=True),
 }
 
 
@@ -157,41 +155,3 @@ def _stepping(name: str, step: Callable[..., Any], state: Any, pixels: jax.Array
 def _warm(name: str, run: Callable[[], Any], compiled: Compiled) -> Contender:
     run()
     return Contender(name, run, compiled)
-
-
-def _torch(name: str, workload: Workload, *, compiles: bool) -> Contender:
-    import torch
-    import transformers
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = transformers.ViTConfig(**workload.config.to_hf())
-    model: Any = transformers.ViTForImageClassification(config).to(device)
-    model.train(workload.what != "forward")
-    pixels, labels = (torch.from_numpy(array).to(device) for array in workload.inputs())
-    # PyTorch wants channels first, and class ids in 64 bits.
-    pixels, labels = pixels.permute(0, 3, 1, 2).contiguous(), labels.long()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4, fused=device.type == "cuda")
-    called = torch.compile(model) if compiles else model
-
-    def logits() -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=workload.precision == "mixed"):
-            return called(pixels).logits
-
-    def run() -> Any:
-        if workload.what == "forward":
-            with torch.inference_mode():
-                result = logits()
-        else:
-            result = torch.nn.functional.cross_entropy(logits().float(), labels)
-            result.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    run()
-    return Contender(name, run, None, first)

@@ -1,0 +1,38 @@
+"""Does PyTorch's contender do the same work?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vit_ref import config
+from vit_ref.bench.contenders import CONTENDERS
+from vit_ref.bench.workload import Workload
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config._VARIANTS, "Ti", (48, 2, 96, 3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_a_train_step_learns_its_batch(precision: Any) -> None:
+    contender = CONTENDERS["PyTorch"](Workload("Ti/112", 2, precision, "train step"))
+    losses = [float(contender.run()) for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.01 and contender.cold_s
+
+
+def test_a_forward_pass_keeps_no_graph_and_has_every_class() -> None:
+    logits = CONTENDERS["PyTorch"](Workload("Ti/112", 2, "float32", "forward")).run()
+    assert logits.shape == (2, 1000) and not logits.requires_grad
+
+
+def test_the_compiled_one_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    assert CONTENDERS["torch.compile"](Workload("Ti/112", 1, "float32", "forward")).name == "torch.compile"
+    assert len(compiled) == 1

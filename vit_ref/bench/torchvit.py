@@ -1,0 +1,54 @@
+"""transformers' ViT in PyTorch with its fused attention as a contender, on PyTorch's GPU where it has one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from vit_ref.bench.workload import Workload
+
+
+def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[[], Any], float]:
+    """The pass as a function that returns when the device is done, warm, and the seconds of its first call.
+
+    Args:
+      workload: what it does.
+      rate: AdamW's.
+      compiles: through `torch.compile`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = transformers.ViTConfig(**workload.config.to_hf())
+    model: Any = transformers.ViTForImageClassification(config).to(device)
+    model.train(workload.what != "forward")
+    pixels, labels = (torch.from_numpy(array).to(device) for array in workload.inputs())
+    # PyTorch wants channels first, and class ids in 64 bits.
+    pixels, labels = pixels.permute(0, 3, 1, 2).contiguous(), labels.long()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4, fused=device.type == "cuda")
+    called = torch.compile(model) if compiles else model
+
+    def logits() -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=workload.precision == "mixed"):
+            return called(pixels).logits
+
+    def run() -> Any:
+        if workload.what == "forward":
+            with torch.inference_mode():
+                result = logits()
+        else:
+            result = torch.nn.functional.cross_entropy(logits().float(), labels)
+            result.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    run()
+    return run, first
