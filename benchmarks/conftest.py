@@ -16,7 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     lists = {"action": "append", "default": []}
     group.addoption("--size", metavar="SIZE", help="as Ti/16 or B/16; repeatable", **lists)
     group.addoption("--batch", type=int, metavar="N", help="images; repeatable", **lists)
-    group.addoption("--bench-precision", metavar="NAME", help="float32 or mixed; repeatable", **lists)
+    group.addoption(
+        "--bench-precision", metavar="NAME", help="float32, tensorfloat32, mixed or float16; repeatable", **lists
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -14,7 +14,7 @@ from vit_ref.verify.environment import environment
 
 @pytest.fixture(scope="module")
 def roofline(workload: Workload) -> float:
-    return matmul_flops(workload.dtype)
+    return matmul_flops(workload)
 
 
 def test_throughput(benchmark: Any, workload: Workload, name: str, roofline: float) -> None:

@@ -109,9 +109,28 @@ def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_pa
 
 def test_the_roofline_is_that_of_products_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: side * 1e9)
-    assert matmul_flops("float32") == 2048e9
+    assert matmul_flops(WORK) == 2048e9
     monkeypatch.setattr("vit_ref.bench.roofline.jax.default_backend", lambda: "gpu")
-    assert matmul_flops("float32") == 8192e9
+    assert matmul_flops(WORK) == 8192e9
+
+
+def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def build(workload: Workload) -> Contender:
+        seen.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+        return Contender("one", lambda: None, None)
+
+    def measured(side: int, dtype: Any) -> float:
+        seen.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+        return 1.0
+
+    monkeypatch.setitem(measure.CONTENDERS, "one", build)
+    monkeypatch.setattr("vit_ref.bench.roofline._measured", measured)
+    workload = WORK._replace(precision="tensorfloat32")
+    fitting(workload, ["one"], lambda line: None)
+    matmul_flops(workload)
+    assert set(seen) == {"tensorfloat32"}
 
 
 def test_what_was_not_said_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +147,7 @@ def test_what_was_not_said_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ((["B"], [1], [], []), "variant is 'B'"),
         ((["B/16"], [0], [], []), "batch is 0: give a positive number"),
-        ((["B/16"], [1], ["float8"], []), "precision is 'float8': give one of float32, mixed"),
+        ((["B/16"], [1], ["float8"], []), "precision is 'float8': give one of float32, tensorfloat32, mixed, float16"),
         ((["B/16"], [1], [], ["backward"]), "pass is 'backward': give one of forward, train step"),
     ],
 )

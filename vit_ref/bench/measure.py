@@ -109,7 +109,8 @@ def fitting(
     """
     while True:
         try:
-            return workload, tuple(CONTENDERS[name](workload) for name in names)
+            with workload.asked():
+                return workload, tuple(CONTENDERS[name](workload) for name in names)
         except Exception as error:
             if not any(sign in str(error) for sign in _NO_MEMORY):
                 raise

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from vit_ref.bench.workload import Workload
+
 # Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
 # takes ten seconds on two cores.
 _SIDES = {"cpu": (1024, 2048)}
@@ -17,12 +19,13 @@ _ACCELERATOR = (4096, 8192)
 _ROUNDS = 7
 
 
-def matmul_flops(dtype: DTypeLike) -> float:
-    """Floating point operations a second of a large matrix product in `dtype`: the median of each side, the best side.
+def matmul_flops(workload: Workload) -> float:
+    """Operations a second of a large matrix product in a workload's precision: the median of each side, the best side.
 
     The median, as of what is compared with it: a machine's best moment is nothing that a model could keep up.
     """
-    return max(_measured(side, dtype) for side in _SIDES.get(jax.default_backend(), _ACCELERATOR))
+    with workload.asked():
+        return max(_measured(side, workload.dtype) for side in _SIDES.get(jax.default_backend(), _ACCELERATOR))
 
 
 def _measured(side: int, dtype: DTypeLike) -> float:

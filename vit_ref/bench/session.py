@@ -10,7 +10,7 @@ import jax
 from vit_ref.bench.contenders import CONTENDERS, installed
 from vit_ref.bench.measure import Timing, fitting, race
 from vit_ref.bench.roofline import matmul_flops
-from vit_ref.bench.workload import PASSES, PRECISIONS, Workload, workload
+from vit_ref.bench.workload import PASSES, Workload, workload
 from vit_ref.errors import InputError
 
 
@@ -28,7 +28,7 @@ def workloads(
     cpu = jax.default_backend() == "cpu"
     sizes = sizes or (["Ti/16"] if cpu else ["B/16"])
     batches = batches or ([8] if cpu else [128])
-    precisions = precisions or (["float32"] if cpu else list(PRECISIONS))
+    precisions = precisions or (["float32"] if cpu else ["float32", "mixed"])
     return [workload(*each) for each in product(sizes, batches, precisions, passes or PASSES)]
 
 
@@ -76,6 +76,6 @@ def session(
     rooflines: dict[str, float] = {}
     for asked in todo:
         if asked.precision not in rooflines:
-            rooflines[asked.precision] = matmul_flops(asked.dtype)
+            rooflines[asked.precision] = matmul_flops(asked)
         fitted, contenders = fitting(asked, racing, say)
         yield race(fitted, contenders, rounds, rooflines[asked.precision])

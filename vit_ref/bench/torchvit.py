@@ -21,6 +21,7 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
       compiles: through `torch.compile`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if workload.precision == "tensorfloat32" else "highest")
     config = transformers.ViTConfig(**workload.config.to_hf())
     model: Any = transformers.ViTForImageClassification(config).to(device)
     model.train(workload.what != "forward")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jax.typing import DTypeLike
-from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.verify import precision as precisions
 
 Pass = Literal["forward", "train step"]
-Precision = Literal["float32", "mixed"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
-# The dtype of the computation. Parameters, and what an optimizer keeps of them, are float32 in each.
-PRECISIONS: dict[Precision, DTypeLike] = {"float32": np.float32, "mixed": bfloat16}
+# Those in which parameters, and what an optimizer keeps of them, stay float32.
+PRECISIONS = {name: precision for name, precision in precisions.PRECISIONS.items() if precision.stored is None}
 CLASSES = 1000
 
 
@@ -26,13 +26,13 @@ class Workload(NamedTuple):
     Attributes:
       size: a variant of `ViTConfig.variant`, as in "B/16", on 224 pixels and 1000 classes.
       batch: images.
-      precision: "float32", or "mixed": computation in bfloat16 from parameters in float32.
+      precision: one of `PRECISIONS`, as in "float32", or "mixed": bfloat16 computed from parameters in float32.
       what: the forward pass, or loss, backward pass and AdamW.
     """
 
     size: str
     batch: int
-    precision: Precision
+    precision: str
     what: Pass
 
     def __str__(self) -> str:
@@ -46,7 +46,11 @@ class Workload(NamedTuple):
     @property
     def dtype(self) -> DTypeLike:
         """The dtype of the computation."""
-        return PRECISIONS[self.precision]
+        return PRECISIONS[self.precision].dtype
+
+    def asked(self) -> AbstractContextManager[None]:
+        """Within it, jax traces products of the workload's precision."""
+        return PRECISIONS[self.precision].asked()
 
     def flops(self) -> int:
         """Floating point operations of all matrix products, two a multiplication, in closed form.
