@@ -6,6 +6,7 @@ import dataclasses
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import vit_ref
 from finetuning import STEPS, Runner
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.finetune import run
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset, open_dataset
 from vit_ref.finetune.loading import batches
@@ -30,6 +32,7 @@ from vit_ref.finetune.start import starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model import VisionTransformer
 from vit_ref.preprocessing import preprocess
+from vit_ref.pretrained import parameters_of, parameters_of_state
 from vit_ref.verify.report import summary
 
 pytestmark = [pytest.mark.training, pytest.mark.xdist_group("runs")]
@@ -134,9 +137,8 @@ def test_two_processes_learn_what_one_learns(sharding: str, runner: Runner, stea
     np.testing.assert_allclose(losses(runner, out), steady, rtol=CLOSE)
 
 
-# optax counts in integers.
-@jax.numpy_dtype_promotion("standard")
-def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
+def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
+    """A checkpoint of two narrow blocks, 14 training images and 6 to validate with."""
     config = ViTConfig(
         hidden_size=8,
         num_hidden_layers=2,
@@ -146,12 +148,44 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
         patch_size=4,
         initializer_range=0.3,
     )
-    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "start")
-    # Two images of an epoch fill no batch; of the validation images two are left for a last one.
+    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), directory / "start")
     training, validation = (
         dataclasses.replace(images, names=images.names[:k], labels=images.labels[:k], rows=images.rows[:k])
         for images, k in ((open_dataset(None, "train"), 14), (open_dataset(None, "validation"), 6))
     )
+    return directory / "start", training, validation
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, training, validation = _tiny(tmp_path)
+    seen: list[dict[str, np.ndarray]] = []
+
+    def look(self: Any, state: Any, dataset: ImageDataset, *_: Any) -> Evaluation:
+        seen.append(parameters_of_state(state))
+        right = np.eye(len(dataset.classes))[dataset.labels]
+        # All right after the first epoch, all wrong from then on.
+        return Evaluation.of_logits(right if len(seen) == 1 else -right, dataset.labels)
+
+    monkeypatch.setattr(run.Examiner, "__call__", look)
+    outcome = finetune(
+        start, training, validation, tmp_path / "run", Recipe(epochs=3, batch_size=4), Conduct(quiet=True)
+    )
+    assert (outcome.epoch, outcome.evaluation.accuracy) == (1, 1.0)
+    found = parameters_of(outcome.model)
+    saved = parameters_of(vit_ref.from_pretrained(outcome.directory))
+    assert all(np.array_equal(found[path], seen[0][path]) for path in seen[0])
+    assert all(np.array_equal(saved[path], seen[0][path]) for path in seen[0])
+    assert not np.array_equal(seen[2]["head.kernel"], seen[0]["head.kernel"])
+
+
+# optax counts in integers.
+@jax.numpy_dtype_promotion("standard")
+def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
+    # Two images of an epoch fill no batch; of the validation images two are left for a last one.
+    start, training, validation = _tiny(tmp_path)
     recipe = Recipe(
         epochs=2,
         batch_size=4,
@@ -164,9 +198,9 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
         dropout=0.2,
         seed=3,
     )
-    outcome = finetune(tmp_path / "start", training, validation, tmp_path / "run", recipe, Conduct(quiet=True))
+    outcome = finetune(start, training, validation, tmp_path / "run", recipe, Conduct(quiet=True))
 
-    model = starting_model(tmp_path / "start", training.classes, recipe)
+    model = starting_model(start, training.classes, recipe)
     optimizer = nnx.Optimizer(model, transformation(recipe, 3, 2), wrt=trained(recipe, 2))
     model.train()
     arguments = {"batch_size": 4, "seed": 3, "epochs": 2, "augment": Augmentation()}
