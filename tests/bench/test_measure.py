@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vit_ref.bench import measure, session
+from vit_ref.bench import contenders, measure, session
 from vit_ref.bench.compiling import compile_twice
 from vit_ref.bench.contenders import Contender
 from vit_ref.bench.measure import OutOfMemoryError, Timing, fitting, race
@@ -163,3 +164,25 @@ def test_an_implementation_has_to_be_known_and_installed(monkeypatch: pytest.Mon
         implementations(["timm"])
     with pytest.raises(InputError, match="FlaxViT is not installed: pip install"):
         implementations(["vit_ref", "FlaxViT"])
+
+
+@pytest.mark.parametrize(("flax", "torch"), [(True, False), (False, True)])
+def test_what_is_installed_is_found(flax: bool, torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise InputError("FlaxViT needs transformers")
+
+    monkeypatch.setattr(contenders, "require_flaxvit", (lambda: None) if flax else missing)
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: torch or name != "torch" or None)
+    assert contenders.installed() == ["vit_ref", *["FlaxViT"] * flax, *["PyTorch", "torch.compile"] * torch]
+
+
+def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module:
+        @staticmethod
+        def build(workload: Workload, rate: float, *, compiles: bool) -> Any:
+            return (lambda: compiles), 3.0
+
+    monkeypatch.setitem(sys.modules, "vit_ref.bench.torchvit", Module)  # type: ignore[arg-type]
+    eager, compiled = (contenders.CONTENDERS[name](WORK) for name in ("PyTorch", "torch.compile"))
+    assert (eager.name, eager.run(), eager.cold_s, eager.compiled) == ("PyTorch", False, 3.0, None)
+    assert (compiled.name, compiled.run()) == ("torch.compile", True)

@@ -202,3 +202,12 @@ def test_all_that_is_wrong_with_a_checkpoint_is_said_before_anything_runs(tmp_pa
         check_streamed(tmp_path, progress=steps.append)
     assert sorted(fault.kind for fault in caught.value.faults) == ["misshapen", "missing", "not finite", "unexpected"]
     assert steps == ["reading every tensor once"]
+
+
+def test_what_numpy_does_not_judge_and_what_no_checkpoint_stores_is_said(tmp_path: Path) -> None:
+    path = written(CASES["rectangular"], tmp_path)
+    report = check_streamed(path, reference="numpy")
+    assert report.passed and report.backward is None
+    assert report.not_backward == "NumPy judges no gradients: the reference torch does"
+    with pytest.raises(InputError, match="--stream judges parameters as the checkpoint stores them: for bfloat16 take"):
+        check_streamed(path, precision="bfloat16")
