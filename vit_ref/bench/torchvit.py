@@ -46,7 +46,7 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
             optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return result
+        return result.detach()
 
     start = time.perf_counter()
     run()
