@@ -11,7 +11,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from vit_ref import config
-from vit_ref.bench import roofline
+from vit_ref.bench import measure, roofline
+from vit_ref.bench.contenders import Contender
+from vit_ref.bench.workload import Workload
 from vit_ref.cli import main
 
 pytestmark = pytest.mark.benchmarks
@@ -60,6 +62,19 @@ def test_a_train_step_holds_two_moments_of_each_parameter(tmp_path: Path) -> Non
     assert (forward["what"], step["what"]) == ("forward", "train step")
     # 1.9 M parameters of four bytes, most of them the patches'.
     assert step["peak bytes"] - forward["peak bytes"] > 2 * 1.9e6 * 4
+
+
+def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(workload: Workload) -> Contender:
+        if workload.batch > 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return Contender("vit_ref", lambda: None, None, 1.0)
+
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", build)
+    result = _run("--batch", "4", "--pass", "forward", "--implementation", "vit_ref")
+    assert result.exit_code == 0
+    said = "vit-ref: forward, Ti/112, batch 4, float32: out of memory, going on with batch 2"
+    assert said in result.stderr and "forward, Ti/112, batch 2, float32" in result.stdout
 
 
 def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

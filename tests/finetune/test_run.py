@@ -156,6 +156,14 @@ def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
     return directory / "start", training, validation
 
 
+def test_images_of_other_classes_to_validate_with_are_refused(tmp_path: Path) -> None:
+    start, training, validation = _tiny(tmp_path)
+    other = dataclasses.replace(validation, classes=("other", *validation.classes[1:]))
+    with pytest.raises(InputError, match="have other classes: give both the same folders"):
+        finetune(start, training, other, tmp_path / "run", Recipe(batch_size=4), Conduct(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
 @jax.numpy_dtype_promotion("standard")
 def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
