@@ -29,7 +29,7 @@ def _missing_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes = porting.parameter_shapes(config)
         made_up = {
             rule.source: np.random.default_rng(0)
-            .normal(0, 0.02, porting._source_shape(rule, shapes[rule.destination], config))
+            .normal(0, 0.02, porting.source_shape(rule, shapes[rule.destination], config))
             .astype(np.float32)
             for rule in layout.bind(config, prefixed=porting.is_prefixed(source, layout))
         }
