@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
+from vit_ref.bench.contenders import stepping
 from vit_ref.bench.workload import Workload
-from vit_ref.finetune.step import train_step
+from vit_ref.finetune.step import split_step, train_step
 from vit_ref.pretrained import build
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import Case
@@ -26,48 +28,24 @@ def _pair() -> tuple[Any, Any]:
     return model, nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.Param)
 
 
-def _whole_step() -> tuple[Any, Any]:
-    graph, state = nnx.split(_pair())
-
-    def step(state: nnx.State, pixels: jax.Array, labels: jax.Array) -> tuple[nnx.State, jax.Array]:
-        model, optimizer = nnx.merge(graph, state)
-        loss = train_step(model, optimizer, pixels, labels)
-        return nnx.state((model, optimizer)), loss
-
-    return jax.jit(step, donate_argnums=0), state
-
-
 def _bare() -> Callable[..., Any]:
     """The executable on a flat list of arrays: nothing of NNX, no cache of signatures to look into."""
-    step, state = _whole_step()
+    graph, state = nnx.split(_pair())
     leaves, tree = jax.tree.flatten(state)
 
     def flat(leaves: list[jax.Array], pixels: jax.Array, labels: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        after, loss = step(jax.tree.unflatten(tree, leaves), pixels, labels)
+        after, loss = split_step(graph, jax.tree.unflatten(tree, leaves), pixels, labels)
         return jax.tree.leaves(after), loss
 
-    pixels, labels = map(jax.device_put, WORK.inputs())
-    call = jax.jit(flat, donate_argnums=0).lower(leaves, pixels, labels).compile()
-    held = [leaves]
-
-    def run() -> None:
-        held[0], loss = call(held[0], pixels, labels)
-        jax.block_until_ready((held[0], loss))
-
-    return run
+    images = tuple(map(jax.device_put, WORK.inputs()))
+    return stepping(jax.jit(flat, donate_argnums=0).lower(leaves, *images).compile(), leaves, *images)
 
 
 def _split_once() -> Callable[..., Any]:
     """As `vit_ref.finetune` steps: a jitted function of the state, which is split once."""
-    step, state = _whole_step()
-    pixels, labels = map(jax.device_put, WORK.inputs())
-    held = [state]
-
-    def run() -> None:
-        held[0], loss = step(held[0], pixels, labels)
-        jax.block_until_ready((held[0], loss))
-
-    return run
+    graph, state = nnx.split(_pair())
+    step = jax.jit(partial(split_step, graph), donate_argnums=0)
+    return stepping(step, state, *map(jax.device_put, WORK.inputs()))
 
 
 def _nnx_jit() -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vit_ref import config
 from vit_ref.bench import measure, roofline
+from vit_ref.bench.compiling import Cost
 from vit_ref.bench.contenders import Contender
 from vit_ref.bench.workload import Workload
 from vit_ref.cli import main
@@ -68,7 +69,7 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
     def build(workload: Workload) -> Contender:
         if workload.batch > 2:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return Contender("vit_ref", lambda: None, None, 1.0)
+        return Contender("vit_ref", lambda: None, Cost(1.0))
 
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", build)
     result = _run("--batch", "4", "--pass", "forward", "--implementation", "vit_ref")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from vit_ref.bench import contenders, measure, session
-from vit_ref.bench.compiling import compile_twice
+from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.contenders import Contender
 from vit_ref.bench.measure import OutOfMemoryError, Timing, fitting, race
 from vit_ref.bench.roofline import matmul_flops
@@ -24,7 +24,7 @@ WORK = Workload("Ti/16", 8, "float32", "forward")
 
 
 def _timing(seconds: tuple[float, ...]) -> Timing:
-    return Timing("vit_ref", WORK, seconds, 1e12, 3.0, 1.0, 2.1e10, 2**30)
+    return Timing("vit_ref", WORK, seconds, 1e12, Cost(3.0, 1.0, 2.1e10, 2**30))
 
 
 def test_figures_follow_from_the_median_round() -> None:
@@ -43,11 +43,11 @@ def test_contenders_run_in_turns_and_each_has_its_own_times() -> None:
             order.append(name)
             time.sleep(seconds)
 
-        return Contender(name, run, None, 7.0)
+        return Contender(name, run, Cost(7.0))
 
     slow, quick = race(WORK, [runner("slow", 0.02), runner("quick", 0.0)], 3, 1e12)
     assert order == ["slow", "quick"] * 3
-    assert (slow.name, len(slow.seconds), slow.cold_s, slow.cached_s) == ("slow", 3, 7.0, None)
+    assert (slow.name, len(slow.seconds), slow.cost.cold_s, slow.cost.cached_s) == ("slow", 3, 7.0, None)
     assert min(slow.seconds) >= 0.02 > quick.median
 
 
@@ -56,7 +56,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(message: str, monkeypatch: p
     def build(workload: Workload) -> Contender:
         if workload.batch > 3:
             raise RuntimeError(message)
-        return Contender("greedy", lambda: None, None)
+        return Contender("greedy", lambda: None, Cost(0.0))
 
     monkeypatch.setitem(measure.CONTENDERS, "greedy", build)
     said: list[str] = []
@@ -95,24 +95,25 @@ def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_pa
 
     for _ in range(2):  # the second would find the first's entry, were the cache not its own
         reads.clear()
-        compiled = compile_twice(function, x)
+        call, cost = compile_twice(function, x)
         assert [e.rsplit("/", 1)[1] for e in reads if "cache_hit" in e or "cache_miss" in e] == [
             "cache_misses",
             "cache_hits",
         ]
     # Two products of 64^3, and 64^2 tanh.
-    assert compiled.flops == pytest.approx(4 * 64**3, rel=0.05)
+    assert cost.flops == pytest.approx(4 * 64**3, rel=0.05)
     # Argument and result, and at least one intermediate between them.
-    assert 3 * 64 * 64 * 4 <= compiled.bytes < 10 * 64 * 64 * 4
-    assert jnp.array_equal(compiled.call(x), jax.jit(function)(x))
+    assert 3 * 64 * 64 * 4 <= cost.bytes < 10 * 64 * 64 * 4
+    assert jnp.array_equal(call(x), jax.jit(function)(x))
     assert jax.config.jax_compilation_cache_dir == before  # type: ignore[attr-defined]
 
 
 def test_the_roofline_is_that_of_products_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: side * 1e9)
-    assert matmul_flops(WORK) == 2048e9
+    assert matmul_flops(WORK.numerics) == 2048e9
+    matmul_flops.cache_clear()
     monkeypatch.setattr("vit_ref.bench.roofline.jax.default_backend", lambda: "gpu")
-    assert matmul_flops(WORK) == 8192e9
+    assert matmul_flops(WORK.numerics) == 8192e9
 
 
 def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypat
 
     def build(workload: Workload) -> Contender:
         seen.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
-        return Contender("one", lambda: None, None)
+        return Contender("one", lambda: None, Cost(0.0))
 
     def measured(side: int, dtype: Any) -> float:
         seen.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
@@ -130,7 +131,7 @@ def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypat
     monkeypatch.setattr("vit_ref.bench.roofline._measured", measured)
     workload = WORK._replace(precision="tensorfloat32")
     fitting(workload, ["one"], lambda line: None)
-    matmul_flops(workload)
+    matmul_flops(workload.numerics)
     assert set(seen) == {"tensorfloat32"}
 
 
@@ -184,5 +185,5 @@ def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "vit_ref.bench.torchvit", Module)  # type: ignore[arg-type]
     eager, compiled = (contenders.CONTENDERS[name](WORK) for name in ("PyTorch", "torch.compile"))
-    assert (eager.name, eager.run(), eager.cold_s, eager.compiled) == ("PyTorch", False, 3.0, None)
+    assert (eager.name, eager.run(), eager.cost) == ("PyTorch", False, Cost(3.0, None, None, None))
     assert (compiled.name, compiled.run()) == ("torch.compile", True)

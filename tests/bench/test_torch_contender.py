@@ -23,7 +23,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_train_step_learns_its_batch(precision: Any) -> None:
     contender = CONTENDERS["PyTorch"](Workload("Ti/112", 2, precision, "train step"))
     losses = [float(contender.run()) for _ in range(8)]
-    assert losses[-1] < losses[0] - 0.01 and contender.cold_s
+    assert losses[-1] < losses[0] - 0.01 and contender.cost.cold_s
 
 
 def test_a_forward_pass_keeps_no_graph_and_has_every_class() -> None:

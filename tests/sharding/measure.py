@@ -31,7 +31,7 @@ import vit_ref
 from vit_ref import checkpoint
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.model import Tap
-from vit_ref.pretrained import arrays_of
+from vit_ref.pretrained import arrays_of, skeleton
 from vit_ref.verify.backward import Gradients, Objective
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.gates import error, numerical_gate
@@ -82,9 +82,7 @@ class Sharded(OwnCandidate):
         self._state, self._images = nnx.state(model), NamedSharding(mesh, PartitionSpec("data"))
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
-        graph = nnx.split(
-            nnx.eval_shape(lambda: vit_ref.VisionTransformer(CASE.config, dtype=dtype, rngs=nnx.Rngs(0)))
-        )[0]
+        graph, _ = skeleton(CASE.config, dtype)
         # As differentiation has them.
         state = jax.tree.map(lambda x: jnp.asarray(x, np.promote_types(dtype, np.float32)), self._state)
         before, after = arrays_of(self._state), arrays_of(state)

@@ -6,26 +6,17 @@ heads' width are prime or odd. Query and the other kernels are large enough to b
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from vit_ref.config import ViTConfig
-from vit_ref.verify.cases import Case
+from vit_ref.verify.cases import CASES, Case
 
 CASE = Case(
     "sharded",
-    ViTConfig(
-        hidden_size=88,
-        num_attention_heads=8,
-        num_hidden_layers=1,
-        intermediate_size=104,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.2,
-        image_size=(10, 40),
-        patch_size=5,
-        num_channels=2,
-        num_labels=23,
+    dataclasses.replace(
+        CASES["rectangular"].config, hidden_size=88, num_attention_heads=8, num_hidden_layers=1, intermediate_size=104
     ),
     batch=8,
     seed=11,

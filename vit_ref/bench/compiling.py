@@ -12,25 +12,28 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 
-class Compiled(NamedTuple):
-    """A compiled function and what it cost.
+class Cost(NamedTuple):
+    """What it cost to get a function ready, and what will be asked of the device; None where XLA has no part in it.
 
     Attributes:
-      call: the executable.
-      cold_s: seconds to trace and compile it, with nothing in any cache.
+      cold_s: seconds to trace and compile it, with nothing in any cache; or until the first result was there.
       cached_s: seconds to trace it and load it from the persistent cache.
       flops: floating point operations as XLA counts them, elementwise ones too.
       bytes: of arguments, results and temporaries on one device at its peak; what is donated counts once.
     """
 
-    call: Any
     cold_s: float
-    cached_s: float
-    flops: float
-    bytes: int
+    cached_s: float | None = None
+    flops: float | None = None
+    bytes: int | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """The same under the names that JSON has."""
+        names = ("compile cold s", "compile cached s", "XLA's FLOPs", "peak bytes")
+        return dict(zip(names, self, strict=True))
 
 
-def compile_twice(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Compiled:
+def compile_twice(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> tuple[Any, Cost]:
     """Compiles a function cold, and once more from the cache that this filled.
 
     Args:
@@ -39,7 +42,7 @@ def compile_twice(function: Callable[..., Any], *arguments: Any, donate: tuple[i
       donate: which of them it may overwrite.
 
     Returns:
-      The second executable, and both times.
+      The second executable, and its cost.
     """
 
     def compiled() -> tuple[Any, float]:
@@ -56,7 +59,7 @@ def compile_twice(function: Callable[..., Any], *arguments: Any, donate: tuple[i
         call, cached = compiled()
     memory = call.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(call, cold, cached, float(call.cost_analysis()["flops"]), held + memory.temp_size_in_bytes)
+    return call, Cost(cold, cached, float(call.cost_analysis()["flops"]), held + memory.temp_size_in_bytes)
 
 
 _OPTIONS: dict[str, Any] = {

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_ref.bench.compiling import Compiled, compile_twice
+from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
-from vit_ref.finetune.step import train_step
+from vit_ref.finetune.step import split_step
 from vit_ref.pretrained import skeleton
 from vit_ref.verify.flaxvit import require_flaxvit
 
@@ -33,14 +33,12 @@ class Contender(NamedTuple):
     Attributes:
       name: how tables call it.
       run: one forward pass or train step, which returns when the device is done. A train step goes on from the last.
-      compiled: what XLA said of it; None of what XLA did not compile.
-      cold_s: seconds until the first result was there, where XLA did not compile it.
+      cost: of getting it ready.
     """
 
     name: str
     run: Callable[[], Any]
-    compiled: Compiled | None
-    cold_s: float | None = None
+    cost: Cost
 
 
 def torchvit(workload: Workload, *, compiles: bool) -> Contender:
@@ -48,12 +46,12 @@ def torchvit(workload: Workload, *, compiles: bool) -> Contender:
     from vit_ref.bench.torchvit import build
 
     run, first = build(workload, RATE, compiles=compiles)
-    return Contender("torch.compile" if compiles else "PyTorch", run, None, first)
+    return Contender("torch.compile" if compiles else "PyTorch", run, Cost(first))
 
 
 def vit_ref(workload: Workload) -> Contender:
     """This package's model and train step; model and optimizer are split once, and donated."""
-    graph, shapes = skeleton(workload.config, workload.dtype)
+    graph, shapes = skeleton(workload.config, workload.numerics.dtype)
     parameters = _random(shapes)
     pixels, labels = map(jax.device_put, workload.inputs())
     if workload.what == "forward":
@@ -65,13 +63,7 @@ def vit_ref(workload: Workload) -> Contender:
     model = nnx.merge(graph, parameters)
     model.train()
     whole, state = nnx.split((model, nnx.Optimizer(model, optax.adamw(RATE), wrt=nnx.Param)))
-
-    def step(state: nnx.State, pixels: jax.Array, labels: jax.Array) -> tuple[nnx.State, jax.Array]:
-        model, optimizer = nnx.merge(whole, state)
-        loss = train_step(model, optimizer, pixels, labels)
-        return nnx.state((model, optimizer)), loss
-
-    return _stepping("vit_ref", step, state, pixels, labels)
+    return _stepping("vit_ref", partial(split_step, whole), state, pixels, labels)
 
 
 def flaxvit(workload: Workload) -> Contender:
@@ -81,7 +73,7 @@ def flaxvit(workload: Workload) -> Contender:
 
     transformers.logging.set_verbosity_error()
     config = transformers.ViTConfig(**workload.config.to_hf())
-    dtype: Any = workload.dtype
+    dtype: Any = workload.numerics.dtype
     module: Any = modeling_flax_vit.FlaxViTForImageClassificationModule(config, dtype=dtype)
     pixels, labels = map(jax.device_put, workload.inputs())
     parameters = _random(jax.eval_shape(module.init, jax.random.key(0), pixels[:1])["params"])
@@ -135,23 +127,35 @@ def _random(shapes: Any) -> Any:
     )
 
 
-def _forward(name: str, forward: Callable[..., jax.Array], parameters: Any, pixels: jax.Array) -> Contender:
-    compiled = compile_twice(forward, parameters, pixels)
-    return _warm(name, lambda: jax.block_until_ready(compiled.call(parameters, pixels)), compiled)
+def stepping(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Callable[[], jax.Array]:
+    """A function that takes one step on from the last, and returns its loss when the device is done.
 
-
-def _stepping(name: str, step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Contender:
-    compiled = compile_twice(step, state, pixels, labels, donate=(0,))
+    Args:
+      step: (state, pixels, labels) -> (state, loss); it may overwrite the state that it is given.
+      state: the first one.
+      pixels: the same at every step.
+      labels: likewise.
+    """
 
     def run() -> jax.Array:
         nonlocal state
-        state, loss = compiled.call(state, pixels, labels)
+        state, loss = step(state, pixels, labels)
         jax.block_until_ready((state, loss))
         return loss
 
-    return _warm(name, run, compiled)
+    return run
 
 
-def _warm(name: str, run: Callable[[], Any], compiled: Compiled) -> Contender:
+def _forward(name: str, forward: Callable[..., jax.Array], parameters: Any, pixels: jax.Array) -> Contender:
+    call, cost = compile_twice(forward, parameters, pixels)
+    return _warm(name, lambda: jax.block_until_ready(call(parameters, pixels)), cost)
+
+
+def _stepping(name: str, step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Contender:
+    call, cost = compile_twice(step, state, pixels, labels, donate=(0,))
+    return _warm(name, stepping(call, state, pixels, labels), cost)
+
+
+def _warm(name: str, run: Callable[[], Any], cost: Cost) -> Contender:
     run()
-    return Contender(name, run, compiled)
+    return Contender(name, run, cost)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vit_ref.bench.compiling import Cost
 from vit_ref.bench.contenders import CONTENDERS, Contender
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
@@ -29,20 +30,14 @@ class Timing:
       workload: what it did; `batch` is the one that fitted.
       seconds: of each round, at least two.
       roofline: operations a second of the device's matrix products, in the same run.
-      cold_s: seconds to compile with nothing cached, or until the first result.
-      cached_s: seconds to compile from the persistent cache; None where XLA did not.
-      xla_flops: operations as XLA counts them, elementwise ones too; None likewise.
-      bytes: of device memory at its peak, by XLA's plan; None likewise.
+      cost: of getting it ready.
     """
 
     name: str
     workload: Workload
     seconds: tuple[float, ...]
     roofline: float
-    cold_s: float
-    cached_s: float | None
-    xla_flops: float | None
-    bytes: int | None
+    cost: Cost
 
     @property
     def median(self) -> float:
@@ -65,33 +60,20 @@ class Timing:
         """MFU: operations a second in closed form, relative to the roofline."""
         return self.workload.flops() / self.median / self.roofline
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it, for machines."""
+    def facts(self) -> dict[str, float | None]:
+        """What follows from the median round, and the cost, under the names that JSON has."""
         return {
-            "implementation": self.name,
-            **self.workload._asdict(),
-            "seconds": list(self.seconds),
-            "median_s": self.median,
-            **facts(self.workload, self.median, self.roofline),
-            **compilation(self.cold_s, self.cached_s, self.xla_flops, self.bytes),
+            "images/s": self.images_per_second,
+            "FLOPs": self.workload.flops(),
+            "roofline FLOP/s": self.roofline,
+            "MFU": self.utilisation,
+            **self.cost.to_json(),
         }
 
-
-def facts(workload: Workload, seconds: float, roofline: float) -> dict[str, float]:
-    """What follows from the time of one round."""
-    return {
-        "images/s": workload.batch / seconds,
-        "FLOPs": workload.flops(),
-        "roofline FLOP/s": roofline,
-        "MFU": workload.flops() / seconds / roofline,
-    }
-
-
-def compilation(
-    cold_s: float, cached_s: float | None, xla_flops: float | None, held: int | None
-) -> dict[str, float | None]:
-    """What compiling cost and found, under the names that JSON has."""
-    return {"compile cold s": cold_s, "compile cached s": cached_s, "XLA's FLOPs": xla_flops, "peak bytes": held}
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for machines."""
+        rounds = {"seconds": list(self.seconds), "median_s": self.median}
+        return {"implementation": self.name, **self.workload._asdict(), **rounds, **self.facts()}
 
 
 def fitting(
@@ -109,7 +91,7 @@ def fitting(
     """
     while True:
         try:
-            with workload.asked():
+            with workload.numerics.asked():
                 return workload, tuple(CONTENDERS[name](workload) for name in names)
         except Exception as error:
             if not any(sign in str(error) for sign in _NO_MEMORY):
@@ -136,19 +118,7 @@ def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofl
             start = time.perf_counter()
             contender.run()
             seconds[contender.name].append(time.perf_counter() - start)
-    timings = []
-    for contender in contenders:
-        compiled = contender.compiled
-        timings.append(
-            Timing(
-                contender.name,
-                workload,
-                tuple(seconds[contender.name]),
-                roofline,
-                compiled.cold_s if compiled else contender.cold_s or 0.0,
-                compiled.cached_s if compiled else None,
-                compiled.flops if compiled else None,
-                compiled.bytes if compiled else None,
-            )
-        )
-    return timings
+    return [
+        Timing(contender.name, workload, tuple(seconds[contender.name]), roofline, contender.cost)
+        for contender in contenders
+    ]

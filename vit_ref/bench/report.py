@@ -36,9 +36,9 @@ def table(timings: Sequence[Timing]) -> Table:
             f"{100 * timing.spread:.0f} %",
             f"{other.median / timing.median:.2f}" if other else "-",
             f"{100 * timing.utilisation:.0f} %",
-            f"{timing.cold_s:.1f}",
-            "-" if timing.cached_s is None else f"{timing.cached_s:.1f}",
-            "-" if timing.bytes is None else f"{timing.bytes / 2**30:.2f}",
+            f"{timing.cost.cold_s:.1f}",
+            "-" if timing.cost.cached_s is None else f"{timing.cost.cached_s:.1f}",
+            "-" if timing.cost.bytes is None else f"{timing.cost.bytes / 2**30:.2f}",
         )
     shown.caption = f"measured matrix products: {first.roofline / 1e9:,.0f} GFLOP/s"
     shown.caption_justify = "left"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from vit_ref.bench.workload import Workload
+from vit_ref.verify.precision import Precision
 
 # Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
 # takes ten seconds on two cores.
@@ -19,13 +20,14 @@ _ACCELERATOR = (4096, 8192)
 _ROUNDS = 7
 
 
-def matmul_flops(workload: Workload) -> float:
-    """Operations a second of a large matrix product in a workload's precision: the median of each side, the best side.
+@cache
+def matmul_flops(precision: Precision) -> float:
+    """Operations a second of a large matrix product: the median of each side, the best side; measured once a process.
 
     The median, as of what is compared with it: a machine's best moment is nothing that a model could keep up.
     """
-    with workload.asked():
-        return max(_measured(side, workload.dtype) for side in _SIDES.get(jax.default_backend(), _ACCELERATOR))
+    with precision.asked():
+        return max(_measured(side, precision.dtype) for side in _SIDES.get(jax.default_backend(), _ACCELERATOR))
 
 
 def _measured(side: int, dtype: DTypeLike) -> float:

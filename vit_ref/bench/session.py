@@ -73,9 +73,6 @@ def session(
       InputError: see `workloads` and `implementations`.
     """
     todo, racing = workloads(sizes, batches, precisions, passes), implementations(names)
-    rooflines: dict[str, float] = {}
     for asked in todo:
-        if asked.precision not in rooflines:
-            rooflines[asked.precision] = matmul_flops(asked)
         fitted, contenders = fitting(asked, racing, say)
-        yield race(fitted, contenders, rounds, rooflines[asked.precision])
+        yield race(fitted, contenders, rounds, matmul_flops(fitted.numerics))

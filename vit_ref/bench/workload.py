@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
@@ -44,13 +42,9 @@ class Workload(NamedTuple):
         return ViTConfig.variant(self.size, num_labels=CLASSES)
 
     @property
-    def dtype(self) -> DTypeLike:
-        """The dtype of the computation."""
-        return PRECISIONS[self.precision].dtype
-
-    def asked(self) -> AbstractContextManager[None]:
-        """Within it, jax traces products of the workload's precision."""
-        return PRECISIONS[self.precision].asked()
+    def numerics(self) -> precisions.Precision:
+        """What is computed in what."""
+        return PRECISIONS[self.precision]
 
     def flops(self) -> int:
         """Floating point operations of all matrix products, two a multiplication, in closed form.

@@ -29,7 +29,7 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS, TIMING, Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import starting_model
-from vit_ref.finetune.step import train_step
+from vit_ref.finetune.step import split_step
 from vit_ref.model import VisionTransformer
 from vit_ref.pretrained import arrays_of, save_pretrained, with_arrays
 
@@ -214,10 +214,8 @@ def learner(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[...
     key = jax.random.key(recipe.seed)
 
     def learn(state: Any, pixels: jax.Array, labels: jax.Array, step: jax.Array) -> tuple[Any, jax.Array]:
-        model, optimizer = nnx.merge(graph, state)
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, step))
-        loss = train_step(model, optimizer, pixels, labels, rngs, recipe.label_smoothing)
-        return nnx.state((model, optimizer)), loss
+        return split_step(graph, state, pixels, labels, rngs, recipe.label_smoothing)
 
     return jax.jit(learn, donate_argnums=0, out_shardings=(layout, whole(mesh)))
 

@@ -69,3 +69,29 @@ def train_step(
     )
     optimizer.update(model, gradients)
     return loss
+
+
+def split_step(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    pixels: Array,
+    labels: Array,
+    rngs: nnx.Rngs | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[nnx.State, Array]:
+    """`train_step` as a function of arrays, for `jax.jit`: model and optimizer are split once and not at every step.
+
+    Args:
+      graph: of `nnx.split((model, optimizer))`.
+      state: of the same, or from the step before.
+      pixels: see `classification_loss`.
+      labels: see `classification_loss`.
+      rngs: see `classification_loss`.
+      label_smoothing: see `classification_loss`.
+
+    Returns:
+      The state after the update, and the loss before it.
+    """
+    model, optimizer = nnx.merge(graph, state)
+    loss = train_step(model, optimizer, pixels, labels, rngs, label_smoothing)
+    return nnx.state((model, optimizer)), loss
