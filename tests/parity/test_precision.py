@@ -18,7 +18,7 @@ from jax import Array
 import vit_ref_pytest
 from synthetic_reports import measured, parity, ported
 from vit_ref.errors import InputError
-from vit_ref.verify import environment
+from vit_ref.verify import backward, environment
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.environment import notes, products
@@ -245,3 +245,21 @@ def test_a_report_says_it_too(device: Callable[..., None]) -> None:
     assert "note" not in environment.environment(PRECISIONS["float32"])
     header, row, _ = table(report.forward).splitlines()
     assert len(header) == len(row) and " tensorfloat32 " in header
+
+
+@pytest.mark.parametrize("build", [own, lambda: FlaxViTReference(CASE.config, CASE.checkpoint().tensors)])
+def test_a_backward_pass_compiled_for_one_precision_of_products_serves_no_other(
+    build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A CPU multiplies alike in both, so that only the compilations can be counted.
+    compiled: list[str] = []
+
+    def counted(work: Callable[[], Any]) -> None:
+        compiled.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(backward, "beside", counted)
+    implementation = build()
+    for each in ("float32", "tensorfloat32", "float32"):
+        with jax.default_matmul_precision(each):
+            implementation.gradients(CASE.images(), np.float32)
+    assert compiled == ["float32", "tensorfloat32"]

@@ -162,12 +162,13 @@ def differentiator(
         ends = [{site: value.astype(wide) for site, value in given.items()} for given in (o.fed, o.pulled)]
         return images, wide.type(o.loss_weight), o.labels.astype(np.int32), o.cotangent.astype(wide), *ends
 
-    key = np.dtype(dtype), pixels.shape, *like.fed, None, *like.pulled
     with precision_of(dtype):
         cast = jax.tree.map(
             lambda leaf: jnp.asarray(leaf, leaf.dtype if leaf.dtype == np.dtype(dtype) else wide), parameters
         )
-        key = (*key, *(leaf.dtype for leaf in jax.tree.leaves(cast)))
+        products = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        stored = tuple(leaf.dtype for leaf in jax.tree.leaves(cast))
+        key = np.dtype(dtype), products, stored, pixels.shape, tuple(like.fed), tuple(like.pulled)
         if key not in compiled:
             compiled[key] = beside(run.lower(cast, *arguments(like)).compile)
     compiling = compiled[key]
