@@ -34,6 +34,16 @@ for name, examples, phases in (
 settings.load_profile("quick")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Not in benchmarks/: of a value that pytest does not know yet it makes a path, and then looks nowhere else.
+    group = parser.getgroup("vit_ref benchmarks")
+    group.addoption("--size", metavar="SIZE", action="append", default=[], help="as Ti/16 or B/16; repeatable")
+    group.addoption("--batch", type=int, metavar="N", action="append", default=[], help="images; repeatable")
+    group.addoption(
+        "--bench-precision", metavar="NAME", action="append", default=[], help="float32, mixed, ...; repeatable"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A formula that works only because jax promotes silently is one that another dtype breaks.
     jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,4 +1,4 @@
-"""Options of `pytest --benchmark-only`, and the promotion that other people's code relies on."""
+"""What the options of `pytest --benchmark-only` stand for, and the promotion that other people's code relies on."""
 
 from __future__ import annotations
 
@@ -9,16 +9,6 @@ import pytest
 
 from vit_ref.bench.session import implementations, workloads
 from vit_ref.errors import InputError
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("vit_ref benchmarks")
-    lists = {"action": "append", "default": []}
-    group.addoption("--size", metavar="SIZE", help="as Ti/16 or B/16; repeatable", **lists)
-    group.addoption("--batch", type=int, metavar="N", help="images; repeatable", **lists)
-    group.addoption(
-        "--bench-precision", metavar="NAME", help="float32, tensorfloat32, mixed or float16; repeatable", **lists
-    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
