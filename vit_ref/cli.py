@@ -24,6 +24,7 @@ from rich.theme import Theme
 
 from vit_ref import conversion
 from vit_ref.errors import InputError
+from vit_ref.extras import extra
 from vit_ref.finetune.options import recipe_from, recipe_options
 from vit_ref.verify.precision import PRECISIONS
 
@@ -137,14 +138,7 @@ def verify(
         raise InputError("--html and --json take one report: give one --candidate")
     if stream and candidates:
         raise InputError("--stream judges this package's own model: leave --candidate away, or --stream")
-    # Said now, and not after minutes of judging.
-    for file in filter(None, (html, json_file)):
-        if not os.path.isdir(file.absolute().parent):
-            raise InputError(f"{file}: no such directory: make it first")
-        if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
-            raise InputError(f"{file}: is a directory: name a file")
-    if html and json_file and html.resolve() == json_file.resolve():
-        raise InputError(f"{html}: --html and --json are the same file: give two")
+    _require_places(html=html, json=json_file)
     from vit_ref.verify.check import check_port, steps
     from vit_ref.verify.report import summary, table, to_html, to_json, write
     from vit_ref.verify.stream import check_streamed
@@ -340,6 +334,7 @@ def bench(
 
     Without options: what two cores do in a minute, or what fills an accelerator.
     """
+    _require_places(plot=picture, json=json_file)
     from vit_ref.bench.report import plot, table
     from vit_ref.bench.session import session
     from vit_ref.verify.environment import environment
@@ -351,15 +346,33 @@ def bench(
     def say(line: str) -> None:
         _ERRORS.print(f"vit-ref: {line}", markup=False)
 
-    for group in session(sizes, batches, precisions, passes, names, rounds, say):
-        console.print(table(group))
-        console.print()
-        timings += group
     if picture:
-        plot(picture, timings)
-    if json_file:
-        content = {"environment": environment(), "timings": [timing.to_json() for timing in timings]}
-        write(json_file, json.dumps(content, indent=1) + "\n")
+        extra("matplotlib.figure", "a plot of throughput")
+    try:
+        for group in session(sizes, batches, precisions, passes, names, rounds, say):
+            console.print(table(group))
+            console.print()
+            timings += group
+    finally:
+        # What was timed before one did not fit, or somebody had enough, is not lost.
+        if timings and json_file:
+            content = {"environment": environment(), "timings": [timing.to_json() for timing in timings]}
+            write(json_file, json.dumps(content, indent=1) + "\n")
+        if timings and picture:
+            plot(picture, timings)
+
+
+def _require_places(**files: Path | None) -> None:
+    """Says now, and not after minutes of work, which of a command's files, by option, cannot be written."""
+    given = {option: file for option, file in files.items() if file}
+    for file in given.values():
+        if not os.path.isdir(file.absolute().parent):
+            raise InputError(f"{file}: no such directory: make it first")
+        if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
+            raise InputError(f"{file}: is a directory: name a file")
+    if len(given) > 1 and len({file.resolve() for file in given.values()}) == 1:
+        first = next(iter(given.values()))
+        raise InputError(f"{first}: {' and '.join(f'--{option}' for option in given)} are the same file: give two")
 
 
 @contextlib.contextmanager

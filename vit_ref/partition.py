@@ -88,8 +88,9 @@ def shardings(
       By path, in the model's order.
 
     Raises:
-      InputError: no rule names a parameter, the mesh has not an axis or is not the compiler's to fill in, or a
-        dimension cannot be divided evenly, which of an attention's heads means that each stays on one device.
+      InputError: no rule names a parameter, or a rule none or an axis twice; the mesh has not an axis or is not the
+        compiler's to fill in; or a dimension cannot be divided evenly, which of an attention's heads means that each
+        stays on one device.
     """
     if AxisType.Explicit in mesh.axis_types:
         raise InputError(
@@ -99,6 +100,8 @@ def shardings(
     if isinstance(sharding, str) and sharding not in RULES:
         raise InputError(f"sharding is {sharding!r}: known are {', '.join(RULES)}, or give rules of your own")
     rules = RULES[sharding] if isinstance(sharding, str) else sharding
+    if unknown := [path for path in rules if path not in _ALL]:
+        raise InputError(f"{unknown[0]}: a rule for a parameter that no model has: write it as in partition.RULES")
     found = {}
     for path, shape in parameter_shapes(config).items():
         template = templated(path)[0]
@@ -107,6 +110,9 @@ def shardings(
         spec = rules[template]
         if len(spec) > len(shape):
             raise InputError(f"{path}: the rule {tuple(spec)} has more dimensions than its shape {shape}")
+        axes = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
+        if len(set(axes)) < len(axes):
+            raise InputError(f"{path}: the rule {tuple(spec)} divides more than one dimension over the same axis")
         if isinstance(sharding, str) and math.prod(shape) < LEAST:
             spec = P(*(None if axis == DATA else axis for axis in spec))
         fitting = [

@@ -14,8 +14,11 @@ from vit_ref import config
 from vit_ref.bench import measure, roofline
 from vit_ref.bench.compiling import Cost
 from vit_ref.bench.contenders import Contender
+from vit_ref.bench.measure import Timing
+from vit_ref.bench.report import plot
 from vit_ref.bench.workload import Workload
 from vit_ref.cli import main
+from vit_ref.errors import InputError
 
 pytestmark = pytest.mark.benchmarks
 
@@ -78,8 +81,40 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
     assert said in result.stderr and "forward, Ti/112, batch 2, float32" in result.stdout
 
 
+def test_what_was_timed_is_saved_though_the_next_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(workload: Workload) -> Contender:
+        if workload.what != "forward":
+            raise MemoryError
+        return Contender("vit_ref", lambda: None, Cost(1.0))
+
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", build)
+    data = tmp_path / "bench.json"
+    result = _run("--batch", "1", "--implementation", "vit_ref", "--json", str(data))
+    assert result.exit_code == 2
+    assert "vit-ref: train step, Ti/112, batch 1, float32: one image does not fit" in result.stderr
+    assert [timing["what"] for timing in json.loads(data.read_text())["timings"]] == ["forward"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--json", "none/a.json"), "none/a.json: no such directory: make it first"),
+        (("--plot", "."), ".: is a directory: name a file"),
+        (("--plot", "a", "--json", "./a"), "a: --plot and --json are the same file: give two"),
+    ],
+)
+def test_places_that_cannot_be_are_said_before_anything_is_timed(
+    options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(measure.CONTENDERS, "vit_ref")  # whoever came to it would fail
+    result = _run("--implementation", "vit_ref", *options)
+    assert (result.exit_code, result.stderr) == (2, f"vit-ref: {said}\n")
+
+
 def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     missing = tmp_path / "none" / "bench.png"
-    result = _run("--batch", "1", "--pass", "forward", "--implementation", "vit_ref", "--plot", str(missing))
-    assert result.exit_code == 2
-    assert f"{missing}: cannot be written (No such file or directory)" in result.output.replace("\n", "")
+    work = Workload("Ti/112", 1, "float32", "forward")
+    with pytest.raises(InputError) as caught:
+        plot(missing, [Timing("vit_ref", work, (1.0, 1.0), 1e12, Cost(1.0))])
+    assert str(caught.value) == f"{missing}: cannot be written (No such file or directory)"

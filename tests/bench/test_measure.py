@@ -51,11 +51,18 @@ def test_contenders_run_in_turns_and_each_has_its_own_times() -> None:
     assert min(slow.seconds) >= 0.02 > quick.median
 
 
-@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: 3 GiB", "CUDA out of memory. Tried to"])
-def test_out_of_memory_halves_the_batch_and_says_so(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: 3 GiB"),
+        RuntimeError("CUDA out of memory. Tried to"),
+        MemoryError("Unable to allocate 5 TiB"),
+    ],
+)
+def test_out_of_memory_halves_the_batch_and_says_so(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(workload: Workload) -> Contender:
         if workload.batch > 3:
-            raise RuntimeError(message)
+            raise error
         return Contender("greedy", lambda: None, Cost(0.0))
 
     monkeypatch.setitem(measure.CONTENDERS, "greedy", build)
@@ -187,3 +194,27 @@ def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.Monk
     eager, compiled = (contenders.CONTENDERS[name](WORK) for name in ("PyTorch", "torch.compile"))
     assert (eager.name, eager.run(), eager.cost) == ("PyTorch", False, Cost(3.0, None, None, None))
     assert (compiled.name, compiled.run()) == ("torch.compile", True)
+
+
+def test_what_is_asked_for_twice_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workloads(["Ti/16"] * 2, [8, 8], ["float32"] * 2, ["forward"] * 2) == [WORK]
+    assert implementations(["vit_ref", "vit_ref"]) == ["vit_ref"]
+
+    def build(workload: Workload) -> Contender:
+        if workload.batch > 2:
+            raise MemoryError
+        return Contender("vit_ref", lambda: None, Cost(0.0))
+
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", build)
+    monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: 1.0)
+    # The larger batch comes down to the smaller one.
+    found = session.session(["Ti/16"], [4, 2], ["float32"], ["forward"], ["vit_ref"], 2, lambda line: None)
+    assert [timing.workload.batch for group in found for timing in group] == [2]
+
+
+def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: 1.0)
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", lambda workload: Contender("vit_ref", lambda: None, Cost(0.0)))
+    said: list[str] = []
+    list(session.session(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
+    assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]

@@ -114,6 +114,18 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
         ),
         (
             BASE,
+            mesh(x=2),
+            {**RULES["data"], "head.kernel": P("x", "x")},
+            "head.kernel: the rule ('x', 'x') divides more than one dimension over the same axis",
+        ),
+        (
+            BASE,
+            mesh(x=2),
+            {**RULES["data"], "blocks.{i}.typo": P("x")},
+            "blocks.{i}.typo: a rule for a parameter that no model has: write it as in partition.RULES",
+        ),
+        (
+            BASE,
             AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,)),
             "data",
             "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 1)",

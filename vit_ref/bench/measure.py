@@ -94,7 +94,7 @@ def fitting(
             with workload.numerics.asked():
                 return workload, tuple(CONTENDERS[name](workload) for name in names)
         except Exception as error:
-            if not any(sign in str(error) for sign in _NO_MEMORY):
+            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
                 raise
         if workload.batch == 1:
             raise OutOfMemoryError(f"{workload}: one image does not fit in the device's memory: take a smaller size")

@@ -10,8 +10,9 @@ import jax
 from vit_ref.bench.contenders import CONTENDERS, installed
 from vit_ref.bench.measure import Timing, fitting, race
 from vit_ref.bench.roofline import matmul_flops
-from vit_ref.bench.workload import PASSES, Workload, workload
+from vit_ref.bench.workload import PASSES, PRECISIONS, Workload, workload
 from vit_ref.errors import InputError
+from vit_ref.verify.environment import notes
 
 
 def workloads(
@@ -29,7 +30,7 @@ def workloads(
     sizes = sizes or (["Ti/16"] if cpu else ["B/16"])
     batches = batches or ([8] if cpu else [128])
     precisions = precisions or (["float32"] if cpu else ["float32", "mixed"])
-    return [workload(*each) for each in product(sizes, batches, precisions, passes or PASSES)]
+    return [workload(*each) for each in dict.fromkeys(product(sizes, batches, precisions, passes or PASSES))]
 
 
 def implementations(names: Sequence[str]) -> list[str]:
@@ -46,7 +47,7 @@ def implementations(names: Sequence[str]) -> list[str]:
             raise InputError(
                 f"{name} is not installed: pip install 'vit-ref[test]' for FlaxViT, 'vit-ref[torch]' for PyTorch"
             )
-    return list(names) or here
+    return list(dict.fromkeys(names)) or here
 
 
 def session(
@@ -73,6 +74,13 @@ def session(
       InputError: see `workloads` and `implementations`.
     """
     todo, racing = workloads(sizes, batches, precisions, passes), implementations(names)
+    for precision in dict.fromkeys(asked.precision for asked in todo):
+        for note in notes(PRECISIONS[precision]):
+            say(f"{precision}: {note}")
+    done = set()
     for asked in todo:
+        roofline = matmul_flops(asked.numerics)  # on a device that is still empty
         fitted, contenders = fitting(asked, racing, say)
-        yield race(fitted, contenders, rounds, matmul_flops(fitted.numerics))
+        if fitted not in done:
+            done.add(fitted)
+            yield race(fitted, contenders, rounds, roofline)

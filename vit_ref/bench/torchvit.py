@@ -22,6 +22,7 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high" if workload.precision == "tensorfloat32" else "highest")
+    half = {"mixed": torch.bfloat16, "float16": torch.float16}.get(workload.precision)
     config = transformers.ViTConfig(**workload.config.to_hf())
     model: Any = transformers.ViTForImageClassification(config).to(device)
     model.train(workload.what != "forward")
@@ -32,7 +33,7 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
     called = torch.compile(model) if compiles else model
 
     def logits() -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=workload.precision == "mixed"):
+        with torch.autocast(device.type, half, enabled=half is not None):
             return called(pixels).logits
 
     def run() -> Any:
