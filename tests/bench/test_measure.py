@@ -115,6 +115,12 @@ def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_pa
     assert jax.config.jax_compilation_cache_dir == before  # type: ignore[attr-defined]
 
 
+def test_what_is_donated_counts_once() -> None:
+    x = jnp.ones((256, 256))
+    (_, kept), (_, given) = (compile_twice(lambda x: 2 * x, x, donate=donate) for donate in ((), (0,)))
+    assert kept.bytes == 2 * x.nbytes and given.bytes == x.nbytes
+
+
 def test_the_roofline_is_that_of_products_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: side * 1e9)
     assert matmul_flops(WORK.numerics) == 2048e9
