@@ -88,13 +88,14 @@ def shardings(
       By path, in the model's order.
 
     Raises:
-      InputError: no rule names a parameter, or a rule none or an axis twice; the mesh has not an axis or is not the
-        compiler's to fill in; or a dimension cannot be divided evenly, which of an attention's heads means that each
-        stays on one device.
+      InputError: no rule names a parameter, or a rule none or an axis twice, or is no specification; the mesh has not
+        an axis or is not the compiler's to fill in; or a dimension cannot be divided evenly, which of an attention's
+        heads means that each stays on one device.
     """
-    if AxisType.Explicit in mesh.axis_types:
+    if other := set(mesh.axis_types) - {AxisType.Auto}:
         raise InputError(
-            "the mesh's axes are Explicit, jax.make_mesh's default, and want every operation's sharding spelt out: give"
+            f"the mesh's axes are {other.pop().name}, and here the compiler divides the work (jax.make_mesh's default,"
+            " Explicit, wants every operation's sharding spelt out, Manual every device's part): give"
             f" jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
         )
     if isinstance(sharding, str) and sharding not in RULES:
@@ -108,6 +109,8 @@ def shardings(
         if template not in rules:
             raise InputError(f"{path}: no rule says where it lies: add one for {template!r}")
         spec = rules[template]
+        if not isinstance(spec, P):
+            raise InputError(f"{path}: its rule is {spec!r}: give a jax.sharding.PartitionSpec, an empty one for none")
         if len(spec) > len(shape):
             raise InputError(f"{path}: the rule {tuple(spec)} has more dimensions than its shape {shape}")
         axes = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]

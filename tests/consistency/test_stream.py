@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import json
 import re
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import jax
+import jsonschema
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -26,6 +29,8 @@ from vit_ref.verify import candidate
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import check_port
 from vit_ref.verify.parity import ParityReport
+from vit_ref.verify.report import to_html, to_json
+from vit_ref.verify.report.document import SCHEMA
 from vit_ref.verify.stream import check_streamed
 
 pytestmark = pytest.mark.consistency
@@ -60,6 +65,8 @@ def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float
     [
         ("rectangular", "float32"),
         ("deep", "float32"),
+        ("hard-tokens", "mixed"),
+        ("pooler", "tensorfloat32"),
     ],
 )
 def test_forward_every_error_is_that_of_the_whole_model(name: str, precision: str, tmp_path: Path) -> None:
@@ -68,6 +75,9 @@ def test_forward_every_error_is_that_of_the_whole_model(name: str, precision: st
     whole, streamed = check_port(None, path, **options), check_streamed(path, **options)
     assert streamed.passed and whole.passed
     require_same(streamed.forward, whole.forward)
+    # The same notes, too: a CPU has no TF32, and says so.
+    assert streamed.environment == whole.environment
+    assert ("note" in streamed.environment) == (precision == "tensorfloat32" and jax.default_backend() == "cpu")
 
 
 @pytest.mark.parametrize("case", [THREE], ids=lambda case: case.name)
@@ -136,6 +146,26 @@ def test_a_fault_is_found_where_the_whole_model_has_it(
     causes = () if fault == "blocks exchanged" else whole.forward.causes
     assert [str(cause) for cause in streamed.forward.causes] == [str(cause) for cause in causes]
     assert not streamed.passed
+
+
+def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(THREE, tmp_path)
+    norm = model.nnx.LayerNorm.__call__
+    monkeypatch.setattr(model.nnx.LayerNorm, "__call__", lambda self, x: norm(self, jax.lax.stop_gradient(x)))
+    streamed = check_streamed(path)
+    assert not streamed.forward.semantic_failures and streamed.backward
+    # The last LayerNorm has the output's only way back, so that nothing before it has any gradient.
+    assert streamed.backward.semantic_failures[0].site == "block.2.mlp.residual"
+    assert str(streamed.backward.causes[0]).startswith("zero: with it the error at block.2.mlp.residual falls from 1")
+
+
+def test_a_streamed_report_is_valid_and_says_what_was_not_asked(tmp_path: Path) -> None:
+    report = check_streamed(written(CASES["stored-float64"], tmp_path), reference="numpy", backward=False)
+    document = to_json(report)
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(document)
+    (behaviour,) = document["behaviour"]
+    assert behaviour["status"] == "not observed" and behaviour["reason"].startswith("it is the whole model's")
+    assert escape(behaviour["reason"]) in to_html(report)
 
 
 def test_one_block_is_held_at_a_time_whatever_the_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +238,6 @@ def test_what_numpy_does_not_judge_and_what_no_checkpoint_stores_is_said(tmp_pat
     path = written(CASES["rectangular"], tmp_path)
     report = check_streamed(path, reference="numpy")
     assert report.passed and report.backward is None
-    assert report.not_backward == "NumPy judges no gradients: the reference torch does"
+    assert report.not_backward == "NumPy judges no gradients: the reference flax does"
     with pytest.raises(InputError, match="--stream judges parameters as the checkpoint stores them: for bfloat16 take"):
         check_streamed(path, precision="bfloat16")

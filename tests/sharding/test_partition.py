@@ -128,7 +128,21 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
             BASE,
             AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,)),
             "data",
-            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 1)",
+            "the mesh's axes are Explicit, and here the compiler divides the work (jax.make_mesh's default, Explicit,",
+        ),
+        (
+            BASE,
+            AbstractMesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Manual)),
+            "data",
+            "the mesh's axes are Manual, and here the compiler divides the work (jax.make_mesh's default, Explicit,"
+            " wants every operation's sharding spelt out, Manual every device's part): give jax.make_mesh(...,"
+            " axis_types=(jax.sharding.AxisType.Auto,) * 2)",
+        ),
+        (
+            BASE,
+            mesh(data=2),
+            {**RULES["data"], "norm.bias": None},
+            "norm.bias: its rule is None: give a jax.sharding.PartitionSpec, an empty one for none",
         ),
     ],
 )

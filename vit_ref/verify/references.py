@@ -54,8 +54,11 @@ class NumpyReference(NumpyOracle):
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """Raises `UnsupportedByReferenceError`."""
-        because = f"{self.reason}, and " if self.reason else ""
-        raise UnsupportedByReferenceError(f"{because}NumPy judges no gradients: the reference torch does")
+        if self.reason:
+            raise UnsupportedByReferenceError(
+                f"{self.reason}, and NumPy judges no gradients: the reference torch does, of whole models"
+            )
+        raise UnsupportedByReferenceError("NumPy judges no gradients: the reference flax does")
 
 
 class _Entry(NamedTuple):

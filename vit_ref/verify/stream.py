@@ -59,7 +59,9 @@ def check_streamed(
 ) -> PortReport:
     """`check_port` of this package's own model, holding the tensors of one block at a time.
 
-    Sites, gradients, gates and errors are those of `check_port`. How the whole model behaves is not asked.
+    Sites, gradients, gates and errors are those of `check_port`. FlaxViT alone, where weights are stored and computed
+    with in bfloat16, keeps its stream in that too and errs more: in the whole model XLA leaves out the stream's
+    rounding, on a model of three blocks up to 26 % of the error. How the whole model behaves is not asked.
 
     Args:
       checkpoint: safetensors: a directory, sharded or not, a file or a hub id.
@@ -108,7 +110,7 @@ def check_streamed(
         not_backward=reason,
         behaviour=(),
         expected_failures={},
-        environment=environment(),
+        environment=environment(asked),
         not_behaviour="it is the whole model's, and blocks were judged one by one",
     )
 
