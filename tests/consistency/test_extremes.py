@@ -121,13 +121,13 @@ EXTREMES = {
 
 @pytest.fixture(scope="module")
 def differentiate() -> Callable[..., tuple]:
-    """Values at all sites, and gradients to parameters and pixels through the fused and the observed path, compiled."""
+    """Values at all sites, and gradients to parameters and pixels with a tap and without, compiled."""
 
     def loss(graph: nnx.GraphDef, state: nnx.State, pixels: Array) -> tuple[Array, dict[str, Array]]:
         model, trace = nnx.merge(graph, state), {}
-        fused, observed = model(pixels), model(pixels, tap=trace.setdefault)
+        plain, observed = model(pixels), model(pixels, tap=trace.setdefault)
         wide = jnp.promote_types(observed.dtype, jnp.float32)
-        return sum(jax.nn.logsumexp(logits.astype(wide), axis=-1).sum() for logits in (fused, observed)), trace
+        return sum(jax.nn.logsumexp(logits.astype(wide), axis=-1).sum() for logits in (plain, observed)), trace
 
     return jax.jit(jax.value_and_grad(loss, argnums=(1, 2), has_aux=True), static_argnums=0)
 

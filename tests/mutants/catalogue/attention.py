@@ -96,14 +96,14 @@ def _unshifted(scores: Array, axis: int) -> Array:
     return exponentials / exponentials.sum(axis=axis, keepdims=True)
 
 
-def _fused(**wrong: float) -> Callable[..., Array]:
-    return lambda query, key, value: jax.nn.dot_product_attention(query, key, value, **wrong)
+def _untapped(factor: Callable[[Array], float]) -> Inject:
+    """Where nobody observes the probabilities, scores are multiplied by this besides."""
 
+    def inject(monkeypatch: pytest.MonkeyPatch) -> None:
+        right = model.attended
+        monkeypatch.setattr(model, "attended", lambda query, key, value: right(query * factor(query), key, value))
 
-def _fused_in_half(query: Array, key: Array, value: Array) -> Array:
-    if query.dtype == jnp.float32:
-        return jax.nn.dot_product_attention(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, scale=query.shape[-1] ** -0.5 * (1 + 2**-4))
+    return inject
 
 
 MUTANTS = (
@@ -268,21 +268,21 @@ MUTANTS = (
         cause="zero",
     ),
     Mutant(
-        name="fused-attention-off-in-half-precision",
-        story="the fused path has another scale, a sixteenth more, in half precision alone",
+        name="untapped-attention-off-in-half-precision",
+        story="the path without a tap has another scale, a sixteenth more, in half precision alone",
         source="fused kernels have a path of their own for each dtype",
-        inject=lambda monkeypatch: instead(monkeypatch, model, "jax.nn.dot_product_attention", _fused_in_half),
+        inject=_untapped(lambda query: 1 if query.dtype == jnp.float32 else 1 + 2**-4),
         killed_by="model",
         # No site: a path without a tap has none.
         tests=("tests/model/test_model.py", "-k", "two_paths_agree"),
     ),
     Mutant(
-        name="fused-attention-scaled-otherwise",
+        name="untapped-attention-scaled-otherwise",
         story="only the path without a tap, which users run and nobody observes, has another scale",
         source="two paths for one formula, one of them tested",
-        inject=lambda monkeypatch: instead(monkeypatch, model, "jax.nn.dot_product_attention", _fused(scale=0.25)),
+        inject=_untapped(lambda query: 0.25 * query.shape[-1] ** 0.5),
         killed_by="model",
         # No site: a path without a tap has none.
-        tests=("tests/model/test_model.py", "-k", "fused and rectangular and not patch"),
+        tests=("tests/model/test_model.py", "-k", "plain and rectangular and not patch"),
     ),
 )
