@@ -66,7 +66,7 @@ def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float
         ("rectangular", "float32"),
         ("deep", "float32"),
         ("hard-tokens", "mixed"),
-        ("pooler", "tensorfloat32"),
+        ("rectangular", "tensorfloat32"),
     ],
 )
 def test_forward_every_error_is_that_of_the_whole_model(name: str, precision: str, tmp_path: Path) -> None:
