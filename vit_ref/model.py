@@ -31,8 +31,8 @@ def gelu(x: Array) -> Array:
     """x times the normal distribution's probability of less (Hendrycks & Gimpel 2016, eq. 1), through erf.
 
     jax.nn.gelu goes through erfc: exact to the last digit where x is far below zero, to values that no sum of them
-    shows, for twice the time (of a train step of ViT-B/16 on CPU 2 %) and one more array to keep for the way back (6 %
-    of its memory). Half the sum of one and erf cancels there, so it is taken in at least float32.
+    shows, with one more array to keep for the way back: on CPU 6 % of a train step's memory, and about 2 % of its time.
+    Half the sum of one and erf cancels there, so it is taken in at least float32.
     """
     wide = x.astype(_at_least_float32(x.dtype))
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
@@ -109,8 +109,8 @@ def attended(query: Array, key: Array, value: Array) -> Array:
     """What each query finds, (B, N, H, K) of three such arrays, where nobody asks for the probabilities.
 
     The exponentials are divided by their sum after they have weighted the values: K quotients a query and not N, and
-    one array of (B, H, N, N) less to keep for the way back. `jax.nn.dot_product_attention`, which is XLA's softmax
-    wherever cuDNN is not asked for, takes a tenth more of a train step's time on CPU, and of its memory.
+    one array of (B, H, N, N) less to keep for the way back. Beside `jax.nn.dot_product_attention`, which is XLA's
+    softmax wherever cuDNN is not asked for, a train step of ViT-S/16 on CPU takes 7 % less time and 10 % less memory.
     """
     wide = _at_least_float32(query.dtype)
     # Products of matrices that lie in one piece: on CPU half of what is won.

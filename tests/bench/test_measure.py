@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from vit_ref.bench import contenders, measure, session
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.contenders import Contender
 from vit_ref.bench.measure import OutOfMemoryError, Timing, fitting, race
+from vit_ref.bench.report import table
 from vit_ref.bench.roofline import matmul_flops
 from vit_ref.bench.session import implementations, workloads
 from vit_ref.bench.workload import Workload
@@ -33,6 +35,15 @@ def test_figures_follow_from_the_median_round() -> None:
     assert timing.utilisation == WORK.flops() / 0.3 / 1e12
     # Quartiles of five ordered values, exclusive: halfway between the first two, and the last two.
     assert timing.spread == pytest.approx(((0.5 + 0.9) / 2 - (0.1 + 0.2) / 2) / 0.3)
+
+
+def test_implementations_are_compared_round_by_round() -> None:
+    # Slow from the fourth round of one on and from the third of the other: medians would say 1.47.
+    mine, theirs = _timing((3.0, 3.0, 3.0, 4.2, 4.2)), _timing((3.15, 3.15, 4.41, 4.41, 4.41))
+    assert mine.speedup(theirs) == pytest.approx(1.05)
+    assert theirs.speedup(mine) == pytest.approx(1 / 1.05)
+    columns = table([mine, dataclasses.replace(theirs, name="FlaxViT")]).columns
+    assert [list(column.cells) for column in columns if column.header == "x FlaxViT"] == [["1.05", "1.00"]]
 
 
 def test_contenders_run_in_turns_and_each_has_its_own_times() -> None:

@@ -18,7 +18,7 @@ _AGAINST = "FlaxViT"
 
 
 def table(timings: Sequence[Timing]) -> Table:
-    """One row an implementation, its throughput also as a multiple of FlaxViT's in the same rounds.
+    """One row an implementation, its throughput also as a multiple of FlaxViT's, round by round.
 
     Args:
       timings: of one workload.
@@ -34,7 +34,7 @@ def table(timings: Sequence[Timing]) -> Table:
             timing.name,
             f"{timing.images_per_second:.4g}",
             f"{100 * timing.spread:.0f} %",
-            f"{other.median / timing.median:.2f}" if other else "-",
+            f"{timing.speedup(other):.2f}" if other else "-",
             f"{100 * timing.utilisation:.0f} %",
             f"{timing.cost.cold_s:.1f}",
             "-" if timing.cost.cached_s is None else f"{timing.cost.cached_s:.1f}",
