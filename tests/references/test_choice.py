@@ -35,11 +35,12 @@ def test_numpy_judges_forward() -> None:
 @pytest.mark.parametrize(
     ("name", "reference", "message"),
     [
-        ("rectangular", "numpy", "^NumPy judges no gradients: the reference flax does$"),
+        ("rectangular", "numpy", "^NumPy judges no gradients: the reference flax does, and torch of whole models$"),
         (
             "rectangular-patch",
             "flax",
-            "^FlaxViT takes square patches .*, and NumPy judges no gradients: the reference torch does, of whole",
+            "^FlaxViT takes square patches .*, and NumPy judges no gradients: the reference torch does, "
+            "of whole models$",
         ),
     ],
 )

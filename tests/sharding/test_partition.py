@@ -128,7 +128,9 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
             BASE,
             AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,)),
             "data",
-            "the mesh's axes are Explicit, and here the compiler divides the work (jax.make_mesh's default, Explicit,",
+            "the mesh's axes are Explicit, and here the compiler divides the work (jax.make_mesh's default, Explicit,"
+            " wants every operation's sharding spelt out, Manual every device's part): give jax.make_mesh(...,"
+            " axis_types=(jax.sharding.AxisType.Auto,) * 1)",
         ),
         (
             BASE,

@@ -58,7 +58,9 @@ class NumpyReference(NumpyOracle):
             raise UnsupportedByReferenceError(
                 f"{self.reason}, and NumPy judges no gradients: the reference torch does, of whole models"
             )
-        raise UnsupportedByReferenceError("NumPy judges no gradients: the reference flax does")
+        raise UnsupportedByReferenceError(
+            "NumPy judges no gradients: the reference flax does, and torch of whole models"
+        )
 
 
 class _Entry(NamedTuple):
