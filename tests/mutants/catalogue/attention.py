@@ -13,7 +13,7 @@ from injection import Inject, Pass, at, both, instead, loaded
 from jax import Array
 from mutant import Mutant, backward, forward
 
-from vit_ref import model
+from vit_ref import attention, model
 from vit_ref.config import ViTConfig
 
 
@@ -100,8 +100,8 @@ def _untapped(factor: Callable[[Array], float]) -> Inject:
     """Where nobody observes the probabilities, scores are multiplied by this besides."""
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = model.attended
-        monkeypatch.setattr(model, "attended", lambda query, key, value: right(query * factor(query), key, value))
+        right = model.attend
+        monkeypatch.setattr(model, "attend", lambda query, key, value: right(query * factor(query), key, value))
 
     return inject
 
@@ -242,7 +242,7 @@ MUTANTS = (
         name="softmax-without-the-maximum",
         story="exponentials of the scores as they come",
         source="the textbook's formula; overflows at scores of 89",
-        inject=lambda monkeypatch: instead(monkeypatch, model, "jax.nn.softmax", _unshifted),
+        inject=lambda monkeypatch: instead(monkeypatch, attention, "jax.nn.softmax", _unshifted),
         killed_by="consistency",
         # Within range it is the same function: only extreme scores tell, by a NaN, which names no site.
         tests=("tests/consistency/test_extremes.py", "-k", "all-scores-1e4-float32"),

@@ -13,7 +13,7 @@ from injection import Inject, Pass, at, instead
 from jax import Array
 from mutant import Mutant, backward, forward
 
-from vit_ref import model
+from vit_ref import attention
 from vit_ref.config import ViTConfig
 from vit_ref.finetune import step
 from vit_ref.verify.candidate import OwnCandidate
@@ -87,7 +87,7 @@ MUTANTS = (
         name="softmax-in-bfloat16",
         story="scores and their softmax in the computation's own dtype",
         source="axlearn #18",
-        inject=lambda monkeypatch: instead(monkeypatch, model, "jnp.einsum", _narrow),
+        inject=lambda monkeypatch: instead(monkeypatch, attention, "jnp.einsum", _narrow),
         killed_by="model",
         # FlaxViT does so itself, so parity cannot tell under bfloat16: at the probabilities of "rectangular" the right
         # model is 0.85 and this one 1.00 times as far off as FlaxViT, at the logits 0.90 and 1.15; 3 and more would
@@ -155,7 +155,7 @@ MUTANTS = (
         name="matmul-of-rounded-operands",
         story="the products of queries and keys take operands of eight bits, as matrix units do by default",
         source="jax_default_matmul_precision on TPU, TF32 on GPU",
-        inject=lambda monkeypatch: instead(monkeypatch, model, "jnp.einsum", _rounded_operands),
+        inject=lambda monkeypatch: instead(monkeypatch, attention, "jnp.einsum", _rounded_operands),
         first_site="block.0.attn.probs",
         cause="inputs of the scores rounded to bfloat16",
     ),
