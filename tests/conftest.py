@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from vit_ref import pretrained
 from vit_ref.config import ViTConfig
 from vit_ref.model import VisionTransformer
 from vit_ref.porting import Tensors, parameter_shapes
-from vit_ref.pretrained import build
 from vit_ref.sites import sites
+from vit_ref.skeleton import skeleton
 from vit_ref.verify.trace import Trace, precision_of
 
 
 def _filled(config: ViTConfig, dtype: DTypeLike | None = None) -> VisionTransformer:
     rng = np.random.default_rng(0)
     shapes = parameter_shapes(config).items()
-    return build(config, {path: rng.normal(size=shape).astype(np.float32) / 4 for path, shape in shapes}, dtype=dtype)
+    return pretrained.build(
+        config, {path: rng.normal(size=shape).astype(np.float32) / 4 for path, shape in shapes}, dtype=dtype
+    )
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +49,15 @@ def _observe(graph: nnx.GraphDef, state: nnx.State, pixels: jax.Array) -> dict[s
     return recorded
 
 
+_skeleton = lru_cache(partial(skeleton, dtype=np.float64))
+
+
 def _traced(config: ViTConfig, parameters: Tensors, pixels: NDArray) -> Trace:
     with precision_of(np.float64):
-        graph, state = nnx.split(build(config, parameters, dtype=np.float64))
-        recorded = jax.device_get(_observe(graph, state, jnp.asarray(pixels, np.float64)))
+        graph, shapes = _skeleton(config)
+        recorded = jax.device_get(
+            _observe(graph, pretrained.filled(shapes, parameters), jnp.asarray(pixels, np.float64))
+        )
     # jit returns a dictionary's entries in alphabetical order.
     return {site.name: recorded[site.name] for site in sites(config, len(pixels))}
 

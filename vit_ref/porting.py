@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vit_ref.checkpoint import LazyTensors
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.model import VisionTransformer
+from vit_ref.skeleton import skeleton
 
 Tensors = Mapping[str, NDArray]
 _WEIGHT_DTYPES = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -323,8 +323,8 @@ LAYOUTS = {layout.name: layout for layout in (HF, HF5, FLAX, NPZ, BIG_VISION, TI
 @lru_cache(maxsize=64)
 def parameter_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's path and shape, in the model's order, found without allocating any."""
-    state = nnx.state(nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return {".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
+    _, shapes = skeleton(config)
+    return {".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(shapes)}
 
 
 def detect(names: Iterable[str]) -> Layout:

@@ -23,6 +23,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError, InputError
 from vit_ref.model import VisionTransformer
 from vit_ref.partition import Kind, Rules
+from vit_ref.skeleton import skeleton
 from vit_ref.timm_config import from_timm, is_timm
 
 
@@ -222,11 +223,6 @@ def _placed(value: NDArray, sharding: NamedSharding | None = None) -> jax.Array:
     if sharding is None:
         return jnp.array(value, copy=True)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
-
-
-def skeleton(config: ViTConfig, dtype: DTypeLike | None = None) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model without values, split: its graph, and its parameters' shapes. It takes a second to trace."""
-    return nnx.split(nnx.eval_shape(lambda: VisionTransformer(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def filled(shapes: nnx.State, parameters: porting.Tensors) -> nnx.State:

@@ -31,7 +31,8 @@ import vit_ref
 from vit_ref import checkpoint
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.model import Tap
-from vit_ref.pretrained import arrays_of, skeleton
+from vit_ref.pretrained import arrays_of
+from vit_ref.skeleton import skeleton
 from vit_ref.verify.backward import Gradients, Objective
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.gates import error, numerical_gate

@@ -21,7 +21,7 @@ from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
 from vit_ref.finetune.step import split_step
-from vit_ref.pretrained import skeleton
+from vit_ref.skeleton import skeleton
 from vit_ref.verify.flaxvit import require_flaxvit
 
 RATE = 1e-4

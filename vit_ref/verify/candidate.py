@@ -14,7 +14,8 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.porting import detect, port
-from vit_ref.pretrained import filled, parameters_of_state, skeleton
+from vit_ref.pretrained import filled, parameters_of_state
+from vit_ref.skeleton import skeleton
 from vit_ref.verify.tapped import Tapped
 from vit_ref.verify.trace import Forward
 
