@@ -100,6 +100,8 @@ def shardings(
         )
     if isinstance(sharding, str) and sharding not in RULES:
         raise InputError(f"sharding is {sharding!r}: known are {', '.join(RULES)}, or give rules of your own")
+    if not isinstance(sharding, str | Mapping):
+        raise InputError(f"sharding is {sharding!r}: give one of {', '.join(RULES)}, or rules of your own by path")
     rules = RULES[sharding] if isinstance(sharding, str) else sharding
     if unknown := [path for path in rules if path not in _ALL]:
         raise InputError(f"{unknown[0]}: a rule for a parameter that no model has: write it as in partition.RULES")

@@ -129,7 +129,10 @@ def test_an_expected_failure_that_passes_is_an_error(tiny: Path) -> None:
 def test_without_a_backward_pass_the_reason_is_given(tiny: Path) -> None:
     report = vit_ref.check_port(None, tiny, reference="numpy")
     assert report.candidate == "vit_ref" and report.reference == "NumPy"
-    assert report.not_backward == "NumPy judges no gradients: the reference flax does, and torch of whole models"
+    assert (
+        report.not_backward
+        == "NumPy judges no gradients: the reference torch does, of whole models, and flax of what it can express"
+    )
     assert statuses(report)["not observed"] == ["backward/pixels"]
 
 

@@ -143,6 +143,12 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
         (
             BASE,
             mesh(data=2),
+            None,
+            "sharding is None: give one of data, fsdp, tensor, fsdp+tensor, or rules of your own",
+        ),
+        (
+            BASE,
+            mesh(data=2),
             {**RULES["data"], "norm.bias": None},
             "norm.bias: its rule is None: give a jax.sharding.PartitionSpec, an empty one for none",
         ),

@@ -40,7 +40,9 @@ def table(timings: Sequence[Timing]) -> Table:
             "-" if timing.cost.cached_s is None else f"{timing.cost.cached_s:.1f}",
             "-" if timing.cost.bytes is None else f"{timing.cost.bytes / 2**30:.2f}",
         )
-    shown.caption = f"measured matrix products: {first.roofline / 1e9:,.0f} GFLOP/s"
+    shown.caption = (
+        f"measured matrix products: {first.roofline / 1e9:,.0f} GFLOP/s; x {_AGAINST}: median of the rounds' ratios"
+    )
     shown.caption_justify = "left"
     return shown
 

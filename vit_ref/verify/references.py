@@ -59,7 +59,7 @@ class NumpyReference(NumpyOracle):
                 f"{self.reason}, and NumPy judges no gradients: the reference torch does, of whole models"
             )
         raise UnsupportedByReferenceError(
-            "NumPy judges no gradients: the reference flax does, and torch of whole models"
+            "NumPy judges no gradients: the reference torch does, of whole models, and flax of what it can express"
         )
 
 
