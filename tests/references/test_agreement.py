@@ -23,7 +23,7 @@ from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.references import REFERENCES, reference_for, require
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.torchvit import TorchViTReference
-from vit_ref.verify.trace import ReferenceUnavailableError, Trace
+from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError
 
 pytestmark = pytest.mark.torch
 
@@ -145,6 +145,17 @@ def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pyt
     found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
     assert {value.dtype for value in found.values()} == {np.dtype(np.float64)}
     assert apart(found, trace("numpy", "rectangular"))[0] == "block.0.attn.probs"
+
+
+@pytest.mark.parametrize("ask", ["trace", "gradients"])
+def test_pytorch_judges_no_products_that_a_device_rounds(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("torch")
+    monkeypatch.setattr(torchvit, "products", lambda: "tensorfloat32")
+    case = CASES["rectangular"]
+    judge = getattr(TorchViTReference(case.config, case.checkpoint().tensors), ask)
+    judge(case.images(), np.float64)
+    with pytest.raises(UnsupportedByReferenceError, match="whole float32 products, and this device tensorfloat32 ones"):
+        judge(case.images(), np.float32)
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])

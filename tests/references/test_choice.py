@@ -9,15 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import vit_ref_pytest
 from vit_ref.errors import InputError
+from vit_ref.verify import references
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.gates import error
 from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.parity import check_parity
-from vit_ref.verify.references import REFERENCES, reference_for, require
+from vit_ref.verify.references import REFERENCES, NumpyReference, reference_for, require
 from vit_ref.verify.trace import ReferenceUnavailableError, UnsupportedByReferenceError
 
 pytestmark = pytest.mark.parity
@@ -30,6 +34,23 @@ def test_numpy_judges_forward() -> None:
     assert report.passed and report.reference == "NumPy"
     # It sums in another order than jax.
     assert all(result.gate > 4 * result.yardstick for result in report.results)
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("float32", 2.0**-24), ("tensorfloat32", 2.0**-11), ("bfloat16", 2.0**-8)])
+def test_numpy_rounds_every_product_as_the_device_does(kind: str, unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that was asked for TF32: whole products would leave a right port no room."""
+    case, tensors = CASES["rectangular"], CASES["rectangular"].checkpoint().tensors
+    judge, pixels, rounded = NumpyReference(case.config, tensors), case.images(), []
+    truth = NumpyOracle(case.config, tensors).trace(pixels)
+    round_operand = references._OPERANDS[kind]
+    monkeypatch.setattr(references, "products", lambda: kind)
+    monkeypatch.setitem(references._OPERANDS, kind, lambda x: (rounded.append(x), round_operand(x))[1])
+    # A product's relative error is that of its operands, a unit of rounding at most and some tenths on average.
+    assert 0.1 * unit < error(judge.trace(pixels, np.float32)["patches"], truth["patches"]).rms < 2 * unit
+    # Of the patches, six layers, scores and context of each block, and of the head.
+    assert len(rounded) == 2 * (1 + 8 * case.config.num_hidden_layers + 1)
+    for site, value in judge.trace(pixels, np.float64).items():
+        np.testing.assert_array_equal(value, truth[site])
 
 
 @pytest.mark.parametrize(

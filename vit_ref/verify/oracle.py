@@ -77,7 +77,12 @@ class NumpyOracle:
         self, pixels: NDArray, dtype: DTypeLike = np.float64, replace: Mapping[str, NDArray] | None = None
     ) -> Trace:
         """See `Port.trace`; what is replaced is not computed, and its replacement recorded."""
-        return _Pass(self.config, self.tensors, np.dtype(dtype), replace).run(pixels)
+        operand = self.operands(np.dtype(dtype))
+        return _Pass(self.config, self.tensors, np.dtype(dtype), replace, operand=operand).run(pixels)
+
+    def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
+        """What is done to each operand of a product before they are multiplied: here nothing."""
+        return lambda x: x
 
     def value(self, site: str, pixels: NDArray, known: Mapping[str, NDArray]) -> NDArray:
         """The float64 value at one site, where values of sites before it are given: only the rest is computed.
@@ -95,7 +100,7 @@ class _ReachedError(Exception):
 
 
 class _Pass:
-    """One forward pass, in one dtype, that stops at a site where it is told to."""
+    """One forward pass, in one dtype, that stops at a site where it is told to, from products of rounded operands."""
 
     def __init__(
         self,
@@ -104,9 +109,10 @@ class _Pass:
         dtype: np.dtype,
         known: Mapping[str, NDArray] | None = None,
         until: str | None = None,
+        operand: Callable[[NDArray], NDArray] = lambda x: x,
     ):
         self.config, self.tensors, self.dtype = config, tensors, dtype
-        self.known, self.until = known or {}, until
+        self.known, self.until, self.operand = known or {}, until, operand
         self.trace: Trace = {}
 
     def run(self, pixels: NDArray) -> Trace:
@@ -123,8 +129,11 @@ class _Pass:
     def weight(self, name: str) -> NDArray:
         return self.tensors[name].astype(self.dtype)
 
+    def product(self, left: NDArray, right: NDArray) -> NDArray:
+        return self.operand(left) @ self.operand(right)
+
     def linear(self, name: str, x: NDArray) -> NDArray:
-        y = x @ self.weight(f"{name}.weight").T
+        y = self.product(x, self.weight(f"{name}.weight").T)
         return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
 
     def norm(self, name: str, x: NDArray) -> NDArray:
@@ -137,7 +146,7 @@ class _Pass:
         cut = pixels.reshape(batch, rows, height, columns, width, channels).transpose(0, 1, 3, 5, 2, 4)
         projection = "embeddings.patch_embeddings.projection"
         kernel = self.weight(f"{projection}.weight").reshape(self.config.hidden_size, -1)
-        return cut.reshape(batch, rows * columns, -1) @ kernel.T + self.weight(f"{projection}.bias")
+        return self.product(cut.reshape(batch, rows * columns, -1), kernel.T) + self.weight(f"{projection}.bias")
 
     def embeddings(self, patches: NDArray) -> NDArray:
         cls_token = np.broadcast_to(self.weight("embeddings.cls_token"), (len(patches), 1, patches.shape[-1]))
@@ -166,9 +175,9 @@ class _Pass:
 
         query, key, value = projected("query"), projected("key"), projected("value")
         scale = self.dtype.type(np.sqrt(self.config.head_dim))
-        probs = at(f"{site}.attn.probs", lambda: softmax(query @ key.transpose(0, 1, 3, 2) / scale))
-        context = at(f"{site}.attn.context", lambda: (probs @ value).transpose(0, 2, 1, 3).reshape(x.shape))
-        attended = at(f"{site}.attn.out", lambda: self.linear(f"{layer}.attention.output.dense", context))
+        probs = at(f"{site}.attn.probs", lambda: softmax(self.product(query, key.transpose(0, 1, 3, 2)) / scale))
+        found = at(f"{site}.attn.context", lambda: self.product(probs, value).transpose(0, 2, 1, 3).reshape(x.shape))
+        attended = at(f"{site}.attn.out", lambda: self.linear(f"{layer}.attention.output.dense", found))
         middle = at(f"{site}.attn.residual", lambda: attended + x)
         normed_middle = at(f"{site}.norm2", lambda: self.norm(f"{layer}.layernorm_after", middle))
         before = at(f"{site}.mlp.fc1", lambda: self.linear(f"{layer}.intermediate.dense", normed_middle))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.verify.backward import Gradients, Objective
+from vit_ref.verify.environment import products
 from vit_ref.verify.flaxvit import FlaxViTReference, require_flaxvit
+from vit_ref.verify.hypotheses import MULTIPLIED
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.torchvit import TorchViTReference, require_torch
 from vit_ref.verify.trace import Implementation, UnsupportedByReferenceError
@@ -37,8 +40,15 @@ class Reference(Implementation, Protocol):
         ...
 
 
+_OPERANDS: dict[str, Callable[[NDArray], NDArray]] = {
+    "float32": lambda x: x,
+    "tensorfloat32": MULTIPLIED["ten bits of mantissa (TF32, float16)"],
+    "bfloat16": MULTIPLIED["bfloat16"],
+}
+
+
 class NumpyReference(NumpyOracle):
-    """The NumPy oracle as the only judge. It goes forward only.
+    """The NumPy oracle as the only judge. It goes forward only, and rounds its products as this device does.
 
     Args:
       config: the model's configuration.
@@ -51,6 +61,11 @@ class NumpyReference(NumpyOracle):
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray], reason: str = ""):
         super().__init__(config, tensors)
         self.reason = reason
+
+    def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
+        """As jax rounds them here and now: on a GPU that was asked for TF32, a right port errs a thousand times more
+        than whole products in float32 would allow."""
+        return _OPERANDS[products()] if dtype == np.float32 else super().operands(dtype)
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """Raises `UnsupportedByReferenceError`."""

@@ -22,7 +22,8 @@ from vit_ref.errors import InputError
 from vit_ref.porting import detect, port
 from vit_ref.sites import Site, sites
 from vit_ref.verify.backward import Gradients, Objective
-from vit_ref.verify.trace import ReferenceUnavailableError, Trace
+from vit_ref.verify.environment import products
+from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError
 
 # What a forward hook picks of a module's arguments and of what it returns.
 Pick = Callable[[tuple[Any, ...], Any], Any]
@@ -151,18 +152,28 @@ class TorchViTReference:
         return model
 
     def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
-        """See `Implementation.trace`."""
+        """See `Implementation.trace`.
+
+        Raises:
+          UnsupportedByReferenceError: jax rounds the operands of float32 products here and now, which PyTorch does not.
+        """
         import torch
 
+        _require_whole_products(np.dtype(dtype))
         wide = np.promote_types(np.dtype(dtype), np.float32)
         with torch.no_grad():
             _, observed = self._forward(self._model(wide), torch.from_numpy(pixels.astype(wide)), dtype)
         return self._named(observed, len(pixels))
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`. Those of parameters get our paths by the weight map of PyTorch's names."""
+        """See `Differentiable.gradients`. Those of parameters get our paths by the weight map of PyTorch's names.
+
+        Raises:
+          UnsupportedByReferenceError: see `trace`.
+        """
         import torch
 
+        _require_whole_products(np.dtype(dtype))
         wide = np.promote_types(np.dtype(dtype), np.float32)
         model = self._model(wide)
         parameters = dict(model.named_parameters())
@@ -264,3 +275,11 @@ def _array(tensor: Any) -> NDArray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _require_whole_products(dtype: np.dtype) -> None:
+    # It computes on the CPU, with a thousandth of the error that a GPU makes of the same products in TF32.
+    if dtype == np.float32 and (here := products()) != "float32":
+        raise UnsupportedByReferenceError(
+            f"PyTorch makes whole float32 products, and this device {here} ones: the reference flax makes the same"
+        )
