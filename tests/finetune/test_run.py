@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,7 @@ def steady(runner: Runner) -> np.ndarray:
 def test_eight_devices_learn_what_one_learns(sharding: str, runner: Runner, steady: np.ndarray) -> None:
     runner.run(f"eight-{sharding}", "--dropout", "0", "--sharding", sharding, devices=8)
     np.testing.assert_allclose(losses(runner, f"eight-{sharding}"), steady, rtol=CLOSE)
+    assert divided(runner, f"eight-{sharding}") == (sharding == "fsdp")
 
 
 @pytest.mark.parametrize("sharding", ["data", "fsdp"])
@@ -135,6 +137,13 @@ def test_two_processes_learn_what_one_learns(sharding: str, runner: Runner, stea
     assert "best after epoch" in ended[0][0]
     assert "best after epoch" not in ended[1][0]
     np.testing.assert_allclose(losses(runner, out), steady, rtol=CLOSE)
+    assert divided(runner, out) == (sharding == "fsdp")
+
+
+def divided(runner: Runner, out: str) -> bool:
+    """Whether devices shared any array that was saved, as Orbax noted beside it: losses are the same either way."""
+    noted = json.loads(next((runner.directory / out / "checkpoints").rglob("_sharding")).read_text())
+    return any(any(json.loads(each)["partition_spec"]) for each in noted.values())
 
 
 def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
