@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,18 @@ def fresh(config: ViTConfig) -> Checkpoint:
     return Checkpoint(Path("fresh"), porting.export(parameters_of(model), config, porting.HF), config.to_hf())
 
 
-def assert_same_curve(ours: np.ndarray, reference: np.ndarray, truth: np.ndarray) -> None:
+def assert_same_curve(ours: np.ndarray, train_flaxvit: Callable, arguments: tuple[Any, ...], truth: np.ndarray) -> None:
     """In float32 our losses leave the reference's float64 curve no more than twice as far as its own float32 losses.
 
-    Up to each step the largest distance so far counts: where two curves happen to cross says nothing.
+    Up to each step the largest distance so far counts: where two curves happen to cross says nothing. And one curve of
+    the reference's says little: with the images of the batch in another order, which is rounding alone, it came out
+    between 3e-6 and 1.5e-5 from the truth on a trained ViT-S/14, and so did ours. The furthest of three orders counts.
     """
+    *model, batches = arguments
+    orders = ([tuple(np.roll(each, shift, axis=0) for each in batch) for batch in batches] for shift in range(3))
+    curves = [train_flaxvit(*model, order, np.float32, set()).losses for order in orders]
     floor = 4 * 2**-23 * root_mean_square(truth)  # a loss is a mean of a few logarithms, each rounded
-    drift = np.maximum.accumulate(np.abs(reference - truth))
+    drift = np.maximum.accumulate(np.abs(np.array(curves) - truth).max(axis=0))
     assert (np.abs(ours - truth) <= 2 * drift + floor).all()
 
 
@@ -54,7 +60,7 @@ def test_one_batch_is_learnt_along_the_references_curve(train_ours: Callable, tr
     assert truth.losses[-1] < 1e-3
     ours = train_ours(*arguments, np.float32, set())
     assert ours.losses[-1] < 1e-3
-    assert_same_curve(ours.losses, train_flaxvit(*arguments, np.float32, set()).losses, truth.losses)
+    assert_same_curve(ours.losses, train_flaxvit, arguments, truth.losses)
 
 
 def clipped_momentum() -> optax.GradientTransformation:
@@ -83,7 +89,7 @@ def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
         assert truth[-1] < 1e-3
         ours = train_ours(*arguments, np.float32, set()).losses
         assert ours[-1] < 1e-3
-        assert_same_curve(ours, train_flaxvit(*arguments, np.float32, set()).losses, truth)
+        assert_same_curve(ours, train_flaxvit, arguments, truth)
 
 
 def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., VisionTransformer]) -> None:
