@@ -60,6 +60,8 @@ def from_pretrained(
     """
     if mesh is None and sharding != "data":
         raise InputError(f"sharding is {sharding!r}: give the mesh, too")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InputError(f"mesh is of {type(mesh).__name__}, which has no devices: give one of jax.make_mesh's")
     exempt = tuple(exempt)
     source = checkpoint.read(path, lazy=mesh is not None)
     config, layout = described(source, config=config, exempt=exempt)

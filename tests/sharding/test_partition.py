@@ -170,5 +170,7 @@ def test_rules_of_ones_own_are_followed_to_the_letter() -> None:
 
 
 def test_a_sharding_wants_a_mesh() -> None:
+    with pytest.raises(InputError, match=r"^mesh is of AbstractMesh, which has no devices: give"):
+        vit_ref.from_pretrained("anywhere", mesh=mesh(data=2))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="sharding is 'tensor': give the mesh, too"):
         vit_ref.from_pretrained("anywhere", sharding="tensor")
