@@ -17,15 +17,15 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 from jax.typing import DTypeLike
 
-from vit_ref.attention import at_least_float32, attend, weigh
+from vit_ref.attention import Attend, at_least_float32, attend, weigh
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 
 Tap = Callable[[str, Array], Array]
 
 # jax.nn.gelu's own default is the tanh form; "gelu" in a checkpoint's config is the erf form. jax goes through erfc,
-# which keeps its relative accuracy far below zero. Half the sum of one and erf, in 6 % less of a train step's memory,
-# cancels there: a layer whose units are all at -5 then errs by 2e-11 in float64, and by 6 % in float32.
+# whose relative accuracy far below zero is that of its argument. Half the sum of one and erf, in 6 % less of a train
+# step's memory, cancels there: a layer whose units are all at -5 then errs by 2e-11 in float64, and by 6 % in float32.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -60,7 +60,7 @@ def _scoped(tap: Tap, scope: str) -> Tap:
 class Attention(nnx.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D); `ViTSelfAttention` and the dense layer after it."""
 
-    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], attention: Attend | None, rngs: nnx.Rngs):
         width = config.hidden_size
         self.query = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
         self.key = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
@@ -70,6 +70,7 @@ class Attention(nnx.Module):
         shared = (0, 1) if config.broadcast_attention_dropout else ()
         self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, broadcast_dims=shared, deterministic=True)
         self.heads = config.num_attention_heads
+        self.attend = attention or attend
 
     def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
         """Attends; `tap` sees the sites of `attn`, `rngs` is needed where dropout is live."""
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
         value = tap("value", self.value(x).reshape(heads))
         drops = self.dropout.rate > 0 and not self.dropout.deterministic
         if tap is identity and not drops:
-            context = attend(query, key, value)
+            context = self.attend(query, key, value)
         else:
             context = weigh(query, key, value, lambda probs: self.dropout(tap("probs", probs), rngs=rngs))
         context = tap("context", context.reshape(batch, tokens, width))
@@ -109,10 +110,11 @@ class Block(nnx.Module):
         config: ViTConfig,
         linear: Callable[..., nnx.Linear],
         norm: Callable[..., nnx.LayerNorm],
+        attention: Attend | None,
         rngs: nnx.Rngs,
     ):
         self.norm1 = norm(rngs=rngs)
-        self.attn = Attention(config, linear, rngs)
+        self.attn = Attention(config, linear, attention, rngs)
         self.norm2 = norm(rngs=rngs)
         self.mlp = MLP(config, linear, rngs)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
@@ -138,6 +140,7 @@ class VisionTransformer(nnx.Module):
       dtype: dtype of the computation, None to promote from pixels and parameters as flax does. The token stream and
         its LayerNorms are in at least float32 where it is given, the softmax always.
       param_dtype: dtype of the freshly initialised parameters.
+      attention: takes the place of `attention.attend`, where neither a tap nor dropout asks for the probabilities.
       rngs: the "params" stream initialises; nothing else is drawn.
     """
 
@@ -147,6 +150,7 @@ class VisionTransformer(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        attention: Attend | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -183,7 +187,7 @@ class VisionTransformer(nnx.Module):
             init(rngs.params(), (1, rows * columns + 1, config.hidden_size), param_dtype)
         )
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
-        self.blocks = nnx.List([Block(config, linear, norm, rngs) for _ in range(config.num_hidden_layers)])
+        self.blocks = nnx.List([Block(config, linear, norm, attention, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = norm(rngs=rngs)
         if config.pooler:
             self.pooler = linear(config.hidden_size, config.pooler_width, rngs=rngs)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref import checkpoint, partition, porting
+from vit_ref.attention import Attend
 from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError, InputError
 from vit_ref.model import VisionTransformer
@@ -35,6 +36,7 @@ def from_pretrained(
     exempt: Iterable[str] = (),
     mesh: Mesh | None = None,
     sharding: Kind | Rules = "data",
+    attention: Attend | None = None,
 ) -> VisionTransformer:
     """Loads a ViT, in evaluation mode.
 
@@ -48,6 +50,7 @@ def from_pretrained(
         are read tensor by tensor, of which the host holds one at a time. Divide the batch, too:
         `jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))`.
       sharding: what is divided on it, "data", "fsdp", "tensor" or "fsdp+tensor", see `vit_ref.partition`.
+      attention: see `VisionTransformer`; `vit_ref.attention.cudnn` in half precision on NVIDIA's GPUs.
 
     Returns:
       The model; its parameters have the checkpoint's own bits and dtypes.
@@ -66,7 +69,7 @@ def from_pretrained(
     source = checkpoint.read(path, lazy=mesh is not None)
     config, layout = described(source, config=config, exempt=exempt)
     shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
-    return _built(config, porting.ported(source.tensors, config, layout, exempt=exempt), dtype, shardings)
+    return _built(config, porting.ported(source.tensors, config, layout, exempt=exempt), dtype, shardings, attention)
 
 
 def load(
@@ -207,6 +210,7 @@ def _built(
     parameters: Iterable[tuple[str, NDArray]],
     dtype: DTypeLike | None,
     shardings: Mapping[str, NamedSharding],
+    attention: Attend | None = None,
 ) -> VisionTransformer:
     arrays = {}
     for path, value in parameters:
@@ -214,7 +218,7 @@ def _built(
             raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
         arrays[path] = _placed(value, shardings.get(path))
         del value  # before the next one is made
-    graph, shapes = skeleton(config, dtype)
+    graph, shapes = skeleton(config, dtype, attention)
     model = nnx.merge(graph, with_arrays(shapes, arrays))
     model.eval()
     return model

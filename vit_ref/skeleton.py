@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from vit_ref.attention import Attend
 from vit_ref.config import ViTConfig
 from vit_ref.model import VisionTransformer
 
@@ -23,7 +24,9 @@ class _OneKey:
         return self._key
 
 
-def skeleton(config: ViTConfig, dtype: DTypeLike | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+def skeleton(
+    config: ViTConfig, dtype: DTypeLike | None = None, attention: Attend | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's graph, and its parameters' shapes and dtypes; none is allocated. It takes a third of a second."""
     rngs: Any = _OneKey()
-    return nnx.split(nnx.eval_shape(lambda: VisionTransformer(config, dtype=dtype, rngs=rngs)))
+    return nnx.split(nnx.eval_shape(lambda: VisionTransformer(config, dtype=dtype, attention=attention, rngs=rngs)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from vit_ref.attention import cudnn
 from vit_ref.bench import contenders, measure, session
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.contenders import Contender
@@ -235,3 +237,28 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     said: list[str] = []
     list(session.session(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
     assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "fused"),
+    [
+        ("cuda 13000", "mixed", True),
+        ("cuda 13000", "float16", True),
+        ("cuda 13000", "float32", False),
+        ("cpu", "mixed", False),
+    ],
+)
+def test_the_own_model_is_timed_with_cudnns_attention_where_that_is(
+    device: str, precision: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stop(config: object, dtype: object, attention: object) -> None:
+        asked.append(attention)
+        raise InterruptedError
+
+    monkeypatch.setattr(contenders, "skeleton", stop)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(client=SimpleNamespace(platform_version=device))])
+    with pytest.raises(InterruptedError):
+        contenders.vit_ref(WORK._replace(precision=precision))
+    assert asked == [cudnn if fused else None]

@@ -113,7 +113,7 @@ def test_the_two_paths_agree_in_half_precision_too(dtype: type, filled: Filled) 
         vit, pixels = filled(case.config, dtype=dtype), jnp.asarray(case.images())
         plain, observed = vit(pixels), vit(pixels, tap=lambda site, value: value)
     off = error(np.asarray(plain), np.asarray(observed, np.float64)).rms
-    # On a CPU they are the same to the last bit, with cuDNN not.
+    # On a CPU they are the same to the last bit.
     assert off <= float(jnp.finfo(dtype).eps), f"{off:.1e}"
 
 

@@ -1,25 +1,30 @@
-"""Which way attention takes where nobody asks for its probabilities, and that cuDNN's is given what it must see."""
+"""Does every way of attention find the same, and does a model take the one that it is given?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array
 
+import vit_ref
 from vit_ref import attention
+from vit_ref.attention import Attend
+from vit_ref.errors import InputError
+from vit_ref.model import VisionTransformer
+from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
 
 pytestmark = pytest.mark.model
 
 # An odd number of tokens, as a class token makes it.
 TOKENS = 37
-PADDED = 40
 
 
 def qkv(dtype: Any, width: int = 16) -> tuple[Array, Array, Array]:
@@ -29,81 +34,98 @@ def qkv(dtype: Any, width: int = 16) -> tuple[Array, Array, Array]:
 
 
 @pytest.fixture
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
-    """cuDNN is there, and XLA does its part of the work; the implementations that were asked for."""
-    asked: list[str | None] = []
+def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
+    """XLA does cuDNN's part of the work; the lengths that it was told."""
+    told: list[Array] = []
     own = jax.nn.dot_product_attention
 
-    def attention_of(*arguments: Array, implementation: str | None = None, **options: Any) -> Array:
-        asked.append(implementation)
-        return own(*arguments, implementation="xla", **options)
+    def by_xla(*operands: Array, implementation: str, **lengths: Array) -> Array:
+        assert implementation == "cudnn"
+        told.append(lengths["key_value_seq_lengths"])
+        return own(*operands, implementation="xla", **lengths)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attention_of)
-    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     # XLA's way relies on what the suite forbids.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield asked
+        yield told
 
 
-@pytest.mark.parametrize(
-    ("platform", "dtype", "width", "fused"),
-    [
-        ("cuda", jnp.bfloat16, 16, True),
-        ("cuda", jnp.float16, 128, True),
-        ("cuda", jnp.float32, 16, False),
-        ("cuda", jnp.bfloat16, 12, False),
-        ("cuda", jnp.bfloat16, 136, False),
-        # On the machine that has cuDNN, for its processor.
-        ("cpu", jnp.bfloat16, 16, False),
-    ],
-)
-def test_cudnn_is_taken_where_it_can(
-    platform: str, dtype: Any, width: int, fused: bool, cudnn: list[str | None]
-) -> None:
-    traced = jax.jit(attention.attend).trace(*qkv(dtype, width))
-    # Its tokens are padded; no other way has so many.
-    assert (f"{PADDED}x" in traced.lower(lowering_platforms=(platform,)).as_text()) == fused
-    assert set(cudnn) <= {"cudnn"}
+def outputs(attend: Attend, dtype: Any) -> list[Array]:
+    """The context, and its gradients."""
+
+    def weighted(*operands: Array) -> tuple[Array, Array]:
+        context = attend(*operands)
+        # Another weight for each, so that no gradient is zero.
+        weights = jnp.arange(context.size, dtype=jnp.float32).reshape(context.shape) % 7
+        return (context.astype(jnp.float32) * weights).sum(), context
+
+    gradients, context = jax.grad(weighted, argnums=(0, 1, 2), has_aux=True)(*qkv(dtype))
+    return [context, *gradients]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_cudnn_sees_every_token_and_no_padding(dtype: Any, cudnn: list[str | None]) -> None:
-    def outputs(attend: Any) -> list[Array]:
-        def weighted(*operands: Array) -> tuple[Array, Array]:
-            context = attend(*operands)
-            # Another weight for each, so that no gradient is zero.
-            weights = jnp.arange(context.size, dtype=jnp.float32).reshape(context.shape) % 7
-            return (context.astype(jnp.float32) * weights).sum(), context
-
-        gradients, context = jax.grad(weighted, argnums=(0, 1, 2), has_aux=True)(*qkv(dtype))
-        return [context, *gradients]
-
-    for found, expected in zip(outputs(attention._fused), outputs(attention.weigh), strict=True):
+def require_same(attend: Attend, dtype: Any) -> None:
+    for found, expected in zip(outputs(attend, dtype), outputs(attention.weigh, dtype), strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         off = error(np.asarray(found), np.asarray(expected, np.float64)).rms
         # One rounding, where the two sum in another order; a row of padding that is seen makes 1e-2 and more of it.
         assert off <= float(jnp.finfo(dtype).eps), f"{off:.1e}"
-    assert cudnn == ["cudnn"]
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["no cuDNN", "cuDNN for another device"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_cpu_forms_the_probabilities_in_half_precision(
-    dtype: Any, beside: bool, request: pytest.FixtureRequest
-) -> None:
-    if beside:
-        request.getfixturevalue("cudnn")
+HALF = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+
+
+@HALF
+def test_cudnn_sees_every_token_and_no_padding(dtype: Any, lengths: list[Array]) -> None:
+    require_same(attention.cudnn, dtype)
+    np.testing.assert_array_equal(lengths[0], [TOKENS, TOKENS])
+
+
+def on_nvidia() -> bool:
+    return "cuda" in jax.devices()[0].client.platform_version
+
+
+@pytest.mark.skipif(not on_nvidia(), reason="needs one of NVIDIA's GPUs")
+@HALF
+def test_cudnn_itself_finds_the_same(dtype: Any) -> None:
+    """Its backward pass rounds the probabilities that it computes anew: within two units."""
+    for found, expected in zip(outputs(attention.cudnn, dtype), outputs(attention.weigh, dtype), strict=True):
+        off = error(np.asarray(found), np.asarray(expected, np.float64)).rms
+        assert off <= 2 * float(jnp.finfo(dtype).eps), f"{off:.1e}"
+
+
+def test_cudnns_lengths_have_the_batch_that_the_images_have(lengths: list[Array]) -> None:
+    """Else jax cannot batch it again, as for one gradient an image."""
+    many = [operand[:, None] for operand in qkv(jnp.bfloat16)]
+    jax.make_jaxpr(jax.vmap(attention.cudnn))(*many)
+    assert lengths[0].shape == (1,)
+    assert "BatchTracer" in type(lengths[0]).__name__
+
+
+def test_cudnn_is_for_half_precision() -> None:
+    with pytest.raises(InputError, match=r"^cuDNN's attention is for half precision, and not float32: give"):
+        attention.cudnn(*qkv(jnp.float32))
+
+
+@HALF
+def test_models_form_the_probabilities_in_half_precision(dtype: Any) -> None:
     operands = qkv(dtype)
     np.testing.assert_array_equal(attention.attend(*operands), attention.weigh(*operands))
 
 
-@pytest.mark.parametrize(
-    ("version", "capability", "there"),
-    [("cuda 13000", "9.0", True), ("cuda 12080", "7.5", False), ("rocm 60300", "gfx942", False), ("cpu", None, False)],
-)
-def test_cudnn_is_found_by_the_device(
-    version: str, capability: str | None, there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = SimpleNamespace(client=SimpleNamespace(platform_version=version), compute_capability=capability)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert attention._has_cudnn() == there
+def test_a_model_takes_the_attention_that_it_is_given(tmp_path: Path) -> None:
+    case = CASES["rectangular"]
+    calls = []
+
+    def uniform(query: Array, key: Array, value: Array) -> Array:
+        calls.append(query.shape)
+        return jnp.broadcast_to(value.mean(axis=1, keepdims=True), value.shape)
+
+    model = VisionTransformer(case.config, attention=uniform, rngs=nnx.Rngs(0))
+    vit_ref.save_pretrained(model, tmp_path)
+    loaded, pixels = vit_ref.from_pretrained(tmp_path, attention=uniform), jnp.asarray(case.images())
+    np.testing.assert_array_equal(loaded(pixels), model(pixels))
+    assert len(calls) == 2 * case.config.num_hidden_layers
+    # Whoever wants to see probabilities gets some.
+    seen = []
+    loaded(pixels, tap=lambda site, value: (seen.append(site), value)[1])
+    assert "block.0.attn.probs" in seen and len(calls) == 2 * case.config.num_hidden_layers
