@@ -41,6 +41,8 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
 
     def by_xla(*operands: Array, implementation: str, **lengths: Array) -> Array:
         assert implementation == "cudnn"
+        # No odd number of tokens, no row that ends within 16 bytes, and no more than that.
+        assert {operand.shape[1] for operand in operands} == {40}
         told.append(lengths["key_value_seq_lengths"])
         return own(*operands, implementation="xla", **lengths)
 
