@@ -54,7 +54,7 @@ def test_finetune(benchmark: Any, part: str) -> None:
     batch = next(loader)
     step = None if part == "loader" else _step()
     if step is None:
-        # So many rounds, and not as many as one suggests: what was loaded ahead is there in microseconds. The first ones
+        # So many, and not as many as one round suggests: what was loaded ahead is there in microseconds. The first ones
         # use that up.
         benchmark.pedantic(lambda: next(loader), rounds=100, warmup_rounds=20)
     elif part == "step":
