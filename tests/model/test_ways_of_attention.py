@@ -114,6 +114,14 @@ def test_models_form_the_probabilities_in_half_precision(dtype: Any) -> None:
     np.testing.assert_array_equal(attention.attend(*operands), attention.weigh(*operands))
 
 
+def test_scores_that_no_exponential_holds_are_weighed_too() -> None:
+    query, key, value = qkv(jnp.float32)
+    # The largest score is some thousands; exp overflows from 89 on.
+    found, expected = (each(64 * query, 64 * key, value) for each in (attention.attend, attention.weigh))
+    # Attention is one-hot but for a few queries, so products and sums are exact but for a few.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4 * 2**-23 * float(jnp.abs(value).max()))
+
+
 def test_a_model_takes_the_attention_that_it_is_given(tmp_path: Path) -> None:
     case = CASES["rectangular"]
     calls = []
