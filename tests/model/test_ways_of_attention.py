@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 import vit_ref
+from jaxprs import equations
 from vit_ref import attention
 from vit_ref.attention import Attend
 from vit_ref.errors import InputError
@@ -112,6 +113,12 @@ def test_cudnn_is_for_half_precision() -> None:
 def test_models_form_the_probabilities_in_half_precision(dtype: Any) -> None:
     operands = qkv(dtype)
     np.testing.assert_array_equal(attention.attend(*operands), attention.weigh(*operands))
+
+
+def test_in_float32_the_context_is_divided_and_no_probability() -> None:
+    traced = jax.make_jaxpr(attention.attend)(*qkv(jnp.float32)).jaxpr
+    quotients = [each.outvars[0].aval.shape for each in equations(traced) if each.primitive.name == "div"]
+    assert quotients == [(2, 3, TOKENS, 16)]
 
 
 def test_scores_that_no_exponential_holds_are_weighed_too() -> None:
