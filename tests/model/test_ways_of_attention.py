@@ -28,9 +28,9 @@ pytestmark = pytest.mark.model
 TOKENS = 37
 
 
-def qkv(dtype: Any, width: int = 16) -> tuple[Array, Array, Array]:
+def qkv(dtype: Any) -> tuple[Array, Array, Array]:
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.normal(size=(2, TOKENS, 3, width)), dtype) for _ in range(3))
+    query, key, value = (jnp.asarray(rng.normal(size=(2, TOKENS, 3, 16)), dtype) for _ in range(3))
     return query, key, value
 
 
@@ -48,6 +48,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
         return own(*operands, implementation="xla", **lengths)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(attention, "on_nvidia", lambda: True)
     # XLA's way relies on what the suite forbids.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield told
@@ -66,12 +67,12 @@ def outputs(attend: Attend, dtype: Any) -> list[Array]:
     return [context, *gradients]
 
 
-def require_same(attend: Attend, dtype: Any) -> None:
+def require_same(attend: Attend, dtype: Any, units: int = 1) -> None:
     for found, expected in zip(outputs(attend, dtype), outputs(attention.weigh, dtype), strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         off = error(np.asarray(found), np.asarray(expected, np.float64)).rms
         # One rounding, where the two sum in another order; a row of padding that is seen makes 1e-2 and more of it.
-        assert off <= float(jnp.finfo(dtype).eps), f"{off:.1e}"
+        assert off <= units * float(jnp.finfo(dtype).eps), f"{off:.1e}"
 
 
 HALF = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -83,17 +84,11 @@ def test_cudnn_sees_every_token_and_no_padding(dtype: Any, lengths: list[Array])
     np.testing.assert_array_equal(lengths[0], [TOKENS, TOKENS])
 
 
-def on_nvidia() -> bool:
-    return "cuda" in jax.devices()[0].client.platform_version
-
-
-@pytest.mark.skipif(not on_nvidia(), reason="needs one of NVIDIA's GPUs")
+@pytest.mark.skipif(not attention.on_nvidia(), reason="needs one of NVIDIA's GPUs")
 @HALF
 def test_cudnn_itself_finds_the_same(dtype: Any) -> None:
     """Its backward pass rounds the probabilities that it computes anew: within two units."""
-    for found, expected in zip(outputs(attention.cudnn, dtype), outputs(attention.weigh, dtype), strict=True):
-        off = error(np.asarray(found), np.asarray(expected, np.float64)).rms
-        assert off <= 2 * float(jnp.finfo(dtype).eps), f"{off:.1e}"
+    require_same(attention.cudnn, dtype, units=2)
 
 
 def test_cudnns_lengths_have_the_batch_that_the_images_have(lengths: list[Array]) -> None:
@@ -107,6 +102,14 @@ def test_cudnns_lengths_have_the_batch_that_the_images_have(lengths: list[Array]
 def test_cudnn_is_for_half_precision() -> None:
     with pytest.raises(InputError, match=r"^cuDNN's attention is for half precision, and not float32: give"):
         attention.cudnn(*qkv(jnp.float32))
+
+
+def test_without_an_nvidia_gpu_cudnn_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "on_nvidia", lambda: False)
+    with pytest.raises(
+        InputError, match=r"^cuDNN's attention needs one of NVIDIA's GPUs, and jax's device is \w+: leave"
+    ):
+        attention.cudnn(*qkv(jnp.bfloat16))
 
 
 @HALF

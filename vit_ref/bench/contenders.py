@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_ref.attention import cudnn
+from vit_ref.attention import cudnn, on_nvidia
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
@@ -56,7 +56,7 @@ def vit_ref(workload: Workload) -> Contender:
     In half precision on NVIDIA's GPUs with cuDNN's attention, as PyTorch takes its own.
     """
     dtype = workload.numerics.dtype
-    fused = "cuda" in jax.devices()[0].client.platform_version and dtype != np.float32
+    fused = on_nvidia() and dtype != np.float32
     graph, shapes = skeleton(workload.config, dtype, cudnn if fused else None)
     parameters = _random(shapes)
     pixels, labels = map(jax.device_put, workload.inputs())

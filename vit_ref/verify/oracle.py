@@ -55,6 +55,11 @@ def softmax(scores: NDArray) -> NDArray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def whole(operand: NDArray) -> NDArray:
+    """An operand of a product as it is, not rounded."""
+    return operand
+
+
 class NumpyOracle:
     """The oracle of one checkpoint. In float64 it is the truth; in float32 it says what rounding alone costs.
 
@@ -82,7 +87,7 @@ class NumpyOracle:
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
         """What is done to each operand of a product before they are multiplied: here nothing."""
-        return lambda x: x
+        return whole
 
     def value(self, site: str, pixels: NDArray, known: Mapping[str, NDArray]) -> NDArray:
         """The float64 value at one site, where values of sites before it are given: only the rest is computed.
@@ -109,7 +114,7 @@ class _Pass:
         dtype: np.dtype,
         known: Mapping[str, NDArray] | None = None,
         until: str | None = None,
-        operand: Callable[[NDArray], NDArray] = lambda x: x,
+        operand: Callable[[NDArray], NDArray] = whole,
     ):
         self.config, self.tensors, self.dtype = config, tensors, dtype
         self.known, self.until, self.operand = known or {}, until, operand
@@ -176,8 +181,8 @@ class _Pass:
         query, key, value = projected("query"), projected("key"), projected("value")
         scale = self.dtype.type(np.sqrt(self.config.head_dim))
         probs = at(f"{site}.attn.probs", lambda: softmax(self.product(query, key.transpose(0, 1, 3, 2)) / scale))
-        found = at(f"{site}.attn.context", lambda: self.product(probs, value).transpose(0, 2, 1, 3).reshape(x.shape))
-        attended = at(f"{site}.attn.out", lambda: self.linear(f"{layer}.attention.output.dense", found))
+        context = at(f"{site}.attn.context", lambda: self.product(probs, value).transpose(0, 2, 1, 3).reshape(x.shape))
+        attended = at(f"{site}.attn.out", lambda: self.linear(f"{layer}.attention.output.dense", context))
         middle = at(f"{site}.attn.residual", lambda: attended + x)
         normed_middle = at(f"{site}.norm2", lambda: self.norm(f"{layer}.layernorm_after", middle))
         before = at(f"{site}.mlp.fc1", lambda: self.linear(f"{layer}.intermediate.dense", normed_middle))

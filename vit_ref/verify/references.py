@@ -15,7 +15,7 @@ from vit_ref.verify.backward import Gradients, Objective
 from vit_ref.verify.environment import products
 from vit_ref.verify.flaxvit import FlaxViTReference, require_flaxvit
 from vit_ref.verify.hypotheses import MULTIPLIED
-from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.oracle import NumpyOracle, whole
 from vit_ref.verify.torchvit import TorchViTReference, require_torch
 from vit_ref.verify.trace import Implementation, UnsupportedByReferenceError
 
@@ -41,7 +41,7 @@ class Reference(Implementation, Protocol):
 
 
 _OPERANDS: dict[str, Callable[[NDArray], NDArray]] = {
-    "float32": lambda x: x,
+    "float32": whole,
     "tensorfloat32": MULTIPLIED["ten bits of mantissa (TF32, float16)"],
     "bfloat16": MULTIPLIED["bfloat16"],
 }
@@ -63,8 +63,10 @@ class NumpyReference(NumpyOracle):
         self.reason = reason
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
-        """As jax rounds them here and now: on a GPU that was asked for TF32, a right port errs a thousand times more
-        than whole products in float32 would allow."""
+        """As jax rounds them here and now, for a port in jax.
+
+        On a GPU that was asked for TF32, a right one errs a thousand times more than whole products would allow.
+        """
         return _OPERANDS[products()] if dtype == np.float32 else super().operands(dtype)
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:

@@ -282,5 +282,6 @@ def _require_whole_products(dtype: np.dtype) -> None:
     if dtype == np.float32 and (here := products()) != "float32":
         # No UnsupportedByReferenceError, which is a reason to skip: nothing would have been judged.
         raise InputError(
-            f"PyTorch makes whole float32 products, and this device {here} ones: take the reference flax, or numpy"
+            f"PyTorch makes whole float32 products, and this device {here} ones: take the reference flax, forward"
+            " numpy, or the precision float32"
         )
