@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from vit_ref.verify.gates import Error, error, numerical_gate
+from vit_ref.verify.gates import Error, Truth, error, numerical_gate
 
 pytestmark = pytest.mark.parity
 
@@ -22,10 +22,10 @@ def test_errors_are_relative_to_the_truth() -> None:
 
 
 def test_errors_can_be_relative_to_a_larger_scale() -> None:
-    found = error(np.array([3.0, -4.5]), np.array([3.0, -4.0]), scale=50.0)
+    found = Truth(np.array([3.0, -4.0]), scale=50.0).error(np.array([3.0, -4.5]))
     assert (found.rms, found.max) == pytest.approx((np.sqrt(0.125) / 50, 0.5 / 50))
     # A scale between the truth's root mean square and its largest element: each error has its own.
-    found = error(np.array([0.0, 3.0]), np.array([0.0, 4.0]), scale=3.0)
+    found = Truth(np.array([0.0, 4.0]), scale=3.0).error(np.array([0.0, 3.0]))
     assert (found.rms, found.max) == pytest.approx((np.sqrt(0.5) / 3, 0.25))
 
 
@@ -64,6 +64,29 @@ def test_the_channels_of_a_token_carry_its_error_together() -> None:
     # By token where heads come after the tokens, as in a query, and before them, as in the probabilities.
     for shape in ((2, 7, 3, 5), (2, 3, 7, 7)):
         assert error(np.ones(shape), np.zeros(shape), carriers=True).carriers == pytest.approx(14)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (70_001,), (3, 40_000), (2, 70, 3, 400), (2, 3, 40_000)])
+def test_an_array_that_is_measured_in_parts_errs_as_a_whole_one(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.normal(size=shape)
+    off = rng.normal(size=shape)
+    found = error(truth + off, truth, carriers=True)
+    assert found.rms == pytest.approx(np.sqrt(np.mean(np.square(off)) / np.mean(np.square(truth))), rel=1e-9)
+    assert found.max == pytest.approx(np.abs(off).max() / np.abs(truth).max(), rel=1e-9)
+    squares = np.square(off)
+    elements = min(off.size, 3 * squares.sum() ** 2 / np.square(squares).sum())
+    each = [squares.sum(axis=axes) for axes in {2: [1], 3: [2], 4: [(2, 3), (1, 3)]}.get(len(shape), [])]
+    parts = max((float(sums.sum() ** 2 / np.square(sums).sum()) for sums in each), default=elements)
+    expected = np.sqrt(elements * parts) if len(shape) == 2 else parts
+    assert found.carriers == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("where", [0, 69_999, 70_000])
+def test_a_part_that_is_not_finite_makes_the_whole_infinitely_wrong(where: int) -> None:
+    value = np.ones(70_001, np.float32)
+    value[where] = np.nan
+    assert error(value, np.ones(70_001)) == Error(math.inf, math.inf)
 
 
 def test_errors_do_not_cancel() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ RANDOM_COTANGENTS = 11
 # Of all objectives, so many judge the formula, in float64: the loss and two random cotangents. A formula that is wrong
 # is wrong for any that nobody chose; only rounding has luck.
 SEMANTIC_OBJECTIVES = 3
+# After how many objectives to ask whether the rest can still change the verdict, see `pooling.Pooled.settled`.
+LOOKS = (SEMANTIC_OBJECTIVES, 6, RANDOM_COTANGENTS + 1)
 
 
 class UndifferentiableError(InputError):
@@ -151,7 +154,9 @@ def differentiator(
         loss = -jnp.mean(jnp.take_along_axis(log_probs, labels[:, None], axis=1))
         return weight * loss + jnp.sum(cotangent * output)
 
-    @jax.jit
+    # The parameters are a copy for each objective, whose memory their gradients take: reference and candidate in two
+    # dtypes would else hold four for as long as there are objectives, of a real model gigabytes.
+    @partial(jax.jit, donate_argnums=0)
     def run(parameters: Any, pixels: jax.Array, *scalars: Any) -> Any:
         # Made here and not given: as arguments they would take as much memory as all activations.
         perturbations = {site.name: jnp.zeros(site.shape, wide) for site in shapes}
@@ -162,19 +167,23 @@ def differentiator(
         ends = [{site: value.astype(wide) for site, value in given.items()} for given in (o.fed, o.pulled)]
         return images, wide.type(o.loss_weight), o.labels.astype(np.int32), o.cotangent.astype(wide), *ends
 
-    with precision_of(dtype):
-        cast = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, leaf.dtype if leaf.dtype == np.dtype(dtype) else wide), parameters
+    def cast() -> Any:
+        return jax.tree.map(
+            lambda leaf: jnp.array(leaf, leaf.dtype if leaf.dtype == np.dtype(dtype) else wide, copy=True), parameters
         )
+
+    with precision_of(dtype):
+        given = cast()
         products = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        stored = tuple(leaf.dtype for leaf in jax.tree.leaves(cast))
+        stored = tuple(leaf.dtype for leaf in jax.tree.leaves(given))
         key = np.dtype(dtype), products, stored, pixels.shape, tuple(like.fed), tuple(like.pulled)
         if key not in compiled:
-            compiled[key] = beside(run.lower(cast, *arguments(like)).compile)
+            compiled[key] = beside(run.lower(given, *arguments(like)).compile)
     compiling = compiled[key]
+    del given
 
     def differentiate(o: Objective) -> tuple[Any, dict[str, NDArray], NDArray]:
         with precision_of(dtype):
-            return jax.device_get(compiling.result()(cast, *arguments(o)))
+            return jax.device_get(compiling.result()(cast(), *arguments(o)))
 
     return differentiate

@@ -14,7 +14,7 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.porting import detect, port
-from vit_ref.pretrained import filled, parameters_of_state
+from vit_ref.pretrained import parameters_of_state, with_arrays
 from vit_ref.skeleton import skeleton
 from vit_ref.verify.tapped import Tapped
 from vit_ref.verify.trace import Forward
@@ -54,7 +54,8 @@ class OwnCandidate(Tapped):
 
             self._by_dtype[np.dtype(dtype)] = shapes, forward
         shapes, same = self._by_dtype[np.dtype(dtype)]
-        return filled(shapes, parameters), same
+        # On the host, as they are: whoever runs them makes a copy of his own, and a real model's are large.
+        return with_arrays(shapes, parameters), same
 
     def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""

@@ -14,7 +14,7 @@ from vit_ref import checkpoint as checkpoints
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.pretrained import configuration
-from vit_ref.verify.backward import RANDOM_COTANGENTS, UndifferentiableError
+from vit_ref.verify.backward import LOOKS, UndifferentiableError
 from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.environment import environment
@@ -93,8 +93,8 @@ def check_port(
 
 
 def steps(*, backward: bool) -> int:
-    """How often `check_port` tells its progress for a port that is right."""
-    return 6 + (RANDOM_COTANGENTS + 1 if backward else 0)
+    """How often `check_port` tells its progress for a port that is right, and whose rounding is soon settled."""
+    return 6 + (LOOKS[0] if backward else 0)
 
 
 def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViTConfig, source: Checkpoint) -> Any:

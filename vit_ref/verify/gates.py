@@ -9,7 +9,8 @@ instead of a guess.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -83,53 +84,109 @@ class Error(NamedTuple):
         return self.rms <= SEMANTIC_RMS and self.max <= SEMANTIC_MAX
 
 
-def error(value: NDArray, truth: NDArray, scale: float | None = None, *, carriers: bool = False) -> Error:
-    """The relative error of `value`, infinite where it has another shape or is not finite.
+class Truth:
+    """What any number of values are compared with, itself measured once.
 
     Args:
-      value: any float dtype.
-      truth: float64. Where it is all zero, the error is absolute.
-      scale: the root mean square that the error is relative to, by default the truth's own.
-      carriers: count them too, which takes as long again as all else.
+      value: float64. Where it is all zero, errors are absolute.
+      scale: the root mean square that errors are relative to, by default the truth's own.
+
+    Attributes:
+      value: as given.
+      rms: its own root mean square.
     """
-    if value.shape != truth.shape:
-        return Error(math.inf, math.inf)
-    difference = value.astype(np.float64) - truth
-    largest = _largest(difference)
-    if not math.isfinite(largest):
-        return Error(math.inf, math.inf)
-    scale_rms = (root_mean_square(truth) if scale is None else scale) or 1.0
-    relative = root_mean_square(difference) / scale_rms, largest / max(_largest(truth), scale_rms)
-    return Error(*relative, _carriers(difference, largest) if carriers else 0.0)
+
+    def __init__(self, value: NDArray, scale: float | None = None):
+        self.value = value
+        largest, self.rms = _measured(part for _, part in _parts(value))
+        self._scale = (self.rms if scale is None else scale) or 1.0
+        self._largest = max(largest, self._scale)
+
+    def error(self, value: NDArray, *, carriers: bool = False) -> Error:
+        """The relative error of `value`, infinite where it has another shape or is not finite.
+
+        Args:
+          value: any float dtype.
+          carriers: count them too, which takes as long again as all else.
+        """
+        if value.shape != self.value.shape:
+            return Error(math.inf, math.inf)
+        largest, rms = _measured(self._differences(value))
+        if not math.isfinite(largest):
+            return Error(math.inf, math.inf)
+        relative = rms / self._scale, largest / self._largest
+        return Error(*relative, _carriers(self._differences(value), largest, value.size) if carriers else 0.0)
+
+    def _differences(self, value: NDArray) -> Iterator[NDArray]:
+        return (value[rows].astype(np.float64) - part for rows, part in _parts(self.value))
 
 
-def _largest(x: NDArray) -> float:
-    """max(|x|), NaN where one is; without an array of absolute values, of which a report would make gigabytes."""
-    return max(float(x.max()), -float(x.min()))
+def error(value: NDArray, truth: NDArray, *, carriers: bool = False) -> Error:
+    """The relative error of one value, see `Truth`."""
+    return Truth(truth).error(value, carriers=carriers)
 
 
-def _carriers(difference: NDArray, largest: float) -> float:
+# What is computed of so many elements stays in a core's cache. A dozen arrays of a real model's gradients would each
+# pass through memory otherwise.
+_AT_ONCE = 1 << 16
+
+
+def _parts(x: NDArray) -> Iterator[tuple[Any, NDArray]]:
+    """An array cut along its first axis, and where."""
+    rows = max(1, _AT_ONCE * len(x) // x.size) if x.ndim and x.size else 1
+    cuts = [slice(row, row + rows) for row in range(0, len(x), rows)] if x.ndim else [...]
+    return ((cut, x[cut]) for cut in cuts)
+
+
+def _measured(parts: Iterable[NDArray]) -> tuple[float, float]:
+    """The largest magnitude, NaN where one is, and the root mean square."""
+    largest, squares, size = 0.0, 0.0, 0
+    for part in parts:
+        # NumPy's maximum keeps NaN. Nor is there an array of absolute values.
+        largest = float(np.maximum(largest, np.maximum(part.max(), -part.min())))
+        squares += float(np.vdot(part, part))
+        size += part.size
+    return largest, math.sqrt(squares / size)
+
+
+def _carriers(differences: Iterable[NDArray], largest: float, size: int) -> float:
     if not largest:
-        return float(difference.size)
-    squares = np.square(difference / largest)  # whose own squares would else underflow
+        return float(size)
+    elements, outputs, tokens = _Participation(), _Participation(), (_Participation(), _Participation())
+    for difference in differences:
+        squares = np.square(difference / largest)  # whose own squares would else underflow
+        axes = squares.ndim
+        elements.add(squares)
+        if axes == 2:
+            outputs.add(squares.sum(axis=1))
+        # Of four axes the second or, in attention's probabilities, the third are tokens; heads are fewer.
+        for token in (1,) if axes == 3 else (1, 2) if axes == 4 else ():
+            tokens[token - 1].add(squares.sum(axis=tuple(axis for axis in range(1, axes) if axis != token)))
     # Of normal errors the fourth moment is three times the second's square.
-    elements = min(float(squares.size), 3 * _participation(squares))
-    if squares.ndim < 2:
-        return elements
-    if squares.ndim == 2:
+    alone = min(float(size), 3 * elements.parts)
+    if axes < 2:
+        return alone
+    if axes == 2:
         # An image's outputs come from one token and err together, though not in one direction only: something between
         # the images and the elements.
-        return math.sqrt(elements * _participation(squares.sum(axis=1)))
-    # A token's channels err together: they have its mean and its deviation in common. Of four axes the second or, in
-    # attention's probabilities, the third are tokens; heads are fewer.
-    tokens = (1,) if squares.ndim == 3 else (1, 2)
-    others = [tuple(axis for axis in range(1, squares.ndim) if axis != token) for token in tokens]
-    return max(_participation(squares.sum(axis=axes)) for axes in others)
+        return math.sqrt(alone * outputs.parts)
+    # A token's channels err together: they have its mean and its deviation in common.
+    return max(each.parts for each in tokens)
 
 
-def _participation(squares: NDArray) -> float:
+class _Participation:
     """Into how many equal parts a sum of squares falls: 1 where one of them is all of it."""
-    return float(squares.sum()) ** 2 / float(np.vdot(squares, squares))
+
+    def __init__(self) -> None:
+        self._sum = self._sum_of_squares = 0.0
+
+    def add(self, squares: NDArray) -> None:
+        self._sum += float(squares.sum())
+        self._sum_of_squares += float(np.vdot(squares, squares))
+
+    @property
+    def parts(self) -> float:
+        return self._sum**2 / self._sum_of_squares if self._sum else 0.0
 
 
 def root_mean_square(x: NDArray) -> float:

@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +28,15 @@ from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.pretrained import configuration
 from vit_ref.sites import sites
-from vit_ref.verify.backward import SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
+from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.check import BACKWARD, FORWARD
 from vit_ref.verify.environment import environment
-from vit_ref.verify.gradients import check_gradients, gradient_names
+from vit_ref.verify.gradients import Comparison, gradient_names, gradients_report
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.parity import ParityReport, compare, hf_tensors
 from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import NumpyReference, reference_for
@@ -300,29 +302,32 @@ def _backward(title: str, blocks: _Blocks, pixels: NDArray, asked: Precision, pr
     if isinstance(blocks.judge.one, NumpyReference):
         blocks.judge.one.gradients(pixels, asked.dtype)  # says why there are none
     objectives = objectives_for(blocks.config, len(pixels))
-    for stage in blocks.stages(range(blocks.whole.num_hidden_layers)):
-        progress(f"token streams, block {stage.block} of {stage.depth}")
-        for k, objective in enumerate(objectives):
-            for each in (blocks.judge, blocks.candidate):
-                if each is blocks.judge or k < SEMANTIC_OBJECTIVES:
-                    each.keep(pixels, np.float64, objective.brightness)
-                with asked.asked():
-                    each.keep(pixels, asked.dtype, objective.brightness)
     names = gradient_names(blocks.config)
-    reports = []
-    for stage in blocks.stages(reversed(range(blocks.whole.num_hidden_layers))):
-        progress(f"gradients, block {stage.block} of {stage.depth}")
-        report = check_gradients(
-            title,
-            blocks.config,
-            blocks.source,
-            pixels,
-            blocks.candidate,
-            asked,
-            blocks.judge,
-            names=[name for name in names if stage.answers_for(name)],
-        )
-        reports.append((stage, report))
+    indices = range(blocks.whole.num_hidden_layers)
+    found: dict[_Stage, Pooled] = {}
+    for start, stop in pairwise((0, *LOOKS)):
+        for stage in blocks.stages(indices):
+            progress(f"token streams, block {stage.block} of {stage.depth}")
+            for k in range(start, stop):
+                for each in (blocks.judge, blocks.candidate):
+                    if each is blocks.judge or k < SEMANTIC_OBJECTIVES:
+                        each.keep(pixels, np.float64, objectives[k].brightness)
+                    with asked.asked():
+                        each.keep(pixels, asked.dtype, objectives[k].brightness)
+        for stage in blocks.stages(reversed(indices)):
+            progress(f"gradients, block {stage.block} of {stage.depth}")
+            own = [name for name in names if stage.answers_for(name)]
+            pooled = found.setdefault(stage, Pooled(own, asked.dtype, blocks.judge.foreign))
+            comparison = Comparison(pixels, blocks.judge, blocks.candidate, asked)
+            for objective in objectives[start:stop]:
+                comparison.measure(objective, pooled)
+            del comparison  # which holds this block while the next one is read
+        if all(pooled.settled for pooled in found.values()):
+            break
+    reports = [
+        (stage, gradients_report(title, pooled, blocks.judge, asked, blocks.candidate.claims))
+        for stage, pooled in found.items()
+    ]
     return _whole(reports, gradient_names(blocks.whole))
 
 
