@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from vit_ref.bench.contenders import able
 from vit_ref.bench.session import implementations, workloads
 from vit_ref.errors import InputError
 
@@ -19,8 +20,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = workloads(*asked, [])
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
-    metafunc.parametrize("workload", found, ids=str, scope="module")
-    metafunc.parametrize("name", implementations([]))
+    names = implementations([])
+    metafunc.parametrize(
+        ("workload", "name"), [(each, name) for each in found for name in able(each, names)], ids=str, scope="module"
+    )
 
 
 @pytest.fixture(autouse=True)

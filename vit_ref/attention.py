@@ -79,10 +79,7 @@ def cudnn(query: Array, key: Array, value: Array) -> Array:
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise InputError(f"cuDNN's attention is for half precision, and not {query.dtype}: give dtype=jnp.bfloat16")
-    if not on_nvidia():
-        raise InputError(
-            f"cuDNN's attention needs one of NVIDIA's GPUs, and jax's device is {jax.default_backend()}: leave it out"
-        )
+    require_nvidia()
     tokens = query.shape[1]
     # jax asks for an even number of tokens where it differentiates, and a ViT's is odd. Rows of whole 16 bytes.
     more = -tokens % 8
@@ -93,6 +90,14 @@ def cudnn(query: Array, key: Array, value: Array) -> Array:
         query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     return context[:, :tokens]
+
+
+def require_nvidia() -> None:
+    """Raises `InputError` where `cudnn` cannot run."""
+    if not on_nvidia():
+        raise InputError(
+            f"cuDNN's attention needs one of NVIDIA's GPUs, and jax's device is {jax.default_backend()}: leave it out"
+        )
 
 
 def on_nvidia() -> bool:

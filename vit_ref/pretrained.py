@@ -191,18 +191,25 @@ def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTCon
     )
 
 
-def build(config: ViTConfig, parameters: porting.Tensors, *, dtype: DTypeLike | None = None) -> VisionTransformer:
+def build(
+    config: ViTConfig,
+    parameters: porting.Tensors,
+    *,
+    dtype: DTypeLike | None = None,
+    attention: Attend | None = None,
+) -> VisionTransformer:
     """A model with these parameters.
 
     Args:
       config: the model.
       parameters: by path, as `porting.port` returns them.
       dtype: dtype of the computation.
+      attention: see `VisionTransformer`.
 
     Raises:
       CheckpointError: a parameter is float64 while jax would silently make it float32.
     """
-    return _built(config, parameters.items(), dtype, {})
+    return _built(config, parameters.items(), dtype, {}, attention)
 
 
 def _built(

@@ -198,6 +198,7 @@ def test_what_is_installed_is_found(flax: bool, torch: bool, monkeypatch: pytest
     def missing() -> None:
         raise InputError("FlaxViT needs transformers")
 
+    monkeypatch.setattr(contenders, "on_nvidia", lambda: False)
     monkeypatch.setattr(contenders, "require_flaxvit", (lambda: None) if flax else missing)
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: torch or name != "torch" or None)
     assert contenders.installed() == ["vit_ref", *["FlaxViT"] * flax, *["PyTorch", "torch.compile"] * torch]
@@ -239,18 +240,7 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]
 
 
-@pytest.mark.parametrize(
-    ("device", "precision", "fused"),
-    [
-        ("cuda 13000", "mixed", True),
-        ("cuda 13000", "float16", True),
-        ("cuda 13000", "float32", False),
-        ("cpu", "mixed", False),
-    ],
-)
-def test_the_own_model_is_timed_with_cudnns_attention_where_that_is(
-    device: str, precision: str, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def stop(config: object, dtype: object, attention: object) -> None:
@@ -258,7 +248,26 @@ def test_the_own_model_is_timed_with_cudnns_attention_where_that_is(
         raise InterruptedError
 
     monkeypatch.setattr(contenders, "skeleton", stop)
+    for name in ("vit_ref", contenders.FUSED):
+        with pytest.raises(InterruptedError):
+            contenders.CONTENDERS[name](WORK)
+    assert asked == [None, cudnn]
+
+
+@pytest.mark.parametrize(("device", "there"), [("cuda 13000", True), ("cpu", False)])
+def test_cudnns_attention_is_a_contender_where_it_can_run(
+    device: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(client=SimpleNamespace(platform_version=device))])
-    with pytest.raises(InterruptedError):
-        contenders.vit_ref(WORK._replace(precision=precision))
-    assert asked == [cudnn if fused else None]
+    assert (contenders.FUSED in contenders.installed()) is there
+    if not there:
+        with pytest.raises(InputError, match="cuDNN's attention needs one of NVIDIA's GPUs"):
+            implementations([contenders.FUSED])
+        return
+    assert implementations([contenders.FUSED]) == [contenders.FUSED]
+    named = ["vit_ref", contenders.FUSED]
+    half, full = (contenders.able(WORK._replace(precision=name), named) for name in ("mixed", "float32"))
+    assert (half, full) == (named, ["vit_ref"])
+    said: list[str] = []
+    assert not list(session.session(["Ti/16"], [8], ["float32"], ["forward"], [contenders.FUSED], 2, said.append))
+    assert said[-1] == f"{WORK}: cuDNN's attention is for half precision, so vit_ref-cudnn is not timed"

@@ -36,6 +36,8 @@ pytestmark = pytest.mark.training
         ("schedule", "step"),
         ("precision", "float16"),
         ("head", "old"),
+        ("attention", "flash"),
+        ("attention", "cudnn"),  # without mixed precision
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:

@@ -15,6 +15,7 @@ from flax import nnx
 
 import vit_ref
 from jaxprs import computed_in
+from vit_ref import attention
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
@@ -94,6 +95,17 @@ def test_dropout_is_the_checkpoints_unless_the_recipe_has_its_own(saved: Path) -
     assert starting_model(saved, ["a", "b"], Recipe()).config.hidden_dropout_prob == 0.1
     config = starting_model(saved, ["a", "b"], Recipe(dropout=0.2)).config
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.2, 0.2)
+
+
+@pytest.mark.parametrize("scratch", [True, False])
+def test_the_recipes_attention_is_the_models(scratch: bool, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, fused = None if scratch else saved, Recipe(attention="cudnn", precision="mixed")
+    monkeypatch.setattr(attention, "on_nvidia", lambda: False)
+    with pytest.raises(InputError, match=r"^cuDNN's attention needs one of NVIDIA's GPUs, and jax's device is"):
+        starting_model(source, ["a", "b"], fused)
+    monkeypatch.setattr(attention, "on_nvidia", lambda: True)
+    taken = [starting_model(source, ["a", "b"], recipe).blocks[1].attn.attend for recipe in (fused, Recipe())]
+    assert taken == [attention.cudnn, attention.attend]
 
 
 def test_from_scratch_the_seed_decides() -> None:

@@ -7,7 +7,7 @@ Parameters are random; what they are does not change what a step costs.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from vit_ref.skeleton import skeleton
 from vit_ref.verify.flaxvit import require_flaxvit
 
 RATE = 1e-4
+FUSED = "vit_ref-cudnn"
 
 
 class Contender(NamedTuple):
@@ -50,14 +51,15 @@ def torchvit(workload: Workload, *, compiles: bool) -> Contender:
     return Contender("torch.compile" if compiles else "PyTorch", run, Cost(first))
 
 
-def vit_ref(workload: Workload) -> Contender:
+def vit_ref(workload: Workload, *, fused: bool = False) -> Contender:
     """This package's model and train step; model and optimizer are split once, and donated.
 
-    In half precision on NVIDIA's GPUs with cuDNN's attention, as PyTorch takes its own.
+    Args:
+      workload: what is timed.
+      fused: whether attention is `attention.cudnn`, as PyTorch takes its own, and not the model's.
     """
-    dtype = workload.numerics.dtype
-    fused = on_nvidia() and dtype != np.float32
-    graph, shapes = skeleton(workload.config, dtype, cudnn if fused else None)
+    name = FUSED if fused else "vit_ref"
+    graph, shapes = skeleton(workload.config, workload.numerics.dtype, cudnn if fused else None)
     parameters = _random(shapes)
     pixels, labels = map(jax.device_put, workload.inputs())
     if workload.what == "forward":
@@ -65,11 +67,11 @@ def vit_ref(workload: Workload) -> Contender:
         def forward(state: nnx.State, pixels: jax.Array) -> jax.Array:
             return nnx.merge(graph, state)(pixels)
 
-        return _forward("vit_ref", forward, parameters, pixels)
+        return _forward(name, forward, parameters, pixels)
     model = nnx.merge(graph, parameters)
     model.train()
     whole, state = nnx.split((model, nnx.Optimizer(model, optax.adamw(RATE), wrt=nnx.Param)))
-    return _stepping("vit_ref", partial(split_step, whole), state, pixels, labels)
+    return _stepping(name, partial(split_step, whole), state, pixels, labels)
 
 
 def flaxvit(workload: Workload) -> Contender:
@@ -106,6 +108,7 @@ def flaxvit(workload: Workload) -> Contender:
 
 CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "vit_ref": vit_ref,
+    FUSED: partial(vit_ref, fused=True),
     "FlaxViT": flaxvit,
     "PyTorch": partial(torchvit, compiles=False),
     "torch.compile": partial(torchvit, compiles=True),
@@ -113,8 +116,8 @@ CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
 
 
 def installed() -> list[str]:
-    """The contenders whose packages are here."""
-    names = ["vit_ref"]
+    """The contenders whose packages, and whose device, are here."""
+    names = ["vit_ref", *[FUSED] * on_nvidia()]
     try:
         require_flaxvit()
         names.append("FlaxViT")
@@ -123,6 +126,11 @@ def installed() -> list[str]:
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         names += ["PyTorch", "torch.compile"]
     return names
+
+
+def able(workload: Workload, names: Sequence[str]) -> list[str]:
+    """Those of these contenders that can do it: cuDNN's attention is for half precision."""
+    return [name for name in names if name != FUSED or workload.numerics.dtype != np.float32]
 
 
 def _random(shapes: Any) -> Any:

@@ -7,7 +7,8 @@ from itertools import product
 
 import jax
 
-from vit_ref.bench.contenders import CONTENDERS, installed
+from vit_ref.attention import require_nvidia
+from vit_ref.bench.contenders import CONTENDERS, FUSED, able, installed
 from vit_ref.bench.measure import Timing, fitting, race
 from vit_ref.bench.roofline import matmul_flops
 from vit_ref.bench.workload import PASSES, PRECISIONS, Workload, workload
@@ -37,12 +38,14 @@ def implementations(names: Sequence[str]) -> list[str]:
     """Those asked for, or all that are installed.
 
     Raises:
-      InputError: there is none of that name, or its packages are missing.
+      InputError: there is none of that name, or its packages or its device are missing.
     """
     here = installed()
     for name in names:
         if name not in CONTENDERS:
             raise InputError(f"implementation is {name!r}: give one of {', '.join(CONTENDERS)}")
+        if name == FUSED:
+            require_nvidia()
         if name not in here:
             raise InputError(
                 f"{name} is not installed: pip install 'vit-ref[test]' for FlaxViT, 'vit-ref[torch]' for PyTorch"
@@ -79,8 +82,12 @@ def session(
             say(f"{precision}: {note}")
     done = set()
     for asked in todo:
+        entered = able(asked, racing)
+        if not entered:
+            say(f"{asked}: cuDNN's attention is for half precision, so {FUSED} is not timed")
+            continue
         roofline = matmul_flops(asked.numerics)  # on a device that is still empty
-        fitted, contenders = fitting(asked, racing, say)
+        fitted, contenders = fitting(asked, entered, say)
         if fitted not in done:
             done.add(fitted)
             yield race(fitted, contenders, rounds, roofline)

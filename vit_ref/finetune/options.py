@@ -25,6 +25,7 @@ _HELP = {
     "label_smoothing": "Part of a label's weight that all classes share.",
     "dropout": "Instead of the checkpoint's own.",
     "precision": "mixed: blocks in bfloat16, the rest in float32.",
+    "attention": "cudnn: fused, in mixed precision on NVIDIA's GPUs.",
     "image_size": "Side to resize images and position embeddings to.",
     "head": "A new one, or the checkpoint's.",
     "augment": "Crop, flip and jitter the training images.",

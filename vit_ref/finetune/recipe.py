@@ -11,6 +11,7 @@ OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 Precision = Literal["float32", "mixed"]
 HeadName = Literal["fresh", "keep"]
+AttentionName = Literal["xla", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Recipe:
       dropout: of the hidden values and the attention probabilities; None for the checkpoint's own.
       precision: "float32", or "mixed": blocks compute in bfloat16; parameters, optimizer, token stream, norms, softmax
         and loss are float32.
+      attention: "xla", or "cudnn": `vit_ref.attention.cudnn`, in mixed precision on NVIDIA's GPUs. Where the
+        probabilities of attention are dropped out while training, it has no part in that.
       image_size: pixels of an image's side, to which the position embeddings are resized; None for the checkpoint's.
       head: "fresh", a new one of zeros for the data's classes, or "keep", where the checkpoint has the same ones.
       augment: whether training images are cropped, flipped and jittered.
@@ -63,6 +66,7 @@ class Recipe:
     label_smoothing: float = 0.0
     dropout: float | None = None
     precision: Precision = "float32"
+    attention: AttentionName = "xla"
     image_size: int | None = None
     head: HeadName = "fresh"
     augment: bool = True
@@ -80,13 +84,21 @@ class Recipe:
         for name, known in _CHOICES:
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is {getattr(self, name)!r}: known are {', '.join(get_args(known))}")
+        if self.attention == "cudnn" and self.precision != "mixed":
+            raise InputError(f"attention is 'cudnn' and precision {self.precision!r}: give precision 'mixed' with it")
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as `Recipe(**...)` takes it back."""
         return dataclasses.asdict(self)
 
 
-_CHOICES = (("optimizer", OptimizerName), ("schedule", ScheduleName), ("precision", Precision), ("head", HeadName))
+_CHOICES = (
+    ("optimizer", OptimizerName),
+    ("schedule", ScheduleName),
+    ("precision", Precision),
+    ("attention", AttentionName),
+    ("head", HeadName),
+)
 # NaN is in no range. A rate of zero learns nothing; one of 1000 is a slip of the hand.
 _RANGES = (
     ("learning_rate", 1e-12, 100.0),

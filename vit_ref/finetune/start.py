@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from vit_ref import checkpoint
+from vit_ref.attention import cudnn, require_nvidia
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
@@ -36,15 +37,19 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
     Args:
       source: a checkpoint as `vit_ref.from_pretrained` takes it; None for `SCRATCH`, freshly initialised.
       classes: names of the data's classes, in order of their labels.
-      recipe: says which head, image size, dropout and precision.
+      recipe: says which head, image size, dropout, precision and attention.
 
     Raises:
-      InputError: the checkpoint cannot be read, or has not the head that is to be kept.
+      InputError: the checkpoint cannot be read, has not the head that is to be kept, or the attention not its device.
     """
     dtype = jnp.bfloat16 if recipe.precision == "mixed" else None
+    attention = None
+    if recipe.attention == "cudnn":
+        require_nvidia()
+        attention = cudnn
     if source is None:
         config = _for_classes(_for_recipe(SCRATCH, recipe), classes)
-        return VisionTransformer(config, dtype=dtype, rngs=nnx.Rngs(recipe.seed))
+        return VisionTransformer(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(recipe.seed))
     was, parameters, _ = load(checkpoint.read(source))
     config = _for_recipe(was, recipe)
     if config.image_hw != was.image_hw:
@@ -64,7 +69,8 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
         parameters["head.kernel"] = np.zeros((config.hidden_size, len(classes)), np.float32)
         parameters["head.bias"] = np.zeros(len(classes), np.float32)
     # Masters are float32, whatever the checkpoint was saved in: a bfloat16 parameter ignores small updates.
-    return build(config, {path: value.astype(np.float32) for path, value in parameters.items()}, dtype=dtype)
+    masters = {path: value.astype(np.float32) for path, value in parameters.items()}
+    return build(config, masters, dtype=dtype, attention=attention)
 
 
 def _for_recipe(config: ViTConfig, recipe: Recipe) -> ViTConfig:

@@ -9,6 +9,7 @@ block as in the whole model, and what is compiled for one block serves all.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import re
 import tempfile
@@ -244,6 +245,7 @@ class _Blocks:
             self.judge.one.fill({})
             self.oracle.one.fill({})
             self.candidate.one.parameters = {}
+            gc.collect(0)  # jax forgets the arrays that it was lent only when Python collects
             tensors = hf_tensors(self.config, self._numbered(index))
             self.judge.one.fill(tensors)
             self.oracle.one.fill(tensors)
