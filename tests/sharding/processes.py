@@ -20,7 +20,7 @@ from ways import CASE
 import vit_ref
 from vit_ref.pretrained import arrays_of
 from vit_ref.verify.backward import objectives_for
-from vit_ref.verify.gradients import _errors
+from vit_ref.verify.gradients import errors_of, truths_of
 
 
 def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Array]:
@@ -58,7 +58,7 @@ def main(directory: Path, out: Path, coordinator: str, number: int) -> None:
         return
     alone = observed(vit_ref.from_pretrained(directory, dtype=np.float64), images)
     # The scale of a gradient is its layer's: the key's bias has none but rounding.
-    errors = _errors(together, {name: np.asarray(value) for name, value in alone.items()})
+    errors = errors_of(together, truths_of({name: np.asarray(value) for name, value in alone.items()}))
     spans = [path for path, array in arrays_of(nnx.state(model)).items() if not array.is_fully_replicated]
     found = {
         "devices": [jax.local_device_count(), jax.device_count()],

@@ -92,12 +92,11 @@ class Truth:
       scale: the root mean square that errors are relative to, by default the truth's own.
 
     Attributes:
-      value: as given.
       rms: its own root mean square.
     """
 
     def __init__(self, value: NDArray, scale: float | None = None):
-        self.value = value
+        self._value = value
         largest, self.rms = _measured(part for _, part in _parts(value))
         self._scale = (self.rms if scale is None else scale) or 1.0
         self._largest = max(largest, self._scale)
@@ -109,7 +108,7 @@ class Truth:
           value: any float dtype.
           carriers: count them too, which takes as long again as all else.
         """
-        if value.shape != self.value.shape:
+        if value.shape != self._value.shape:
             return Error(math.inf, math.inf)
         largest, rms = _measured(self._differences(value))
         if not math.isfinite(largest):
@@ -118,7 +117,7 @@ class Truth:
         return Error(*relative, _carriers(self._differences(value), largest, value.size) if carriers else 0.0)
 
     def _differences(self, value: NDArray) -> Iterator[NDArray]:
-        return (value[rows].astype(np.float64) - part for rows, part in _parts(self.value))
+        return (value[rows].astype(np.float64) - part for rows, part in _parts(self._value))
 
 
 def error(value: NDArray, truth: NDArray, *, carriers: bool = False) -> Error:

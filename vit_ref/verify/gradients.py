@@ -128,20 +128,24 @@ class Comparison:
 
         The gradients of a real model take a gigabyte, their errors nothing: two of them are held at a time.
         """
-        truths = _truths(self._truth, objective, self._judge)
+        truth = self._truth(objective).named()
+        require_float64(truth, self._judge)
+        truths = truths_of(truth)
         if len(pooled.exacts) < SEMANTIC_OBJECTIVES:
             exact = self._exact(objective).named()
             require_float64(exact, self._candidate)
-            errors = _errors(exact, truths)
+            errors = errors_of(exact, truths)
             pooled.exacts.append(errors)
             wrong = [name for name in pooled.names if name in errors and not errors[name].passes_semantic_gate]
             if wrong and not pooled.causes:
-                pooled.causes = diagnose_gradient(truths[wrong[0]].value, wrong[0], exact[wrong[0]])
+                pooled.causes = diagnose_gradient(truth[wrong[0]], wrong[0], exact[wrong[0]])
             del exact
         if self._stored_truth is not self._truth:
-            truths = _truths(self._stored_truth, objective, self._judge)
-        pooled.yardsticks.append(_errors(self._yardstick(objective).named(), truths, carriers=True))
-        pooled.roundings.append(_errors(self._rounding(objective).named(), truths))
+            truth = self._stored_truth(objective).named()
+            require_float64(truth, self._judge)
+            truths = truths_of(truth)
+        pooled.yardsticks.append(errors_of(self._yardstick(objective).named(), truths, carriers=True))
+        pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
 
 
 def gradients_report(
@@ -167,21 +171,20 @@ def gradient_names(config: ViTConfig) -> list[str]:
     return [*(site.name for site in reversed(sites(config, 1))), *parameter_shapes(config), "pixels"]
 
 
-def _truths(gradients: Callable[[Objective], Gradients], objective: Objective, name: str) -> dict[str, Truth]:
-    """The reference's gradients, each with the scale that errors are relative to: its own, or its layer's.
+def truths_of(gradients: Mapping[str, NDArray]) -> dict[str, Truth]:
+    """Gradients in float64, each with the scale that errors are relative to: its own, or its layer's.
 
     The key's bias has no gradient at all: it adds the same to all scores of a query, which softmax ignores. What any
     implementation computes there is rounding, at the scale of the terms that cancel, which is the kernel's.
     """
-    found = gradients(objective).named()
-    require_float64(found, name)
-    truths = {path: Truth(value) for path, value in found.items()}
-    for path, value in found.items():
-        kernel = truths.get(path.removesuffix("bias") + "kernel")
-        if path.endswith(".bias") and kernel:
-            truths[path] = Truth(value, max(truths[path].rms, kernel.rms))
+    truths = {name: Truth(value) for name, value in gradients.items()}
+    for name, value in gradients.items():
+        kernel = truths.get(name.removesuffix("bias") + "kernel")
+        if name.endswith(".bias") and kernel:
+            truths[name] = Truth(value, max(truths[name].rms, kernel.rms))
     return truths
 
 
-def _errors(found: Mapping[str, NDArray], truths: Mapping[str, Truth], *, carriers: bool = False) -> Errors:
+def errors_of(found: Mapping[str, NDArray], truths: Mapping[str, Truth], *, carriers: bool = False) -> Errors:
+    """The errors of those gradients that are there."""
     return {name: truth.error(found[name], carriers=carriers) for name, truth in truths.items() if name in found}
