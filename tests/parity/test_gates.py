@@ -46,6 +46,11 @@ def test_carriers_count_the_elements_that_carry_an_error() -> None:
     assert error(one, np.zeros(50), carriers=True).carriers == 3
 
 
+def test_carriers_are_counted_where_somebody_asks() -> None:
+    assert error(np.ones(7), np.zeros(7)).carriers == 0
+    assert Truth(np.zeros(7)).error(np.ones(7)).carriers == 0
+
+
 def test_the_channels_of_a_token_carry_its_error_together() -> None:
     tokens = np.ones((2, 3, 5))
     assert error(tokens, np.zeros_like(tokens), carriers=True).carriers == pytest.approx(6)
