@@ -21,9 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
     names = implementations([])
-    metafunc.parametrize(
-        ("workload", "name"), [(each, name) for each in found for name in able(each, names)], ids=str, scope="module"
-    )
+    metafunc.parametrize(("workload", "name"), [(each, name) for each in found for name in able(each, names)], ids=str)
 
 
 @pytest.fixture(autouse=True)

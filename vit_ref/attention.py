@@ -74,12 +74,12 @@ def cudnn(query: Array, key: Array, value: Array) -> Array:
       value: likewise.
 
     Raises:
-      InputError: they are of another dtype, or jax's own device is none of NVIDIA's.
+      InputError: they are of another dtype, or see `require_cudnn`.
       NotImplementedError: jax's, where cuDNN cannot do this.
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise InputError(f"cuDNN's attention is for half precision, and not {query.dtype}: give dtype=jnp.bfloat16")
-    require_nvidia()
+    require_cudnn(query.shape[-1])
     tokens = query.shape[1]
     # jax asks for an even number of tokens where it differentiates, and a ViT's is odd. Rows of whole 16 bytes.
     more = -tokens % 8
@@ -92,14 +92,18 @@ def cudnn(query: Array, key: Array, value: Array) -> Array:
     return context[:, :tokens]
 
 
-def require_nvidia() -> None:
-    """Raises `InputError` where `cudnn` cannot run."""
-    if not on_nvidia():
+def require_cudnn(head_dim: int = 8) -> None:
+    """Raises `InputError` where `cudnn` cannot run, on this device or on heads of this width."""
+    if not has_cudnn():
         raise InputError(
-            f"cuDNN's attention needs one of NVIDIA's GPUs, and jax's device is {jax.default_backend()}: leave it out"
+            "cuDNN's attention needs one of NVIDIA's GPUs, Ampere or later, and jax's device is"
+            f" {jax.devices()[0].device_kind}: leave it out"
         )
+    if head_dim % 8:
+        raise InputError(f"cuDNN's attention is for heads a multiple of 8 wide, and not {head_dim}: leave it out")
 
 
-def on_nvidia() -> bool:
-    """Whether jax's own device is one of NVIDIA's, which `cudnn` needs."""
-    return "cuda" in jax.devices()[0].client.platform_version
+def has_cudnn() -> bool:
+    """Whether jax's own device is one of NVIDIA's that `cudnn` runs on."""
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8

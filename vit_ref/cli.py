@@ -386,7 +386,8 @@ def _progress(total: int | None) -> Iterator[Callable[[str], None]]:
 
         def step(doing: str) -> None:
             nonlocal done
-            bar.update(task, completed=done, description=doing)
+            # More than was expected, where the verdict takes a closer look.
+            bar.update(task, completed=done, description=doing, total=total and max(total, done + 1))
             done += 1
 
         yield step

@@ -238,11 +238,6 @@ def _placed(value: NDArray, sharding: NamedSharding | None = None) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
 
 
-def filled(shapes: nnx.State, parameters: porting.Tensors) -> nnx.State:
-    """The state with copies of these parameters in it."""
-    return with_arrays(shapes, {path: _placed(value) for path, value in parameters.items()})
-
-
 def with_arrays(like: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
     """A state with these arrays, by path, in the place of its own; or with what there is to say of each, its place."""
     return nnx.from_flat_state(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from vit_ref import attention
 from vit_ref.attention import cudnn
 from vit_ref.bench import contenders, measure, session
 from vit_ref.bench.compiling import Cost, compile_twice
@@ -198,7 +198,7 @@ def test_what_is_installed_is_found(flax: bool, torch: bool, monkeypatch: pytest
     def missing() -> None:
         raise InputError("FlaxViT needs transformers")
 
-    monkeypatch.setattr(contenders, "on_nvidia", lambda: False)
+    monkeypatch.setattr(contenders, "has_cudnn", lambda: False)
     monkeypatch.setattr(contenders, "require_flaxvit", (lambda: None) if flax else missing)
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: torch or name != "torch" or None)
     assert contenders.installed() == ["vit_ref", *["FlaxViT"] * flax, *["PyTorch", "torch.compile"] * torch]
@@ -254,20 +254,30 @@ def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypat
     assert asked == [None, cudnn]
 
 
-@pytest.mark.parametrize(("device", "there"), [("cuda 13000", True), ("cpu", False)])
-def test_cudnns_attention_is_a_contender_where_it_can_run(
-    device: str, there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(client=SimpleNamespace(platform_version=device))])
-    assert (contenders.FUSED in contenders.installed()) is there
-    if not there:
-        with pytest.raises(InputError, match="cuDNN's attention needs one of NVIDIA's GPUs"):
-            implementations([contenders.FUSED])
-        return
+def test_cudnns_attention_is_a_contender_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_cudnn", lambda: False)
+    monkeypatch.setattr(contenders, "has_cudnn", lambda: False)
+    assert contenders.FUSED not in contenders.installed()
+    with pytest.raises(InputError, match="cuDNN's attention needs one of NVIDIA's GPUs"):
+        implementations([contenders.FUSED])
+    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
+    monkeypatch.setattr(contenders, "has_cudnn", lambda: True)
+    assert contenders.FUSED in contenders.installed()
     assert implementations([contenders.FUSED]) == [contenders.FUSED]
+
+
+def test_cudnns_attention_is_timed_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     named = ["vit_ref", contenders.FUSED]
     half, full = (contenders.able(WORK._replace(precision=name), named) for name in ("mixed", "float32"))
     assert (half, full) == (named, ["vit_ref"])
+    monkeypatch.setattr(session, "implementations", list)
+    monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: 1.0)
+    for name in named:
+        ready = Contender(name, lambda: None, Cost(0.0))
+        monkeypatch.setitem(measure.CONTENDERS, name, lambda workload, ready=ready: ready)
     said: list[str] = []
-    assert not list(session.session(["Ti/16"], [8], ["float32"], ["forward"], [contenders.FUSED], 2, said.append))
-    assert said[-1] == f"{WORK}: cuDNN's attention is for half precision, so vit_ref-cudnn is not timed"
+    found = session.session(["Ti/16"], [8], ["float32", "mixed"], ["forward"], named, 2, said.append)
+    assert [[timing.name for timing in timings] for timings in found] == [["vit_ref"], named]
+    assert f"{WORK}: cuDNN's attention is for half precision, so vit_ref-cudnn is not timed" in said
+    with pytest.raises(InputError, match=r"^vit_ref-cudnn is for half precision: give --precision mixed$"):
+        next(session.session(["Ti/16"], [8], ["float32"], ["forward"], [contenders.FUSED], 2, said.append))

@@ -295,6 +295,17 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
             begin("there", change)
 
 
+def test_a_run_from_before_a_field_was_added_goes_on_with_its_default(tmp_path: Path) -> None:
+    training = open_dataset(None, "train")
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=False)
+    description = json.loads((tmp_path / "run.json").read_text())
+    del description["recipe"]["attention"]
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=True)
+    with pytest.raises(InputError, match=r"run.json: attention was 'xla' and is 'cudnn' now"):
+        _require_same_run(tmp_path, Recipe(attention="cudnn", precision="mixed"), None, training, training, resume=True)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"recipe": 3}', b"\xff"])
 def test_a_damaged_description_of_a_run_is_said(content: bytes, refused: Callable, runner: Runner) -> None:
     (runner.directory / "damaged").mkdir(exist_ok=True)

@@ -98,14 +98,26 @@ def test_dropout_is_the_checkpoints_unless_the_recipe_has_its_own(saved: Path) -
 
 
 @pytest.mark.parametrize("scratch", [True, False])
-def test_the_recipes_attention_is_the_models(scratch: bool, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, fused = None if scratch else saved, Recipe(attention="cudnn", precision="mixed")
-    monkeypatch.setattr(attention, "on_nvidia", lambda: False)
-    with pytest.raises(InputError, match=r"^cuDNN's attention needs one of NVIDIA's GPUs, and jax's device is"):
+def test_the_recipes_attention_is_the_models(scratch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, fused = None if scratch else tmp_path, Recipe(attention="cudnn", precision="mixed")
+    wide = VisionTransformer(dataclasses.replace(CONFIG, hidden_size=24), rngs=nnx.Rngs(0))  # 8 a head
+    vit_ref.save_pretrained(wide, tmp_path)
+    monkeypatch.setattr(attention, "has_cudnn", lambda: False)
+    with pytest.raises(InputError, match=r"^cuDNN's attention needs one of NVIDIA's GPUs, "):
         starting_model(source, ["a", "b"], fused)
-    monkeypatch.setattr(attention, "on_nvidia", lambda: True)
+    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
+    with pytest.raises(
+        InputError, match=r"^cuDNN's attention drops no probabilities out, and the model's dropout is 0.1"
+    ):
+        starting_model(source, ["a", "b"], dataclasses.replace(fused, dropout=0.1))
     taken = [starting_model(source, ["a", "b"], recipe).blocks[1].attn.attend for recipe in (fused, Recipe())]
     assert taken == [attention.cudnn, attention.attend]
+
+
+def test_heads_that_cudnn_does_not_take_are_said_before_training(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
+    with pytest.raises(InputError, match="heads a multiple of 8 wide, and not 4"):
+        starting_model(saved, ["a", "b"], Recipe(attention="cudnn", precision="mixed"))
 
 
 def test_from_scratch_the_seed_decides() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
         return own(*operands, implementation="xla", **lengths)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    monkeypatch.setattr(attention, "on_nvidia", lambda: True)
+    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
     # XLA's way relies on what the suite forbids.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield told
@@ -84,7 +85,7 @@ def test_cudnn_sees_every_token_and_no_padding(dtype: Any, lengths: list[Array])
     np.testing.assert_array_equal(lengths[0], [TOKENS, TOKENS])
 
 
-@pytest.mark.skipif(not attention.on_nvidia(), reason="needs one of NVIDIA's GPUs")
+@pytest.mark.skipif(not attention.has_cudnn(), reason="needs one of NVIDIA's GPUs")
 @HALF
 def test_cudnn_itself_finds_the_same(dtype: Any) -> None:
     """Its backward pass rounds the probabilities that it computes anew: within two units."""
@@ -105,11 +106,30 @@ def test_cudnn_is_for_half_precision() -> None:
 
 
 def test_without_an_nvidia_gpu_cudnn_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "on_nvidia", lambda: False)
+    monkeypatch.setattr(attention, "has_cudnn", lambda: False)
     with pytest.raises(
-        InputError, match=r"^cuDNN's attention needs one of NVIDIA's GPUs, and jax's device is \w+: leave"
+        InputError,
+        match=r"^cuDNN's attention needs one of NVIDIA's GPUs, Ampere or later, and jax's device is \w+: leave",
     ):
         attention.cudnn(*qkv(jnp.bfloat16))
+
+
+def test_heads_of_another_width_than_cudnns_are_refused_in_one_line(lengths: list[Array]) -> None:
+    narrow = [operand[..., :-1] for operand in qkv(jnp.bfloat16)]
+    with pytest.raises(InputError, match=r"^cuDNN's attention is for heads a multiple of 8 wide, and not \d+: leave"):
+        attention.cudnn(*narrow)
+    assert not lengths
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "there"), [("cuda 13000", "9.0", True), ("cuda 13000", "7.5", False), ("cpu", "", False)]
+)
+def test_cudnns_attention_is_there_on_ampere_and_later(
+    version: str, capability: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(client=SimpleNamespace(platform_version=version), compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention.has_cudnn() is there
 
 
 @HALF

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_ref.attention import cudnn, on_nvidia
+from vit_ref.attention import cudnn, has_cudnn
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
@@ -117,7 +117,7 @@ CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
 
 def installed() -> list[str]:
     """The contenders whose packages, and whose device, are here."""
-    names = ["vit_ref", *[FUSED] * on_nvidia()]
+    names = ["vit_ref", *[FUSED] * has_cudnn()]
     try:
         require_flaxvit()
         names.append("FlaxViT")

@@ -7,7 +7,7 @@ from itertools import product
 
 import jax
 
-from vit_ref.attention import require_nvidia
+from vit_ref.attention import require_cudnn
 from vit_ref.bench.contenders import CONTENDERS, FUSED, able, installed
 from vit_ref.bench.measure import Timing, fitting, race
 from vit_ref.bench.roofline import matmul_flops
@@ -45,7 +45,7 @@ def implementations(names: Sequence[str]) -> list[str]:
         if name not in CONTENDERS:
             raise InputError(f"implementation is {name!r}: give one of {', '.join(CONTENDERS)}")
         if name == FUSED:
-            require_nvidia()
+            require_cudnn()
         if name not in here:
             raise InputError(
                 f"{name} is not installed: pip install 'vit-ref[test]' for FlaxViT, 'vit-ref[torch]' for PyTorch"
@@ -80,11 +80,14 @@ def session(
     for precision in dict.fromkeys(asked.precision for asked in todo):
         for note in notes(PRECISIONS[precision]):
             say(f"{precision}: {note}")
+    if not any(able(asked, racing) for asked in todo):
+        raise InputError(f"{FUSED} is for half precision: give --precision mixed")
     done = set()
     for asked in todo:
         entered = able(asked, racing)
-        if not entered:
+        if FUSED in names and FUSED not in entered:
             say(f"{asked}: cuDNN's attention is for half precision, so {FUSED} is not timed")
+        if not entered:
             continue
         roofline = matmul_flops(asked.numerics)  # on a device that is still empty
         fitted, contenders = fitting(asked, entered, say)

@@ -290,7 +290,11 @@ def _require_same_run(
     }
     try:
         before = json.loads(file.read_bytes()) if file.exists() else None
-        was, now = ({**each, **each["recipe"]} for each in (described if before is None else before, described))
+        # A run from before a field was added has its default.
+        default = Recipe().to_json()
+        was, now = (
+            {**each, **default, **each["recipe"]} for each in (described if before is None else before, described)
+        )
         changed = [name for name in now if name != "recipe" and now[name] != was[name]]
         if before is None and is_first:
             foreign = [out / name for name in (CHECKPOINTS, MODEL, METRICS, TIMING) if (out / name).exists()]

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from vit_ref import checkpoint
-from vit_ref.attention import cudnn, require_nvidia
+from vit_ref.attention import cudnn, require_cudnn
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
@@ -43,15 +43,14 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
       InputError: the checkpoint cannot be read, has not the head that is to be kept, or the attention not its device.
     """
     dtype = jnp.bfloat16 if recipe.precision == "mixed" else None
-    attention = None
-    if recipe.attention == "cudnn":
-        require_nvidia()
-        attention = cudnn
+    attention = cudnn if recipe.attention == "cudnn" else None
     if source is None:
         config = _for_classes(_for_recipe(SCRATCH, recipe), classes)
+        _require_attention(config, recipe)
         return VisionTransformer(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(recipe.seed))
     was, parameters, _ = load(checkpoint.read(source))
     config = _for_recipe(was, recipe)
+    _require_attention(config, recipe)
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             positions = jnp.asarray(parameters["position_embeddings"])
@@ -71,6 +70,17 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
     # Masters are float32, whatever the checkpoint was saved in: a bfloat16 parameter ignores small updates.
     masters = {path: value.astype(np.float32) for path, value in parameters.items()}
     return build(config, masters, dtype=dtype, attention=attention)
+
+
+def _require_attention(config: ViTConfig, recipe: Recipe) -> None:
+    if recipe.attention != "cudnn":
+        return
+    require_cudnn(config.head_dim)
+    if config.attention_probs_dropout_prob:
+        raise InputError(
+            "cuDNN's attention drops no probabilities out, and the model's dropout is"
+            f" {config.attention_probs_dropout_prob:g}: give dropout 0, or leave attention out"
+        )
 
 
 def _for_recipe(config: ViTConfig, recipe: Recipe) -> ViTConfig:

@@ -17,7 +17,7 @@ from vit_ref.porting import detect, port
 from vit_ref.pretrained import parameters_of_state, with_arrays
 from vit_ref.skeleton import skeleton
 from vit_ref.verify.tapped import Tapped
-from vit_ref.verify.trace import Forward
+from vit_ref.verify.trace import Forward, narrowed
 
 
 class OwnCandidate(Tapped):
@@ -41,11 +41,6 @@ class OwnCandidate(Tapped):
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         """See `Tapped.ready`."""
-        narrow = np.dtype(dtype) != np.float64
-        parameters = {
-            path: value.astype(np.float32) if narrow and value.dtype == np.float64 else value
-            for path, value in self.parameters.items()
-        }
         if np.dtype(dtype) not in self._by_dtype:
             graph, shapes = skeleton(self.config, dtype)
 
@@ -54,8 +49,8 @@ class OwnCandidate(Tapped):
 
             self._by_dtype[np.dtype(dtype)] = shapes, forward
         shapes, same = self._by_dtype[np.dtype(dtype)]
-        # On the host, as they are: whoever runs them makes a copy of his own, and a real model's are large.
-        return with_arrays(shapes, parameters), same
+        # On the host, as they are, for as long as nobody runs them: a real model's are large.
+        return with_arrays(shapes, narrowed(self.parameters, dtype)), same
 
     def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""

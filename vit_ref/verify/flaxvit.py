@@ -30,6 +30,7 @@ from vit_ref.verify.trace import (
     ReferenceUnavailableError,
     Trace,
     UnsupportedByReferenceError,
+    narrowed,
     precision_of,
     recorder,
     replacements,
@@ -122,7 +123,7 @@ class FlaxViTReference:
         with precision_of(dtype):
             if np.dtype(dtype) not in self._recorders:
                 self._recorders[np.dtype(dtype)] = jax.jit(recorder(self._forward_in(dtype)))
-            given = _rounded(self.params, dtype), pixels.astype(dtype), replacements(replace, dtype)
+            given = narrowed(self.params, dtype), pixels.astype(dtype), replacements(replace, dtype)
             return jax.device_get(self._recorders[np.dtype(dtype)](*given))
 
     def gradients(
@@ -193,12 +194,6 @@ class FlaxViTReference:
         if self.config.num_labels:
             return outputs[0]
         return outputs[1] if self.config.pooler else outputs[0][:, 0]
-
-
-def _rounded(params: Any, dtype: DTypeLike) -> Any:
-    """Parameters of float64 at the tested precision's own, which jax would otherwise make of them with a warning."""
-    narrow = np.dtype(dtype) != np.float64
-    return jax.tree.map(lambda x: x.astype(np.float32) if narrow and x.dtype == np.float64 else x, params)
 
 
 def _square(config: ViTConfig) -> dict[str, int]:

@@ -85,7 +85,7 @@ class Error(NamedTuple):
 
 
 class Truth:
-    """What any number of values are compared with, itself measured once.
+    """What any number of values are compared with: its own size is measured once for all.
 
     Args:
       value: float64. Where it is all zero, errors are absolute.
@@ -125,8 +125,8 @@ def error(value: NDArray, truth: NDArray, *, carriers: bool = False) -> Error:
     return Truth(truth).error(value, carriers=carriers)
 
 
-# What is computed of so many elements stays in a core's cache. A dozen arrays of a real model's gradients would each
-# pass through memory otherwise.
+# What is computed of so many elements stays in a core's cache. A dozen arrays as large as a real model's kernels would
+# each pass through memory otherwise.
 _AT_ONCE = 1 << 16
 
 

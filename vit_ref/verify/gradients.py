@@ -21,7 +21,7 @@ from vit_ref.sites import sites
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.diagnosis import diagnose_gradient
 from vit_ref.verify.gates import Truth
-from vit_ref.verify.parity import ParityReport, hf_tensors
+from vit_ref.verify.parity import ParityReport, hf_tensors, require_finite
 from vit_ref.verify.pooling import Errors, Pooled
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
@@ -73,7 +73,8 @@ def check_gradients(
       `backward.RANDOM_COTANGENTS`).
 
     Raises:
-      UnsupportedByReferenceError: NumPy judges, or stands in for FlaxViT, and has no backward pass.
+      UnsupportedByReferenceError: NumPy judges, or stands in for FlaxViT, and has no backward pass; or the reference is
+        not finite in the tested precision.
       ReferenceUnavailableError: the reference is not installed.
     """
     asked = named(precision)
@@ -101,6 +102,10 @@ class Comparison:
       candidate: the port under test.
       asked: whose rounding is judged.
       stored: the checkpoint's tensors as that precision stores them, where it says how.
+      formula: whether the candidate is asked for float64 at all.
+
+    Raises:
+      UnsupportedByReferenceError: the reference has no backward pass.
     """
 
     def __init__(
@@ -110,10 +115,12 @@ class Comparison:
         candidate: Differentiable,
         asked: Precision,
         stored: Mapping[str, NDArray] = MappingProxyType({}),
+        *,
+        formula: bool = True,
     ):
-        self._judge, self._candidate = judge.name, candidate.name
+        self._judge, self._candidate, self._asked = judge.name, candidate.name, asked.name
         self._truth = judge.gradients(pixels, np.float64)
-        self._exact = candidate.gradients(pixels, np.float64)
+        self._exact = candidate.gradients(pixels, np.float64) if formula else None
         # Of the parameters as they are stored, which the semantic gate has nothing to do with.
         self._stored_truth = self._truth
         if asked.stored is not None:
@@ -127,11 +134,14 @@ class Comparison:
         """Adds the errors of one objective's gradients: in float64 too, until `SEMANTIC_OBJECTIVES` have been.
 
         The gradients of a real model take a gigabyte, their errors nothing: two of them are held at a time.
+
+        Raises:
+          UnsupportedByReferenceError: the reference is not finite in the tested precision.
         """
         truth = self._truth(objective).named()
         require_float64(truth, self._judge)
         truths = truths_of(truth)
-        if len(pooled.exacts) < SEMANTIC_OBJECTIVES:
+        if self._exact and len(pooled.exacts) < SEMANTIC_OBJECTIVES:
             exact = self._exact(objective).named()
             require_float64(exact, self._candidate)
             errors = errors_of(exact, truths)
@@ -144,7 +154,9 @@ class Comparison:
             truth = self._stored_truth(objective).named()
             require_float64(truth, self._judge)
             truths = truths_of(truth)
-        pooled.yardsticks.append(errors_of(self._yardstick(objective).named(), truths, carriers=True))
+        yardsticks = errors_of(self._yardstick(objective).named(), truths, carriers=True)
+        require_finite(yardsticks, self._judge, self._asked)
+        pooled.yardsticks.append(yardsticks)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
 
 
@@ -163,6 +175,7 @@ def gradients_report(
         what="gradients",
         causes=pooled.causes,
         order=tuple(pooled.names),
+        objectives=len(pooled.roundings),
     )
 
 

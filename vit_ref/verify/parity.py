@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -20,7 +21,16 @@ from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
-from vit_ref.verify.trace import Implementation, Progress, Trace, beside, require_float64, silent, storing
+from vit_ref.verify.trace import (
+    Implementation,
+    Progress,
+    Trace,
+    UnsupportedByReferenceError,
+    beside,
+    require_float64,
+    silent,
+    storing,
+)
 
 
 class Port(Implementation, Protocol):
@@ -96,6 +106,7 @@ class ParityReport:
       place: how the first diverging value is wrong, see `diagnosis.where`.
       hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
       order: all of these names, shown or not, in the order of the pass.
+      objectives: how many gradients' rounding is pooled over; None forward.
     """
 
     title: str
@@ -109,6 +120,7 @@ class ParityReport:
     place: str = ""
     hidden: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
+    objectives: int | None = None
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:
@@ -138,6 +150,16 @@ def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
     return porting.export(porting.port(source.tensors, config, layout), config, porting.HF)
 
 
+def require_finite(yardsticks: Mapping[str, Error], name: str, precision: str) -> None:
+    """Raises `UnsupportedByReferenceError` where the reference overflows: its error would allow any other."""
+    beyond = [site for site, error in yardsticks.items() if not math.isfinite(error.rms)]
+    if beyond:
+        raise UnsupportedByReferenceError(
+            f"{name} itself is not finite in {precision} at {len(beyond)} of {len(yardsticks)} places, first"
+            f" {beyond[0]}: judge another precision"
+        )
+
+
 def check_parity(
     title: str,
     config: ViTConfig,
@@ -163,7 +185,7 @@ def check_parity(
 
     Raises:
       TruncatedError: an oracle did not compute in float64.
-      InputError: the checkpoint does not fit, or the reference is not installed.
+      InputError: the checkpoint does not fit, or the reference is not installed, or not finite in that precision.
     """
     asked = named(precision)
     tensors = hf_tensors(config, source)
@@ -250,6 +272,7 @@ def compare(
         require_float64(truth, judge.name)
     with asked.asked():
         yardsticks = errors(judge.trace(pixels, asked.dtype), carriers=True)
+        require_finite(yardsticks, judge.name, asked.name)
         progress(f"{candidate.name} in {asked.name}")
         rounded_trace = candidate.trace(pixels, asked.dtype)
     rounding = errors(rounded_trace)

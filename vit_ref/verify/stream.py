@@ -62,9 +62,10 @@ def check_streamed(
 ) -> PortReport:
     """`check_port` of this package's own model, holding the tensors of one block at a time.
 
-    Sites, gradients, gates and errors are those of `check_port`. FlaxViT alone, where weights are stored and computed
-    with in bfloat16, keeps its stream in that too and errs more: in the whole model XLA leaves out the stream's
-    rounding, on a model of three blocks up to 26 % of the error. How the whole model behaves is not asked.
+    Sites, gradients, gates and errors are those of `check_port`, though other numbers of objectives may settle the
+    gradients. FlaxViT alone, where weights are stored and computed with in bfloat16, keeps its stream in that too and
+    errs more: in the whole model XLA leaves out the stream's rounding, on a model of three blocks up to 26 % of the
+    error. How the whole model behaves is not asked.
 
     Args:
       checkpoint: safetensors: a directory, sharded or not, a file or a hub id.
@@ -320,7 +321,8 @@ def _backward(title: str, blocks: _Blocks, pixels: NDArray, asked: Precision, pr
             progress(f"gradients, block {stage.block} of {stage.depth}")
             own = [name for name in names if stage.answers_for(name)]
             pooled = found.setdefault(stage, Pooled(own, asked.dtype, blocks.judge.foreign))
-            comparison = Comparison(pixels, blocks.judge, blocks.candidate, asked)
+            formula = start < SEMANTIC_OBJECTIVES
+            comparison = Comparison(pixels, blocks.judge, blocks.candidate, asked, formula=formula)
             for objective in objectives[start:stop]:
                 comparison.measure(objective, pooled)
             del comparison  # which holds this block while the next one is read

@@ -90,6 +90,12 @@ def precision_of(dtype: DTypeLike) -> Iterator[None]:
         yield
 
 
+def narrowed(parameters: T, dtype: DTypeLike) -> T:
+    """A tree of parameters, below float64 with float32 for float64, which jax would make of them with a warning."""
+    narrow = np.dtype(dtype) != np.float64
+    return jax.tree.map(lambda x: x.astype(np.float32) if narrow and x.dtype == np.float64 else x, parameters)
+
+
 def storing(port: T, dtype: DTypeLike) -> T:
     """The same port with its parameters rounded to `dtype` wherever it does not compute in float64."""
     narrow: Any = copy(port)

@@ -65,6 +65,7 @@ def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
     failures = report.semantic_failures or report.numerical_failures
     return {
         "what": report.what,
+        "objectives": report.objectives,
         "passed": all(check.status in ("passed", "not observed", "expected failure") for check in checks),
         "first_divergence": failures[0].site if failures else None,
         "causes": [{"text": str(cause), **_numbers(cause._asdict())} for cause in report.causes],

@@ -149,13 +149,15 @@ def _figure(name: str, document: Fields) -> str:
         '<rect class="beyond" width="14" height="8"/><rect class="gate" y="7" width="14" height="2"/>': "its gate",
         '<rect class="hidden" width="14" height="14"/>': "not shown by the port",
     }
+    pooled = f" Rounding is pooled over {section['objectives']} objectives." if section["objectives"] else ""
     items = "".join(f'<li><svg class="key" aria-hidden="true">{key}</svg> {text}</li>' for key, text in legend.items())
     return (
         f'<figure><h2 id="{name}">{name.title()}: error per {section["what"][:-1]}</h2>'
         f"{plot(section, document, label)}"
         f'<figcaption><ul class="legend">{items}</ul><p>Relative RMS error against the float64 oracle, in the order of'
         " the pass, one column each, blocks numbered below. An error of zero is drawn on the line marked 0, one that is"
-        " not finite, of another shape or too large for the axis on the line marked ∞.</p></figcaption></figure>"
+        " not finite, of another shape or too large for the axis on the line marked ∞."
+        f"{pooled}</p></figcaption></figure>"
     )
 
 

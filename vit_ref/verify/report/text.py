@@ -42,9 +42,10 @@ def headline(report: ParityReport) -> str:
         )
     else:
         exact = max(report.results, key=lambda result: result.exact.rms)
+        over = f" over {report.objectives} objectives" if report.objectives else ""
         tight = min(report.results, key=lambda result: result.margin)
         verdict = (
-            f"{report.title}: {len(report.results)} {report.what} pass; float64 at most {exact.exact.rms:.1e}"
+            f"{report.title}: {len(report.results)} {report.what} pass{over}; float64 at most {exact.exact.rms:.1e}"
             f" ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
         )
     hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
