@@ -312,7 +312,6 @@ def write_directory(
     preprocessor: Mapping[str, Any] | None = None,
     *,
     max_shard_size: int | str = "5GB",
-    writes: bool = True,
 ) -> None:
     """Writes a Hugging Face directory.
 
@@ -325,26 +324,12 @@ def write_directory(
       config: becomes `config.json`.
       preprocessor: becomes `preprocessor_config.json`, where given.
       max_shard_size: larger weights are split, in bytes or as "5GB".
-      writes: else tensors are only made, in the order of a process that writes and has this one help to make them.
 
     Raises:
       CheckpointError: the directory cannot be written.
     """
     directory = Path(directory)
-    try:
-        split = huggingface_hub.split_state_dict_into_shards_factory(
-            dict(tensors),
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"max_shard_size is {max_shard_size!r}: {error}") from None
-    if not writes:
-        for names in split.filename_to_tensors.values():
-            for name in _as_stored({name: tensors[name] for name in names}):
-                np.asarray(tensors[name])
-        return
+    split = _split(tensors, max_shard_size)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as stage:
@@ -365,6 +350,28 @@ def write_directory(
                 superseded.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be written ({error})") from None
+
+
+def in_order(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str = "5GB") -> list[str]:
+    """The names, in the order in which `write_directory` makes these tensors.
+
+    Raises:
+      CheckpointError: no file may be of that size.
+    """
+    files = _split(tensors, max_shard_size).filename_to_tensors.values()
+    return [name for names in files for name in _as_stored({name: tensors[name] for name in names})]
+
+
+def _split(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> huggingface_hub.StateDictSplit:
+    try:
+        return huggingface_hub.split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size is {max_shard_size!r}: {error}") from None
 
 
 def _as_stored(tensors: Mapping[str, NDArray | Deferred]) -> list[str]:

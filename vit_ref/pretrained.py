@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,7 @@ def save_pretrained(
     reads no shards.
 
     Of a model on many devices one tensor at a time is gathered. Where the devices are several processes', all of these
-    call this, and the first writes.
+    call this, the first writes, and all fail if it cannot.
 
     Args:
       model: any model of this package.
@@ -289,9 +289,47 @@ def save_pretrained(
         return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
 
     tensors = {rule.source: tensor(rule) for rule in layout.bind(config, prefixed=bool(config.num_labels))}
-    writes = jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values())
-    content, preprocessor = hf_config(config, tensors), config.preprocessor
-    checkpoint.write_directory(directory, tensors, content, preprocessor, max_shard_size=max_shard_size, writes=writes)
+
+    def write(tensors: Mapping[str, checkpoint.Deferred]) -> None:
+        content = hf_config(config, tensors)
+        checkpoint.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
+
+    if all(array.is_fully_addressable for array in arrays.values()):
+        write(tensors)
+    else:
+        _write_together(tensors, checkpoint.in_order(tensors, max_shard_size), write, directory)
+
+
+def _write_together(
+    tensors: Mapping[str, checkpoint.Deferred],
+    order: Sequence[str],
+    write: Callable[[Mapping[str, checkpoint.Deferred]], None],
+    directory: str | os.PathLike[str],
+) -> None:
+    """The first process writes what all make together; the others are not left waiting where it cannot."""
+    made: set[str] = set()
+    fault: CheckpointError | None = None
+
+    def noted(name: str) -> checkpoint.Deferred:
+        def make() -> NDArray:
+            made.add(name)
+            return tensors[name].make()
+
+        return tensors[name]._replace(make=make)
+
+    if jax.process_index() == 0:
+        try:
+            write({name: noted(name) for name in tensors})
+        except CheckpointError as error:
+            fault = error
+    for name in order:
+        if name not in made:
+            tensors[name].make()
+    failed = multihost_utils.broadcast_one_to_all(np.array(fault is not None))
+    if fault is not None:
+        raise fault
+    if failed:
+        raise CheckpointError(f"{os.fspath(directory)}: the first process could not write, and says why")
 
 
 def _on_host(array: jax.Array) -> NDArray:

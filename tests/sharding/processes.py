@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ways import CASE
 
 import vit_ref
+from vit_ref import checkpoint
+from vit_ref.checkpoint import CheckpointError
 from vit_ref.pretrained import arrays_of
 from vit_ref.verify.backward import objectives_for
 from vit_ref.verify.gradients import errors_of, truths_of
@@ -41,12 +44,35 @@ def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Arr
     return {"logits": logits, **arrays_of(gradients)}
 
 
+def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> str:
+    """What is said where the first process cannot write: nothing at all, or not the second of three files."""
+    (out / "a-file").touch()
+    write, files = checkpoint.write_safetensors, 0
+
+    def full(file: Path, tensors: Any) -> None:
+        nonlocal files
+        files += 1
+        if files == 2:
+            raise OSError("the disk is full")
+        write(file, tensors)
+
+    with mock.patch.object(checkpoint, "write_safetensors", full):
+        try:
+            where = out / ("a-file/below" if when == "before" else "full")
+            vit_ref.save_pretrained(model, where, max_shard_size="100KB")
+        except CheckpointError as error:
+            return str(error)
+    return "no error"
+
+
 def main(directory: Path, out: Path, coordinator: str, number: int) -> None:
     jax.distributed.initialize(coordinator, 2, number)
     jax.config.update("jax_enable_x64", True)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     model = vit_ref.from_pretrained(directory, dtype=np.float64, mesh=mesh, sharding="fsdp+tensor")
     vit_ref.save_pretrained(model, out / f"process-{number}", max_shard_size="100KB")
+    failing_saves = {name: _fails_to_save(model, out, name) for name in ("before", "between")}
+    (out / f"failing-{number}.json").write_text(json.dumps(failing_saves), encoding="utf-8")
     images = CASE.images().astype(np.float64)
     divided = NamedSharding(mesh, PartitionSpec("data"))
     batch = jax.make_array_from_callback(images.shape, divided, lambda index: images[index])

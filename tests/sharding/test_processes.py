@@ -53,3 +53,11 @@ def test_the_first_process_saves_the_bytes_of_one_device_and_the_other_nothing(
 ) -> None:
     assert digests(together / "process-0") == measured["one"]
     assert not (together / "process-1").exists()
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_save_that_fails_in_the_first_process_fails_in_both(when: str, together: Path) -> None:
+    first, second = (json.loads((together / f"failing-{number}.json").read_text())[when] for number in (0, 1))
+    assert ("Not a directory" if when == "before" else "the disk is full") in first
+    assert second.endswith(": the first process could not write, and says why")
+    assert not list(together.glob("full/*"))
