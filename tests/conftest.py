@@ -56,7 +56,7 @@ def _traced(config: ViTConfig, parameters: Tensors, pixels: NDArray) -> Trace:
     with precision_of(np.float64):
         graph, shapes = _skeleton(config)
         recorded = jax.device_get(
-            _observe(graph, pretrained.filled(shapes, parameters), jnp.asarray(pixels, np.float64))
+            _observe(graph, pretrained.with_arrays(shapes, parameters), jnp.asarray(pixels, np.float64))
         )
     # jit returns a dictionary's entries in alphabetical order.
     return {site.name: recorded[site.name] for site in sites(config, len(pixels))}
