@@ -22,7 +22,7 @@ size, passes = sys.argv[1:]
 case = Case(size, ViTConfig.variant(size, num_labels=10), batch=1)
 source, pixels = case.checkpoint(), case.images()
 for check, name in ((check_parity, "forward"), (check_gradients, "backward")):
-    if name == passes:
+    if name in passes.split("+"):
         report = check(size, case.config, source, pixels, OwnCandidate(case.config, source))
         assert report.passed, report
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform ==
 
 
 @pytest.mark.benchmark(group="verification, float64 and float32, cold")
-@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize("passes", ["forward", "backward", "forward+backward"])
 def test_verification(benchmark: Any, passes: str, request: pytest.FixtureRequest) -> None:
     size = (request.config.getoption("size") or ["Ti/16"])[0]
     command = [sys.executable, "-c", _CHECK, size, passes]
