@@ -269,8 +269,8 @@ def save_pretrained(
     `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
     reads no shards.
 
-    Of a model on many devices one tensor at a time is gathered. Where the devices are several processes', all of these
-    call this, the first writes, and all fail if it cannot.
+    Of a model on many devices one tensor at a time is gathered. The first of several processes writes. Where parameters
+    are divided between them all call this, and all fail if it cannot.
 
     Args:
       model: any model of this package.
@@ -294,10 +294,10 @@ def save_pretrained(
         content = hf_config(config, tensors)
         checkpoint.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
 
-    if all(array.is_fully_addressable for array in arrays.values()):
-        write(tensors)
-    else:
+    if not all(_is_here(array) for array in arrays.values()):
         _write_together(tensors, checkpoint.in_order(tensors, max_shard_size), write, directory)
+    elif jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values()):
+        write(tensors)
 
 
 def _write_together(
@@ -332,9 +332,14 @@ def _write_together(
         raise CheckpointError(f"{os.fspath(directory)}: the first process could not write, and says why")
 
 
+def _is_here(array: jax.Array) -> bool:
+    """Whether this process has all of it, and need not ask the others."""
+    return array.is_fully_addressable or array.is_fully_replicated
+
+
 def _on_host(array: jax.Array) -> NDArray:
     """The whole of an array, put together from its shards for whoever asks: the array itself would keep it."""
-    if not (array.is_fully_addressable or array.is_fully_replicated):
+    if not _is_here(array):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     shards = [shard.data for shard in array.addressable_shards]
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
