@@ -46,11 +46,19 @@ def test_what_is_wrong_in_float64_is_settled_whatever_its_rounding() -> None:
 
 
 def test_few_objectives_do_not_profit_from_the_luck_that_few_are_allowed() -> None:
-    """An error of three elements an objective: of nine the gate is 7.3 times the reference's, of all 36 it is 3."""
-    assert numerical_gate(1e-3, np.float32, 9, backward=True) > 7e-3
+    """An error of one element an objective: of three the gate is 120 times the reference's, of twelve 5 times."""
+    wide, narrow = (numerical_gate(1e-3, np.float32, carriers, backward=True) for carriers in (3, 12))
+    assert wide > 20 * narrow > 60e-3
     for objectives in LOOKS:
-        gate = pooled(1.0, carriers=3.0, objectives=objectives).results()[0].gate
-        assert gate == pytest.approx(3e-3 + 2**-23, rel=1e-12)
+        assert pooled(1.0, carriers=1.0, objectives=objectives).results()[0].gate == pytest.approx(narrow, rel=1e-12)
+
+
+def test_the_parameters_of_a_layer_have_one_yardstick_and_other_gradients_their_own() -> None:
+    own = {"norm.bias": 1e-6, "norm.scale": 3e-6, "head.kernel": 5e-6, "norm": 7e-6, "cls_token": 2e-6}
+    errors = {name: Error(rms, rms, 1e3) for name, rms in own.items()}
+    found = Pooled(list(own), np.float32, False, [errors] * 3, [errors] * 3, [errors] * 3).results()
+    shared = {**own, "norm.bias": 3e-6}
+    assert {result.site: result.yardstick for result in found} == pytest.approx(shared, rel=1e-12)
 
 
 @pytest.mark.parametrize("exact", [Error(1e-13, 1e-10), Error(1e-3, 1e-3)])
