@@ -67,8 +67,6 @@ def test_one_batch_is_learnt_along_the_references_curve(train_ours: Callable, tr
     # 1e-3 is reached at step 49 of 80.
     assert truth.losses[0] > 1.5
     assert truth.losses[-1] < 1e-3
-    ours = train_ours(*arguments, np.float32, set())
-    assert ours.losses[-1] < 1e-3
     assert_same_curve(train_ours, train_flaxvit, arguments, truth.losses)
 
 
@@ -96,8 +94,6 @@ def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
         # A ViT-S/14 that knows ten hand signs reaches 1e-3 at step 15.
         assert truth[0] > 0.5
         assert truth[-1] < 1e-3
-        ours = train_ours(*arguments, np.float32, set()).losses
-        assert ours[-1] < 1e-3
         assert_same_curve(train_ours, train_flaxvit, arguments, truth)
 
 
