@@ -79,8 +79,8 @@ def objectives_for(config: ViTConfig, batch: int, seed: int = 0) -> tuple[Object
     rng = np.random.default_rng(seed)
     width = config.num_labels or (config.pooler_width if config.pooler else config.hidden_size)
     labels = rng.integers(0, width, batch)
-    loss, *others = (1 - darker / 32 for darker in _DARKER)
-    return Objective(loss, 1.0, labels, np.zeros((batch, width))), *(
+    first, *others = (1 - darker / 32 for darker in _DARKER)
+    return Objective(first, 1.0, labels, np.zeros((batch, width))), *(
         Objective(brightness, 0.0, labels, rng.normal(size=(batch, width))) for brightness in others
     )
 

@@ -138,9 +138,7 @@ class Comparison:
         Raises:
           UnsupportedByReferenceError: the reference is not finite in the tested precision.
         """
-        truth = self._truth(objective).named()
-        require_float64(truth, self._judge)
-        truths = truths_of(truth)
+        truth, truths = self._in_float64(self._truth, objective)
         if self._exact and len(pooled.exacts) < SEMANTIC_OBJECTIVES:
             exact = self._exact(objective).named()
             require_float64(exact, self._candidate)
@@ -151,13 +149,18 @@ class Comparison:
                 pooled.causes = diagnose_gradient(truth[wrong[0]], wrong[0], exact[wrong[0]])
             del exact
         if self._stored_truth is not self._truth:
-            truth = self._stored_truth(objective).named()
-            require_float64(truth, self._judge)
-            truths = truths_of(truth)
+            truth, truths = self._in_float64(self._stored_truth, objective)
         yardsticks = errors_of(self._yardstick(objective).named(), truths, carriers=True)
         require_finite(yardsticks, self._judge, self._asked)
         pooled.yardsticks.append(yardsticks)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
+
+    def _in_float64(
+        self, gradients: Callable[[Objective], Gradients], objective: Objective
+    ) -> tuple[dict[str, NDArray], dict[str, Truth]]:
+        found = gradients(objective).named()
+        require_float64(found, self._judge)
+        return found, truths_of(found)
 
 
 def gradients_report(
