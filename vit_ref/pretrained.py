@@ -269,8 +269,9 @@ def save_pretrained(
     `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
     reads no shards.
 
-    Of a model on many devices one tensor at a time is gathered. The first of several processes writes. Where parameters
-    are divided between them all call this, and all fail if it cannot.
+    Of a model on many devices one tensor at a time is gathered. Where its parameters are divided between several
+    processes all of these call this, the first writes, and all fail if it cannot. Of a model that each has whole, on
+    devices of all, the first alone writes, too, and need not ask the others.
 
     Args:
       model: any model of this package.
@@ -308,7 +309,7 @@ def _write_together(
 ) -> None:
     """The first process writes what all make together; the others are not left waiting where it cannot."""
     made: set[str] = set()
-    fault: CheckpointError | None = None
+    fault: Exception | None = None
 
     def noted(name: str) -> checkpoint.Deferred:
         def make() -> NDArray:
@@ -320,7 +321,7 @@ def _write_together(
     if jax.process_index() == 0:
         try:
             write({name: noted(name) for name in tensors})
-        except CheckpointError as error:
+        except Exception as error:  # whatever it is, the others wait
             fault = error
     for name in order:
         if name not in made:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
+from vit_ref.errors import InputError
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import Error, numerical_gate
 from vit_ref.verify.gradients import check_gradients, gradient_names
 from vit_ref.verify.parity import ParityReport
 from vit_ref.verify.pooling import SETTLED, Pooled
-from vit_ref.verify.trace import UnsupportedByReferenceError
 
 pytestmark = pytest.mark.parity
 
@@ -106,7 +106,7 @@ class Erring:
         def one(objective: Objective) -> Gradients:
             k = self.asked[np.dtype(dtype)]
             self.asked[np.dtype(dtype)] += 1
-            factor = {name: 1 + (np.dtype(dtype) == np.float32) * self.errs(name, k) for name in self.truth}
+            factor = {name: 1 + (self.errs(name, k) if np.dtype(dtype) == np.float32 else 0) for name in self.truth}
             found = {name: value * factor[name] for name, value in self.truth.items()}
             return Gradients(found, {}, found.pop("pixels"))
 
@@ -122,12 +122,20 @@ def judged(errs: Callable[[str, int], float]) -> tuple[ParityReport, Erring, Err
     return report, judge, candidate
 
 
+def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() -> None:
+    truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
+    judge = Erring("judge", lambda name, k: np.inf if name == "logits" else 1e-3, truth)
+    candidate = Erring("candidate", lambda name, k: 1e-3, truth | {"block.1.norm1": 1.5 * np.ones((5, 7))})
+    report = check_gradients("over", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    assert [result.site for result in report.semantic_failures] == ["block.1.norm1"]
+
+
 def test_a_reference_that_overflows_judges_nothing() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     judge = Erring("judge", lambda name, k: np.inf if (name, k) == ("block.1.norm1", 1) else 1e-3, truth)
     candidate = Erring("candidate", lambda name, k: 100.0, truth)
     with pytest.raises(
-        UnsupportedByReferenceError,
+        InputError,
         match=r"^judge itself is not finite in float32 at 1 of 71 places, first block\.1\.norm1: judge another",
     ):
         check_gradients("over", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)

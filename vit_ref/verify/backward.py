@@ -23,17 +23,17 @@ from vit_ref.errors import InputError
 from vit_ref.sites import sites
 from vit_ref.verify.trace import Forward, beside, precision_of
 
-# With the loss twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs
+# By how many 32nds each objective's images are darker, so that every look has seen bright ones and dark ones.
+#
+# They make twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs
 # up to five times as much as the next. Of 361 gradients there, the one whose pooled error exceeds the reference's most
 # does so by 1.8 at worst (bootstrap over sixteen objectives); pooled over six, by 2.4.
-RANDOM_COTANGENTS = 11
+DARKER = (0, 11, 5, 8, 2, 10, 4, 7, 1, 9, 3, 6)
 # Of all objectives, so many judge the formula, in float64: the loss and two random cotangents. A formula that is wrong
 # is wrong for any that nobody chose; only rounding has luck.
 SEMANTIC_OBJECTIVES = 3
 # After how many objectives to ask whether the rest is likely to change the verdict, see `pooling.Pooled.settled`.
-LOOKS = (SEMANTIC_OBJECTIVES, 6, RANDOM_COTANGENTS + 1)
-# By how many 32nds each objective's images are darker, so that every look has seen bright ones and dark ones.
-_DARKER = (0, 11, 5, 8, 2, 10, 4, 7, 1, 9, 3, 6)
+LOOKS = (SEMANTIC_OBJECTIVES, 6, len(DARKER))
 
 
 class UndifferentiableError(InputError):
@@ -79,7 +79,7 @@ def objectives_for(config: ViTConfig, batch: int, seed: int = 0) -> tuple[Object
     rng = np.random.default_rng(seed)
     width = config.num_labels or (config.pooler_width if config.pooler else config.hidden_size)
     labels = rng.integers(0, width, batch)
-    first, *others = (1 - darker / 32 for darker in _DARKER)
+    first, *others = (1 - darker / 32 for darker in DARKER)
     return Objective(first, 1.0, labels, np.zeros((batch, width))), *(
         Objective(brightness, 0.0, labels, rng.normal(size=(batch, width))) for brightness in others
     )

@@ -159,7 +159,7 @@ def _carriers(differences: Iterable[NDArray], largest: float, size: int) -> floa
         if axes == 2:
             outputs.add(squares.sum(axis=1))
         # Of four axes the second or, in attention's probabilities, the third are tokens; heads are fewer.
-        for token in (1,) if axes == 3 else (1, 2) if axes == 4 else ():
+        for token in (1,) if axes == 3 else (1, 2) if axes > 3 else ():
             tokens[token - 1].add(squares.sum(axis=tuple(axis for axis in range(1, axes) if axis != token)))
     # Of normal errors the fourth moment is three times the second's square.
     alone = min(float(size), 3 * elements.parts)

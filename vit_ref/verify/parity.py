@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
 from vit_ref.sites import sites, stream_before
 from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
@@ -21,16 +22,7 @@ from vit_ref.verify.gates import Error, error, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
-from vit_ref.verify.trace import (
-    Implementation,
-    Progress,
-    Trace,
-    UnsupportedByReferenceError,
-    beside,
-    require_float64,
-    silent,
-    storing,
-)
+from vit_ref.verify.trace import Implementation, Progress, Trace, beside, require_float64, silent, storing
 
 
 class Port(Implementation, Protocol):
@@ -151,10 +143,10 @@ def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
 
 
 def require_finite(yardsticks: Mapping[str, Error], name: str, precision: str) -> None:
-    """Raises `UnsupportedByReferenceError` where the reference overflows: its error would allow any other."""
+    """Raises `InputError` where the reference overflows: its error would allow any other."""
     beyond = [site for site, error in yardsticks.items() if not math.isfinite(error.rms)]
     if beyond:
-        raise UnsupportedByReferenceError(
+        raise InputError(
             f"{name} itself is not finite in {precision} at {len(beyond)} of {len(yardsticks)} places, first"
             f" {beyond[0]}: judge another precision"
         )
@@ -272,7 +264,8 @@ def compare(
         require_float64(truth, judge.name)
     with asked.asked():
         yardsticks = errors(judge.trace(pixels, asked.dtype), carriers=True)
-        require_finite(yardsticks, judge.name, asked.name)
+        if not first:  # else the verdict stands
+            require_finite(yardsticks, judge.name, asked.name)
         progress(f"{candidate.name} in {asked.name}")
         rounded_trace = candidate.trace(pixels, asked.dtype)
     rounding = errors(rounded_trace)

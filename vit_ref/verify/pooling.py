@@ -53,6 +53,11 @@ class Pooled:
         return tuple(name for name in self.names if not all(name in found for found in (*self.exacts, *self.roundings)))
 
     @property
+    def wrong(self) -> bool:
+        """Whether any gradient was beyond the semantic gate so far."""
+        return any(not error.passes_semantic_gate for found in self.exacts for error in found.values())
+
+    @property
     def settled(self) -> bool:
         """Whether more objectives are unlikely to change the verdict on any gradient.
 
