@@ -345,7 +345,9 @@ def detect(names: Iterable[str]) -> Layout:
     return LAYOUTS[best]
 
 
-def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = ()) -> dict[str, NDArray]:
+def port(
+    source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = (), finite: bool = True
+) -> dict[str, NDArray]:
     """Applies a layout's rules.
 
     Args:
@@ -353,6 +355,7 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
       config: the model to fill.
       layout: the names' layout; `detect` finds it.
       exempt: names or patterns (`*`, `?`) of source tensors to leave behind on purpose.
+      finite: whether values have to be. Gradients, which have their parameters' names, may overflow.
 
     Returns:
       Parameters by path, as many and as shaped as `parameter_shapes(config)`; dtypes and bits are the source's.
@@ -361,11 +364,11 @@ def port(source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable
       PortError: with every missing, unexpected, misshapen and non-finite tensor, every one that is not floating point,
         and every exemption that names nothing.
     """
-    return dict(ported(source, config, layout, exempt=exempt))
+    return dict(ported(source, config, layout, exempt=exempt, finite=finite))
 
 
 def ported(
-    source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = ()
+    source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = (), finite: bool = True
 ) -> Iterator[tuple[str, NDArray]]:
     """Applies a layout's rules to one tensor after the other, none of which is held while the next is read.
 
@@ -374,6 +377,7 @@ def ported(
       config: as there.
       layout: as there.
       exempt: as there.
+      finite: as there.
 
     Yields:
       Paths and parameters. Once a fault is known there are no more; what remains is looked through for others.
@@ -410,7 +414,7 @@ def ported(
         tensor = np.asarray(source[name])
         if tensor.dtype not in _WEIGHT_DTYPES:
             faults.append(Fault("not floating point", name, f"dtype {tensor.dtype}"))
-        elif (where := _first_not_finite(tensor)) is not None:
+        elif finite and (where := _first_not_finite(tensor)) is not None:
             faults.append(Fault("not finite", name, f"{tensor[where]} at {where}"))
         elif not faults:
             for rule in rules:

@@ -28,7 +28,7 @@ from vit_ref.porting import PortError
 from vit_ref.verify import candidate, pooling
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import check_port
-from vit_ref.verify.parity import ParityReport
+from vit_ref.verify.parity import ParityReport, ReferenceOverflowError
 from vit_ref.verify.report import to_html, to_json
 from vit_ref.verify.report.document import SCHEMA
 from vit_ref.verify.stream import check_streamed
@@ -160,6 +160,25 @@ def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkey
     # The last LayerNorm has the output's only way back, so that nothing before it has any gradient.
     assert streamed.backward.semantic_failures[0].site == "block.2.mlp.residual"
     assert str(streamed.backward.causes[0]).startswith("zero: with it the error at block.2.mlp.residual falls from 1")
+
+
+def test_where_the_reference_overflows_is_said_of_the_whole_model(tmp_path: Path) -> None:
+    """Forward: of what block 1 gives. Backward: of small values that are multiplied by much."""
+    source = THREE.checkpoint()
+    layer, tensors = "vit.encoder.layer.1", dict(source.tensors)
+
+    def refused(**changes: float) -> str:
+        changed = {f"{layer}.{name}": tensors[f"{layer}.{name}"] * np.float32(by) for name, by in changes.items()}
+        checkpoint.write_directory(tmp_path, tensors | changed, source.config or {})
+        with pytest.raises(ReferenceOverflowError) as caught:
+            check_streamed(tmp_path, precision="float16")
+        return str(caught.value)
+
+    forward = refused(**{"output.dense.weight": 6e4, "intermediate.dense.weight": 1e2})
+    assert re.match(r"FlaxViT itself is not finite in float16 at \d+ of 15 places, first block\.1\.mlp\.out: ", forward)
+    small = {"layernorm_after.weight": 2e-5, "layernorm_after.bias": 2e-5, "output.dense.weight": 30}
+    backward = refused(**small, **{"intermediate.dense.weight": 4e4})
+    assert re.match(r"FlaxViT itself is not finite in float16 at \d+ of \d+ places, first block\.1\.norm2: ", backward)
 
 
 def test_a_streamed_report_is_valid_and_says_what_was_not_asked(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from vit_ref import checkpoint
 from vit_ref.checkpoint import CheckpointError
 from vit_ref.pretrained import arrays_of
 from vit_ref.verify.backward import objectives_for
-from vit_ref.verify.gradients import errors_of, truths_of
+from vit_ref.verify.gates import errors_of
+from vit_ref.verify.gradients import truths_of
 
 
 def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Array]:

@@ -138,7 +138,8 @@ class FlaxViTReference:
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)
-            return Gradients(by_site, port(flatten_dict(by_parameter, sep="/"), self.config, FLAX), by_pixel)
+            named = port(flatten_dict(by_parameter, sep="/"), self.config, FLAX, finite=False)
+            return Gradients(by_site, named, by_pixel)
 
         return gradients
 

@@ -9,7 +9,7 @@ instead of a guess.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -84,6 +84,10 @@ class Error(NamedTuple):
         return self.rms <= SEMANTIC_RMS and self.max <= SEMANTIC_MAX
 
 
+# By the name of a site, or of a gradient.
+Errors = dict[str, Error]
+
+
 class Truth:
     """What any number of values are compared with: its own size is measured once for all.
 
@@ -123,6 +127,11 @@ class Truth:
 def error(value: NDArray, truth: NDArray, *, carriers: bool = False) -> Error:
     """The relative error of one value, see `Truth`."""
     return Truth(truth).error(value, carriers=carriers)
+
+
+def errors_of(found: Mapping[str, NDArray], truths: Mapping[str, Truth], *, carriers: bool = False) -> Errors:
+    """The errors of those values that were found, in the order of the truths, see `Truth.error`."""
+    return {name: truth.error(found[name], carriers=carriers) for name, truth in truths.items() if name in found}
 
 
 # What is computed of so many elements stays in a core's cache. A dozen arrays as large as a real model's kernels would

@@ -20,9 +20,9 @@ from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.diagnosis import diagnose_gradient
-from vit_ref.verify.gates import Truth
+from vit_ref.verify.gates import Truth, errors_of
 from vit_ref.verify.parity import ParityReport, hf_tensors, require_finite
-from vit_ref.verify.pooling import Errors, Pooled
+from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
 from vit_ref.verify.trace import Progress, require_float64, silent, storing
@@ -152,7 +152,8 @@ class Comparison:
             truth, truths = self._in_float64(self._stored_truth, objective)
         yardsticks = errors_of(self._yardstick(objective).named(), truths, carriers=True)
         if not pooled.wrong:  # else the verdict stands
-            require_finite(yardsticks, self._judge, self._asked)
+            # In the order of the pass, which a compiled one's results have not.
+            require_finite({name: yardsticks[name] for name in pooled.names}, self._judge, self._asked)
         pooled.yardsticks.append(yardsticks)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
 
@@ -200,8 +201,3 @@ def truths_of(gradients: Mapping[str, NDArray]) -> dict[str, Truth]:
         if name.endswith(".bias") and kernel:
             truths[name] = Truth(value, max(truths[name].rms, kernel.rms))
     return truths
-
-
-def errors_of(found: Mapping[str, NDArray], truths: Mapping[str, Truth], *, carriers: bool = False) -> Errors:
-    """The errors of those gradients that are there."""
-    return {name: truth.error(found[name], carriers=carriers) for name, truth in truths.items() if name in found}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from vit_ref.errors import InputError
 from vit_ref.sites import sites, stream_before
 from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
-from vit_ref.verify.gates import Error, error, numerical_gate
+from vit_ref.verify.gates import Error, Truth, errors_of, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
@@ -142,14 +142,34 @@ def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
     return porting.export(porting.port(source.tensors, config, layout), config, porting.HF)
 
 
+class ReferenceOverflowError(InputError):
+    """The reference itself is not finite in the tested precision, where its error would allow any other.
+
+    Args:
+      name: the reference's.
+      precision: that precision's.
+      beyond: where it is not, the first first.
+      among: of how many places.
+    """
+
+    def __init__(self, name: str, precision: str, beyond: Sequence[str], among: int):
+        super().__init__(
+            f"{name} itself is not finite in {precision} at {len(beyond)} of {among} places, first {beyond[0]}:"
+            " judge another precision"
+        )
+        self._facts = name, precision, beyond, among
+
+    def renamed(self, new: Callable[[str], str]) -> ReferenceOverflowError:
+        """The same of places that have other names."""
+        name, precision, beyond, among = self._facts
+        return ReferenceOverflowError(name, precision, [new(place) for place in beyond], among)
+
+
 def require_finite(yardsticks: Mapping[str, Error], name: str, precision: str) -> None:
-    """Raises `InputError` where the reference overflows: its error would allow any other."""
+    """Raises `ReferenceOverflowError` where one of the reference's errors is not finite."""
     beyond = [site for site, error in yardsticks.items() if not math.isfinite(error.rms)]
     if beyond:
-        raise InputError(
-            f"{name} itself is not finite in {precision} at {len(beyond)} of {len(yardsticks)} places, first"
-            f" {beyond[0]}: judge another precision"
-        )
+        raise ReferenceOverflowError(name, precision, beyond, len(yardsticks))
 
 
 def check_parity(
@@ -224,26 +244,25 @@ def compare(
     if set(truth) != set(names):
         raise AssertionError(f"{judge.name} was not observed at {sorted(set(truth) ^ set(names))}")
 
-    def errors(trace: Trace, *, carriers: bool = False) -> dict[str, Error]:
-        # A trace of a real model takes a gigabyte, its errors nothing: none outlives this call.
-        return {site: error(trace[site], truth[site], carriers=carriers) for site in names if site in trace}
+    # Their errors are kept of all traces but this one, which of a real model take a gigabyte.
+    truths = {site: Truth(truth[site]) for site in names}
 
     def each_alone(shown: set[str], dtype: DTypeLike) -> dict[str, Error]:
         progress("each block alone")
         before = {site: stream_before(site, config.num_hidden_layers) for site in shown}
         fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
-        found = errors(candidate.trace(pixels, dtype, replace=fed))
+        found = errors_of(candidate.trace(pixels, dtype, replace=fed), truths)
         return {site: found[site] for site, stream in before.items() if site in found and (not stream or stream in fed)}
 
     progress(f"{oracle.name} in float64")
     oracle_trace = numpy.result()
     require_float64(oracle_trace, oracle.name)
-    oracles = errors(oracle_trace)
+    oracles = errors_of(oracle_trace, truths)
     del oracle_trace, numpy
     progress(f"{candidate.name} in float64")
     exact_trace = candidate.trace(pixels, np.float64)
     require_float64(exact_trace, candidate.name)
-    exact = errors(exact_trace)
+    exact = errors_of(exact_trace, truths)
     causes: tuple[Cause, ...] = ()
     alone: dict[str, Error] = {}
     place = ""
@@ -262,13 +281,14 @@ def compare(
         judge, candidate = refilled(judge, tensors), storing(candidate, asked.stored)
         truth = judge.trace(pixels, np.float64)
         require_float64(truth, judge.name)
+        truths = {site: Truth(truth[site]) for site in names}
     with asked.asked():
-        yardsticks = errors(judge.trace(pixels, asked.dtype), carriers=True)
+        yardsticks = errors_of(judge.trace(pixels, asked.dtype), truths, carriers=True)
         if not first:  # else the verdict stands
             require_finite(yardsticks, judge.name, asked.name)
         progress(f"{candidate.name} in {asked.name}")
         rounded_trace = candidate.trace(pixels, asked.dtype)
-    rounding = errors(rounded_trace)
+    rounding = errors_of(rounded_trace, truths)
     gates = {
         site: numerical_gate(yardsticks[site].rms, asked.dtype, yardsticks[site].carriers, foreign=judge.foreign)
         for site in names

@@ -11,10 +11,8 @@ from jax.typing import DTypeLike
 
 from vit_ref.verify.backward import LOOKS
 from vit_ref.verify.diagnosis import Cause
-from vit_ref.verify.gates import Error, numerical_gate, root_mean_square
+from vit_ref.verify.gates import Error, Errors, numerical_gate, root_mean_square
 from vit_ref.verify.parity import SiteResult
-
-Errors = dict[str, Error]
 
 # Where every gradient's error so far is within this part of its gate, the objectives that remain are left out. Right
 # ports on a trained ViT-S/14 then stop at three of twelve in nine cases of ten. What that lets through was found in

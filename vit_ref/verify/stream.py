@@ -8,6 +8,7 @@ block as in the whole model, and what is compiled for one block serves all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -35,7 +36,7 @@ from vit_ref.verify.check import BACKWARD, FORWARD
 from vit_ref.verify.environment import environment
 from vit_ref.verify.gradients import Comparison, gradient_names, gradients_report
 from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.parity import ParityReport, compare, hf_tensors
+from vit_ref.verify.parity import ParityReport, ReferenceOverflowError, compare, hf_tensors
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.port_report import PortReport
@@ -143,6 +144,14 @@ class _Stage(NamedTuple):
     def renamed(self, name: str) -> str:
         """Such a name in the whole model."""
         return re.sub(r"^(blocks?)\.0\.", rf"\1.{self.block}.", name)
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Where the reference overflows is said of the whole model."""
+        try:
+            yield
+        except ReferenceOverflowError as error:
+            raise error.renamed(self.renamed) from None
 
 
 class _Chained:
@@ -284,19 +293,20 @@ def _forward(title: str, blocks: _Blocks, pixels: NDArray, asked: Precision, pro
     reports: list[tuple[_Stage, ParityReport]] = []
     for stage in blocks.stages(range(blocks.whole.num_hidden_layers)):
         progress(f"block {stage.block} of {stage.depth}")
-        report = compare(
-            title,
-            blocks.config,
-            blocks.tensors,
-            pixels,
-            stage.sites(names),
-            blocks.judge,
-            blocks.oracle,
-            blocks.candidate,
-            asked,
-            # After the first divergence a block is fed what diverges already.
-            explain=not any(before.semantic_failures for _, before in reports),
-        )
+        with stage.naming():
+            report = compare(
+                title,
+                blocks.config,
+                blocks.tensors,
+                pixels,
+                stage.sites(names),
+                blocks.judge,
+                blocks.oracle,
+                blocks.candidate,
+                asked,
+                # After the first divergence a block is fed what diverges already.
+                explain=not any(before.semantic_failures for _, before in reports),
+            )
         reports.append((stage, report))
     return _whole(reports, [site.name for site in sites(blocks.whole, 1)])
 
@@ -323,8 +333,9 @@ def _backward(title: str, blocks: _Blocks, pixels: NDArray, asked: Precision, pr
             pooled = found.setdefault(stage, Pooled(own, asked.dtype, blocks.judge.foreign))
             formula = start < SEMANTIC_OBJECTIVES
             comparison = Comparison(pixels, blocks.judge, blocks.candidate, asked, formula=formula)
-            for objective in objectives[start:stop]:
-                comparison.measure(objective, pooled)
+            with stage.naming():
+                for objective in objectives[start:stop]:
+                    comparison.measure(objective, pooled)
             del comparison  # which holds this block while the next one is read
         if all(pooled.settled for pooled in found.values()):
             break

@@ -1,0 +1,88 @@
+"""What is said where the reference itself overflows in the tested precision?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from numpy.typing import DTypeLike, NDArray
+
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.parity import ParityReport, ReferenceOverflowError, compare
+from vit_ref.verify.precision import named
+from vit_ref.verify.references import reference_for
+from vit_ref.verify.trace import Trace
+
+pytestmark = pytest.mark.parity
+
+CASE = CASES["rectangular"]
+
+
+class Changed:
+    """The oracle with its values at one site multiplied, in one dtype."""
+
+    claims = stored = None
+    foreign = False
+    fixed: frozenset[str] = frozenset()
+    config = CASE.config
+
+    def __init__(self, name: str, site: str, by: float, dtype: DTypeLike):
+        self.name, self.site, self.by, self.dtype = name, site, by, np.dtype(dtype)
+        self.oracle = NumpyOracle(CASE.config, CASE.checkpoint().tensors)
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        found = {site: value.astype(dtype) for site, value in self.oracle.trace(pixels, np.float64).items()}
+        if np.dtype(dtype) == self.dtype:
+            found[self.site] = found[self.site] * self.dtype.type(self.by)
+        return found
+
+
+def judged(judge: Changed, candidate: Changed) -> ParityReport:
+    names = list(judge.oracle.trace(CASE.images(), np.float64))
+    tensors, precision = CASE.checkpoint().tensors, named("float32")
+    return compare("over", CASE.config, tensors, CASE.images(), names, judge, judge.oracle, candidate, precision)
+
+
+OVERFLOWING = Changed("judge", "block.1.mlp.out", np.inf, np.float32)
+
+
+def test_a_reference_that_overflows_judges_nothing() -> None:
+    with pytest.raises(
+        ReferenceOverflowError,
+        match=r"^judge itself is not finite in float32 at 1 of 30 places, first block\.1\.mlp\.out: judge another",
+    ):
+        judged(OVERFLOWING, Changed("candidate", "norm", 2.0, np.float32))
+
+
+def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() -> None:
+    report = judged(OVERFLOWING, Changed("candidate", "norm", 1.5, np.float64))
+    assert [result.site for result in report.semantic_failures] == ["norm"]
+
+
+@pytest.mark.parametrize("reference", ["flax", pytest.param("torch", marks=pytest.mark.torch)])
+def test_a_reference_whose_gradients_overflow_judges_none(reference: str) -> None:
+    """Values that are small and then multiplied by much: forward all is well."""
+    if reference == "torch":
+        pytest.importorskip("torch")
+    source = CASE.checkpoint()
+    block, tensors = "vit.encoder.layer.1", dict(source.tensors)
+    for name, by in (
+        ("layernorm_after.weight", 2e-5),
+        ("layernorm_after.bias", 2e-5),
+        ("intermediate.dense.weight", 4e4),
+        ("output.dense.weight", 30),
+    ):
+        tensors[f"{block}.{name}"] = tensors[f"{block}.{name}"] * np.float32(by)
+    changed = Checkpoint(source.path, tensors, source.config)
+    judge = reference_for(CASE.config, tensors, reference)
+    candidate = OwnCandidate(CASE.config, changed)
+    assert all(np.isfinite(value).all() for value in judge.trace(CASE.images(), np.float16).values())
+    with pytest.raises(
+        ReferenceOverflowError, match=r"ViT.* itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:"
+    ):
+        check_gradients("over", CASE.config, changed, CASE.images(), candidate, "float16", judge)
