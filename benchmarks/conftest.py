@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from vit_ref.bench.contenders import able
-from vit_ref.bench.session import implementations, workloads
+from vit_ref.bench.session import able, implementations, workloads
 from vit_ref.errors import InputError
 
 

@@ -69,17 +69,18 @@ def cudnn(query: Array, key: Array, value: Array) -> Array:
     `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
 
     Args:
-      query: (B, N, H, K), bfloat16 or float16; K a multiple of 8 that `jax.nn.dot_product_attention` takes.
+      query: (B, N, H, K), bfloat16 or float16, K as `require_heads` has it.
       key: likewise.
       value: likewise.
 
     Raises:
-      InputError: they are of another dtype, or see `require_cudnn`.
+      InputError: they are of another dtype, or see `require_cudnn` and `require_heads`.
       NotImplementedError: jax's, where cuDNN cannot do this.
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise InputError(f"cuDNN's attention is for half precision, and not {query.dtype}: give dtype=jnp.bfloat16")
-    require_cudnn(query.shape[-1])
+    require_cudnn()
+    require_heads(query.shape[-1])
     tokens = query.shape[1]
     # jax asks for an even number of tokens where it differentiates, and a ViT's is odd. Rows of whole 16 bytes.
     more = -tokens % 8
@@ -92,18 +93,27 @@ def cudnn(query: Array, key: Array, value: Array) -> Array:
     return context[:, :tokens]
 
 
-def require_cudnn(head_dim: int = 8) -> None:
-    """Raises `InputError` where `cudnn` cannot run, on this device or on heads of this width."""
-    if not has_cudnn():
+def require_cudnn() -> None:
+    """Raises `InputError` where jax's own device is none of NVIDIA's that `cudnn` runs on."""
+    if _capability() < 8:
         raise InputError(
             "cuDNN's attention needs one of NVIDIA's GPUs, Ampere or later, and jax's device is"
             f" {jax.devices()[0].device_kind}: leave it out"
         )
-    if head_dim % 8:
-        raise InputError(f"cuDNN's attention is for heads a multiple of 8 wide, and not {head_dim}: leave it out")
 
 
-def has_cudnn() -> bool:
-    """Whether jax's own device is one of NVIDIA's that `cudnn` runs on."""
+def require_heads(head_dim: int) -> None:
+    """Raises `InputError` where `cudnn` does not take heads of this width, on a device that it runs on."""
+    # What jax itself checks, in words that no user of this package wrote.
+    widest = 256 if _capability() >= 9 else 128
+    if head_dim % 8 or head_dim > widest:
+        raise InputError(
+            f"cuDNN's attention takes heads a multiple of 8 and here at most {widest} wide, and not {head_dim}:"
+            " leave it out"
+        )
+
+
+def _capability() -> float:
+    """The compute capability of jax's own device, 0 where it is none of NVIDIA's."""
     device = jax.devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    return float(device.compute_capability) if "cuda" in device.client.platform_version else 0.0

@@ -13,7 +13,7 @@ from PIL import Image
 from vit_ref import config
 from vit_ref.bench import measure, roofline
 from vit_ref.bench.compiling import Cost
-from vit_ref.bench.contenders import Contender
+from vit_ref.bench.contenders import Contender, Entry
 from vit_ref.bench.measure import Timing
 from vit_ref.bench.report import plot
 from vit_ref.bench.workload import Workload
@@ -74,7 +74,7 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return Contender("vit_ref", lambda: None, Cost(1.0))
 
-    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", build)
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     result = _run("--batch", "4", "--pass", "forward", "--implementation", "vit_ref")
     assert result.exit_code == 0
     said = "vit-ref: forward, Ti/112, batch 4, float32: out of memory, going on with batch 2"
@@ -87,7 +87,7 @@ def test_what_was_timed_is_saved_though_the_next_does_not_fit(tmp_path: Path, mo
             raise MemoryError
         return Contender("vit_ref", lambda: None, Cost(1.0))
 
-    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", build)
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     data = tmp_path / "bench.json"
     result = _run("--batch", "1", "--implementation", "vit_ref", "--json", str(data))
     assert result.exit_code == 2
@@ -107,7 +107,7 @@ def test_places_that_cannot_be_are_said_before_anything_is_timed(
     options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(measure.CONTENDERS, "vit_ref")  # whoever came to it would fail
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(lambda workload: pytest.fail("it was timed")))
     result = _run("--implementation", "vit_ref", *options)
     assert (result.exit_code, result.stderr) == (2, f"vit-ref: {said}\n")
 

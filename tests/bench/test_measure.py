@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 import time
 from typing import Any
@@ -15,7 +16,7 @@ from vit_ref import attention
 from vit_ref.attention import cudnn
 from vit_ref.bench import contenders, measure, session
 from vit_ref.bench.compiling import Cost, compile_twice
-from vit_ref.bench.contenders import Contender
+from vit_ref.bench.contenders import Contender, Entry
 from vit_ref.bench.measure import OutOfMemoryError, Timing, fitting, race
 from vit_ref.bench.report import table
 from vit_ref.bench.roofline import matmul_flops
@@ -24,6 +25,8 @@ from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
 
 pytestmark = pytest.mark.benchmarks
+
+FUSED = "vit_ref-cudnn"
 WORK = Workload("Ti/16", 8, "float32", "forward")
 
 
@@ -78,7 +81,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(error: Exception, monkeypatc
             raise error
         return Contender("greedy", lambda: None, Cost(0.0))
 
-    monkeypatch.setitem(measure.CONTENDERS, "greedy", build)
+    monkeypatch.setitem(measure.CONTENDERS, "greedy", Entry(build))
     said: list[str] = []
     fitted, (contender,) = fitting(WORK, ["greedy"], said.append)
     assert (fitted.batch, contender.name) == (2, "greedy")
@@ -95,10 +98,10 @@ def test_what_does_not_fit_at_all_is_an_error_and_other_errors_stay_themselves(m
 
         return build
 
-    monkeypatch.setitem(measure.CONTENDERS, "greedy", failing("RESOURCE_EXHAUSTED"))
+    monkeypatch.setitem(measure.CONTENDERS, "greedy", Entry(failing("RESOURCE_EXHAUSTED")))
     with pytest.raises(OutOfMemoryError, match="batch 1, float32: one image does not fit"):
         fitting(WORK, ["greedy"], lambda line: None)
-    monkeypatch.setitem(measure.CONTENDERS, "greedy", failing("no such layer"))
+    monkeypatch.setitem(measure.CONTENDERS, "greedy", Entry(failing("no such layer")))
     with pytest.raises(RuntimeError, match=r"^no such layer$"):
         fitting(WORK, ["greedy"], lambda line: None)
 
@@ -153,7 +156,7 @@ def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypat
         seen.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
         return 1.0
 
-    monkeypatch.setitem(measure.CONTENDERS, "one", build)
+    monkeypatch.setitem(measure.CONTENDERS, "one", Entry(build))
     monkeypatch.setattr("vit_ref.bench.roofline._measured", measured)
     workload = WORK._replace(precision="tensorfloat32")
     fitting(workload, ["one"], lambda line: None)
@@ -184,13 +187,20 @@ def test_what_is_not_known_is_said(arguments: Any, message: str) -> None:
         workloads(*arguments)
 
 
+def hidden(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Packages that are not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None if name in names else find(name))
+
+
 def test_an_implementation_has_to_be_known_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "installed", lambda: ["vit_ref"])
-    assert implementations([]) == ["vit_ref"]
-    with pytest.raises(InputError, match="implementation is 'timm'"):
+    with pytest.raises(InputError, match=r"implementation is 'timm': give one of vit_ref, vit_ref-cudnn, FlaxViT, "):
         implementations(["timm"])
-    with pytest.raises(InputError, match="FlaxViT is not installed: pip install"):
-        implementations(["vit_ref", "FlaxViT"])
+    hidden(monkeypatch, "torch")
+    said = r"^PyTorch's ViT needs torch: pip install 'vit-ref\[suite,torch\]'$"
+    for name in ("PyTorch", "torch.compile"):
+        with pytest.raises(InputError, match=said):
+            implementations(["vit_ref", name])
 
 
 @pytest.mark.parametrize(("flax", "torch"), [(True, False), (False, True)])
@@ -198,10 +208,11 @@ def test_what_is_installed_is_found(flax: bool, torch: bool, monkeypatch: pytest
     def missing() -> None:
         raise InputError("FlaxViT needs transformers")
 
-    monkeypatch.setattr(contenders, "has_cudnn", lambda: False)
-    monkeypatch.setattr(contenders, "require_flaxvit", (lambda: None) if flax else missing)
+    fake = {"FlaxViT": (lambda: None) if flax else missing, "vit_ref-cudnn": missing}
+    for name, require in fake.items():
+        monkeypatch.setitem(measure.CONTENDERS, name, measure.CONTENDERS[name]._replace(require=require))
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: torch or name != "torch" or None)
-    assert contenders.installed() == ["vit_ref", *["FlaxViT"] * flax, *["PyTorch", "torch.compile"] * torch]
+    assert implementations([]) == ["vit_ref", *["FlaxViT"] * flax, *["PyTorch", "torch.compile"] * torch]
 
 
 def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +222,7 @@ def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.Monk
             return (lambda: compiles), 3.0
 
     monkeypatch.setitem(sys.modules, "vit_ref.bench.torchvit", Module)  # type: ignore[arg-type]
-    eager, compiled = (contenders.CONTENDERS[name](WORK) for name in ("PyTorch", "torch.compile"))
+    eager, compiled = (contenders.CONTENDERS[name].build(WORK) for name in ("PyTorch", "torch.compile"))
     assert (eager.name, eager.run(), eager.cost) == ("PyTorch", False, Cost(3.0, None, None, None))
     assert (compiled.name, compiled.run()) == ("torch.compile", True)
 
@@ -225,7 +236,7 @@ def test_what_is_asked_for_twice_is_done_once(monkeypatch: pytest.MonkeyPatch) -
             raise MemoryError
         return Contender("vit_ref", lambda: None, Cost(0.0))
 
-    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", build)
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: 1.0)
     # The larger batch comes down to the smaller one.
     found = session.session(["Ti/16"], [4, 2], ["float32"], ["forward"], ["vit_ref"], 2, lambda line: None)
@@ -234,7 +245,8 @@ def test_what_is_asked_for_twice_is_done_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: 1.0)
-    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", lambda workload: Contender("vit_ref", lambda: None, Cost(0.0)))
+    ready = Entry(lambda workload: Contender("vit_ref", lambda: None, Cost(0.0)))
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", ready)
     said: list[str] = []
     list(session.session(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
     assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]
@@ -248,36 +260,36 @@ def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypat
         raise InterruptedError
 
     monkeypatch.setattr(contenders, "skeleton", stop)
-    for name in ("vit_ref", contenders.FUSED):
+    for name in ("vit_ref", FUSED):
         with pytest.raises(InterruptedError):
-            contenders.CONTENDERS[name](WORK)
+            contenders.CONTENDERS[name].build(WORK)
     assert asked == [None, cudnn]
 
 
 def test_cudnns_attention_is_a_contender_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "has_cudnn", lambda: False)
-    monkeypatch.setattr(contenders, "has_cudnn", lambda: False)
-    assert contenders.FUSED not in contenders.installed()
+    monkeypatch.setattr(attention, "_capability", lambda: 0.0)
+    assert FUSED not in implementations([])
     with pytest.raises(InputError, match="cuDNN's attention needs one of NVIDIA's GPUs"):
-        implementations([contenders.FUSED])
-    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
-    monkeypatch.setattr(contenders, "has_cudnn", lambda: True)
-    assert contenders.FUSED in contenders.installed()
-    assert implementations([contenders.FUSED]) == [contenders.FUSED]
+        implementations([FUSED])
+    monkeypatch.setattr(attention, "_capability", lambda: 8.0)
+    assert FUSED in implementations([])
+    assert implementations([FUSED]) == [FUSED]
 
 
 def test_cudnns_attention_is_timed_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    named = ["vit_ref", contenders.FUSED]
-    half, full = (contenders.able(WORK._replace(precision=name), named) for name in ("mixed", "float32"))
+    named = ["vit_ref", FUSED]
+    half, full = (session.able(WORK._replace(precision=name), named) for name in ("mixed", "float32"))
     assert (half, full) == (named, ["vit_ref"])
-    monkeypatch.setattr(session, "implementations", list)
+    monkeypatch.setattr(attention, "_capability", lambda: 8.0)
     monkeypatch.setattr("vit_ref.bench.roofline._measured", lambda side, dtype: 1.0)
     for name in named:
         ready = Contender(name, lambda: None, Cost(0.0))
-        monkeypatch.setitem(measure.CONTENDERS, name, lambda workload, ready=ready: ready)
+        build = measure.CONTENDERS[name]._replace(build=lambda workload, ready=ready: ready)
+        monkeypatch.setitem(measure.CONTENDERS, name, build)
     said: list[str] = []
     found = session.session(["Ti/16"], [8], ["float32", "mixed"], ["forward"], named, 2, said.append)
     assert [[timing.name for timing in timings] for timings in found] == [["vit_ref"], named]
-    assert f"{WORK}: cuDNN's attention is for half precision, so vit_ref-cudnn is not timed" in said
-    with pytest.raises(InputError, match=r"^vit_ref-cudnn is for half precision: give --precision mixed$"):
-        next(session.session(["Ti/16"], [8], ["float32"], ["forward"], [contenders.FUSED], 2, said.append))
+    why = "cuDNN's attention is for half precision: give --precision mixed"
+    assert f"{WORK}: vit_ref-cudnn is not timed: {why}" in said
+    with pytest.raises(InputError, match=f"^{why}$"):
+        next(session.session(["Ti/16"], [8], ["float32"], ["forward"], [FUSED], 2, said.append))

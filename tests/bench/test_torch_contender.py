@@ -21,18 +21,18 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 def test_a_train_step_learns_its_batch(precision: Any) -> None:
-    contender = CONTENDERS["PyTorch"](Workload("Ti/112", 2, precision, "train step"))
+    contender = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, precision, "train step"))
     losses = [float(contender.run()) for _ in range(8)]
     assert losses[-1] < losses[0] - 0.01 and contender.cost.cold_s
 
 
 def test_a_forward_pass_keeps_no_graph_and_has_every_class() -> None:
-    logits = CONTENDERS["PyTorch"](Workload("Ti/112", 2, "float32", "forward")).run()
+    logits = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, "float32", "forward")).run()
     assert logits.shape == (2, 1000) and not logits.requires_grad
 
 
 def test_the_compiled_one_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    assert CONTENDERS["torch.compile"](Workload("Ti/112", 1, "float32", "forward")).name == "torch.compile"
+    assert CONTENDERS["torch.compile"].build(Workload("Ti/112", 1, "float32", "forward")).name == "torch.compile"
     assert len(compiled) == 1

@@ -102,10 +102,10 @@ def test_the_recipes_attention_is_the_models(scratch: bool, tmp_path: Path, monk
     source, fused = None if scratch else tmp_path, Recipe(attention="cudnn", precision="mixed")
     wide = VisionTransformer(dataclasses.replace(CONFIG, hidden_size=24), rngs=nnx.Rngs(0))  # 8 a head
     vit_ref.save_pretrained(wide, tmp_path)
-    monkeypatch.setattr(attention, "has_cudnn", lambda: False)
+    monkeypatch.setattr(attention, "_capability", lambda: 0.0)
     with pytest.raises(InputError, match=r"^cuDNN's attention needs one of NVIDIA's GPUs, "):
         starting_model(source, ["a", "b"], fused)
-    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
+    monkeypatch.setattr(attention, "_capability", lambda: 8.0)
     with pytest.raises(
         InputError, match=r"^cuDNN's attention drops no probabilities out, and the model's dropout is 0.1"
     ):
@@ -115,8 +115,8 @@ def test_the_recipes_attention_is_the_models(scratch: bool, tmp_path: Path, monk
 
 
 def test_heads_that_cudnn_does_not_take_are_said_before_training(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
-    with pytest.raises(InputError, match="heads a multiple of 8 wide, and not 4"):
+    monkeypatch.setattr(attention, "_capability", lambda: 8.0)
+    with pytest.raises(InputError, match="heads a multiple of 8 and here at most 128 wide, and not 4:"):
         starting_model(saved, ["a", "b"], Recipe(attention="cudnn", precision="mixed"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
         return own(*operands, implementation="xla", **lengths)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
+    monkeypatch.setattr(attention, "_capability", lambda: 8.0)
     # XLA's way relies on what the suite forbids.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield told
@@ -85,7 +86,7 @@ def test_cudnn_sees_every_token_and_no_padding(dtype: Any, lengths: list[Array])
     np.testing.assert_array_equal(lengths[0], [TOKENS, TOKENS])
 
 
-@pytest.mark.skipif(not attention.has_cudnn(), reason="needs one of NVIDIA's GPUs")
+@pytest.mark.skipif(attention._capability() < 8, reason="needs one of NVIDIA's GPUs, Ampere or later")
 @HALF
 def test_cudnn_itself_finds_the_same(dtype: Any) -> None:
     """Its backward pass rounds the probabilities that it computes anew: within two units."""
@@ -106,7 +107,7 @@ def test_cudnn_is_for_half_precision() -> None:
 
 
 def test_without_an_nvidia_gpu_cudnn_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "has_cudnn", lambda: False)
+    monkeypatch.setattr(attention, "_capability", lambda: 0.0)
     with pytest.raises(
         InputError,
         match=r"^cuDNN's attention needs one of NVIDIA's GPUs, Ampere or later, and jax's device is \w+: leave",
@@ -114,22 +115,35 @@ def test_without_an_nvidia_gpu_cudnn_is_refused_in_one_line(monkeypatch: pytest.
         attention.cudnn(*qkv(jnp.bfloat16))
 
 
-def test_heads_of_another_width_than_cudnns_are_refused_in_one_line(lengths: list[Array]) -> None:
-    narrow = [operand[..., :-1] for operand in qkv(jnp.bfloat16)]
-    with pytest.raises(InputError, match=r"^cuDNN's attention is for heads a multiple of 8 wide, and not \d+: leave"):
-        attention.cudnn(*narrow)
+@pytest.mark.parametrize(("capability", "widest"), [(8.0, 128), (8.9, 128), (9.0, 256), (12.0, 256)])
+def test_heads_of_another_width_than_cudnns_are_refused_in_one_line(
+    capability: float, widest: int, lengths: list[Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_capability", lambda: capability)
+    attention.require_heads(8)
+    attention.require_heads(widest)
+    for width in (widest - 4, widest + 8):
+        operands = [jnp.zeros((1, 2, 1, width), jnp.bfloat16)] * 3
+        said = rf"^cuDNN's attention takes heads a multiple of 8 and here at most {widest} wide, and not {width}: leave"
+        with pytest.raises(InputError, match=said):
+            attention.cudnn(*operands)
     assert not lengths
 
 
 @pytest.mark.parametrize(
-    ("version", "capability", "there"), [("cuda 13000", "9.0", True), ("cuda 13000", "7.5", False), ("cpu", "", False)]
+    ("version", "capability", "there"),
+    [("cuda 13000", "9.0", True), ("cuda 13000", "8.0", True), ("cuda 13000", "7.5", False), ("cpu", "", False)],
 )
 def test_cudnns_attention_is_there_on_ampere_and_later(
     version: str, capability: str, there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = SimpleNamespace(client=SimpleNamespace(platform_version=version), compute_capability=capability)
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(client=client, compute_capability=capability, device_kind="some")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert attention.has_cudnn() is there
+    with (
+        nullcontext() if there else pytest.raises(InputError, match="Ampere or later, and jax's device is some: leave")
+    ):
+        attention.require_cudnn()
 
 
 @HALF

@@ -83,6 +83,7 @@ def test_a_reference_whose_gradients_overflow_judges_none(reference: str) -> Non
     candidate = OwnCandidate(CASE.config, changed)
     assert all(np.isfinite(value).all() for value in judge.trace(CASE.images(), np.float16).values())
     with pytest.raises(
-        ReferenceOverflowError, match=r"ViT.* itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:"
+        ReferenceOverflowError,
+        match=r"ViT.* itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:",
     ):
         check_gradients("over", CASE.config, changed, CASE.images(), candidate, "float16", judge)

@@ -7,7 +7,7 @@ Parameters are random; what they are does not change what a step costs.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_ref.attention import cudnn, has_cudnn
+from vit_ref.attention import cudnn, require_cudnn
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
@@ -26,7 +26,6 @@ from vit_ref.skeleton import skeleton
 from vit_ref.verify.flaxvit import require_flaxvit
 
 RATE = 1e-4
-FUSED = "vit_ref-cudnn"
 
 
 class Contender(NamedTuple):
@@ -41,6 +40,28 @@ class Contender(NamedTuple):
     name: str
     run: Callable[[], Any]
     cost: Cost
+
+
+class Entry(NamedTuple):
+    """Who can be timed.
+
+    Attributes:
+      build: gets it ready for a workload.
+      require: raises `InputError` where its packages or its device are missing.
+      refusal: why it cannot do a workload, and what to do; "" where it can.
+    """
+
+    build: Callable[[Workload], Contender]
+    require: Callable[[], None] = lambda: None
+    refusal: Callable[[Workload], str] = lambda workload: ""
+
+    def installed(self) -> bool:
+        """Whether its packages and its device are here."""
+        try:
+            self.require()
+        except InputError:
+            return False
+        return True
 
 
 def torchvit(workload: Workload, *, compiles: bool) -> Contender:
@@ -58,7 +79,7 @@ def vit_ref(workload: Workload, *, fused: bool = False) -> Contender:
       workload: what is timed.
       fused: whether attention is `attention.cudnn`, as PyTorch takes its own, and not the model's.
     """
-    name = FUSED if fused else "vit_ref"
+    name = "vit_ref-cudnn" if fused else "vit_ref"
     graph, shapes = skeleton(workload.config, workload.numerics.dtype, cudnn if fused else None)
     parameters = _random(shapes)
     pixels, labels = map(jax.device_put, workload.inputs())
@@ -106,31 +127,24 @@ def flaxvit(workload: Workload) -> Contender:
     return _stepping("FlaxViT", step, (parameters, optimizer.init(parameters)), pixels, labels)
 
 
-CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
-    "vit_ref": vit_ref,
-    FUSED: partial(vit_ref, fused=True),
-    "FlaxViT": flaxvit,
-    "PyTorch": partial(torchvit, compiles=False),
-    "torch.compile": partial(torchvit, compiles=True),
+def _require_torch() -> None:
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        raise InputError(f"PyTorch's ViT needs {' and '.join(missing)}: pip install 'vit-ref[suite,torch]'")
+
+
+def _not_in_float32(workload: Workload) -> str:
+    half = workload.numerics.dtype != np.float32
+    return "" if half else "cuDNN's attention is for half precision: give --precision mixed"
+
+
+CONTENDERS: dict[str, Entry] = {
+    "vit_ref": Entry(vit_ref),
+    "vit_ref-cudnn": Entry(partial(vit_ref, fused=True), require_cudnn, _not_in_float32),
+    "FlaxViT": Entry(flaxvit, require_flaxvit),
+    "PyTorch": Entry(partial(torchvit, compiles=False), _require_torch),
+    "torch.compile": Entry(partial(torchvit, compiles=True), _require_torch),
 }
-
-
-def installed() -> list[str]:
-    """The contenders whose packages, and whose device, are here."""
-    names = ["vit_ref", *[FUSED] * has_cudnn()]
-    try:
-        require_flaxvit()
-        names.append("FlaxViT")
-    except InputError:
-        pass
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        names += ["PyTorch", "torch.compile"]
-    return names
-
-
-def able(workload: Workload, names: Sequence[str]) -> list[str]:
-    """Those of these contenders that can do it: cuDNN's attention is for half precision."""
-    return [name for name in names if name != FUSED or workload.numerics.dtype != np.float32]
 
 
 def _random(shapes: Any) -> Any:

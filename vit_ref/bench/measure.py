@@ -100,7 +100,7 @@ def fitting(
     while True:
         try:
             with workload.numerics.asked():
-                return workload, tuple(CONTENDERS[name](workload) for name in names)
+                return workload, tuple(CONTENDERS[name].build(workload) for name in names)
         except Exception as error:
             if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
                 raise

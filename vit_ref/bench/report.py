@@ -9,14 +9,13 @@ from typing import Any
 from rich.table import Table
 
 from vit_ref.atomic import replacing
-from vit_ref.bench.contenders import FUSED
 from vit_ref.bench.measure import Timing
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
 
 _COLOURS = {
     "vit_ref": "#0072B2",
-    FUSED: "#56B4E9",
+    "vit_ref-cudnn": "#56B4E9",
     "FlaxViT": "#D55E00",
     "PyTorch": "#009E73",
     "torch.compile": "#CC79A7",

@@ -7,8 +7,7 @@ from itertools import product
 
 import jax
 
-from vit_ref.attention import require_cudnn
-from vit_ref.bench.contenders import CONTENDERS, FUSED, able, installed
+from vit_ref.bench.contenders import CONTENDERS
 from vit_ref.bench.measure import Timing, fitting, race
 from vit_ref.bench.roofline import matmul_flops
 from vit_ref.bench.workload import PASSES, PRECISIONS, Workload, workload
@@ -35,22 +34,21 @@ def workloads(
 
 
 def implementations(names: Sequence[str]) -> list[str]:
-    """Those asked for, or all that are installed.
+    """Those asked for, or all whose packages and whose device are here.
 
     Raises:
       InputError: there is none of that name, or its packages or its device are missing.
     """
-    here = installed()
     for name in names:
         if name not in CONTENDERS:
             raise InputError(f"implementation is {name!r}: give one of {', '.join(CONTENDERS)}")
-        if name == FUSED:
-            require_cudnn()
-        if name not in here:
-            raise InputError(
-                f"{name} is not installed: pip install 'vit-ref[test]' for FlaxViT, 'vit-ref[torch]' for PyTorch"
-            )
-    return list(dict.fromkeys(names)) or here
+        CONTENDERS[name].require()
+    return list(dict.fromkeys(names)) or [name for name, entry in CONTENDERS.items() if entry.installed()]
+
+
+def able(asked: Workload, names: Sequence[str]) -> list[str]:
+    """Those of these implementations that can do a workload."""
+    return [name for name in names if not CONTENDERS[name].refusal(asked)]
 
 
 def session(
@@ -77,16 +75,17 @@ def session(
       InputError: see `workloads` and `implementations`.
     """
     todo, racing = workloads(sizes, batches, precisions, passes), implementations(names)
+    if not any(able(asked, racing) for asked in todo):
+        raise InputError(CONTENDERS[racing[0]].refusal(todo[0]))
     for precision in dict.fromkeys(asked.precision for asked in todo):
         for note in notes(PRECISIONS[precision]):
             say(f"{precision}: {note}")
-    if not any(able(asked, racing) for asked in todo):
-        raise InputError(f"{FUSED} is for half precision: give --precision mixed")
     done = set()
     for asked in todo:
         entered = able(asked, racing)
-        if FUSED in names and FUSED not in entered:
-            say(f"{asked}: cuDNN's attention is for half precision, so {FUSED} is not timed")
+        for name in dict.fromkeys(names):
+            if name not in entered:
+                say(f"{asked}: {name} is not timed: {CONTENDERS[name].refusal(asked)}")
         if not entered:
             continue
         roofline = matmul_flops(asked.numerics)  # on a device that is still empty

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from vit_ref import checkpoint
-from vit_ref.attention import cudnn, require_cudnn
+from vit_ref.attention import cudnn, require_cudnn, require_heads
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
@@ -46,11 +46,9 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
     attention = cudnn if recipe.attention == "cudnn" else None
     if source is None:
         config = _for_classes(_for_recipe(SCRATCH, recipe), classes)
-        _require_attention(config, recipe)
         return VisionTransformer(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(recipe.seed))
     was, parameters, _ = load(checkpoint.read(source))
     config = _for_recipe(was, recipe)
-    _require_attention(config, recipe)
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             positions = jnp.asarray(parameters["position_embeddings"])
@@ -72,10 +70,9 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
     return build(config, masters, dtype=dtype, attention=attention)
 
 
-def _require_attention(config: ViTConfig, recipe: Recipe) -> None:
-    if recipe.attention != "cudnn":
-        return
-    require_cudnn(config.head_dim)
+def _require_cudnn(config: ViTConfig) -> None:
+    require_cudnn()
+    require_heads(config.head_dim)
     if config.attention_probs_dropout_prob:
         raise InputError(
             "cuDNN's attention drops no probabilities out, and the model's dropout is"
@@ -88,6 +85,8 @@ def _for_recipe(config: ViTConfig, recipe: Recipe) -> ViTConfig:
         config = dataclasses.replace(
             config, hidden_dropout_prob=recipe.dropout, attention_probs_dropout_prob=recipe.dropout
         )
+    if recipe.attention == "cudnn":
+        _require_cudnn(config)
     if recipe.image_size is None or config.image_hw == (recipe.image_size,) * 2:
         return config
     preprocessor = config.preprocessor
