@@ -352,7 +352,7 @@ def write_directory(
         raise CheckpointError(f"{directory}: cannot be written ({error})") from None
 
 
-def in_order(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str = "5GB") -> list[str]:
+def in_order(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> list[str]:
     """The names, in the order in which `write_directory` makes these tensors.
 
     Raises:

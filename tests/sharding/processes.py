@@ -46,7 +46,8 @@ def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Arr
 
 
 def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> str:
-    """What is said where the first process cannot write: nothing at all, or not the second of three files."""
+    """What is said where the first process cannot write: nothing at all, not the second of three files, or for a reason
+    that nobody foresaw."""
     (out / "a-file").touch()
     write, files = checkpoint.write_safetensors, 0
 
@@ -54,14 +55,14 @@ def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> st
         nonlocal files
         files += 1
         if files == 2:
-            raise OSError("the disk is full")
+            raise OSError("the disk is full") if when == "between" else RuntimeError("nobody foresaw this")
         write(file, tensors)
 
     with mock.patch.object(checkpoint, "write_safetensors", full):
         try:
             where = out / ("a-file/below" if when == "before" else "full")
             vit_ref.save_pretrained(model, where, max_shard_size="100KB")
-        except CheckpointError as error:
+        except (CheckpointError, RuntimeError) as error:
             return str(error)
     return "no error"
 
@@ -72,7 +73,7 @@ def main(directory: Path, out: Path, coordinator: str, number: int) -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     model = vit_ref.from_pretrained(directory, dtype=np.float64, mesh=mesh, sharding="fsdp+tensor")
     vit_ref.save_pretrained(model, out / f"process-{number}", max_shard_size="100KB")
-    failing_saves = {name: _fails_to_save(model, out, name) for name in ("before", "between")}
+    failing_saves = {name: _fails_to_save(model, out, name) for name in ("before", "between", "unforeseen")}
     (out / f"failing-{number}.json").write_text(json.dumps(failing_saves), encoding="utf-8")
     images = CASE.images().astype(np.float64)
     divided = NamedSharding(mesh, PartitionSpec("data"))

@@ -55,9 +55,12 @@ def test_the_first_process_saves_the_bytes_of_one_device_and_the_other_nothing(
     assert not (together / "process-1").exists()
 
 
-@pytest.mark.parametrize("when", ["before", "between"])
-def test_a_save_that_fails_in_the_first_process_fails_in_both(when: str, together: Path) -> None:
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [("before", "Not a directory"), ("between", "the disk is full"), ("unforeseen", "nobody foresaw this")],
+)
+def test_a_save_that_fails_in_the_first_process_fails_in_both(when: str, said: str, together: Path) -> None:
     first, second = (json.loads((together / f"failing-{number}.json").read_text())[when] for number in (0, 1))
-    assert ("Not a directory" if when == "before" else "the disk is full") in first
+    assert said in first
     assert second.endswith(": the first process could not write, and says why")
     assert not list(together.glob("full/*"))
