@@ -55,10 +55,21 @@ def test_few_objectives_do_not_profit_from_the_luck_that_few_are_allowed() -> No
 
 def test_the_parameters_of_a_layer_have_one_yardstick_and_other_gradients_their_own() -> None:
     own = {"norm.bias": 1e-6, "norm.scale": 3e-6, "head.kernel": 5e-6, "norm": 7e-6, "cls_token": 2e-6}
+    own |= {"attn.kernel": 4e-6, "patch.kernel": 8e-6}  # of other layers, before and after by name
     errors = {name: Error(rms, rms, 1e3) for name, rms in own.items()}
     found = Pooled(list(own), np.float32, False, [errors] * 3, [errors] * 3, [errors] * 3).results()
     shared = {**own, "norm.bias": 3e-6}
     assert {result.site: result.yardstick for result in found} == pytest.approx(shared, rel=1e-12)
+
+
+def test_a_gradient_that_is_not_shown_has_no_result_and_the_others_have() -> None:
+    shown = {name: Error(1e-6, 1e-6, 1e3) for name in ("cls_token", "patches", "pixels")}
+    partly = {name: shown[name] for name in ("cls_token", "pixels")}
+    found = Pooled(list(shown), np.float32, False, [shown] * 3, [shown] * 3, [shown, partly, shown])
+    assert found.missing == ("patches",)
+    assert [result.site for result in found.results()] == ["cls_token", "pixels"]
+    # Of gradients no second oracle is asked.
+    assert {result.oracles for result in found.results()} == {Error(0.0, 0.0)}
 
 
 @pytest.mark.parametrize("exact", [Error(1e-13, 1e-10), Error(1e-3, 1e-3)])
