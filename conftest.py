@@ -68,6 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", marker)
     config.addinivalue_line("filterwarnings", "error")
+    # Of what another process is writing just now: jax then compiles it itself.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
     config.option.strict_markers = True
     config.option.strict_config = True
     if not (config.getoption("benchmark_only", False) or jax.config.jax_compilation_cache_dir):  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ import msgpack
 import numpy as np
 import safetensors
 from flax import serialization, traverse_util
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import load_file
 
@@ -161,7 +161,12 @@ def _wanted(name: str) -> list[str]:
     """
     try:
         files = set(huggingface_hub.list_repo_files(name))
-    except (OfflineModeIsEnabled, ConnectionError):
+    except HfHubHTTPError:
+        raise
+    except Exception as error:
+        # requests' errors are OSErrors, as the one of offline mode is; those of httpx, which later hubs take, are none.
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] != "httpx":
+            raise
         return [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, SHARDS, FLAX_WEIGHTS]
     for found, weights in ((WEIGHTS, [WEIGHTS]), (INDEX, [INDEX, SHARDS]), (FLAX_WEIGHTS, [FLAX_WEIGHTS])):
         if found in files:
@@ -231,6 +236,9 @@ def _damage_of(file: Path) -> Iterator[None]:
         EOFError,
         TypeError,
         OSError,
+        # numpy on the name of a dtype that is none, and on a shape that no machine holds
+        SyntaxError,
+        MemoryError,
     )
     try:
         yield
@@ -287,18 +295,28 @@ def _read_npz(file: Path) -> dict[str, NDArray]:
     # Opened here, because np.load leaves a damaged file open.
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         tensors = {name: archive[name] for name in archive.files}
+    odd = [name for name, value in tensors.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise ValueError(f"{odd[0]} is not an array")
     # numpy has no name for bfloat16 and writes two bytes of "void" in its place.
     return {name: value.view(ml_dtypes.bfloat16) if value.dtype == "V2" else value for name, value in tensors.items()}
 
 
+def _integer(digits: str) -> int:
+    # Python's have no end, and as a float or in 64 bits they would raise something else where they are used.
+    if len(digits) > 18:
+        raise ValueError(f"the integer {digits[:18]}... is too large")
+    return int(digits)
+
+
 def _read_json(file: Path, *, required: bool) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_int=_integer)
     except FileNotFoundError:
         if not required:
             return None
         raise CheckpointError(f"{file.parent}: no {file.name} in this directory") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object")
@@ -316,7 +334,7 @@ def write_directory(
     """Writes a Hugging Face directory.
 
     Everything is written under temporary names first and then renamed, the config last: each file appears whole, and a
-    save that fails while writing changes nothing. Weights of an earlier save are removed after that.
+    save that fails while writing changes nothing. Weights and preprocessing of an earlier save are removed after that.
 
     Args:
       directory: made where it does not exist; other files in it stay.
@@ -343,8 +361,10 @@ def write_directory(
             written = sorted((file.name for file in Path(stage).iterdir()), key=lambda name: name == CONFIG)
             for name in written:
                 os.replace(Path(stage, name), directory / name)
-        # Weights of an earlier save, in whichever format, would be read in place of these by some reader.
-        earlier = [directory / WEIGHTS, directory / INDEX, directory / FLAX_WEIGHTS, *directory.glob(SHARDS)]
+        # Weights of an earlier save, in whichever format, would be read in place of these by some reader, and the
+        # images' preprocessing with them.
+        known = WEIGHTS, INDEX, FLAX_WEIGHTS, PREPROCESSOR
+        earlier = [*(directory / name for name in known), *directory.glob(SHARDS)]
         for superseded in earlier:
             if superseded.name not in written:
                 superseded.unlink(missing_ok=True)
@@ -363,6 +383,10 @@ def in_order(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | st
 
 
 def _split(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> huggingface_hub.StateDictSplit:
+    # huggingface_hub takes nothing, or less, for a size.
+    positive = re.search("[1-9]", str(max_shard_size)) and not str(max_shard_size).startswith("-")
+    if not isinstance(max_shard_size, (int, str)) or max_shard_size is True or not positive:
+        raise CheckpointError(f"max_shard_size is {max_shard_size!r}: give bytes, or a size such as '5GB'")
     try:
         return huggingface_hub.split_state_dict_into_shards_factory(
             dict(tensors),

@@ -391,3 +391,7 @@ def _progress(total: int | None) -> Iterator[Callable[[str], None]]:
             done += 1
 
         yield step
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,6 @@ the result is the same to the last bit. They part in these cases:
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -31,6 +30,7 @@ from vit_ref.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+_LARGEST = float(np.finfo(np.float32).max)
 # What ViTImageProcessor does where the file is silent; `size` is the model's own.
 _DEFAULTS: dict[str, Any] = {
     "do_resize": True,
@@ -192,15 +192,20 @@ def _size(value: Any) -> tuple[int, int]:
         sides = [value["height"], value["width"]] if value.keys() == {"height", "width"} else []
     else:
         sides = list(value) if isinstance(value, (list, tuple)) else [value, value]
-    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+    if len(sides) != 2 or any(not _is_side(side) for side in sides):
         _refuse("size", value, "give a height and a width in pixels; a ViT's images have both, no shortest_edge")
     return sides[0], sides[1]
+
+
+def _is_side(value: Any) -> bool:
+    # Pillow counts the bytes of a row in 32 bits.
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**16
 
 
 def _require_resampling(value: Any) -> None:
     from PIL import Image
 
-    if isinstance(value, bool) or value not in list(Image.Resampling):
+    if not isinstance(value, int) or isinstance(value, bool) or value not in list(Image.Resampling):
         known = ", ".join(f"{method.value} {method.name.lower()}" for method in sorted(Image.Resampling))
         _refuse("resample", value, f"known are {known}")
 
@@ -219,4 +224,5 @@ def _mean_and_std(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -243,7 +243,7 @@ def test_a_port_that_writes_into_jaxs_images_is_one_line(saved: Callable[[str], 
 def test_logits_of_another_shape_have_failed_and_have_no_gradients(saved: Callable[[str], Path]) -> None:
     checks = checks_of(lambda x: ones(1, x), saved, backward=True)
     assert checks["forward/logits"].status == "failed"
-    assert checks["backward/pixels"].reason.startswith("its output has shape (1, 1) and not (1, 23)")
+    assert checks["backward/pixels"].reason.startswith("its output has shape (2, 1) and not (2, 23)")
 
 
 def test_a_port_that_cannot_be_differentiated_is_judged_forward(saved: Callable[[str], Path]) -> None:

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.training
         ("accumulate", 0),
         ("frozen", -2),
         ("seed", -1),
+        ("seed", 5_000_000_000),
+        ("epochs", 10**20),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("warmup", 1.5),

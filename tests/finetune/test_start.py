@@ -91,6 +91,17 @@ def test_another_image_size_resizes_positions_and_preprocessing(saved: Path) -> 
     assert model.config.preprocessor == {**CONFIG.preprocessor, "size": {"height": 20, "width": 20}}
 
 
+def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, tmp_path: Path) -> None:
+    model = vit_ref.from_pretrained(saved)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
+    vit_ref.save_pretrained(model, tmp_path)
+    found = starting_model(tmp_path, ["a", "b"], Recipe(image_size=20)).position_embeddings[...]
+    stored = parameters_of(model)["position_embeddings"].astype(np.float32)
+    expected = resize_positions(jnp.asarray(stored), model.config.grid(), (5, 5))
+    # The same operations on the same values. In bfloat16 they would be off by some 1e-3.
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_dropout_is_the_checkpoints_unless_the_recipe_has_its_own(saved: Path) -> None:
     assert starting_model(saved, ["a", "b"], Recipe()).config.hidden_dropout_prob == 0.1
     config = starting_model(saved, ["a", "b"], Recipe(dropout=0.2)).config

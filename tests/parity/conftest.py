@@ -7,10 +7,11 @@ tests beside it as `vit_ref.suite`.
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from vit_ref.verify.backward import UndifferentiableError
 from vit_ref.verify.behaviour import Behaviour, check_behaviour
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import BACKWARD as IMAGES_BACKWARD
-from vit_ref.verify.check import BEHAVIOUR, FORWARD, port_for
+from vit_ref.verify.check import BACKWARD_OWN, BEHAVIOUR, FORWARD, port_for
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.photographs import pixels_for
@@ -61,13 +62,13 @@ class Subject:
     candidate: str | None = None
 
 
-def _names(checkpoints: tuple[str, ...]) -> list[str]:
-    """A short name for each checkpoint, which no other and no embedded case has."""
-    short = [Path(path).resolve().name for path in checkpoints]
-    taken = Counter([*short, *CASES])
+def _names(given: tuple[str, ...], short: Callable[[str], str], taken: Iterable[str] = ()) -> list[str]:
+    """A short name for each thing that was given, which no other has: reports and files are named by it."""
+    found = [short(path) for path in given]
+    count = Counter([*found, *taken])
     return [
-        name if taken[name] == 1 else f"{position}-{path.strip('./').replace('/', '-')}"
-        for position, (name, path) in enumerate(zip(short, checkpoints, strict=True), start=1)
+        name if count[name] == 1 else f"{position}-{re.sub(r'[/:]', '-', path.strip('./'))}"
+        for position, (name, path) in enumerate(zip(found, given, strict=True), start=1)
     ]
 
 
@@ -90,7 +91,9 @@ def _subjects(
 
     given = [
         Subject(name, partial(load, path), backward=True, reference=reference, given=True)
-        for name, path in zip(_names(checkpoints), checkpoints, strict=True)
+        for name, path in zip(
+            _names(checkpoints, lambda path: Path(path).resolve().name, CASES), checkpoints, strict=True
+        )
     ]
     if not candidates:
         return embedded + given
@@ -100,8 +103,8 @@ def _subjects(
         for subject, case in zip(embedded, CASES.values(), strict=True)
     ]
     return [
-        dataclasses.replace(subject, name=f"{subject.name}-{Path(candidate).stem}", given=True, candidate=candidate)
-        for candidate in candidates
+        dataclasses.replace(subject, name=f"{subject.name}-{name}", given=True, candidate=candidate)
+        for name, candidate in zip(_names(candidates, lambda path: Path(path).stem), candidates, strict=True)
         for subject in given or written
     ]
 
@@ -161,7 +164,7 @@ def _backward(subject: Subject, precision: str) -> ParityReport:
         f"{subject.name}, backward",
         subject,
         precision,
-        IMAGES_BACKWARD if subject.given else None,
+        (IMAGES_BACKWARD if subject.candidate else BACKWARD_OWN) if subject.given else None,
     )
 
 

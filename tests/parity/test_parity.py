@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from vit_ref.verify.gates import SEMANTIC_RMS
 from vit_ref.verify.parity import ParityReport
 from vit_ref.verify.report import excerpt, headline
 
 pytestmark = pytest.mark.parity
-
-
-def test_reference_and_numpy_oracle_agree_in_float64(parity: ParityReport) -> None:
-    apart = [result for result in parity.results if not result.oracles.passes_semantic_gate]
-    lines = [f"{result.site}: {result.oracles.rms:.1e}, gate {SEMANTIC_RMS:.0e}" for result in apart]
-    assert not apart, "the two oracles differ, so neither can judge:\n" + "\n".join(lines)
 
 
 def test_semantic_gate_float64(parity: ParityReport) -> None:

@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -232,6 +234,27 @@ def test_a_hub_id_from_the_cache_while_offline(
     assert vit_ref.from_pretrained("someone/vit").config == CONFIG
 
 
+@pytest.mark.parametrize("package", ["requests", "httpx"])
+def test_a_hub_id_from_the_cache_without_a_network(
+    package: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the two ways that huggingface_hub's releases take to the network."""
+    kind: Any = type("ConnectError", (OSError if package == "requests" else Exception,), {"__module__": package})
+    asked = []
+
+    def unreachable(name: str) -> None:
+        raise kind("no route to host")
+
+    def cached(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(directory)
+
+    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", unreachable)
+    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", cached)
+    assert vit_ref.from_pretrained("someone/vit").config == CONFIG
+    assert {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.SHARDS} <= set(asked)
+
+
 def test_a_hub_repository_of_pickles_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         checkpoint.huggingface_hub, "list_repo_files", lambda name: ["config.json", "pytorch_model.bin"]
@@ -298,6 +321,7 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
         ("image_size", 10, "image height 10 is not a multiple of the patch height 4"),
         ("image_size", [8, 9], "image width 9 is not a multiple of the patch width 4"),
         ("layer_norm_eps", 0, "layer_norm_eps is 0: give a positive number"),
+        ("layer_norm_eps", float("inf"), "layer_norm_eps is inf: give a positive number"),
         ("hidden_dropout_prob", 1.0, "hidden_dropout_prob is 1.0: give a probability"),
         ("num_hidden_layers", "2", "num_hidden_layers is '2': give an integer of at least 1"),
         ("qkv_bias", "yes", "qkv_bias is 'yes': give true or false"),
@@ -311,6 +335,22 @@ def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: ob
     config = json.loads((directory / checkpoint.CONFIG).read_text())
     (directory / checkpoint.CONFIG).write_text(json.dumps({**config, field: value}))
     assert refusal(directory, ConfigError).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            '{"model_type": "vit", "layer_norm_eps": 1' + 400 * "0" + "}",
+            "the integer 100000000000000000... is too large",
+        ),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
+    ],
+)
+@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.PREPROCESSOR])
+def test_json_that_python_reads_and_nobody_can_use(directory: Path, name: str, content: str, reason: str) -> None:
+    (directory / name).write_text(content)
+    assert refusal(directory).startswith(f"{directory / name}: not readable as JSON ({reason}")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -100])
@@ -360,6 +400,21 @@ def test_damaged_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "cut.npz", cls=np.zeros((1, 1, 6)))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
     assert "cut.npz: damaged or truncated" in refusal(tmp_path / "cut.npz")
+
+
+def test_npz_with_a_member_that_is_no_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "odd.npz", cls=np.zeros((1, 1, 6)))
+    with zipfile.ZipFile(tmp_path / "odd.npz", "a") as archive:
+        archive.writestr("note.txt", "hello")
+    assert "odd.npz: damaged or truncated, fetch it again (note.txt is not an array)" in refusal(tmp_path / "odd.npz")
+
+
+@pytest.mark.parametrize("header", ["{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}"])
+def test_npz_that_says_it_is_larger_than_any_machine(tmp_path: Path, header: str) -> None:
+    padded = header.encode().ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "vast.npz", "w") as archive:
+        archive.writestr("cls.npy", b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded)
+    assert "vast.npz: damaged or truncated" in refusal(tmp_path / "vast.npz")
 
 
 def test_npz_that_is_no_vit(tmp_path: Path) -> None:
@@ -483,9 +538,9 @@ def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytes
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 
 
-@pytest.mark.parametrize("size", ["abc", "1 parsec"])
-def test_a_shard_size_that_is_none(directory: Path, size: str) -> None:
-    with pytest.raises(CheckpointError, match=f"max_shard_size is '{size}'"):
+@pytest.mark.parametrize("size", ["abc", "1 parsec", "0KB", "-1KB", 0, -1, 1.5, None, True])
+def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"max_shard_size is {size!r}: "):
         vit_ref.save_pretrained(vit_ref.from_pretrained(directory), directory, max_shard_size=size)
 
 
@@ -525,6 +580,14 @@ def test_saving_over_another_sharding_leaves_no_stale_weights(directory: Path) -
         assert (directory / checkpoint.WEIGHTS).exists() == (shards == "5GB")
         assert (directory / checkpoint.INDEX).exists() == (shards == 900)
         assert vit_ref.from_pretrained(directory).config == CONFIG
+
+
+def test_saving_a_model_without_preprocessing_over_one_with_it_leaves_none(directory: Path) -> None:
+    model = vit_ref.from_pretrained(directory)
+    assert model.config.preprocessor == PREPROCESSOR
+    model.config = replace(model.config, preprocessor=None)
+    vit_ref.save_pretrained(model, directory)
+    assert vit_ref.from_pretrained(directory).config.preprocessor is None
 
 
 def test_a_changed_head_does_not_keep_the_old_names() -> None:

@@ -77,6 +77,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is {value!r}: give an integer of at least {least}")
+            if value >= 2**31:  # which jax, numpy and grain count with
+                raise InputError(f"{name} is {value!r}: give a smaller integer, below {2**31}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -51,7 +51,8 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
     config = _for_recipe(was, recipe)
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            positions = jnp.asarray(parameters["position_embeddings"])
+            # In bfloat16 the resize itself would round at 1e-3.
+            positions = jnp.asarray(parameters["position_embeddings"], jnp.float32)
             parameters["position_embeddings"] = np.asarray(resize_positions(positions, was.grid(), config.grid()))
     if recipe.head == "keep":
         if tuple(was.labels) != tuple(classes):

@@ -19,7 +19,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
-from vit_ref.verify.diagnosis import diagnose_gradient
+from vit_ref.verify.diagnosis import diagnose_gradient, where
 from vit_ref.verify.gates import Truth, errors_of
 from vit_ref.verify.parity import ParityReport, hf_tensors, require_finite
 from vit_ref.verify.pooling import Pooled
@@ -67,7 +67,7 @@ def check_gradients(
       progress: told what is being done next.
 
     Returns:
-      One result a gradient: sites from the output back, parameters in the model's order, pixels. In float64 each holds
+      One result a gradient, see `gradient_names`. In float64 each holds
       the worst of `SEMANTIC_OBJECTIVES`. Rounding is pooled over as many objectives as it takes, see
       `pooling.Pooled.settled`, as a root mean square: a single pull-back is lucky or unlucky (see
       `backward.DARKER`).
@@ -119,6 +119,7 @@ class Comparison:
         formula: bool = True,
     ):
         self._judge, self._candidate, self._asked = judge.name, candidate.name, asked.name
+        self._sites = {site.name for site in sites(judge.config, 1)}
         self._truth = judge.gradients(pixels, np.float64)
         self._exact = candidate.gradients(pixels, np.float64) if formula else None
         # Of the parameters as they are stored, which the semantic gate has nothing to do with.
@@ -145,8 +146,11 @@ class Comparison:
             errors = errors_of(exact, truths)
             pooled.exacts.append(errors)
             wrong = [name for name in pooled.names if name in errors and not errors[name].passes_semantic_gate]
-            if wrong and not pooled.causes:
-                pooled.causes = diagnose_gradient(truth[wrong[0]], wrong[0], exact[wrong[0]])
+            if wrong and not (pooled.causes or pooled.place):
+                first = wrong[0]
+                pooled.causes = diagnose_gradient(truth[first], first, exact[first])
+                # A parameter's axes have no names.
+                pooled.place = where(exact[first], truth[first], first) if first in self._sites else ""
             del exact
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)
@@ -179,14 +183,32 @@ def gradients_report(
         unmapped=() if claims is None else pooled.missing,
         what="gradients",
         causes=pooled.causes,
+        place=pooled.place,
         order=tuple(pooled.names),
         objectives=len(pooled.roundings),
     )
 
 
 def gradient_names(config: ViTConfig) -> list[str]:
-    """Every gradient: sites from the output back, parameters in the model's order, pixels."""
-    return [*(site.name for site in reversed(sites(config, 1))), *parameter_shapes(config), "pixels"]
+    """Every gradient: sites, then parameters, both in the order in which backpropagation meets them; and pixels."""
+    return [
+        *(site.name for site in reversed(sites(config, 1))),
+        *sorted(parameter_shapes(config), key=_from_the_output),
+        "pixels",
+    ]
+
+
+_LAYERS = ("head", "pooler", "norm", "blocks", "position_embeddings", "cls_token", "patch")
+_IN_A_BLOCK = ("mlp.fc2", "mlp.fc1", "norm2", "attn.out", "attn.value", "attn.key", "attn.query", "norm1")
+
+
+def _from_the_output(path: str) -> tuple[int, int, int]:
+    """How far from the output a parameter is."""
+    layer, _, rest = path.partition(".")
+    if layer != "blocks":
+        return _LAYERS.index(layer), 0, 0
+    block, _, inside = rest.partition(".")
+    return _LAYERS.index(layer), -int(block), _IN_A_BLOCK.index(inside.rpartition(".")[0])
 
 
 def truths_of(gradients: Mapping[str, NDArray]) -> dict[str, Truth]:

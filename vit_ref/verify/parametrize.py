@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any
 
 from vit_ref import checkpoint as checkpoints
-from vit_ref.porting import parameter_shapes
 from vit_ref.pretrained import configuration
 from vit_ref.sites import sites
 from vit_ref.verify.behaviour import BEHAVIOURS
 from vit_ref.verify.check import check_port
+from vit_ref.verify.gradients import gradient_names
 from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.ports.declaration import Candidate
 from vit_ref.verify.report import headline
@@ -37,10 +37,9 @@ def parametrize_with_sites(
     import pytest
 
     config = configuration(checkpoints.read(checkpoint))
-    at = [site.name for site in sites(config, 1)]
-    names = [f"forward/{site}" for site in at]
+    names = [f"forward/{site.name}" for site in sites(config, 1)]
     if options.get("backward", True):
-        names += [f"backward/{name}" for name in (*reversed(at), *parameter_shapes(config), "pixels")]
+        names += [f"backward/{name}" for name in gradient_names(config)]
     names += [f"behaviour/{name}" for name in BEHAVIOURS]
     report = cache(lambda: check_port(candidate, checkpoint, **options))
     # Under pytest-xdist one worker takes them all, so that the port is judged once.

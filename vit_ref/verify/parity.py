@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from vit_ref.errors import InputError
 from vit_ref.sites import sites, stream_before
 from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
-from vit_ref.verify.gates import Error, Truth, errors_of, numerical_gate
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, errors_of, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
@@ -142,34 +142,53 @@ def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
     return porting.export(porting.port(source.tensors, config, layout), config, porting.HF)
 
 
-class ReferenceOverflowError(InputError):
-    """The reference itself is not finite in the tested precision, where its error would allow any other.
+class UnjudgedError(InputError):
+    """Nobody can judge a port there.
 
     Args:
-      name: the reference's.
-      precision: that precision's.
-      beyond: where it is not, the first first.
-      among: of how many places.
+      what: the message, with "{place}" where the place is named.
+      place: a site, or a gradient's name.
     """
 
-    def __init__(self, name: str, precision: str, beyond: Sequence[str], among: int):
-        super().__init__(
-            f"{name} itself is not finite in {precision} at {len(beyond)} of {among} places, first {beyond[0]}:"
-            " judge another precision"
-        )
-        self._facts = name, precision, beyond, among
+    def __init__(self, what: str, place: str):
+        super().__init__(what.format(place=place))
+        self._said = what, place
 
-    def renamed(self, new: Callable[[str], str]) -> ReferenceOverflowError:
-        """The same of places that have other names."""
-        name, precision, beyond, among = self._facts
-        return ReferenceOverflowError(name, precision, [new(place) for place in beyond], among)
+    def renamed(self, new: Callable[[str], str]) -> UnjudgedError:
+        """The same of a place that has another name."""
+        what, place = self._said
+        return type(self)(what, new(place))
+
+
+class ReferenceOverflowError(UnjudgedError):
+    """The reference itself is not finite in the tested precision, where its error would allow any other."""
+
+
+class OraclesDifferError(UnjudgedError):
+    """The reference and the NumPy oracle, both in float64, are not the same formula."""
 
 
 def require_finite(yardsticks: Mapping[str, Error], name: str, precision: str) -> None:
     """Raises `ReferenceOverflowError` where one of the reference's errors is not finite."""
     beyond = [site for site, error in yardsticks.items() if not math.isfinite(error.rms)]
     if beyond:
-        raise ReferenceOverflowError(name, precision, beyond, len(yardsticks))
+        places = f"{len(beyond)} of {len(yardsticks)} places"
+        raise ReferenceOverflowError(
+            f"{name} itself is not finite in {precision} at {places}, first {{place}}: judge another precision",
+            beyond[0],
+        )
+
+
+def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str) -> None:
+    """Raises `OraclesDifferError` where the oracle is beyond the semantic gate from the reference."""
+    apart = [site for site, error in oracles.items() if not error.passes_semantic_gate]
+    if apart:
+        places = f"{len(apart)} of {len(oracles)} sites"
+        raise OraclesDifferError(
+            f"{reference} and {oracle} differ in float64 at {places}, first {{place}} by {oracles[apart[0]].rms:.1e},"
+            f" gate {SEMANTIC_RMS:.0e}: one of the two is wrong, and neither can judge",
+            apart[0],
+        )
 
 
 def check_parity(
@@ -197,6 +216,7 @@ def check_parity(
 
     Raises:
       TruncatedError: an oracle did not compute in float64.
+      OraclesDifferError: reference and oracle do not agree.
       InputError: the checkpoint does not fit, or the reference is not installed, or not finite in that precision.
     """
     asked = named(precision)
@@ -258,6 +278,7 @@ def compare(
     oracle_trace = numpy.result()
     require_float64(oracle_trace, oracle.name)
     oracles = errors_of(oracle_trace, truths)
+    require_agreement(oracles, judge.name, oracle.name)
     del oracle_trace, numpy
     progress(f"{candidate.name} in float64")
     exact_trace = candidate.trace(pixels, np.float64)

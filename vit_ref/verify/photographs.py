@@ -17,12 +17,16 @@ from vit_ref.verify.cases import synthetic_images
 def pixels_for(config: ViTConfig, images: str | os.PathLike[str] | None, count: int) -> NDArray:
     """`count` images for a given checkpoint: photographs from below `images`, or synthetic ones where that is None.
 
+    Of fewer photographs fewer; but one alone is joined by its mirror image, because a port that mixes images is right
+    on one.
+
     Raises:
       InputError: see `find` and `load`.
     """
     if images is None:
         return synthetic_images(config, count)
-    return load(find(Path(images), count), config)
+    pixels = load(find(Path(images), count), config)
+    return np.concatenate([pixels, pixels[:, :, ::-1]]) if len(pixels) == 1 < count else pixels
 
 
 def find(directory: Path, count: int) -> list[Path]:

@@ -35,6 +35,7 @@ class Pooled:
       yardsticks: the reference's in the tested precision.
       roundings: the candidate's there.
       causes: known bugs that explain the first divergence.
+      place: how that gradient is wrong, see `diagnosis.where`.
     """
 
     names: Sequence[str]
@@ -44,6 +45,7 @@ class Pooled:
     yardsticks: list[Errors] = dataclasses.field(default_factory=list)
     roundings: list[Errors] = dataclasses.field(default_factory=list)
     causes: tuple[Cause, ...] = ()
+    place: str = ""
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -32,11 +32,11 @@ from vit_ref.pretrained import configuration
 from vit_ref.sites import sites
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.check import BACKWARD, FORWARD
+from vit_ref.verify.check import BACKWARD_OWN, FORWARD
 from vit_ref.verify.environment import environment
 from vit_ref.verify.gradients import Comparison, gradient_names, gradients_report
 from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.parity import ParityReport, ReferenceOverflowError, compare, hf_tensors
+from vit_ref.verify.parity import ParityReport, UnjudgedError, compare, hf_tensors
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.port_report import PortReport
@@ -102,7 +102,7 @@ def check_streamed(
         forward = _forward(title, blocks, pixels, asked, progress)
         if backward:
             try:
-                gradients, reason = _backward(f"{title}, backward", blocks, pixels[:BACKWARD], asked, progress), ""
+                gradients, reason = _backward(f"{title}, backward", blocks, pixels[:BACKWARD_OWN], asked, progress), ""
             except UnsupportedByReferenceError as error:
                 reason = str(error)
     return PortReport(
@@ -147,10 +147,10 @@ class _Stage(NamedTuple):
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
-        """Where the reference overflows is said of the whole model."""
+        """Where nobody can judge is said of the whole model."""
         try:
             yield
-        except ReferenceOverflowError as error:
+        except UnjudgedError as error:
             raise error.renamed(self.renamed) from None
 
 

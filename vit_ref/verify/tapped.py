@@ -20,6 +20,7 @@ from vit_ref.model import Tap, identity
 from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, differentiator
 from vit_ref.verify.ports.adapters import is_float
 from vit_ref.verify.ports.declaration import CandidateError
+from vit_ref.verify.ports.loading import failed
 from vit_ref.verify.trace import Forward, Trace, beside, precision_of, recorder, replacements
 
 
@@ -90,8 +91,12 @@ class Tapped(ABC):
             try:
                 return jax.device_get(self._compiled_of(forward).recorder(parameters, images, given))
             except jax.errors.JAXTypeError:
+                pass
+            try:
                 # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
                 shown = recorder(forward)(parameters, images, given)
+            except jax.errors.JAXTypeError as error:
+                raise failed(self.name, "the forward pass", error) from error
             inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
             if inside:
                 raise InputError(

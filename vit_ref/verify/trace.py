@@ -86,7 +86,9 @@ def precision_of(dtype: DTypeLike) -> Iterator[None]:
     """
     wide = np.dtype(dtype) == np.float64
     products = jax.default_matmul_precision("highest") if wide else nullcontext()
-    with jax.enable_x64(wide), products, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    # Under JAX_DISABLE_JIT nothing can be compiled ahead.
+    with jax.enable_x64(wide), products, promotion[0], promotion[1], jax.disable_jit(False):
         yield
 
 
@@ -129,5 +131,6 @@ def require_float64(trace: Mapping[str, NDArray], name: str) -> None:
     if wrong:
         site, found = next(iter(wrong.items()))
         raise TruncatedError(
-            f"{name} was to compute in float64, but {len(wrong)} of {len(trace)} sites are not, first {site}: {found}"
+            f"{name} was to compute in float64, but {len(wrong)} of {len(trace)} sites are not, first {site}: {found}:"
+            " build it in the dtype that it is asked for, which load(checkpoint, dtype) is told"
         )

@@ -41,12 +41,9 @@ def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
     if isinstance(port, nnx.Module):
         return _nnx(port, call)
     if isinstance(port, tuple) and len(port) == 2 and isinstance(port[0], linen.Module):
-        return _linen(port[0], port[1], call)
+        return _linen(port[0], port[1], call, name)
     if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
-        function, parameters = port
-        return parameters, lambda parameters, images, table, tap: function(
-            parameters, images, **tapping(function, table, tap)
-        )
+        return _function(*port, call)
     if not callable(port):
         raise CandidateError(
             f"{name}: load() returned a {type(port).__name__}: see vit_ref.Candidate for what it may return"
@@ -71,7 +68,13 @@ def _nnx(port: nnx.Module, call: Call | None) -> tuple[Any, Run]:
     return parameters, run
 
 
-def _linen(module: linen.Module, variables: Any, call: Call | None) -> tuple[Any, Run]:
+def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -> tuple[Any, Run]:
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise CandidateError(
+            f"{name}: load() returned a linen module with a {type(variables).__name__} without 'params': give"
+            " (module, {'params': parameters})"
+        )
+
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
         met: set[str] = set()
 
@@ -93,17 +96,42 @@ def _linen(module: linen.Module, variables: Any, call: Call | None) -> tuple[Any
 
 
 def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
-    """A callable tree, such as an equinox module, whose float leaves are its parameters; or a function, without any."""
-    leaves = jax.tree_util.tree_leaves_with_path(port)
-    tree = jax.tree.structure(port)
+    """A callable tree, such as an equinox module; or a function, without any parameters."""
+    parameters, filled = _floats(port)
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        return _called(filled(parameters), images, call, table, tap)
+
+    return parameters, run
+
+
+def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
+    """A function of parameters and images."""
+    parameters, filled = _floats(tree)
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        if call is not None:
+            return call((function, filled(parameters)), images, **tapping(call, table, tap))
+        return function(filled(parameters), images, **tapping(function, table, tap))
+
+    return parameters, run
+
+
+def _floats(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+    """The float arrays of a tree, which are its parameters, by path; and what puts others in their place.
+
+    A number of heads, an epsilon or a key stay as they are.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    structure = jax.tree.structure(tree)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     parameters = {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True) if is_float(leaf)}
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
-        filled = [parameters.get(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
-        return _called(jax.tree.unflatten(tree, filled), images, call, table, tap)
+    def filled(values: Mapping[str, Any]) -> Any:
+        both = [values.get(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+        return jax.tree.unflatten(structure, both)
 
-    return parameters, run
+    return parameters, filled
 
 
 def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap) -> Any:

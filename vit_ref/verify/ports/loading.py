@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,12 +49,9 @@ def find(spec: str) -> Candidate:
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise CandidateError(f"{path}: no such file")
-    # Its neighbours can be imported, as when Python runs the file.
-    directory = str(path.parent.resolve())
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
+    _enter(str(path.parent.resolve()))
     # A name of its own: a port in a file jax.py is not to stand for jax.
-    name = f"vit_ref_candidate_{path.stem}"
+    name = f"{_FILE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise CandidateError(f"{path}: not a Python file")
@@ -66,6 +64,39 @@ def _file(path: Path) -> Any:
         sys.modules.pop(name, None)
         raise failed(str(path), "importing it", error) from error
     return module
+
+
+_FILE = "vit_ref_candidate_"
+# The directory of the file that was imported last, and the modules that there were before.
+_entered: tuple[str, frozenset[str]] | None = None
+
+
+def _enter(directory: str) -> None:
+    """Lets a file's neighbours be imported, as when Python runs the file, and no longer those of one elsewhere.
+
+    Two ports may have a model.py each, and the second would be judged with the first's.
+    """
+    global _entered
+    if _entered is not None:
+        left, before = _entered
+        if left == directory and directory in sys.path:
+            return
+        if left in sys.path:
+            sys.path.remove(left)
+        after = [name for name in sys.modules.keys() - before if not name.startswith(_FILE)]
+        for name in [name for name in after if _is_neighbour(name.partition(".")[0], left)]:
+            del sys.modules[name]
+    _entered = directory, frozenset(sys.modules)
+    sys.path.insert(0, directory)
+
+
+def _is_neighbour(name: str, directory: str) -> bool:
+    """Whether a module was found in this very directory, and not in an environment below it, say."""
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    # A package is a directory itself.
+    places = getattr(module, "__path__", [file] if file else [])
+    return any(os.path.dirname(os.path.realpath(place)) == directory for place in places)
 
 
 def _module(name: str) -> Any:
@@ -100,6 +131,9 @@ def is_torch(port: Any) -> bool:
 def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap], Any], table: Table, tap: Tap) -> Any:
     """The output of one forward pass, every value that the port shows passed through a tap.
 
+    The output's own site is what is returned, whatever the port shows under its name: a port that shows logits and
+    returns their softmax has to fail.
+
     Args:
       candidate: the declaration.
       config: the checkpoint's configuration.
@@ -110,17 +144,17 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
     Raises:
       CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
     """
-    shown: set[str] = set()
-
-    def noting(site: str, value: Any) -> Any:
-        shown.add(site)
-        return tap(site, value)
-
-    output, named = split_output(called(candidate.name, run, table, noting), candidate.name)
-    table.returned(named, noting)
     last = output_site(config)
-    # A port with a tap may have shown its output itself.
-    return output if last is None or last in shown else tap(last, output)
+
+    def before(site: str, value: Any) -> Any:
+        return value if site == last else tap(site, value)
+
+    output, named = split_output(called(candidate.name, run, table, before), candidate.name)
+    table.returned(named, before)
+    if last is None:
+        return output
+    table.fixed.discard(last)
+    return tap(last, output)
 
 
 def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
@@ -196,7 +230,7 @@ def recognised(candidate: Candidate, config: ViTConfig, gradients: Mapping[str, 
     for separator in "./":
         named = {name.replace(".", separator): value for name, value in gradients.items()}
         try:
-            return porting.port(named, config, porting.detect(named))
+            return porting.port(named, config, porting.detect(named), finite=False)
         except porting.PortError:
             continue
     return {}

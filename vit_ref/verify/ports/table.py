@@ -212,7 +212,13 @@ def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str,
         if source not in gradients:
             raise CandidateError(f"parameters: the port has no parameter {source!r}{hint(source, gradients)}")
         for entry in entries:
-            value = entry.select(gradients[source]) if entry.select else gradients[source]
+            try:
+                value = entry.select(gradients[source]) if entry.select else gradients[source]
+            except Exception as error:
+                raise CandidateError(
+                    f"parameters: {entry.destination}: its selection cannot be applied to a"
+                    f" {described(gradients[source])}: {error}"
+                ) from error
             found[entry.destination] = fitted(value, shapes[entry.destination])
     return found
 

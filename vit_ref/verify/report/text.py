@@ -18,8 +18,13 @@ MARKS = ("both", "float64", "rounding")
 
 def headline(report: ParityReport) -> str:
     """The verdict in a few lines, the first divergence on top."""
-    if report.unobserved:
-        return f"{report.title}: {len(report.unobserved)} {report.what} were not observed, first {report.unobserved[0]}"
+    missing = [
+        f"{report.title}: {len(report.unobserved)} {report.what} were not observed, first {site}: not called, or under"
+        " a transformation of its own (jit, remat, vmap, scan)"
+        for site in report.unobserved[:1]
+    ]
+    if missing and not (report.semantic_failures or report.numerical_failures):
+        return missing[0]
     unmapped = (
         [f"not observed: {len(report.unmapped)} {report.what}: {_some(report.unmapped)}"] if report.unmapped else []
     )
@@ -51,7 +56,8 @@ def headline(report: ParityReport) -> str:
     hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
     place = [f"wrong {report.place}"] if report.place else []
     causes = [f"likely cause: {cause}" for cause in report.causes]
-    return "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *_blame(report)])
+    found = "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *_blame(report)])
+    return "\n".join([*missing, found])
 
 
 def _blame(report: ParityReport) -> list[str]:
@@ -67,17 +73,17 @@ def wrong_alone(report: ParityReport) -> dict[str, float]:
 
     Returns:
       The largest relative RMS error in each: of all beyond the semantic gate, in order; where the formulas agree, of
-      the three that round most, the worst first.
+      those beyond the numerical one, the worst first. The embeddings are at fault where the patches are not: nobody
+      can feed them the reference's.
     """
     worst: dict[str, float] = {}
     for result in report.results:
-        if result.alone is None:
+        gate = SEMANTIC_RMS if report.semantic_failures else result.gate
+        if result.alone is None or result.alone.rms <= gate or (result.site == "embeddings" and "patches" in worst):
             continue
         part = ".".join(result.site.split(".")[:2]) if result.site.startswith("block.") else result.site
         worst[part] = max(worst.get(part, 0.0), result.alone.rms)
-    if report.semantic_failures:
-        return {part: rms for part, rms in worst.items() if rms > SEMANTIC_RMS}
-    return dict(sorted(worst.items(), key=lambda item: -item[1])[:3])
+    return worst if report.semantic_failures else dict(sorted(worst.items(), key=lambda item: -item[1]))
 
 
 def summary(report: PortReport) -> str:
@@ -133,7 +139,7 @@ def _wrapped(line: str) -> list[str]:
 def table(report: ParityReport) -> str:
     """Every site with its errors, in the order of the forward pass."""
     alone = any(result.alone for result in report.results)
-    width = max(len(result.site) for result in report.results) + 1
+    width = max([len(report.what), *(len(result.site) for result in report.results)]) + 1
     column = max(10, len(report.precision) + 1)
     header = (
         f"{report.what:<{width}}{'float64':>9}{'alone' if alone else '':>{9 * alone}}{report.precision:>{column}}"

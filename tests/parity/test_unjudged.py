@@ -1,4 +1,4 @@
-"""What is said where the reference itself overflows in the tested precision?"""
+"""What is said where nobody can judge: the reference overflows, or the two oracles differ?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.parity import ParityReport, ReferenceOverflowError, compare
+from vit_ref.verify.parity import OraclesDifferError, ParityReport, ReferenceOverflowError, compare
 from vit_ref.verify.precision import named
 from vit_ref.verify.references import reference_for
 from vit_ref.verify.trace import Trace
@@ -42,10 +42,10 @@ class Changed:
         return found
 
 
-def judged(judge: Changed, candidate: Changed) -> ParityReport:
+def judged(judge: Changed, candidate: Changed, oracle: Changed | None = None) -> ParityReport:
     names = list(judge.oracle.trace(CASE.images(), np.float64))
-    tensors, precision = CASE.checkpoint().tensors, named("float32")
-    return compare("over", CASE.config, tensors, CASE.images(), names, judge, judge.oracle, candidate, precision)
+    tensors, asked, second = CASE.checkpoint().tensors, named("float32"), oracle or judge.oracle
+    return compare("unjudged", CASE.config, tensors, CASE.images(), names, judge, second, candidate, asked)
 
 
 OVERFLOWING = Changed("judge", "block.1.mlp.out", np.inf, np.float32)
@@ -62,6 +62,17 @@ def test_a_reference_that_overflows_judges_nothing() -> None:
 def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() -> None:
     report = judged(OVERFLOWING, Changed("candidate", "norm", 1.5, np.float64))
     assert [result.site for result in report.semantic_failures] == ["norm"]
+
+
+def test_oracles_that_differ_judge_nothing() -> None:
+    """Nor a candidate that is wrong besides."""
+    right, other = (Changed(name, "block.1.mlp.out", by, np.float64) for name, by in (("judge", 1.0), ("other", 1.001)))
+    for candidate in (right, other):
+        with pytest.raises(
+            OraclesDifferError,
+            match=r"^judge and other differ in float64 at 1 of 30 sites, first block\.1\.mlp\.out by 1\.0e-03, gate",
+        ):
+            judged(right, candidate, other)
 
 
 @pytest.mark.parametrize("reference", ["flax", pytest.param("torch", marks=pytest.mark.torch)])

@@ -1,0 +1,231 @@
+"""Wrong ports that once passed, and right ones that were once refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from PIL import Image
+
+import vit_ref
+from vit_ref import model as model_of_ours
+from vit_ref import porting, pretrained
+from vit_ref.errors import InputError
+from vit_ref.skeleton import skeleton
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.check import check_port
+from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.port_report import Check
+from vit_ref.verify.ports.loading import find, recognised
+
+pytestmark = pytest.mark.candidates
+
+ROOT = Path(__file__).parents[2]
+Saved = Callable[[str], Path]
+Load = Callable[..., Any]
+
+
+def functional(around: Callable[[Callable, dict[str, Any], Any], Any], **others: Any) -> Load:
+    """A loader of a function and its parameters: `around(model, parameters, images)`, `others` among the parameters."""
+
+    def load(path: Path, dtype: Any) -> tuple[Callable, dict[str, Any]]:
+        model = vit_ref.from_pretrained(path, dtype=dtype)
+        graph, shapes = skeleton(model.config, dtype)
+        parameters = {name: jnp.asarray(value, dtype) for name, value in pretrained.parameters_of(model).items()}
+
+        def forward(parameters: dict[str, Any], images: Any, **options: Any) -> Any:
+            known = {name: value for name, value in parameters.items() if name not in others}
+            return nnx.merge(graph, pretrained.with_arrays(shapes, known))(images, **options)
+
+        return (lambda parameters, images: around(forward, parameters, images)), {**parameters, **others}
+
+    return load
+
+
+def plain(forward: Callable, parameters: dict[str, Any], images: Any) -> Any:
+    return forward(parameters, images)
+
+
+def checks(load: Load, saved: Saved, name: str = "one-block", *, backward: bool = True, **how: Any) -> list[Check]:
+    candidate = vit_ref.Candidate(load=load, name="mine", **how)
+    return list(check_port(candidate, saved(name), backward=backward).checks)
+
+
+def failures(*arguments: Any, **options: Any) -> list[str]:
+    return [check.name for check in checks(*arguments, **options) if check.status == "failed"]
+
+
+@pytest.mark.parametrize("layout", [porting.HF, porting.FLAX, porting.TIMM], ids=lambda layout: layout.name)
+def test_one_gradient_that_is_not_finite_does_not_hide_the_others(layout: porting.Layout, saved: Saved) -> None:
+    model = vit_ref.from_pretrained(saved("one-block"))
+    named = porting.export(pretrained.parameters_of(model), model.config, layout)
+    name = next(name for name in named if named[name].ndim == 1)
+    named[name] = np.full_like(named[name], np.inf)
+    found = recognised(vit_ref.Candidate(load=print, name="mine"), model.config, named)
+    assert found.keys() == porting.parameter_shapes(model.config).keys()
+    assert sum(not np.isfinite(value).all() for value in found.values()) >= 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "shown before", "in the table"])
+def test_what_is_returned_is_judged_and_not_what_is_shown_in_its_place(name: str, saved: Saved) -> None:
+    class Port(nnx.Module):
+        def __init__(self, path: Path, dtype: Any):
+            self.model = vit_ref.from_pretrained(path, dtype=dtype)
+
+        def __call__(self, images: Any) -> Any:
+            return self.model(images)[:, ::-1]
+
+    class Tapped(Port):
+        def __call__(self, images: Any, tap: Any = model_of_ours.identity) -> Any:
+            return jax.nn.softmax(self.model(images, tap=tap))
+
+    def returning(port: Any, images: Any) -> Any:
+        logits = port.model(images)
+        return jax.nn.softmax(logits), {"logits": logits}
+
+    how: dict[str, Any] = {
+        "softmax": {"load": lambda path, dtype: Tapped(path, dtype)},
+        "shown before": {"load": lambda path, dtype: Port(path, dtype), "call": returning},
+        "in the table": {"load": lambda path, dtype: Port(path, dtype), "sites": {"model.head": "logits"}},
+    }[name]
+    assert failures(how.pop("load"), saved, backward=False, **how) == ["forward/logits"]
+
+
+@jax.custom_vjp
+def averaged(x: Any) -> Any:
+    """x itself, whose gradient is the mean over the images."""
+    return x
+
+
+averaged.defvjp(lambda x: (x, None), lambda _, ct: (jnp.broadcast_to(ct.mean(0, keepdims=True), ct.shape),))
+
+
+def test_a_port_that_mixes_images_on_the_way_back_fails(saved: Saved) -> None:
+    mixing = functional(lambda forward, parameters, images: forward(parameters, averaged(images)))
+    assert failures(mixing, saved) == ["backward/pixels"]
+
+
+def test_a_functions_call_is_the_one_that_is_declared(saved: Saved) -> None:
+    double = failures(functional(plain), saved, backward=False, call=lambda port, images: 2 * port[0](port[1], images))
+    assert double == ["forward/logits"]
+    assert not failures(functional(plain), saved, backward=False, call=lambda port, images: port[0](port[1], images))
+
+
+def test_what_is_no_array_of_floats_among_a_functions_parameters_stays_as_it_is(saved: Saved) -> None:
+    def around(forward: Callable, parameters: dict[str, Any], images: Any) -> Any:
+        assert parameters["heads"] == 4 and parameters["eps"] == 1e-12 and parameters["act"] == "gelu"
+        jax.random.uniform(parameters["key"])
+        return forward(parameters, images)
+
+    others = {"heads": 4, "eps": 1e-12, "act": "gelu", "key": jax.random.key(0)}
+    found = checks(functional(around, **others), saved)
+    assert {check.status for check in found if check.name == "backward/head.kernel"} == {"passed"}
+    assert not [check for check in found if check.status == "failed"]
+
+
+def test_one_photograph_has_company(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 60, 3)).astype(np.uint8)).save(tmp_path / "a.png")
+    config = dataclasses.replace(CASES["rectangular"].config, num_channels=3)
+    pixels = pixels_for(config, tmp_path, 4)
+    assert len(pixels) == 2
+    np.testing.assert_array_equal(pixels[1], pixels[0, :, ::-1])
+    assert np.abs(pixels[0] - pixels[1]).max() > 0
+    assert len(pixels_for(config, tmp_path, 1)) == 1
+
+
+def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path) -> None:
+    """Two ports with a model.py and a package each; a third time the first, and a module that was there before."""
+    for name in ("a", "b"):
+        (tmp_path / name / "parts").mkdir(parents=True)
+        (tmp_path / name / "vit_ref_their_model.py").write_text(f"import json\nmade = lambda x: {name!r}\n")
+        (tmp_path / name / "parts" / "__init__.py").write_text("from parts.inner import which\n")
+        (tmp_path / name / "parts" / "inner.py").write_text(f"which = {name!r}\n")
+        (tmp_path / name / "port.py").write_text(
+            "import vit_ref_their_model, parts\ncandidate = vit_ref_their_model.made\ncandidate.which = parts.which\n"
+        )
+    before = list(sys.path), json
+    for name in ("a", "b", "a", "a"):
+        found = find(str(tmp_path / name / "port.py"))
+        function = found.load(Path())
+        assert (function(0), function.which) == (name, name)
+        assert sys.path[:2] == [str(tmp_path / name), before[0][0]]
+    assert sys.modules["json"] is before[1] and sys.modules["vit_ref"] is vit_ref
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "port.py").write_text("import vit_ref_their_model")
+    with pytest.raises(InputError, match="No module named 'vit_ref_their_model'"):
+        find(str(tmp_path / "c" / "port.py"))
+
+
+def test_two_candidates_of_one_name_have_two_reports(tmp_path: Path, saved: Saved) -> None:
+    (tmp_path / "two.py").write_text(
+        "import vit_ref\n"
+        "def load(checkpoint, dtype): return vit_ref.from_pretrained(checkpoint, dtype=dtype)\n"
+        "right = vit_ref.Candidate(load=load)\n"
+        "wrong = vit_ref.Candidate(load=load, call=lambda port, images, tap: port(2 * images, tap=tap))\n"
+    )
+    given = [f"--candidate={tmp_path / 'two.py'}:{name}" for name in ("wrong", "right")]
+    arguments = [
+        "-m",
+        "parity",
+        "-q",
+        "-k",
+        "rectangular-float32 or stored-float64",
+        f"--parity-report={tmp_path / 'r'}",
+    ]
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "parity" / "test_parity.py"), *given, *arguments]
+    subprocess.run([*command, f"--checkpoint={saved('one-block')}", "-k", "one-block"], cwd=ROOT, capture_output=True)
+    reports = sorted((tmp_path / "r").iterdir())
+    assert len(reports) == 2
+    assert ["first divergence" in report.read_text() for report in reports] == [True, False]
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, images: Any) -> Any:
+        return linen.Dense(23)(images.reshape(len(images), -1))
+
+
+def untraceable(images: Any) -> Any:
+    return jax.jit(lambda x: x if x.sum() > 0 else -x)(images).sum((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            {"load": lambda path: (Linen(), {"Dense_0": {}})},
+            "a dict without 'params': give \\(module, {'params': param",
+        ),
+        ({"load": lambda path: (Linen(), None)}, "a NoneType without 'params'"),
+        ({"load": lambda path: untraceable}, "mine: the forward pass raised TracerBoolConversionError: "),
+        (
+            {"load": functional(plain), "parameters": {"cls_token": ("cls_token", lambda x: x.foo)}},
+            "parameters: cls_token: its selection cannot be applied to a value of shape",
+        ),
+    ],
+)
+def test_a_slip_in_a_declaration_is_one_line(how: dict[str, Any], message: str, saved: Saved) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        checks(how["load"], saved, **{name: value for name, value in how.items() if name != "load"})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_port_is_judged_where_jax_is_told_not_to_compile(saved: Saved) -> None:
+    with jax.disable_jit():
+        assert not failures(functional(plain), saved)
+
+
+def test_the_command_line_is_a_module_too() -> None:
+    command = [sys.executable, "-m", "vit_ref.cli", "verify", "nowhere/at/all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "vit-ref: nowhere/at/all: no such directory or file\n")
