@@ -234,7 +234,7 @@ class VisionTransformer(nnx.Module):
         cls = tap("norm", self.norm(x))[:, 0]
         if config.pooler:
             return tap("pooler", ACTIVATIONS[config.pooler_act](self.pooler(cls)))
-        return tap("logits", self.head(cls)) if config.num_labels else cls
+        return tap("logits", self.head(cls)) if config.num_labels else tap("cls", cls)
 
     def _check(self, pixels: Array, interpolate_pos_encoding: bool) -> None:
         config = self.config

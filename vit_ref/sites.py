@@ -30,7 +30,7 @@ BLOCK_SITES: tuple[tuple[str, str], ...] = (
     ("mlp.residual", "BND"),
 )
 
-_WIDE = ("embeddings", "norm1", "residual", "norm2", "norm")
+_WIDE = ("embeddings", "norm1", "residual", "norm2", "norm", "cls")
 
 
 class Site(NamedTuple):
@@ -73,10 +73,17 @@ def sites(config: ViTConfig, batch: int, image_hw: tuple[int, int] | None = None
     }
     named = [("patches", "BPD"), ("embeddings", "BND")]
     named += [(f"block.{i}.{site}", shape) for i in range(config.num_hidden_layers) for site, shape in BLOCK_SITES]
-    named += [("norm", "BND")]
-    named += [("pooler", "BO")] if config.pooler else []
-    named += [("logits", "BL")] if config.num_labels else []
+    named += [("norm", "BND"), (output := output_site(config), _OUTPUTS[output])]
     return tuple(Site(name, tuple(size[letter] for letter in shape)) for name, shape in named)
+
+
+# Of the normalised tokens a model without head and pooler returns the cls token.
+_OUTPUTS = {"logits": "BL", "pooler": "BO", "cls": "BD"}
+
+
+def output_site(config: ViTConfig) -> str:
+    """The site of a model's output, which is the last."""
+    return "logits" if config.num_labels else "pooler" if config.pooler else "cls"
 
 
 def stream_before(site: str, depth: int) -> str | None:

@@ -153,13 +153,13 @@ def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path) -> None:
         (tmp_path / name / "port.py").write_text(
             "import vit_ref_their_model, parts\ncandidate = vit_ref_their_model.made\ncandidate.which = parts.which\n"
         )
-    before = list(sys.path), json
+    before = json
     for name in ("a", "b", "a", "a"):
         found = find(str(tmp_path / name / "port.py"))
         function = found.load(Path())
         assert (function(0), function.which) == (name, name)
-        assert sys.path[:2] == [str(tmp_path / name), before[0][0]]
-    assert sys.modules["json"] is before[1] and sys.modules["vit_ref"] is vit_ref
+        assert [place for place in sys.path if place.startswith(str(tmp_path))] == [str(tmp_path / name)]
+    assert sys.modules["json"] is before and sys.modules["vit_ref"] is vit_ref
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "port.py").write_text("import vit_ref_their_model")
     with pytest.raises(InputError, match="No module named 'vit_ref_their_model'"):

@@ -138,14 +138,17 @@ def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], save
         made(candidate, saved).trace(IMAGES, np.float64)
 
 
-def test_without_a_head_a_port_needs_a_table(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("headless"))
     config = configuration(source)
-    plain = vit_ref.Candidate(load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine")
-    with pytest.raises(InputError, match=r"mine: the checkpoint has neither head nor pooler, so a candidate needs"):
-        port_for(plain, config, source)
+    plain = vit_ref.Candidate(
+        load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine", call=lambda port, x: port(x)
+    )
     shown = port_for(dataclasses.replace(plain, sites={"norm": "norm"}), config, source)
-    assert set(shown.trace(CASES["headless"].images(), np.float64)) == {"norm"}
+    assert set(shown.trace(CASES["headless"].images(), np.float64)) == {"norm", "cls"}
+    for call, failed in ((plain.call, []), (lambda port, x: 5 * port(x)[:, ::-1], ["forward/cls"])):
+        report = check_port(dataclasses.replace(plain, call=call), source.path, backward=False)
+        assert [check.name for check in report.checks if check.status == "failed"] == failed
 
 
 def test_a_port_with_a_tap_is_observed_through_that_alone(saved: Callable[[str], Path]) -> None:

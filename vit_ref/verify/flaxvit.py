@@ -194,7 +194,7 @@ class FlaxViTReference:
             outputs: Any = self.module(dtype).apply({"params": params}, pixels, return_dict=False)
         if self.config.num_labels:
             return outputs[0]
-        return outputs[1] if self.config.pooler else outputs[0][:, 0]
+        return outputs[1] if self.config.pooler else tap("cls", outputs[0][:, 0])
 
 
 def _square(config: ViTConfig) -> dict[str, int]:

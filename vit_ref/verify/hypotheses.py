@@ -131,6 +131,7 @@ class Upstream:
             "mlp.hidden": self._hidden,
             "mlp.residual": lambda: self._residual("norm2", "mlp.out"),
             "pooler": self._pooler,
+            "cls": self._pooled,
         }
         if self.kind in kinds:
             yield from kinds[self.kind]()

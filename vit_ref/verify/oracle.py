@@ -168,6 +168,8 @@ class _Pass:
             at("pooler", lambda: ACTIVATIONS[config.pooler_act](self.linear("pooler.dense", cls)))
         if config.num_labels:
             at("logits", lambda: self.linear("classifier", cls))
+        if not (config.pooler or config.num_labels):
+            at("cls", lambda: cls)
 
     def block(self, site: str, layer: str, x: NDArray) -> NDArray:
         at = self.at

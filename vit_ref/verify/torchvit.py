@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.porting import detect, port
-from vit_ref.sites import Site, sites
+from vit_ref.sites import Site, output_site, sites
 from vit_ref.verify.backward import Gradients, Objective
 from vit_ref.verify.environment import products
 from vit_ref.verify.trace import ReferenceUnavailableError, Trace
@@ -214,9 +214,10 @@ class TorchViTReference:
             if np.dtype(dtype).itemsize == 2:
                 stack.enter_context(torch.autocast("cpu", _torch(dtype)))
             model(pixels.permute(0, 3, 1, 2))
-        if self.config.num_labels:
-            return observed["logits"], observed
-        return observed["pooler"] if self.config.pooler else observed["norm"][:, 0], observed
+        last = output_site(self.config)
+        if last == "cls":
+            observed[last] = observed["norm"][:, 0]
+        return observed[last], observed
 
     def _named(self, observed: Mapping[str, Any], batch: int) -> dict[str, NDArray]:
         heads = (batch, -1, self.config.num_attention_heads, self.config.head_dim)

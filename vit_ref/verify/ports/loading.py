@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.sites import output_site
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
 from vit_ref.verify.ports.table import Table, Tap, claimed, described, gradients_by_path
 
@@ -151,8 +152,6 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
 
     output, named = split_output(called(candidate.name, run, table, before), candidate.name)
     table.returned(named, before)
-    if last is None:
-        return output
     table.fixed.discard(last)
     return tap(last, output)
 
@@ -178,26 +177,13 @@ def failed(name: str, what: str, error: BaseException) -> CandidateError:
     return CandidateError(f"{name}: {what} raised {type(error).__name__}: {reason}")
 
 
-def output_site(config: ViTConfig) -> str | None:
-    """The site of a model's output; None without head and pooler, where it is the cls token of `norm` alone."""
-    if config.num_labels:
-        return "logits"
-    return "pooler" if config.pooler else None
-
-
 def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
     """The sites that a candidate promises to show: those of its table, and its output.
 
     Raises:
-      CandidateError: there are none, or the table does not fit the configuration.
+      CandidateError: the table does not fit the configuration.
     """
-    output = output_site(config)
-    found = claimed(candidate.sites, config) | ({output} if output else set())
-    if not found:
-        raise CandidateError(
-            f"{candidate.name}: the checkpoint has neither head nor pooler, so a candidate needs a table of sites"
-        )
-    return found
+    return claimed(candidate.sites, config) | {output_site(config)}
 
 
 def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:

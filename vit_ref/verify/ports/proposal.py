@@ -14,13 +14,13 @@ import numpy as np
 from vit_ref import checkpoint as checkpoints
 from vit_ref import porting
 from vit_ref.pretrained import configuration
+from vit_ref.sites import output_site
 from vit_ref.verify.check import found, port_for
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.parity import hf_tensors
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.ports.declaration import Candidate, CandidateError
 from vit_ref.verify.ports.listing import Proposal
-from vit_ref.verify.ports.loading import output_site
 from vit_ref.verify.ports.matching import EQUAL, Match, Search
 from vit_ref.verify.ports.readings import Place
 from vit_ref.verify.ports.recording import Recorder

@@ -160,7 +160,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     if not isinstance(mapped, Mapping):
         raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
     # A table may serve checkpoints with a head and without one.
-    optional = ("pooler", "logits") if what == "sites" else ("pooler.", "head.")
+    optional = ("pooler", "logits", "cls") if what == "sites" else ("pooler.", "head.")
     absent = tuple(part for part in optional if not any(name.startswith(part) for name in known))
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.model import identity
-from vit_ref.sites import sites
+from vit_ref.sites import output_site, sites
 from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, require_shape
 from vit_ref.verify.ports.adapters import require_known, tapping
 from vit_ref.verify.ports.declaration import Candidate, takes
-from vit_ref.verify.ports.loading import claims, loaded, observed, output_site, recognised
+from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
 from vit_ref.verify.ports.table import Table, Tap
 from vit_ref.verify.trace import Trace
 

@@ -16,7 +16,7 @@ from vit_ref.verify.port_report import Check, PortReport, Status
 from vit_ref.verify.report.text import met, wrong_alone
 
 SCHEMA = Path(__file__).with_name("schema.json")
-_SITES = ("patches", "embeddings", "norm", "pooler", "logits")
+_SITES = ("patches", "embeddings", "norm", "pooler", "logits", "cls")
 
 
 def to_json(report: PortReport) -> dict[str, Any]:
