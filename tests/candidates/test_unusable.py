@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,18 @@ def test_a_right_port_in_numpy_passes_and_cannot_be_compiled(saved: Callable[[st
     assert checks["behaviour/repeat"].status == checks["behaviour/batch"].status == "passed"
     assert checks["backward/pixels"].status == "not observed"
     assert "it cannot be differentiated" in checks["backward/pixels"].reason
+
+
+def test_a_port_that_is_float32_inside_is_told_so(saved: Callable[[str], Path]) -> None:
+    def narrow(x: jax.Array) -> jax.Array:
+        # Scaled by what the batch has in common, which rounds otherwise for each batch.
+        scale = 1 + x.mean() ** 2
+        return ((ones(23, x) * scale).astype(jnp.float32) / scale.astype(jnp.float32)).astype(x.dtype)
+
+    reason = failures_of(narrow, saved)["batch"]
+    assert re.fullmatch(
+        r"an image alone .*, by \de-0[678]: is something in it float32 that was to be float64\?", reason
+    )
 
 
 def test_a_port_whose_images_depend_on_each_other_is_seen(saved: Callable[[str], Path]) -> None:

@@ -136,7 +136,7 @@ def test_a_site_that_is_not_shown_has_not_passed() -> None:
     report = check("rectangular", hide)
     assert report.unobserved == ("block.1.norm2",)
     assert not report.passed
-    assert "1 sites were not observed, first block.1.norm2" in headline(report)
+    assert "1 site not observed, first block.1.norm2" in headline(report)
 
 
 def test_a_reference_that_is_not_observed_everywhere_is_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,29 @@ def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() ->
     assert [result.site for result in report.semantic_failures] == ["block.1.norm1"]
 
 
+def test_a_gradient_is_wrong_where_it_is() -> None:
+    truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
+    changed = {name: value.copy() for name, value in truth.items()}
+    changed["norm"][2, 3] = changed["head.kernel"][1, 1] = 1.5
+    judge, candidate = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", truth), ("b", changed)))
+    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    assert [result.site for result in report.semantic_failures] == ["norm", "head.kernel"]
+    assert report.place == "only at image 2 of 5; channel 3 of 7"
+    # A parameter's axes are no images or channels.
+    changed["norm"] = truth["norm"]
+    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    assert ([result.site for result in report.semantic_failures], report.place) == (["head.kernel"], "")
+
+
+def test_parameters_come_in_the_order_in_which_backpropagation_meets_them() -> None:
+    names = gradient_names(CASE.config)
+    first = [name.rpartition(".")[0] for name in names if name.endswith(".kernel")]
+    block = ["mlp.fc2", "mlp.fc1", "attn.out", "attn.value", "attn.key", "attn.query"]
+    assert first == ["head", *(f"blocks.{i}.{layer}" for i in (1, 0) for layer in block), "patch"]
+    assert names.index("head.bias") < names.index("norm.scale") < names.index("blocks.1.mlp.fc2.bias")
+    assert names[-5:] == ["position_embeddings", "cls_token", "patch.bias", "patch.kernel", "pixels"]
+
+
 def test_a_reference_that_overflows_judges_nothing() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     judge = Erring("judge", lambda name, k: np.inf if (name, k) == ("block.1.norm1", 1) else 1e-3, truth)

@@ -6,7 +6,7 @@ import pytest
 
 from synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.verify.report import headline, summary, table
-from vit_ref.verify.report.text import MARKS
+from vit_ref.verify.report.text import MARKS, wrong_alone
 
 pytestmark = pytest.mark.candidates
 
@@ -32,8 +32,8 @@ def test_a_summary_says_where_a_port_goes_wrong_and_why_before_anything_else() -
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("right", ["not observed: 0 sites, gradients (not asked for)"]),
-        ("wrong", ["not observed: 0 sites, 0 gradients"]),
+        ("right", ["not observed: gradients (not asked for)"]),
+        ("wrong", []),
         ("output alone is shown", ["not observed: 3 sites, gradients (not asked for)"]),
         (
             "expected failures",
@@ -53,9 +53,7 @@ def test_every_status_has_lines_of_its_own_that_begin_with_it(name, lines) -> No
     found = summary(REPORTS[name]()).splitlines()
     assert [line for line in found if line in lines] == lines
     begun = ("failed: ", "not observed: ", "expected failure: ", "stale expectation: ")
-    assert {line for line in found if line.startswith(begun)} <= {*lines, "not observed: 0 sites, 0 gradients"} | {
-        "not observed: 0 sites, gradients (not asked for)"
-    }
+    assert {line for line in found if line.startswith(begun)} <= {*lines, "not observed: gradients (not asked for)"}
 
 
 def test_a_row_of_the_table_that_fails_ends_with_its_mark_and_no_other_does() -> None:
@@ -75,3 +73,30 @@ def test_a_row_of_the_table_that_fails_ends_with_its_mark_and_no_other_does() ->
 def test_an_expectation_that_excuses_everything_makes_a_report_pass() -> None:
     report = ported(parity(measured("norm", 1e-6), measured("logits")), expected_failures={"norm": "known"})
     assert summary(report).splitlines()[-1].startswith("PASSED: ")
+
+
+def test_what_was_not_observed_does_not_hide_what_is_wrong() -> None:
+    wrong = parity(measured("norm"), measured("logits", 1e-3), unobserved=("patches", "embeddings"))
+    first, second, *_ = headline(wrong).splitlines()
+    assert first.startswith("tiny: 2 sites not observed, first patches: not called, or under a transformation")
+    assert second.startswith("tiny: first divergence at logits: float64 relative RMS 1.0e-03")
+    assert len(headline(parity(measured("logits"), unobserved=("patches",))).splitlines()) == 1
+
+
+def test_a_report_of_nothing_has_a_table_without_rows() -> None:
+    assert table(parity(unobserved=("logits",))).startswith("sites ")
+
+
+def test_one_is_no_plural() -> None:
+    assert "tiny: 1 site pass; " in headline(parity(measured("logits")))
+    assert "tiny: 2 sites pass; " in headline(parity(measured("norm"), measured("logits")))
+
+
+def test_blamed_are_those_beyond_their_gate_and_not_what_was_fed_their_fault() -> None:
+    """Nobody can feed the embeddings the reference's patches."""
+    exact = [measured(name, 1e-3, alone=1e-3) for name in ("patches", "embeddings", "logits")]
+    assert list(wrong_alone(parity(*exact))) == ["patches", "logits"]
+    assert list(wrong_alone(parity(*exact[1:]))) == ["embeddings", "logits"]
+    right = measured("norm", alone=1e-7, rounding=1e-7, gate=2e-7)
+    rounded = measured("logits", alone=8e-7, rounding=9e-7, gate=2e-7)
+    assert list(wrong_alone(parity(right, rounded))) == ["logits"]

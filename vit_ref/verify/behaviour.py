@@ -83,6 +83,8 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
     )
 
 
+# Sums of some thousand products that were rounded to float32.
+_FLOAT32 = 1e-5
 _REPEAT = "two runs on the same images differ: is dropout live? load it in evaluation mode"
 _JIT = "compiled it computes something else than operation by operation"
 _INPUTS = "it writes into the images that it is given: it has to copy them"
@@ -91,4 +93,8 @@ _INPUTS = "it writes into the images that it is given: it has to copy them"
 def _behaviour(name: str, expected: NDArray, found: NDArray, reason: str) -> Behaviour:
     # What is NaN both times, or has no elements, is the same each time; that it is wrong is said elsewhere.
     apart = 0.0 if np.array_equal(found, expected, equal_nan=True) else error(found, expected).rms
-    return Behaviour(name, apart, reason if apart > SEMANTIC_RMS else "")
+    if apart <= SEMANTIC_RMS:
+        reason = ""
+    elif apart < _FLOAT32:
+        reason += f", by {apart:.0e}: is something in it float32 that was to be float64?"
+    return Behaviour(name, apart, reason)

@@ -19,14 +19,16 @@ MARKS = ("both", "float64", "rounding")
 def headline(report: ParityReport) -> str:
     """The verdict in a few lines, the first divergence on top."""
     missing = [
-        f"{report.title}: {len(report.unobserved)} {report.what} were not observed, first {site}: not called, or under"
-        " a transformation of its own (jit, remat, vmap, scan)"
+        f"{report.title}: {_counted(len(report.unobserved), report.what)} not observed, first {site}: not called, or"
+        " under a transformation of its own (jit, remat, vmap, scan)"
         for site in report.unobserved[:1]
     ]
     if missing and not (report.semantic_failures or report.numerical_failures):
         return missing[0]
     unmapped = (
-        [f"not observed: {len(report.unmapped)} {report.what}: {_some(report.unmapped)}"] if report.unmapped else []
+        [f"not observed: {_counted(len(report.unmapped), report.what)}: {_some(report.unmapped)}"]
+        if report.unmapped
+        else []
     )
     last = report.results[-1]
     output = (
@@ -50,8 +52,8 @@ def headline(report: ParityReport) -> str:
         over = f" over {report.objectives} objectives" if report.objectives else ""
         tight = min(report.results, key=lambda result: result.margin)
         verdict = (
-            f"{report.title}: {len(report.results)} {report.what} pass{over}; float64 at most {exact.exact.rms:.1e}"
-            f" ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
+            f"{report.title}: {_counted(len(report.results), report.what)} pass{over}; float64 at most"
+            f" {exact.exact.rms:.1e} ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
         )
     hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
     place = [f"wrong {report.place}"] if report.place else []
@@ -106,12 +108,14 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
     for check in report.checks:
         if check.name.startswith("behaviour/") and check.status == "failed":
             yield f"failed: {check.name}: {check.reason}"
-    hidden = [f"{len(part.unmapped)} {part.what}" for part in (report.forward, report.backward) if part]
+    parts = [part for part in (report.forward, report.backward) if part]
+    hidden = [_counted(len(part.unmapped), part.what) for part in parts if part.unmapped]
     if report.backward is None:
         hidden.append(f"gradients ({report.not_backward})")
     if report.not_behaviour:
         hidden.append(f"behaviour ({report.not_behaviour})")
-    yield f"not observed: {', '.join(hidden)}"
+    if hidden:
+        yield f"not observed: {', '.join(hidden)}"
     for pattern, checks in met(report).items():
         for status in ("expected failure", "stale expectation"):
             if names := tuple(check.name for check in checks if check.status == status):
@@ -129,6 +133,10 @@ def met(report: PortReport) -> dict[str, list[Check]]:
         if check.status in ("expected failure", "stale expectation"):
             decided[next(pattern for pattern in decided if matches(pattern, check))].append(check)
     return decided
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what.removesuffix('s') if number == 1 else what}"
 
 
 def _wrapped(line: str) -> list[str]:
