@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from vit_ref.verify.gates import Error, Truth, error, numerical_gate
+from vit_ref.verify.gates import Error, Truth, error, errors_of, numerical_gate
 
 pytestmark = pytest.mark.parity
 
@@ -49,6 +49,13 @@ def test_carriers_count_the_elements_that_carry_an_error() -> None:
 def test_carriers_are_counted_where_somebody_asks() -> None:
     assert error(np.ones(7), np.zeros(7)).carriers == 0
     assert Truth(np.zeros(7)).error(np.ones(7)).carriers == 0
+
+
+def test_errors_are_of_what_was_found_in_the_order_of_the_truths() -> None:
+    truths = {name: Truth(np.ones(7)) for name in "abc"}
+    found = {name: np.full(7, 1.5) for name in "cad"}
+    assert list(errors_of(found, truths).items()) == [("a", Error(0.5, 0.5, 0.0)), ("c", Error(0.5, 0.5, 0.0))]
+    assert errors_of(found, truths, carriers=True)["c"].carriers == 7
 
 
 def test_the_channels_of_a_token_carry_its_error_together() -> None:
