@@ -58,10 +58,15 @@ def upside_down(tensor: NDArray) -> NDArray:
     return tensor[:, :, ::-1]
 
 
+def turned(tensor: NDArray) -> NDArray:
+    return tensor[:, :, ::-1, ::-1]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "site", "label"),
     [
         ("embeddings.patch_embeddings.projection.weight", upside_down, "patches", "patch kernel upside down"),
+        ("embeddings.patch_embeddings.projection.weight", turned, "patches", "patch kernel turned by 180 degrees"),
         ("pooler.dense.weight", np.transpose, "pooler", "kernel not transposed"),
         ("pooler.dense.bias", np.zeros_like, "pooler", "bias left out"),
         ("layernorm.weight", np.ones_like, "norm", "norm without scale"),
@@ -73,6 +78,31 @@ def test_a_bug_in_the_weights_is_named(name: str, change: Callable[[NDArray], ND
     known = Known(SQUARE)
     wrong = NumpyOracle(known.config, {**known.tensors, name: change(known.tensors[name])}).trace(known.images)
     assert known.causes(site, wrong[site]) == [label]
+
+
+def test_rounded_parameters_of_a_norm_are_named() -> None:
+    known = Known(SQUARE)
+    names = ("layernorm.weight", "layernorm.bias")
+    rounded = {name: known.tensors[name].astype(ml_dtypes.bfloat16).astype(np.float32) for name in names}
+    wrong = NumpyOracle(known.config, {**known.tensors, **rounded}).trace(known.images)
+    assert known.causes("norm", wrong["norm"]) == ["parameters rounded to bfloat16"]
+
+
+def test_what_is_taken_of_the_logits_is_named() -> None:
+    known = Known(CASES["rectangular"])
+    logits = known.truth["logits"] + 1000  # whose exponentials no float64 holds
+    known.truth["logits"] = logits
+    known.tensors = {**known.tensors, "classifier.bias": known.tensors["classifier.bias"].astype(np.float64) + 1000}
+    normalised = logits - np.log(np.exp(logits - 1000).sum(axis=-1, keepdims=True)) - 1000
+    assert known.causes("logits", np.exp(normalised)) == ["softmax taken of the logits"]
+    assert known.causes("logits", normalised) == ["log_softmax taken of the logits"]
+
+
+def test_another_token_than_the_cls_is_named_where_there_is_no_head() -> None:
+    known = Known(CASES["headless"])
+    norm = known.truth["norm"]
+    assert known.causes("cls", norm[:, 1:].mean(axis=1)) == ["mean of the patches pooled"]
+    assert known.causes("cls", norm[:, -1]) == ["last token pooled"]
 
 
 def test_transposed_images_are_named() -> None:

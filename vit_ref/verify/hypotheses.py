@@ -201,6 +201,7 @@ class Upstream:
         yield "patch kernel's channels mixed with its pixels", patches @ channels_first + bias
         yield "patch kernel upside down", patches @ kernel[::-1].reshape(-1, size) + bias
         yield "patch kernel mirrored", patches @ kernel[:, ::-1].reshape(-1, size) + bias
+        yield "patch kernel turned by 180 degrees", patches @ kernel[::-1, ::-1].reshape(-1, size) + bias
         yield "channels in reverse order", patches @ kernel[:, :, ::-1].reshape(-1, size) + bias
         yield "bias left out", patches @ flat
         right = patches @ flat + bias
@@ -252,6 +253,8 @@ class Upstream:
         yield "norm without scale", layer_norm(x, one, bias, epsilon)
         yield "norm without bias", layer_norm(x, scale, none, epsilon)
         yield "norm's scale counted from one", layer_norm(x, 1 + scale, bias, epsilon)
+        for name, rounded in STORED.items():
+            yield f"parameters rounded to {name}", layer_norm(x, rounded(scale), rounded(bias), epsilon)
         unbiased = variance * width / max(width - 1, 1)
         yield "variance over D - 1", centred / np.sqrt(unbiased + epsilon) * scale + bias
         yield "epsilon added to the deviation", centred / (np.sqrt(variance) + epsilon) * scale + bias
@@ -298,6 +301,9 @@ class Upstream:
             by_head = kernel.reshape(-1, self.config.num_attention_heads, len(kernel)).swapaxes(0, 1)
             yield "heads merged in the wrong order", x @ by_head.reshape(kernel.shape) + bias
         if self.site == "logits":
+            shifted = straight + bias - (straight + bias).max(axis=-1, keepdims=True)
+            yield "softmax taken of the logits", softmax(shifted)
+            yield "log_softmax taken of the logits", shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
             yield from ((label, pooled @ kernel + bias) for label, pooled in self._pooled())
 
     def _pooled(self) -> Iterator[Guess]:
