@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from hypothesis import Phase, settings
+from jax.experimental.compilation_cache import compilation_cache
 
 # `--hypothesis-profile NAME`: on how many configurations a property is tried. Each has shapes of its own and compiles
 # anew, hence so few, no deadline, and no shrinking but in the thorough profile: five minutes were seen, over an example
@@ -85,7 +86,15 @@ def _keep_compiled(config: pytest.Config) -> None:
     directory = tempfile.mkdtemp(prefix="vit-ref-compiled-")
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
     environment = pytest.MonkeyPatch()  # which workers have from this process
-    config.add_cleanup(environment.undo)
+    before = {name: jax.config.values[name] for name in jax.config.values if "cache" in name}
+
+    def undo() -> None:
+        environment.undo()
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    config.add_cleanup(undo)
     for name, value in (
         ("jax_compilation_cache_dir", directory),
         ("jax_persistent_cache_min_compile_time_secs", 0),

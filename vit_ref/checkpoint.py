@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import os
 import re
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -236,14 +238,15 @@ def _damage_of(file: Path) -> Iterator[None]:
         EOFError,
         TypeError,
         OSError,
-        # numpy on the name of a dtype that is none, and on a shape that no machine holds
+        # numpy on the name of a dtype that is none
         SyntaxError,
-        MemoryError,
     )
     try:
         yield
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
+    except MemoryError as error:
+        raise CheckpointError(f"{file}: does not fit in memory, or is damaged ({str(error).strip()})") from None
     except damage as error:
         raise CheckpointError(f"{file}: damaged or truncated, fetch it again ({str(error).strip()})") from None
 
@@ -302,16 +305,14 @@ def _read_npz(file: Path) -> dict[str, NDArray]:
     return {name: value.view(ml_dtypes.bfloat16) if value.dtype == "V2" else value for name, value in tensors.items()}
 
 
-def _integer(digits: str) -> int:
-    # Python's have no end, and as a float or in 64 bits they would raise something else where they are used.
-    if len(digits) > 18:
-        raise ValueError(f"the integer {digits[:18]}... is too large")
-    return int(digits)
+def _number(digits: str) -> int | float:
+    """An integer; a float where it has not 64 bits, which whoever uses it can say something about."""
+    return int(digits) if len(digits) <= 18 else float(digits)
 
 
 def _read_json(file: Path, *, required: bool) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_int=_integer)
+        content = json.loads(file.read_text(encoding="utf-8"), parse_int=_number)
     except FileNotFoundError:
         if not required:
             return None
@@ -334,19 +335,26 @@ def write_directory(
     """Writes a Hugging Face directory.
 
     Everything is written under temporary names first and then renamed, the config last: each file appears whole, and a
-    save that fails while writing changes nothing. Weights and preprocessing of an earlier save are removed after that.
+    save that fails while writing changes nothing. Weights of an earlier save are removed after that.
 
     Args:
       directory: made where it does not exist; other files in it stay.
       tensors: by name. Of those that are deferred one at a time is made.
       config: becomes `config.json`.
-      preprocessor: becomes `preprocessor_config.json`, where given.
+      preprocessor: becomes `preprocessor_config.json`, where given. Else one that is there stays, with a warning: it
+        may have been put there for this model, or be left from another.
       max_shard_size: larger weights are split, in bytes or as "5GB".
 
     Raises:
       CheckpointError: the directory cannot be written.
     """
     directory = Path(directory)
+    if preprocessor is None and (directory / PREPROCESSOR).exists():
+        warnings.warn(
+            f"{directory / PREPROCESSOR} stays, and images will be preprocessed by it, though the model that is saved"
+            " brings none: remove it unless it is meant for it",
+            stacklevel=3,
+        )
     split = _split(tensors, max_shard_size)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -361,10 +369,8 @@ def write_directory(
             written = sorted((file.name for file in Path(stage).iterdir()), key=lambda name: name == CONFIG)
             for name in written:
                 os.replace(Path(stage, name), directory / name)
-        # Weights of an earlier save, in whichever format, would be read in place of these by some reader, and the
-        # images' preprocessing with them.
-        known = WEIGHTS, INDEX, FLAX_WEIGHTS, PREPROCESSOR
-        earlier = [*(directory / name for name in known), *directory.glob(SHARDS)]
+        # Weights of an earlier save, in whichever format, would be read in place of these by some reader.
+        earlier = [directory / WEIGHTS, directory / INDEX, directory / FLAX_WEIGHTS, *directory.glob(SHARDS)]
         for superseded in earlier:
             if superseded.name not in written:
                 superseded.unlink(missing_ok=True)
@@ -383,16 +389,21 @@ def in_order(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | st
 
 
 def _split(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> huggingface_hub.StateDictSplit:
+    size: Any = max_shard_size
+    if hasattr(size, "__index__") and not isinstance(size, bool):
+        size = operator.index(size)
     # huggingface_hub takes nothing, or less, for a size.
-    positive = re.search("[1-9]", str(max_shard_size)) and not str(max_shard_size).startswith("-")
-    if not isinstance(max_shard_size, (int, str)) or max_shard_size is True or not positive:
-        raise CheckpointError(f"max_shard_size is {max_shard_size!r}: give bytes, or a size such as '5GB'")
+    positive = re.search("[1-9]", str(size)) and not str(size).startswith("-")
+    if not isinstance(size, (int, str)) or isinstance(size, bool) or not positive:
+        raise CheckpointError(
+            f"max_shard_size is {max_shard_size!r}: give a whole number of bytes, or a size such as '5GB'"
+        )
     try:
         return huggingface_hub.split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda tensor: tensor.nbytes,
             filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
+            max_shard_size=size,
         )
     except ValueError as error:
         raise CheckpointError(f"max_shard_size is {max_shard_size!r}: {error}") from None

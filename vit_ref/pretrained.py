@@ -267,7 +267,7 @@ def save_pretrained(
 
     The configuration, the class names and the preprocessing that the model was loaded with go along. transformers'
     `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
-    reads no shards.
+    reads no shards. Preprocessing that is there already stays, with a warning where the model brings none.
 
     Of a model on many devices one tensor at a time is gathered. Where its parameters are divided between several
     processes all of these call this, the first writes, and all fail if it cannot. Of a model that each has whole, on

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.check import check_port
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.port_report import Check
-from vit_ref.verify.ports.loading import find, recognised
+from vit_ref.verify.ports.loading import beside_it, find, loaded, recognised
 
 pytestmark = pytest.mark.candidates
 
@@ -133,6 +134,15 @@ def test_what_is_no_array_of_floats_among_a_functions_parameters_stays_as_it_is(
     assert not [check for check in found if check.status == "failed"]
 
 
+def test_a_functions_state_of_nnx_has_nnxs_own_names(saved: Saved) -> None:
+    def load(path: Path, dtype: Any) -> tuple[Callable, nnx.State]:
+        graph, parameters, rest = nnx.split(vit_ref.from_pretrained(path, dtype=dtype), nnx.Param, ...)
+        return (lambda parameters, images: nnx.merge(graph, parameters, rest)(images)), parameters
+
+    found = {check.name: check.status for check in checks(load, saved)}
+    assert found["backward/head.kernel"] == found["backward/blocks.0.norm1.scale"] == "passed"
+
+
 def test_one_photograph_has_company(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 60, 3)).astype(np.uint8)).save(tmp_path / "a.png")
     config = dataclasses.replace(CASES["rectangular"].config, num_channels=3)
@@ -143,23 +153,48 @@ def test_one_photograph_has_company(tmp_path: Path) -> None:
     assert len(pixels_for(config, tmp_path, 1)) == 1
 
 
-def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path) -> None:
-    """Two ports with a model.py and a package each; a third time the first, and a module that was there before."""
+def test_a_checkout_at_whose_root_a_candidate_lies_keeps_its_package() -> None:
+    with beside_it(str(ROOT)):
+        sys.modules.pop("vit_ref.bench.roofline", None)
+        importlib.import_module("vit_ref.bench.roofline")
+    assert "vit_ref.bench.roofline" in sys.modules
+
+
+def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ports with a module and a package each, and what they import when they are loaded, and when they run."""
     for name in ("a", "b"):
         (tmp_path / name / "parts").mkdir(parents=True)
         (tmp_path / name / "vit_ref_their_model.py").write_text(f"import json\nmade = lambda x: {name!r}\n")
         (tmp_path / name / "parts" / "__init__.py").write_text("from parts.inner import which\n")
         (tmp_path / name / "parts" / "inner.py").write_text(f"which = {name!r}\n")
+        (tmp_path / name / "late.py").write_text(f"which = {name!r}\n")
+        (tmp_path / name / "later.py").write_text(f"which = {name!r}\n")
         (tmp_path / name / "port.py").write_text(
-            "import vit_ref_their_model, parts\ncandidate = vit_ref_their_model.made\ncandidate.which = parts.which\n"
+            "import vit_ref, vit_ref_their_model, parts\n"
+            "def load(checkpoint):\n"
+            "    import late\n"
+            "    def run(images):\n"
+            "        import later, parts.inner\n"
+            "        return images, late.which, later.which, parts.inner.which, vit_ref_their_model.made(0)\n"
+            "    return run\n"
+            "candidate = vit_ref.Candidate(load=load)\n"
         )
-    before = json
-    for name in ("a", "b", "a", "a"):
-        found = find(str(tmp_path / name / "port.py"))
-        function = found.load(Path())
-        assert (function(0), function.which) == (name, name)
-        assert [place for place in sys.path if place.startswith(str(tmp_path))] == [str(tmp_path / name)]
-    assert sys.modules["json"] is before and sys.modules["vit_ref"] is vit_ref
+    before, path = dict(sys.modules), list(sys.path)
+    candidates = {name: find(str(tmp_path / name / "port.py")) for name in ("a", "b")}
+    for name in ("a", "b", "a"):
+        port = loaded(candidates[name], tmp_path, np.float64)
+        with beside_it(candidates[name].directory):
+            assert port(1) == (1, *[name] * 4)
+        assert sys.path == path
+        assert {
+            key: before.get(key) for key in ("late", "later", "parts", "json", "vit_ref", "vit_ref_their_model")
+        } == {key: sys.modules.get(key) for key in ("late", "later", "parts", "json", "vit_ref", "vit_ref_their_model")}
+    # Somebody's module of that name stays theirs.
+    theirs = ModuleType("parts")
+    monkeypatch.setitem(sys.modules, "parts", theirs)
+    with beside_it(candidates["a"].directory):
+        assert sys.modules["parts"] is not theirs
+    assert sys.modules["parts"] is theirs
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "port.py").write_text("import vit_ref_their_model")
     with pytest.raises(InputError, match="No module named 'vit_ref_their_model'"):
@@ -174,16 +209,10 @@ def test_two_candidates_of_one_name_have_two_reports(tmp_path: Path, saved: Save
         "wrong = vit_ref.Candidate(load=load, call=lambda port, images, tap: port(2 * images, tap=tap))\n"
     )
     given = [f"--candidate={tmp_path / 'two.py'}:{name}" for name in ("wrong", "right")]
-    arguments = [
-        "-m",
-        "parity",
-        "-q",
-        "-k",
-        "rectangular-float32 or stored-float64",
-        f"--parity-report={tmp_path / 'r'}",
-    ]
+    arguments = ["-m", "parity", "-q", f"--checkpoint={saved('one-block')}", f"--parity-report={tmp_path / 'r'}"]
     command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "parity" / "test_parity.py"), *given, *arguments]
-    subprocess.run([*command, f"--checkpoint={saved('one-block')}", "-k", "one-block"], cwd=ROOT, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "2 failed, 2 passed" in done.stdout, done.stdout[-2000:]
     reports = sorted((tmp_path / "r").iterdir())
     assert len(reports) == 2
     assert ["first divergence" in report.read_text() for report in reports] == [True, False]

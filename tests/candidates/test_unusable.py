@@ -72,6 +72,7 @@ def test_candidates_are_found_by_file_module_and_attribute(tmp_path: Path, monke
     assert find(str(tmp_path / "flax.py")).name == "flax"
     assert sys.modules["flax"] is flax
     assert find(f"{tmp_path / 'flax.py'}:made.port").name == "flax-made.port"
+    monkeypatch.syspath_prepend(tmp_path)
     assert find("vit_ref_neighbour:made.port").name == "vit_ref_neighbour-made.port"
 
 
@@ -150,6 +151,11 @@ def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved:
     for call, failed in ((plain.call, []), (lambda port, x: 5 * port(x)[:, ::-1], ["forward/cls"])):
         report = check_port(dataclasses.replace(plain, call=call), source.path, backward=False)
         assert [check.name for check in report.checks if check.status == "failed"] == failed
+    tokens = dataclasses.replace(plain, call=lambda port, x: jnp.stack([port(x)] * 3, axis=1))
+    with pytest.raises(
+        InputError, match=r"^mine: it returned a value of shape \(4, 3, \d+\): without a head the cls token"
+    ):
+        check_port(tokens, source.path, backward=False)
 
 
 def test_a_port_with_a_tap_is_observed_through_that_alone(saved: Callable[[str], Path]) -> None:
@@ -217,7 +223,7 @@ def test_a_port_that_is_float32_inside_is_told_so(saved: Callable[[str], Path]) 
 
     reason = failures_of(narrow, saved)["batch"]
     assert re.fullmatch(
-        r"an image alone .*, by \de-0[678]: is something in it float32 that was to be float64\?", reason
+        r"an image alone .* \(by \de-0[678], which may be something in it that is float32 and not float64\)", reason
     )
 
 

@@ -149,7 +149,13 @@ def test_a_gradient_is_wrong_where_it_is() -> None:
     report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
     assert [result.site for result in report.semantic_failures] == ["norm", "head.kernel"]
     assert report.place == "only at image 2 of 5; channel 3 of 7"
-    # A parameter's axes are no images or channels.
+    # Pixels' axes have names of their own, and a parameter's none.
+    pixels = {**truth, "pixels": np.ones((2, 3, 4, 3))}
+    one = {**pixels, "pixels": pixels["pixels"] * np.array([1, 1.5])[:, None, None, None]}
+    judge, other = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", pixels), ("b", one)))
+    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), other, reference=judge)
+    assert report.place == "only at image 1 of 2"
+    judge = Erring("a", lambda name, k: 1e-3, truth)
     changed["norm"] = truth["norm"]
     report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
     assert ([result.site for result in report.semantic_failures], report.place) == (["head.kernel"], "")

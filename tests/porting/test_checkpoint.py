@@ -162,7 +162,7 @@ def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
     assert model.config == CONFIG and model.config.preprocessor == preprocessor
     # With the distillation token under either model type it is another model.
     token = {"vit.embeddings.distillation_token": np.zeros((1, 1, 6), np.float32)}
-    checkpoint.write_directory(tmp_path, {**source.tensors, **token}, config)
+    checkpoint.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
     assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, porting.PortError)
 
 
@@ -338,19 +338,26 @@ def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: ob
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("field", "message"),
     [
-        (
-            '{"model_type": "vit", "layer_norm_eps": 1' + 400 * "0" + "}",
-            "the integer 100000000000000000... is too large",
-        ),
-        ("[" * 100_000, "maximum recursion depth exceeded"),
+        ("layer_norm_eps", "layer_norm_eps is inf: give a positive number"),
+        ("initializer_range", "initializer_range is inf: give a positive number"),
+        ("hidden_size", "hidden_size is inf: give an integer of at least 1"),
     ],
 )
+def test_an_integer_without_end_is_refused_by_who_uses_it(directory: Path, field: str, message: str) -> None:
+    config = json.loads((directory / checkpoint.CONFIG).read_text())
+    (directory / checkpoint.CONFIG).write_text(json.dumps({**config, field: 10**400}))
+    assert refusal(directory, ConfigError).startswith(message)
+    # transformers writes this for "no limit".
+    (directory / checkpoint.CONFIG).write_text(json.dumps({**config, "model_max_length": int(1e30)}))
+    assert vit_ref.from_pretrained(directory).config.extra["model_max_length"] == 1e30
+
+
 @pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.PREPROCESSOR])
-def test_json_that_python_reads_and_nobody_can_use(directory: Path, name: str, content: str, reason: str) -> None:
-    (directory / name).write_text(content)
-    assert refusal(directory).startswith(f"{directory / name}: not readable as JSON ({reason}")
+def test_json_that_is_nested_without_end(directory: Path, name: str) -> None:
+    (directory / name).write_text("[" * 100_000)
+    assert refusal(directory).startswith(f"{directory / name}: not readable as JSON (maximum recursion depth exceeded")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -100])
@@ -409,12 +416,18 @@ def test_npz_with_a_member_that_is_no_array(tmp_path: Path) -> None:
     assert "odd.npz: damaged or truncated, fetch it again (note.txt is not an array)" in refusal(tmp_path / "odd.npz")
 
 
-@pytest.mark.parametrize("header", ["{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}"])
-def test_npz_that_says_it_is_larger_than_any_machine(tmp_path: Path, header: str) -> None:
-    padded = header.encode().ljust(117) + b"\n"
-    with zipfile.ZipFile(tmp_path / "vast.npz", "w") as archive:
-        archive.writestr("cls.npy", b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded)
-    assert "vast.npz: damaged or truncated" in refusal(tmp_path / "vast.npz")
+@pytest.mark.parametrize(
+    ("descr", "shape", "said"),
+    [
+        ("<f4", "(1000000000000000,)", "does not fit in memory, or is damaged (Unable to allocate 3.55 PiB"),
+        ("(f4", "(1,)", "damaged or truncated, fetch it again ("),
+    ],
+)
+def test_npz_whose_header_cannot_be(tmp_path: Path, descr: str, shape: str, said: str) -> None:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "odd.npz", "w") as archive:
+        archive.writestr("cls.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    assert refusal(tmp_path / "odd.npz").startswith(f"{tmp_path / 'odd.npz'}: {said}")
 
 
 def test_npz_that_is_no_vit(tmp_path: Path) -> None:
@@ -582,12 +595,21 @@ def test_saving_over_another_sharding_leaves_no_stale_weights(directory: Path) -
         assert vit_ref.from_pretrained(directory).config == CONFIG
 
 
-def test_saving_a_model_without_preprocessing_over_one_with_it_leaves_none(directory: Path) -> None:
+def test_saving_a_model_without_preprocessing_beside_some_says_so(directory: Path) -> None:
     model = vit_ref.from_pretrained(directory)
     assert model.config.preprocessor == PREPROCESSOR
-    model.config = replace(model.config, preprocessor=None)
     vit_ref.save_pretrained(model, directory)
-    assert vit_ref.from_pretrained(directory).config.preprocessor is None
+    model.config = replace(model.config, preprocessor=None)
+    with pytest.warns(
+        UserWarning, match=r"preprocessor_config\.json stays, and images will be preprocessed by it, tho"
+    ):
+        vit_ref.save_pretrained(model, directory)
+    assert vit_ref.from_pretrained(directory).config.preprocessor == PREPROCESSOR
+
+
+def test_a_shard_size_may_be_numpys(directory: Path) -> None:
+    vit_ref.save_pretrained(vit_ref.from_pretrained(directory), directory, max_shard_size=np.int64(900))
+    assert (directory / checkpoint.INDEX).exists()
 
 
 def test_a_changed_head_does_not_keep_the_old_names() -> None:

@@ -42,9 +42,7 @@ def image_of(config: ViTConfig, grid: tuple[int, int] | None) -> tuple[int, int]
 def foretell(config: ViTConfig, batch: int, image_hw: tuple[int, int], dtype: str) -> Shown:
     listed = [(site, site.dtype(dtype)) for site in sites(config, batch, image_hw)]
     last, last_dtype = listed[-1]
-    # Without a head and a pooler a model returns the cls token of its last norm.
-    shape = (batch, config.hidden_size) if last.name == "norm" else last.shape
-    return Shown(listed, (shape, last_dtype))
+    return Shown(listed, (last.shape, last_dtype))
 
 
 def show(model: VisionTransformer, pixels: jax.Array) -> Shown:

@@ -335,3 +335,12 @@ def test_the_page_says_its_language_and_its_tables_their_headers() -> None:
     assert html.count('tabindex="0" role="region" aria-label="') == 4
     assert len(re.findall("<th", html)) == len(re.findall(r'<th scope="(?:row|col)"|<thead', html))
     assert len(re.findall(r'<svg class="marks" role="img" aria-label="[^"]+First divergence: \w', html)) == 2
+
+
+def test_what_each_block_does_alone_is_a_column_though_none_is_to_blame() -> None:
+    """Where rounding only adds up, every part keeps its own gate."""
+    results = measured("norm", alone=1e-7), measured("logits", rounding=4e-7, gate=3e-7, alone=1e-7)
+    assert "alone, float32" in to_html(ported(parity(*results)))
+    assert "alone, float32" not in to_html(
+        ported(parity(measured("norm"), measured("logits", rounding=4e-7, gate=3e-7)))
+    )

@@ -96,5 +96,5 @@ def _behaviour(name: str, expected: NDArray, found: NDArray, reason: str) -> Beh
     if apart <= SEMANTIC_RMS:
         reason = ""
     elif apart < _FLOAT32:
-        reason += f", by {apart:.0e}: is something in it float32 that was to be float64?"
+        reason += f" (by {apart:.0e}, which may be something in it that is float32 and not float64)"
     return Behaviour(name, apart, reason)

@@ -23,7 +23,8 @@ from vit_ref.verify.trace import Trace
 
 _EPS = float(np.finfo(np.float64).eps)
 _AXES = {
-    "attn.probs": ("image", "head", "query", "key"),
+    "probs": ("image", "head", "query", "key"),
+    "pixels": ("image", "row", "column", "channel"),
     4: ("image", "token", "head", "channel"),
     3: ("image", "token", "channel"),
     2: ("image", "channel"),
@@ -163,7 +164,7 @@ def where(value: NDArray, truth: NDArray, site: str) -> str:
         return f"as its shape is {value.shape}, not {truth.shape}"
     if not np.isfinite(value).all():
         return "as it is not finite"
-    names = _AXES["attn.probs" if site.endswith("attn.probs") else value.ndim]
+    names = _AXES.get(site.rpartition(".")[2]) or _AXES[value.ndim]
     said = []
     for name, indices, size in zip(names, _wrong_indices(value, truth), value.shape, strict=True):
         if len(indices) < size:

@@ -119,7 +119,7 @@ class Comparison:
         formula: bool = True,
     ):
         self._judge, self._candidate, self._asked = judge.name, candidate.name, asked.name
-        self._sites = {site.name for site in sites(judge.config, 1)}
+        self._placed = {"pixels", *(site.name for site in sites(judge.config, 1))}
         self._truth = judge.gradients(pixels, np.float64)
         self._exact = candidate.gradients(pixels, np.float64) if formula else None
         # Of the parameters as they are stored, which the semantic gate has nothing to do with.
@@ -146,11 +146,11 @@ class Comparison:
             errors = errors_of(exact, truths)
             pooled.exacts.append(errors)
             wrong = [name for name in pooled.names if name in errors and not errors[name].passes_semantic_gate]
-            if wrong and not (pooled.causes or pooled.place):
+            if wrong and not pooled.causes:
                 first = wrong[0]
                 pooled.causes = diagnose_gradient(truth[first], first, exact[first])
                 # A parameter's axes have no names.
-                pooled.place = where(exact[first], truth[first], first) if first in self._sites else ""
+                pooled.place = where(exact[first], truth[first], first) if first in self._placed else ""
             del exact
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)

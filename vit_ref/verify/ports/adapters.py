@@ -117,11 +117,13 @@ def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
     return parameters, run
 
 
-def _floats(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+def _floats(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The float arrays of a tree, which are its parameters, by path; and what puts others in their place.
 
-    A number of heads, an epsilon or a key stay as they are.
+    A number of heads, an epsilon or a key stay as they are. A state of nnx has parameters alone, under nnx's own names.
     """
+    if isinstance(tree, nnx.State):
+        return tree, lambda values: values
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     structure = jax.tree.structure(tree)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]

@@ -34,8 +34,9 @@ class Candidate:
           `function(parameters, pixels)`, or a function of the pixels.
 
         Any of them, called with images (B, height, width, C) - (B, C, height, width) for PyTorch - returns the logits
-        (B, classes), or an object with `.logits`, or a pair of logits and a mapping of named intermediates. One that
-        takes an argument `tap` is given a function `(name, value) -> value` to pass its values through.
+        (B, classes), or of a model without a head the pooler's output or else the cls token (B, D); or an object with
+        `.logits`, or a pair of logits and a mapping of named intermediates. One that takes an argument `tap` is given a
+        function `(name, value) -> value` to pass its values through.
 
         A loader without `dtype` gets its float parameters widened to float64 for the semantic gate; one with it
         computes in that dtype. PyTorch promotes nothing, so that `.to(dtype)` is done to its modules in any precision.
@@ -50,6 +51,7 @@ class Candidate:
       call: `call(port, pixels)` where the port wants other arguments than the images.
       channels_first: whether the images are handed over as (B, C, height, width); None: to PyTorch alone.
       name: how reports call it.
+      directory: where what it imports lies beside it; set where it was found in a file.
     """
 
     load: Callable[..., Any]
@@ -58,6 +60,7 @@ class Candidate:
     call: Callable[..., Any] | None = None
     channels_first: bool | None = None
     name: str = "candidate"
+    directory: str | None = None
 
 
 def declared(value: Any, name: str) -> Candidate:

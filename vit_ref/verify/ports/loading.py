@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -37,22 +40,22 @@ def find(spec: str) -> Candidate:
     """
     place, _, attribute = spec.partition(":")
     attribute = attribute or "candidate"
-    module = _file(Path(place)) if place.endswith(".py") else _module(place)
-    found = module
+    directory = str(Path(place).parent.resolve()) if place.endswith(".py") else None
+    with beside_it(directory):
+        found = _file(Path(place)) if directory else _module(place)
     for name in attribute.split("."):
         if not hasattr(found, name):
             raise CandidateError(f"{place}: it has no {attribute!r}: name one as {place}:NAME")
         found = getattr(found, name)
     name = Path(place).stem if attribute == "candidate" else f"{Path(place).stem}-{attribute}"
-    return declared(found, name)
+    return dataclasses.replace(declared(found, name), directory=directory)
 
 
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise CandidateError(f"{path}: no such file")
-    _enter(str(path.parent.resolve()))
     # A name of its own: a port in a file jax.py is not to stand for jax.
-    name = f"{_FILE}{path.stem}"
+    name = f"vit_ref_candidate_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise CandidateError(f"{path}: not a Python file")
@@ -67,32 +70,40 @@ def _file(path: Path) -> Any:
     return module
 
 
-_FILE = "vit_ref_candidate_"
-# The directory of the file that was imported last, and the modules that there were before.
-_entered: tuple[str, frozenset[str]] | None = None
+# What was imported from beside a file, by the file's directory: nobody else is to meet it.
+_imported: dict[str, dict[str, ModuleType]] = {}
 
 
-def _enter(directory: str) -> None:
-    """Lets a file's neighbours be imported, as when Python runs the file, and no longer those of one elsewhere.
+@contextlib.contextmanager
+def beside_it(directory: str | None) -> Iterator[None]:
+    """Lets the neighbours of a candidate's file be imported, as when Python runs the file, and hides them afterwards.
 
     Two ports may have a model.py each, and the second would be judged with the first's.
     """
-    global _entered
-    if _entered is not None:
-        left, before = _entered
-        if left == directory and directory in sys.path:
-            return
-        if left in sys.path:
-            sys.path.remove(left)
-        after = [name for name in sys.modules.keys() - before if not name.startswith(_FILE)]
-        for name in [name for name in after if _is_neighbour(name.partition(".")[0], left)]:
-            del sys.modules[name]
-    _entered = directory, frozenset(sys.modules)
+    if directory is None:
+        yield
+        return
+    known = _imported.setdefault(directory, {})
+    before = dict(sys.modules)
+    sys.modules.update(known)
     sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)
+        new = sys.modules.keys() - before.keys()
+        known |= {name: sys.modules[name] for name in new if _is_neighbour(name.partition(".")[0], directory)}
+        for name in known.keys() & sys.modules.keys():
+            if name in before:
+                sys.modules[name] = before[name]
+            else:
+                del sys.modules[name]
 
 
 def _is_neighbour(name: str, directory: str) -> bool:
     """Whether a module was found in this very directory, and not in an environment below it, say."""
+    if name == "vit_ref":  # of a checkout, at whose root the candidate may lie
+        return False
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
     # A package is a directory itself.
@@ -116,9 +127,10 @@ def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
       CandidateError: it raised something.
     """
     try:
-        if takes(candidate.load, "dtype"):
-            return candidate.load(checkpoint, dtype=np.dtype(dtype))
-        return candidate.load(checkpoint)
+        with beside_it(candidate.directory):
+            if takes(candidate.load, "dtype"):
+                return candidate.load(checkpoint, dtype=np.dtype(dtype))
+            return candidate.load(checkpoint)
     except RAISED as error:
         raise failed(candidate.name, "load()", error) from error
 
@@ -150,7 +162,14 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
     def before(site: str, value: Any) -> Any:
         return value if site == last else tap(site, value)
 
-    output, named = split_output(called(candidate.name, run, table, before), candidate.name)
+    with beside_it(candidate.directory):
+        returned = called(candidate.name, run, table, before)
+    output, named = split_output(returned, candidate.name)
+    if last == "cls" and len(output.shape) == 3:
+        raise CandidateError(
+            f"{candidate.name}: it returned a value of shape {tuple(output.shape)}: without a head the cls token (B, D)"
+            " is expected: give call=lambda port, images: port(images)[:, 0]"
+        )
     table.returned(named, before)
     table.fixed.discard(last)
     return tap(last, output)

@@ -172,7 +172,7 @@ def _numbers(name: str, document: Fields) -> str:
         "gate": lambda measured: figure(measured["gate"]),
         "margin": lambda measured: _multiple(measured["margin"]),
     }
-    if section["wrong_alone"]:
+    if any(check["measured"] and check["measured"]["alone"] for check in section["checks"]):
         columns[f"alone, {section['alone_precision']}"] = lambda measured: _maybe(
             measured["alone"] and measured["alone"]["rms"]
         )
