@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from ways import CASE, JUDGED, WAYS
 
-from vit_ref.porting import parameter_shapes
 from vit_ref.sites import sites
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
+from vit_ref.verify.gradients import gradient_names
 
 pytestmark = [pytest.mark.sharding, pytest.mark.xdist_group("devices")]
 
 SITES = [site.name for site in sites(CASE.config, CASE.batch)]
-OBSERVED = {"forward": SITES, "backward": [*reversed(SITES), *parameter_shapes(CASE.config), "pixels"]}
+OBSERVED = {"forward": SITES, "backward": gradient_names(CASE.config)}
 
 
 @pytest.mark.parametrize("direction", OBSERVED)
