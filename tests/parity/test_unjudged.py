@@ -16,7 +16,7 @@ from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.parity import OraclesDifferError, ParityReport, ReferenceOverflowError, compare
 from vit_ref.verify.precision import named
 from vit_ref.verify.references import reference_for
-from vit_ref.verify.trace import Trace
+from vit_ref.verify.trace import ReferenceUnavailableError, Trace
 
 pytestmark = pytest.mark.parity
 
@@ -78,8 +78,6 @@ def test_oracles_that_differ_judge_nothing() -> None:
 @pytest.mark.parametrize("reference", ["flax", pytest.param("torch", marks=pytest.mark.torch)])
 def test_a_reference_whose_gradients_overflow_judges_none(reference: str) -> None:
     """Values that are small and then multiplied by much: forward all is well."""
-    if reference == "torch":
-        pytest.importorskip("torch")
     source = CASE.checkpoint()
     block, tensors = "vit.encoder.layer.1", dict(source.tensors)
     for name, by in (
@@ -90,11 +88,14 @@ def test_a_reference_whose_gradients_overflow_judges_none(reference: str) -> Non
     ):
         tensors[f"{block}.{name}"] = tensors[f"{block}.{name}"] * np.float32(by)
     changed = Checkpoint(source.path, tensors, source.config)
-    judge = reference_for(CASE.config, tensors, reference)
+    try:
+        judge = reference_for(CASE.config, tensors, reference)
+    except ReferenceUnavailableError as error:
+        pytest.skip(str(error))
     candidate = OwnCandidate(CASE.config, changed)
     assert all(np.isfinite(value).all() for value in judge.trace(CASE.images(), np.float16).values())
     with pytest.raises(
         ReferenceOverflowError,
-        match=r"ViT.* itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:",
+        match=r"^(FlaxViT|PyTorch) itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:",
     ):
         check_gradients("over", CASE.config, changed, CASE.images(), candidate, "float16", judge)
