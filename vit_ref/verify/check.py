@@ -29,7 +29,7 @@ from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for
 from vit_ref.verify.trace import Progress, UnsupportedByReferenceError, precision_of, silent
 
-# Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14; two take 5.2 GiB.
+# Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and two 5.6 GB.
 # A port that mixes images on the way back is right on one; of this package's own model, which embedded cases judge on
 # batches, one is enough.
 FORWARD, BACKWARD, BACKWARD_OWN, BEHAVIOUR = 4, 2, 1, 2
