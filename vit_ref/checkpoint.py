@@ -287,22 +287,22 @@ def _read_msgpack(file: Path) -> dict[str, NDArray]:
     tree = serialization.msgpack_restore(file.read_bytes())
     if not isinstance(tree, dict):
         raise ValueError("not a tree of parameters")
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    odd = [name for name, leaf in flat.items() if not isinstance(leaf, np.ndarray)]
-    if odd:
-        raise ValueError(f"{odd[0]} is not an array")
-    return flat
+    return _arrays(traverse_util.flatten_dict(tree, sep="/"))
 
 
 def _read_npz(file: Path) -> dict[str, NDArray]:
     # Opened here, because np.load leaves a damaged file open.
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-        tensors = {name: archive[name] for name in archive.files}
-    odd = [name for name, value in tensors.items() if not isinstance(value, np.ndarray)]
-    if odd:
-        raise ValueError(f"{odd[0]} is not an array")
+        tensors = _arrays({name: archive[name] for name in archive.files})
     # numpy has no name for bfloat16 and writes two bytes of "void" in its place.
     return {name: value.view(ml_dtypes.bfloat16) if value.dtype == "V2" else value for name, value in tensors.items()}
+
+
+def _arrays(found: dict[str, Any]) -> dict[str, NDArray]:
+    odd = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise ValueError(f"{odd[0]} is not an array")
+    return found
 
 
 def _number(digits: str) -> int | float:
