@@ -160,6 +160,20 @@ def test_a_checkout_at_whose_root_a_candidate_lies_keeps_its_package() -> None:
     assert "vit_ref.bench.roofline" in sys.modules
 
 
+def test_a_package_that_was_there_before_keeps_what_a_candidate_beside_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever imports it next has classes of the same names that are not the same."""
+    (tmp_path / "vit_ref_their_package").mkdir()
+    for name in ("__init__", "late"):
+        (tmp_path / "vit_ref_their_package" / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("vit_ref_their_package")
+    with beside_it(str(tmp_path)):
+        late = importlib.import_module("vit_ref_their_package.late")
+    assert importlib.import_module("vit_ref_their_package.late") is late
+
+
 def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ports with a module and a package each, and what they import when they are loaded, and when they run."""
     for name in ("a", "b"):

@@ -77,7 +77,7 @@ class Gradients(NamedTuple):
 def objectives_for(config: ViTConfig, batch: int, seed: int = 0) -> tuple[Objective, ...]:
     """The classification loss on random labels, then random cotangents."""
     rng = np.random.default_rng(seed)
-    width = config.num_labels or (config.pooler_width if config.pooler else config.hidden_size)
+    width = sites(config, batch)[-1].shape[-1]
     labels = rng.integers(0, width, batch)
     first, *others = (1 - darker / 32 for darker in DARKER)
     return Objective(first, 1.0, labels, np.zeros((batch, width))), *(

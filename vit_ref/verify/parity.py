@@ -151,12 +151,16 @@ class UnjudgedError(InputError):
     """
 
     def __init__(self, what: str, place: str):
-        super().__init__(what.format(place=place))
-        self._said = what, place
+        super().__init__(what, place)
+
+    def __str__(self) -> str:
+        """The message."""
+        what, place = self.args
+        return str(what.format(place=place))
 
     def renamed(self, new: Callable[[str], str]) -> UnjudgedError:
         """The same of a place that has another name."""
-        what, place = self._said
+        what, place = self.args
         return type(self)(what, new(place))
 
 

@@ -90,9 +90,12 @@ def beside_it(directory: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(directory)
-        new = sys.modules.keys() - before.keys()
-        known |= {name: sys.modules[name] for name in new if _is_neighbour(name.partition(".")[0], directory)}
+        if directory in sys.path:
+            sys.path.remove(directory)
+        # Of a package that was there before, what is new is everybody's.
+        tops = {name: name.partition(".")[0] for name in sys.modules.keys() - before.keys()}
+        own = {top for top in set(tops.values()) - before.keys() if _is_neighbour(top, directory)} | known.keys()
+        known |= {name: sys.modules[name] for name, top in tops.items() if top in own}
         for name in known.keys() & sys.modules.keys():
             if name in before:
                 sys.modules[name] = before[name]
@@ -102,8 +105,6 @@ def beside_it(directory: str | None) -> Iterator[None]:
 
 def _is_neighbour(name: str, directory: str) -> bool:
     """Whether a module was found in this very directory, and not in an environment below it, say."""
-    if name == "vit_ref":  # of a checkout, at whose root the candidate may lie
-        return False
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
     # A package is a directory itself.
