@@ -10,6 +10,7 @@ from typing import Any
 
 from vit_ref.bench.compiling import Cost
 from vit_ref.bench.contenders import CONTENDERS, Contender
+from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
 
@@ -29,7 +30,7 @@ class Timing:
       name: the implementation.
       workload: what it did; `batch` is the one that fitted.
       seconds: of each round, at least two.
-      roofline: operations a second of the device's matrix products, in the same run.
+      roofline: operations a second of the device's matrix products, timed in turns with it.
       cost: of getting it ready.
     """
 
@@ -111,22 +112,23 @@ def fitting(
         workload = half
 
 
-def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofline: float) -> list[Timing]:
-    """Times each contender once a round, in turns.
+def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofline: Roofline) -> list[Timing]:
+    """Times each contender, and the roofline's products, once a round, in turns.
 
     Args:
       workload: what they do.
       contenders: compiled and warm.
       rounds: two at least.
-      roofline: see `Timing`.
+      roofline: of the workload's precision.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(rounds):
+        roofline.measure()
         for contender in contenders:
             start = time.perf_counter()
             contender.run()
             seconds[contender.name].append(time.perf_counter() - start)
     return [
-        Timing(contender.name, workload, tuple(seconds[contender.name]), roofline, contender.cost)
+        Timing(contender.name, workload, tuple(seconds[contender.name]), roofline.flops(), contender.cost)
         for contender in contenders
     ]

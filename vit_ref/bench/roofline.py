@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from functools import cache
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +15,47 @@ from jax.typing import DTypeLike
 from vit_ref.verify.precision import Precision
 
 # Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
-# takes ten seconds on two cores.
-_SIDES = {"cpu": (1024, 2048)}
+# takes ten seconds on two cores. There, 1536 was the fastest of 512 to 3072.
+_SIDES = {"cpu": (1024, 1536)}
 _ACCELERATOR = (4096, 8192)
-_ROUNDS = 7
 
 
-@cache
-def matmul_flops(precision: Precision) -> float:
-    """Operations a second of a large matrix product: the median of each side, the best side; measured once a process.
+class Roofline:
+    """Large matrix products, timed one at a time, in turns with what is measured against them.
 
-    The median, as of what is compared with it: a machine's best moment is nothing that a model could keep up.
+    A machine whose speed changes by a third within minutes makes a roofline that was measured before, or once, too low
+    or too high: models were seen to reach 110 % of it.
+
+    Args:
+      precision: what they are asked for in.
     """
-    with precision.asked():
-        return max(_measured(side, precision.dtype) for side in _SIDES.get(jax.default_backend(), _ACCELERATOR))
+
+    def __init__(self, precision: Precision):
+        sides = _SIDES.get(jax.default_backend(), _ACCELERATOR)
+        with precision.asked():
+            self._products = {side: _product(side, precision.dtype) for side in sides}
+        self._seconds: dict[int, list[float]] = {side: [] for side in sides}
+
+    def measure(self) -> None:
+        """Times each product once more."""
+        for side, run in self._products.items():
+            run()  # Not timed: right after a train step it took up to twice as long.
+            start = time.perf_counter()
+            run()
+            self._seconds[side].append(time.perf_counter() - start)
+
+    def flops(self) -> float:
+        """Operations a second: the median of each side, the best side.
+
+        The median, as of what is compared with it: a machine's best moment is nothing that a model could keep up.
+        """
+        return max(2 * side**3 / statistics.median(seconds) for side, seconds in self._seconds.items())
 
 
-def _measured(side: int, dtype: DTypeLike) -> float:
+def _product(side: int, dtype: DTypeLike) -> Callable[[], Any]:
+    """One product, compiled and warm, which returns when the device is done."""
     values = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
     x = jax.device_put(jnp.asarray(values, dtype))
     multiply = jax.jit(jnp.matmul).lower(x, x).compile()
     jax.block_until_ready(multiply(x, x))
-    seconds = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        jax.block_until_ready(multiply(x, x))
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(seconds)
+    return lambda: jax.block_until_ready(multiply(x, x))

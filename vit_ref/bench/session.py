@@ -9,7 +9,7 @@ import jax
 
 from vit_ref.bench.contenders import CONTENDERS
 from vit_ref.bench.measure import Timing, fitting, race
-from vit_ref.bench.roofline import matmul_flops
+from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import PASSES, PRECISIONS, Workload, workload
 from vit_ref.errors import InputError
 from vit_ref.verify.environment import notes
@@ -88,7 +88,7 @@ def session(
                 say(f"{asked}: {name} is not timed: {CONTENDERS[name].refusal(asked)}")
         if not entered:
             continue
-        roofline = matmul_flops(asked.numerics)  # on a device that is still empty
+        roofline = Roofline(asked.numerics)  # on a device that is still empty
         fitted, contenders = fitting(asked, entered, say)
         if fitted not in done:
             done.add(fitted)
