@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -21,6 +22,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(str(error)) from None
     names = implementations([])
     metafunc.parametrize(("workload", "name"), [(each, name) for each in found for name in able(each, names)], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _timed(benchmark: Any) -> None:
+    if benchmark.disabled:
+        pytest.skip("nothing is timed with --benchmark-disable, nor by several processes: leave -n away")
 
 
 @pytest.fixture(autouse=True)

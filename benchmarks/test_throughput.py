@@ -9,14 +9,14 @@ from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
 from vit_ref.verify.environment import environment
 
-# Of the roofline's products before and after what is timed, which pytest-benchmark times without a break.
+# Rounds of the roofline's products before, and again after, what pytest-benchmark times without a break.
 PRODUCTS = 4
 
 
 def test_throughput(benchmark: Any, workload: Workload, name: str) -> None:
     notes: list[str] = []
+    roofline = Roofline(workload.numerics)  # before the contender: what fits has to fit beside it
     fitted, (contender,) = fitting(workload, [name], notes.append)
-    roofline = Roofline(fitted.numerics)
     benchmark.group = str(fitted)
     for _ in range(PRODUCTS):
         roofline.measure()

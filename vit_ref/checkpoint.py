@@ -389,15 +389,7 @@ def in_order(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | st
 
 
 def _split(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> huggingface_hub.StateDictSplit:
-    size: Any = max_shard_size
-    if hasattr(size, "__index__") and not isinstance(size, bool):
-        size = operator.index(size)
-    # huggingface_hub takes nothing, or less, for a size.
-    positive = re.search("[1-9]", str(size)) and not str(size).startswith("-")
-    if not isinstance(size, (int, str)) or isinstance(size, bool) or not positive:
-        raise CheckpointError(
-            f"max_shard_size is {max_shard_size!r}: give a whole number of bytes, or a size such as '5GB'"
-        )
+    size = _shard_size(max_shard_size)
     try:
         return huggingface_hub.split_state_dict_into_shards_factory(
             dict(tensors),
@@ -407,6 +399,17 @@ def _split(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str)
         )
     except ValueError as error:
         raise CheckpointError(f"max_shard_size is {max_shard_size!r}: {error}") from None
+
+
+def _shard_size(given: Any) -> int | str:
+    """A size as huggingface_hub reads it; zero and negative ones, which it would take, are refused."""
+    if isinstance(given, str):
+        usable = re.search("[1-9]", given) and not given.strip().startswith("-")
+    else:
+        usable = hasattr(given, "__index__") and not isinstance(given, bool) and operator.index(given) > 0
+    if not usable:
+        raise CheckpointError(f"max_shard_size is {given!r}: give a whole number of bytes, or a size such as '5GB'")
+    return given if isinstance(given, str) else operator.index(given)
 
 
 def _as_stored(tensors: Mapping[str, NDArray | Deferred]) -> list[str]:

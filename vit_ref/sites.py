@@ -30,6 +30,9 @@ BLOCK_SITES: tuple[tuple[str, str], ...] = (
     ("mlp.residual", "BND"),
 )
 
+# A model's output is one of these. Of the normalised tokens a model without head and pooler returns the cls token.
+OUTPUTS: dict[str, str] = {"logits": "BL", "pooler": "BO", "cls": "BD"}
+
 _WIDE = ("embeddings", "norm1", "residual", "norm2", "norm", "cls")
 
 
@@ -73,12 +76,8 @@ def sites(config: ViTConfig, batch: int, image_hw: tuple[int, int] | None = None
     }
     named = [("patches", "BPD"), ("embeddings", "BND")]
     named += [(f"block.{i}.{site}", shape) for i in range(config.num_hidden_layers) for site, shape in BLOCK_SITES]
-    named += [("norm", "BND"), (output := output_site(config), _OUTPUTS[output])]
+    named += [("norm", "BND"), (output := output_site(config), OUTPUTS[output])]
     return tuple(Site(name, tuple(size[letter] for letter in shape)) for name, shape in named)
-
-
-# Of the normalised tokens a model without head and pooler returns the cls token.
-_OUTPUTS = {"logits": "BL", "pooler": "BO", "cls": "BD"}
 
 
 def output_site(config: ViTConfig) -> str:

@@ -61,6 +61,7 @@ class Recording:
         ({"{i}.a": "block.{i}.norm1", "b": "block.1.norm1"}, "'1.a' and 'b' both claim block.1.norm1"),
         ({"a": ["norm", ("norm", lambda x: x)]}, "both claim norm"),
         ({"a": "logitz"}, r"'logitz' is none of this model's; did you mean 'logits'\?"),
+        ({"a": "clss"}, "'clss' is none of this model's"),  # which has no site cls, and one with it would not have this
         ({"a": "logits.mine"}, "'logits.mine' is none of this model's"),
         ({"a:output": "norm"}, "sites: 'a:output' cannot be read: give 'path', 'path:input'"),
         ({"a[0": "norm"}, "cannot be read"),

@@ -211,6 +211,14 @@ def test_every_activation_is_the_oracles(name: str) -> None:
     np.testing.assert_allclose(found, ORACLES_ACTIVATIONS[name](np.asarray(x)), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", sorted(set(ACTIVATION_NAMES) - {"relu", "tanh"}))
+def test_an_activation_keeps_its_argument_alone_for_the_way_back(name: str) -> None:
+    """relu and tanh need no more than their own result, which the layer after them keeps."""
+    x = jnp.linspace(-6, 6, 97)
+    (kept,) = jax.tree.leaves(jax.vjp(ACTIVATIONS[name], x)[1])
+    np.testing.assert_array_equal(kept, x)
+
+
 def test_a_model_starts_in_evaluation() -> None:
     """Live dropout asks for `rngs`, whichever of the three it is: shapes alone show that none does."""
     pixels = CASES["rectangular"].images()

@@ -551,9 +551,9 @@ def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytes
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 
 
-@pytest.mark.parametrize("size", ["abc", "1 parsec", "0KB", "-1KB", 0, -1, 1.5, None, True])
+@pytest.mark.parametrize("size", ["abc", "1 parsec", "0KB", "-1KB", " -1KB", 0, -1, 1.5, None, True])
 def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
-    with pytest.raises(CheckpointError, match=f"max_shard_size is {size!r}: "):
+    with pytest.raises(CheckpointError, match=f"^max_shard_size is {size!r}: (?!max_shard)"):
         vit_ref.save_pretrained(vit_ref.from_pretrained(directory), directory, max_shard_size=size)
 
 

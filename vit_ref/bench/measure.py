@@ -30,7 +30,7 @@ class Timing:
       name: the implementation.
       workload: what it did; `batch` is the one that fitted.
       seconds: of each round, at least two.
-      roofline: operations a second of the device's matrix products, timed in turns with it.
+      roofline: operations a second of the device's matrix products, timed in turns with it, or before and after.
       cost: of getting it ready.
     """
 

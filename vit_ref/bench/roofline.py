@@ -23,8 +23,8 @@ _ACCELERATOR = (4096, 8192)
 class Roofline:
     """Large matrix products, timed one at a time, in turns with what is measured against them.
 
-    A machine whose speed changes by a third within minutes makes a roofline that was measured before, or once, too low
-    or too high: models were seen to reach 110 % of it.
+    Where a machine's speed changes within minutes, one that is measured once is soon too low or too high: models were
+    seen to reach 117 % of it.
 
     Args:
       precision: what they are asked for in.

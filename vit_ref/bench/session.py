@@ -88,8 +88,9 @@ def session(
                 say(f"{asked}: {name} is not timed: {CONTENDERS[name].refusal(asked)}")
         if not entered:
             continue
-        roofline = Roofline(asked.numerics)  # on a device that is still empty
+        roofline = Roofline(asked.numerics)  # before the contenders: what fits has to fit beside it
         fitted, contenders = fitting(asked, entered, say)
         if fitted not in done:
             done.add(fitted)
             yield race(fitted, contenders, rounds, roofline)
+        del contenders, roofline  # The next ones find the device empty.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vit_ref.config import ViTConfig
 from vit_ref.porting import parameter_shapes
-from vit_ref.sites import sites
+from vit_ref.sites import OUTPUTS, sites
 from vit_ref.verify.ports.declaration import CandidateError, Mapped, hint
 
 # (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
@@ -160,8 +160,8 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     if not isinstance(mapped, Mapping):
         raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
     # A table may serve checkpoints with a head and without one.
-    optional = ("pooler", "logits", "cls") if what == "sites" else ("pooler.", "head.")
-    absent = tuple(part for part in optional if not any(name.startswith(part) for name in known))
+    optional = OUTPUTS if what == "sites" else ("pooler.kernel", "pooler.bias", "head.kernel", "head.bias")
+    absent = set(optional) - known.keys()
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
     for key, targets in mapped.items():
@@ -178,7 +178,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 stacked = i is not None and "{i}" not in key
                 entry = Entry(destination, _of_block(i, select) if stacked else select)
                 if destination not in known:
-                    if destination.startswith(absent):
+                    if destination in absent:
                         continue
                     raise CandidateError(
                         f"{what}: {key!r}: {destination!r} is none of this model's{hint(destination, known)}"

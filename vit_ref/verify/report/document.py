@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from vit_ref.sites import OUTPUTS
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
 from vit_ref.verify.parity import ParityReport, SiteResult
 from vit_ref.verify.port_report import Check, PortReport, Status
 from vit_ref.verify.report.text import met, wrong_alone
 
 SCHEMA = Path(__file__).with_name("schema.json")
-_SITES = ("patches", "embeddings", "norm", "pooler", "logits", "cls")
+_SITES = ("patches", "embeddings", "norm", *OUTPUTS)
 
 
 def to_json(report: PortReport) -> dict[str, Any]:
