@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,14 @@ def test_gradients_are_named_and_shaped_by_the_table() -> None:
         gradients_by_path({"wight": "norm.scale"}, CONFIG, {"weight": np.ones(33)})
     with pytest.raises(InputError, match=r"'w': 'head.kernal' is none of this model's; did you mean 'head.kernel'\?"):
         bind({"w": "head.kernal"}, "parameters", CONFIG, {"head.kernel": ()})
+
+
+def test_one_table_serves_models_with_a_head_and_biases_and_without() -> None:
+    mapped = {"w": "head.kernel", "{i}.q": "blocks.{i}.attn.query.bias", "s": "norm.scale"}
+    bare = dataclasses.replace(CONFIG, num_labels=0, qkv_bias=False)
+    assert list(gradients_by_path(mapped, bare, {"s": np.ones(33)})) == ["norm.scale"]
+    with pytest.raises(InputError, match=r"the port has no parameter 'w'"):
+        gradients_by_path(mapped, CONFIG, {"s": np.ones(33)})
 
 
 def test_gradients_need_no_table_under_names_that_are_known() -> None:

@@ -23,6 +23,12 @@ Tap = Callable[[str, Any], Any]
 
 _POINT = re.compile(r"(?P<path>[^:\[\]]*)(?P<input>:input)?(?:\[(?P<key>[^\[\]]+)\])?")
 
+# A table may serve checkpoints with a head and without one, with biases of query, key and value and without.
+_OPTIONAL = {
+    "sites": re.compile("|".join(OUTPUTS)),
+    "parameters": re.compile(r"(pooler|head)\.(kernel|bias)|blocks\.\d+\.attn\.(query|key|value)\.bias"),
+}
+
 
 class Point(NamedTuple):
     """A place in the port: the output of the submodule at `path`, or its input; all of it, or one element."""
@@ -159,9 +165,6 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     """
     if not isinstance(mapped, Mapping):
         raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
-    # A table may serve checkpoints with a head and without one.
-    optional = OUTPUTS if what == "sites" else ("pooler.kernel", "pooler.bias", "head.kernel", "head.bias")
-    absent = set(optional) - known.keys()
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
     for key, targets in mapped.items():
@@ -178,7 +181,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 stacked = i is not None and "{i}" not in key
                 entry = Entry(destination, _of_block(i, select) if stacked else select)
                 if destination not in known:
-                    if destination in absent:
+                    if _OPTIONAL[what].fullmatch(destination):
                         continue
                     raise CandidateError(
                         f"{what}: {key!r}: {destination!r} is none of this model's{hint(destination, known)}"
