@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import vit_ref
 from vit_ref import checkpoint
@@ -101,9 +102,39 @@ def with_site(path: str) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
     return lambda candidate: dataclasses.replace(candidate, sites={path: "norm"})
 
 
+def changed(change: Callable[[Any], None]) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
+    """The candidate whose loaded module is changed."""
+
+    def wrap(candidate: vit_ref.Candidate) -> vit_ref.Candidate:
+        def load(path: Path) -> Any:
+            port: Any = candidate.load(path)
+            change(port)
+            return port
+
+        return dataclasses.replace(candidate, load=load)
+
+    return wrap
+
+
+def drop_live(port: Any) -> None:
+    port.encoder.layers[1].mlp.layers[2] = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+
+def share(port: Any) -> None:
+    port.encoder.layers[1].attention = port.encoder.layers[0].attention
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            changed(drop_live),
+            r"mine: the forward pass changes the port's own state \(Cannot mutate RngCount .*\): is dropout live",
+        ),
+        (
+            changed(share),
+            r"'encoder.layers.1.attention.*' is the same module as 'encoder.layers.0.attention.*', with its",
+        ),
         (lambda c: dataclasses.replace(c, load=failing), "mine: load\\(\\) raised KeyError: 'no such tensor'"),
         (lambda c: dataclasses.replace(c, load=lambda _: failing), "mine: the forward pass raised KeyError: 'no such"),
         (lambda c: dataclasses.replace(c, load=leaving), "mine: load\\(\\) raised SystemExit: 0"),

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.errors import TraceContextError
 
 from vit_ref.verify.ports.declaration import CandidateError, hint, takes
 from vit_ref.verify.ports.loading import split_named
@@ -39,7 +40,7 @@ def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
       CandidateError: it is nothing that can be called.
     """
     if isinstance(port, nnx.Module):
-        return _nnx(port, call)
+        return _nnx(port, call, name)
     if isinstance(port, tuple) and len(port) == 2 and isinstance(port[0], linen.Module):
         return _linen(port[0], port[1], call, name)
     if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
@@ -51,7 +52,7 @@ def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
     return _tree(port, call)
 
 
-def _nnx(port: nnx.Module, call: Call | None) -> tuple[Any, Run]:
+def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
     graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
 
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
@@ -60,12 +61,36 @@ def _nnx(port: nnx.Module, call: Call | None) -> tuple[Any, Run]:
         # What shows its values itself would be seen twice.
         seen = () if taps else nnx.iter_modules(model)
         modules = {".".join(map(str, parts)): module for parts, module in seen}
-        with _watching(modules, table, tap):
-            returned = _called(model, images, call, table, tap)
+        try:
+            with _watching(modules, table, tap):
+                returned = _called(model, images, call, table, tap)
+        except TraceContextError as error:
+            reason = str(error).partition(" (")[0]
+            raise CandidateError(
+                f"{name}: the forward pass changes the port's own state ({reason}): is dropout live, are statistics"
+                " gathered? load it in evaluation mode"
+            ) from error
+        for path in sorted(table.paths - modules.keys()):
+            _require_single(model, path, modules)
         require_known(table, table.met if taps else modules, returned)
         return returned
 
     return parameters, run
+
+
+def _require_single(model: nnx.Module, path: str, modules: Mapping[str, Any]) -> None:
+    """Raises `CandidateError` where a path leads to a module that is in another place, too, and has its name there."""
+    found: Any = model
+    for key in path.split("."):
+        try:
+            found = found[int(key)] if key.isdecimal() else getattr(found, key)
+        except (AttributeError, LookupError, TypeError):
+            return
+    for name, module in modules.items():
+        if module is found:
+            raise CandidateError(
+                f"sites: {path!r} is the same module as {name!r}, with its parameters: make one for each"
+            )
 
 
 def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -> tuple[Any, Run]:
