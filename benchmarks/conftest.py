@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import pytest
@@ -25,8 +24,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _timed(benchmark: Any) -> None:
-    if benchmark.disabled:
+def _timed(request: pytest.FixtureRequest) -> None:
+    # pytest-benchmark's own fixture must not be asked: it warns where it is not used then.
+    if request.config.getoption("benchmark_disable") or hasattr(request.config, "workerinput"):
         pytest.skip("nothing is timed with --benchmark-disable, nor by several processes: leave -n away")
 
 

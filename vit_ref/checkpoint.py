@@ -403,13 +403,12 @@ def _split(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str)
 
 def _shard_size(given: Any) -> int | str:
     """A size as huggingface_hub reads it; zero and negative ones, which it would take, are refused."""
-    if isinstance(given, str):
-        usable = re.search("[1-9]", given) and not given.strip().startswith("-")
-    else:
-        usable = hasattr(given, "__index__") and not isinstance(given, bool) and operator.index(given) > 0
-    if not usable:
+    whole = hasattr(given, "__index__") and not isinstance(given, bool)
+    size = operator.index(given) if whole else given
+    text = isinstance(size, str) and re.search("[1-9]", size) and not size.strip().startswith("-")
+    if not (text or (whole and size > 0)):
         raise CheckpointError(f"max_shard_size is {given!r}: give a whole number of bytes, or a size such as '5GB'")
-    return given if isinstance(given, str) else operator.index(given)
+    return size
 
 
 def _as_stored(tensors: Mapping[str, NDArray | Deferred]) -> list[str]:

@@ -200,6 +200,8 @@ def test_one_table_serves_models_with_a_head_and_biases_and_without() -> None:
     mapped = {"w": "head.kernel", "{i}.q": "blocks.{i}.attn.query.bias", "s": "norm.scale"}
     bare = dataclasses.replace(CONFIG, num_labels=0, qkv_bias=False)
     assert list(gradients_by_path(mapped, bare, {"s": np.ones(33)})) == ["norm.scale"]
+    with pytest.raises(InputError, match=r"'blocks.9.attn.query.bias' is none of this model's"):
+        gradients_by_path({"q": "blocks.9.attn.query.bias"}, bare, {"s": np.ones(33)})
     with pytest.raises(InputError, match=r"the port has no parameter 'w'"):
         gradients_by_path(mapped, CONFIG, {"s": np.ones(33)})
 

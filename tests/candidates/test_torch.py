@@ -148,6 +148,14 @@ def test_unknown_submodules_and_failures_inside_are_one_line(
 ) -> None:
     with pytest.raises(InputError, match=r"has no submodule 'blocks.0.atn', .*; did you mean 'blocks.0.attn'\?"):
         traced(dataclasses.replace(timm, sites={"blocks.{i}.atn": "block.{i}.attn.out"}), saved)
+
+    def sharing(path: Path) -> Any:
+        port: Any = timm.load(path)
+        port.blocks[1].attn = port.blocks[0].attn
+        return port
+
+    with pytest.raises(InputError, match=r"'blocks.1.attn.*' is the same module as 'blocks.0.attn.*', with its param"):
+        traced(dataclasses.replace(timm, load=sharing), saved)
     with pytest.raises(InputError, match="torch_timm: the forward pass raised RuntimeError: Given groups=1") as caught:
         traced(dataclasses.replace(timm, channels_first=False), saved)
     assert "\n" not in str(caught.value)

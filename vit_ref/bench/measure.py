@@ -128,7 +128,8 @@ def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofl
             start = time.perf_counter()
             contender.run()
             seconds[contender.name].append(time.perf_counter() - start)
+    reached = roofline.flops()
     return [
-        Timing(contender.name, workload, tuple(seconds[contender.name]), roofline.flops(), contender.cost)
+        Timing(contender.name, workload, tuple(seconds[contender.name]), reached, contender.cost)
         for contender in contenders
     ]

@@ -84,7 +84,11 @@ def plot(path: Path, timings: Sequence[Timing]) -> None:
         roofline = max(timing.roofline for timing in timings if timing.workload.precision == precision) / 1e9
         right.axhline(roofline, color="black", linewidth=1)
         right.annotate(
-            f"matrix products, {precision}", (0, roofline), (4, -11), ("axes fraction", "data"), "offset points"
+            f"matrix products at their best, {precision}",
+            (0, roofline),
+            (4, -11),
+            ("axes fraction", "data"),
+            "offset points",
         )
     for axes, label in ((left, "images/s"), (right, "GFLOP/s")):
         axes.set_xscale("log", base=2)

@@ -70,27 +70,10 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
                 f"{name}: the forward pass changes the port's own state ({reason}): is dropout live, are statistics"
                 " gathered? load it in evaluation mode"
             ) from error
-        for path in sorted(table.paths - modules.keys()):
-            _require_single(model, path, modules)
-        require_known(table, table.met if taps else modules, returned)
+        require_known(table, table.met if taps else modules, returned, model)
         return returned
 
     return parameters, run
-
-
-def _require_single(model: nnx.Module, path: str, modules: Mapping[str, Any]) -> None:
-    """Raises `CandidateError` where a path leads to a module that is in another place, too, and has its name there."""
-    found: Any = model
-    for key in path.split("."):
-        try:
-            found = found[int(key)] if key.isdecimal() else getattr(found, key)
-        except (AttributeError, LookupError, TypeError):
-            return
-    for name, module in modules.items():
-        if module is found:
-            raise CandidateError(
-                f"sites: {path!r} is the same module as {name!r}, with its parameters: make one for each"
-            )
 
 
 def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -> tuple[Any, Run]:
@@ -193,13 +176,36 @@ def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap) -> Iter
         yield
 
 
-def require_known(table: Table, modules: Iterable[str], returned: Any) -> None:
-    """Raises `CandidateError` where a table names neither a submodule nor an intermediate that was returned."""
+def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any = None) -> None:
+    """Raises `CandidateError` where a table names neither a submodule nor an intermediate that was returned.
+
+    Args:
+      table: whose names they are.
+      modules: paths of submodules, or names that a tap was given; of submodules by path, `port` tells which has two.
+      returned: by the port.
+      port: of which the paths are.
+    """
     known = {*modules, *split_named(returned)[1]}
     for path in sorted(table.paths - known):
+        found = _at(port, path)
+        for name, module in modules.items() if isinstance(modules, Mapping) else ():
+            if module is found:
+                raise CandidateError(
+                    f"sites: {path!r} is the same module as {name!r}, with its parameters: make one for each"
+                )
         raise CandidateError(
             f"sites: the port has no submodule {path!r}, and returns nothing of that name{hint(path, known)}"
         )
+
+
+def _at(port: Any, path: str) -> Any:
+    """What is at a path of attributes and indices; None where there is nothing."""
+    try:
+        for key in path.split("."):
+            port = port[int(key)] if key.isdecimal() else getattr(port, key)
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return port
 
 
 def is_float(leaf: Any) -> bool:

@@ -23,12 +23,6 @@ Tap = Callable[[str, Any], Any]
 
 _POINT = re.compile(r"(?P<path>[^:\[\]]*)(?P<input>:input)?(?:\[(?P<key>[^\[\]]+)\])?")
 
-# A table may serve checkpoints with a head and without one, with biases of query, key and value and without.
-_OPTIONAL = {
-    "sites": re.compile("|".join(OUTPUTS)),
-    "parameters": re.compile(r"(pooler|head)\.(kernel|bias)|blocks\.\d+\.attn\.(query|key|value)\.bias"),
-}
-
 
 class Point(NamedTuple):
     """A place in the port: the output of the submodule at `path`, or its input; all of it, or one element."""
@@ -165,6 +159,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     """
     if not isinstance(mapped, Mapping):
         raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
+    optional = OUTPUTS.keys() if what == "sites" else _optional_parameters(config)
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
     for key, targets in mapped.items():
@@ -181,7 +176,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 stacked = i is not None and "{i}" not in key
                 entry = Entry(destination, _of_block(i, select) if stacked else select)
                 if destination not in known:
-                    if _OPTIONAL[what].fullmatch(destination):
+                    if destination in optional:
                         continue
                     raise CandidateError(
                         f"{what}: {key!r}: {destination!r} is none of this model's{hint(destination, known)}"
@@ -201,6 +196,14 @@ def claimed(mapped: Mapped | None, config: ViTConfig) -> frozenset[str]:
     return frozenset(
         entry.destination for entries in bind(mapped, "sites", config, known).values() for entry in entries
     )
+
+
+def _optional_parameters(config: ViTConfig) -> set[str]:
+    """A table may serve checkpoints with a head and without one, with biases of query, key and value and without."""
+    biases = {
+        f"blocks.{i}.attn.{role}.bias" for i in range(config.num_hidden_layers) for role in ("query", "key", "value")
+    }
+    return biases | {f"{layer}.{part}" for layer in ("pooler", "head") for part in ("kernel", "bias")}
 
 
 def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str, Any]) -> dict[str, Any]:

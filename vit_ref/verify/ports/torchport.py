@@ -154,7 +154,7 @@ class TorchPort:
             modules = {} if named else dict(module.named_modules())
             with _watching(modules, table, tap):
                 returned = call(module, images, **named) if call else module(images, **named)
-            require_known(table, table.met if named else modules, returned)
+            require_known(table, table.met if named else modules, returned, module)
             return returned
 
         output = observed(self._candidate, self.config, run, table, tap)
