@@ -60,18 +60,19 @@ def attend(query: Array, key: Array, value: Array) -> Array:
     return context.swapaxes(1, 2)
 
 
-def cudnn(query: Array, key: Array, value: Array) -> Array:
+def cudnn(query: Array, key: Array, value: Array, *, tokens: int | None = None) -> Array:
     """cuDNN's fused attention, for half precision on NVIDIA's GPUs; `VisionTransformer(attention=cudnn)`.
 
-    The probabilities are never in memory. On an H100 a train step of ViT-B/16 took 9.3 GiB and was 1.09 times as
-    fast as FlaxViT's with it; with `attend`, before GELU was rematerialised, 16.4 GiB and 0.91 times. It can be
-    differentiated backwards and once, not forwards, and `jax.export` refuses it. Its gradients are the same to the
-    last bit each time only under `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
+    The probabilities are never in memory: benchmarks/RESULTS.md has what that saves. It can be differentiated backwards
+    and once, not forwards, and `jax.export` refuses it. Its gradients are the same to the last bit each time only under
+    `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
 
     Args:
       query: (B, N, H, K), bfloat16 or float16, K as `require_heads` has it.
       key: likewise.
       value: likewise.
+      tokens: how many of the N are tokens; the rest is padding, which no token sees, and whose context and gradients
+        are zero. None for all. Where N is no multiple that cuDNN takes, see `padding`, it is padded here.
 
     Raises:
       InputError: they are of another dtype, or see `require_cudnn` and `require_heads`.
@@ -81,16 +82,23 @@ def cudnn(query: Array, key: Array, value: Array) -> Array:
         raise InputError(f"cuDNN's attention is for half precision, and not {query.dtype}: give dtype=jnp.bfloat16")
     require_cudnn()
     require_heads(query.shape[-1])
-    tokens = query.shape[1]
-    # jax asks for an even number of tokens where it differentiates, and a ViT's is odd. Rows of whole 16 bytes.
-    more = -tokens % 8
+    rows = query.shape[1]
+    tokens = rows if tokens is None else tokens
     # Of the query though it is the same for each image: jax's batching rule wants lengths that have the batch, too.
     lengths = jnp.where(jnp.isnan(query[:, 0, 0, 0]), tokens, tokens).astype(jnp.int32)
-    query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value))
+    query, key, value = (jnp.pad(x, ((0, 0), (0, padding(rows)), (0, 0), (0, 0))) for x in (query, key, value))
     context = jax.nn.dot_product_attention(
         query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
-    return context[:, :tokens]
+    return context[:, :rows]
+
+
+def padding(rows: int) -> int:
+    """How many rows to add for `cudnn`, which else adds them itself: in every block, and out again.
+
+    jax asks for an even number where it differentiates, and a ViT's is odd; and a row of scores takes whole 16 bytes.
+    """
+    return -rows % 8
 
 
 def require_cudnn() -> None:

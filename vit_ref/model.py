@@ -17,29 +17,13 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 from jax.typing import DTypeLike
 
-from vit_ref.attention import Attend, at_least_float32, attend, weigh
+from vit_ref.activations import ACTIVATIONS
+from vit_ref.attention import Attend, at_least_float32, attend, cudnn, padding, weigh
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.norm import LayerNorm
 
 Tap = Callable[[str, Array], Array]
-
-# jax.nn.gelu's own default is the tanh form; "gelu" in a checkpoint's config is the erf form. jax goes through erfc,
-# whose relative accuracy far below zero is that of its argument. Half the sum of one and erf cancels there: a
-# layer whose units are all at -5 then errs by 2e-11 in float64, and by 6 % in float32.
-#
-# Those that would keep more than their argument or result for the way back are computed again there. With GELU a train
-# step of B/16 takes 4 % less time on a CPU, is compiled in 10 % less and, on 32 images, needs 20 % less memory; on an
-# H100 2 % more time and a quarter less memory.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": jax.checkpoint(partial(jax.nn.gelu, approximate=False)),
-    "gelu_new": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),
-    "gelu_pytorch_tanh": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),
-    "quick_gelu": jax.checkpoint(lambda x: x * jax.nn.sigmoid(1.702 * x)),
-    "relu": jax.nn.relu,
-    "silu": jax.checkpoint(jax.nn.silu),
-    "swish": jax.checkpoint(jax.nn.silu),
-    "tanh": jnp.tanh,
-}
 
 
 def identity(site: str, value: Array) -> Array:
@@ -48,13 +32,14 @@ def identity(site: str, value: Array) -> Array:
 
 
 def _materialised(x: Array) -> Array:
-    """x itself, divided by a one that XLA does not see through, so that it and its cotangent are computed once.
+    """x itself behind a barrier and divided by a one that XLA does not see through: it and its cotangent are made once.
 
-    On CPU, XLA takes a division for expensive, and what is cheap it fuses into each reader anew. A token stream's
-    cotangent, one sum a branch, is then summed again by all readers of all blocks below: the train step of a ViT-S/16
-    takes 3 times as long to compile, and 1.4 times to run. Barriers alone it drops. The division is exact.
+    Else XLA fuses what is cheap into each reader anew. A token stream's cotangent, one sum a branch, is then summed
+    again by all readers of all blocks below: on a CPU the train step of a ViT-S/16 takes 3 times as long to compile,
+    and 1.4 times to run. There it drops barriers, and takes divisions for expensive; on a GPU, where it is the other
+    way round, one of ViT-B/16 took 1.1 times as long. The division is exact.
     """
-    return x / jax.lax.optimization_barrier(jnp.ones((), x.dtype))
+    return jax.lax.optimization_barrier(x) / jax.lax.optimization_barrier(jnp.ones((), x.dtype))
 
 
 def _scoped(tap: Tap, scope: str) -> Tap:
@@ -64,7 +49,7 @@ def _scoped(tap: Tap, scope: str) -> Tap:
 class Attention(nnx.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D); `ViTSelfAttention` and the dense layer after it."""
 
-    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], attention: Attend | None, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
         width = config.hidden_size
         self.query = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
         self.key = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
@@ -74,18 +59,24 @@ class Attention(nnx.Module):
         shared = (0, 1) if config.broadcast_attention_dropout else ()
         self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, broadcast_dims=shared, deterministic=True)
         self.heads = config.num_attention_heads
-        self.attend = attention or attend
 
-    def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
-        """Attends; `tap` sees the sites of `attn`, `rngs` is needed where dropout is live."""
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is live."""
+        return self.dropout.rate > 0 and not self.dropout.deterministic
+
+    def __call__(self, x: Array, tap: Tap, attend: Attend | None, rngs: nnx.Rngs | None) -> Array:
+        """Attends by `attend`, or where there is none by `weigh`, whose probabilities tap and dropout see.
+
+        `tap` sees the sites of `attn`, `rngs` is needed where dropout is live.
+        """
         batch, tokens, width = x.shape
         heads = (batch, tokens, self.heads, width // self.heads)
         query = tap("query", self.query(x).reshape(heads))
         key = tap("key", self.key(x).reshape(heads))
         value = tap("value", self.value(x).reshape(heads))
-        drops = self.dropout.rate > 0 and not self.dropout.deterministic
-        if tap is identity and not drops:
-            context = self.attend(query, key, value)
+        if attend:
+            context = attend(query, key, value)
         else:
             context = weigh(query, key, value, lambda probs: self.dropout(tap("probs", probs), rngs=rngs))
         context = tap("context", context.reshape(batch, tokens, width))
@@ -113,22 +104,21 @@ class Block(nnx.Module):
         self,
         config: ViTConfig,
         linear: Callable[..., nnx.Linear],
-        norm: Callable[..., nnx.LayerNorm],
-        attention: Attend | None,
+        norm: Callable[[], LayerNorm],
         rngs: nnx.Rngs,
     ):
-        self.norm1 = norm(rngs=rngs)
-        self.attn = Attention(config, linear, attention, rngs)
-        self.norm2 = norm(rngs=rngs)
+        self.norm1 = norm()
+        self.attn = Attention(config, linear, rngs)
+        self.norm2 = norm()
         self.mlp = MLP(config, linear, rngs)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
 
-    def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None) -> Array:
-        """Adds attention, then the MLP, to the stream; `tap` sees the sites of a block."""
+    def __call__(self, x: Array, tap: Tap, attend: Attend | None, rngs: nnx.Rngs | None) -> Array:
+        """Adds attention, see there, then the MLP, to the stream; `tap` sees the sites of a block."""
         # Without a backward pass to come it costs a tenth of the time and saves nothing.
         stream = (lambda x: x) if self.dropout.deterministic else _materialised
         x = stream(x)
-        attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), rngs)
+        attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), attend, rngs)
         x = stream(tap("attn.residual", x + self.dropout(attended, rngs=rngs).astype(x.dtype)))
         transformed = self.mlp(tap("norm2", self.norm2(x)), _scoped(tap, "mlp"))
         return tap("mlp.residual", x + self.dropout(transformed, rngs=rngs).astype(x.dtype))
@@ -158,20 +148,15 @@ class VisionTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
+        self.attend = attention or attend
         # The reference truncates its normal at an absolute +-2, which for any usual standard deviation is no cut.
         init = nnx.initializers.normal(config.initializer_range)
         linear = partial(nnx.Linear, kernel_init=init, dtype=dtype, param_dtype=param_dtype)
         # In bfloat16 the stream itself would be rounded twice a block: on ViT-B/16 1.7 times FlaxViT's error at the
-        # logits, which keeps it in float32 too; and nnx.LayerNorm rounds its input before it takes the mean away.
+        # logits, which keeps it in float32 too.
         wide = None if dtype is None else at_least_float32(dtype)
         norm = partial(
-            nnx.LayerNorm,
-            config.hidden_size,
-            epsilon=config.layer_norm_eps,
-            # The default, E[x^2] - E[x]^2, loses mean^2 / variance units of rounding and can go negative.
-            use_fast_variance=False,
-            dtype=wide,
-            param_dtype=param_dtype,
+            LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, dtype=wide, param_dtype=param_dtype
         )
         self.stream_dtype = wide
         self.patch = nnx.Conv(
@@ -191,8 +176,8 @@ class VisionTransformer(nnx.Module):
             init(rngs.params(), (1, rows * columns + 1, config.hidden_size), param_dtype)
         )
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
-        self.blocks = nnx.List([Block(config, linear, norm, attention, rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = norm(rngs=rngs)
+        self.blocks = nnx.List([Block(config, linear, norm, rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = norm()
         if config.pooler:
             self.pooler = linear(config.hidden_size, config.pooler_width, rngs=rngs)
         if config.num_labels:
@@ -233,8 +218,14 @@ class VisionTransformer(nnx.Module):
         positions = resize_positions(positions, config.grid(), config.grid((height, width)))
         tokens = jnp.concatenate([jnp.broadcast_to(cls_token, (len(pixels), 1, config.hidden_size)), patches], axis=1)
         x = tap("embeddings", self.dropout(tokens + positions, rngs=rngs))
+        attend = None if tap is not identity or any(block.attn.drops for block in self.blocks) else self.attend
+        if attend is cudnn:
+            # Once, and not in each block's attention and out of it again: a train step of ViT-B/16 on an H200 took
+            # 0.90 times as long. No token sees these rows, and of none comes anything back.
+            count = x.shape[1]
+            x, attend = jnp.pad(x, ((0, 0), (0, padding(count)), (0, 0))), partial(cudnn, tokens=count)
         for i, block in enumerate(self.blocks):
-            x = block(x, _scoped(tap, f"block.{i}"), rngs)
+            x = block(x, _scoped(tap, f"block.{i}"), attend, rngs)
         cls = tap("norm", self.norm(x))[:, 0]
         if config.pooler:
             return tap("pooler", ACTIVATIONS[config.pooler_act](self.pooler(cls)))

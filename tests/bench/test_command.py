@@ -72,7 +72,7 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
     def build(workload: Workload) -> Contender:
         if workload.batch > 2:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return Contender("vit_ref", lambda: None, Cost(1.0))
+        return Contender("vit_ref", lambda times=1: None, Cost(1.0))
 
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     result = _run("--batch", "4", "--pass", "forward", "--implementation", "vit_ref")
@@ -85,7 +85,7 @@ def test_what_was_timed_is_saved_though_the_next_does_not_fit(tmp_path: Path, mo
     def build(workload: Workload) -> Contender:
         if workload.what != "forward":
             raise MemoryError
-        return Contender("vit_ref", lambda: None, Cost(1.0))
+        return Contender("vit_ref", lambda times=1: None, Cost(1.0))
 
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     data = tmp_path / "bench.json"

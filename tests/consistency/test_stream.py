@@ -24,6 +24,7 @@ from vit_ref import checkpoint, model, porting
 from vit_ref.checkpoint import LazyTensors
 from vit_ref.conversion import convert
 from vit_ref.errors import InputError
+from vit_ref.norm import LayerNorm
 from vit_ref.porting import PortError
 from vit_ref.verify import candidate, pooling
 from vit_ref.verify.cases import CASES, Case
@@ -153,8 +154,8 @@ def test_a_fault_is_found_where_the_whole_model_has_it(
 
 def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(THREE, tmp_path)
-    norm = model.nnx.LayerNorm.__call__
-    monkeypatch.setattr(model.nnx.LayerNorm, "__call__", lambda self, x: norm(self, jax.lax.stop_gradient(x)))
+    norm = LayerNorm.__call__
+    monkeypatch.setattr(LayerNorm, "__call__", lambda self, x: norm(self, jax.lax.stop_gradient(x)))
     streamed = check_streamed(path)
     assert not streamed.forward.semantic_failures and streamed.backward
     # The last LayerNorm has the output's only way back, so that nothing before it has any gradient.

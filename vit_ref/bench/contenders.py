@@ -19,6 +19,7 @@ from flax import nnx
 
 from vit_ref.attention import cudnn, require_cudnn
 from vit_ref.bench.compiling import Cost, compile_twice
+from vit_ref.bench.queueing import queued
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
 from vit_ref.finetune.step import split_step
@@ -33,12 +34,13 @@ class Contender(NamedTuple):
 
     Attributes:
       name: how tables call it.
-      run: one forward pass or train step, which returns when the device is done. A train step goes on from the last.
+      run: so many forward passes or train steps, one unless it is told, and returns when the device is done. A train
+        step goes on from the last.
       cost: of getting it ready.
     """
 
     name: str
-    run: Callable[[], Any]
+    run: Callable[..., Any]
     cost: Cost
 
 
@@ -155,8 +157,8 @@ def _random(shapes: Any) -> Any:
     )
 
 
-def stepping(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Callable[[], jax.Array]:
-    """A function that takes one step on from the last, and returns its loss when the device is done.
+def stepping(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Callable[..., Any]:
+    """A function, see `queued`, that takes steps on from the last, and returns the state and its loss.
 
     Args:
       step: (state, pixels, labels) -> (state, loss); it may overwrite the state that it is given.
@@ -165,18 +167,17 @@ def stepping(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: ja
       labels: likewise.
     """
 
-    def run() -> jax.Array:
+    def launch() -> tuple[Any, jax.Array]:
         nonlocal state
         state, loss = step(state, pixels, labels)
-        jax.block_until_ready((state, loss))
-        return loss
+        return state, loss
 
-    return run
+    return queued(launch)
 
 
 def _forward(name: str, forward: Callable[..., jax.Array], parameters: Any, pixels: jax.Array) -> Contender:
     call, cost = compile_twice(forward, parameters, pixels)
-    return _warm(name, lambda: jax.block_until_ready(call(parameters, pixels)), cost)
+    return _warm(name, queued(lambda: call(parameters, pixels)), cost)
 
 
 def _stepping(name: str, step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Contender:
@@ -184,6 +185,6 @@ def _stepping(name: str, step: Callable[..., Any], state: Any, pixels: jax.Array
     return _warm(name, stepping(call, state, pixels, labels), cost)
 
 
-def _warm(name: str, run: Callable[[], Any], cost: Cost) -> Contender:
+def _warm(name: str, run: Callable[..., Any], cost: Cost) -> Contender:
     run()
     return Contender(name, run, cost)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from vit_ref.bench.queueing import at_once, queued
 from vit_ref.verify.precision import Precision
 
 # Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
@@ -21,7 +22,7 @@ _ACCELERATOR = (4096, 8192)
 
 
 class Roofline:
-    """Large matrix products, timed one at a time, in turns with what is measured against them.
+    """Large matrix products, as many at once as of what is measured against them, and timed in turns with it.
 
     Where a machine's speed changes within minutes, one that is measured once is soon too low or too high: models were
     seen to reach 118 % of it.
@@ -38,11 +39,12 @@ class Roofline:
 
     def measure(self) -> None:
         """Times each product once more."""
+        times = at_once()
         for side, run in self._products.items():
             run()  # Not timed: right after a train step it took up to twice as long.
             start = time.perf_counter()
-            run()
-            self._seconds[side].append(time.perf_counter() - start)
+            run(times)
+            self._seconds[side].append((time.perf_counter() - start) / times)
 
     def flops(self) -> float:
         """Operations a second: the median of each side, the best side.
@@ -52,9 +54,9 @@ class Roofline:
         return max(2 * side**3 / statistics.median(seconds) for side, seconds in self._seconds.items())
 
 
-def _product(side: int, dtype: DTypeLike) -> Callable[[], Any]:
-    """One product, compiled, which returns when the device is done."""
+def _product(side: int, dtype: DTypeLike) -> Callable[..., Any]:
+    """One product, compiled, as `queued` has it."""
     values = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
     x = jax.device_put(jnp.asarray(values, dtype))
     multiply = jax.jit(jnp.matmul).lower(x, x).compile()
-    return lambda: jax.block_until_ready(multiply(x, x))
+    return queued(lambda: multiply(x, x))

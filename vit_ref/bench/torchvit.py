@@ -12,8 +12,8 @@ import transformers
 from vit_ref.bench.workload import Workload
 
 
-def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[[], Any], float]:
-    """The pass as a function that returns when the device is done, warm, and the seconds of its first call.
+def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[..., Any], float]:
+    """The pass as `bench.queueing.queued` has it, warm, and the seconds of its first call.
 
     Args:
       workload: what it does.
@@ -36,18 +36,22 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
         with torch.autocast(device.type, half, enabled=half is not None):
             return called(pixels).logits
 
-    def run() -> Any:
+    def launch() -> Any:
         if workload.what == "forward":
             with torch.inference_mode():
-                result = logits()
-        else:
-            result = torch.nn.functional.cross_entropy(logits().float(), labels)
-            result.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+                return logits()
+        loss = torch.nn.functional.cross_entropy(logits().float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    def run(times: int = 1) -> Any:
+        for _ in range(times):
+            result = launch()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return result.detach()
+        return result
 
     start = time.perf_counter()
     run()
