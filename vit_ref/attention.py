@@ -71,8 +71,9 @@ def cudnn(query: Array, key: Array, value: Array, *, tokens: int | None = None) 
       query: (B, N, H, K), bfloat16 or float16, K as `require_heads` has it.
       key: likewise.
       value: likewise.
-      tokens: how many of the N are tokens; the rest is padding, which no token sees, and whose context and gradients
-        are zero. None for all. Where N is no multiple that cuDNN takes, see `padding`, it is padded here.
+      tokens: how many of the N are tokens, one at least; the rest is padding, of finite values, which no token sees,
+        and whose context and gradients are zero. None for all. Where N is no multiple that cuDNN takes, see `padding`,
+        it is padded here.
 
     Raises:
       InputError: they are of another dtype, or see `require_cudnn` and `require_heads`.

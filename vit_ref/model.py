@@ -49,7 +49,7 @@ def _scoped(tap: Tap, scope: str) -> Tap:
 class Attention(nnx.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D); `ViTSelfAttention` and the dense layer after it."""
 
-    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, linear: Callable[..., nnx.Linear], attention: Attend | None, rngs: nnx.Rngs):
         width = config.hidden_size
         self.query = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
         self.key = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
@@ -59,23 +59,24 @@ class Attention(nnx.Module):
         shared = (0, 1) if config.broadcast_attention_dropout else ()
         self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, broadcast_dims=shared, deterministic=True)
         self.heads = config.num_attention_heads
+        self.attend = attention or attend
 
-    @property
-    def drops(self) -> bool:
-        """Whether dropout is live."""
-        return self.dropout.rate > 0 and not self.dropout.deterministic
+    def weighs(self, tap: Tap) -> bool:
+        """Whether a tap or live dropout asks for the probabilities, and so for `weigh` and not for `attend`."""
+        return tap is not identity or (self.dropout.rate > 0 and not self.dropout.deterministic)
 
-    def __call__(self, x: Array, tap: Tap, attend: Attend | None, rngs: nnx.Rngs | None) -> Array:
-        """Attends by `attend`, or where there is none by `weigh`, whose probabilities tap and dropout see.
+    def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None, real: int | None = None) -> Array:
+        """Attends; `tap` sees the sites of `attn`, `rngs` is needed where dropout is live.
 
-        `tap` sees the sites of `attn`, `rngs` is needed where dropout is live.
+        `real` of the N are tokens and the rest padding, where `attend` is `cudnn` and nobody asks for probabilities.
         """
         batch, tokens, width = x.shape
         heads = (batch, tokens, self.heads, width // self.heads)
         query = tap("query", self.query(x).reshape(heads))
         key = tap("key", self.key(x).reshape(heads))
         value = tap("value", self.value(x).reshape(heads))
-        if attend:
+        if not self.weighs(tap):
+            attend = self.attend if real is None else partial(cudnn, tokens=real)
             context = attend(query, key, value)
         else:
             context = weigh(query, key, value, lambda probs: self.dropout(tap("probs", probs), rngs=rngs))
@@ -105,20 +106,21 @@ class Block(nnx.Module):
         config: ViTConfig,
         linear: Callable[..., nnx.Linear],
         norm: Callable[[], LayerNorm],
+        attention: Attend | None,
         rngs: nnx.Rngs,
     ):
         self.norm1 = norm()
-        self.attn = Attention(config, linear, rngs)
+        self.attn = Attention(config, linear, attention, rngs)
         self.norm2 = norm()
         self.mlp = MLP(config, linear, rngs)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
 
-    def __call__(self, x: Array, tap: Tap, attend: Attend | None, rngs: nnx.Rngs | None) -> Array:
+    def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None, real: int | None = None) -> Array:
         """Adds attention, see there, then the MLP, to the stream; `tap` sees the sites of a block."""
         # Without a backward pass to come it costs a tenth of the time and saves nothing.
         stream = (lambda x: x) if self.dropout.deterministic else _materialised
         x = stream(x)
-        attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), attend, rngs)
+        attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), rngs, real)
         x = stream(tap("attn.residual", x + self.dropout(attended, rngs=rngs).astype(x.dtype)))
         transformed = self.mlp(tap("norm2", self.norm2(x)), _scoped(tap, "mlp"))
         return tap("mlp.residual", x + self.dropout(transformed, rngs=rngs).astype(x.dtype))
@@ -148,7 +150,6 @@ class VisionTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.attend = attention or attend
         # The reference truncates its normal at an absolute +-2, which for any usual standard deviation is no cut.
         init = nnx.initializers.normal(config.initializer_range)
         linear = partial(nnx.Linear, kernel_init=init, dtype=dtype, param_dtype=param_dtype)
@@ -176,7 +177,7 @@ class VisionTransformer(nnx.Module):
             init(rngs.params(), (1, rows * columns + 1, config.hidden_size), param_dtype)
         )
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
-        self.blocks = nnx.List([Block(config, linear, norm, rngs) for _ in range(config.num_hidden_layers)])
+        self.blocks = nnx.List([Block(config, linear, norm, attention, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = norm()
         if config.pooler:
             self.pooler = linear(config.hidden_size, config.pooler_width, rngs=rngs)
@@ -218,14 +219,15 @@ class VisionTransformer(nnx.Module):
         positions = resize_positions(positions, config.grid(), config.grid((height, width)))
         tokens = jnp.concatenate([jnp.broadcast_to(cls_token, (len(pixels), 1, config.hidden_size)), patches], axis=1)
         x = tap("embeddings", self.dropout(tokens + positions, rngs=rngs))
-        attend = None if tap is not identity or any(block.attn.drops for block in self.blocks) else self.attend
-        if attend is cudnn:
+        real = None
+        if all(block.attn.attend is cudnn and not block.attn.weighs(tap) for block in self.blocks):
             # Once, and not in each block's attention and out of it again: a train step of ViT-B/16 on an H200 took
-            # 0.90 times as long. No token sees these rows, and of none comes anything back.
-            count = x.shape[1]
-            x, attend = jnp.pad(x, ((0, 0), (0, padding(count)), (0, 0))), partial(cudnn, tokens=count)
+            # 0.90 times as long. With the last token, which is finite, for no token to see, and without its gradient.
+            real = x.shape[1]
+            last = jax.lax.stop_gradient(x[:, -1:])
+            x = jnp.concatenate([x, jnp.repeat(last, padding(real), axis=1)], axis=1)
         for i, block in enumerate(self.blocks):
-            x = block(x, _scoped(tap, f"block.{i}"), attend, rngs)
+            x = block(x, _scoped(tap, f"block.{i}"), rngs, real)
         cls = tap("norm", self.norm(x))[:, 0]
         if config.pooler:
             return tap("pooler", ACTIVATIONS[config.pooler_act](self.pooler(cls)))

@@ -26,6 +26,15 @@ def test_a_train_step_learns_its_batch(precision: Any) -> None:
     assert losses[-1] < losses[0] - 0.01 and contender.cost.cold_s
 
 
+def test_as_many_steps_are_taken_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (taken.append(self), step(self))[1])
+    contender = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, "float32", "train step"))
+    before = len(taken)
+    contender.run(3)
+    assert len(taken) - before == 3
+
+
 def test_a_forward_pass_keeps_no_graph_and_has_every_class() -> None:
     logits = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, "float32", "forward")).run()
     assert logits.shape == (2, 1000) and not logits.requires_grad

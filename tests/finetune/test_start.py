@@ -121,7 +121,7 @@ def test_the_recipes_attention_is_the_models(scratch: bool, tmp_path: Path, monk
         InputError, match=r"^cuDNN's attention drops no probabilities out, and the model's dropout is 0.1"
     ):
         starting_model(source, ["a", "b"], dataclasses.replace(fused, dropout=0.1))
-    taken = [starting_model(source, ["a", "b"], recipe).attend for recipe in (fused, Recipe())]
+    taken = [starting_model(source, ["a", "b"], recipe).blocks[1].attn.attend for recipe in (fused, Recipe())]
     assert taken == [attention.cudnn, attention.attend]
 
 

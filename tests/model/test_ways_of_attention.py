@@ -47,6 +47,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
         assert implementation == "cudnn"
         # No odd number of tokens, no row that ends within 16 bytes.
         assert not {operand.shape[1] for operand in operands} - {24, 40}
+        assert len({id(each) for each in lengths.values()}) == 1 and len(lengths) == 2
         told.append(lengths["key_value_seq_lengths"])
         return own(*operands, implementation="xla", **lengths)
 
@@ -95,34 +96,53 @@ def test_cudnn_itself_finds_the_same(dtype: Any) -> None:
     require_same(attention.cudnn, dtype, units=2)
 
 
-def off_with_cudnn() -> float:
-    """How far a model's loss and gradients with it are from those with `weigh`."""
+def off_with_cudnn(times: int = 1) -> float:
+    """How far a model's loss and gradients with it, on images so many times as wide, are from those with `weigh`."""
     case, found = CASES["rectangular"], []
-    config = dataclasses.replace(case.config, hidden_size=48, num_attention_heads=3)
-    pixels = jnp.asarray(case.images())
+    # With this epsilon a row of zeros, normalised, is 0 * inf.
+    config = dataclasses.replace(case.config, hidden_size=48, num_attention_heads=3, layer_norm_eps=1e-38)
+    pixels = jnp.tile(jnp.asarray(case.images()), (1, 1, times, 1))
     for attend in (attention.cudnn, attention.weigh):
         model = VisionTransformer(config, dtype=jnp.bfloat16, attention=attend, rngs=nnx.Rngs(0))
-        loss, gradients = nnx.value_and_grad(lambda model: model(pixels).astype(jnp.float32).var())(model)
+
+        def loss(model: VisionTransformer) -> Array:
+            return model(pixels, interpolate_pos_encoding=times > 1).astype(jnp.float32).var()
+
+        value, gradients = nnx.value_and_grad(loss)(model)
         # Together, for a key's bias gets none but of rounding.
-        found.append(np.concatenate([np.ravel(each) for each in (loss, *jax.tree.leaves(gradients))]))
+        found.append(np.concatenate([np.ravel(each) for each in (value, *jax.tree.leaves(gradients))]))
     return error(found[0], found[1].astype(np.float64)).rms
 
 
-def test_a_model_pads_for_cudnn_once_and_no_token_sees_it(
+@pytest.mark.parametrize(("times", "tokens"), [(1, 17), (2, 33)])
+def test_a_model_pads_for_cudnn_once_and_no_token_sees_it(times: int, tokens: int, lengths: list[Array]) -> None:
+    # One rounding, where the two sum in another order; with rows of padding that are seen it is a half.
+    assert off_with_cudnn(times) <= float(jnp.finfo(jnp.bfloat16).eps)
+    assert [int(each[0]) for each in lengths] == [tokens] * CASES["rectangular"].config.num_hidden_layers
+
+
+def test_a_model_that_pads_leaves_nothing_to_pad_to_its_blocks(
     lengths: list[Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths, pad = [], jnp.pad
     monkeypatch.setattr(jnp, "pad", lambda x, width: (widths.append(np.sum(width)), pad(x, width))[1])
-    # One rounding, where the two sum in another order; with rows of padding that are seen it is a half.
-    assert off_with_cudnn() <= float(jnp.finfo(jnp.bfloat16).eps)
-    depth = CASES["rectangular"].config.num_hidden_layers
-    assert [int(each[0]) for each in lengths] == [17] * depth
-    assert widths == [7] + [0] * 3 * depth
+    off_with_cudnn()
+    assert widths and not np.any(widths)
 
 
 @ON_GPU
 def test_a_model_with_cudnn_itself_finds_the_same() -> None:
     assert off_with_cudnn() <= 2 * float(jnp.finfo(jnp.bfloat16).eps)
+
+
+@HALF
+def test_padding_has_no_context_and_no_gradient(dtype: Any, lengths: list[Array]) -> None:
+    padded = [jnp.concatenate([x, x[:, :3]], axis=1) for x in qkv(dtype)]
+    context, back = jax.vjp(lambda *operands: attention.cudnn(*operands, tokens=TOKENS), *padded)
+    alone, back_alone = jax.vjp(attention.cudnn, *qkv(dtype))
+    for found, expected in zip((context, *back(context)), (alone, *back_alone(alone)), strict=True):
+        assert not found[:, TOKENS:].any()
+        np.testing.assert_array_equal(found[:, :TOKENS], expected)
 
 
 def test_a_model_that_shows_or_drops_probabilities_does_not_pad(lengths: list[Array]) -> None:
@@ -133,6 +153,26 @@ def test_a_model_that_shows_or_drops_probabilities_does_not_pad(lengths: list[Ar
     assert rows == {17} and not lengths
     model.train()
     assert jnp.isfinite(model(pixels, rngs=nnx.Rngs(dropout=0))).all() and not lengths
+
+
+def test_one_block_that_drops_probabilities_leaves_cudnn_to_the_others(
+    lengths: list[Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighed: list[int] = []
+    weigh = attention.weigh
+    monkeypatch.setattr(
+        "vit_ref.model.weigh", lambda query, *others: (weighed.append(query.shape[1]), weigh(query, *others))[1]
+    )
+    config = dataclasses.replace(
+        CASES["rectangular"].config, hidden_size=48, num_attention_heads=3, attention_probs_dropout_prob=0.5
+    )
+    model = VisionTransformer(config, dtype=jnp.bfloat16, attention=attention.cudnn, rngs=nnx.Rngs(0))
+    pixels = jnp.asarray(CASES["rectangular"].images())
+    for i in range(2):
+        model.eval()
+        model.blocks[i].attn.train()
+        model(pixels, rngs=nnx.Rngs(dropout=0))
+        assert weighed == [int(each[0]) for each in lengths] == [17] * (i + 1)
 
 
 def test_cudnns_lengths_have_the_batch_that_the_images_have(lengths: list[Array]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vit_ref.bench.compiling import Cost
 from vit_ref.bench.contenders import CONTENDERS, Contender
-from vit_ref.bench.queueing import at_once
+from vit_ref.bench.queueing import passes_at_once
 from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
@@ -30,7 +30,7 @@ class Timing:
     Attributes:
       name: the implementation.
       workload: what it did; `batch` is the one that fitted.
-      seconds: of a pass in each round, at least two; of the mean one where several are queued, see `at_once`.
+      seconds: of a pass in each round, at least two; of the mean one where several are queued, see `passes_at_once`.
       roofline: operations a second of the device's matrix products, timed in turns with it, or before and after.
       cost: of getting it ready.
     """
@@ -77,7 +77,7 @@ class Timing:
             "FLOPs": self.workload.flops(),
             "roofline FLOP/s": self.roofline,
             "MFU": self.utilisation,
-            "passes at once": at_once(),
+            "passes at once": passes_at_once(),
             **self.cost.to_json(),
         }
 
@@ -115,7 +115,7 @@ def fitting(
 
 
 def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofline: Roofline) -> list[Timing]:
-    """Times each contender, `at_once` passes of it, and the roofline's products, once a round, in turns.
+    """Times each contender, `passes_at_once` passes of it, and the roofline's products, once a round, in turns.
 
     Args:
       workload: what they do.
@@ -124,7 +124,7 @@ def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofl
       roofline: of the workload's precision.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    times = at_once()
+    times = passes_at_once()
     for _ in range(rounds):
         roofline.measure()
         for contender in contenders:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from vit_ref.bench.queueing import at_once, queued
+from vit_ref.bench.queueing import passes_at_once, queued
 from vit_ref.verify.precision import Precision
 
 # Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
@@ -39,7 +39,7 @@ class Roofline:
 
     def measure(self) -> None:
         """Times each product once more."""
-        times = at_once()
+        times = passes_at_once()
         for side, run in self._products.items():
             run()  # Not timed: right after a train step it took up to twice as long.
             start = time.perf_counter()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from injection import Inject, at, instead, loaded
+from injection import Inject, at, loaded
 from jax import Array
 from mutant import Mutant, backward, forward
 
@@ -19,7 +19,7 @@ from vit_ref.norm import LayerNorm
 
 def _norms(make: Callable[..., Any]) -> Inject:
     """The model is built with `make` in place of its LayerNorm."""
-    return lambda monkeypatch: instead(monkeypatch, model, "LayerNorm", make)
+    return lambda monkeypatch: monkeypatch.setattr(model, "LayerNorm", make)
 
 
 def _epsilon(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
