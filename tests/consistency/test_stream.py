@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import jax
 import jsonschema
@@ -26,7 +27,7 @@ from vit_ref.conversion import convert
 from vit_ref.errors import InputError
 from vit_ref.norm import LayerNorm
 from vit_ref.porting import PortError
-from vit_ref.verify import candidate, pooling
+from vit_ref.verify import candidate, pooling, stream
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import check_port
 from vit_ref.verify.parity import ParityReport, ReferenceOverflowError
@@ -191,7 +192,23 @@ def test_a_streamed_report_is_valid_and_says_what_was_not_asked(tmp_path: Path) 
     assert escape(behaviour["reason"]) in to_html(report)
 
 
-def test_one_block_is_held_at_a_time_whatever_the_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_an_old_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's arrays are held by what refers to itself, as a caught exception's frame does, and is old."""
+    compare = stream.compare
+
+    def keeping(*arguments: Any, **options: Any) -> ParityReport:
+        ring: list[Any] = list(arguments[7].one.parameters.values())
+        ring.append(ring)
+        gc.collect()
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(stream, "compare", keeping)
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_one_block_is_held_at_a_time_whatever_the_depth(
+    caught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = written(Case("held", dataclasses.replace(THREE.config, num_hidden_layers=4), seed=13), tmp_path)
     read, alive, reads = LazyTensors.__getitem__, Counter[int](), Counter[int]()
     step, at_once, in_jax = "", dict[str, set[int]](), dict[str, int]()
@@ -214,6 +231,8 @@ def test_one_block_is_held_at_a_time_whatever_the_depth(tmp_path: Path, monkeypa
         in_jax[step] = sum(array.nbytes for array in jax.live_arrays())
 
     monkeypatch.setattr(LazyTensors, "__getitem__", observed)
+    if caught:
+        in_an_old_ring(monkeypatch)
     assert check_streamed(path, progress=progress).passed
     # A turn's progress is told when its block was read, and the next one is read before the next is told.
     for kind, order in (

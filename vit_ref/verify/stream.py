@@ -14,6 +14,7 @@ import gc
 import os
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -251,16 +252,21 @@ class _Blocks:
 
     def stages(self, indices: Iterable[int]) -> Iterator[_Stage]:
         """Each block's turn, during which its tensors, and no other block's, are held."""
+        lent: list[weakref.ref[Any]] = []
         for index in indices:
             self.judge.one.fill({})
             self.oracle.one.fill({})
             self.candidate.one.parameters = {}
             gc.collect(0)  # jax forgets the arrays that it was lent only when Python collects
+            if any(array() is not None for array in lent):
+                gc.collect()  # What refers to itself, a caught exception's frame say, has grown old meanwhile.
+                gc.collect(0)
             tensors = hf_tensors(self.config, self._numbered(index))
             self.judge.one.fill(tensors)
             self.oracle.one.fill(tensors)
-            del tensors
             self.candidate.one.fill(self._mapped(index))
+            lent = [weakref.ref(array) for array in (*tensors.values(), *self.candidate.one.parameters.values())]
+            del tensors
             stage = _Stage(index, self.whole.num_hidden_layers)
             for each in (self.judge, self.oracle, self.candidate):
                 each.enter(stage)
