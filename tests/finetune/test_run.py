@@ -83,8 +83,9 @@ def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> N
     assert flax.config.id2label == dict(enumerate(open_dataset(None, "train").classes))
 
 
-# Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice.
-@pytest.mark.parametrize("kills", [(1,), (3,), (10, 15)])
+# Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice. Of its
+# 18 lines the last three are written within the time that this process may have to wait for its turn.
+@pytest.mark.parametrize("kills", [(1,), (3,), (10, 13)])
 def test_a_killed_run_goes_on_to_the_same_bits(kills: tuple[int, ...], runner: Runner, whole_run: tuple) -> None:
     out, options = f"killed-{kills[0]}", ("--save-every", "3")
     for lines in kills:
