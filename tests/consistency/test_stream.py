@@ -235,13 +235,17 @@ def test_one_block_is_held_at_a_time_whatever_the_depth(
         in_an_old_ring(monkeypatch)
     assert check_streamed(path, progress=progress).passed
     # A turn's progress is told when its block was read, and the next one is read before the next is told.
-    for kind, order in (
-        ("block", (0, 1, 2, 3)),
-        ("token streams, block", (0, 1, 2, 3)),
-        ("gradients, block", (3, 2, 1, 0)),
-    ):
-        for block, following in itertools.pairwise(order):
-            assert at_once[f"{kind} {block} of 4"] == {following}
+    turns = [
+        (kind, block)
+        for kind, order in (
+            ("block", (0, 1, 2, 3)),
+            ("token streams, block", (0, 1, 2, 3)),
+            ("gradients, block", (3, 2, 1, 0)),
+        )
+        for block in order
+    ]
+    for (kind, block), (_, following) in itertools.pairwise(turns):
+        assert at_once[f"{kind} {block} of 4"] == {following}
     # Forward, for the streams and backward, by the reference and by the candidate; and once to see what is there.
     assert reads == {0: 7 + 2, 1: 7, 2: 7, 3: 7}
     assert len({in_jax[f"block {block} of 4"] for block in (1, 2, 3)}) == 1

@@ -16,16 +16,19 @@ def passes_at_once() -> int:
     return 1 if jax.default_backend() == "cpu" else 8
 
 
-def queued(launch: Callable[[], Any]) -> Callable[..., Any]:
+def queued(
+    launch: Callable[[], Any], wait: Callable[[Any], Any] = lambda result: jax.block_until_ready(result)
+) -> Callable[..., Any]:
     """A function `(times=1)` that launches so often, waits until the device is done, and returns the last result.
 
     Args:
       launch: returns arrays that the device may still be at; one launch's are done when the next one's are.
+      wait: given the last result, returns it when the device is done.
     """
 
     def run(times: int = 1) -> Any:
         for _ in range(times):
             result = launch()
-        return jax.block_until_ready(result)
+        return wait(result)
 
     return run

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from vit_ref.bench.queueing import queued
 from vit_ref.bench.workload import Workload
 
 
@@ -46,12 +47,12 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
         optimizer.zero_grad()
         return loss.detach()
 
-    def run(times: int = 1) -> Any:
-        for _ in range(times):
-            result = launch()
+    def wait(result: Any) -> Any:
         if device.type == "cuda":
             torch.cuda.synchronize()
         return result
+
+    run = queued(launch, wait)
 
     start = time.perf_counter()
     run()

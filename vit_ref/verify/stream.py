@@ -252,25 +252,28 @@ class _Blocks:
 
     def stages(self, indices: Iterable[int]) -> Iterator[_Stage]:
         """Each block's turn, during which its tensors, and no other block's, are held."""
-        lent: list[weakref.ref[Any]] = []
         for index in indices:
-            self.judge.one.fill({})
-            self.oracle.one.fill({})
-            self.candidate.one.parameters = {}
-            gc.collect(0)  # jax forgets the arrays that it was lent only when Python collects
-            if any(array() is not None for array in lent):
-                gc.collect()  # What refers to itself, a caught exception's frame say, has grown old meanwhile.
-                gc.collect(0)
+            self._let_go()
             tensors = hf_tensors(self.config, self._numbered(index))
             self.judge.one.fill(tensors)
             self.oracle.one.fill(tensors)
-            self.candidate.one.fill(self._mapped(index))
-            lent = [weakref.ref(array) for array in (*tensors.values(), *self.candidate.one.parameters.values())]
             del tensors
+            self.candidate.one.fill(self._mapped(index))
             stage = _Stage(index, self.whole.num_hidden_layers)
             for each in (self.judge, self.oracle, self.candidate):
                 each.enter(stage)
             yield stage
+
+    def _let_go(self) -> None:
+        """Nobody holds the block any more."""
+        held = [weakref.ref(array) for array in (*self.tensors.values(), *self.candidate.one.parameters.values())]
+        self.judge.one.fill({})
+        self.oracle.one.fill({})
+        self.candidate.one.parameters = {}
+        gc.collect(0)  # jax forgets the arrays that it was lent only when Python collects
+        if any(array() is not None for array in held):
+            gc.collect()  # What refers to itself, a caught exception's frame say, has grown old meanwhile.
+            gc.collect(0)
 
     def _numbered(self, index: int) -> Checkpoint:
         """A block as the only one, found by the number in its tensors' names: the weight map has no part in it."""
