@@ -222,7 +222,7 @@ class VisionTransformer(nnx.Module):
         real = None
         if all(block.attn.attend is cudnn and not block.attn.weighs(tap) for block in self.blocks):
             # Once, and not in each block's attention and out of it again: a train step of ViT-B/16 on an H200 took
-            # 0.90 times as long. With the last token, which is finite, for no token to see, and without its gradient.
+            # 0.89 times as long. With the last token, which is finite, for no token to see, and without its gradient.
             real = x.shape[1]
             last = jax.lax.stop_gradient(x[:, -1:])
             x = jnp.concatenate([x, jnp.repeat(last, padding(real), axis=1)], axis=1)

@@ -273,7 +273,7 @@ class _Blocks:
         gc.collect(0)  # jax forgets the arrays that it was lent only when Python collects
         if any(array() is not None for array in held):
             gc.collect()  # What refers to itself, a caught exception's frame say, has grown old meanwhile.
-            gc.collect(0)
+            gc.collect(0)  # Only now is what that had lent to jax forgotten.
 
     def _numbered(self, index: int) -> Checkpoint:
         """A block as the only one, found by the number in its tensors' names: the weight map has no part in it."""
