@@ -111,6 +111,48 @@ def test_transposed_images_are_named() -> None:
     assert known.causes("patches", wrong["patches"]) == ["images transposed"]
 
 
+ORDERS = {
+    "block.1.attn.query": (2, "head", [2, 0, 1], "2, 0, 1"),
+    "block.0.mlp.hidden": (2, "channel", [1, 0, 3, 2], "1, 0, 3, 2, ..."),
+    "embeddings": (1, "token", [0, 2, 1, 4, 3], "0, 2, 1, 4, ..."),
+    "logits": (1, "channel", [3, 1, 2, 0], "3, 1, 2, 0, ..."),
+}
+
+
+@pytest.mark.parametrize("site", ORDERS)
+def test_what_is_in_another_order_is_named(site: str) -> None:
+    known, (axis, name, first, said) = Known(CASES["rectangular"]), ORDERS[site]
+    right = known.truth[site]
+    order = [*first, *range(len(first), right.shape[axis])]
+    wrong = np.take(right, order, axis)
+    assert known.causes(site, wrong) == [f"another order along the {name} axis ({said})"]
+    # Two in one place is no order, and what is wrong besides is not explained by one.
+    assert known.causes(site, np.take(right, [order[0], *order[:-1]], axis)) == []
+    assert known.causes(site, wrong * (1 + 1e-6 * np.arange(right.shape[-1]))) == []
+
+
+@pytest.mark.parametrize("epsilon", [3e-4, 1.00001e-12])
+def test_any_epsilon_is_named(known: Known, epsilon: float) -> None:
+    """Of tokens that vary little: of others 1e-17 of a variance of one is below any rounding."""
+    config = dataclasses.replace(known.config, layer_norm_eps=1e-12)
+    tensors = {
+        name: value * np.float32(1e-6) if "embeddings" in name else value for name, value in known.tensors.items()
+    }
+    truth = NumpyOracle(config, tensors).trace(known.images)
+    wrong = NumpyOracle(dataclasses.replace(config, layer_norm_eps=epsilon), tensors).trace(known.images)
+    site = "block.0.norm1"
+    found = diagnose(config, tensors, known.images, truth, list(truth), site, {**truth, site: wrong[site]})
+    assert [cause.label for cause in found] == [f"LayerNorm epsilon {epsilon:g}"]
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0000001])
+def test_any_scale_of_the_scores_is_named(known: Known, times: float) -> None:
+    query, key = (known.truth[f"block.1.attn.{role}"] for role in ("query", "key"))
+    probs = np.exp(times / np.sqrt(known.config.head_dim) * np.einsum("bqhk,bmhk->bhqm", query, key))
+    found = known.causes("block.1.attn.probs", probs / probs.sum(-1, keepdims=True))
+    assert found == [f"attention scale {times} x the right one"]
+
+
 def test_one_wrong_head_is_placed_and_explained() -> None:
     known = Known(CASES["rectangular"])
     site = "block.1.attn.value"

@@ -18,11 +18,11 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import Tensors
 from vit_ref.verify.gaps import across, hidden_before
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
-from vit_ref.verify.hypotheses import MULTIPLIED, STORED, Guess, Upstream, of_the_value
+from vit_ref.verify.hypotheses import MULTIPLIED, STORED, Guess, Upstream, in_another_order, of_the_value
 from vit_ref.verify.trace import Trace
 
 _EPS = float(np.finfo(np.float64).eps)
-_AXES = {
+_AXES: dict[str | int, tuple[str, ...]] = {
     "probs": ("image", "head", "query", "key"),
     "pixels": ("image", "row", "column", "channel"),
     4: ("image", "token", "head", "channel"),
@@ -76,7 +76,11 @@ def diagnose(
     value = exact[site]
     if value.shape != truth[site].shape or not np.isfinite(value).all():
         return ()
-    causes = _explaining(Upstream(config, tensors, pixels, truth, site).guesses(), site, value, truth[site])
+    upstream = Upstream(config, tensors, pixels, truth, site)
+    causes = _explaining(upstream.guesses(), site, value, truth[site])
+    if not causes:
+        orders = in_another_order(truth[site], value, _axes(value, site))
+        causes = _fitting(chain(upstream.with_a_number(value), orders), site, value, truth[site])
     gap = hidden_before(site, names, exact)
     if causes or not gap:
         return causes
@@ -164,13 +168,17 @@ def where(value: NDArray, truth: NDArray, site: str) -> str:
         return f"as its shape is {value.shape}, not {truth.shape}"
     if not np.isfinite(value).all():
         return "as it is not finite"
-    names = _AXES.get(site.rpartition(".")[2]) or _AXES[value.ndim]
     said = []
-    for name, indices, size in zip(names, _wrong_indices(value, truth), value.shape, strict=True):
+    for name, indices, size in zip(_axes(value, site), _wrong_indices(value, truth), value.shape, strict=True):
         if len(indices) < size:
             few = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
             said.append(f"{name} {few} of {size}")
     return f"only at {'; '.join(said)}" if said else ""
+
+
+def _axes(value: NDArray, site: str) -> tuple[str, ...]:
+    """What one index of each axis is called."""
+    return _AXES.get(site.rpartition(".")[2]) or _AXES[value.ndim]
 
 
 def _wrong_indices(value: NDArray, truth: NDArray) -> list[NDArray]:

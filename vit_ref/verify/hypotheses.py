@@ -61,7 +61,7 @@ def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> I
         yield "zero", np.zeros_like(truth)
         return
     if truth[part].any():
-        factor = float(np.vdot(truth[part], value[part]) / np.vdot(truth[part], truth[part]))
+        factor = _slope(truth[part], value[part])
         if (shown := f"{factor:.6g}") != "1":
             yield f"{shown} x the reference", factor * truth
     for shift in (1, -1):
@@ -71,6 +71,29 @@ def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> I
         if np.array_equal(rounded(value), value):
             yield f"rounded to {name}", value
             return
+
+
+def _slope(x: NDArray, y: NDArray) -> float:
+    """The factor with which x comes closest to y, 0 where x is nothing."""
+    square = np.vdot(x, x)
+    return float(np.vdot(x, y) / square) if square else 0.0
+
+
+def in_another_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> Iterator[Guess]:
+    """Everything right, but along one axis not in its place: heads, channels, classes, tokens or images.
+
+    Args:
+      truth: the right value.
+      value: the candidate's.
+      axes: what one index of each axis is called.
+    """
+    for axis, (name, size) in enumerate(zip(axes, truth.shape, strict=True)):
+        theirs, right = (np.moveaxis(each, axis, 0).reshape(size, -1) for each in (value, truth))
+        # Squared distances of each to each, less what is the same along a row.
+        order = np.argmin(np.square(right).sum(axis=1) - 2 * theirs @ right.T, axis=1)
+        if len(set(order)) == size and (order != np.arange(size)).any():
+            first = ", ".join(map(str, order[:4])) + (", ..." if size > 4 else "")
+            yield f"another order along the {name} axis ({first})", np.take(truth, order, axis)
 
 
 # Hugging Face's names -> paths of this package's parameters. Not by the weight map, which may be what is wrong.
@@ -152,8 +175,26 @@ class Upstream:
             query, key = rounded(self._at("attn.query")), rounded(self._at("attn.key"))
             scores = np.einsum("bqhk,bmhk->bhqm", query, key) / math.sqrt(self.config.head_dim)
             yield "inputs of the scores", softmax(scores)
-            exact = np.einsum("bqhk,bmhk->bhqm", self._at("attn.query"), self._at("attn.key"))
-            yield "scores", softmax(rounded(exact / math.sqrt(self.config.head_dim)))
+            yield "scores", softmax(rounded(self._scores() / math.sqrt(self.config.head_dim)))
+
+    def with_a_number(self, value: NDArray) -> Iterator[Guess]:
+        """Bugs that have a number of their own, an epsilon or a scale of scores, which the candidate's value tells."""
+        if self.kind.startswith("norm"):
+            x, scale, bias = self._norm_arguments()
+            centred = x - x.mean(axis=-1, keepdims=True)
+            variance = np.square(centred).mean(axis=-1)
+            # In the row with the least variance epsilon weighs most.
+            row = np.unravel_index(np.argmin(np.where(variance > 0, variance, np.inf)), variance.shape)
+            reciprocal = _slope(centred[row] * scale, value[row] - bias)
+            if reciprocal and (epsilon := 1 / reciprocal**2 - float(variance[row])) > 0:
+                yield f"LayerNorm epsilon {epsilon:.6g}", layer_norm(x, scale, bias, epsilon)
+        if self.kind == "attn.probs" and (value > 0).all():
+            scores = self._scores()
+            apart, shown = (each - each.mean(axis=-1, keepdims=True) for each in (scores, np.log(value)))
+            factor = _slope(apart, shown)
+            times = factor * math.sqrt(self.config.head_dim)
+            said = f"{times:.6g}" if abs(times - 1) > 1e-5 else f"{times:.12g}"
+            yield f"attention scale {said} x the right one", softmax(factor * scores)
 
     def _at(self, kind: str) -> NDArray:
         return np.asarray(self.trace[f"{self.block}.{kind}"], np.float64)
@@ -238,10 +279,13 @@ class Upstream:
         swapped = positions[:, 1:].reshape(1, columns, rows, -1).swapaxes(1, 2).reshape(1, rows * columns, -1)
         yield "position grid transposed", tokens + np.concatenate([positions[:, :1], swapped], axis=1)
 
-    def _norm(self) -> Iterator[Guess]:
+    def _norm_arguments(self) -> tuple[NDArray, NDArray, NDArray]:
         x = np.asarray(self._at("attn.residual") if self.kind == "norm2" else self.stream, np.float64)
+        return x, self._parameter(f"{self._path()}.scale"), self._parameter(f"{self._path()}.bias")
+
+    def _norm(self) -> Iterator[Guess]:
+        x, scale, bias = self._norm_arguments()
         path, epsilon = self._path(), self.config.layer_norm_eps
-        scale, bias = self._parameter(f"{path}.scale"), self._parameter(f"{path}.bias")
         one, none = np.ones_like(scale), np.zeros_like(bias)
         for power in _EPSILONS:
             yield f"LayerNorm epsilon {power:.0e}", layer_norm(x, scale, bias, power)
@@ -332,9 +376,12 @@ class Upstream:
             yield label, ACTIVATIONS[name](self._input() @ kernel + bias)
         yield from ((label, right(pooled @ kernel + bias)) for label, pooled in self._pooled())
 
+    def _scores(self) -> NDArray:
+        """Products of queries and keys, (B, H, N, N), not scaled."""
+        return np.einsum("bqhk,bmhk->bhqm", self._at("attn.query"), self._at("attn.key"))
+
     def _probs(self) -> Iterator[Guess]:
-        config = self.config
-        scores = np.einsum("bqhk,bmhk->bhqm", self._at("attn.query"), self._at("attn.key"))
+        config, scores = self.config, self._scores()
         right = 1 / math.sqrt(config.head_dim)
         scales = {
             "attention scale left out": 1.0,

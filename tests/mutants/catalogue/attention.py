@@ -194,6 +194,7 @@ MUTANTS = (
         inject=_nearly_scaled,
         doses=(1 + 1e-2, 1 + 1e-4, 1 + 1e-10),
         first_site="block.0.attn.probs",
+        cause=tuple(f"attention scale {times} x the right one" for times in ("1.01", "1.0001", "1.0000000001")),
     ),
     Mutant(
         number=16,

@@ -93,7 +93,7 @@ MUTANTS = (
         doses=(1e-5, 1e-6, 1.00001e-12),
         tests=forward("hard-tokens"),
         first_site="block.0.norm1",
-        cause=("LayerNorm epsilon 1e-05", "LayerNorm epsilon 1e-06", None),
+        cause=("LayerNorm epsilon 1e-05", "LayerNorm epsilon 1e-06", "LayerNorm epsilon 1.00001e-12"),
     ),
     Mutant(
         name="layer-norm-epsilon-on-ordinary-tokens",
