@@ -28,5 +28,5 @@ def test_throughput(benchmark: Any, workload: Workload, name: str) -> None:
     rounds[:] = [seconds / times for seconds in rounds]
     for _ in range(PRODUCTS):
         roofline.measure()
-    timing = Timing(name, fitted, tuple(rounds), roofline.flops(), contender.cost)
+    timing = Timing(name, fitted, tuple(rounds), times, roofline.flops(), contender.cost)
     benchmark.extra_info.update(timing.facts(), notes=notes, environment=environment())

@@ -116,5 +116,5 @@ def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     missing = tmp_path / "none" / "bench.png"
     work = Workload("Ti/112", 1, "float32", "forward")
     with pytest.raises(InputError) as caught:
-        plot(missing, [Timing("vit_ref", work, (1.0, 1.0), 1e12, Cost(1.0))])
+        plot(missing, [Timing("vit_ref", work, (1.0, 1.0), 1, 1e12, Cost(1.0))])
     assert str(caught.value) == f"{missing}: cannot be written (No such file or directory)"

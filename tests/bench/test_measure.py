@@ -39,7 +39,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, run: Callable[[int], Any] = lambda
 
 
 def _timing(seconds: tuple[float, ...]) -> Timing:
-    return Timing("vit_ref", WORK, seconds, 1e12, Cost(3.0, 1.0, 2.1e10, 2**30))
+    return Timing("vit_ref", WORK, seconds, 1, 1e12, Cost(3.0, 1.0, 2.1e10, 2**30))
 
 
 def test_figures_follow_from_the_median_round() -> None:

@@ -45,3 +45,4 @@ def test_a_pass_is_what_is_timed(times: int, monkeypatch: pytest.MonkeyPatch) ->
     throughput.test_throughput(benchmark, WORK, "vit_ref")
     assert benchmark.stats.stats.data == [0.25] * 3
     assert benchmark.extra_info["images/s"] == 8 / 0.25
+    assert benchmark.extra_info["passes at once"] == times

@@ -30,7 +30,8 @@ class Timing:
     Attributes:
       name: the implementation.
       workload: what it did; `batch` is the one that fitted.
-      seconds: of a pass in each round, at least two; of the mean one where several are queued, see `passes_at_once`.
+      seconds: of a pass in each round, at least two; of the mean one where several are queued.
+      passes: how many were, see `passes_at_once`.
       roofline: operations a second of the device's matrix products, timed in turns with it, or before and after.
       cost: of getting it ready.
     """
@@ -38,6 +39,7 @@ class Timing:
     name: str
     workload: Workload
     seconds: tuple[float, ...]
+    passes: int
     roofline: float
     cost: Cost
 
@@ -77,7 +79,7 @@ class Timing:
             "FLOPs": self.workload.flops(),
             "roofline FLOP/s": self.roofline,
             "MFU": self.utilisation,
-            "passes at once": passes_at_once(),
+            "passes at once": self.passes,
             **self.cost.to_json(),
         }
 
@@ -133,6 +135,6 @@ def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofl
             seconds[contender.name].append((time.perf_counter() - start) / times)
     reached = roofline.flops()
     return [
-        Timing(contender.name, workload, tuple(seconds[contender.name]), reached, contender.cost)
+        Timing(contender.name, workload, tuple(seconds[contender.name]), times, reached, contender.cost)
         for contender in contenders
     ]
