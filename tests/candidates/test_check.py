@@ -83,7 +83,7 @@ def test_a_right_port_passes_every_check(judged: tuple[PortReport, list[str]]) -
     assert report.passed
     assert list(statuses(report)) == ["passed"]
     names = [check.name for check in report.checks]
-    assert len(names) == len(set(names)) == 17 + 17 + 24 + 1 + 3
+    assert len(names) == len(set(names)) == 17 + 17 + 24 + 1 + 4
     assert names[0] == "forward/patches" and "backward/blocks.0.attn.query.kernel" in names
     assert report.candidate == "port" and report.title == "tiny"
     assert report.backward.objectives in LOOKS
@@ -209,7 +209,7 @@ def test_three_lines_in_ones_own_project_are_a_case_a_site(tiny: Path, tmp_path:
     ended = run(tmp_path, "-v", "--strict-markers")
     assert ended.returncode == 0, ended.stdout
     assert "test_port[forward/block.0.attn.query] PASSED" in ended.stdout
-    assert "20 passed, 1 skipped" in ended.stdout
+    assert "21 passed, 1 skipped" in ended.stdout
 
 
 def test_the_suite_judges_a_candidate_in_place_of_the_own_model(tiny: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.nn import dot_product_attention as attention_by_name
 
 import vit_ref
-from vit_ref import checkpoint
+from vit_ref import attention, checkpoint
 from vit_ref.errors import InputError
+from vit_ref.porting import PortError
 from vit_ref.pretrained import configuration
 from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.cases import CASES
@@ -283,6 +286,63 @@ def test_a_port_that_differs_from_run_to_run_is_seen(saved: Callable[[str], Path
     assert failures["repeat"].startswith("two runs on the same images differ")
 
 
+def test_a_model_that_is_another_where_nobody_looks_is_seen(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention's probabilities are formed for a tap alone: users run another path."""
+    monkeypatch.setattr("vit_ref.model.attend", lambda query, key, value: attention.weigh(1.001 * query, key, value))
+    report = check_port(None, saved("one-block"), backward=False)
+    (failed,) = (check for check in report.checks if check.status == "failed")
+    assert failed.name == "behaviour/untapped"
+    assert failed.reason.startswith("its output is another where nobody looks at its sites")
+
+
+def test_a_port_is_called_as_its_users_call_it_where_nobody_looks(saved: Callable[[str], Path]) -> None:
+    def fused(x: jax.Array, tap: Callable | None = None) -> jax.Array:
+        return ones(23, x) if tap is None else tap("logits", 2 * ones(23, x))
+
+    def needing(x: jax.Array, tap: Callable) -> jax.Array:
+        return tap("logits", ones(23, x))
+
+    assert list(failures_of(fused, saved)) == ["untapped"]
+    assert failures_of(needing, saved) == {}
+
+    class Fused(nnx.Module):
+        def __call__(self, x: jax.Array, tap: Callable | None = None) -> jax.Array:
+            return fused(x, tap)
+
+    assert list(failures_of(Fused(), saved)) == ["untapped"]
+
+
+def test_what_an_uncompiled_pass_keeps_for_the_next_one_is_seen(saved: Callable[[str], Path]) -> None:
+    kept: list[jax.Array] = []
+
+    def keeping(x: jax.Array) -> jax.Array:
+        if isinstance(x, jax.core.Tracer):
+            return ones(23, x)
+        kept.append(ones(23, x))
+        return kept[0] * jnp.ones((len(x), 1))
+
+    assert list(failures_of(keeping, saved)) == ["jit"]
+
+
+FAULTY = {
+    "unexpected: vit.encoder.layer.1.attention.attention.key.bias": {"num_hidden_layers": 1},
+    "misshapen: classifier.weight": {"classifier.weight": lambda kernel: kernel[:, 1:]},
+    "not finite: classifier.bias": {"classifier.bias": lambda bias: bias * np.nan},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: str, tmp_path: Path) -> None:
+    source, changes = CASES["rectangular"].checkpoint(), FAULTY[fault]
+    tensors = {name: changes.get(name, lambda x: x)(tensor) for name, tensor in source.tensors.items()}
+    numbers = {name: value for name, value in changes.items() if isinstance(value, int)}
+    checkpoint.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
+    with pytest.raises(PortError, match=re.escape(fault)):
+        check_port(lambda x: ones(23, x), tmp_path, backward=False)
+
+
 def test_a_port_that_writes_into_jaxs_images_is_one_line(saved: Callable[[str], Path]) -> None:
     def centred(x: Any) -> Any:
         x = np.asarray(x)
@@ -301,7 +361,9 @@ def test_logits_of_another_shape_have_failed_and_have_no_gradients(saved: Callab
 
 def test_a_port_that_cannot_be_differentiated_is_judged_forward(saved: Callable[[str], Path]) -> None:
     def calling_back(x: jax.Array) -> jax.Array:
-        return jax.pure_callback(np.copy, jax.ShapeDtypeStruct((len(x), 23), x.dtype), ones(23, x))
+        # Not of its argument: jax may call back on a thread where float64 is not enabled, and give it in float32.
+        given = np.ones((len(x), 23), x.dtype)
+        return jax.pure_callback(lambda _: given, jax.ShapeDtypeStruct(given.shape, x.dtype), ones(23, x))
 
     checks = checks_of(calling_back, saved, backward=True)
     assert checks["forward/logits"].status == "failed"
@@ -338,9 +400,17 @@ def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[
         expected = np.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
         fused = jax.nn.dot_product_attention
         with unrounded_softmax(np.float64):
-            found = jax.nn.dot_product_attention(query, key, value, **options)
+            found = [
+                jax.nn.dot_product_attention(query, key, value, **options),
+                attention_by_name(query, key, value, **options),
+                jax.vmap(partial(attention_by_name, scale=options.get("scale")))(
+                    query, key, value, options.get("bias"), options.get("mask")
+                ),
+            ]
         # Rounding of a sum of five products; the fused softmax's own, in float32, is 1e-8.
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
+        for each in found:
+            np.testing.assert_allclose(each, expected, rtol=0, atol=1e-14)
+        assert attention_by_name is fused
         assert np.abs(fused(query, key, value, **options) - expected).max() > 1e-10
     with unrounded_softmax(np.float32):
         assert jax.nn.dot_product_attention is fused

@@ -153,6 +153,14 @@ def test_any_scale_of_the_scores_is_named(known: Known, times: float) -> None:
     assert found == [f"attention scale {times} x the right one"]
 
 
+def test_one_wrong_element_is_no_factor() -> None:
+    known = Known(CASES["rectangular"])
+    for count, causes in ((1, []), (2, ["1.5 x the reference"])):
+        wrong = known.truth["logits"].copy()
+        wrong[1, :count] *= 1.5
+        assert known.causes("logits", wrong) == causes
+
+
 def test_one_wrong_head_is_placed_and_explained() -> None:
     known = Known(CASES["rectangular"])
     site = "block.1.attn.value"

@@ -87,6 +87,20 @@ def test_a_report_of_nothing_has_a_table_without_rows() -> None:
     assert table(parity(unobserved=("logits",))).startswith("sites ")
 
 
+def test_of_what_is_not_shown_parameters_come_first() -> None:
+    unmapped = (
+        "block.0.norm1",
+        "norm",
+        "position_embeddings",
+        "patches",
+        "blocks.0.norm1.scale",
+        "head.bias",
+        "pixels",
+    )
+    said = headline(parity(measured("logits"), unmapped=unmapped))
+    assert "not observed: 7 sites: position_embeddings, blocks.0.norm1.scale, head.bias, ..." in said
+
+
 def test_one_is_no_plural() -> None:
     assert "tiny: 1 site pass; " in headline(parity(measured("logits")))
     assert "tiny: 2 sites pass; " in headline(parity(measured("norm"), measured("logits")))

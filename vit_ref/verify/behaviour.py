@@ -1,4 +1,5 @@
-"""What a port has to do besides computing the right values: the same each time, for each image, compiled or not."""
+"""What a port has to do besides computing the right values: the same each time, for each image, compiled or not, and
+where nobody looks at its sites."""
 
 from __future__ import annotations
 
@@ -10,22 +11,30 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from vit_ref.config import ViTConfig
+from vit_ref.sites import sites
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.trace import Progress, silent
+from vit_ref.verify.trace import Progress, Trace, silent
 
-BEHAVIOURS = ("repeat", "batch", "jit", "inputs")
+BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
 
 
 class Runnable(Protocol):
-    """A port of which only the output is asked.
+    """A port whose outputs are asked for, with its sites observed and without.
 
     Attributes:
       name: how reports call it.
+      config: the model's configuration.
       compiles: whether it is one of jax. Any other can write into its images, which jax's arrays do not allow.
     """
 
     name: str
+    config: ViTConfig
     compiles: bool
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
+        """See `Implementation.trace`."""
+        ...
 
     def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
         """Outputs of several batches of images, compiled where `jit` says so and the port compiles.
@@ -39,7 +48,8 @@ class Behaviour(NamedTuple):
     """One property of a port.
 
     Attributes:
-      name: one of `BEHAVIOURS`: "jit" of a port that compiles, "inputs" of one that does not.
+      name: one of `BEHAVIOURS`: "jit" of a port that compiles, "inputs" of one that does not; "untapped" of one that
+        does the same each time.
       error: relative RMS between what must be equal, in float64; None where it could not be measured.
       reason: what it means, where the property fails; "" where it holds.
     """
@@ -68,7 +78,10 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
     try:
         together, again, *alone = port.outputs(given, np.float64)
         if port.compiles:
-            own = _behaviour("jit", alone[0], port.outputs([pixels[:1]], np.float64, jit=False)[0], _JIT)
+            # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
+            eager = port.outputs([pixels[:1], pixels, pixels[-1:]], np.float64, jit=False)
+            compiled = np.concatenate([alone[0], together, alone[1]])
+            own = _behaviour("jit", compiled, np.concatenate(eager), _JIT)
         else:
             own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
     except jax.errors.JAXTypeError as error:
@@ -76,17 +89,20 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
         own = Behaviour("jit", None, reason)
         together, again, *alone = port.outputs(given, np.float64, jit=False)
     ends = np.concatenate([together[:1], together[-1:]])
-    return (
-        _behaviour("repeat", together, again, _REPEAT),
-        _behaviour("batch", ends, np.concatenate(alone), "an image alone comes out otherwise than in its batch"),
-        own,
-    )
+    repeat = _behaviour("repeat", together, again, _REPEAT)
+    batch = _behaviour("batch", ends, np.concatenate(alone), "an image alone comes out otherwise than in its batch")
+    if not repeat.passed:
+        return repeat, batch, own
+    # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
+    output = port.trace(pixels.copy(), np.float64)[sites(port.config, len(pixels))[-1].name]
+    return repeat, batch, own, _behaviour("untapped", output, together, _UNTAPPED)
 
 
 # Sums of some thousand products that were rounded to float32.
 _FLOAT32 = 1e-5
 _REPEAT = "two runs on the same images differ: is dropout live? load it in evaluation mode"
 _JIT = "compiled it computes something else than operation by operation"
+_UNTAPPED = "its output is another where nobody looks at its sites, so what was judged is not what runs"
 _INPUTS = "it writes into the images that it is given: it has to copy them"
 
 

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref import checkpoint as checkpoints
+from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.pretrained import configuration
@@ -101,9 +102,17 @@ def steps(*, backward: bool) -> int:
 
 
 def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViTConfig, source: Checkpoint) -> Any:
-    """The engine's view of whatever `check_port` takes for a candidate."""
+    """The engine's view of whatever `check_port` takes for a candidate.
+
+    Raises:
+      PortError: the checkpoint does not fit its configuration.
+      CandidateError: the candidate cannot be used.
+    """
     if candidate is None:
         return OwnCandidate(config, source)
+    # Whoever judges takes the tensors by name: what does not fit is said here, and not blamed on the port or a judge.
+    for _ in porting.ported(source.tensors, config, porting.detect(source.tensors)):
+        pass
     declaration = found(candidate)
     with precision_of(np.float64):
         port = loaded(declaration, source.path, np.float64)

@@ -60,7 +60,8 @@ def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> I
     if not value[part].any():
         yield "zero", np.zeros_like(truth)
         return
-    if truth[part].any():
+    # One element is some factor of any other.
+    if truth[part].any() and value[part].size > 1:
         factor = _slope(truth[part], value[part])
         if (shown := f"{factor:.6g}") != "1":
             yield f"{shown} x the reference", factor * truth

@@ -105,8 +105,10 @@ class Tapped(ABC):
                 )
             return {site: np.asarray(value) for site, value in shown.items()}
 
-    def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
-        """The outputs alone of several batches of images, compiled or operation by operation.
+    def outputs(
+        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
+    ) -> list[NDArray]:
+        """The outputs alone of several batches of images, compiled or operation by operation; by default nobody looks.
 
         Raises:
           jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
@@ -115,7 +117,7 @@ class Tapped(ABC):
             parameters, forward = self._ready(dtype)
 
             def run(parameters: Any, pixels: jax.Array) -> jax.Array:
-                return forward(parameters, pixels, identity)
+                return forward(parameters, pixels, tap)
 
             images = [jnp.asarray(pixels, dtype) for pixels in batches]
             if not jit:

@@ -132,5 +132,5 @@ def require_float64(trace: Mapping[str, NDArray], name: str) -> None:
         site, found = next(iter(wrong.items()))
         raise TruncatedError(
             f"{name} was to compute in float64, but {len(wrong)} of {len(trace)} sites are not, first {site}: {found}:"
-            " build it in the dtype that it is asked for, which load(checkpoint, dtype) is told"
+            " build it in the dtype that load(checkpoint, dtype) is told, and cast nothing to another"
         )

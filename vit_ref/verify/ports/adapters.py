@@ -2,13 +2,15 @@
 
 Submodules are observed from outside: nnx's by wrapping the `__call__` of their classes, linen's by flax's method
 interception. Values without a submodule of their own are seen as inputs of the next one, as named intermediates, or
-through a tap where the port takes one. What a port runs under a transformation of its own (`nnx.jit`, `jax.vmap`, a
+through a tap where the port takes one. Given `identity` for a tap, nobody looks: the port is called as its users call
+it. What a port runs under a transformation of its own (`nnx.jit`, `jax.vmap`, a
 scan) is out of reach from outside.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -19,6 +21,7 @@ import numpy as np
 from flax import linen, nnx
 from flax.errors import TraceContextError
 
+from vit_ref.model import identity
 from vit_ref.verify.ports.declaration import CandidateError, hint, takes
 from vit_ref.verify.ports.loading import split_named
 from vit_ref.verify.ports.table import Table, Tap
@@ -57,9 +60,10 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
 
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
         model = nnx.merge(graph, parameters, rest)
+        looking = tap is not identity
         taps = takes(call or model, "tap")
         # What shows its values itself would be seen twice.
-        seen = () if taps else nnx.iter_modules(model)
+        seen = nnx.iter_modules(model) if looking and not taps else ()
         modules = {".".join(map(str, parts)): module for parts, module in seen}
         try:
             with _watching(modules, table, tap):
@@ -70,7 +74,8 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
                 f"{name}: the forward pass changes the port's own state ({reason}): is dropout live, are statistics"
                 " gathered? load it in evaluation mode"
             ) from error
-        require_known(table, table.met if taps else modules, returned, model)
+        if looking:
+            require_known(table, table.met if taps else modules, returned, model)
         return returned
 
     return parameters, run
@@ -89,7 +94,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path = ".".join(context.module.path)
             met.add(path)
-            if context.method_name != "__call__" or path not in table.paths:
+            if tap is identity or context.method_name != "__call__" or path not in table.paths:
                 return method(*args, **kwargs)
             args, kwargs = table.at_input(path, args, kwargs, tap)
             return table.at_output(path, method(*args, **kwargs), tap)
@@ -97,7 +102,8 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
         with linen.intercept_methods(intercept):
             port = module.bind({**variables, "params": parameters})
             returned = _called(port, images, call, table, tap)
-        require_known(table, table.met if takes(call or port, "tap") else met, returned)
+        if tap is not identity:
+            require_known(table, table.met if takes(call or port, "tap") else met, returned)
         return returned
 
     return variables["params"], run
@@ -151,8 +157,13 @@ def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap) -
 
 
 def tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
-    """The tap as an argument, for a port that takes it."""
-    return {"tap": lambda name, value: table.at_name(name, value, tap)} if takes(function, "tap") else {}
+    """The tap as an argument, for a port that takes it; where nobody looks, only if it has to be given one."""
+    if not takes(function, "tap"):
+        return {}
+    if tap is not identity:
+        return {"tap": lambda name, value: table.at_name(name, value, tap)}
+    required = inspect.signature(function).parameters["tap"].default is inspect.Parameter.empty
+    return {"tap": identity} if required else {}
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
-from vit_ref.model import Tap
+from vit_ref.model import Tap, identity
 from vit_ref.pretrained import parameters_of_state
 from vit_ref.verify.ports.adapters import adapted, is_float
 from vit_ref.verify.ports.declaration import Candidate
@@ -66,7 +66,8 @@ class JaxPort(Tapped):
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
             with unrounded_softmax(dtype):
                 output = observed(candidate, self.config, partial(run, parameters, images), table, tap)
-            self.fixed = frozenset(table.fixed)
+            if tap is not identity:
+                self.fixed = frozenset(table.fixed)
             return output
 
         return parameters, forward
@@ -95,7 +96,8 @@ def unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
     """In float64, fused attention without its rounding of the softmax to float32.
 
     `jax.nn.dot_product_attention`, which nnx's attention calls, rounds whatever its inputs are. That is its precision
-    and not its formula; the numerical gate judges it, untouched, in the tested precision.
+    and not its formula; the numerical gate judges it, untouched, in the tested precision. It is replaced in every
+    module that has it, under whatever name a port imported it.
     """
     if np.dtype(dtype) != np.float64:
         yield
@@ -103,17 +105,28 @@ def unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
     fused = jax.nn.dot_product_attention
 
     def exact(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any) -> Any:
-        if query.ndim != 4 or query.shape[2] != key.shape[2] or any(options.get(name) for name in _OTHER_ATTENTION):
+        if not all(options.get(name) is None or options[name] is False for name in _OTHER_ATTENTION):
+            return fused(query, key, value, bias, mask, **options)
+        # One image's, as under vmap, are (N, H, K).
+        queries, keys, values = (x if x.ndim == 4 else x[None] for x in (query, key, value))
+        if queries.shape[2] != keys.shape[2]:
             return fused(query, key, value, bias, mask, **options)
         scale = options.get("scale")
-        scores = jnp.einsum("bqhk,bmhk->bhqm", query, key)
+        scores = jnp.einsum("bqhk,bmhk->bhqm", queries, keys)
         scores *= 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         scores = scores if bias is None else scores + bias
         scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-        return jnp.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
+        return jnp.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), values).reshape(query.shape)
 
-    with mock.patch.object(jax.nn, "dot_product_attention", exact):
+    namespaces = [each for each in gc.get_referrers(fused) if isinstance(each, dict)]
+    places = [(names, name) for names in namespaces for name, value in list(names.items()) if value is fused]
+    for names, name in places:
+        names[name] = exact
+    try:
         yield
+    finally:
+        for names, name in places:
+            names[name] = fused
 
 
 # Options of fused attention for which no vision transformer has a use.

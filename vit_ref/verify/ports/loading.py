@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vit_ref import porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.model import identity
 from vit_ref.sites import output_site
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
 from vit_ref.verify.ports.table import Table, Tap, claimed, described, gradients_by_path
@@ -153,7 +154,7 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
       config: the checkpoint's configuration.
       run: the forward pass.
       table: the candidate's, for these images.
-      tap: called with every site that the port shows.
+      tap: called with every site that the port shows; `identity` where nobody looks.
 
     Raises:
       CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
@@ -164,13 +165,15 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
         return value if site == last else tap(site, value)
 
     with beside_it(candidate.directory):
-        returned = called(candidate.name, run, table, before)
+        returned = called(candidate.name, run, table, tap if tap is identity else before)
     output, named = split_output(returned, candidate.name)
     if last == "cls" and len(output.shape) == 3:
         raise CandidateError(
             f"{candidate.name}: it returned a value of shape {tuple(output.shape)}: without a head the cls token (B, D)"
             " is expected: give call=lambda port, images: port(images)[:, 0]"
         )
+    if tap is identity:
+        return output
     table.returned(named, before)
     table.fixed.discard(last)
     return tap(last, output)

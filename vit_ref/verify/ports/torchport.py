@@ -70,14 +70,16 @@ class TorchPort:
             self._forward(module, self._arranged(torch.tensor(pixels).to(_like(module, dtype))), tap)
         return recorded
 
-    def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
-        """The outputs alone of several batches of images; `jit` has no meaning here."""
+    def outputs(
+        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
+    ) -> list[NDArray]:
+        """See `Tapped.outputs`; `jit` has no meaning here."""
         module = self._ready(dtype)
         found = []
         for batch in batches:
             images = self._arranged(torch.tensor(batch).to(_like(module, dtype)))
             with torch.no_grad():
-                found.append(_array(self._forward(module, images, identity)))
+                found.append(_array(self._forward(module, images, tap)))
             # Where the port wrote into its images, the caller is to see it in his.
             batch[...] = _array(images.permute(0, 2, 3, 1) if self._channels_first else images)
         return found
@@ -150,6 +152,8 @@ class TorchPort:
 
         def run(table: Table, tap: Tap) -> Any:
             named = tapping(call or module.forward, table, tap)
+            if tap is identity:
+                return call(module, images, **named) if call else module(images, **named)
             # What shows its values itself would be seen twice.
             modules = {} if named else dict(module.named_modules())
             with _watching(modules, table, tap):
@@ -158,7 +162,8 @@ class TorchPort:
             return returned
 
         output = observed(self._candidate, self.config, run, table, tap)
-        self.fixed = frozenset(table.fixed)
+        if tap is not identity:
+            self.fixed = frozenset(table.fixed)
         return output
 
 
