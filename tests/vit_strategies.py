@@ -145,8 +145,11 @@ def _miscounted_labels(draw: st.DrawFn) -> tuple[dict, str]:
     return {**fields(config), "labels": labels}, message
 
 
-_WHOLE = "give an integer of at least"
-_SIDES = "give a positive integer, or (height, width)"
+def _whole(least: int, most: int = 2**20) -> str:
+    return f"give an integer of at least {least} and at most {most}"
+
+
+_SIDES = "give a positive integer of at most 1048576, or (height, width)"
 _NOT_SIDES = st.one_of(
     _not_integers(1), st.none(), st.tuples(st.integers(1, 9), _not_integers(1)), st.lists(st.just(4), min_size=3)
 )
@@ -160,7 +163,7 @@ _NOT_POSITIVE = st.one_of(_NOT_NUMBERS, st.floats(max_value=0))
 # By the field or the contradiction at fault: keyword arguments of a configuration, and the message that refuses them.
 INVALID: dict[str, st.SearchStrategy[tuple[dict, str]]] = {
     **{
-        name: _one_field(name, _not_integers(1) | st.none(), f"{_WHOLE} 1")
+        name: _one_field(name, _not_integers(1) | st.none(), _whole(1, 1024 if name == "num_hidden_layers" else 2**20))
         for name in (
             "hidden_size",
             "num_hidden_layers",
@@ -169,8 +172,8 @@ INVALID: dict[str, st.SearchStrategy[tuple[dict, str]]] = {
             "num_channels",
         )
     },
-    "num_labels": _one_field("num_labels", _not_integers(0) | st.none(), f"{_WHOLE} 0"),
-    "pooler_output_size": _one_field("pooler_output_size", _not_integers(1), f"{_WHOLE} 1"),
+    "num_labels": _one_field("num_labels", _not_integers(0) | st.none(), _whole(0)),
+    "pooler_output_size": _one_field("pooler_output_size", _not_integers(1), _whole(1)),
     **{name: _one_field(name, _NOT_SIDES, _SIDES) for name in ("image_size", "patch_size")},
     **{name: _one_field(name, _NOT_ACTIVATIONS, _KNOWN) for name in ("hidden_act", "pooler_act")},
     **{

@@ -241,10 +241,14 @@ def _damage_of(file: Path) -> Iterator[None]:
         # numpy on the name of a dtype that is none
         SyntaxError,
     )
+    if file.is_dir():
+        raise CheckpointError(f"{file}: is a directory, and was to be a file of weights")
     try:
         yield
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
+    except (FileNotFoundError, PermissionError):
+        # safetensors finds no file wherever it cannot open one.
+        reason = "may not be read: change its permissions" if os.path.lexists(file) else "no such file"
+        raise CheckpointError(f"{file}: {reason}") from None
     except MemoryError as error:
         raise CheckpointError(f"{file}: does not fit in memory, or is damaged ({str(error).strip()})") from None
     except damage as error:

@@ -1,6 +1,7 @@
 """The command line: `vit-ref verify | convert | propose | finetune | predict | bench`.
 
-Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in one line. 130: interrupted.
+Exit code 0: passed. 1: the port is wrong. 2: the input cannot be used, said in one line. 130: interrupted. 141: nobody
+reads on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from vit_ref.verify.precision import PRECISIONS
 if TYPE_CHECKING:
     from vit_ref.bench.measure import Timing
 
-WRONG, UNUSABLE, INTERRUPTED = 1, 2, 130
+WRONG, UNUSABLE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 _ERRORS = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -47,6 +49,13 @@ class _Verdicts(RegexHighlighter):
 
 
 _THEME = Theme({"verdict.good": "green", "verdict.bad": "bold red", "verdict.open": "yellow"})
+
+
+class _Output(Console):
+    """A console that leaves a closed pipe to `_Group`: to rich it is exit code 1, which here is a verdict."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # what rich is handling
 
 
 class _Group(click.Group):
@@ -76,6 +85,10 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             _ERRORS.print("vit-ref: interrupted, nothing is left half-written", markup=False)
             ctx.exit(INTERRUPTED)
+        except BrokenPipeError:  # to click it is exit code 1
+            # At its end Python writes what is left, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(UNREAD)
 
 
 def _version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -144,8 +157,8 @@ def verify(
     from vit_ref.verify.stream import check_streamed
     from vit_ref.verify.trace import TruncatedError
 
-    console = Console(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
-    passed = True
+    console = _Output(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
+    passed = usable = True
     for candidate in candidates or (None,):
         with _progress(None if stream else steps(backward=not forward_only)) as progress:
             judge = check_streamed if stream else partial(check_port, candidate)
@@ -160,7 +173,7 @@ def verify(
                 )
             except TruncatedError as error:
                 _ERRORS.print(f"vit-ref: {error}", markup=False)
-                passed = False
+                usable = False
                 continue
         if whole:
             for part in (report.forward, report.backward):
@@ -171,7 +184,7 @@ def verify(
         if json_file:
             write(json_file, json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
         passed &= report.passed
-    ctx.exit(0 if passed else WRONG)
+    ctx.exit(UNUSABLE if not usable else 0 if passed else WRONG)
 
 
 @main.command()
@@ -265,9 +278,11 @@ def finetune_command(
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from vit_ref.finetune.data import open_dataset
-    from vit_ref.finetune.illustrate import illustrate
+    from vit_ref.finetune.illustrate import illustrate, require_plots
     from vit_ref.finetune.run import Conduct, finetune, summary
 
+    if plots:
+        require_plots(out)
     training = open_dataset(data, train_split, classes=classes, on_bad=bad_images)
     validation = open_dataset(data, validation_split, classes=training.classes, on_bad=bad_images)
     for images in (training, validation):
@@ -340,7 +355,7 @@ def bench(
     from vit_ref.verify.environment import environment
     from vit_ref.verify.report import write
 
-    console = Console(soft_wrap=False)
+    console = _Output(soft_wrap=False)
     timings: list[Timing] = []
 
     def say(line: str) -> None:
@@ -370,6 +385,11 @@ def _require_places(**files: Path | None) -> None:
             raise InputError(f"{file}: no such directory: make it first")
         if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
             raise InputError(f"{file}: is a directory: name a file")
+        try:
+            with tempfile.TemporaryFile(dir=file.absolute().parent):
+                pass
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written there ({error.strerror}): name another place") from None
     if len(given) > 1 and len({file.resolve() for file in given.values()}) == 1:
         first = next(iter(given.values()))
         raise InputError(f"{first}: {' and '.join(f'--{option}' for option in given)} are the same file: give two")

@@ -34,12 +34,16 @@ _POSITIVE_INTEGERS = (
 )
 
 
+# Beyond any transformer there will be. A number that is absurd is said as such, and not built for hours.
+_DEEPEST, _WIDEST = 1024, 2**20
+
+
 def _pair(name: str, value: Any) -> tuple[int, int]:
     """(height, width) from an int or a pair, as Hugging Face configs write either."""
     height, width = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
     for side in (height, width):
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-            raise ConfigError(f"{name} is {value!r}: give a positive integer, or (height, width)")
+        if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= _WIDEST:
+            raise ConfigError(f"{name} is {value!r}: give a positive integer of at most {_WIDEST}, or (height, width)")
     return height, width
 
 
@@ -108,9 +112,9 @@ class ViTConfig:
             value = getattr(self, name)
             if value is None and name == "pooler_output_size":
                 continue
-            least = 0 if name == "num_labels" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} is {value!r}: give an integer of at least {least}")
+            least, most = 0 if name == "num_labels" else 1, _DEEPEST if name == "num_hidden_layers" else _WIDEST
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ConfigError(f"{name} is {value!r}: give an integer of at least {least} and at most {most}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

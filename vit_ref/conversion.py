@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -96,6 +97,7 @@ def convert(
     except PortError as error:
         reasons = [f"{fault.name}: {fault.detail}" for fault in error.faults]
         raise _unfit(destination, to, "; ".join(reasons)) from None
+    made = [parent for parent in destination.parents if not parent.exists()]
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=destination.parent) as stage:
@@ -110,7 +112,12 @@ def convert(
             except InputError as error:
                 raise _unfit(destination, to, str(error).replace(str(staged), "read back")) from None
             os.rename(staged, destination)
-    except OSError as error:
+    except BaseException as error:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(f"{destination}: cannot be written ({error})") from None
     return Conversion(found.path, destination, read.name, to, len(tensors), _left_behind(config, again))
 

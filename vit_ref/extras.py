@@ -22,6 +22,7 @@ def extra(module: str, purpose: str, name: str = "finetune") -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        package = module.partition(".")[0]
+        if error.name not in (module, package):
             raise
-        raise InputError(f"{purpose} needs {module}: pip install 'vit-ref[{name}]'") from None
+        raise InputError(f"{purpose} needs {package}: pip install 'vit-ref[{name}]'") from None

@@ -75,7 +75,7 @@ class LayerNorm(nnx.Module):
       width: D, of that axis.
       epsilon: added to the variance.
       dtype: dtype of the result, None to promote from its argument and parameters. The computation is in at least
-        float32, in which no square overflows and no mean is rounded to eight bits.
+        float32, in which no square of a float16 overflows and no mean is rounded to eight bits.
       param_dtype: dtype of the scale, which begins as ones, and of the bias, zeros.
     """
 

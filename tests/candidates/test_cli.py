@@ -125,6 +125,7 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
         (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
         (["verify", "no/such/place", "--html", "y" * 300], "no/such/place: no such directory or file"),
         (["verify", "{tiny}", "--html", "{tiny}"], "{tiny}: is a directory: name a file"),
+        (["verify", "no/such/place", "--json", "/proc/a.json"], "/proc/a.json: cannot be written there ("),
         (["verify", "{tiny}", "--html", "a", "--json", "./a"], "a: --html and --json are the same file: give two"),
         (
             ["verify", "{tiny}", "--json", "a.json", "--candidate", "a.py", "--candidate", "b.py"],
@@ -173,7 +174,7 @@ def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke:
     assert message in ended.stderr
 
 
-def test_a_port_that_does_not_compute_in_float64_is_wrong(
+def test_a_port_that_does_not_compute_in_float64_cannot_be_judged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
 ) -> None:
     def truncated(*arguments: Any, **options: Any) -> PortReport:
@@ -181,7 +182,7 @@ def test_a_port_that_does_not_compute_in_float64_is_wrong(
 
     monkeypatch.setattr(check, "check_port", truncated)
     ended = invoke("verify", "anywhere", "--json", tmp_path / "a.json")
-    assert (ended.exit_code, ended.stderr) == (1, "vit-ref: mine was to compute in float64\n")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: mine was to compute in float64\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -272,6 +273,15 @@ def test_a_path_that_is_no_text_is_written_and_printed(tiny: Path, tmp_path: Pat
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "copy-\\udcff" in ended.stdout
+
+
+def test_a_pipe_that_nobody_reads_is_no_verdict(tiny: Path) -> None:
+    command = [Path(sys.executable).with_name("vit-ref"), "verify", tiny, "--forward-only", "--reference", "numpy"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout and running.stderr
+        running.stdout.close()
+        said = running.stderr.read()
+    assert (running.returncode, said) == (141, "")
 
 
 def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:

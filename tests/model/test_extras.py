@@ -18,6 +18,11 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.Mon
         extra("grain", "loading")
 
 
+def test_of_a_missing_packages_module_the_package_is_named() -> None:
+    with pytest.raises(InputError, match=r"^a plot needs no_such_package: pip install 'vit-ref\[finetune\]'$"):
+        extra("no_such_package.figure", "a plot")
+
+
 def test_what_a_package_itself_lacks_is_no_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "json.decoder", None)
     monkeypatch.delitem(sys.modules, "json")

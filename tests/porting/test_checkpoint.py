@@ -324,6 +324,9 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
         ("layer_norm_eps", float("inf"), "layer_norm_eps is inf: give a positive number"),
         ("hidden_dropout_prob", 1.0, "hidden_dropout_prob is 1.0: give a probability"),
         ("num_hidden_layers", "2", "num_hidden_layers is '2': give an integer of at least 1"),
+        ("num_hidden_layers", 10**6, "num_hidden_layers is 1000000: give an integer of at least 1 and at most 1024"),
+        ("hidden_size", 2**40, "hidden_size is 1099511627776: give an integer of at least 1 and at most 1048576"),
+        ("image_size", 2**40, "image_size is 1099511627776: give a positive integer of at most 1048576, or "),
         ("qkv_bias", "yes", "qkv_bias is 'yes': give true or false"),
         ("architectures", "ViTModel", "architectures is 'ViTModel': give a list of class names"),
         ("id2label", {"0": "a", "2": "b"}, "id2label does not number the classes 0 to 1"),
@@ -334,7 +337,7 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
 def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: object, message: str) -> None:
     config = json.loads((directory / checkpoint.CONFIG).read_text())
     (directory / checkpoint.CONFIG).write_text(json.dumps({**config, field: value}))
-    assert refusal(directory, ConfigError).startswith(message)
+    assert refusal(directory, ConfigError).startswith(f"{directory / checkpoint.CONFIG}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -348,7 +351,7 @@ def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: ob
 def test_an_integer_without_end_is_refused_by_who_uses_it(directory: Path, field: str, message: str) -> None:
     config = json.loads((directory / checkpoint.CONFIG).read_text())
     (directory / checkpoint.CONFIG).write_text(json.dumps({**config, field: 10**400}))
-    assert refusal(directory, ConfigError).startswith(message)
+    assert refusal(directory, ConfigError).startswith(f"{directory / checkpoint.CONFIG}: {message}")
     # transformers writes this for "no limit".
     (directory / checkpoint.CONFIG).write_text(json.dumps({**config, "model_max_length": int(1e30)}))
     assert vit_ref.from_pretrained(directory).config.extra["model_max_length"] == 1e30
@@ -358,6 +361,23 @@ def test_an_integer_without_end_is_refused_by_who_uses_it(directory: Path, field
 def test_json_that_is_nested_without_end(directory: Path, name: str) -> None:
     (directory / name).write_text("[" * 100_000)
     assert refusal(directory).startswith(f"{directory / name}: not readable as JSON (maximum recursion depth exceeded")
+
+
+def test_weights_that_cannot_be_opened_are_not_called_missing_or_damaged(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = directory / checkpoint.WEIGHTS
+
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError  # what safetensors makes of any file that it cannot open
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "load_file", forbidden)
+        patched.setattr(checkpoint.safetensors, "safe_open", forbidden)
+        assert refusal_when_opened(directory) == f"{weights}: may not be read: change its permissions"
+    weights.unlink()
+    weights.mkdir()
+    assert refusal_when_opened(directory) == f"{weights}: is a directory, and was to be a file of weights"
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -100])
