@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vit_ref import checkpoint, partition, porting
 from vit_ref.attention import Attend
 from vit_ref.config import ViTConfig
-from vit_ref.errors import CheckpointError, InputError
+from vit_ref.errors import CheckpointError, ConfigError, InputError
 from vit_ref.model import VisionTransformer
 from vit_ref.partition import Kind, Rules
 from vit_ref.skeleton import skeleton
@@ -124,10 +124,14 @@ def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> 
       ConfigError: see `ViTConfig`.
     """
     names = [name for name in source.tensors if not any(fnmatchcase(name, pattern) for pattern in exempt)]
-    if source.config is not None and is_timm(source.config):
-        return from_timm(source.config)
     if source.config is not None:
-        config = ViTConfig.from_hf(source.config, source.preprocessor)
+        try:
+            if is_timm(source.config):
+                return from_timm(source.config)
+            config = ViTConfig.from_hf(source.config, source.preprocessor)
+        except ConfigError as error:
+            directory = source.path.parent if source.path.is_file() else source.path
+            raise ConfigError(f"{directory / checkpoint.CONFIG}: {error}") from None
         if not source.config.get("architectures") and not any(
             name.startswith(("classifier", "head")) for name in names
         ):
@@ -347,7 +351,17 @@ def _on_host(array: jax.Array) -> NDArray:
 
 
 def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | checkpoint.Deferred]) -> dict[str, Any]:
-    """The Hugging Face `config.json` beside these tensors."""
+    """The Hugging Face `config.json` beside these tensors.
+
+    It says their own dtype, of several the one that holds all, whatever it said when it was read: transformers, where
+    it is to choose a dtype itself, casts every tensor to it.
+    """
     content = config.to_hf()
-    content.setdefault("torch_dtype", str(next(iter(tensors.values())).dtype))
+    found = {np.dtype(tensor.dtype) for tensor in tensors.values()}
+    widest = max(found, key=lambda dtype: dtype.itemsize)
+    # Neither of float16 and bfloat16 holds the other.
+    halves = len(found) > 1 and widest.itemsize == 2
+    # transformers of old know "torch_dtype" alone; later ones write "dtype" and read both.
+    for key in [key for key in ("torch_dtype", "dtype") if key in content] or ["torch_dtype"]:
+        content[key] = "float32" if halves else str(widest)
     return content

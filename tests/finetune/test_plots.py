@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from PIL import Image
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune import plots
+from vit_ref.finetune.illustrate import illustrate, require_plots
 from vit_ref.finetune.metrics import Evaluation
+from vit_ref.finetune.recipe import Recipe
 from vit_ref.preprocessing import preprocess
 
 pytestmark = pytest.mark.training
@@ -270,6 +273,29 @@ def test_matplotlib_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest
     for plot, arguments in PLOTS.values():
         with pytest.raises(InputError, match=r"^plots need matplotlib: pip install 'vit-ref\[finetune\]'$"):
             plot(tmp_path / "plot.png", *arguments)
+
+
+def test_a_run_whose_plots_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome: Any = SimpleNamespace(directory=tmp_path / "model")
+    require_plots(tmp_path / "new")
+    require_plots(tmp_path)
+    (tmp_path / "plots").mkdir()
+    require_plots(tmp_path)
+    assert os.listdir(tmp_path) == ["plots"]
+    (tmp_path / "plots").rmdir()
+    for make in (Path.touch, lambda path: path.symlink_to("nowhere")):
+        make(tmp_path / "plots")
+        with pytest.raises(InputError, match="plots: is there and is no directory for plots: move it away, or give an"):
+            require_plots(tmp_path)
+        with pytest.raises(
+            InputError, match=r"plots: cannot be made \(File exists\): mend that and go on with --resume"
+        ):
+            illustrate(outcome, None, None, Recipe())
+        (tmp_path / "plots").unlink()
+    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=r"^drawing plots needs matplotlib: pip install 'vit-ref\[finetune\]'$"):
+        require_plots(tmp_path)
 
 
 def test_importing_stays_light_and_pyplot_is_never_loaded(tmp_path: Path) -> None:

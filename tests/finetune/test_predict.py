@@ -69,13 +69,18 @@ def test_classes_without_names_have_hugging_faces() -> None:
     assert replace(CONFIG, num_labels=0, labels=()).class_names == ()
 
 
-def test_images_are_compiled_for_once(filled: Filled, photographs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch_size", "computed"), [(2, 2), (8, 5)])
+def test_images_are_compiled_for_once_and_no_more_are_computed_than_there_are(
+    batch_size: int, computed: int, filled: Filled, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     traced, call = [], VisionTransformer.__call__
     monkeypatch.setattr(
         VisionTransformer, "__call__", lambda self, pixels: traced.append(pixels.shape) or call(self, pixels)
     )
-    predict(filled(replace(CONFIG, initializer_range=0.123)), photographs, batch_size=2)
-    assert traced == [(2, 10, 40, 3)]
+    model = filled(replace(CONFIG, initializer_range=0.123))
+    assert predict(model, [], batch_size=batch_size) == []
+    predict(model, photographs, batch_size=batch_size)
+    assert traced == [(computed, 10, 40, 3)]
 
 
 def test_a_model_in_training_mode_predicts_as_in_evaluation_and_is_left_as_it_is(

@@ -166,11 +166,45 @@ def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
     return directory / "start", training, validation
 
 
-def test_images_of_other_classes_to_validate_with_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"classes": ("other", "b", "c", "d")}, "have other classes: give both the same folders"),
+        ({"names": (), "labels": np.zeros(0, int), "rows": np.zeros(0, int)}, "there are no validation images: give"),
+    ],
+)
+def test_images_that_nothing_can_be_validated_with_are_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     start, training, validation = _tiny(tmp_path)
-    other = dataclasses.replace(validation, classes=("other", *validation.classes[1:]))
-    with pytest.raises(InputError, match="have other classes: give both the same folders"):
-        finetune(start, training, other, tmp_path / "run", Recipe(batch_size=4), Conduct(quiet=True))
+    with pytest.raises(InputError, match=said):
+        finetune(
+            start,
+            training,
+            dataclasses.replace(validation, **change),
+            tmp_path / "run",
+            Recipe(batch_size=4),
+            Conduct(quiet=True),
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "said"),
+    [
+        ({"size": {"shortest_edge": 8}}, r"^preprocessor_config\.json: size is {'shortest_edge': 8}: give a height"),
+        ({"size": 9}, r"^images come .* with \[9, 9\] pixels, the model takes \[8, 8\]: correct preprocessor_config"),
+        ({"resample": 9}, r"^preprocessor_config\.json: resample is 9: known are"),
+        ({"do_resize": False}, r"^validation image 0: 64x64 pixels, the model takes 8x8, and do_resize is false"),
+    ],
+)
+def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
+    preprocessor: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    start, training, validation = _tiny(tmp_path)
+    (start / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    with pytest.raises(InputError, match=said):
+        finetune(start, training, validation, tmp_path / "run", Recipe(batch_size=4), Conduct(quiet=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -319,6 +353,13 @@ def test_a_directory_of_somebody_elses_is_left_alone(name: str, refused: Callabl
     (runner.directory / f"has-{name}" / name).mkdir(parents=True)
     assert f"{name} is there and would be overwritten" in refused(f"has-{name}")
     assert [path.name for path in (runner.directory / f"has-{name}").iterdir()] == [name]
+
+
+def test_plots_that_would_have_no_place_are_said_before_training(refused: Callable, runner: Runner) -> None:
+    (runner.directory / "no-place").mkdir()
+    (runner.directory / "no-place" / "plots").touch()
+    assert "no-place/plots: is there and is no directory" in refused("no-place", "--plots")
+    assert [path.name for path in (runner.directory / "no-place").iterdir()] == ["plots"]
 
 
 def test_one_class_is_refused(refused: Callable, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, 
     expected = resize_positions(jnp.asarray(stored), model.config.grid(), (5, 5))
     # The same operations on the same values. In bfloat16 they would be off by some 1e-3.
     np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_saved_of_a_bfloat16_checkpoint_says_that_it_is_float32(saved: Path, tmp_path: Path) -> None:
+    config = json.loads((saved / "config.json").read_bytes())
+    (saved / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    vit_ref.save_pretrained(starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_bytes())["torch_dtype"] == "float32"
 
 
 def test_dropout_is_the_checkpoints_unless_the_recipe_has_its_own(saved: Path) -> None:

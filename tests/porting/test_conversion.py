@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,31 @@ def refusal(source: Path, destination: Path, to: Any, error: type[Exception] = C
 
 def bits(parameters: porting.Tensors) -> dict[str, tuple]:
     return {path: (value.dtype, value.shape, value.tobytes()) for path, value in parameters.items()}
+
+
+@pytest.mark.parametrize("keys", [(), ("torch_dtype",), ("dtype",), ("torch_dtype", "dtype")])
+def test_the_configuration_says_the_dtype_of_the_tensors_beside_it(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """And not the one that it was read with: transformers rounds to whatever it says."""
+    config = replace(CONFIG, extra=dict.fromkeys(keys, "bfloat16"))
+    source = write(tmp_path / "source", config, random_bits(config, np.float32))
+    for to in ("hf", "flax"):
+        said = json.loads((convert(source, tmp_path / to, to).destination / checkpoint.CONFIG).read_bytes())
+        found = {key: said[key] for key in ("torch_dtype", "dtype") if key in said}
+        assert found == dict.fromkeys(keys or ("torch_dtype",), "float32")
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "said"),
+    [
+        ((ml_dtypes.bfloat16, ml_dtypes.bfloat16), "bfloat16"),
+        ((ml_dtypes.bfloat16, np.float32), "float32"),
+        ((np.float32, np.float64), "float64"),
+        ((ml_dtypes.bfloat16, np.float16), "float32"),
+    ],
+)
+def test_of_several_dtypes_the_configuration_says_one_that_holds_all(dtypes: tuple[type, type], said: str) -> None:
+    tensors = {str(i): np.zeros(1, dtype) for i, dtype in enumerate(dtypes)}
+    assert pretrained.hf_config(CONFIG, tensors)["torch_dtype"] == said
 
 
 @targets
@@ -272,7 +298,8 @@ def test_a_directory_that_is_not_there_is_made(tmp_path: Path, source: Path, to:
 def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_path: Path, source: Path) -> None:
     config = checkpoint.read(source).config or {}
     checkpoint.write_json(source / "config.json", {**config, "model_type": "deit"})
-    assert refusal(source, tmp_path / "timm", "timm", ConfigError).startswith("model_type is 'deit': ")
+    message = refusal(source, tmp_path / "timm", "timm", ConfigError)
+    assert message.startswith(f"{source / 'config.json'}: model_type is 'deit': ")
     checkpoint.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
     assert "16 unexpected" in refusal(source, tmp_path / "timm", "timm", PortError)
     convert(source, tmp_path / "shorter", "timm", exempt=["vit.encoder.layer.1.*"])
@@ -343,6 +370,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
         monkeypatch.setattr(checkpoint, name, full_disk)
     message = refusal(source, place(tmp_path, to), to)
     assert message == f"{place(tmp_path, to)}: cannot be written ([Errno 28] No space left on device)"
+    # Nor the directories that were to hold it; one that was there stays.
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CheckpointError, match="No space left"):
+        convert(source, place(tmp_path / "there" / "not" / "yet", to), to)
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_flaxvit_loads_what_is_converted(tmp_path: Path, filled: Callable[..., VisionTransformer]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn import softmax
 
+from vit_ref.errors import InputError
+from vit_ref.extras import extra
 from vit_ref.finetune import plots
 from vit_ref.finetune.attention import attention_maps
 from vit_ref.finetune.augmentation import Augmentation
@@ -22,6 +28,26 @@ PLOTS = "plots"
 _SHOWN, _ATTENDED = 24, 6
 
 
+def require_plots(out: str | os.PathLike[str]) -> None:
+    """Says before a run, and not after all its training, that `illustrate` could not draw.
+
+    Args:
+      out: the run's directory, which need not be there yet.
+
+    Raises:
+      InputError: matplotlib is missing, or what stands in the place of the plots is no directory.
+    """
+    # The others of several processes draw nothing, and need not have what drawing needs.
+    if jax.process_index():
+        return
+    extra("matplotlib", "drawing plots")
+    directory = Path(out) / PLOTS
+    if os.path.lexists(directory) and not os.path.isdir(directory):
+        raise InputError(
+            f"{directory}: is there and is no directory for plots: move it away, or give another directory for the run"
+        )
+
+
 def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDataset, recipe: Recipe) -> None:
     """Saves every plot of a finished run as a PNG in the run's `plots/`.
 
@@ -32,11 +58,14 @@ def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDatase
       recipe: its recipe.
 
     Raises:
-      InputError: matplotlib is missing, or a file cannot be written.
+      InputError: matplotlib is missing, or a file cannot be written. `require_plots` knows most of it beforehand.
     """
     run = outcome.directory.parent
     directory = run / PLOTS
-    directory.mkdir(exist_ok=True)
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be made ({error.strerror}): mend that and go on with --resume") from None
     config, names = outcome.model.config, validation.classes
     lines = read_metrics(run / METRICS)
     plots.schedule(directory / "schedule.png", [line["learning_rate"] for line in lines if "learning_rate" in line])

@@ -13,7 +13,10 @@ from vit_ref.finetune.recipe import Recipe
 
 
 def schedule(recipe: Recipe, updates: int) -> optax.Schedule:
-    """The learning rate by update: a linear rise, then the recipe's fall to zero at the last one.
+    """The learning rate by update: a linear rise, then the recipe's fall, which is at zero once the last one is made.
+
+    So every update moves: of a rise over r updates the first has 1 / (r + 1) of the peak, of a linear fall over f the
+    last has 1 / f of it.
 
     Args:
       recipe: how to train.

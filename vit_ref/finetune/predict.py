@@ -47,7 +47,8 @@ def predictions(
       model: a model with a head. It predicts in evaluation mode, whichever mode it is in, and is left as it is.
       files: image files, or Pillow's images; preprocessed as the checkpoint asks.
       top: how many classes for each; fewer where the model has fewer.
-      batch_size: images per forward pass. The last batch is filled up, so that one is compiled and no more.
+      batch_size: images per forward pass at the most. The last of several batches is filled up, so that one is compiled
+        and no more.
 
     Yields:
       (name, probability) of the likeliest classes, the likeliest first, by image. Names are `config.class_names`.
@@ -63,6 +64,7 @@ def predictions(
         if value < 1:
             raise InputError(f"{name} is {value}: give at least 1")
     graph, state = nnx.split(model)
+    batch_size = max(1, min(batch_size, len(files)))
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         pixels = preprocess(batch, config)

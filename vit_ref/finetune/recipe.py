@@ -25,8 +25,10 @@ class Recipe:
       batch_size: images a step, over all devices and processes.
       optimizer: "sgd", with Nesterov momentum, or "adamw".
       learning_rate: at its highest.
-      schedule: how it falls to zero after the warm-up: "linear", "cosine", or "constant" for not at all.
-      warmup: part of all updates over which it rises from zero, 0 to 1.
+      schedule: how it falls after the warm-up, to be zero once the last update is made: "linear", "cosine", or
+        "constant" for not at all.
+      warmup: part of all updates over which it rises, 0 to 1; in r updates, by 1 / (r + 1) of the highest with each,
+        the first among them.
       momentum: of SGD.
       weight_decay: of AdamW, decoupled and on kernels alone; of SGD, added to the gradient of kernels.
       layer_decay: learning rate of a block over that of the block above it; 1 for the same everywhere. Norm and head

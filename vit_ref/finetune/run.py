@@ -16,11 +16,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from vit_ref import preprocessing
 from vit_ref.atomic import replacing
+from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.finetune.augmentation import Augmentation
+from vit_ref.finetune.augmentation import Augmentation, Transform
 from vit_ref.finetune.data import ImageDataset
-from vit_ref.finetune.loading import batches, batches_per_epoch
+from vit_ref.finetune.loading import batches, batches_per_epoch, draw
 from vit_ref.finetune.mesh import Sharding, divided, mesh_for, shardings, whole
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import schedule, trained, transformation
@@ -112,6 +114,8 @@ def finetune(
     per_epoch = batches_per_epoch(len(training), recipe.batch_size)
     if not per_epoch:
         raise InputError(f"batch_size is {recipe.batch_size}: there are only {len(training)} training images")
+    if not len(validation):
+        raise InputError("there are no validation images: give at least one")
     if len(training.classes) < 2:
         raise InputError(f"there is one class, {training.classes[0]}: give at least two, each in a folder of its own")
     steps = per_epoch * recipe.epochs
@@ -120,6 +124,8 @@ def finetune(
         raise InputError(f"accumulate is {recipe.accumulate}: there are only {steps} steps, so nothing would be learnt")
     model = starting_model(source, training.classes, recipe)
     config, blocks = model.config, model.config.num_hidden_layers
+    augment = (augment or Augmentation()) if recipe.augment else None
+    _require_images(config, recipe, (training, augment), (validation, None))
     optimizer = nnx.Optimizer(model, transformation(recipe, updates, blocks), wrt=trained(recipe, blocks))
     model.train()
     graph, state = nnx.split((model, optimizer))
@@ -137,7 +143,7 @@ def finetune(
         batch_size=recipe.batch_size // shard[1],
         seed=recipe.seed,
         epochs=recipe.epochs,
-        augment=(augment or Augmentation()) if recipe.augment else None,
+        augment=augment,
         workers=conduct.workers,
         shard=shard,
     )
@@ -268,6 +274,20 @@ def state_of_model(state: Any) -> Any:
 def gathered(state: Any, mesh: Mesh) -> Any:
     """The state with every array whole on every device."""
     return jax.jit(lambda tree: tree, out_shardings=whole(mesh))(state)
+
+
+def _require_images(
+    config: ViTConfig, recipe: Recipe, *loaded: tuple[ImageDataset, Augmentation | Transform | None]
+) -> None:
+    """Says before anything is written what else the first batch would: that the images cannot be given to the model."""
+    size = preprocessing.steps(config).size
+    if size not in (None, config.image_hw):
+        raise InputError(
+            f"images come out of the checkpoint's preprocessing with {list(size)} pixels, the model takes"
+            f" {list(config.image_hw)}: correct preprocessor_config.json"
+        )
+    for dataset, augment in loaded:
+        draw(dataset, config, augment, recipe.seed, 0, 0)
 
 
 def _require_same_run(
