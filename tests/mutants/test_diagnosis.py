@@ -105,10 +105,39 @@ def test_another_token_than_the_cls_is_named_where_there_is_no_head() -> None:
     assert known.causes("cls", norm[:, -1]) == ["last token pooled"]
 
 
-def test_transposed_images_are_named() -> None:
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        (lambda images: images.swapaxes(1, 2), "images transposed"),
+        (lambda images: images[:, ::-1], "images upside down"),
+        (lambda images: images[:, :, ::-1], "images mirrored"),
+    ],
+)
+def test_images_that_are_turned_are_named(change: Callable[[NDArray], NDArray], label: str) -> None:
     known = Known(SQUARE)
-    wrong = NumpyOracle(known.config, known.tensors).trace(known.images.swapaxes(1, 2))
-    assert known.causes("patches", wrong["patches"]) == ["images transposed"]
+    wrong = NumpyOracle(known.config, known.tensors).trace(change(known.images))
+    assert known.causes("patches", wrong["patches"]) == [label]
+
+
+@pytest.mark.parametrize(("site", "branch"), [("attn.residual", "attn.out"), ("mlp.residual", "mlp.out")])
+def test_a_branch_that_is_scaled_is_named(site: str, branch: str) -> None:
+    """LayerScale left at its initial value; a branch twice as large has a name of its own."""
+    known = Known(CASES["rectangular"])
+    right, added = (known.truth[f"block.1.{kind}"] for kind in (site, branch))
+    assert known.causes(f"block.1.{site}", right - 0.9 * added) == ["0.1 x the branch added"]
+    assert known.causes(f"block.1.{site}", right + added) == ["branch added twice"]
+
+
+def test_heads_of_a_fused_product_are_split_in_three_at_either_end() -> None:
+    known, site = Known(CASES["rectangular"]), "block.1.attn.key"
+    fused = np.concatenate([known.truth[site.replace("key", role)] for role in ("query", "key", "value")], axis=2)
+    flat = fused.reshape(*fused.shape[:2], -1)
+    heads, width = known.truth[site].shape[2:]
+    for wrong in (
+        flat.reshape(*fused.shape[:2], heads, 3, width)[:, :, :, 1],
+        flat.reshape(*fused.shape[:2], heads, width, 3)[..., 1],
+    ):
+        assert known.causes(site, wrong) == ["fused query, key and value split in the wrong order"]
 
 
 ORDERS = {

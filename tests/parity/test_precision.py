@@ -24,7 +24,7 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.environment import notes, products
 from vit_ref.verify.flaxvit import FlaxViTReference
 from vit_ref.verify.gates import ALLOWANCES, SEMANTIC_RMS, error
-from vit_ref.verify.hypotheses import MULTIPLIED
+from vit_ref.verify.guesses import MULTIPLIED
 from vit_ref.verify.parity import check_parity
 from vit_ref.verify.precision import PRECISIONS, Precision, named
 from vit_ref.verify.report import summary, table, to_json

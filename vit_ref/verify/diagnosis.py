@@ -18,7 +18,8 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import Tensors
 from vit_ref.verify.gaps import across, hidden_before
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
-from vit_ref.verify.hypotheses import MULTIPLIED, STORED, Guess, Upstream, in_another_order, of_the_value
+from vit_ref.verify.guesses import MULTIPLIED, STORED, Guess, in_another_order, of_the_value
+from vit_ref.verify.hypotheses import Upstream
 from vit_ref.verify.trace import Trace
 
 _EPS = float(np.finfo(np.float64).eps)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.porting import Tensors
-from vit_ref.verify.hypotheses import NAMED, Guess, Upstream
+from vit_ref.verify.guesses import Guess
+from vit_ref.verify.hypotheses import NAMED, Upstream
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.trace import Trace
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.porting import Tensors
 from vit_ref.sites import stream_before
+from vit_ref.verify.guesses import STORED, Guess, slope
 from vit_ref.verify.oracle import ACTIVATIONS, layer_norm, softmax
 from vit_ref.verify.trace import Trace
 
-# What a bug is called, and what it would have made.
-Guess = tuple[str, NDArray]
 _EPSILONS = (0.0, *(10.0**-k for k in range(1, 17)))
 # How an activation is called where it is guessed; names that mean the same function are left out.
 NAMED = {
@@ -30,71 +28,6 @@ NAMED = {
     "silu": "SiLU",
     "tanh": "tanh",
 }
-
-
-def _to(dtype: type) -> Callable[[NDArray], NDArray]:
-    return lambda x: x.astype(dtype).astype(x.dtype)
-
-
-def _tf32(x: NDArray) -> NDArray:
-    """The ten bits of mantissa with which NVIDIA's matrix units multiply float32 by default."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32).astype(x.dtype)
-
-
-# What values are stored in, the coarsest first: what is exact in bfloat16 is so in float32.
-STORED: dict[str, Callable[[NDArray], NDArray]] = {
-    "bfloat16": _to(ml_dtypes.bfloat16),
-    "float16": _to(np.float16),
-    "float32": _to(np.float32),
-}
-# What matrix units multiply. TF32 and float16 have the same ten bits.
-MULTIPLIED: dict[str, Callable[[NDArray], NDArray]] = {
-    "bfloat16": _to(ml_dtypes.bfloat16),
-    "ten bits of mantissa (TF32, float16)": _tf32,
-}
-
-
-def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> Iterator[Guess]:
-    """Bugs that need no more than the right value: a factor, an order, a precision."""
-    if not value[part].any():
-        yield "zero", np.zeros_like(truth)
-        return
-    # One element is some factor of any other.
-    if truth[part].any() and value[part].size > 1:
-        factor = _slope(truth[part], value[part])
-        if (shown := f"{factor:.6g}") != "1":
-            yield f"{shown} x the reference", factor * truth
-    for shift in (1, -1):
-        for axis, name in zip(range(truth.ndim), ("images", "tokens"), strict=False):
-            yield f"{name} shifted by {shift}", np.roll(truth, shift, axis)
-    for name, rounded in STORED.items():
-        if np.array_equal(rounded(value), value):
-            yield f"rounded to {name}", value
-            return
-
-
-def _slope(x: NDArray, y: NDArray) -> float:
-    """The factor with which x comes closest to y, 0 where x is nothing."""
-    square = np.vdot(x, x)
-    return float(np.vdot(x, y) / square) if square else 0.0
-
-
-def in_another_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> Iterator[Guess]:
-    """Everything right, but along one axis not in its place: heads, channels, classes, tokens or images.
-
-    Args:
-      truth: the right value.
-      value: the candidate's.
-      axes: what one index of each axis is called.
-    """
-    for axis, (name, size) in enumerate(zip(axes, truth.shape, strict=True)):
-        theirs, right = (np.moveaxis(each, axis, 0).reshape(size, -1) for each in (value, truth))
-        # Squared distances of each to each, less what is the same along a row.
-        order = np.argmin(np.square(right).sum(axis=1) - 2 * theirs @ right.T, axis=1)
-        if len(set(order)) == size and (order != np.arange(size)).any():
-            first = ", ".join(map(str, order[:4])) + (", ..." if size > 4 else "")
-            yield f"another order along the {name} axis ({first})", np.take(truth, order, axis)
 
 
 # Hugging Face's names -> paths of this package's parameters. Not by the weight map, which may be what is wrong.
@@ -151,9 +84,9 @@ class Upstream:
             "embeddings": self._embeddings,
             "attn.probs": self._probs,
             "attn.context": self._context,
-            "attn.residual": lambda: self._residual("norm1", "attn.out"),
+            "attn.residual": self._residual,
             "mlp.hidden": self._hidden,
-            "mlp.residual": lambda: self._residual("norm2", "mlp.out"),
+            "mlp.residual": self._residual,
             "pooler": self._pooler,
             "cls": self._pooled,
         }
@@ -179,23 +112,27 @@ class Upstream:
             yield "scores", softmax(rounded(self._scores() / math.sqrt(self.config.head_dim)))
 
     def with_a_number(self, value: NDArray) -> Iterator[Guess]:
-        """Bugs that have a number of their own, an epsilon or a scale of scores, which the candidate's value tells."""
+        """Bugs that have a number of their own, which the candidate's value tells: an epsilon, a scale."""
         if self.kind.startswith("norm"):
             x, scale, bias = self._norm_arguments()
             centred = x - x.mean(axis=-1, keepdims=True)
             variance = np.square(centred).mean(axis=-1)
             # In the row with the least variance epsilon weighs most.
             row = np.unravel_index(np.argmin(np.where(variance > 0, variance, np.inf)), variance.shape)
-            reciprocal = _slope(centred[row] * scale, value[row] - bias)
+            reciprocal = slope(centred[row] * scale, value[row] - bias)
             if reciprocal and (epsilon := 1 / reciprocal**2 - float(variance[row])) > 0:
                 yield f"LayerNorm epsilon {epsilon:.6g}", layer_norm(x, scale, bias, epsilon)
         if self.kind == "attn.probs" and (value > 0).all():
             scores = self._scores()
             apart, shown = (each - each.mean(axis=-1, keepdims=True) for each in (scores, np.log(value)))
-            factor = _slope(apart, shown)
+            factor = slope(apart, shown)
             times = factor * math.sqrt(self.config.head_dim)
             said = f"{times:.6g}" if abs(times - 1) > 1e-5 else f"{times:.12g}"
             yield f"attention scale {said} x the right one", softmax(factor * scores)
+        if self.kind in _BRANCHES:
+            stream, branch = self._entering(), self._at(_BRANCHES[self.kind])
+            factor = slope(branch, value - stream)
+            yield f"{factor:.6g} x the branch added", stream + factor * branch
 
     def _at(self, kind: str) -> NDArray:
         return np.asarray(self.trace[f"{self.block}.{kind}"], np.float64)
@@ -256,6 +193,8 @@ class Upstream:
         yield "images read as NCHW", cut(self.pixels.transpose(0, 3, 1, 2).reshape(shape)) @ flat + bias
         for name, rounded in STORED.items():
             yield f"parameters rounded to {name}", patches @ rounded(flat) + rounded(bias)
+        yield "images upside down", cut(self.pixels[:, ::-1]) @ flat + bias
+        yield "images mirrored", cut(self.pixels[:, :, ::-1]) @ flat + bias
         if self.pixels.shape[1] == self.pixels.shape[2]:
             yield "images transposed", cut(self.pixels.swapaxes(1, 2)) @ flat + bias
 
@@ -342,6 +281,8 @@ class Upstream:
             by_head = fused.reshape(batch, tokens, heads, len(_ROLES), width)
             mine = _ROLES.index(path.removeprefix(f"{own}."))
             yield "fused query, key and value split in the wrong order", by_head[:, :, :, mine]
+            innermost = fused.reshape(batch, tokens, heads, width, len(_ROLES))
+            yield "fused query, key and value split in the wrong order", innermost[..., mine]
         if self.kind == "attn.out":
             by_head = kernel.reshape(-1, self.config.num_attention_heads, len(kernel)).swapaxes(0, 1)
             yield "heads merged in the wrong order", x @ by_head.reshape(kernel.shape) + bias
@@ -417,16 +358,20 @@ class Upstream:
         for name, label in NAMED.items():
             yield label, ACTIVATIONS[name](before)
 
-    def _residual(self, norm: str, branch: str) -> Iterator[Guess]:
-        stream = self._at("attn.residual") if norm == "norm2" else np.asarray(self.stream, np.float64)
-        out, normed = self._at(branch), self._at(norm)
+    def _entering(self) -> NDArray:
+        """The stream that a residual is added to."""
+        return self._at("attn.residual") if self.kind == "mlp.residual" else np.asarray(self.stream, np.float64)
+
+    def _residual(self) -> Iterator[Guess]:
+        stream, out = self._entering(), self._at(_BRANCHES[self.kind])
+        normed = self._at("norm2" if self.kind == "mlp.residual" else "norm1")
         yield "residual left out", out
         yield "branch left out", stream
         yield "residual taken after the norm", normed + out
         yield "residual added twice", 2 * stream + out
         yield "branch added twice", stream + 2 * out
         yield "branch subtracted", stream - out
-        if norm == "norm2":
+        if self.kind == "mlp.residual":
             yield "residual taken from before the attention", np.asarray(self.stream, np.float64) + out
 
     def _paths(self, leaf: str) -> list[str]:
@@ -449,6 +394,8 @@ class Upstream:
 
 _AFTER_NORM1 = ("attn.query", "attn.key", "attn.value")
 _ROLES = ("query", "key", "value")
+# What is added to the stream.
+_BRANCHES = {"attn.residual": "attn.out", "mlp.residual": "mlp.out"}
 # Where a matrix product in a block takes its input from.
 _INPUTS = {
     "attn.query": "norm1",

@@ -14,7 +14,7 @@ from vit_ref.errors import InputError
 from vit_ref.verify.backward import Gradients, Objective
 from vit_ref.verify.environment import products
 from vit_ref.verify.flaxvit import FlaxViTReference, require_flaxvit
-from vit_ref.verify.hypotheses import MULTIPLIED
+from vit_ref.verify.guesses import MULTIPLIED
 from vit_ref.verify.oracle import NumpyOracle, whole
 from vit_ref.verify.torchvit import TorchViTReference, require_torch
 from vit_ref.verify.trace import Implementation, UnsupportedByReferenceError

@@ -1,0 +1,77 @@
+"""What a bug makes of a right value whatever the site is: a factor, a precision, an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+# What a bug is called, and what it would have made.
+Guess = tuple[str, NDArray]
+
+
+def _to(dtype: type) -> Callable[[NDArray], NDArray]:
+    return lambda x: x.astype(dtype).astype(x.dtype)
+
+
+def _tf32(x: NDArray) -> NDArray:
+    """The ten bits of mantissa with which NVIDIA's matrix units multiply float32 by default."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32).astype(x.dtype)
+
+
+# What values are stored in, the coarsest first: what is exact in bfloat16 is so in float32.
+STORED: dict[str, Callable[[NDArray], NDArray]] = {
+    "bfloat16": _to(ml_dtypes.bfloat16),
+    "float16": _to(np.float16),
+    "float32": _to(np.float32),
+}
+# What matrix units multiply. TF32 and float16 have the same ten bits.
+MULTIPLIED: dict[str, Callable[[NDArray], NDArray]] = {
+    "bfloat16": _to(ml_dtypes.bfloat16),
+    "ten bits of mantissa (TF32, float16)": _tf32,
+}
+
+
+def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> Iterator[Guess]:
+    """Bugs that need no more than the right value: a factor, an order, a precision."""
+    if not value[part].any():
+        yield "zero", np.zeros_like(truth)
+        return
+    # One element is some factor of any other.
+    if truth[part].any() and value[part].size > 1:
+        factor = slope(truth[part], value[part])
+        if (shown := f"{factor:.6g}") != "1":
+            yield f"{shown} x the reference", factor * truth
+    for shift in (1, -1):
+        for axis, name in zip(range(truth.ndim), ("images", "tokens"), strict=False):
+            yield f"{name} shifted by {shift}", np.roll(truth, shift, axis)
+    for name, rounded in STORED.items():
+        if np.array_equal(rounded(value), value):
+            yield f"rounded to {name}", value
+            return
+
+
+def slope(x: NDArray, y: NDArray) -> float:
+    """The factor with which x comes closest to y, 0 where x is nothing."""
+    square = np.vdot(x, x)
+    return float(np.vdot(x, y) / square) if square else 0.0
+
+
+def in_another_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> Iterator[Guess]:
+    """Everything right, but along one axis not in its place: heads, channels, classes, tokens or images.
+
+    Args:
+      truth: the right value.
+      value: the candidate's.
+      axes: what one index of each axis is called.
+    """
+    for axis, (name, size) in enumerate(zip(axes, truth.shape, strict=True)):
+        theirs, right = (np.moveaxis(each, axis, 0).reshape(size, -1) for each in (value, truth))
+        # Squared distances of each to each, less what is the same along a row.
+        order = np.argmin(np.square(right).sum(axis=1) - 2 * theirs @ right.T, axis=1)
+        if len(set(order)) == size and (order != np.arange(size)).any():
+            first = ", ".join(map(str, order[:4])) + (", ..." if size > 4 else "")
+            yield f"another order along the {name} axis ({first})", np.take(truth, order, axis)
