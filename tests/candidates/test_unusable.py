@@ -237,6 +237,16 @@ def test_a_port_that_stays_in_float32_has_not_been_judged(saved: Callable[[str],
         checks_of(narrow, saved)
 
 
+def test_a_port_that_is_float32_in_one_place_is_judged_there(saved: Callable[[str], Path]) -> None:
+    def narrow(x: jax.Array, tap: Callable = lambda name, value: value) -> jax.Array:
+        patches = tap("patches", jnp.ones((len(x), 16, 33), jnp.float32) * x.mean().astype(jnp.float32))
+        return ones(23, x) + patches.mean().astype(x.dtype)
+
+    checks = checks_of(narrow, saved, backward=True)
+    for name in ("forward/patches", "backward/patches"):
+        assert checks[name].status == "failed" and checks[name].reason.startswith("float64 relative RMS"), name
+
+
 def test_a_right_port_in_numpy_passes_and_cannot_be_compiled(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("one-block"))
     oracle = NumpyOracle(configuration(source), source.tensors)

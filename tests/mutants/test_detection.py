@@ -169,6 +169,15 @@ def test_a_float64_that_is_float32_is_a_failure() -> None:
         check("rectangular", truncate)
 
 
+def test_one_value_that_is_float32_is_wrong_there() -> None:
+    def cast(trace: Trace, dtype: np.dtype) -> Trace:
+        return {**trace, "block.1.norm1": trace["block.1.norm1"].astype(np.float32)}
+
+    report = check("rectangular", cast)
+    assert [result.site for result in report.semantic_failures] == ["block.1.norm1"]
+    assert [cause.label for cause in report.causes] == ["rounded to float32"]
+
+
 def test_the_reference_in_float32_is_no_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flaxvit, "precision_of", lambda dtype: precision_of(np.float32))
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()

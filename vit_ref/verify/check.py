@@ -66,7 +66,7 @@ def check_port(
 
     Raises:
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
-      TruncatedError: the candidate does not compute in float64 when asked to.
+      TruncatedError: nothing of the candidate is in float64 when asked to be.
     """
     asked = named(precision)
     source = checkpoints.read(checkpoint)

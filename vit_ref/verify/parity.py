@@ -22,7 +22,7 @@ from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, errors_of, numerica
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
-from vit_ref.verify.trace import Implementation, Progress, Trace, beside, require_float64, silent, storing
+from vit_ref.verify.trace import Implementation, Progress, Trace, beside, require_float64, silent, storing, widened
 
 
 class Port(Implementation, Protocol):
@@ -219,7 +219,7 @@ def check_parity(
       progress: told what is being done next.
 
     Raises:
-      TruncatedError: an oracle did not compute in float64.
+      TruncatedError: an oracle did not compute in float64, or nothing of the candidate did.
       OraclesDifferError: reference and oracle do not agree.
       InputError: the checkpoint does not fit, or the reference is not installed, or not finite in that precision.
     """
@@ -285,8 +285,7 @@ def compare(
     require_agreement(oracles, judge.name, oracle.name)
     del oracle_trace, numpy
     progress(f"{candidate.name} in float64")
-    exact_trace = candidate.trace(pixels, np.float64)
-    require_float64(exact_trace, candidate.name)
+    exact_trace = widened(candidate.trace(pixels, np.float64), candidate.name)
     exact = errors_of(exact_trace, truths)
     causes: tuple[Cause, ...] = ()
     alone: dict[str, Error] = {}

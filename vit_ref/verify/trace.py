@@ -134,3 +134,14 @@ def require_float64(trace: Mapping[str, NDArray], name: str) -> None:
             f"{name} was to compute in float64, but {len(wrong)} of {len(trace)} sites are not, first {site}: {found}:"
             " build it in the dtype that load(checkpoint, dtype) is told, and cast nothing to another"
         )
+
+
+def widened(trace: Mapping[str, NDArray], name: str) -> Trace:
+    """A candidate's trace that was to be float64: what of it is not is taken as it is, and wrong by its rounding.
+
+    Raises:
+      TruncatedError: nothing of it is float64, so that it was not asked in a way that it understands.
+    """
+    if all(value.dtype != np.float64 for value in trace.values()):
+        require_float64(trace, name)
+    return {site: np.asarray(value, np.float64) for site, value in trace.items()}
