@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from vit_ref.bench.measure import Timing
 
 WRONG, UNUSABLE, INTERRUPTED, UNREAD = 1, 2, 130, 141
-_ERRORS = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class _Verdicts(RegexHighlighter):
@@ -58,6 +57,9 @@ class _Output(Console):
         raise  # what rich is handling
 
 
+_ERRORS = _Output(stderr=True, soft_wrap=True, highlight=False)
+
+
 class _Group(click.Group):
     """Commands whose errors of input are one line and exit code 2, as click's own are."""
 
@@ -78,6 +80,16 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            return self._said(ctx)
+        except BrokenPipeError:  # to click it is exit code 1
+            # At its end Python writes what is left, and would complain.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(nowhere, stream.fileno())
+            ctx.exit(UNREAD)
+
+    def _said(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
         except InputError as error:
             _ERRORS.print(f"vit-ref: {error}", markup=False)
@@ -85,10 +97,6 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             _ERRORS.print("vit-ref: interrupted, nothing is left half-written", markup=False)
             ctx.exit(INTERRUPTED)
-        except BrokenPipeError:  # to click it is exit code 1
-            # At its end Python writes what is left, and would complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(UNREAD)
 
 
 def _version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -175,14 +183,14 @@ def verify(
                 _ERRORS.print(f"vit-ref: {error}", markup=False)
                 usable = False
                 continue
-        if whole:
-            for part in (report.forward, report.backward):
-                console.print(f"{table(part)}\n" if part else "")
-        console.print(summary(report))
         if html:
             write(html, to_html(report))
         if json_file:
             write(json_file, json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
+        if whole:
+            for part in (report.forward, report.backward):
+                console.print(f"{table(part)}\n" if part else "")
+        console.print(summary(report))
         passed &= report.passed
     ctx.exit(UNUSABLE if not usable else 0 if passed else WRONG)
 
@@ -385,6 +393,8 @@ def _require_places(**files: Path | None) -> None:
             raise InputError(f"{file}: no such directory: make it first")
         if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
             raise InputError(f"{file}: is a directory: name a file")
+        if os.path.islink(file) or (os.path.exists(file) and not os.path.isfile(file)):
+            continue  # a pipe, say, which is written to and not replaced
         try:
             with tempfile.TemporaryFile(dir=file.absolute().parent):
                 pass

@@ -97,9 +97,12 @@ def convert(
     except PortError as error:
         reasons = [f"{fault.name}: {fault.detail}" for fault in error.faults]
         raise _unfit(destination, to, "; ".join(reasons)) from None
-    made = [parent for parent in destination.parents if not parent.exists()]
+    made: list[Path] = []
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        for parent in reversed(destination.parents):
+            if not os.path.isdir(parent):
+                parent.mkdir()
+                made.insert(0, parent)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=destination.parent) as stage:
             # A name that is not the destination's, which may be too long with anything before it.
             staged = Path(stage, "result.npz" if one_file else "result")
@@ -136,7 +139,7 @@ def _require_room(destination: Path, one_file: bool) -> None:
     if destination.suffix != ".npz":
         raise CheckpointError(f"{destination}: this layout is one file: give a name that ends in .npz")
     for name in (checkpoint.CONFIG, checkpoint.PREPROCESSOR):
-        if (destination.parent / name).exists():
+        if os.path.exists(destination.parent / name):  # unlike Path.exists, it takes a name that is too long
             raise CheckpointError(
                 f"{destination}: the {name} in this directory would be read as this file's: give another directory"
             )

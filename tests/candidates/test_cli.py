@@ -126,6 +126,7 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
         (["verify", "no/such/place", "--html", "y" * 300], "no/such/place: no such directory or file"),
         (["verify", "{tiny}", "--html", "{tiny}"], "{tiny}: is a directory: name a file"),
         (["verify", "no/such/place", "--json", "/proc/a.json"], "/proc/a.json: cannot be written there ("),
+        (["verify", "no/such/place", "--json", "/dev/fd/1"], "no/such/place: no such directory or file"),
         (["verify", "{tiny}", "--html", "a", "--json", "./a"], "a: --html and --json are the same file: give two"),
         (
             ["verify", "{tiny}", "--json", "a.json", "--candidate", "a.py", "--candidate", "b.py"],

@@ -323,6 +323,16 @@ def test_a_port_is_called_as_its_users_call_it_where_nobody_looks(saved: Callabl
 
     assert list(failures_of(Fused(), saved)) == ["untapped"]
 
+    def lacking(x: jax.Array, tap: Any = None) -> jax.Array:
+        return tap("logits", ones(23, x))
+
+    (reason,) = failures_of(lacking, saved).values()
+    assert reason.startswith("without a tap lacking: the forward pass raised TypeError: 'NoneType' object is not call")
+
+
+def test_a_port_that_drops_the_axis_of_one_image_is_judged(saved: Callable[[str], Path]) -> None:
+    assert list(failures_of(lambda x: ones(23, x).squeeze(), saved)) == ["batch"]
+
 
 def test_what_an_uncompiled_pass_keeps_for_the_next_one_is_seen(saved: Callable[[str], Path]) -> None:
     kept: list[jax.Array] = []
@@ -351,6 +361,13 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
     checkpoint.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
     with pytest.raises(PortError, match=re.escape(fault)):
         check_port(lambda x: ones(23, x), tmp_path, backward=False)
+
+
+def test_what_is_left_over_outside_the_blocks_is_nobodys_fault(tmp_path: Path) -> None:
+    source = CASES["rectangular"].checkpoint()
+    tensors = {**source.tensors, "vit.pooler.dense.bias": np.zeros(33, np.float32)}
+    checkpoint.write_directory(tmp_path, tensors, source.config or {})
+    assert check_port(lambda x: ones(23, x), tmp_path, backward=False).forward.semantic_failures
 
 
 def test_a_port_that_writes_into_jaxs_images_is_one_line(saved: Callable[[str], Path]) -> None:
@@ -408,10 +425,12 @@ def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[
         scores = jnp.einsum("bqhk,bmhk->bhqm", query, key) * options.get("scale", 7**-0.5) + options.get("bias", 0)
         scores = jnp.where(options["mask"], scores, -jnp.inf) if "mask" in options else scores
         expected = np.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
-        fused = jax.nn.dot_product_attention
+        fused = jax.nn.dot_product_attention(query, key, value, **options)
+        by_default = partial(jax.nn.dot_product_attention, **options)
         with unrounded_softmax(np.float64):
             found = [
                 jax.nn.dot_product_attention(query, key, value, **options),
+                by_default(query, key, value),
                 attention_by_name(query, key, value, **options),
                 jax.vmap(partial(attention_by_name, scale=options.get("scale")))(
                     query, key, value, options.get("bias"), options.get("mask")
@@ -420,10 +439,13 @@ def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[
         # Rounding of a sum of five products; the fused softmax's own, in float32, is 1e-8.
         for each in found:
             np.testing.assert_allclose(each, expected, rtol=0, atol=1e-14)
-        assert attention_by_name is fused
-        assert np.abs(fused(query, key, value, **options) - expected).max() > 1e-10
-    with unrounded_softmax(np.float32):
-        assert jax.nn.dot_product_attention is fused
+        assert np.abs(fused - expected).max() > 1e-10
+        np.testing.assert_array_equal(jax.nn.dot_product_attention(query, key, value, **options), fused)
+        with unrounded_softmax(np.float32):
+            np.testing.assert_array_equal(jax.nn.dot_product_attention(query, key, value, **options), fused)
+        with unrounded_softmax(np.float64):
+            causal = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        np.testing.assert_array_equal(causal, jax.nn.dot_product_attention(query, key, value, is_causal=True))
 
 
 def test_pytorch_is_not_imported_to_see_that_a_port_is_none_of_its(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,12 @@ def test_any_scale_of_the_scores_is_named(known: Known, times: float) -> None:
     assert found == [f"attention scale {times} x the right one"]
 
 
+def test_rounding_does_not_explain_what_is_larger() -> None:
+    known, site = Known(CASES["rectangular"]), "block.0.mlp.hidden"
+    for value, causes in ((known.truth[site], ["rounded to float32"]), (known.truth[site] * 1.001 + 1e-3, [])):
+        assert known.causes(site, value.astype(np.float32).astype(np.float64)) == causes
+
+
 def test_one_wrong_element_is_no_factor() -> None:
     known = Known(CASES["rectangular"])
     for count, causes in ((1, []), (2, ["1.5 x the reference"])):

@@ -376,6 +376,10 @@ def test_weights_that_cannot_be_opened_are_not_called_missing_or_damaged(
         patched.setattr(checkpoint.safetensors, "safe_open", forbidden)
         assert refusal_when_opened(directory) == f"{weights}: may not be read: change its permissions"
     weights.unlink()
+    weights.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a link to no file: fetch it again$"):
+        checkpoint.read_tensors(weights)
+    weights.unlink()
     weights.mkdir()
     assert refusal_when_opened(directory) == f"{weights}: is a directory, and was to be a file of weights"
 

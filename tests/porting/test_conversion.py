@@ -370,6 +370,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
         monkeypatch.setattr(checkpoint, name, full_disk)
     message = refusal(source, place(tmp_path, to), to)
     assert message == f"{place(tmp_path, to)}: cannot be written ([Errno 28] No space left on device)"
+    with pytest.raises(CheckpointError, match="File name too long"):
+        convert(source, place(tmp_path / ("y" * 300), to), to)
     # Nor the directories that were to hold it; one that was there stays.
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="No space left"):

@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
+from vit_ref.model import Tap, identity
 from vit_ref.sites import sites
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.trace import Progress, Trace, silent
@@ -36,8 +38,10 @@ class Runnable(Protocol):
         """See `Implementation.trace`."""
         ...
 
-    def outputs(self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True) -> list[NDArray]:
-        """Outputs of several batches of images, compiled where `jit` says so and the port compiles.
+    def outputs(
+        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
+    ) -> list[NDArray]:
+        """Outputs of several batches of images, compiled where `jit` says so and the port compiles; nobody looks.
 
         What it writes into its images is in `batches` afterwards.
         """
@@ -80,35 +84,41 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
         if port.compiles:
             # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
             eager = port.outputs([pixels[:1], pixels, pixels[-1:]], np.float64, jit=False)
-            compiled = np.concatenate([alone[0], together, alone[1]])
-            own = _behaviour("jit", compiled, np.concatenate(eager), _JIT)
+            own = _behaviour("jit", [alone[0], together, alone[1]], eager, _JIT)
         else:
             own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
     except jax.errors.JAXTypeError as error:
         reason = f"jax cannot trace it ({type(error).__name__}), so nothing can compile or differentiate it"
         own = Behaviour("jit", None, reason)
         together, again, *alone = port.outputs(given, np.float64, jit=False)
-    ends = np.concatenate([together[:1], together[-1:]])
-    repeat = _behaviour("repeat", together, again, _REPEAT)
-    batch = _behaviour("batch", ends, np.concatenate(alone), "an image alone comes out otherwise than in its batch")
+    except InputError as error:
+        # Whether a tap is what it lacks: else this raises the same.
+        port.outputs(given, np.float64, tap=lambda site, value: value)
+        return (Behaviour("untapped", None, f"without a tap {error}"),)
+    repeat = _behaviour("repeat", [together], [again], _REPEAT)
+    batch = _behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)
     if not repeat.passed:
         return repeat, batch, own
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
     output = port.trace(pixels.copy(), np.float64)[sites(port.config, len(pixels))[-1].name]
-    return repeat, batch, own, _behaviour("untapped", output, together, _UNTAPPED)
+    return repeat, batch, own, _behaviour("untapped", [output], [together], _UNTAPPED)
 
 
 # Sums of some thousand products that were rounded to float32.
 _FLOAT32 = 1e-5
+_BATCH = "an image alone comes out otherwise than in its batch"
 _REPEAT = "two runs on the same images differ: is dropout live? load it in evaluation mode"
 _JIT = "compiled it computes something else than operation by operation"
 _UNTAPPED = "its output is another where nobody looks at its sites, so what was judged is not what runs"
 _INPUTS = "it writes into the images that it is given: it has to copy them"
 
 
-def _behaviour(name: str, expected: NDArray, found: NDArray, reason: str) -> Behaviour:
+def _behaviour(name: str, expected: Sequence[NDArray], found: Sequence[NDArray], reason: str) -> Behaviour:
     # What is NaN both times, or has no elements, is the same each time; that it is wrong is said elsewhere.
-    apart = 0.0 if np.array_equal(found, expected, equal_nan=True) else error(found, expected).rms
+    apart = max(
+        0.0 if np.array_equal(theirs, right, equal_nan=True) else error(theirs, right).rms
+        for right, theirs in zip(expected, found, strict=True)
+    )
     if apart <= SEMANTIC_RMS:
         reason = ""
     elif apart < _FLOAT32:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from vit_ref import checkpoint as checkpoints
 from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
+from vit_ref.porting import PortError
 from vit_ref.pretrained import configuration
 from vit_ref.verify.backward import LOOKS, UndifferentiableError
 from vit_ref.verify.behaviour import check_behaviour
@@ -110,9 +112,7 @@ def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViT
     """
     if candidate is None:
         return OwnCandidate(config, source)
-    # Whoever judges takes the tensors by name: what does not fit is said here, and not blamed on the port or a judge.
-    for _ in porting.ported(source.tensors, config, porting.detect(source.tensors)):
-        pass
+    _require_fit(config, source)
     declaration = found(candidate)
     with precision_of(np.float64):
         port = loaded(declaration, source.path, np.float64)
@@ -121,6 +121,19 @@ def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViT
 
         return TorchPort(declaration, config, source.path, port)
     return JaxPort(declaration, config, source.path, port)
+
+
+def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
+    """Says of the checkpoint what else would be blamed on the port, or on the judges, who take its tensors by name."""
+    layout = porting.detect(source.tensors)
+    try:
+        for _ in porting.ported(source.tensors, config, layout):
+            pass
+    except PortError as error:
+        # What is left over outside the blocks, such as a pooler beside a head, nobody need load.
+        faults = [fault for fault in error.faults if fault.kind != "unexpected" or re.search(r"\d", fault.name)]
+        if faults:
+            raise PortError(faults, layout.name) from None
 
 
 def found(candidate: Candidate | Callable[..., Any] | str) -> Candidate:

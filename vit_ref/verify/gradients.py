@@ -25,7 +25,7 @@ from vit_ref.verify.parity import ParityReport, hf_tensors, require_finite
 from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
-from vit_ref.verify.trace import Progress, require_float64, silent, storing
+from vit_ref.verify.trace import Progress, require_float64, silent, storing, widened
 
 
 class Differentiable(Protocol):
@@ -141,8 +141,7 @@ class Comparison:
         """
         truth, truths = self._in_float64(self._truth, objective)
         if self._exact and len(pooled.exacts) < SEMANTIC_OBJECTIVES:
-            exact = self._exact(objective).named()
-            require_float64(exact, self._candidate)
+            exact = widened(self._exact(objective).named(), self._candidate)
             errors = errors_of(exact, truths)
             pooled.exacts.append(errors)
             wrong = [name for name in pooled.names if name in errors and not errors[name].passes_semantic_gate]

@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vit_ref.verify.gates import error
+
 # What a bug is called, and what it would have made.
 Guess = tuple[str, NDArray]
 
@@ -28,6 +30,9 @@ STORED: dict[str, Callable[[NDArray], NDArray]] = {
     "float16": _to(np.float16),
     "float32": _to(np.float32),
 }
+# One unit of each, and of how many an error may be where the site's own sums are in that format, too.
+_UNIT = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
+_UNITS = 16
 # What matrix units multiply. TF32 and float16 have the same ten bits.
 MULTIPLIED: dict[str, Callable[[NDArray], NDArray]] = {
     "bfloat16": _to(ml_dtypes.bfloat16),
@@ -50,7 +55,9 @@ def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> I
             yield f"{name} shifted by {shift}", np.roll(truth, shift, axis)
     for name, rounded in STORED.items():
         if np.array_equal(rounded(value), value):
-            yield f"rounded to {name}", value
+            # It explains an error of its own size, and hides what is wrong besides where that is larger.
+            if error(value, truth).rms <= _UNITS * _UNIT[name]:
+                yield f"rounded to {name}", value
             return
 
 
@@ -58,6 +65,10 @@ def slope(x: NDArray, y: NDArray) -> float:
     """The factor with which x comes closest to y, 0 where x is nothing."""
     square = np.vdot(x, x)
     return float(np.vdot(x, y) / square) if square else 0.0
+
+
+# Along an axis of ten thousands of classes the distances of each to each would take gigabytes.
+_LONGEST = 8192
 
 
 def in_another_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> Iterator[Guess]:
@@ -69,6 +80,8 @@ def in_another_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> I
       axes: what one index of each axis is called.
     """
     for axis, (name, size) in enumerate(zip(axes, truth.shape, strict=True)):
+        if size > _LONGEST:
+            continue
         theirs, right = (np.moveaxis(each, axis, 0).reshape(size, -1) for each in (value, truth))
         # Squared distances of each to each, less what is the same along a row.
         order = np.argmin(np.square(right).sum(axis=1) - 2 * theirs @ right.T, axis=1)

@@ -62,6 +62,11 @@ def _by_path(tensors: Tensors) -> dict[str, NDArray]:
     return found
 
 
+def _told(factor: float) -> str:
+    """A factor in as many digits as tell it from one."""
+    return f"{factor:.6g}" if abs(factor - 1) > 1e-5 else f"{factor:.12g}"
+
+
 class Upstream:
     """What is known upstream of one site, and what each bug would make of it."""
 
@@ -126,13 +131,12 @@ class Upstream:
             scores = self._scores()
             apart, shown = (each - each.mean(axis=-1, keepdims=True) for each in (scores, np.log(value)))
             factor = slope(apart, shown)
-            times = factor * math.sqrt(self.config.head_dim)
-            said = f"{times:.6g}" if abs(times - 1) > 1e-5 else f"{times:.12g}"
-            yield f"attention scale {said} x the right one", softmax(factor * scores)
+            times = _told(factor * math.sqrt(self.config.head_dim))
+            yield f"attention scale {times} x the right one", softmax(factor * scores)
         if self.kind in _BRANCHES:
             stream, branch = self._entering(), self._at(_BRANCHES[self.kind])
             factor = slope(branch, value - stream)
-            yield f"{factor:.6g} x the branch added", stream + factor * branch
+            yield f"{_told(factor)} x the branch added", stream + factor * branch
 
     def _at(self, kind: str) -> NDArray:
         return np.asarray(self.trace[f"{self.block}.{kind}"], np.float64)
