@@ -45,6 +45,22 @@ def test_the_last_and_the_best_are_kept_and_read_back(stopped: int | None, tmp_p
     saves.close()
 
 
+@pytest.mark.parametrize("gone", ["progress", "progress/*"])
+def test_what_was_being_deleted_is_gone_and_the_last_one_is_not(gone: str, tmp_path: Path) -> None:
+    saves = Saves(tmp_path, keep=3)
+    for step in (2, 9, 10):
+        saves.save(arrays(step), Progress(step, None))
+    saves.close()
+    for path in (tmp_path / "9").glob(gone):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    saves = Saves(tmp_path, keep=3)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 10] and saves.latest() == 10
+    saves.close()
+    shutil.rmtree(tmp_path / "10" / "progress")
+    with pytest.raises(InputError, match=r"/10: checkpoint cannot be written or read .* remove it, and --resume"):
+        Saves(tmp_path, keep=3)
+
+
 def test_what_is_saved_may_be_overwritten_at_once(tmp_path: Path) -> None:
     saves = Saves(tmp_path, keep=1)
     values = {"a": jnp.zeros(2**22, jnp.float32)}

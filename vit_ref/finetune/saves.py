@@ -50,6 +50,7 @@ class Saves:
     def __init__(self, directory: Path, keep: int):
         self._directory, self._keep = directory.absolute(), keep
         with _one_line(self._directory):
+            self._end_deletions()
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -60,6 +61,19 @@ class Saves:
             )
         # Orbax's own policy of the best knows nothing of a former process: resumed, it would delete the best so far.
         self._ranks = {step: _rank(self.progress(step)) for step in self._manager.all_steps()}
+
+    def _end_deletions(self) -> None:
+        """Of a checkpoint that a process was deleting when it was killed, its progress may be gone, and so is the rest.
+
+        One that was written whole has it: it comes under its name at once. Of the last nothing is deleted.
+        """
+        if jax.process_index() or not self._directory.is_dir():
+            return
+        steps = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+        for step in steps[:-1]:
+            progress = self._directory / str(step) / "progress"
+            if not (progress.is_dir() and any(progress.iterdir())):
+                shutil.rmtree(progress.parent)
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Which to keep: the last few and the best. Orbax asks, after each checkpoint."""
