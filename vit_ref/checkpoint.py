@@ -247,9 +247,10 @@ def _damage_of(file: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError):
         # safetensors finds no file wherever it cannot open one.
-        reason = "may not be read: change its permissions" if os.path.exists(file) else "no such file"
-        if os.path.islink(file) and not os.path.exists(file):
-            reason = "a link to no file: fetch it again"
+        if os.path.exists(file):
+            reason = "may not be read: change its permissions"
+        else:
+            reason = "a link to no file: fetch it again" if os.path.islink(file) else "no such file"
         raise CheckpointError(f"{file}: {reason}") from None
     except MemoryError as error:
         raise CheckpointError(f"{file}: does not fit in memory, or is damaged ({str(error).strip()})") from None

@@ -224,8 +224,7 @@ class Upstream:
         yield "position grid transposed", tokens + np.concatenate([positions[:, :1], swapped], axis=1)
 
     def _norm_arguments(self) -> tuple[NDArray, NDArray, NDArray]:
-        x = np.asarray(self._at("attn.residual") if self.kind == "norm2" else self.stream, np.float64)
-        return x, self._parameter(f"{self._path()}.scale"), self._parameter(f"{self._path()}.bias")
+        return self._entering(), self._parameter(f"{self._path()}.scale"), self._parameter(f"{self._path()}.bias")
 
     def _norm(self) -> Iterator[Guess]:
         x, scale, bias = self._norm_arguments()
@@ -363,8 +362,9 @@ class Upstream:
             yield label, ACTIVATIONS[name](before)
 
     def _entering(self) -> NDArray:
-        """The stream that a residual is added to."""
-        return self._at("attn.residual") if self.kind == "mlp.residual" else np.asarray(self.stream, np.float64)
+        """The stream that is normalised, or added to."""
+        halfway = self.kind in ("norm2", "mlp.residual")
+        return self._at("attn.residual") if halfway else np.asarray(self.stream, np.float64)
 
     def _residual(self) -> Iterator[Guess]:
         stream, out = self._entering(), self._at(_BRANCHES[self.kind])

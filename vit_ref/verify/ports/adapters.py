@@ -2,8 +2,8 @@
 
 Submodules are observed from outside: nnx's by wrapping the `__call__` of their classes, linen's by flax's method
 interception. Values without a submodule of their own are seen as inputs of the next one, as named intermediates, or
-through a tap where the port takes one. Given `identity` for a tap, nobody looks: the port is called as its users call
-it. What a port runs under a transformation of its own (`nnx.jit`, `jax.vmap`, a
+through a tap where the port takes one. Given `identity` for a tap, and a table of nothing, nobody looks: the port is
+called as its users call it. What a port runs under a transformation of its own (`nnx.jit`, `jax.vmap`, a
 scan) is out of reach from outside.
 """
 
@@ -60,10 +60,9 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
 
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
         model = nnx.merge(graph, parameters, rest)
-        looking = tap is not identity
         taps = takes(call or model, "tap")
         # What shows its values itself would be seen twice.
-        seen = nnx.iter_modules(model) if looking and not taps else ()
+        seen = () if taps else nnx.iter_modules(model)
         modules = {".".join(map(str, parts)): module for parts, module in seen}
         try:
             with _watching(modules, table, tap):
@@ -74,8 +73,7 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
                 f"{name}: the forward pass changes the port's own state ({reason}): is dropout live, are statistics"
                 " gathered? load it in evaluation mode"
             ) from error
-        if looking:
-            require_known(table, table.met if taps else modules, returned, model)
+        require_known(table, table.met if taps else modules, returned, model)
         return returned
 
     return parameters, run
@@ -94,7 +92,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path = ".".join(context.module.path)
             met.add(path)
-            if tap is identity or context.method_name != "__call__" or path not in table.paths:
+            if context.method_name != "__call__" or path not in table.paths:
                 return method(*args, **kwargs)
             args, kwargs = table.at_input(path, args, kwargs, tap)
             return table.at_output(path, method(*args, **kwargs), tap)
@@ -102,8 +100,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
         with linen.intercept_methods(intercept):
             port = module.bind({**variables, "params": parameters})
             returned = _called(port, images, call, table, tap)
-        if tap is not identity:
-            require_known(table, table.met if takes(call or port, "tap") else met, returned)
+        require_known(table, table.met if takes(call or port, "tap") else met, returned)
         return returned
 
     return variables["params"], run

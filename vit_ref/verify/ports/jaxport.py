@@ -61,11 +61,12 @@ class JaxPort(Tapped):
             parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 
         def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
-            table = self.tables(pixels.shape)
+            looking = tap is not identity
+            table = self.tables(pixels.shape) if looking else Table({}, self.config, pixels.shape, _vjp)
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
             with unrounded_softmax(dtype):
                 output = observed(candidate, self.config, partial(run, parameters, images), table, tap)
-            if tap is not identity:
+            if looking:
                 self.fixed = frozenset(table.fixed)
             return output
 

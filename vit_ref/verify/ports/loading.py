@@ -153,7 +153,7 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
       candidate: the declaration.
       config: the checkpoint's configuration.
       run: the forward pass.
-      table: the candidate's, for these images.
+      table: the candidate's, for these images; of nothing where nobody looks.
       tap: called with every site that the port shows; `identity` where nobody looks.
 
     Raises:
@@ -172,8 +172,6 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
             f"{candidate.name}: it returned a value of shape {tuple(output.shape)}: without a head the cls token (B, D)"
             " is expected: give call=lambda port, images: port(images)[:, 0]"
         )
-    if tap is identity:
-        return output
     table.returned(named, before)
     table.fixed.discard(last)
     return tap(last, output)

@@ -148,12 +148,11 @@ class TorchPort:
         call = self._candidate.call
         batch, *rest = images.shape
         height, width = rest[1:] if self._channels_first else rest[:2]
-        table = self.tables((batch, height, width))
+        shape, looking = (batch, height, width), tap is not identity
+        table = self.tables(shape) if looking else Table({}, self.config, shape, _vjp)
 
         def run(table: Table, tap: Tap) -> Any:
             named = tapping(call or module.forward, table, tap)
-            if tap is identity:
-                return call(module, images, **named) if call else module(images, **named)
             # What shows its values itself would be seen twice.
             modules = {} if named else dict(module.named_modules())
             with _watching(modules, table, tap):
@@ -162,7 +161,7 @@ class TorchPort:
             return returned
 
         output = observed(self._candidate, self.config, run, table, tap)
-        if tap is not identity:
+        if looking:
             self.fixed = frozenset(table.fixed)
         return output
 
