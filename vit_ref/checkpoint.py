@@ -241,7 +241,7 @@ def _damage_of(file: Path) -> Iterator[None]:
         # numpy on the name of a dtype that is none
         SyntaxError,
     )
-    if file.is_dir():
+    if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
         raise CheckpointError(f"{file}: is a directory, and was to be a file of weights")
     try:
         yield

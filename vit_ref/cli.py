@@ -163,26 +163,20 @@ def verify(
     from vit_ref.verify.check import check_port, steps
     from vit_ref.verify.report import summary, table, to_html, to_json, write
     from vit_ref.verify.stream import check_streamed
-    from vit_ref.verify.trace import TruncatedError
 
     console = _Output(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
-    passed = usable = True
+    passed = True
     for candidate in candidates or (None,):
         with _progress(None if stream else steps(backward=not forward_only)) as progress:
             judge = check_streamed if stream else partial(check_port, candidate)
-            try:
-                report = judge(
-                    checkpoint,
-                    images=images,
-                    precision=precision,
-                    reference=reference,
-                    backward=not forward_only,
-                    progress=progress,
-                )
-            except TruncatedError as error:
-                _ERRORS.print(f"vit-ref: {error}", markup=False)
-                usable = False
-                continue
+            report = judge(
+                checkpoint,
+                images=images,
+                precision=precision,
+                reference=reference,
+                backward=not forward_only,
+                progress=progress,
+            )
         if html:
             write(html, to_html(report))
         if json_file:
@@ -192,7 +186,7 @@ def verify(
                 console.print(f"{table(part)}\n" if part else "")
         console.print(summary(report))
         passed &= report.passed
-    ctx.exit(UNUSABLE if not usable else 0 if passed else WRONG)
+    ctx.exit(0 if passed else WRONG)
 
 
 @main.command()

@@ -101,8 +101,9 @@ def convert(
     try:
         for parent in reversed(destination.parents):
             if not os.path.isdir(parent):
-                parent.mkdir()
-                made.insert(0, parent)
+                with contextlib.suppress(FileExistsError):  # somebody else makes it, too
+                    parent.mkdir()
+                    made.insert(0, parent)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=destination.parent) as stage:
             # A name that is not the destination's, which may be too long with anything before it.
             staged = Path(stage, "result.npz" if one_file else "result")

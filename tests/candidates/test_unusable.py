@@ -431,6 +431,7 @@ def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[
             found = [
                 jax.nn.dot_product_attention(query, key, value, **options),
                 by_default(query, key, value),
+                by_default(query, key, value, implementation="cudnn"),
                 attention_by_name(query, key, value, **options),
                 jax.vmap(partial(attention_by_name, scale=options.get("scale")))(
                     query, key, value, options.get("bias"), options.get("mask")

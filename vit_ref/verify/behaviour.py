@@ -4,39 +4,31 @@ where nobody looks at its sites."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
-from vit_ref.sites import sites
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.trace import Progress, Trace, silent
+from vit_ref.verify.trace import Progress, silent
 
 BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
 
 
 class Runnable(Protocol):
-    """A port whose outputs are asked for, with its sites observed and without.
+    """A port of which only the output is asked, with a tap and without.
 
     Attributes:
       name: how reports call it.
-      config: the model's configuration.
       compiles: whether it is one of jax. Any other can write into its images, which jax's arrays do not allow.
     """
 
     name: str
-    config: ViTConfig
     compiles: bool
-
-    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
-        """See `Implementation.trace`."""
-        ...
 
     def outputs(
         self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
@@ -79,8 +71,14 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
     progress(f"{port.name}: the same each time, alone, compiled")
     # Copies: what a port writes into its images would show in the next run, too.
     given = [images.copy() for images in (pixels, pixels, pixels[:1], pixels[-1:])]
+    jit = True
     try:
-        together, again, *alone = port.outputs(given, np.float64)
+        try:
+            together, again, *alone = port.outputs(given, np.float64)
+        except InputError as error:
+            # Whether a tap is what it lacks: else this raises the same.
+            port.outputs(given, np.float64, tap=_passing)
+            return (Behaviour("untapped", None, f"without a tap {error}"),)
         if port.compiles:
             # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
             eager = port.outputs([pixels[:1], pixels, pixels[-1:]], np.float64, jit=False)
@@ -89,19 +87,20 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
             own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
     except jax.errors.JAXTypeError as error:
         reason = f"jax cannot trace it ({type(error).__name__}), so nothing can compile or differentiate it"
-        own = Behaviour("jit", None, reason)
+        own, jit = Behaviour("jit", None, reason), False
         together, again, *alone = port.outputs(given, np.float64, jit=False)
-    except InputError as error:
-        # Whether a tap is what it lacks: else this raises the same.
-        port.outputs(given, np.float64, tap=lambda site, value: value)
-        return (Behaviour("untapped", None, f"without a tap {error}"),)
     repeat = _behaviour("repeat", [together], [again], _REPEAT)
     batch = _behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)
     if not repeat.passed:
         return repeat, batch, own
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
-    output = port.trace(pixels.copy(), np.float64)[sites(port.config, len(pixels))[-1].name]
-    return repeat, batch, own, _behaviour("untapped", [output], [together], _UNTAPPED)
+    tapped = port.outputs([pixels.copy()], np.float64, jit=jit, tap=_passing)
+    return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
+
+
+def _passing(site: str, value: Any) -> Any:
+    """A tap that changes nothing; `identity` stands for none at all."""
+    return value
 
 
 # Sums of some thousand products that were rounded to float32.

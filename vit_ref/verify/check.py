@@ -123,6 +123,10 @@ def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViT
     return JaxPort(declaration, config, source.path, port)
 
 
+# A block's number in a tensor's name.
+_IN_A_BLOCK = re.compile(r"[./_]\d+[./]")
+
+
 def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
     """Says of the checkpoint what else would be blamed on the port, or on the judges, who take its tensors by name."""
     layout = porting.detect(source.tensors)
@@ -131,7 +135,7 @@ def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
             pass
     except PortError as error:
         # What is left over outside the blocks, such as a pooler beside a head, nobody need load.
-        faults = [fault for fault in error.faults if fault.kind != "unexpected" or re.search(r"\d", fault.name)]
+        faults = [fault for fault in error.faults if fault.kind != "unexpected" or _IN_A_BLOCK.search(fault.name)]
         if faults:
             raise PortError(faults, layout.name) from None
 

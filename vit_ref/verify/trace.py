@@ -121,7 +121,7 @@ class UnsupportedByReferenceError(InputError):
     """The reference cannot do this: build the configuration, or go backward."""
 
 
-class TruncatedError(AssertionError):
+class TruncatedError(InputError):
     """What was to be float64 is not: an oracle would be no oracle, and a candidate would not have been judged."""
 
 

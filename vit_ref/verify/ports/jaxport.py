@@ -100,7 +100,8 @@ def unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
     not the function, which ports have under any name, as a default or an attribute.
     """
     inside = jax.nn.dot_product_attention.__globals__
-    fused = inside.get(_FUSED)
+    fused: Any = inside.get(_FUSED)
+    cudnn: Any = inside.get(_CUDNN)
     if np.dtype(dtype) != np.float64 or fused is None:
         yield
         return
@@ -114,13 +115,22 @@ def unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
         scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
         return jnp.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
 
-    with mock.patch.dict(inside, {_FUSED: exact}):
+    def on_gpu(
+        query: Any, key: Any, value: Any, bias: Any, mask: Any, *lengths: Any, mask_type: Any, **options: Any
+    ) -> Any:
+        if mask_type.name != "NO_MASK":
+            return cudnn(query, key, value, bias, mask, *lengths, mask_type=mask_type, **options)
+        return exact(query, key, value, bias, mask, **options)
+
+    # cuDNN's has no float64 at all.
+    with mock.patch.dict(inside, {_FUSED: exact, **({_CUDNN: on_gpu} if cudnn else {})}):
         yield
 
 
 # What computes it on (B, N, H, K), with options, such as a causal mask, for which no vision transformer has a use. Not
 # public: a test holds that it is there.
 _FUSED = "_dot_product_attention_xla"
+_CUDNN = "cudnn_dot_product_attention"
 
 
 def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
