@@ -11,11 +11,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from catalogue import MUTANTS
-from mutant import Mutant
+from direct import operation_by_operation
+from mutant import Mutant, Parity
+from nested import fresh_compiler
 from numpy.typing import NDArray
 
 from vit_ref.checkpoint import Checkpoint
@@ -26,7 +27,8 @@ from vit_ref.verify.flaxvit import FlaxViTReference
 from vit_ref.verify.gates import error
 from vit_ref.verify.parity import hf_tensors
 
-PATH = Path(__file__).parents[2] / "docs" / "MUTANTS.md"
+ROOT = Path(__file__).parents[2]
+PATH = ROOT / "docs" / "MUTANTS.md"
 TOLERANCES = (0.1, 0.01, 1e-4)
 MULTIPLE = "output error / FlaxViT's"
 COLUMNS = (
@@ -69,22 +71,20 @@ def doses() -> list[tuple[Mutant, float | None]]:
 def measure(mutant: Mutant, dose: float | None) -> Figures:
     """Puts the mutant in and looks at the output on the images by which it is killed, or else on those of
     "rectangular"."""
-    name = mutant.tests[-1].removesuffix("-float32")
-    name = name if name in CASES else "rectangular"
+    name = mutant.tests.case if isinstance(mutant.tests, Parity) else "rectangular"
     case = CASES[name]
     outputs = _reference(name)
     # A copy, because some mutants write into it.
     source = Checkpoint(Path(name), {key: value.copy() for key, value in _source(name).tensors.items()}, {})
     inject = mutant.inject if dose is None else functools.partial(mutant.inject, dose=dose)
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as monkeypatch, warnings.catch_warnings():
+    way = fresh_compiler() if mutant.compiled else operation_by_operation()
+    with way, pytest.MonkeyPatch.context() as monkeypatch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inject(monkeypatch)
         try:
             trace = OwnCandidate(case.config, source).trace(case.images(), np.float32)
         except (InputError, ValueError, TypeError):
             return Figures(math.inf, math.inf, agrees=False)
-    jax.clear_caches()
     found = trace.get(outputs.site, np.empty(0))
     if found.shape != outputs.truth.shape:
         return Figures(math.inf, math.inf, agrees=False)

@@ -121,7 +121,7 @@ MUTANTS = (
         story="what was to be float64 is float32",
         source="jax's gotchas: without jax_enable_x64 it silently is",
         inject=_truncated,
-        # The first in the alphabet, in which jit returns a dictionary.
+        # The first in the alphabet, in which jax returns a dictionary.
         first_site="block.0.attn.context",
         says="sites are not, first {site}: float32",
     ),
@@ -164,6 +164,7 @@ MUTANTS = (
         story="a branch on whether a value is concrete",
         source="isinstance(x, jax.core.Tracer), and numpy for what is not",
         inject=_traced(under=True),
+        compiled=True,
         first_site="block.0.mlp.out",
         cause="1.01 x the reference",
     ),

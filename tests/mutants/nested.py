@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from hypothesis import core, settings
-
-from vit_ref.verify.backward import Gradients, Objective
-from vit_ref.verify.flaxvit import FlaxViTReference
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.trace import Trace
-
-Differentiate = Callable[[Objective], Gradients]
+from outcome import Failure, Outcome
+from remembered import remembered_references
 
 ROOT = Path(__file__).parents[2]
 # Plugins that would speak to the outer run's workers, files or hooks, shuffle, or collect garbage for seconds.
@@ -37,20 +28,6 @@ _WITHOUT = (
     "unraisableexception",
     "threadexception",
 )
-
-
-class Failure(NamedTuple):
-    """How a test failed: with what, and the text that a person would read."""
-
-    error: type[BaseException]
-    text: str
-
-
-class Outcome(NamedTuple):
-    """What a run of the suite came to: the failures by test, and how many passed."""
-
-    failed: dict[str, Failure]
-    passed: int
 
 
 class _Collector:
@@ -84,7 +61,7 @@ def run(tests: tuple[str, ...], marker: str, scratch: Path) -> Outcome:
     arguments += ["-m", marker, "--capture=no", "-q", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     arguments += ["--hypothesis-seed=0", f"--basetemp={scratch / 'inner'}", *tests]
     with contextlib.ExitStack() as stack:
-        for each in (_fresh_test_modules, _fresh_compiler, _own_hypothesis, _remembered_references):
+        for each in (_fresh_test_modules, fresh_compiler, _own_hypothesis, remembered_references):
             stack.enter_context(each())
         stack.enter_context(contextlib.chdir(ROOT))
         stack.enter_context(contextlib.redirect_stdout(printed))
@@ -126,7 +103,7 @@ def _fresh_test_modules() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     """No function compiled for the truth serves the mutant, or the other way round; jax's settings come back.
 
     LLVM's optimisations, a fifth of a mutant's time, are off for both: what is compiled runs a few times at most.
@@ -153,68 +130,3 @@ def _own_hypothesis() -> Iterator[None]:
     finally:
         settings.load_profile("outer run")
         core.global_force_seed = seed
-
-
-@contextlib.contextmanager
-def _remembered_references() -> Iterator[None]:
-    """What references say is kept from run to run: nearly half the time goes into compiling them, and no mutant may
-    reach them. Other weights, images or objectives are another question."""
-    with contextlib.ExitStack() as stack:
-        for owner in (FlaxViTReference, NumpyOracle):
-            stack.enter_context(mock.patch.object(owner, "trace", _remembering(owner.trace)))
-        gradients = _remembering_each(FlaxViTReference.gradients)
-        stack.enter_context(mock.patch.object(FlaxViTReference, "gradients", gradients))
-        stack.enter_context(mock.patch.object(FlaxViTReference, "__init__", _built_once(FlaxViTReference.__init__)))
-        yield
-
-
-_ANSWERS: dict[str, Any] = {}
-
-
-def _remembering(trace: Callable[..., Trace]) -> Callable[..., Trace]:
-    @functools.wraps(trace)
-    def answer(self: Any, pixels: Any, dtype: Any = np.float64) -> Trace:
-        weights = self.params if isinstance(self, FlaxViTReference) else self.tensors
-        key = _digest(trace.__qualname__, repr(self.config), np.dtype(dtype).name, weights, pixels)
-        if key not in _ANSWERS:
-            _ANSWERS[key] = trace(self, pixels, dtype)
-        return dict(_ANSWERS[key])
-
-    return answer
-
-
-def _remembering_each(gradients: Callable[..., Differentiate]) -> Callable[..., Differentiate]:
-    @functools.wraps(gradients)
-    def answer(self: FlaxViTReference, pixels: Any, dtype: Any) -> Differentiate:
-        key = _digest("gradients", repr(self.config), np.dtype(dtype).name, self.params, pixels)
-        differentiate = functools.cache(lambda: gradients(self, pixels, dtype))
-
-        def one(objective: Objective) -> Gradients:
-            mine = key + _digest(objective._asdict())
-            if mine not in _ANSWERS:
-                _ANSWERS[mine] = differentiate()(objective)
-            return _ANSWERS[mine]
-
-        return one
-
-    return answer
-
-
-def _built_once(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def build(self: FlaxViTReference, config: Any, tensors: Any) -> None:
-        key = _digest("built", repr(config), tensors)
-        if key not in _ANSWERS:
-            init(self, config, tensors)
-            _ANSWERS[key] = dict(vars(self))
-        vars(self).update(_ANSWERS[key])
-
-    return build
-
-
-def _digest(*question: Any) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(question):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(leaf.encode() if isinstance(leaf, str) else np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""Calls parity directly: pytest around it would cost more than the check."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from mutant import Parity
+from nested import fresh_compiler
+from numpy.typing import NDArray
+from outcome import Failure, Outcome
+from remembered import digest, remembered_references
+
+from vit_ref.checkpoint import Checkpoint
+from vit_ref.errors import InputError
+from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.parity import check_parity
+from vit_ref.verify.report import headline
+from vit_ref.verify.trace import Forward, recorder
+
+
+def judge(parity: Parity, *, compiled: bool = False) -> Outcome:
+    """Checks this package's own model on one embedded case, as `-m parity` does.
+
+    Args:
+      parity: which case, and forward or backward.
+      compiled: whether to compile the forward pass; else it runs operation by operation. Gradients are compiled.
+    """
+    case = CASES[parity.case]
+    source, pixels = case.checkpoint(), case.images()
+    before, failed = _digests(source, pixels), {}
+    check = check_gradients if parity.backward else check_parity
+    way = fresh_compiler() if compiled or parity.backward else operation_by_operation()
+    with remembered_references(), way:
+        try:
+            report = check(case.name, case.config, source, pixels, OwnCandidate(case.config, source))
+        except InputError as error:
+            failed["input"] = Failure(type(error), str(error))
+        else:
+            if not report.passed:
+                failed["report"] = Failure(AssertionError, headline(report))
+    after = _digests(source, pixels)
+    for name in before:
+        if after[name] != before[name]:
+            failed[name] = Failure(AssertionError, f"the candidate changed {name} in place")
+    return Outcome(failed, passed=int(not failed))
+
+
+def _digests(source: Checkpoint, pixels: NDArray) -> dict[str, str]:
+    return {name: digest(array) for name, array in {"the images": pixels, **source.tensors}.items()}
+
+
+@contextlib.contextmanager
+def operation_by_operation() -> Iterator[None]:
+    """This package's model runs forward without a compiler, which takes most of a small model's time.
+
+    What jax keeps of single operations holds no code of the model, so that it serves one mutant after another.
+    """
+
+    def uncompiled(self: OwnCandidate, forward: Forward) -> Any:
+        record = recorder(forward)
+        return SimpleNamespace(recorder=lambda parameters, *given: record(jax.tree.map(jnp.asarray, parameters), *given))
+
+    with mock.patch.object(OwnCandidate, "_compiled_of", uncompiled):
+        yield

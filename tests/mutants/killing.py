@@ -1,0 +1,67 @@
+"""What a mutant has to suffer: its check fails, for the right reason, and names it where it is."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import direct
+import nested
+import pytest
+from catalogue import MUTANTS
+from mutant import Mutant, Parity
+from outcome import Outcome
+
+from vit_ref.errors import InputError
+
+# What a test fails with that found something wrong. A TypeError, say, would be a clumsy injection.
+RIGHT_REASONS = (AssertionError, pytest.fail.Exception, InputError, FloatingPointError)
+
+ALIVE = [mutant for mutant in MUTANTS if not mutant.equivalent]
+
+
+def dosed(mutants: list[Mutant]) -> pytest.MarkDecorator:
+    """Parametrizes a test by mutant and dose."""
+    return pytest.mark.parametrize(
+        ("mutant", "dose"),
+        [
+            pytest.param(mutant, dose, id=mutant.name if dose is None else f"{mutant.name}-{dose:g}")
+            for mutant in mutants
+            for dose in mutant.doses or (None,)
+        ],
+    )
+
+
+def require_killed(mutant: Mutant, dose: float | None, scratch: Path) -> None:
+    """Puts the mutant in, makes its check, and asks whether that failed as it should.
+
+    Args:
+      mutant: which.
+      dose: its dose, where it has doses.
+      scratch: a directory for temporary files.
+    """
+    inject = mutant.inject if dose is None else functools.partial(mutant.inject, dose=dose)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        inject(monkeypatch)
+        outcome = _checked(mutant, scratch)
+    assert outcome.failed, f"{mutant.name} survives: {mutant.story}"
+    text = "\n\n".join(failure.text for failure in outcome.failed.values())
+    wrong = [failure.error for failure in outcome.failed.values() if not _found_something(failure.error)]
+    assert not wrong, f"killed by a clumsy injection, {wrong}:\n{text}"
+    if mutant.first_site:
+        assert mutant.says.format(site=mutant.first_site) in text, text
+    suggested = set(re.findall(r"likely cause: (.*): with it the error", text))
+    cause = mutant.cause_at(dose)
+    assert suggested == ({cause} if cause else set()), text
+
+
+def _checked(mutant: Mutant, scratch: Path) -> Outcome:
+    if isinstance(mutant.tests, Parity):
+        return direct.judge(mutant.tests, compiled=mutant.compiled)
+    return nested.run(mutant.tests, mutant.killed_by, scratch)
+
+
+def _found_something(error: type[BaseException]) -> bool:
+    # jax reports a leaked tracer as a plain Exception.
+    return issubclass(error, RIGHT_REASONS) or error is Exception

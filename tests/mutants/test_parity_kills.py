@@ -1,0 +1,57 @@
+"""Is every bug that parity should see killed by it, and named where it is?
+
+These mutants have a file of their own: what jax compiled of single operations serves all of them, as long as none runs
+between them that needs a fresh compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import direct
+import jax
+import nested
+import pytest
+from killing import ALIVE, dosed, require_killed
+from mutant import ONE_BLOCK, Mutant, Parity, backward
+
+from vit_ref import model
+
+pytestmark = pytest.mark.mutants
+
+JUDGED = [mutant for mutant in ALIVE if isinstance(mutant.tests, Parity)]
+COMPILED = [mutant for mutant in JUDGED if mutant.compiled or mutant.tests.backward]
+
+
+@pytest.mark.parametrize(
+    "parity", sorted({mutant.tests for mutant in JUDGED}), ids=lambda parity: parity.case + "-backward" * parity.backward
+)
+def test_parity_passes_without_a_mutant(parity: Parity) -> None:
+    outcome = direct.judge(parity)
+    assert not outcome.failed, outcome.failed
+    assert outcome.passed
+
+
+@dosed([mutant for mutant in JUDGED if mutant not in COMPILED])
+def test_parity_kills_and_names_a_mutant(mutant: Mutant, dose: float | None, tmp_path: Path) -> None:
+    require_killed(mutant, dose, tmp_path)
+
+
+@dosed(COMPILED)
+def test_parity_kills_and_names_a_mutant_that_is_compiled(mutant: Mutant, dose: float | None, tmp_path: Path) -> None:
+    require_killed(mutant, dose, tmp_path)
+
+
+@pytest.mark.parametrize("parity", [ONE_BLOCK, backward("rectangular")], ids=["forward", "backward"])
+def test_pytest_fails_with_what_a_direct_check_finds(
+    parity: Parity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(model.ACTIVATIONS, "gelu", functools.partial(jax.nn.gelu, approximate=True))
+    (found,) = direct.judge(parity).failed.values()
+    by_pytest = nested.run(parity.tests, "parity", tmp_path)
+    assert by_pytest.failed
+    for failure in by_pytest.failed.values():
+        # Compiled, a model rounds otherwise: the site is the same, the error not to its last digit.
+        _, _, expected = found.text.splitlines()[0].partition(": first divergence at ")
+        assert f": first divergence at {expected.partition(':')[0]}:" in failure.text
