@@ -64,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "sharding: many devices hold their own part of a model, and compute what one computes",
         "mutants: a deliberate fault is seen, and named where it is",
         "benchmarks: what is timed is what was asked for; nothing asserts a time",
+        "optimised: jax compiles as users have it; elsewhere it leaves LLVM's optimisations out, but for parity",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",
     ):
@@ -73,11 +74,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
     config.option.strict_markers = True
     config.option.strict_config = True
-    if not (config.getoption("benchmark_only", False) or jax.config.jax_compilation_cache_dir):  # type: ignore[attr-defined]
-        _keep_compiled(config)
+    if config.getoption("benchmark_only", False):
+        return
+    environment = pytest.MonkeyPatch()  # which worker processes, and programs that tests start, have from this process
+    environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    config.add_cleanup(environment.undo)
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        _keep_compiled(config, environment)
 
 
-def _keep_compiled(config: pytest.Config) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Settles how jax compiles, before any fixture of any scope does.
+
+    LLVM's optimisations are two fifths of the time that compiling a small model takes, and most tests compare what two
+    programs compute. Parity, and tests that say so, compile what users run.
+    """
+    if not item.config.getoption("benchmark_only", False):
+        optimised = any(item.get_closest_marker(name) for name in ("parity", "optimised"))
+        jax.config.update("jax_disable_most_optimizations", not optimised)
+
+
+def _keep_compiled(config: pytest.Config, environment: pytest.MonkeyPatch) -> None:
     """What jax compiles serves all processes of this run: a quarter of the time of `-m mutants`, say.
 
     The same references are compiled for test after test, in every worker. Where the environment names a cache, that is
@@ -85,11 +103,9 @@ def _keep_compiled(config: pytest.Config) -> None:
     """
     directory = tempfile.mkdtemp(prefix="vit-ref-compiled-")
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
-    environment = pytest.MonkeyPatch()  # which workers have from this process
     before = {name: jax.config.values[name] for name in jax.config.values if "cache" in name}
 
     def undo() -> None:
-        environment.undo()
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

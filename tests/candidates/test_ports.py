@@ -93,6 +93,7 @@ def test_live_dropout_is_seen_where_it_drops_and_said(port: Callable[[str], str]
     assert "is dropout live?" in next(check.reason for check in report.checks if check.site == "repeat")
 
 
+@pytest.mark.optimised
 def test_the_tutorials_port_is_right_on_the_given_checkpoints_once_it_is_corrected(
     port: Callable[[str], str], pytestconfig: pytest.Config
 ) -> None:

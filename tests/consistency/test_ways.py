@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from vit_ref.verify.gates import error, root_mean_square
 from vit_ref.verify.trace import precision_of
 
-pytestmark = pytest.mark.consistency
+# What compiled programs compute is the question.
+pytestmark = [pytest.mark.consistency, pytest.mark.optimised]
 
 Objective = Callable[..., tuple[Array, Array]]
 # ((loss, logits), gradient), as value_and_grad returns them

@@ -70,6 +70,7 @@ def test_tanh_gelu_is_named_at_the_first_activation() -> None:
     assert blame.endswith(f"block.1 {max(r.alone.rms for r in report.results if 'block.1' in r.site):.1e}")
 
 
+@pytest.mark.optimised
 @pytest.mark.usefixtures("tanh_gelu")
 def test_tanh_gelu_is_named_on_the_given_checkpoints(pytestconfig: pytest.Config) -> None:
     paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)

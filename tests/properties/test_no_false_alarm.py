@@ -21,7 +21,8 @@ from vit_ref.verify.parity import check_parity
 from vit_ref.verify.report import headline, table
 from vit_strategies import configs, seeds
 
-pytestmark = pytest.mark.properties
+# Rounding is judged as users see it.
+pytestmark = [pytest.mark.properties, pytest.mark.optimised]
 
 # Every example compiles four functions of its own, which a thousand of them need not keep.
 _CHECKED = itertools.count(1)

@@ -96,6 +96,7 @@ def assert_same_curve(
     pytest.fail(f"our three curves are {[float(each.max()) for each in ours]} times as far as they may be")
 
 
+@pytest.mark.optimised
 def test_one_batch_is_learnt_along_the_references_curve(train_ours: Callable, train_flaxvit: Callable) -> None:
     pixels, labels = synthetic_images(CONFIG, 6, seed=5), np.array([0, 1, 2, 3, 4, 4])
     arguments = CONFIG, fresh(CONFIG), lambda: optax.adamw(1e-2, weight_decay=0.01), [(pixels, labels)] * 80
@@ -127,6 +128,7 @@ def clipped_momentum() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9))
 
 
+@pytest.mark.optimised
 def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
     pytestconfig: pytest.Config, train_ours: Callable, train_flaxvit: Callable
 ) -> None:
