@@ -308,24 +308,30 @@ def finetune_command(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
-    """Name what is in each IMAGE, with probabilities, by the classifier CHECKPOINT, a directory or hub id."""
+    """Name what is in each IMAGE by the classifier CHECKPOINT, a directory or hub id.
+
+    Each class has a probability. A regression, which has none, prints its values.
+    """
     with _progress(len(images)) as progress:
         from vit_ref.finetune.predict import predictions
+        from vit_ref.finetune.probabilities import unit
         from vit_ref.pretrained import from_pretrained
 
-        results, found = predictions(from_pretrained(checkpoint), images, top), []
+        model = from_pretrained(checkpoint)
+        results, found = predictions(model, images, top), []
         for number in range(1, len(images) + 1):
             progress(f"image {number} of {len(images)}")
             found.append(next(results))
+    kind = unit(model.config)
     if as_json:
-        named = [[{"label": label, "probability": value} for label, value in each] for each in found]
+        named = [[{"label": label, kind: value} for label, value in each] for each in found]
         content = [{"image": str(file), "predictions": each} for file, each in zip(images, named, strict=True)]
         click.echo(json.dumps(content, indent=1))
         return
     for file, each in zip(images, found, strict=True):
         click.echo(click.format_filename(file))
         for label, value in each:
-            click.echo(f"{100 * value:7.2f} %  {label}")
+            click.echo(f"{100 * value:7.2f} %  {label}" if kind == "probability" else f"{value:12.6g}  {label}")
 
 
 @main.command()

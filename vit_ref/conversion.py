@@ -216,6 +216,8 @@ def _left_behind(config: ViTConfig, again: ViTConfig) -> tuple[str, ...]:
 
     lost = {
         "class names": config.labels and config.labels != again.labels,
+        # Without it `predict` takes the logits for those of exclusive classes.
+        "problem_type": config.extra.get("problem_type") != again.extra.get("problem_type"),
         "preprocessing": _pixels(config) != _pixels(again),
         "dropout rates": dropout(config) != dropout(again),
     }

@@ -144,13 +144,13 @@ def test_any_layout_becomes_any_other(tmp_path: Path, source: Path, read: Target
     [
         ("hf", ()),
         ("flax", ()),
-        ("timm", ("dropout rates",)),
-        ("npz", ("class names", "preprocessing", "dropout rates")),
-        ("big_vision", ("class names", "preprocessing", "dropout rates")),
+        ("timm", ("problem_type", "dropout rates")),
+        ("npz", ("class names", "problem_type", "preprocessing", "dropout rates")),
+        ("big_vision", ("class names", "problem_type", "preprocessing", "dropout rates")),
     ],
 )
 def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, left_behind: tuple[str, ...]) -> None:
-    config = replace(CONFIG, hidden_dropout_prob=0.1)
+    config = replace(CONFIG, hidden_dropout_prob=0.1, extra={"problem_type": "multi_label_classification"})
     source = write(tmp_path / "source", config, with_room(porting.BIG_VISION, random_bits(config, np.float32)))
     done = convert(source, place(tmp_path, to), to)
     assert done.left_behind == left_behind
