@@ -99,11 +99,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """What there is to know of this device to read a verdict in the precisions that are asked for."""
     if not hasattr(config.option, "parity_report"):  # of no other plugin's option of that name
         return []
+    from vit_ref import image_files
     from vit_ref.verify.environment import notes
     from vit_ref.verify.precision import PRECISIONS
 
     asked = config.getoption("precision") or ["float32"]
-    return [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
+    others = image_files.find(Path(config.getoption("images"))).others if config.getoption("images") else []
+    left_out = [f"warning: left out, no image by its suffix: {image_files.counted(others)}"] if others else []
+    return left_out + [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
 
 
 def summarise(name: str, text: str, *, given: bool) -> tuple[str, str]:

@@ -13,9 +13,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
@@ -24,7 +24,7 @@ from rich.highlighter import RegexHighlighter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.theme import Theme
 
-from vit_ref import conversion
+from vit_ref import conversion, image_files
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
 from vit_ref.finetune.options import recipe_from, recipe_options
@@ -164,6 +164,8 @@ def verify(
     from vit_ref.verify.report import summary, table, to_html, to_json, write
     from vit_ref.verify.stream import check_streamed
 
+    if images is not None:
+        _say_left_out(image_files.find(Path(images)).others)
     console = _Output(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
     passed = True
     for candidate in candidates or (None,):
@@ -292,6 +294,7 @@ def finetune_command(
             _ERRORS.print(f"vit-ref: left out: {reason}", markup=False)
         if images.bad:
             _ERRORS.print(f"vit-ref: left out: {len(images.bad)} of {len(images.bad) + len(images)} images")
+    _say_left_out({*training.others, *validation.others})
     conduct = Conduct(workers, save_every, keep, sharding, tensorboard)
     outcome = finetune(checkpoint, training, validation, out, chosen, conduct, resume=resume)
     if outcome.writes:
@@ -383,6 +386,12 @@ def bench(
             write(json_file, json.dumps(content, indent=1) + "\n")
         if timings and picture:
             plot(picture, timings)
+
+
+def _say_left_out(files: Collection[PurePath | str]) -> None:
+    """Counts the files that were not taken for images, so that nobody misses theirs in silence."""
+    if files:
+        _ERRORS.print(f"vit-ref: left out, no image by its suffix: {image_files.counted(files)}", markup=False)
 
 
 def _require_places(**files: Path | None) -> None:
