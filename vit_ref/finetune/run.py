@@ -280,7 +280,7 @@ def _require_images(
     config: ViTConfig, recipe: Recipe, *loaded: tuple[ImageDataset, Augmentation | Transform | None]
 ) -> None:
     """Says before anything is written what else the first batch would: that the images cannot be given to the model."""
-    size = preprocessing.steps(config).size
+    size = preprocessing.steps(config).output
     if size not in (None, config.image_hw):
         raise InputError(
             f"images come out of the checkpoint's preprocessing with {list(size)} pixels, the model takes"
