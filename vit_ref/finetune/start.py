@@ -18,6 +18,7 @@ from vit_ref.errors import InputError
 from vit_ref.finetune.probabilities import require_exclusive
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.preprocessing import explicit, for_size
 from vit_ref.pretrained import build, load
 
 # The fields of config.json that describe the head and what it was trained for, in transformers and on timm's hub pages.
@@ -65,10 +66,10 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
     dtype = jnp.bfloat16 if recipe.precision == "mixed" else None
     attention = cudnn if recipe.attention == "cudnn" else None
     if source is None:
-        config = _for_classes(_for_recipe(SCRATCH, recipe), classes)
+        config = _with_preprocessing(_for_classes(_for_recipe(SCRATCH, recipe), classes))
         return VisionTransformer(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(recipe.seed))
     was, parameters, _ = load(checkpoint.read(source))
-    config = _for_recipe(was, recipe)
+    config = _with_preprocessing(_for_recipe(was, recipe))
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             # In bfloat16 the resize itself would round at 1e-3.
@@ -111,10 +112,13 @@ def _for_recipe(config: ViTConfig, recipe: Recipe) -> ViTConfig:
         _require_cudnn(config)
     if recipe.image_size is None or config.image_hw == (recipe.image_size,) * 2:
         return config
-    preprocessor = config.preprocessor
-    if preprocessor is not None:
-        preprocessor = {**preprocessor, "size": {"height": recipe.image_size, "width": recipe.image_size}}
-    return dataclasses.replace(config, image_size=recipe.image_size, preprocessor=preprocessor)
+    side = recipe.image_size
+    return dataclasses.replace(config, image_size=side, preprocessor=for_size(config, side, side))
+
+
+def _with_preprocessing(config: ViTConfig) -> ViTConfig:
+    """The configuration with all that the images go through, so that whoever loads the model gives it the same."""
+    return dataclasses.replace(config, preprocessor=explicit(config))
 
 
 def _for_classes(config: ViTConfig, classes: Sequence[str]) -> ViTConfig:
