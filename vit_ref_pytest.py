@@ -70,16 +70,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
     ):
         config.addinivalue_line("markers", marker)
-    given = (config.getoption(name, None) for name in ("checkpoint", "candidate", "images", "reference"))
-    checkpoints, candidates, images, reference = given
-    if not (checkpoints or candidates or images or reference):
+    options = ("checkpoint", "candidate", "images", "reference", "parity_report")
+    given = checkpoints, candidates, images, reference, reports = [config.getoption(name, None) for name in options]
+    if not any(given):
         return
     from vit_ref import checkpoint
     from vit_ref.errors import InputError
+    from vit_ref.local import require_local
     from vit_ref.verify import photographs, references
     from vit_ref.verify.ports import loading
 
     try:
+        for option, path in (("--images", images), ("--parity-report", reports)):
+            if path:
+                require_local(path, option)
         # Not asked for, it fails the tests that need it and no others.
         if reference:
             references.require(reference)

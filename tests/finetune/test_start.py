@@ -23,6 +23,7 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.start import SCRATCH, starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.preprocessing import steps
 from vit_ref.pretrained import parameters_of
 
 pytestmark = pytest.mark.training
@@ -151,6 +152,36 @@ def test_another_image_size_resizes_positions_and_preprocessing(saved: Path) -> 
     assert resized.shape == (1, 26, 12)
     assert model.config.image_hw == (20, 20)
     assert model.config.preprocessor == {**CONFIG.preprocessor, "size": {"height": 20, "width": 20}}
+
+
+def test_another_image_size_keeps_the_part_that_is_cropped(saved: Path) -> None:
+    settings = {"size": 16, "do_center_crop": True, "crop_size": 12}
+    (saved / "preprocessor_config.json").write_text(json.dumps(settings))
+    found = starting_model(saved, ["a", "b"], Recipe(image_size=20)).config.preprocessor
+    assert found == {
+        "do_center_crop": True,
+        "size": {"height": 27, "width": 27},
+        "crop_size": {"height": 20, "width": 20},
+    }
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "scratch"), [(None, True), (None, False), ({"image_mean": 0.25}, False)], ids=str
+)
+def test_preprocessing_that_is_not_written_down_is_saved_in_full(
+    preprocessor: dict[str, Any] | None, scratch: bool, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, preprocessor=preprocessor)
+    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "source")
+    model = starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe(image_size=16))
+    vit_ref.save_pretrained(model, tmp_path / "new")
+    written = json.loads((tmp_path / "new" / "preprocessor_config.json").read_bytes())
+    # transformers' own would be 224.
+    assert written["size"] == {"height": 16, "width": 16}
+    assert written["image_mean"] == (0.25 if preprocessor else [0.5, 0.5, 0.5])
+    assert steps(vit_ref.from_pretrained(tmp_path / "new").config) == steps(
+        dataclasses.replace(config, image_size=(16, 16))
+    )
 
 
 def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, tmp_path: Path) -> None:

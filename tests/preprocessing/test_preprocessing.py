@@ -157,9 +157,7 @@ def test_a_crop_has_the_bits_of_deits_own_processor(
     settings: dict[str, Any], picture: Picture, asks_for, by_reference
 ) -> None:
     image = Image.fromarray(picture(*SOURCE)).convert("RGB")
-    assert_same_bits(
-        preprocess([image], asks_for(settings)), by_reference([image], settings, DEIT).astype(np.float32)
-    )
+    assert_same_bits(preprocess([image], asks_for(settings)), by_reference([image], settings, DEIT).astype(np.float32))
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,11 @@ def batches(
     def load(position: int, index: int) -> dict[str, Any]:
         epoch = position // each
         if index >= len(dataset):
-            pixels, label, index = np.zeros((*(steps(config).output or config.image_hw), 3), np.float32), PADDING, PADDING
+            pixels, label, index = (
+                np.zeros((*(steps(config).output or config.image_hw), 3), np.float32),
+                PADDING,
+                PADDING,
+            )
         else:
             photograph = dataset[index]
             label = photograph.label
