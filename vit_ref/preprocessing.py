@@ -1,8 +1,8 @@
 """Images as a checkpoint's `preprocessor_config.json` asks for them: upright, RGB, resized, cropped, normalised.
 
-The arithmetic is that of transformers' `ViTImageProcessor`, and of its `DeiTImageProcessor` where the file names that or
-asks for a crop, in their order and their dtypes, with Pillow and NumPy alone: the result is the same to the last bit.
-They part in these cases:
+The arithmetic is that of transformers' `ViTImageProcessor`, and of its `DeiTImageProcessor` where the file names that
+or asks for a crop. It keeps their order and their dtypes, with Pillow and NumPy alone: the result is the same to the
+last bit. They part in these cases:
 
 - The EXIF orientation is followed: photographs come upright. `ViTImageProcessor` ignores it.
 - Every image becomes RGB, as under `do_convert_rgb`: grey is repeated, palettes are looked up, alpha is dropped and not
@@ -16,8 +16,8 @@ They part in these cases:
 - `do_pad` is refused. `ViTImageProcessor` leaves the padding out and says nothing.
 - The result is always float32; with neither rescaling nor normalisation `ViTImageProcessor`'s is uint8.
 
-A step that is null, such as `do_rescale: null`, is left out, as by these classes of transformers 4. In a file that names
-a fast processor, such as `ViTImageProcessorFast`, null means the default everywhere, as it does to that processor.
+A step that is null, such as `do_rescale: null`, is left out, as by these classes of transformers 4. Where the file
+names a fast processor, such as `ViTImageProcessorFast`, null means the default everywhere, as to that processor.
 """
 
 from __future__ import annotations

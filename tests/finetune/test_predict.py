@@ -73,7 +73,8 @@ def test_labels_that_do_not_exclude_each_other_have_numbers_of_their_own(
         logits = np.asarray(model(jnp.asarray(preprocess(photographs[:1], CONFIG), np.float64))[0])
     if problem_type == "regression":
         # All of them, in their own order: no value is likelier than another.
-        assert found == [(name, pytest.approx(value, rel=1e-12)) for name, value in zip(CONFIG.labels, logits)]
+        expected = zip(CONFIG.labels, logits, strict=True)
+        assert found == [(name, pytest.approx(value, rel=1e-12)) for name, value in expected]
     else:
         order = np.argsort(-logits)[:3]
         expected = [(CONFIG.labels[i], pytest.approx(1 / (1 + np.exp(-logits[i])), rel=1e-12)) for i in order]

@@ -197,7 +197,7 @@ def test_a_step_that_is_null_is_left_out_as_by_the_reference(
 
 
 def test_null_is_the_default_in_the_file_of_a_fast_processor(picture: Picture, asks_for, by_reference) -> None:
-    """It needs torchvision. Here its defaults are those of the slow one, which reads the same file without the nulls."""
+    """It needs torchvision. Its defaults are those of the slow one, which reads the same file without the nulls."""
     image = Image.fromarray(picture(*SOURCE)).convert("RGB")
     stated = {"size": {"height": 19, "width": 8}}
     nulls = ("crop_size", "do_center_crop", "do_normalize", "do_pad", "do_rescale", "do_resize", "resample")

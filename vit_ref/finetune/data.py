@@ -350,8 +350,8 @@ def _part_of_saved(datasets: Any, source: str, split: str) -> Any:
     if any(part.partition("[")[0] not in lengths for part in split.split("+")):
         first = next(iter(lengths))
         raise InputError(
-            f"{source}: split is {split!r}, and it has {', '.join(lengths)}: give another split, or a slice of one, such"
-            f" as {first}[:80%] to train and {first}[80%:] to validate (--train-split, --validation-split)"
+            f"{source}: split is {split!r}, and it has {', '.join(lengths)}: give another split, or a slice of one,"
+            f" such as {first}[:80%] to train and {first}[80%:] to validate (--train-split, --validation-split)"
         )
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     tables = [saved[part.splitname].select(range(lengths[part.splitname])[part.from_ : part.to]) for part in parts]
