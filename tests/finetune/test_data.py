@@ -198,6 +198,11 @@ def test_a_directory_without_folders_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}: no folders in it" in refusal(lambda: open_dataset(tmp_path, "train"))
 
 
+def test_a_url_is_no_data_set() -> None:
+    message = refusal(lambda: open_dataset("https://host/images.zip", "train"))
+    assert message.startswith("data is https://host/images.zip: a URL is no path on this machine: give a local path")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

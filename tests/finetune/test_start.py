@@ -173,14 +173,16 @@ def test_preprocessing_that_is_not_written_down_is_saved_in_full(
 ) -> None:
     config = dataclasses.replace(CONFIG, preprocessor=preprocessor)
     vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "source")
-    model = starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe(image_size=16))
+    # With a size of its own the recipe writes one, too.
+    model = starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe())
+    side = model.config.image_hw[0]
     vit_ref.save_pretrained(model, tmp_path / "new")
     written = json.loads((tmp_path / "new" / "preprocessor_config.json").read_bytes())
     # transformers' own would be 224.
-    assert written["size"] == {"height": 16, "width": 16}
+    assert written["size"] == {"height": side, "width": side}
     assert written["image_mean"] == (0.25 if preprocessor else [0.5, 0.5, 0.5])
     assert steps(vit_ref.from_pretrained(tmp_path / "new").config) == steps(
-        dataclasses.replace(config, image_size=(16, 16))
+        dataclasses.replace(config, image_size=(side, side))
     )
 
 

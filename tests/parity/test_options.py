@@ -34,7 +34,10 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["--candidate", "gone.py"], "gone.py: no such file"),
         (["--checkpoint", ".", "--images", "no-such-place"], "no-such-place: no such directory of images"),
         (["--checkpoint", ".", "--images", "vit_ref"], "vit_ref: no image in it"),
-        (["--parity-report", "gs://bucket/reports"], "--parity-report is gs://bucket/reports: a URL is no path"),
+        (
+            ["--collect-only", "--parity-report", "gs://bucket/reports"],
+            "--parity-report is gs://bucket/reports: a URL is no path",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:

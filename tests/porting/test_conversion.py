@@ -185,6 +185,17 @@ def test_preprocessing_goes_to_timm_where_timm_has_its_like(
     assert done.left_behind == (() if is_kept else ("preprocessing",))
 
 
+def test_a_crop_is_written_for_timm_though_it_is_not_read_back(tmp_path: Path) -> None:
+    height, width = CONFIG.image_hw
+    preprocessor = {**PREPROCESSOR, "do_center_crop": True, "size": [2 * height, 2 * width]}
+    config = replace(CONFIG, preprocessor=preprocessor)
+    done = convert(write(tmp_path / "source", config, random_bits(config, np.float32)), tmp_path / "timm", "timm")
+    written = json.loads((tmp_path / "timm" / "config.json").read_bytes())["pretrained_cfg"]
+    # timm resizes to the image's size over crop_pct.
+    assert (written["crop_pct"], written["crop_mode"]) == (0.5, "squash")
+    assert done.left_behind == ("preprocessing",)
+
+
 SPECIAL = {
     "hidden_act": {"hidden_act": "gelu"},
     "layer_norm_eps": {"layer_norm_eps": 1e-12},

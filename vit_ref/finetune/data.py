@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vit_ref import image_files
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
+from vit_ref.local import require_local
 from vit_ref.preprocessing import read_image
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def open_dataset(
     if source is None:
         dataset, where = _shapes(split), "the built-in images"
     else:
+        require_local(source, "data")
         path, where = Path(source), f"{os.fspath(source)} ({split})"
         if _is_table(path) or not path.is_dir():
             dataset = _from_table(os.fspath(source), split)
