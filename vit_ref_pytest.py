@@ -70,16 +70,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
     ):
         config.addinivalue_line("markers", marker)
-    given = (config.getoption(name, None) for name in ("checkpoint", "candidate", "images", "reference"))
-    checkpoints, candidates, images, reference = given
-    if not (checkpoints or candidates or images or reference):
+    options = ("checkpoint", "candidate", "images", "reference", "parity_report")
+    given = checkpoints, candidates, images, reference, reports = [config.getoption(name, None) for name in options]
+    if not any(given):
         return
     from vit_ref import checkpoint
     from vit_ref.errors import InputError
+    from vit_ref.local import require_local
     from vit_ref.verify import photographs, references
     from vit_ref.verify.ports import loading
 
     try:
+        for option, path in (("--images", images), ("--parity-report", reports)):
+            if path:
+                require_local(path, option)
         # Not asked for, it fails the tests that need it and no others.
         if reference:
             references.require(reference)
@@ -99,11 +103,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """What there is to know of this device to read a verdict in the precisions that are asked for."""
     if not hasattr(config.option, "parity_report"):  # of no other plugin's option of that name
         return []
+    from vit_ref import image_files
     from vit_ref.verify.environment import notes
     from vit_ref.verify.precision import PRECISIONS
 
     asked = config.getoption("precision") or ["float32"]
-    return [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
+    others = image_files.find(Path(config.getoption("images"))).others if config.getoption("images") else []
+    left_out = [f"warning: left out, no image by its suffix: {image_files.counted(others)}"] if others else []
+    return left_out + [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
 
 
 def summarise(name: str, text: str, *, given: bool) -> tuple[str, str]:

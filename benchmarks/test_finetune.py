@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -19,6 +20,10 @@ from vit_ref.finetune.optimizer import transformation
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.run import learner
 from vit_ref.model import VisionTransformer
+
+pytestmark = pytest.mark.skipif(
+    find_spec("grain") is None, reason="fine-tuning needs grain: pip install 'vit-ref[finetune]'"
+)
 
 CONFIG = ViTConfig.variant("Ti/16", num_labels=4, image_size=96)
 RECIPE = Recipe(batch_size=16)

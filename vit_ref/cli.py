@@ -13,9 +13,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
@@ -24,10 +24,11 @@ from rich.highlighter import RegexHighlighter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.theme import Theme
 
-from vit_ref import conversion
+from vit_ref import conversion, image_files
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
 from vit_ref.finetune.options import recipe_from, recipe_options
+from vit_ref.local import require_local
 from vit_ref.verify.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ class _Group(click.Group):
             ctx.exit(INTERRUPTED)
 
 
+class _LocalPath(click.Path):
+    """A path on this machine. A URL is refused before any work, in one line as all other input."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name = max(parameter.opts, key=len) if isinstance(parameter, click.Option) else "the path"
+        require_local(value, name)
+        return super().convert(value, parameter, ctx)
+
+
+_LOCAL = _LocalPath(path_type=Path)
+
+
 def _version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
     if not asked:
         return
@@ -130,12 +143,12 @@ def main() -> None:
     show_default=True,
     help="What the numerical gate judges.",
 )
-@click.option("--images", metavar="DIR", help="Photographs; else synthetic images.")
+@click.option("--images", type=_LOCAL, metavar="DIR", help="Photographs; else synthetic images.")
 @click.option("--forward-only", is_flag=True, help="No gradients.")
 @click.option("--stream", is_flag=True, help="Hold one block at a time, however deep the model. Not with --candidate.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one page.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@click.option("--html", type=_LOCAL, metavar="FILE", help="Write the report as one page.")
+@click.option("--json", "json_file", type=_LOCAL, metavar="FILE", help="Write the report as JSON.")
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -143,7 +156,7 @@ def verify(
     candidates: tuple[str, ...],
     reference: str,
     precision: str,
-    images: str | None,
+    images: Path | None,
     forward_only: bool,
     stream: bool,
     whole: bool,
@@ -164,6 +177,8 @@ def verify(
     from vit_ref.verify.report import summary, table, to_html, to_json, write
     from vit_ref.verify.stream import check_streamed
 
+    if images is not None:
+        _say_left_out(image_files.find(images).others)
     console = _Output(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
     passed = True
     for candidate in candidates or (None,):
@@ -191,7 +206,7 @@ def verify(
 
 @main.command()
 @click.argument("source")
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("destination", type=_LOCAL)
 @click.option("--to", "layout", type=click.Choice(get_args(conversion.Target)), required=True, help="Layout to write.")
 def convert(source: str, destination: Path, layout: conversion.Target) -> None:
     """Write the checkpoint SOURCE to DESTINATION in another layout, value for value, and read it back."""
@@ -217,7 +232,7 @@ def propose(candidate: str, checkpoint: str) -> None:
 @click.option(
     "--bad-images", type=click.Choice(["error", "skip"]), default="error", show_default=True, help="Unreadable ones."
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("run"), show_default=True, help="The run's place.")
+@click.option("--out", type=_LOCAL, default=Path("run"), show_default=True, help="The run's place.")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out was stopped, or begin it.")
 @recipe_options
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load images.")
@@ -292,6 +307,7 @@ def finetune_command(
             _ERRORS.print(f"vit-ref: left out: {reason}", markup=False)
         if images.bad:
             _ERRORS.print(f"vit-ref: left out: {len(images.bad)} of {len(images.bad) + len(images)} images")
+    _say_left_out({*training.others, *validation.others})
     conduct = Conduct(workers, save_every, keep, sharding, tensorboard)
     outcome = finetune(checkpoint, training, validation, out, chosen, conduct, resume=resume)
     if outcome.writes:
@@ -302,30 +318,36 @@ def finetune_command(
 
 @main.command()
 @click.argument("checkpoint")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.argument("images", nargs=-1, required=True, type=_LOCAL, metavar="IMAGE...")
 @click.option(
     "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for each image."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
-    """Name what is in each IMAGE, with probabilities, by the classifier CHECKPOINT, a directory or hub id."""
+    """Name what is in each IMAGE by the classifier CHECKPOINT, a directory or hub id.
+
+    Each class has a probability. A regression, which has none, prints its values.
+    """
     with _progress(len(images)) as progress:
         from vit_ref.finetune.predict import predictions
+        from vit_ref.finetune.probabilities import unit
         from vit_ref.pretrained import from_pretrained
 
-        results, found = predictions(from_pretrained(checkpoint), images, top), []
+        model = from_pretrained(checkpoint)
+        results, found = predictions(model, images, top), []
         for number in range(1, len(images) + 1):
             progress(f"image {number} of {len(images)}")
             found.append(next(results))
+    kind = unit(model.config)
     if as_json:
-        named = [[{"label": label, "probability": value} for label, value in each] for each in found]
+        named = [[{"label": label, kind: value} for label, value in each] for each in found]
         content = [{"image": str(file), "predictions": each} for file, each in zip(images, named, strict=True)]
         click.echo(json.dumps(content, indent=1))
         return
     for file, each in zip(images, found, strict=True):
         click.echo(click.format_filename(file))
         for label, value in each:
-            click.echo(f"{100 * value:7.2f} %  {label}")
+            click.echo(f"{100 * value:7.2f} %  {label}" if kind == "probability" else f"{value:12.6g}  {label}")
 
 
 @main.command()
@@ -335,8 +357,8 @@ def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) 
 @click.option("--pass", "passes", multiple=True, help='"forward" or "train step"; repeatable. Else both.')
 @click.option("--implementation", "names", multiple=True, help="One of those installed; repeatable. Else all.")
 @click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Of each, in turns.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw a PNG.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all rounds as JSON.")
+@click.option("--plot", "picture", type=_LOCAL, metavar="FILE", help="Draw a PNG.")
+@click.option("--json", "json_file", type=_LOCAL, metavar="FILE", help="Write all rounds as JSON.")
 def bench(
     sizes: tuple[str, ...],
     batches: tuple[int, ...],
@@ -377,6 +399,12 @@ def bench(
             write(json_file, json.dumps(content, indent=1) + "\n")
         if timings and picture:
             plot(picture, timings)
+
+
+def _say_left_out(files: Collection[PurePath | str]) -> None:
+    """Counts the files that were not taken for images, so that nobody misses theirs in silence."""
+    if files:
+        _ERRORS.print(f"vit-ref: left out, no image by its suffix: {image_files.counted(files)}", markup=False)
 
 
 def _require_places(**files: Path | None) -> None:

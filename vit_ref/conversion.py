@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from vit_ref import checkpoint, porting
 from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError, ConfigError, InputError
+from vit_ref.local import require_local
 from vit_ref.porting import PortError
 from vit_ref.preprocessing import Steps, steps
 from vit_ref.pretrained import configuration, hf_config, load
@@ -87,6 +88,7 @@ def convert(
     """
     if to not in get_args(Target):
         raise CheckpointError(f"layout {to!r} is unknown: give one of {', '.join(get_args(Target))}")
+    require_local(destination, "destination")
     destination = Path(destination)
     one_file = to in ("npz", "big_vision")
     _require_room(destination, one_file)
@@ -216,6 +218,8 @@ def _left_behind(config: ViTConfig, again: ViTConfig) -> tuple[str, ...]:
 
     lost = {
         "class names": config.labels and config.labels != again.labels,
+        # Without it `predict` takes the logits for those of exclusive classes.
+        "problem_type": config.extra.get("problem_type") != again.extra.get("problem_type"),
         "preprocessing": _pixels(config) != _pixels(again),
         "dropout rates": dropout(config) != dropout(again),
     }

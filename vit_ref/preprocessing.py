@@ -1,7 +1,8 @@
-"""Images as a checkpoint's `preprocessor_config.json` asks for them: upright, RGB, resized, rescaled, normalised.
+"""Images as a checkpoint's `preprocessor_config.json` asks for them: upright, RGB, resized, cropped, normalised.
 
-The arithmetic is that of transformers' `ViTImageProcessor`, in its order and its dtypes, with Pillow and NumPy alone:
-the result is the same to the last bit. They part in these cases:
+The arithmetic is that of transformers' `ViTImageProcessor`, and of its `DeiTImageProcessor` where the file names that
+or asks for a crop. It keeps their order and their dtypes, with Pillow and NumPy alone: the result is the same to the
+last bit. They part in these cases:
 
 - The EXIF orientation is followed: photographs come upright. `ViTImageProcessor` ignores it.
 - Every image becomes RGB, as under `do_convert_rgb`: grey is repeated, palettes are looked up, alpha is dropped and not
@@ -9,9 +10,14 @@ the result is the same to the last bit. They part in these cases:
 - 16-bit grey keeps its high byte, as Pillow reads 16-bit colour. Pillow's conversion of grey, and `ViTImageProcessor`
   with it, makes all above 255 white. 32-bit grey has no known white and is refused.
 - Images of one or three rows are images; `ViTImageProcessor` takes their height for the channels.
-- Without a `size` images get the model's own, not 224.
-- `do_center_crop` and `do_pad` are refused; `ViTImageProcessor` leaves them out and says nothing.
+- Without a `size` images get the model's own, not 224. Without a `crop_size` the crop has the model's size, and where
+  DeiT's file has no `size` either, images are resized to 256/224 of it.
+- `do_center_crop` is followed in every file. `ViTImageProcessor` leaves the crop out and says nothing.
+- `do_pad` is refused. `ViTImageProcessor` leaves the padding out and says nothing.
 - The result is always float32; with neither rescaling nor normalisation `ViTImageProcessor`'s is uint8.
+
+A step that is null, such as `do_rescale: null`, is left out, as by these classes of transformers 4. Where the file
+names a fast processor, such as `ViTImageProcessorFast`, null means the default everywhere, as to that processor.
 """
 
 from __future__ import annotations
@@ -26,25 +32,28 @@ from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
 from vit_ref.errors import ConfigError, InputError
+from vit_ref.image_files import require_pillow
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _LARGEST = float(np.finfo(np.float32).max)
-# What ViTImageProcessor does where the file is silent; `size` is the model's own.
-_DEFAULTS: dict[str, Any] = {
+# What ViTImageProcessor does where the file is silent; sizes follow from the model.
+_VIT: dict[str, Any] = {
     "do_resize": True,
     "resample": 2,
+    "do_center_crop": False,
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": 0.5,
-    "image_std": 0.5,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
 }
-# What counts as an image where a directory is searched for them.
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-# The file may say null here and mean the default.
-_NULLABLE = ("size", "image_mean", "image_std")
+_DEIT = {**_VIT, "resample": 3, "do_center_crop": True}
+# DeiT's images are resized to this multiple of what is cropped from them.
+_DEIT_MARGIN = 256 / 224
+# Null means the default here, whichever processor the file names.
+_NULLABLE = ("size", "crop_size", "image_mean", "image_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +63,21 @@ class Steps:
     Attributes:
       size: (height, width) to resize to.
       resample: how, by Pillow's number, as the file has it.
+      crop: (height, width) to cut out of the middle; black is added around an image that is smaller.
       scale: factor of the pixels' values.
       mean_and_std: one number each for red, green and blue; subtracted, and divided by.
     """
 
     size: tuple[int, int] | None
     resample: int
+    crop: tuple[int, int] | None
     scale: float | None
     mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] | None
+
+    @property
+    def output(self) -> tuple[int, int] | None:
+        """(height, width) of what comes out; None where every image keeps its own size."""
+        return self.crop or self.size
 
 
 def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: ViTConfig) -> NDArray:
@@ -79,10 +95,8 @@ def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: V
         images, or Pillow is missing.
       ConfigError: `preprocessor` asks for something unknown.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise InputError("reading images needs Pillow: pip install 'vit-ref[images]'") from None
+    require_pillow()
+    from PIL import Image
 
     if config.num_channels != 3:
         raise InputError(f"images have 3 channels once they are RGB, the model takes {config.num_channels}")
@@ -146,6 +160,10 @@ def _apply(todo: Steps, image: Image.Image) -> NDArray:
     if todo.size is not None:
         height, width = todo.size
         image = image.resize((width, height), todo.resample)
+    if todo.crop is not None:
+        height, width = todo.crop
+        left, upper = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, upper, left + width, upper + height))
     pixels: NDArray = np.asarray(image)
     if todo.scale is not None:
         pixels = pixels.astype(np.float64) * todo.scale
@@ -163,37 +181,84 @@ def steps(config: ViTConfig) -> Steps:
       ConfigError: `preprocessor` asks for something unknown.
     """
     given = config.preprocessor or {}
-    for name in ("do_center_crop", "do_pad"):
-        if given.get(name):
-            _refuse(name, given[name], "a ViT's images are resized, rescaled and normalised, and nothing else")
-    silent = {name for name in _NULLABLE if given.get(name) is None}
-    settings = {**_DEFAULTS, "size": config.image_hw, **{k: v for k, v in given.items() if k not in silent}}
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if not isinstance(settings[name], bool):
+    if given.get("do_pad"):
+        _refuse("do_pad", given["do_pad"], "a ViT's images are resized, cropped, rescaled and normalised, not padded")
+    processor = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "")
+    is_deit, is_fast = processor.startswith("DeiT"), processor.endswith("Fast")
+    said = {name: value for name, value in given.items() if value is not None or not (is_fast or name in _NULLABLE)}
+    settings = {**(_DEIT if is_deit else _VIT), **said}
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if settings[name] is not None and not isinstance(settings[name], bool):
             _refuse(name, settings[name], "give true or false")
     scale = settings["rescale_factor"]
     if settings["do_rescale"] and not _is_number(scale):
         _refuse("rescale_factor", scale, "give a number")
+    margin = _DEIT_MARGIN if is_deit and settings["do_center_crop"] else 1
+    sizes = {"size": [round(side * margin) for side in config.image_hw], "crop_size": config.image_hw, **said}
     return Steps(
-        size=_size(settings["size"]) if settings["do_resize"] else None,
+        size=_size("size", sizes["size"]) if settings["do_resize"] else None,
         resample=settings["resample"] if settings["do_resize"] else 0,
+        crop=_size("crop_size", sizes["crop_size"]) if settings["do_center_crop"] else None,
         scale=scale if settings["do_rescale"] else None,
         mean_and_std=_mean_and_std(settings) if settings["do_normalize"] else None,
     )
+
+
+def explicit(config: ViTConfig) -> dict[str, Any]:
+    """The `preprocessor_config.json` with which transformers does what `steps` says.
+
+    Where the checkpoint has none, this is all of it. Where it has one, the sizes that it leaves to the model are added:
+    transformers would take its own.
+
+    Raises:
+      ConfigError: `preprocessor` asks for something unknown.
+    """
+    todo, given = steps(config), config.preprocessor
+    # Grey images become RGB, as they do here.
+    alone = {"image_processor_type": "ViTImageProcessor", "do_convert_rgb": True, **_VIT}
+    written = dict(alone if given is None else given)
+    for name, size in (("size", todo.size), ("crop_size", todo.crop)):
+        if size is not None and written.get(name) is None:
+            written[name] = {"height": size[0], "width": size[1]}
+    return written
+
+
+def for_size(config: ViTConfig, height: int, width: int) -> dict[str, Any] | None:
+    """The same preprocessing for images of another size; what is cropped is the same part of the resized image.
+
+    Args:
+      config: the configuration before the change.
+      height: of the model's images after it, in pixels.
+      width: likewise.
+
+    Raises:
+      ConfigError: `preprocessor` asks for something unknown.
+    """
+    if config.preprocessor is None:
+        return None
+    todo = steps(config)
+    if todo.crop is None:
+        return {**config.preprocessor, "size": {"height": height, "width": width}}
+    changed: dict[str, Any] = {"crop_size": {"height": height, "width": width}}
+    if todo.size is not None:
+        ratios = (resized / cropped for resized, cropped in zip(todo.size, todo.crop, strict=True))
+        sides = (round(side * ratio) for side, ratio in zip((height, width), ratios, strict=True))
+        changed["size"] = dict(zip(("height", "width"), sides, strict=True))
+    return {**config.preprocessor, **changed}
 
 
 def _refuse(name: str, value: Any, advice: str) -> NoReturn:
     raise ConfigError(f"preprocessor_config.json: {name} is {value!r}: {advice}")
 
 
-def _size(value: Any) -> tuple[int, int]:
+def _size(name: str, value: Any) -> tuple[int, int]:
     """(height, width) from an int, as in the files of old feature extractors, a pair, or a mapping of exactly these."""
     if isinstance(value, Mapping):
         sides = [value["height"], value["width"]] if value.keys() == {"height", "width"} else []
     else:
         sides = list(value) if isinstance(value, (list, tuple)) else [value, value]
     if len(sides) != 2 or any(not _is_side(side) for side in sides):
-        _refuse("size", value, "give a height and a width in pixels; a ViT's images have both, no shortest_edge")
+        _refuse(name, value, "give a height and a width in pixels; a ViT's images have both, no shortest_edge")
     return sides[0], sides[1]
 
 

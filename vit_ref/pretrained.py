@@ -22,6 +22,7 @@ from vit_ref import checkpoint, partition, porting
 from vit_ref.attention import Attend
 from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError, ConfigError, InputError
+from vit_ref.local import require_local
 from vit_ref.model import VisionTransformer
 from vit_ref.partition import Kind, Rules
 from vit_ref.skeleton import skeleton
@@ -284,7 +285,9 @@ def save_pretrained(
 
     Raises:
       CheckpointError: the directory cannot be written.
+      InputError: the directory is a URL.
     """
+    require_local(directory, "directory")
     config, layout = model.config, porting.HF
     arrays = arrays_of(nnx.state(model, nnx.Param))
 

@@ -142,8 +142,10 @@ def to_timm(config: ViTConfig) -> dict[str, Any]:
         done = None
     if done and done.mean_and_std and done.resample in range(len(_INTERPOLATIONS)):
         mean, std = done.mean_and_std
-        # "squash" with nothing cropped resizes the whole image (timm/data/transforms_factory.py).
-        pretrained |= {"mean": mean, "std": std, "crop_pct": 1.0, "crop_mode": "squash"}
+        # "squash" resizes the whole image; with crop_pct below one to more than is then cropped
+        # (timm/data/transforms_factory.py).
+        part = done.crop[0] / done.size[0] if done.crop and done.size else 1.0
+        pretrained |= {"mean": mean, "std": std, "crop_pct": part, "crop_mode": "squash"}
         pretrained["interpolation"] = _INTERPOLATIONS[int(done.resample)]
     return {
         "architecture": name,

@@ -84,7 +84,7 @@ def test_what_is_asked_for_reaches_the_check(found: Callable[[str], list[Any]], 
     calls = found("right")
     options = ["--reference", "numpy", "--dtype", "bfloat16", "--images", "photographs", "--forward-only"]
     assert invoke("verify", "anywhere", "--candidate", "port.py", *options).exit_code == 0
-    asked = {"images": "photographs", "precision": "bfloat16", "reference": "numpy", "backward": False}
+    asked = {"images": Path("photographs"), "precision": "bfloat16", "reference": "numpy", "backward": False}
     assert calls == [("port.py", "anywhere", asked)]
 
 
@@ -103,6 +103,17 @@ def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Inv
     ended = invoke("verify", "anywhere", "--table")
     lines = [line.split()[0] for line in ended.stdout.splitlines() if line.endswith("both")]
     assert {"block.0.norm1", "block.1.mlp.residual", "blocks.0.attn.query.kernel", "pixels"} <= set(lines)
+
+
+def test_files_below_images_that_are_none_are_counted(
+    tmp_path: Path, found: Callable[[str], list[Any]], invoke: Invoke
+) -> None:
+    found("right")
+    for name in ("a.gif", "b.heic", "c.HEIC", "notes.txt"):
+        (tmp_path / name).touch()
+    ended = invoke("verify", "anywhere", "--images", tmp_path)
+    assert ended.stderr == "vit-ref: left out, no image by its suffix: 3 files (2 .heic, 1 .txt)\n"
+    assert invoke("verify", "anywhere").stderr == ""
 
 
 def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], invoke: Invoke) -> None:

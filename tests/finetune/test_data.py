@@ -93,7 +93,9 @@ def test_other_files_and_hidden_ones_are_no_images(tmp_path: Path) -> None:
     for name in ("notes.txt", ".0.png", "Thumbs.db"):
         (tmp_path / "train" / "ant" / name).write_bytes(b"no image")
     (tmp_path / "train" / ".cache").mkdir()
-    assert seen(open_dataset(tmp_path, "train")) == expected({"ant": 2})
+    dataset = open_dataset(tmp_path, "train")
+    assert seen(dataset) == expected({"ant": 2})
+    assert dataset.others == tuple(os.fspath(tmp_path / "train" / "ant" / name) for name in ("Thumbs.db", "notes.txt"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def emptied(name: str) -> Callable[[Path], None]:
     [
         ("train", without("train/ant"), "{root}/val/ant: {root}/train has no such class"),
         ("train", without("train"), "there is no {root}/train beside it"),
-        ("train", emptied("train/cat"), "train/cat: no image in it"),
+        ("train", emptied("train/cat"), "train/cat: no image in it, but 0 files"),
         ("validation", emptied("val/ant"), "{root}/val: no validation images"),
         ("test", lambda root: None, "split is 'test'"),
     ],
@@ -194,6 +196,11 @@ def test_names_that_are_no_text_are_refused_of_classes_and_taken_of_files(tmp_pa
 def test_a_directory_without_folders_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "0.png", 1, 1)
     assert f"{tmp_path}: no folders in it" in refusal(lambda: open_dataset(tmp_path, "train"))
+
+
+def test_a_url_is_no_data_set() -> None:
+    message = refusal(lambda: open_dataset("https://host/images.zip", "train"))
+    assert message.startswith("data is https://host/images.zip: a URL is no path on this machine: give a local path")
 
 
 @pytest.mark.parametrize(
@@ -248,11 +255,11 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield package
 
 
-def parquet(datasets: Any, directory: Path, rows: list[tuple[str | None, bytes | None]], **features: Any) -> Path:
-    """A directory as the hub has it, of (class, encoded image)."""
+def table_of(datasets: Any, rows: list[tuple[str | None, bytes | None]], **features: Any) -> Any:
+    """A table of (class, encoded image)."""
     names = list(RED)
     label = {**{name: k for k, name in enumerate(names)}, "?": -1}
-    table = datasets.Dataset.from_dict(
+    return datasets.Dataset.from_dict(
         {
             "number": list(range(len(rows))),
             "picture": [raw and {"bytes": raw, "path": None} for _, raw in rows],
@@ -267,8 +274,12 @@ def parquet(datasets: Any, directory: Path, rows: list[tuple[str | None, bytes |
             }
         ),
     )
+
+
+def parquet(datasets: Any, directory: Path, rows: list[tuple[str | None, bytes | None]], **features: Any) -> Path:
+    """A directory as the hub has it."""
     (directory / "data").mkdir(parents=True)
-    table.to_parquet(directory / "data" / "train-00000-of-00001.parquet")
+    table_of(datasets, rows, **features).to_parquet(directory / "data" / "train-00000-of-00001.parquet")
     return directory
 
 
@@ -303,6 +314,34 @@ def test_a_data_set_of_datasets_is_read(
     among = ROWS[: int(split[-2])]
     assert seen(dataset) == [row for row in among if row[0] in kept]
     assert seen(pickle.loads(pickle.dumps(dataset))) == seen(dataset)
+
+
+@pytest.mark.parametrize(
+    ("splits", "split", "kept"),
+    [
+        (("train",), "train[:4]", ROWS),
+        (("train",), "train[2:4]", ROWS[2:]),
+        (("fit", "judge"), "judge", ROWS[:2]),
+        (("fit", "judge"), "fit[2:4]+judge[:1]", [*ROWS[2:], ROWS[0]]),
+    ],
+)
+def test_what_save_to_disk_wrote_is_read(
+    tmp_path: Path, datasets: Any, rows: Any, splits: tuple[str, ...], split: str, kept: list
+) -> None:
+    table = table_of(datasets, rows)
+    several = datasets.DatasetDict({name: table.select(range(5 if name == "fit" else 2)) for name in splits})
+    (table if len(splits) == 1 else several).save_to_disk(tmp_path / "saved")
+    dataset = open_dataset(tmp_path / "saved", split)
+    assert dataset.classes == tuple(RED)
+    assert seen(dataset) == kept
+
+
+def test_a_split_that_save_to_disk_did_not_write_is_one_line(tmp_path: Path, datasets: Any, rows: Any) -> None:
+    table_of(datasets, rows).save_to_disk(tmp_path / "saved")
+    assert refusal(lambda: open_dataset(tmp_path / "saved", "validation")) == (
+        f"{tmp_path / 'saved'}: split is 'validation', and it has train: give another split, or a slice of one, such as"
+        " train[:80%] to train and train[80%:] to validate (--train-split, --validation-split)"
+    )
 
 
 def test_missing_and_broken_images_of_a_data_set_are_named_by_row(tmp_path: Path, datasets: Any, rows: Any) -> None:

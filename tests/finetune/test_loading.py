@@ -212,6 +212,18 @@ def test_images_of_another_size_are_refused_where_nothing_resizes_them(dataset: 
         draw(dataset, config, None, 0, 0, 3)
 
 
+def test_a_random_crop_takes_the_place_of_the_checkpoints(dataset: ImageDataset) -> None:
+    cropping = {**CONFIG.preprocessor, "do_center_crop": True, "size": [8, 12], "crop_size": [6, 9]}
+    config = dataclasses.replace(CONFIG, preprocessor=cropping)
+    # Augmented, an image is what it would be without the crop: as large as the model takes it, and cut once.
+    assert draw(dataset, config, AUGMENT, 0, 0, 3).tobytes() == draw(dataset, CONFIG, AUGMENT, 0, 0, 3).tobytes()
+    # Without augmentation, and of a transform that leaves images as large as they were, the checkpoint's is made.
+    middle = preprocess([dataset[3].image], config)[0]
+    assert middle.shape == (6, 9, 3)
+    assert draw(dataset, config, None, 0, 0, 3).tobytes() == middle.tobytes()
+    assert draw(dataset, config, lambda image: image, 0, 0, 3).tobytes() == middle.tobytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -207,12 +207,24 @@ def test_attention_lies_over_its_own_image(heads: int, drawn: Drawn, tmp_path: P
         assert (row[0].images[0].get_array() == image).all()
         for axes, values in zip(row[1:], [each.mean(0), *each], strict=False):
             below, above = axes.images
-            assert (below.get_array()[..., 0] == image.mean(-1).astype(np.uint8)).all()
-            # A division in float32
-            np.testing.assert_allclose(above.get_array(), values / values.max(), rtol=2**-23)
+            dark = below.get_array().astype(float)
+            # Grey, and no brighter than three fifths of the photograph; cut to whole numbers.
+            assert (dark == dark[..., :1]).all()
+            assert np.abs(dark[..., 0] - 0.6 * image.mean(-1)).max() < 1
+            spread = (values.astype(np.float64) - values.min()) / (values.max() - values.min())
+            # Differences of float32 values, in float64 or float32
+            np.testing.assert_allclose(above.get_array(), spread, rtol=0, atol=2**-22)
+            # Nothing of a colour where there is least, and most where there is most.
+            assert above.get_alpha().min() == 0 and above.get_alpha().max() == 0.8
+            assert np.ptp(above.get_array() * 0.8 - above.get_alpha()) < 1e-15
             assert above.get_extent() == below.get_extent()
     shown = ["attention"] if heads == 1 else ["mean of heads", "head 0", "head 1", "head 2", "head 3"]
     assert drawn.titles[: grid.shape[1]] == ["image", *shown]
+
+
+def test_a_map_that_is_the_same_everywhere_shows_nothing(drawn: Drawn, tmp_path: Path) -> None:
+    plots.attention_maps(tmp_path / "plot.png", photographs(1), np.full((1, 1, 3, 4), 0.1, np.float32))
+    assert not drawn.axes[1].images[1].get_alpha().any()
 
 
 def test_a_confusion_matrix_has_the_truth_in_rows_and_counts_in_its_cells(drawn: Drawn, tmp_path: Path) -> None:

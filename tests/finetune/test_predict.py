@@ -63,6 +63,32 @@ def test_as_many_classes_as_are_asked_for_and_are_there(top: int, filled: Filled
     assert len(found[0]) == min(top, 6)
 
 
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_labels_that_do_not_exclude_each_other_have_numbers_of_their_own(
+    problem_type: str, filled: Filled, photographs: list[Path]
+) -> None:
+    with precision_of(np.float64):
+        model = filled(replace(CONFIG, extra={"problem_type": problem_type}), dtype=np.float64)
+        found = predict(model, photographs[:1], 3)[0]
+        logits = np.asarray(model(jnp.asarray(preprocess(photographs[:1], CONFIG), np.float64))[0])
+    if problem_type == "regression":
+        # All of them, in their own order: no value is likelier than another.
+        expected = zip(CONFIG.labels, logits, strict=True)
+        assert found == [(name, pytest.approx(value, rel=1e-12)) for name, value in expected]
+    else:
+        order = np.argsort(-logits)[:3]
+        expected = [(CONFIG.labels[i], pytest.approx(1 / (1 + np.exp(-logits[i])), rel=1e-12)) for i in order]
+        assert found == expected
+
+
+def test_probabilities_that_round_to_one_are_still_in_order(filled: Filled, photographs: list[Path]) -> None:
+    model = filled(replace(CONFIG, extra={"problem_type": "multi_label_classification"}))
+    model.head.kernel[...] = model.head.kernel[...] * 0
+    model.head.bias[...] = jnp.asarray([50.0, 70.0, 60.0, 40.0, 90.0, 80.0], model.head.bias.dtype)
+    found = predict(model, photographs[:1], 6)[0]
+    assert found == [(name, 1.0) for name in ("e", "f & g", "b", "c", "a", "d")]
+
+
 def test_classes_without_names_have_hugging_faces() -> None:
     assert replace(CONFIG, labels=()).class_names == tuple(f"LABEL_{i}" for i in range(6))
     assert CONFIG.class_names == CONFIG.labels
@@ -106,6 +132,7 @@ def _without_numbers(model: VisionTransformer) -> VisionTransformer:
         ({}, {"batch_size": -1}, "batch_size is -1: give at least 1"),
         ({"preprocessor": {"size": [20, 40]}}, {}, r"preprocessing with \[20, 40\] pixels, the model takes \[10, 40\]"),
         ({"num_channels": 2}, {}, "the model takes 2"),
+        ({"extra": {"problem_type": "other"}}, {}, "^config.json: problem_type is 'other', so the logits mean nothing"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(
@@ -151,6 +178,17 @@ def test_the_command_prints_json_for_machines(
     assert [each["image"] for each in content] == [str(file) for file in photographs]
     found = [[(one["label"], one["probability"]) for one in each["predictions"]] for each in content]
     assert found == predict(model, photographs)
+
+
+def test_the_command_prints_the_values_of_a_regression_as_such(
+    filled: Filled, photographs: list[Path], tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    model = filled(replace(CONFIG, extra={"problem_type": "regression"}))
+    directory, expected = saved(model, tmp_path), predict(model, photographs[:1])[0]
+    lines = invoke(directory, photographs[0]).stdout.splitlines()
+    assert lines == [str(photographs[0]), *(f"{value:12.6g}  {name}" for name, value in expected)]
+    (content,) = json.loads(invoke(directory, photographs[0], "--json").stdout)
+    assert content["predictions"] == [{"label": name, "value": value} for name, value in expected]
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])

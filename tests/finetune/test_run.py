@@ -83,6 +83,15 @@ def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> N
     assert flax.config.id2label == dict(enumerate(open_dataset(None, "train").classes))
 
 
+def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runner, whole_run: tuple) -> None:
+    directory = runner.directory / "whole" / "model"
+    image = open_dataset(None, "validation")[0].image
+    processor = transformers.AutoImageProcessor.from_pretrained(directory, use_fast=False)
+    theirs = processor([image.convert("L")], return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    assert theirs.shape == (1, 32, 32, 3)
+    assert theirs.tobytes() == preprocess([image.convert("L")], vit_ref.from_pretrained(directory).config).tobytes()
+
+
 # Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice. Of its
 # 18 lines the last three are written within the time that this process may have to wait for its turn.
 @pytest.mark.parametrize("kills", [(1,), (3,), (10, 13)])
@@ -187,6 +196,14 @@ def test_images_that_nothing_can_be_validated_with_are_refused(
             Conduct(quiet=True),
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, training, validation = _tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^out is gs:/bucket/run: a URL is no path on this machine"):
+        finetune(start, training, validation, Path("gs://bucket/run"), Recipe(batch_size=4), Conduct(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
 @pytest.mark.parametrize(
@@ -377,8 +394,12 @@ def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_pat
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.png")
     (tmp_path / "train" / "0" / "torn.png").write_bytes((tmp_path / "train" / "0" / "0.png").read_bytes()[:200])
+    for place in ("train", "validation"):
+        (tmp_path / place / "0" / "far.heic").touch()
+    (tmp_path / "train" / "0" / "notes.txt").touch()
     said = runner.run("folder", "--data", str(tmp_path), "--bad-images", "skip", "--epochs", "1", "--plots")
     assert f"vit-ref: left out: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
+    assert "vit-ref: left out, no image by its suffix: 3 files (2 .heic, 1 .txt)\n" in said
     assert "of 32 validation images" in said
     assert len(list((runner.directory / "folder" / "plots").glob("*.png"))) == 6
 

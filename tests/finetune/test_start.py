@@ -23,6 +23,7 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.start import SCRATCH, starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.preprocessing import steps
 from vit_ref.pretrained import parameters_of
 
 pytestmark = pytest.mark.training
@@ -82,6 +83,67 @@ def test_a_kept_head_needs_its_own_classes(saved: Path) -> None:
         starting_model(saved, ("dog", "cat", "owl"), Recipe(head="keep"))
 
 
+def described(directory: Path, **fields: Any) -> Path:
+    config = json.loads((directory / "config.json").read_bytes())
+    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+    return directory
+
+
+OF_THE_OLD_HEAD = {
+    "problem_type": "multi_label_classification",
+    "finetuning_task": "which animals",
+    "function_to_apply": "none",
+    "id2label": {"0": "cat", "1": "dog", "2": "owl"},
+    "label2id": {"cat": 0, "dog": 1, "owl": 2},
+    "num_classes": 3,
+    "task_specific_params": {"threshold": 0.3},
+    "pooler_act": "relu",
+}
+
+
+# Other classes, and the same ones: their names alone would keep the old mapping.
+@pytest.mark.parametrize("classes", [("a", "b"), ("cat", "dog", "owl")])
+def test_nothing_that_described_the_old_head_is_saved_with_a_fresh_one(
+    classes: tuple[str, ...], saved: Path, tmp_path: Path
+) -> None:
+    model = starting_model(described(saved, **OF_THE_OLD_HEAD, license="x"), classes, Recipe())
+    vit_ref.save_pretrained(model, tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "config.json").read_bytes())
+    assert config["license"] == "x"
+    assert config["id2label"] == {str(i): name for i, name in enumerate(classes)}
+    assert config["label2id"] == {name: i for i, name in enumerate(classes)}
+    left = {name: config[name] for name in OF_THE_OLD_HEAD if name in config and name not in ("id2label", "label2id")}
+    assert left == {"pooler_act": "tanh"}
+
+
+def test_a_kept_head_keeps_its_description(saved: Path) -> None:
+    source = described(saved, problem_type="single_label_classification", finetuning_task="which animal")
+    config = starting_model(source, ("cat", "dog", "owl"), Recipe(head="keep")).config.to_hf()
+    assert (config["problem_type"], config["finetuning_task"]) == ("single_label_classification", "which animal")
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem_type", "said"),
+    [
+        (CONFIG.labels, "multi_label_classification", "problem_type is multi_label_classification"),
+        (CONFIG.labels, "regression", "problem_type is regression"),
+        (("cat",), None, "it has one label"),
+    ],
+)
+def test_a_head_that_cross_entropy_cannot_train_is_not_kept(
+    classes: tuple[str, ...], problem_type: str | None, said: str, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, num_labels=len(classes), labels=classes, extra={"problem_type": problem_type})
+    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path)
+    with pytest.raises(InputError) as caught:
+        starting_model(tmp_path, classes, Recipe(head="keep"))
+    assert str(caught.value) == (
+        f"{tmp_path}: cross-entropy trains a head with one right class of several, and the head that is kept is none"
+        f" ({said}): take a fresh head (--head fresh)"
+    )
+    assert starting_model(tmp_path, classes, Recipe()).config.extra.get("problem_type") is None
+
+
 def test_another_image_size_resizes_positions_and_preprocessing(saved: Path) -> None:
     model = starting_model(saved, ["a", "b"], Recipe(image_size=20))
     before = parameters_of(vit_ref.from_pretrained(saved))["position_embeddings"]
@@ -90,6 +152,38 @@ def test_another_image_size_resizes_positions_and_preprocessing(saved: Path) -> 
     assert resized.shape == (1, 26, 12)
     assert model.config.image_hw == (20, 20)
     assert model.config.preprocessor == {**CONFIG.preprocessor, "size": {"height": 20, "width": 20}}
+
+
+def test_another_image_size_keeps_the_part_that_is_cropped(saved: Path) -> None:
+    settings = {"size": 16, "do_center_crop": True, "crop_size": 12}
+    (saved / "preprocessor_config.json").write_text(json.dumps(settings))
+    found = starting_model(saved, ["a", "b"], Recipe(image_size=20)).config.preprocessor
+    assert found == {
+        "do_center_crop": True,
+        "size": {"height": 27, "width": 27},
+        "crop_size": {"height": 20, "width": 20},
+    }
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "scratch"), [(None, True), (None, False), ({"image_mean": 0.25}, False)], ids=str
+)
+def test_preprocessing_that_is_not_written_down_is_saved_in_full(
+    preprocessor: dict[str, Any] | None, scratch: bool, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, preprocessor=preprocessor)
+    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "source")
+    # With a size of its own the recipe writes one, too.
+    model = starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe())
+    side = model.config.image_hw[0]
+    vit_ref.save_pretrained(model, tmp_path / "new")
+    written = json.loads((tmp_path / "new" / "preprocessor_config.json").read_bytes())
+    # transformers' own would be 224.
+    assert written["size"] == {"height": side, "width": side}
+    assert written["image_mean"] == (0.25 if preprocessor else [0.5, 0.5, 0.5])
+    assert steps(vit_ref.from_pretrained(tmp_path / "new").config) == steps(
+        dataclasses.replace(config, image_size=(side, side))
+    )
 
 
 def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, tmp_path: Path) -> None:

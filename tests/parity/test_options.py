@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import vit_ref
+import vit_ref_pytest
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.references import REFERENCES
 
@@ -31,6 +34,10 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["--candidate", "gone.py"], "gone.py: no such file"),
         (["--checkpoint", ".", "--images", "no-such-place"], "no-such-place: no such directory of images"),
         (["--checkpoint", ".", "--images", "vit_ref"], "vit_ref: no image in it"),
+        (
+            ["--collect-only", "--parity-report", "gs://bucket/reports"],
+            "--parity-report is gs://bucket/reports: a URL is no path",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -49,6 +56,17 @@ def test_a_checkpoint_outside_the_checkout_is_tested_and_reported(tmp_path: Path
         assert "given-vit: 30 sites pass; float64 at most " in text
         assert "\nblock.1.mlp.hidden " in text
     assert "gradients pass" in (tmp_path / "reports" / "given-vit-float32-gradients.txt").read_text()
+
+
+def test_files_below_images_that_are_none_are_counted_in_the_header(tmp_path: Path) -> None:
+    for name in ("a.gif", "b.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    given = {"precision": None, "images": str(tmp_path)}
+    config: Any = SimpleNamespace(option=SimpleNamespace(parity_report=None), getoption=given.get)
+    line = "warning: left out, no image by its suffix: 2 files (1 .heic, 1 .txt)"
+    assert line in vit_ref_pytest.pytest_report_header(config)
+    given["images"] = None
+    assert line not in vit_ref_pytest.pytest_report_header(config)
 
 
 def test_the_reference_is_the_one_that_is_named() -> None:

@@ -144,13 +144,13 @@ def test_any_layout_becomes_any_other(tmp_path: Path, source: Path, read: Target
     [
         ("hf", ()),
         ("flax", ()),
-        ("timm", ("dropout rates",)),
-        ("npz", ("class names", "preprocessing", "dropout rates")),
-        ("big_vision", ("class names", "preprocessing", "dropout rates")),
+        ("timm", ("problem_type", "dropout rates")),
+        ("npz", ("class names", "problem_type", "preprocessing", "dropout rates")),
+        ("big_vision", ("class names", "problem_type", "preprocessing", "dropout rates")),
     ],
 )
 def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, left_behind: tuple[str, ...]) -> None:
-    config = replace(CONFIG, hidden_dropout_prob=0.1)
+    config = replace(CONFIG, hidden_dropout_prob=0.1, extra={"problem_type": "multi_label_classification"})
     source = write(tmp_path / "source", config, with_room(porting.BIG_VISION, random_bits(config, np.float32)))
     done = convert(source, place(tmp_path, to), to)
     assert done.left_behind == left_behind
@@ -183,6 +183,17 @@ def test_preprocessing_goes_to_timm_where_timm_has_its_like(
     config = replace(CONFIG, preprocessor=preprocessor)
     done = convert(write(tmp_path / "source", config, random_bits(config, np.float32)), tmp_path / "timm", "timm")
     assert done.left_behind == (() if is_kept else ("preprocessing",))
+
+
+def test_a_crop_is_written_for_timm_though_it_is_not_read_back(tmp_path: Path) -> None:
+    height, width = CONFIG.image_hw
+    preprocessor = {**PREPROCESSOR, "do_center_crop": True, "size": [2 * height, 2 * width]}
+    config = replace(CONFIG, preprocessor=preprocessor)
+    done = convert(write(tmp_path / "source", config, random_bits(config, np.float32)), tmp_path / "timm", "timm")
+    written = json.loads((tmp_path / "timm" / "config.json").read_bytes())["pretrained_cfg"]
+    # timm resizes to the image's size over crop_pct.
+    assert (written["crop_pct"], written["crop_mode"]) == (0.5, "squash")
+    assert done.left_behind == ("preprocessing",)
 
 
 SPECIAL = {

@@ -27,12 +27,14 @@ def _asks_for(preprocessor: Mapping[str, Any] | None, image_hw: tuple[int, int] 
     return ViTConfig(image_size=image_hw, patch_size=1, preprocessor=preprocessor)
 
 
-def _by_reference(images: Sequence[Image.Image], settings: Mapping[str, Any], **options: Any) -> NDArray:
+def _by_reference(
+    images: Sequence[Image.Image], settings: Mapping[str, Any], processor: str = "ViTImageProcessor", **options: Any
+) -> NDArray:
     transformers = pytest.importorskip("transformers")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Palette images with Transparency expressed in bytes")
-        processor = transformers.ViTImageProcessor(**{"do_convert_rgb": True, **settings})
-        return processor(list(images), return_tensors="np", **options)["pixel_values"].transpose(0, 2, 3, 1)
+        made = getattr(transformers, processor)(**{"do_convert_rgb": True, **settings})
+        return made(list(images), return_tensors="np", **options)["pixel_values"].transpose(0, 2, 3, 1)
 
 
 @pytest.fixture(scope="session")
@@ -49,5 +51,5 @@ def asks_for() -> Callable[..., ViTConfig]:
 
 @pytest.fixture(scope="session")
 def by_reference() -> Callable[..., NDArray]:
-    """`by_reference(images, settings, **options)`: what `ViTImageProcessor` makes of them, as NHWC."""
+    """`by_reference(images, settings, processor="ViTImageProcessor", **options)`: what it makes of them, as NHWC."""
     return _by_reference

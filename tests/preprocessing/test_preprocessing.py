@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import struct
@@ -15,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from vit_ref.preprocessing import preprocess
+from vit_ref.preprocessing import explicit, for_size, preprocess
 from vit_ref.verify import photographs
 
 pytestmark = pytest.mark.preprocessing
@@ -124,6 +125,115 @@ def test_the_file_that_the_reference_writes_is_followed(picture: Picture, asks_f
     image = Image.fromarray(picture(*SOURCE)).convert("RGB")
     expected = by_reference([image], {"size": [21, 9], "resample": 1, **IMAGENET})
     assert_same_bits(preprocess([image], asks_for(settings)), expected)
+
+
+DEIT = "DeiTImageProcessor"
+# As facebook/deit-base-patch16-224 has it, smaller.
+DEIT_OF_OLD = {
+    "feature_extractor_type": "DeiTFeatureExtractor",
+    **{"do_resize": True, "size": 32, "resample": 3, "do_center_crop": True, "crop_size": 28, "do_normalize": True},
+    **IMAGENET,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DEIT_OF_OLD,
+        {**DEIT_OF_OLD, "size": 33},
+        {**DEIT_OF_OLD, "size": [31, 40], "crop_size": {"height": 20, "width": 13}},
+        # Black around what is smaller than the crop, on one side or on both
+        {**DEIT_OF_OLD, "size": 17},
+        {**DEIT_OF_OLD, "size": [40, 17], "crop_size": [28, 30]},
+        {**DEIT_OF_OLD, "do_resize": False, "crop_size": [30, 61]},
+        {**DEIT_OF_OLD, "do_rescale": False, "do_normalize": False},
+        # What the file leaves out is as in DeiT's own processor: bicubic, and a crop
+        {"image_processor_type": DEIT, "size": 32, "crop_size": 28},
+        {"image_processor_type": DEIT, "size": 32, "do_center_crop": None},
+    ],
+    ids=str,
+)
+def test_a_crop_has_the_bits_of_deits_own_processor(
+    settings: dict[str, Any], picture: Picture, asks_for, by_reference
+) -> None:
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    assert_same_bits(preprocess([image], asks_for(settings)), by_reference([image], settings, DEIT).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "written_out"),
+    [
+        ({"image_processor_type": DEIT}, {"size": 256, "crop_size": 224, "resample": 3}),
+        ({"do_center_crop": True, "size": 256}, {"size": 256, "crop_size": 224, "resample": 2}),
+        ({"do_center_crop": True, "size": 256, "crop_size": None}, {"size": 256, "crop_size": 224, "resample": 2}),
+    ],
+    ids=str,
+)
+def test_sizes_that_a_cropping_file_leaves_out_follow_from_the_model(
+    settings: dict[str, Any], written_out: dict[str, Any], picture: Picture, asks_for, by_reference
+) -> None:
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    expected = by_reference([image], written_out, DEIT)
+    assert expected.shape == (1, 224, 224, 3)
+    assert_same_bits(preprocess([image], asks_for(settings, (224, 224))), expected)
+    # Of a model of 28 pixels it is an eighth of all.
+    small = {name: value // 8 for name, value in written_out.items() if name != "resample"}
+    if "size" not in settings:
+        expected = by_reference([image], {**written_out, **small}, DEIT)
+        assert_same_bits(preprocess([image], asks_for(settings, (28, 28))), expected)
+
+
+@pytest.mark.parametrize("processor", ["ViTImageProcessor", DEIT])
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize"])
+def test_a_step_that_is_null_is_left_out_as_by_the_reference(
+    step: str, processor: str, picture: Picture, asks_for, by_reference
+) -> None:
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    settings = {"image_processor_type": processor, "size": 19, "crop_size": 18, step: None}
+    expected = by_reference([image], settings, processor)
+    assert_same_bits(preprocess([image], asks_for(settings)), expected)
+    stated = by_reference([image], {**settings, step: True}, processor)
+    assert stated.shape != expected.shape or (stated != expected).any()
+
+
+def test_null_is_the_default_in_the_file_of_a_fast_processor(picture: Picture, asks_for, by_reference) -> None:
+    """It needs torchvision. Its defaults are those of the slow one, which reads the same file without the nulls."""
+    image = Image.fromarray(picture(*SOURCE)).convert("RGB")
+    stated = {"size": {"height": 19, "width": 8}}
+    nulls = ("crop_size", "do_center_crop", "do_normalize", "do_pad", "do_rescale", "do_resize", "resample")
+    settings = {"image_processor_type": "ViTImageProcessorFast", **stated, **dict.fromkeys(nulls)}
+    assert_same_bits(preprocess([image], asks_for(settings)), by_reference([image], stated))
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "processor"),
+    [(None, "ViTImageProcessor"), ({"resample": 3}, "ViTImageProcessor"), ({"image_processor_type": DEIT}, DEIT)],
+)
+def test_preprocessing_written_out_in_full_is_the_same_to_the_reference(
+    preprocessor: dict[str, Any] | None, processor: str, picture: Picture, asks_for, by_reference
+) -> None:
+    image, config = Image.fromarray(picture(*SOURCE)).convert("RGB"), asks_for(preprocessor, (19, 8))
+    written = explicit(config)
+    assert_same_bits(preprocess([image], config), by_reference([image], written, processor))
+    assert explicit(dataclasses.replace(config, preprocessor=written)) == written
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "changed"),
+    [
+        ({"size": 10}, {"size": {"height": 20, "width": 28}}),
+        (
+            {"do_center_crop": True, "size": [12, 16], "crop_size": [10, 14]},
+            {"size": {"height": 24, "width": 32}, "crop_size": {"height": 20, "width": 28}},
+        ),
+        ({"do_center_crop": True, "do_resize": False}, {"crop_size": {"height": 20, "width": 28}}),
+    ],
+)
+def test_another_image_size_keeps_the_part_that_is_cropped(
+    preprocessor: dict[str, Any], changed: dict[str, Any], asks_for
+) -> None:
+    assert for_size(asks_for(preprocessor), 20, 28) == {**preprocessor, **changed}
+    assert for_size(asks_for(None), 20, 28) is None
 
 
 @pytest.mark.parametrize("settings", [None, {}, {"size": None}])

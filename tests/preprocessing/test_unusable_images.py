@@ -115,7 +115,7 @@ def test_no_images_are_refused(asks_for) -> None:
 UNKNOWN_RESAMPLE = "known are 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming"
 INCOMPLETE_SIZE = "give a height and a width in pixels; a ViT's images have both, no shortest_edge"
 THREE_NUMBERS = "give a number, or one for each of red, green and blue"
-NOTHING_ELSE = "a ViT's images are resized, rescaled and normalised, and nothing else"
+NO_PADDING = "a ViT's images are resized, cropped, rescaled and normalised, not padded"
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ NOTHING_ELSE = "a ViT's images are resized, rescaled and normalised, and nothing
         ("rescale_factor", None, "give a number", True),
         ("rescale_factor", "1/255", "give a number", True),
         ("do_resize", "yes", "give true or false", False),
-        ("do_rescale", None, "give true or false", False),
+        ("do_rescale", "null", "give true or false", False),
         ("do_normalize", 1, "give true or false", False),
-        ("do_center_crop", True, NOTHING_ELSE, False),
-        ("do_pad", True, NOTHING_ELSE, False),
+        ("do_center_crop", "yes", "give true or false", False),
+        ("do_pad", True, NO_PADDING, False),
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the reference divides by zero
@@ -169,6 +169,13 @@ def test_settings_that_mean_nothing_are_refused(
             by_reference([image], settings)
     else:
         by_reference([image], settings)
+
+
+@pytest.mark.parametrize("value", [0, [8], {"height": 8}, {"shortest_edge": 8}, "8", True], ids=str)
+def test_a_crop_of_no_size_is_refused(value: Any, asks_for) -> None:
+    settings = {"do_center_crop": True, "size": 8, "crop_size": value}
+    message = refusal(lambda: preprocess([Image.new("RGB", (5, 4))], asks_for(settings)), ConfigError)
+    assert message == f"preprocessor_config.json: crop_size is {value!r}: {INCOMPLETE_SIZE}"
 
 
 def test_a_setting_of_a_step_that_is_left_out_does_not_matter(asks_for) -> None:

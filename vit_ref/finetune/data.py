@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vit_ref import image_files
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
-from vit_ref.preprocessing import SUFFIXES, read_image
+from vit_ref.local import require_local
+from vit_ref.preprocessing import read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,6 +63,7 @@ class ImageDataset:
       labels: (N,), int64.
       rows: (N,), int64: where in `sources` the images are.
       sources: what the images are read from.
+      others: the files in the folders of images whose suffix is no image's.
     """
 
     classes: tuple[str, ...]
@@ -69,6 +72,7 @@ class ImageDataset:
     rows: NDArray[np.int64]
     sources: _Sources = dataclasses.field(repr=False)
     bad: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -95,8 +99,9 @@ def open_dataset(
         a directory with `train/CLASS/*` and `validation/CLASS/*` (or `val`, `valid`, `test`), or with `CLASS/*` alone;
           without validation images of its own, a fifth of each class is held out, by a hash of the file's name;
         a data set that `datasets` loads, of the hub, such as "ethz/food101", or a directory of parquet files: with a
-          column of images, and one of class labels (the first one, of several).
-      split: "train" or "validation"; of a data set of the hub, any that `datasets` knows: "train[:5000]".
+          column of images, and one of class labels (the first one, of several);
+        a directory that `save_to_disk` of `datasets` wrote, of one data set or of several splits, with such columns.
+      split: "train" or "validation"; of a data set of `datasets`, any that it knows: "train[:5000]".
       classes: how many to keep, the first that the split has, or the names of those to keep, in this order: open the
         validation images with the `classes` of the training images.
       on_bad: whether images that cannot be read are an error or are left out.
@@ -110,11 +115,12 @@ def open_dataset(
     if source is None:
         dataset, where = _shapes(split), "the built-in images"
     else:
+        require_local(source, "data")
         path, where = Path(source), f"{os.fspath(source)} ({split})"
-        if path.is_dir() and not any(path.glob("*.parquet")) and not any(path.glob("data/*.parquet")):
-            dataset = _from_folders(path, split)
+        if _is_table(path) or not path.is_dir():
+            dataset = _from_table(os.fspath(source), split)
         else:
-            dataset = _from_hub(os.fspath(source), split)
+            dataset = _from_folders(path, split)
     return _readable(_with_classes(dataset, classes, where), on_bad, where)
 
 
@@ -221,17 +227,22 @@ def _from_folders(directory: Path, split: str) -> ImageDataset:
         raise InputError(f"{apart[0]}: there is no {directory / 'train'} beside it: put the training images there")
     classes = _folders(training)
     files: list[Path] = []
+    others: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         if split == "validation" and apart:
-            found = _images(apart[0] / name)
+            found, left_out = image_files.find(apart[0] / name)
         else:
-            found = _images(training / name)
+            found, left_out = image_files.find(training / name)
             if not found:
-                raise InputError(f"{training / name}: no image in it ({', '.join(sorted(SUFFIXES))})")
+                raise InputError(
+                    f"{training / name}: no image in it, but {image_files.counted(left_out)}: put images there, or"
+                    " remove the folder"
+                )
             if not apart:
                 found = _part(found, split)
         files += found
+        others += left_out
         labels += [label] * len(found)
     if apart:
         surplus = [name for name in _folders(apart[0]) if name not in classes]
@@ -240,7 +251,9 @@ def _from_folders(directory: Path, split: str) -> ImageDataset:
     if not files:
         raise InputError(f"{apart[0] if apart else directory}: no {split} images")
     names = tuple(map(os.fspath, files))
-    return ImageDataset(tuple(classes), names, np.array(labels), np.arange(len(names)), names)
+    return ImageDataset(
+        tuple(classes), names, np.array(labels), np.arange(len(names)), names, others=tuple(map(os.fspath, others))
+    )
 
 
 def _folders(directory: Path) -> list[str]:
@@ -252,13 +265,6 @@ def _folders(directory: Path) -> list[str]:
         if name != name.encode(errors="replace").decode():
             raise InputError(f"{directory}: a class's name has to be text, and {name!r} is not: rename the folder")
     return names
-
-
-def _images(directory: Path) -> list[Path]:
-    """The image files below a class's folder, sorted; a link to nowhere is one of them, and found to be unreadable."""
-    return sorted(
-        path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
 
 
 def _part(files: Sequence[Path], split: str) -> list[Path]:
@@ -282,7 +288,7 @@ class _Column:
         return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
-def _from_hub(source: str, split: str) -> ImageDataset:
+def _from_table(source: str, split: str) -> ImageDataset:
     datasets = extra("datasets", f"{source}, which is no directory of images,")
     table = _loaded(datasets, source, split)
     features = table.features
@@ -305,12 +311,26 @@ def _from_hub(source: str, split: str) -> ImageDataset:
     )
 
 
+# What `save_to_disk` writes beside the rows: of several splits, and of one data set.
+_SAVED_SPLITS, _SAVED = "dataset_dict.json", "state.json"
+
+
+def _is_table(directory: Path) -> bool:
+    """Whether `datasets` reads it: what the hub has, or what `save_to_disk` wrote."""
+    patterns = ("*.parquet", "data/*.parquet", _SAVED_SPLITS, _SAVED)
+    return any(any(directory.glob(pattern)) for pattern in patterns)
+
+
 def _loaded(datasets: Any, source: str, split: str) -> Any:
     shown = datasets.utils.logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
+        if any((Path(source) / name).is_file() for name in (_SAVED_SPLITS, _SAVED)):
+            return _part_of_saved(datasets, source, split)
         return datasets.load_dataset(source, split=split)
+    except InputError:
+        raise
     # A repository that is missing or private, a split that it lacks, a script in it, no network, damaged files.
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -320,3 +340,21 @@ def _loaded(datasets: Any, source: str, split: str) -> Any:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def _part_of_saved(datasets: Any, source: str, split: str) -> Any:
+    """A split, or a slice of one, of what `save_to_disk` wrote; `load_from_disk` itself takes no split."""
+    saved = datasets.load_from_disk(source)
+    if not isinstance(saved, datasets.DatasetDict):
+        # `datasets` calls it so, where it did not come from a split of another name.
+        saved = {str(saved.split or "train"): saved}
+    lengths = {name: len(table) for name, table in saved.items()}
+    if any(part.partition("[")[0] not in lengths for part in split.split("+")):
+        first = next(iter(lengths))
+        raise InputError(
+            f"{source}: split is {split!r}, and it has {', '.join(lengths)}: give another split, or a slice of one,"
+            f" such as {first}[:80%] to train and {first}[80%:] to validate (--train-split, --validation-split)"
+        )
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    tables = [saved[part.splitname].select(range(lengths[part.splitname])[part.from_ : part.to]) for part in parts]
+    return datasets.concatenate_datasets(tables)

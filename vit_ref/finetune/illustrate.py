@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.nn import softmax
 
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
@@ -20,6 +19,7 @@ from vit_ref.finetune.data import ImageDataset
 from vit_ref.finetune.loading import draw
 from vit_ref.finetune.metrics import read_metrics
 from vit_ref.finetune.predict import logits_of
+from vit_ref.finetune.probabilities import scores
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS
 from vit_ref.finetune.run import Outcome
@@ -85,7 +85,7 @@ def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDatase
 
     chosen = _spread(len(validation), _SHOWN)
     pixels = np.stack([draw(validation, config, None, recipe.seed, 0, index) for index in chosen])
-    probabilities = np.asarray(softmax(logits_of(*nnx.split(outcome.model), jnp.asarray(pixels)).astype(np.float32)))
+    probabilities = scores(logits_of(*nnx.split(outcome.model), jnp.asarray(pixels)), config)
     seen = plots.visible(pixels, config)
     plots.predictions(
         directory / "predictions.png",

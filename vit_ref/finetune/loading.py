@@ -6,6 +6,7 @@ what it looks like.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -64,10 +65,15 @@ def draw(
 def _pixels(
     photograph: Photograph, config: ViTConfig, augment: Augmentation | Transform | None, rng: np.random.Generator
 ) -> NDArray:
-    image, size = photograph.image, steps(config).size or config.image_hw
+    todo = steps(config)
+    image, size = photograph.image, todo.output or config.image_hw
     if augment is not None:
         image = augmented(augment, image, rng, size)
-    # What has its size already is resized to itself, which changes nothing.
+        if todo.crop is not None and image.size == size[::-1]:
+            # A random crop takes the place of the one in the middle: a second one would cut more away.
+            uncut = {**(config.preprocessor or {}), "do_resize": False, "do_center_crop": False}
+            config = dataclasses.replace(config, preprocessor=uncut)
+    # Without a crop, what has its size already is resized to itself, which changes nothing.
     pixels: NDArray = preprocess([image], config)[0]
     if pixels.shape[:2] != size:
         found, wanted = (f"{height}x{width}" for height, width in (pixels.shape[:2], size))
@@ -191,7 +197,11 @@ def batches(
     def load(position: int, index: int) -> dict[str, Any]:
         epoch = position // each
         if index >= len(dataset):
-            pixels, label, index = np.zeros((*(steps(config).size or config.image_hw), 3), np.float32), PADDING, PADDING
+            pixels, label, index = (
+                np.zeros((*(steps(config).output or config.image_hw), 3), np.float32),
+                PADDING,
+                PADDING,
+            )
         else:
             photograph = dataset[index]
             label = photograph.label

@@ -31,6 +31,7 @@ _LINES = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Pillow's images, or arrays, a batch of them among these.
 Images = Sequence[Any] | NDArray[Any]
 _ACROSS = 8  # images in a row
+_DIMMED, _OPAQUE = 0.6, 0.8  # brightness of a photograph below a map of attention, opacity of the map at its largest
 _COUNTED, _NAMED = 25, 150  # classes up to which a confusion matrix shows numbers, and every name
 
 
@@ -155,7 +156,8 @@ def predictions(
 def attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, names: Sequence[str] = ()) -> None:
     """Each image, the attention laid over it, and where there are several heads each head's own.
 
-    Colours run from zero to the largest value of a map, so they compare places within it and not maps.
+    The photograph below is grey and dark. Colours run from the least to the largest value of each map, and are the
+    more transparent the less there is. They compare places within a map, and not maps.
 
     Args:
       path: the file.
@@ -169,13 +171,15 @@ def attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, 
     titles = ["image", "mean of heads" if heads else "attention", *(f"head {k}" for k in range(heads))]
     for i, (image, each, row) in enumerate(zip(images, maps, grid, strict=True)):
         colours = np.asarray(image)
-        # Grey below, so that the colour is the map's alone.
-        grey = np.repeat(colours.mean(-1, keepdims=True).astype(colours.dtype), 3, axis=-1)
+        # Grey, so that the colour is the map's alone, and dark, so that a bright photograph does not outshine it.
+        below = np.repeat((_DIMMED * colours.mean(-1, keepdims=True)).astype(colours.dtype), 3, axis=-1)
         _show(row[0], colours)
         for axes, values in zip(row[1:], [each.mean(0), *each][: heads + 1], strict=True):
-            _show(axes, grey)
-            strength = np.asarray(values / max(values.max(), np.finfo(np.float32).tiny), np.float64)
-            extent, alpha = axes.images[0].get_extent(), 0.2 + 0.6 * strength
+            _show(axes, below)
+            above_least = np.asarray(values, np.float64) - values.min()
+            # A map that is the same everywhere shows nothing.
+            strength = above_least / max(above_least.max(), np.finfo(np.float32).tiny)
+            extent, alpha = axes.images[0].get_extent(), _OPAQUE * strength
             axes.imshow(strength, cmap="viridis", vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
         if names:
             row[0].set_ylabel(_shortened(names[i], 18), fontsize=8, parse_math=False)

@@ -1,4 +1,4 @@
-"""What a classifier takes photographs for."""
+"""What a classifier says of photographs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from flax import nnx
 from jax import Array
 
 from vit_ref.errors import InputError
+from vit_ref.finetune.probabilities import scores, unit
 from vit_ref.model import VisionTransformer
 from vit_ref.preprocessing import preprocess
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# (name of the class, its probability), the likeliest first.
+# (name of the class, its probability or value), see `predictions`.
 Prediction = list[tuple[str, float]]
 
 
@@ -46,14 +47,16 @@ def predictions(
     Args:
       model: a model with a head. It predicts in evaluation mode, whichever mode it is in, and is left as it is.
       files: image files, or Pillow's images; preprocessed as the checkpoint asks.
-      top: how many classes for each; fewer where the model has fewer.
+      top: how many classes for each; fewer where the model has fewer. A regression gives all its values.
       batch_size: images per forward pass at the most. The last of several batches is filled up, so that one is compiled
         and no more.
 
     Yields:
-      (name, probability) of the likeliest classes, the likeliest first, by image. Names are `config.class_names`.
+      (name, number) of classes, by image. Names are `config.class_names`. The numbers are probabilities, the likeliest
+      first, or the values of a regression in the order of its labels: `probabilities.unit` says which.
 
     Raises:
+      ConfigError: `problem_type` is unknown.
       InputError: the model has no head, an image cannot be read or does not fit the model, a logit is not finite, or
         `top` or `batch_size` is below 1.
     """
@@ -63,6 +66,7 @@ def predictions(
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} is {value}: give at least 1")
+    ranked = unit(config) == "probability"
     graph, state = nnx.split(model)
     batch_size = max(1, min(batch_size, len(files)))
     for start in range(0, len(files), batch_size):
@@ -78,9 +82,10 @@ def predictions(
         for file, row in zip(batch, logits, strict=True):
             if not np.isfinite(row).all():
                 raise InputError(f"{file}: the model's logits are not all finite: its weights are damaged")
-            odds = np.exp(row - row.max())
-            likeliest = np.argsort(-odds, kind="stable")[:top]
-            yield [(config.class_names[i], float(odds[i] / odds.sum())) for i in likeliest]
+            found = scores(row, config)
+            # By logit, because far from zero several probabilities round to one.
+            shown = np.argsort(-row, kind="stable")[:top] if ranked else range(len(row))
+            yield [(config.class_names[i], float(found[i])) for i in shown]
 
 
 @jax.jit(static_argnums=0)

@@ -32,6 +32,7 @@ from vit_ref.finetune.record import METRICS, TIMING, Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import starting_model
 from vit_ref.finetune.step import split_step
+from vit_ref.local import require_local
 from vit_ref.model import VisionTransformer
 from vit_ref.pretrained import arrays_of, save_pretrained, with_arrays
 
@@ -107,6 +108,7 @@ def finetune(
     Raises:
       InputError: checkpoint, images or recipe cannot be used, `out` holds another run, or cannot be written to.
     """
+    require_local(out, "out")
     out = Path(out)
     mesh = mesh_for(recipe.batch_size)
     if training.classes != validation.classes:
@@ -280,7 +282,7 @@ def _require_images(
     config: ViTConfig, recipe: Recipe, *loaded: tuple[ImageDataset, Augmentation | Transform | None]
 ) -> None:
     """Says before anything is written what else the first batch would: that the images cannot be given to the model."""
-    size = preprocessing.steps(config).size
+    size = preprocessing.steps(config).output
     if size not in (None, config.image_hw):
         raise InputError(
             f"images come out of the checkpoint's preprocessing with {list(size)} pixels, the model takes"

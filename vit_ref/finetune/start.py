@@ -15,9 +15,29 @@ from vit_ref import checkpoint
 from vit_ref.attention import cudnn, require_cudnn, require_heads
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.finetune.probabilities import require_exclusive
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.preprocessing import explicit, for_size
 from vit_ref.pretrained import build, load
+
+# The fields of config.json that describe the head and what it was trained for, in transformers and on timm's hub pages.
+# The labels themselves are written anew from `ViTConfig.labels`.
+_OF_THE_HEAD = frozenset(
+    {
+        "_num_labels",
+        "finetuning_task",
+        "function_to_apply",
+        "id2label",
+        "label2id",
+        "label_descriptions",
+        "label_names",
+        "num_classes",
+        "num_labels",
+        "problem_type",
+        "task_specific_params",
+    }
+)
 
 # Learns the embedded images within a minute on one core.
 SCRATCH = ViTConfig(
@@ -40,15 +60,16 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
       recipe: says which head, image size, dropout, precision and attention.
 
     Raises:
-      InputError: the checkpoint cannot be read, has not the head that is to be kept, or the attention not its device.
+      InputError: the checkpoint cannot be read, has not the head that is to be kept, or one that
+        cross-entropy cannot train, or the attention not its device.
     """
     dtype = jnp.bfloat16 if recipe.precision == "mixed" else None
     attention = cudnn if recipe.attention == "cudnn" else None
     if source is None:
-        config = _for_classes(_for_recipe(SCRATCH, recipe), classes)
+        config = _with_preprocessing(_for_classes(_for_recipe(SCRATCH, recipe), classes))
         return VisionTransformer(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(recipe.seed))
     was, parameters, _ = load(checkpoint.read(source))
-    config = _for_recipe(was, recipe)
+    config = _with_preprocessing(_for_recipe(was, recipe))
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             # In bfloat16 the resize itself would round at 1e-3.
@@ -60,6 +81,7 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
                 f"{source}: its head knows the classes {_few(was.labels)}, the data has {_few(classes)}: take a fresh"
                 " head"
             )
+        require_exclusive(was, os.fspath(source))
     else:
         config = _for_classes(config, classes)
         parameters = {path: value for path, value in parameters.items() if path.split(".")[0] not in ("head", "pooler")}
@@ -90,15 +112,25 @@ def _for_recipe(config: ViTConfig, recipe: Recipe) -> ViTConfig:
         _require_cudnn(config)
     if recipe.image_size is None or config.image_hw == (recipe.image_size,) * 2:
         return config
-    preprocessor = config.preprocessor
-    if preprocessor is not None:
-        preprocessor = {**preprocessor, "size": {"height": recipe.image_size, "width": recipe.image_size}}
-    return dataclasses.replace(config, image_size=recipe.image_size, preprocessor=preprocessor)
+    side = recipe.image_size
+    return dataclasses.replace(config, image_size=side, preprocessor=for_size(config, side, side))
+
+
+def _with_preprocessing(config: ViTConfig) -> ViTConfig:
+    """The configuration with all that the images go through, so that whoever loads the model gives it the same."""
+    return dataclasses.replace(config, preprocessor=explicit(config))
 
 
 def _for_classes(config: ViTConfig, classes: Sequence[str]) -> ViTConfig:
+    """The configuration with a new head, and without what described the old head or pooler."""
     return dataclasses.replace(
-        config, num_labels=len(classes), labels=tuple(classes), pooler=False, pooler_output_size=None
+        config,
+        num_labels=len(classes),
+        labels=tuple(classes),
+        pooler=False,
+        pooler_output_size=None,
+        pooler_act=ViTConfig.pooler_act,
+        extra={name: value for name, value in config.extra.items() if name not in _OF_THE_HEAD},
     )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vit_ref import image_files
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.preprocessing import SUFFIXES, preprocess
+from vit_ref.preprocessing import preprocess
 from vit_ref.verify.cases import synthetic_images
 
 
@@ -37,9 +38,9 @@ def find(directory: Path, count: int) -> list[Path]:
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory of images")
-    files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files, others = image_files.find(directory)
     if not files:
-        raise InputError(f"{directory}: no image in it ({', '.join(sorted(SUFFIXES))})")
+        raise InputError(f"{directory}: no image in it, but {image_files.counted(others)}: give one with photographs")
     return [files[k] for k in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)]
 
 

@@ -17,7 +17,7 @@ FOLDER = "tests/preprocessing/test_preprocessing.py"
 
 
 def _default(**wrong: Any) -> Inject:
-    return lambda monkeypatch: monkeypatch.setattr(preprocessing, "_DEFAULTS", {**preprocessing._DEFAULTS, **wrong})
+    return lambda monkeypatch: monkeypatch.setattr(preprocessing, "_VIT", {**preprocessing._VIT, **wrong})
 
 
 def _applied(change: Any) -> Inject:
@@ -96,7 +96,7 @@ MUTANTS = (
         story="Pillow's (width, height) for NumPy's (height, width)",
         source="Pillow's size against NumPy's shape",
         inject=lambda monkeypatch: monkeypatch.setattr(
-            preprocessing, "_size", lambda value, size=preprocessing._size: size(value)[::-1]
+            preprocessing, "_size", lambda name, value, size=preprocessing._size: size(name, value)[::-1]
         ),
         killed_by="preprocessing",
         tests=(FOLDER, "-k", "without_a_size"),

@@ -1,0 +1,76 @@
+"""Which files of a directory are images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from vit_ref.errors import InputError
+
+# Pillow recognises these formats and cannot decode them.
+_RECOGNISED_ONLY = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+
+
+class Found(NamedTuple):
+    """The files below a directory, without hidden ones, each list sorted.
+
+    Attributes:
+      images: those with a suffix that Pillow reads. A link to nowhere is one of them.
+      others: the rest.
+    """
+
+    images: list[Path]
+    others: list[Path]
+
+
+def require_pillow() -> None:
+    """Raises:
+    InputError: Pillow is missing.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise InputError("reading images needs Pillow: pip install 'vit-ref[images]'") from None
+
+
+def suffixes() -> frozenset[str]:
+    """The suffixes of the images that Pillow reads, in lower case; those of plug-ins that were registered, too.
+
+    Raises:
+      InputError: Pillow is missing.
+    """
+    require_pillow()
+    from PIL import Image
+
+    return frozenset(
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _RECOGNISED_ONLY
+    )
+
+
+def find(directory: Path) -> Found:
+    """The files below a directory.
+
+    Raises:
+      InputError: Pillow is missing.
+    """
+    known, found = suffixes(), Found([], [])
+    for path in sorted(directory.rglob("*")):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in known:
+            found.images.append(path)
+        elif not path.is_dir():
+            found.others.append(path)
+    return found
+
+
+def counted(files: Iterable[PurePath | str]) -> str:
+    """How many files there are and of which suffixes, as in "3 files (2 .heic, 1 .txt)"."""
+    by_suffix = Counter(PurePath(file).suffix.lower() or "without suffix" for file in files)
+    number = by_suffix.total()
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(by_suffix.items()))
+    return f"{number} {'file' if number == 1 else 'files'}" + (f" ({kinds})" if kinds else "")
