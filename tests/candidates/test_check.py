@@ -212,12 +212,15 @@ def test_three_lines_in_ones_own_project_are_a_case_a_site(tiny: Path, tmp_path:
     assert "21 passed, 1 skipped" in ended.stdout
 
 
+FORWARD = "tests/parity/test_parity.py"
+
+
 def test_the_suite_judges_a_candidate_in_place_of_the_own_model(tiny: Path, tmp_path: Path) -> None:
     port = tiny.parent / "port.py"
     wrong = tmp_path / "tanh.py"
     wrong.write_text(TANH)
-    arguments = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "parity", "-q", "-k", "forward or float32"]
-    ended = run(ROOT, *arguments, "--checkpoint", tiny, "--candidate", port, "--candidate", wrong, "tests/parity")
+    arguments = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "parity", "-q"]
+    ended = run(ROOT, *arguments, "--checkpoint", tiny, "--candidate", port, "--candidate", wrong, FORWARD)
     assert ended.returncode == 1
     assert "tiny-port: 17 sites pass" in ended.stdout
     assert "tiny-tanh: first divergence at block.0.mlp.hidden" in ended.stdout

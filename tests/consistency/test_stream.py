@@ -65,7 +65,6 @@ def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        ("rectangular", "float32"),
         ("deep", "float32"),
         ("hard-tokens", "mixed"),
         ("rectangular", "tensorfloat32"),
