@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 # hypothesis takes another one, with fixed draws, where it finds itself in CI.
 AS_DRAWN = (Phase.explicit, Phase.reuse, Phase.generate)
 for name, examples, phases in (
-    ("quick", 5, AS_DRAWN),
+    ("quick", 3, AS_DRAWN),
     ("ci", 25, AS_DRAWN),
     ("thorough", 250, tuple(Phase)),
     ("thousand", 1000, AS_DRAWN),
