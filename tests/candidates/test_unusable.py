@@ -26,9 +26,11 @@ from vit_ref.pretrained import configuration
 from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.check import check_port, port_for
-from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.oracle import NumpyOracle, softmax
 from vit_ref.verify.port_report import Check
-from vit_ref.verify.ports.jaxport import unrounded_softmax
+from vit_ref.verify.ports.casts import Casts
+from vit_ref.verify.ports.jaxport import without_casts
 from vit_ref.verify.ports.loading import find, is_torch
 from vit_ref.verify.trace import TruncatedError, precision_of
 
@@ -231,7 +233,7 @@ def failures_of(function: Callable, saved: Callable[[str], Path]) -> dict[str, s
 
 def test_a_port_that_stays_in_float32_has_not_been_judged(saved: Callable[[str], Path]) -> None:
     def narrow(x: jax.Array) -> jax.Array:
-        return ones(23, x.astype(jnp.float32))
+        return ones(23, jnp.asarray(np.asarray(x, np.float32)))
 
     with pytest.raises(TruncatedError, match=r"narrow was to compute in float64, but 1 of 1 sites are not, first logi"):
         checks_of(narrow, saved)
@@ -239,7 +241,7 @@ def test_a_port_that_stays_in_float32_has_not_been_judged(saved: Callable[[str],
 
 def test_a_port_that_is_float32_in_one_place_is_judged_there(saved: Callable[[str], Path]) -> None:
     def narrow(x: jax.Array, tap: Callable = lambda name, value: value) -> jax.Array:
-        patches = tap("patches", jnp.ones((len(x), 16, 33), jnp.float32) * x.mean().astype(jnp.float32))
+        patches = tap("patches", jnp.ones((len(x), 16, 33), jnp.float32))
         return ones(23, x) + patches.mean().astype(x.dtype)
 
     checks = checks_of(narrow, saved, backward=True)
@@ -263,7 +265,10 @@ def test_a_port_that_is_float32_inside_is_told_so(saved: Callable[[str], Path]) 
     def narrow(x: jax.Array) -> jax.Array:
         # Scaled by what the batch has in common, which rounds otherwise for each batch.
         scale = 1 + x.mean() ** 2
-        return ((ones(23, x) * scale).astype(jnp.float32) / scale.astype(jnp.float32)).astype(x.dtype)
+        return rounded(ones(23, x) * scale) / rounded(scale)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
 
     reason = failures_of(narrow, saved)["batch"]
     assert re.fullmatch(
@@ -427,7 +432,7 @@ def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[
         expected = np.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
         fused = jax.nn.dot_product_attention(query, key, value, **options)
         by_default = partial(jax.nn.dot_product_attention, **options)
-        with unrounded_softmax(np.float64):
+        with without_casts(np.float64, Casts()):
             found = [
                 jax.nn.dot_product_attention(query, key, value, **options),
                 by_default(query, key, value),
@@ -442,11 +447,75 @@ def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[
             np.testing.assert_allclose(each, expected, rtol=0, atol=1e-14)
         assert np.abs(fused - expected).max() > 1e-10
         np.testing.assert_array_equal(jax.nn.dot_product_attention(query, key, value, **options), fused)
-        with unrounded_softmax(np.float32):
+        with without_casts(np.float32, Casts()):
             np.testing.assert_array_equal(jax.nn.dot_product_attention(query, key, value, **options), fused)
-        with unrounded_softmax(np.float64):
-            causal = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        np.testing.assert_array_equal(causal, jax.nn.dot_product_attention(query, key, value, is_causal=True))
+
+
+def narrow_softmax(x: jax.Array) -> jax.Array:
+    return jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def narrow_norm(x: jax.Array) -> jax.Array:
+    return nnx.LayerNorm(x.shape[-1], epsilon=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))(x).astype(x.dtype)
+
+
+def centred(x: Any) -> Any:
+    return x - x.mean(-1, keepdims=True)
+
+
+# What a port does in float32 by design, and the same in NumPy.
+IN_FLOAT32: dict[str, tuple[Callable, Callable]] = {
+    "softmax": (narrow_softmax, softmax),
+    "mean": (lambda x: x - x.mean(-1, keepdims=True, dtype=jnp.float32), centred),
+    "product": (
+        lambda x: jnp.matmul(x, x.mT, preferred_element_type=jnp.float32).astype(x.dtype),
+        lambda x: x @ x.swapaxes(-1, -2),
+    ),
+    "layer": (narrow_norm, lambda x: centred(x) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)),
+    "under checkpoint": (jax.checkpoint(narrow_softmax), softmax),
+    "under vmap": (jax.vmap(narrow_softmax), softmax),
+    "under jit": (jax.jit(narrow_softmax), softmax),
+}
+
+
+@pytest.mark.parametrize("what", IN_FLOAT32)
+def test_what_a_port_computes_in_float32_by_design_is_exact_in_float64(what: str, saved: Callable[[str], Path]) -> None:
+    narrow, right = IN_FLOAT32[what]
+
+    def forward(x: jax.Array) -> jax.Array:
+        y = narrow(x.reshape(len(x), -1, 8))
+        return jnp.square(y + 1).sum((1, 2))[:, None] * jnp.ones(23, y.dtype)
+
+    port = made(forward, saved)
+    (found,) = port.outputs([IMAGES], np.float64, tap=lambda site, value: value)
+    expected = np.square(1 + right(IMAGES.astype(np.float64).reshape(len(IMAGES), -1, 8))).sum((1, 2))[:, None]
+    with precision_of(np.float64):
+        rounded = np.asarray(forward(jnp.asarray(IMAGES, np.float64)))
+    assert 1e-10 < error(rounded[:, :1], expected).rms < 1e-5
+    assert error(found[:, :1], expected).rms < SEMANTIC_RMS
+    (note,) = port.notes
+    assert "to float32, the first before logits: by design, or because its layers carry a dtype" in note
+
+
+def test_a_port_that_needs_its_casts_is_judged_with_them(saved: Callable[[str], Path]) -> None:
+    def scanning(x: jax.Array) -> jax.Array:
+        # The carry is float32, and what is added to it has to be.
+        rows = jnp.moveaxis(x, 1, 0).astype(jnp.float32)
+        total, _ = jax.lax.scan(lambda carry, row: (carry + row, None), jnp.zeros(rows.shape[1:], jnp.float32), rows)
+        return ones(23, total[:, None]).astype(x.dtype)
+
+    port = made(scanning, saved)
+    (found,) = port.outputs([IMAGES], np.float64, tap=lambda site, value: value)
+    assert error(found[:, 0], IMAGES.sum((1, 2, 3))).rms < 1e-5
+    assert port.notes == ()
+
+
+def test_shapes_without_values_are_one_line(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+    tutorial = find(port("nnx_tutorial.py"))
+    abstract = dataclasses.replace(tutorial, load=lambda path: nnx.eval_shape(lambda: tutorial.load(path)))
+    with pytest.raises(InputError, match=r"nnx_tutorial: 'classifier.bias\S*' is a shape without values") as caught:
+        made(abstract, saved).trace(IMAGES, np.float64)
+    assert "\n" not in str(caught.value)
 
 
 def test_pytorch_is_not_imported_to_see_that_a_port_is_none_of_its(monkeypatch: pytest.MonkeyPatch) -> None:

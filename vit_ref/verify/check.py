@@ -93,6 +93,7 @@ def check_port(
         behaviour=check_behaviour(port, pixels[:BEHAVIOUR], progress=progress),
         expected_failures=dict(expected_failures or {}),
         environment=environment(asked),
+        notes=port.notes,
     )
     require_expectations(report)
     return report

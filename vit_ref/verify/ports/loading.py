@@ -164,8 +164,8 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
     def before(site: str, value: Any) -> Any:
         return value if site == last else tap(site, value)
 
-    with beside_it(candidate.directory):
-        returned = called(candidate.name, run, table, tap if tap is identity else before)
+    with beside_it(candidate.directory), in_one_line(candidate.name, "the forward pass"):
+        returned = run(table, tap if tap is identity else before)
     output, named = split_output(returned, candidate.name)
     if last == "cls" and len(output.shape) == 3:
         raise CandidateError(
@@ -177,25 +177,34 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
     return tap(last, output)
 
 
-def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    """What the port returns.
+@contextlib.contextmanager
+def in_one_line(name: str, what: str) -> Iterator[None]:
+    """Turns what a person's object raises into one line.
+
+    Args:
+      name: the candidate's.
+      what: what was done with the object, for the message.
 
     Raises:
-      CandidateError: it raised something, or its values do not fit its table.
+      CandidateError: it raised something. Errors of this package say more already, and pass.
     """
     try:
-        return run(*arguments)
-    # jax's own word that a function cannot be traced means something to the caller.
+        yield
+    # The caller acts on jax's own word that a function cannot be traced.
     except (InputError, jax.errors.JAXTypeError):
         raise
     except RAISED as error:
-        raise failed(name, "the forward pass", error) from error
+        raise failed(name, what, error) from error
 
 
 def failed(name: str, what: str, error: BaseException) -> CandidateError:
     """A person's exception as one line."""
-    reason = next(iter(str(error).strip().splitlines()), "")
-    return CandidateError(f"{name}: {what} raised {type(error).__name__}: {reason}")
+    return CandidateError(f"{name}: {what} raised {type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:

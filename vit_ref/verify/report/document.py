@@ -52,6 +52,7 @@ def to_json(report: PortReport) -> dict[str, Any]:
             for pattern, decided in met(report).items()
         ],
         "environment": dict(report.environment),
+        "notes": list(report.notes),
     }
 
 

@@ -123,6 +123,7 @@ def _rest(document: Fields) -> str:
     parts = ["<h2>Behaviour</h2>", _table(("property", "status", "float64", "why"), rows)]
     if document["not_backward"]:
         parts.append(f"<p>No gradients were judged: {escape(document['not_backward'])}.</p>")
+    parts += [f"<p>Note: {escape(note)}.</p>" for note in document["notes"]]
     if document["expected_failures"]:
         rows = [
             [f"<code>{escape(each['pattern'])}</code>", str(each["failed"]), str(each["stale"]), escape(each["reason"])]

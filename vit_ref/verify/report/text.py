@@ -120,7 +120,7 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
         for status in ("expected failure", "stale expectation"):
             if names := tuple(check.name for check in checks if check.status == status):
                 yield f"{status}: {pattern}: {report.expected_failures[pattern]}: {len(names)}: {_some(names)}"
-    if note := report.environment.get("note"):
+    for note in (*report.notes, *filter(None, [report.environment.get("note")])):
         yield f"note: {note}"
     counts = Counter(check.status for check in report.checks)
     yield f"checks: {', '.join(f'{counts[status]} {status}' for status in get_args(Status) if counts[status])}"
