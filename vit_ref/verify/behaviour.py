@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.ports.loading import failed
 from vit_ref.verify.trace import Progress, silent
 
 BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
@@ -96,6 +97,30 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
     tapped = port.outputs([pixels.copy()], np.float64, jit=jit, tap=_passing)
     return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
+
+
+def require_repeatable(port: Runnable, pixels: NDArray, *, progress: Progress = silent) -> None:
+    """Runs a port twice on the same images before anything else is asked of it.
+
+    A port whose dropout is live has no value that could be compared, and every other check would fail first.
+
+    Args:
+      port: the port.
+      pixels: float32 images (B, height, width, C).
+      progress: told what is being done next.
+
+    Raises:
+      InputError: the two outputs differ, or the port cannot be run.
+    """
+    progress(f"{port.name}: twice the same")
+    given = [pixels.copy(), pixels.copy()]
+    try:
+        once, again = port.outputs(given, np.float64, jit=False, tap=_passing)
+    except jax.errors.JAXTypeError as error:
+        raise failed(port.name, "the forward pass", error) from error
+    repeat = _behaviour("repeat", [once], [again], _REPEAT)
+    if not repeat.passed:
+        raise InputError(f"{port.name}: {repeat.reason} (relative RMS {repeat.error:.1e})")
 
 
 def _passing(site: str, value: Any) -> Any:
