@@ -300,6 +300,6 @@ def test_what_a_module_computes_in_float32_by_design_is_exact_in_float64(
     right = exact.get(what, lambda x: x.softmax(-1))(images).square().sum((1, 2))[:, None].numpy()
     assert error(found[:, :1], right).rms < SEMANTIC_RMS
     (note,) = port.notes
-    assert note.startswith("the candidate makes a cast of float64 to float32, the first before logits: by design")
+    assert note.startswith("the candidate makes a cast of float64 to float32, the first before logits: undone")
     # In the tested precision nothing is undone.
     assert port.trace(IMAGES, np.float32)["logits"].dtype == np.float32

@@ -539,7 +539,7 @@ def test_what_a_port_computes_in_float32_by_design_is_exact_in_float64(what: str
     assert 1e-10 < error(rounded[:, :1], expected).rms < 1e-5
     assert error(found[:, :1], expected).rms < SEMANTIC_RMS
     (note,) = port.notes
-    assert "to float32, the first before logits: by design, or because its layers carry a dtype" in note
+    assert "to float32, the first before logits: undone for the float64 gate" in note
 
 
 def test_a_port_that_needs_its_casts_is_judged_with_them(saved: Callable[[str], Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from synthetic_reports import REPORTS, measured, parity, ported, wrong
+from vit_ref.verify.diagnosis import Cause
 from vit_ref.verify.report import headline, summary, table
 from vit_ref.verify.report.text import MARKS, wrong_alone
 
@@ -99,6 +100,22 @@ def test_of_what_is_not_shown_parameters_come_first() -> None:
     )
     said = headline(parity(measured("logits"), unmapped=unmapped))
     assert "not observed: 7 sites: position_embeddings, blocks.0.norm1.scale, head.bias, ..." in said
+
+
+def test_rounding_is_told_from_a_wrong_formula_and_what_lies_behind_it_is_named() -> None:
+    rounding = Cause("rounded to float32", "patches", 2e-8, 0.0)
+    tanh = Cause("tanh GELU", "block.0.mlp.hidden", 1.9e-4, 1e-7)
+    sites = measured("patches", 2e-8), measured("block.0.mlp.hidden", 1.9e-4)
+    said = headline(parity(*sites, causes=(rounding, tanh), beyond="block.0.mlp.hidden by 1.9e-04")).splitlines()
+    assert "  rounding is no wrong formula: compute in the dtype that load(checkpoint, dtype) is told" in said
+    assert "  this rounding does not explain what follows: block.0.mlp.hidden by 1.9e-04" in said
+    assert "rounding is no" not in headline(parity(*sites, causes=(tanh,)))
+    assert "explain" not in headline(parity(*sites, causes=(rounding,)))
+
+
+def test_notes_on_how_a_port_was_run_are_in_the_summary() -> None:
+    report = ported(parity(measured("logits")), notes=("casts were undone",))
+    assert "note: casts were undone" in summary(report).splitlines()
 
 
 def test_one_is_no_plural() -> None:

@@ -41,7 +41,7 @@ class Casts:
             return ()
         casts = "a cast" if self.number == 1 else f"{self.number} casts"
         return (
-            f"the candidate makes {casts} of float64 to float32, the first before {self.before}: by design, or because"
-            " its layers carry a dtype; undone for the float64 gate, and judged as rounding in the tested precision;"
-            " load(checkpoint, dtype) lets layers follow the precision that is asked for",
+            f"the candidate makes {casts} of float64 to float32, the first before {self.before}: undone for the float64"
+            " gate, because that rounding is no formula, and judged in the tested precision. A layer that carries a"
+            " dtype gets it from load(checkpoint, dtype)",
         )

@@ -81,6 +81,8 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
         yield "Error there", escape(_wrong(first["measured"], document))
     for cause in section["causes"]:
         yield "Likely cause", f"<b>{escape(cause['label'])}</b>{escape(cause['text'].removeprefix(cause['label']))}"
+    if section["beyond_rounding"]:
+        yield "Not explained by this rounding", escape(section["beyond_rounding"])
     if section["place"]:
         yield "Wrong", escape(section["place"])
     if section["hidden"]:

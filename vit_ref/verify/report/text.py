@@ -12,6 +12,8 @@ from vit_ref.verify.parity import ParityReport, SiteResult
 from vit_ref.verify.port_report import Check, PortReport, Status, matches
 
 WIDTH = 80
+# What to do where a port was to compute in float64 and rounds.
+ROUNDING = "rounding is no wrong formula: compute in the dtype that load(checkpoint, dtype) is told"
 # A row of the table ends with one of these where it fails: both gates, the semantic or the numerical one.
 MARKS = ("both", "float64", "rounding")
 
@@ -58,7 +60,9 @@ def headline(report: ParityReport) -> str:
     hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
     place = [f"wrong {report.place}"] if report.place else []
     causes = [f"likely cause: {cause}" for cause in report.causes]
-    found = "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *_blame(report)])
+    rounding = [ROUNDING] if report.semantic_failures and any(cause.format for cause in report.causes) else []
+    beyond = [f"this rounding does not explain what follows: {report.beyond}"] if report.beyond else []
+    found = "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *rounding, *beyond, *_blame(report)])
     return "\n".join([*missing, found])
 
 
