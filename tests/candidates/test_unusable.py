@@ -23,7 +23,7 @@ from vit_ref import attention, checkpoint
 from vit_ref.errors import InputError
 from vit_ref.porting import PortError
 from vit_ref.pretrained import configuration
-from vit_ref.verify.behaviour import check_behaviour
+from vit_ref.verify.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.check import check_port, port_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
@@ -213,6 +213,42 @@ def test_a_function_that_differs_from_run_to_run_is_said_first(
             InputError, match=r"mine: two runs on the same images differ: is dropout live\?.*relative RMS"
         ):
             ask(vit_ref.Candidate(load=lambda _: lambda x: ones(23, x) * rng.normal(), name="mine"), saved("one-block"))
+
+
+def flipped(model: Any, images: Any) -> Any:
+    return (model(images) + model(images[:, :, ::-1])) / 2
+
+
+FLIPPED = {
+    "nnx_tutorial.py": (
+        flipped,
+        "'patch_embeddings' runs 2 times in one forward pass and shows another value of patch",
+    ),
+    "linen_big_vision.py": (flipped, "'embedding' runs 2 times in one forward pass"),
+    "torch_timm.py": (
+        lambda model, images: model(images) + model(images.flip(-1)),
+        "'patch_embed' runs 2 times in one",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.torch if "torch" in f else ()) for f in FLIPPED])
+def test_a_module_that_runs_twice_is_not_judged_by_its_last_run(
+    file: str, port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vit_ref.verify.check.check_parity", failing)
+    call, message = FLIPPED[file]
+    with pytest.raises(InputError, match=message) as caught:
+        check_port(dataclasses.replace(find(port(file)), call=call), saved("one-block"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_is_shown_twice_is_one_value(saved: Callable[[str], Path]) -> None:
+    def showing(x: jax.Array, tap: Callable) -> Any:
+        norm = tap("norm", tap("norm", jnp.ones((len(x), 17, 33), x.dtype)))
+        return ones(23, x) * norm[0, 0, 0], {"norm": norm}
+
+    require_repeatable(made(showing, saved), IMAGES[:1])
 
 
 def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:

@@ -64,6 +64,11 @@ class Table:
         self.met: set[str] = set()
         self._vjp = vjp
 
+    def path_of(self, site: str) -> str:
+        """The submodule or the named value that stands for a site."""
+        found = (point.path for point, entries in self.points.items() for entry in entries if entry.destination == site)
+        return next(found, site)
+
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
         """A submodule's arguments, passed through the sites that stand for them."""
         for point in self.points:
