@@ -24,7 +24,7 @@ from vit_ref.verify.ports.adapters import adapted, is_float
 from vit_ref.verify.ports.casts import Casts
 from vit_ref.verify.ports.declaration import Candidate, CandidateError
 from vit_ref.verify.ports.loading import claims, in_one_line, loaded, observed, recognised
-from vit_ref.verify.ports.table import Table
+from vit_ref.verify.ports.table import Table, counted
 from vit_ref.verify.tapped import Tapped
 from vit_ref.verify.trace import Forward, precision_of
 
@@ -101,7 +101,7 @@ class JaxPort(Tapped):
     def parameters(self) -> dict[str, NDArray]:
         """The port's parameters in float64, on the host, by its own paths."""
         with precision_of(np.float64), in_one_line(self.name, "reading its parameters"):
-            return _leaves(self.ready(np.float64)[0])
+            return {counted(name): value for name, value in _leaves(self.ready(np.float64)[0]).items()}
 
 
 def _require_values(parameters: Any, name: str) -> None:

@@ -24,7 +24,7 @@ from vit_ref.errors import InputError
 from vit_ref.model import identity
 from vit_ref.sites import output_site
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
-from vit_ref.verify.ports.table import Table, Tap, claimed, described, gradients_by_path
+from vit_ref.verify.ports.table import Table, Tap, claimed, described, flat, gradients_by_path
 
 # A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
 RAISED = (Exception, SystemExit)
@@ -217,9 +217,9 @@ def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
 
 
 def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
-    """What a port returned, and the intermediates with it, of which there may be none."""
+    """What a port returned, and the intermediates with it by flat names, of which there may be none."""
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
-        return returned
+        return returned[0], flat(returned[1])
     return returned, {}
 
 

@@ -27,7 +27,7 @@ from vit_ref.verify.ports.adapters import require_known, tapping
 from vit_ref.verify.ports.casts import Casts
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, takes
 from vit_ref.verify.ports.loading import RAISED, claims, first_line, in_one_line, loaded, observed, recognised
-from vit_ref.verify.ports.table import Table, Tap
+from vit_ref.verify.ports.table import Table, Tap, counted
 from vit_ref.verify.trace import Trace
 
 
@@ -138,7 +138,7 @@ class TorchPort:
         """The port's parameters in float64, on the host, by its own paths."""
         module = self._ready(np.float64)
         with in_one_line(self.name, "reading its parameters"):
-            return {name: _array(value) for name, value in module.named_parameters()}
+            return {counted(name): _array(value) for name, value in module.named_parameters()}
 
     @property
     def _channels_first(self) -> bool:
@@ -177,7 +177,7 @@ class TorchPort:
         def run(table: Table, tap: Tap) -> Any:
             named = tapping(call or module.forward, table, tap)
             # What shows its values itself would be seen twice.
-            modules = {} if named else dict(module.named_modules())
+            modules = {} if named else {counted(path): part for path, part in module.named_modules()}
             with _watching(modules, table, tap):
                 returned = call(module, images, **named) if call else module(images, **named)
             require_known(table, table.met if named else modules, returned, module)
