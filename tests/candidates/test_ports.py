@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen, nnx
 
+import vit_ref
 from vit_ref import checkpoint
+from vit_ref.errors import InputError
 from vit_ref.pretrained import configuration
-from vit_ref.verify.check import check_port
+from vit_ref.verify.behaviour import require_repeatable
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.check import check_port, port_for
+from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.port_report import PortReport
+from vit_ref.verify.ports.loading import find
 
 pytestmark = pytest.mark.candidates
 
@@ -86,11 +100,98 @@ def test_the_bug_of_its_style_is_found_where_it_is_and_named(
 
 
 @ONLY_TORCH
-def test_live_dropout_is_seen_where_it_drops_and_said(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
-    report = check_port(port("torch_timm.py:wrong_mode"), saved("rectangular"), backward=False)
-    assert report.forward.semantic_failures[0].site == "embeddings"
-    assert status_of(report, "behaviour/") == {"repeat": "failed", "batch": "failed", "inputs": "passed"}
-    assert "is dropout live?" in next(check.reason for check in report.checks if check.site == "repeat")
+def test_live_dropout_is_said_before_anything_else(
+    port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("vit_ref.verify.check.check_parity")
+    for ask in (check_port, vit_ref.propose):
+        with pytest.raises(
+            InputError,
+            match=r"^torch_timm-wrong_mode: two runs on the same images differ: is dropout live\? load it in",
+        ):
+            ask(port("torch_timm.py:wrong_mode"), saved("rectangular"))
+
+
+class Module(nnx.Module):
+    """A linen module, bridged, as the submodule of another."""
+
+    def __init__(self, inner: nnx.bridge.ToNNX):
+        self.inner = inner
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.inner(images)
+
+
+def bridged(path: Path, linen_port: vit_ref.Candidate) -> nnx.Module:
+    module, variables = linen_port.load(path)
+    inner = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
+    nnx.bridge.lazy_init(inner, CASES["rectangular"].images())
+
+    def filled(model: Any, tree: dict[str, Any]) -> Any:
+        return {
+            name: filled(model[name], value) if isinstance(value, dict) else model[name].replace(jnp.asarray(value))
+            for name, value in tree.items()
+        }
+
+    own = {name: getattr(inner, name) for name in variables["params"]}
+    for name, value in filled(own, variables["params"]).items():
+        setattr(inner, name, value)
+    return Module(inner)
+
+
+def around_its_blocks(transformation: Callable[..., Any]) -> Callable[..., Any]:
+    """A loader of the tutorial's port with its block's `__call__` under a transformation of nnx, and live streams."""
+
+    def load(path: Path, tutorial: vit_ref.Candidate) -> nnx.Module:
+        model: Any = tutorial.load(path)
+        for block in model.encoder.layers:
+            kind = type(block)
+            block.__class__ = type(kind.__name__, (kind,), {"__call__": transformation(kind.__call__)})
+            block.mlp.layers[2] = nnx.Dropout(0.5, deterministic=True, rngs=nnx.Rngs(0))
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("nnx_tutorial.py", around_its_blocks(nnx.remat)),
+        ("nnx_tutorial.py", around_its_blocks(nnx.jit)),
+        ("linen_big_vision.py", bridged),
+    ],
+    ids=["remat", "jit", "ToNNX"],
+)
+def test_state_in_evaluation_mode_is_no_fault_under_a_transformation_of_nnx(
+    file: str, load: Callable[..., Any], port: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
+    worked = find(port(file))
+    candidate = vit_ref.Candidate(load=partial(load, **{"linen_port" if load is bridged else "tutorial": worked}))
+    source = checkpoint.read(saved("rectangular"))
+    config, pixels = configuration(source), CASES["rectangular"].images()
+    made = port_for(candidate, config, source)
+    require_repeatable(made, pixels[:1])
+    right = NumpyOracle(config, source.tensors).trace(pixels)["logits"]
+    assert error(made.outputs([pixels], np.float64)[0], right).rms < SEMANTIC_RMS
+
+
+def test_parameters_in_boxes_have_the_names_of_those_without(
+    port: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
+    worked = find(port("linen_big_vision.py"))
+
+    def load(path: Path) -> Any:
+        module, variables = worked.load(path)
+        boxed = jax.tree.map(lambda x: linen.Partitioned(jnp.asarray(x), (None,) * x.ndim), variables["params"])
+        return module, {"params": boxed}
+
+    source = checkpoint.read(saved("rectangular"))
+    made = [port_for(each, configuration(source), source) for each in (dataclasses.replace(worked, load=load), worked)]
+    boxed, plain = (each.by_path(each.ready(np.float32)[0]) for each in made)
+    assert boxed.keys() == plain.keys() and len(boxed) == 40
+    (found,) = made[0].outputs([CASES["rectangular"].images()], np.float64)
+    (expected,) = made[1].outputs([CASES["rectangular"].images()], np.float64)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.optimised

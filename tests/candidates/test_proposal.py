@@ -96,12 +96,12 @@ TUTORIAL_SITES = {
     "encoder.layers.{i}.attn.key": "block.{i}.attn.key",
     "encoder.layers.{i}.attn.value": "block.{i}.attn.value",
     "encoder.layers.{i}.attn.out:input": "block.{i}.attn.context",
-    "encoder.layers.{i}.attn.out": "block.{i}.attn.out",
+    "encoder.layers.{i}.attn": "block.{i}.attn.out",
     "encoder.layers.{i}.norm2:input": "block.{i}.attn.residual",
     "encoder.layers.{i}.norm2": "block.{i}.norm2",
     "encoder.layers.{i}.mlp.layers.0": "block.{i}.mlp.fc1",
     "encoder.layers.{i}.mlp.layers.2": "block.{i}.mlp.hidden",
-    "encoder.layers.{i}.mlp.layers.3": "block.{i}.mlp.out",
+    "encoder.layers.{i}.mlp": "block.{i}.mlp.out",
     "encoder.layers.{i}": "block.{i}.mlp.residual",
     "final_norm": "norm",
 }
@@ -273,15 +273,15 @@ def test_what_the_code_leaves_out_is_said_in_it(proposed: Proposal) -> None:
     assert_can_be_pasted(proposed)
 
 
-def test_of_equal_values_the_first_output_is_chosen_and_the_others_are_named(proposed: Proposal) -> None:
+def test_of_equal_values_the_outermost_output_is_chosen_and_the_others_are_named(proposed: Proposal) -> None:
     hidden = next(match for match in proposed.site_matches if match.target == "block.{i}.mlp.out")
-    assert hidden.reading.key == "encoder.layers.{i}.mlp.layers.3"
+    assert hidden.reading.key == "encoder.layers.{i}.mlp"
     assert hidden.also == (
+        "encoder.layers.{i}.mlp.layers.3",
         "encoder.layers.{i}.mlp.layers.4",
-        "encoder.layers.{i}.mlp",
         "encoder.layers.{i}.mlp.layers.4:input",
     )
-    assert "the same as encoder.layers.{i}.mlp.layers.4," in str(proposed)
+    assert "the same as encoder.layers.{i}.mlp.layers.3," in str(proposed)
 
 
 # A wrong port gets the table of the right one, and what is not equal in it is marked.
@@ -477,6 +477,13 @@ FORMS: dict[str, tuple[Callable[[Trace], Mapping[str, Any]], dict[str, tuple[str
         blocks(lambda get: {"mlp.0": get("mlp.fc1"), "mlp.1": get("mlp.hidden")}),
         {"block.{i}.mlp.fc1": ("layer_{i}.mlp.0", ""), "block.{i}.mlp.hidden": ("layer_{i}.mlp.1", "")},
     ),
+    "in mappings of mappings, numbered with zeros": (
+        lambda trace: {
+            "encoder": {f"block{i:02d}": {"+sa": trace[f"block.{i}.attn.residual"]} for i in range(DEPTH)},
+            "norm": trace["norm"],
+        },
+        {"block.{i}.attn.residual": ("encoder.block{i}.+sa", ""), "norm": ("norm", "")},
+    ),
     "numbered like blocks by chance": (
         lambda trace: {"out_0": trace["block.0.norm1"], "out_1": trace["logits"]},
         {"block.0.norm1": ("out_0", "")},
@@ -593,7 +600,7 @@ def test_a_linen_port_is_seen_through_tuples_mappings_keywords_and_fused_project
         "block.{i}.norm2": f"{block}.after",
         "block.{i}.mlp.fc1": f"{block}.mlp.up",
         "block.{i}.mlp.hidden": f"{block}.mlp.down:input",
-        "block.{i}.mlp.out": f"{block}.mlp.down",
+        "block.{i}.mlp.out": f"{block}.mlp",
         "block.{i}.mlp.residual": f"{block}[0]",
         "norm": "last",
     }

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import vit_ref
 from vit_ref import checkpoint
@@ -23,7 +24,7 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.check import port_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.ports.loading import find, recognised
-from vit_ref.verify.ports.table import Table, bind, claimed, fitted, gradients_by_path
+from vit_ref.verify.ports.table import Table, bind, claimed, counted, fitted, flat, gradients_by_path
 
 pytestmark = pytest.mark.candidates
 
@@ -165,6 +166,70 @@ def test_what_is_shown_after_or_beside_its_use_counts_as_fixed() -> None:
     after = table(None)
     after.returned({"norm": VALUE, "mine": VALUE}, tap := Recording("norm", np.negative))
     assert after.fixed == {"norm"} and list(tap.seen) == ["norm"]
+
+
+def test_numbers_count_blocks_with_zeros_before_them_or_without() -> None:
+    mapped = {"h.block{i}.a": "block.{i}.norm1", "h.block01.b": "norm"}
+    assert {path: counted(path) for path in ("block00", "a.007.b10", "v100", "0")} == {
+        "block00": "block0",
+        "a.007.b10": "a.7.b10",
+        "v100": "v100",
+        "0": "0",
+    }
+    tap = Recording()
+    table(mapped).returned(flat({"h": {"block00": {"a": VALUE}, "block01": {"a": -VALUE, "b": VALUE}}}), tap)
+    assert list(tap.seen) == ["block.0.norm1", "block.1.norm1", "norm"]
+    np.testing.assert_array_equal(tap.seen["block.1.norm1"], -VALUE)
+    gradients = {"block01.scale": np.ones(33), "block00.scale": np.zeros(33)}
+    found = gradients_by_path({"block{i}.scale": "blocks.{i}.norm1.scale"}, CONFIG, gradients)
+    assert found["blocks.1.norm1.scale"].all() and not found["blocks.0.norm1.scale"].any()
+
+
+class OfNnx(nnx.Module):
+    def __init__(self) -> None:
+        self.block00 = nnx.LayerNorm(WIDTH, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        return x.sum((1, 2, 3))[:, None] * self.block00(np.ones((len(x), TOKENS, WIDTH))).sum()
+
+
+class OfLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        return x.sum((1, 2, 3))[:, None] * linen.LayerNorm(name="block00")(np.ones((len(x), TOKENS, WIDTH))).sum()
+
+
+def of_torch() -> Any:
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+
+    class OfTorch(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block00 = torch.nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Any) -> Any:
+            return x.sum((1, 2, 3))[:, None] * self.block00(x.new_ones(len(x), TOKENS, WIDTH)).sum()
+
+    return OfTorch()
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        OfNnx,
+        lambda: (OfLinen(), {"params": {"block00": {"scale": np.ones(WIDTH), "bias": np.ones(WIDTH)}}}),
+        pytest.param(of_torch, marks=pytest.mark.torch),
+    ],
+    ids=["nnx", "linen", "torch"],
+)
+@pytest.mark.parametrize("key", ["block{i}", "block00"])
+def test_submodules_may_be_numbered_with_zeros(load: Callable[[], Any], key: str, saved: Callable[[str], Path]) -> None:
+    source = checkpoint.read(saved("one-block"))
+    candidate = vit_ref.Candidate(load=lambda _: load(), sites={key: "block.{i}.norm1" if "{" in key else "norm"})
+    port = port_for(candidate, configuration(source), source)
+    found = port.trace(CASES["rectangular"].images(), np.float64)
+    assert found.keys() == {"block.0.norm1" if "{" in key else "norm", "logits"}
+    assert any(name.startswith("block0.") for name in port.parameters())
 
 
 def test_only_neighbouring_axes_are_merged_or_split() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,142 @@ def test_unknown_submodules_and_failures_inside_are_one_line(
     sites = {"blocks.{i}.attn.q_norm": ("block.{i}.attn.query", lambda x: x[0, 0, 0, 0, 0])}
     with pytest.raises(InputError, match=r"block.0.attn.query: its selection cannot be applied to a value of shape"):
         traced(dataclasses.replace(timm, sites=sites), saved)
+
+
+def weight_normed(model: Any) -> None:
+    torch.nn.utils.weight_norm(model.head)
+
+
+def parametrized(model: Any, dim: int | None) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.head, dim=dim)
+
+
+def keeping_its_attention(model: Any) -> None:
+    for block in model.blocks:
+        block.attn.attn_drop.register_forward_hook(lambda module, _, out: setattr(module, "last", [out]))
+    model(torch.tensor(IMAGES).permute(0, 3, 1, 2))
+
+
+def with_other_norms(module: Any) -> None:
+    """Its weights' norms are not those of its weights."""
+    weight_normed(module)
+    with torch.no_grad():
+        module.head.weight_g.mul_(1 + 1e-5)
+
+
+HELD: dict[str, Callable[[Any], Any]] = {
+    "weight_norm": weight_normed,
+    "weight_norm as a parametrization": partial(parametrized, dim=1),
+    "one norm": partial(parametrized, dim=None),
+    "an attention map": keeping_its_attention,
+    "a traced module": lambda model: torch.jit.trace(model, torch.tensor(IMAGES).permute(0, 3, 1, 2)),
+}
+
+
+# They are old, and in use.
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", HELD)
+def test_a_port_that_holds_what_it_computed_is_judged_as_any_other(
+    what: str, timm: vit_ref.Candidate, saved: Callable[[str], Path]
+) -> None:
+    plain = dataclasses.replace(timm, sites=None, parameters=None)
+
+    def load(path: Path) -> Any:
+        model = timm.load(path)
+        return HELD[what](model) or model
+
+    changed = dataclasses.replace(plain, load=load)
+    assert error(traced(changed, saved)["logits"], traced(plain, saved)["logits"]).rms < SEMANTIC_RMS
+    objective = objectives_for(made(plain, saved).config, 5)[0]
+    pixels = [made(each, saved).gradients(IMAGES, "f8")(objective).pixels for each in (changed, plain)]
+    assert error(*pixels).rms < SEMANTIC_RMS
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_norm_of_weights_that_is_off_by_more_than_rounding_stays_wrong(
+    timm: vit_ref.Candidate, saved: Callable[[str], Path]
+) -> None:
+    def load(path: Path) -> Any:
+        model = timm.load(path)
+        with_other_norms(model)
+        return model
+
+    wrong = traced(dataclasses.replace(timm, load=load), saved)["logits"]
+    assert 1e-6 < error(wrong, traced(timm, saved)["logits"]).rms < 1e-4
+
+
+class Locked(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 23)
+        self.lock = threading.Lock()
+
+
+class Narrow(torch.nn.Linear):
+    def to(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("quantised modules\ncannot be cast")
+
+
+UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
+    "on meta": (
+        lambda: torch.nn.Linear(3, 23, device="meta"),
+        r"mine: 'weight' is on the device 'meta', where a tensor has no values: load the checkpoint",
+    ),
+    "with a buffer on meta": (
+        lambda: torch.nn.BatchNorm1d(23, affine=False, device="meta"),
+        r"mine: 'running_mean' is on the device 'meta'",
+    ),
+    "that cannot be copied": (Locked, r"mine: copying it raised TypeError: cannot pickle '_thread.lock' object"),
+    "that cannot be cast": (lambda: Narrow(3, 23), r"mine: \.to\(torch\.float64\) raised NotImplementedError: quant"),
+    "that returns meta": (
+        lambda: Returning(lambda x: torch.empty(len(x), 23, device="meta", dtype=x.dtype)),
+        r"mine: the forward pass raised NotImplementedError: Cannot copy out of meta tensor",
+    ),
+}
+
+
+class Returning(torch.nn.Module):
+    def __init__(self, function: Callable[[Any], Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_whatever_is_done_to_a_module_that_cannot_be_used_is_one_line(what: str, saved: Callable[[str], Path]) -> None:
+    module, message = UNUSABLE[what]
+    with pytest.raises(InputError, match=message) as caught:
+        made(vit_ref.Candidate(load=lambda _: module(), name="mine"), saved).trace(IMAGES, np.float64)
+    assert "\n" not in str(caught.value)
+
+
+F = torch.nn.functional
+IN_FLOAT32: dict[str, Callable[[Any], Any]] = {
+    "softmax with a dtype": lambda x: F.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype),
+    "method with a dtype": lambda x: x.softmax(-1, torch.float32).to(x.dtype),
+    "float()": lambda x: x.float().softmax(-1).type_as(x),
+    "norm": lambda x: F.layer_norm(x.float(), x.shape[-1:], x.new_ones(x.shape[-1])).to(x.dtype),
+    "mean": lambda x: x - x.mean(-1, keepdim=True, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("what", IN_FLOAT32)
+def test_what_a_module_computes_in_float32_by_design_is_exact_in_float64(
+    what: str, saved: Callable[[str], Path]
+) -> None:
+    def forward(x: Any) -> Any:
+        return IN_FLOAT32[what](x.flatten(2)).square().sum((1, 2))[:, None] * x.new_ones(23)
+
+    port = made(vit_ref.Candidate(load=lambda _: Returning(forward)), saved)
+    found = port.trace(IMAGES, np.float64)["logits"]
+    images = torch.tensor(IMAGES, dtype=torch.float64).permute(0, 3, 1, 2).flatten(2)
+    exact = {"mean": lambda x: x - x.mean(-1, keepdim=True), "norm": lambda x: F.layer_norm(x, x.shape[-1:])}
+    right = exact.get(what, lambda x: x.softmax(-1))(images).square().sum((1, 2))[:, None].numpy()
+    assert error(found[:, :1], right).rms < SEMANTIC_RMS
+    (note,) = port.notes
+    assert note.startswith("the candidate makes a cast of float64 to float32, the first before logits: undone")
+    # In the tested precision nothing is undone.
+    assert port.trace(IMAGES, np.float32)["logits"].dtype == np.float32

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vit_ref.sites import sites
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.diagnosis import diagnose, diagnose_gradient, diagnose_rounding, where
+from vit_ref.verify.diagnosis import Cause, beyond_rounding, diagnose, diagnose_gradient, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.gates import error
 from vit_ref.verify.oracle import NumpyOracle
@@ -186,6 +186,43 @@ def test_rounding_does_not_explain_what_is_larger() -> None:
     known, site = Known(CASES["rectangular"]), "block.0.mlp.hidden"
     for value, causes in ((known.truth[site], ["rounded to float32"]), (known.truth[site] * 1.001 + 1e-3, [])):
         assert known.causes(site, value.astype(np.float32).astype(np.float64)) == causes
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("", [])),
+        ({"hidden_act": "gelu_new"}, ("block.0.mlp.hidden", ["tanh GELU"])),
+        ({"layer_norm_eps": 1e-2}, ("block.0.norm1", ["LayerNorm epsilon 1e-02"])),
+    ],
+)
+@pytest.mark.parametrize("unseen", [(), ("block.0.attn.probs", "block.0.mlp.fc1")])
+def test_a_wrong_formula_behind_a_rounding_is_found(
+    changes: dict[str, object], expected: tuple[str, list[str]], unseen: tuple[str, ...]
+) -> None:
+    """Every value is rounded to float32, as in a port whose layers carry that dtype, and one formula is wrong."""
+    known = Known(CASES["rectangular"])
+    oracle = NumpyOracle(dataclasses.replace(known.config, **changes), known.tensors)
+    wrong: dict[str, NDArray] = {}
+    for site in known.truth:
+        right = oracle.value(site, known.images, wrong)
+        wrong[site] = right.astype(np.float32).astype(np.float64)
+    shown = {site: value for site, value in wrong.items() if site not in unseen}
+    names = list(known.truth)
+    (first,) = diagnose(known.config, known.tensors, known.images, known.truth, names, "patches", shown)
+    assert (first.label, first.format) == ("rounded to float32", "float32")
+    site, off, causes = beyond_rounding(known.config, known.tensors, known.images, names, first, shown)
+    assert (site, [cause.label for cause in causes]) == expected
+    assert (off > 1e-5) == bool(site)
+
+
+def test_what_is_not_finite_behind_a_rounding_is_found() -> None:
+    known, site = Known(CASES["rectangular"]), "block.1.norm1"
+    rounded = Cause("rounded to float32", "patches", 1e-8, 0.0)
+    shown = {**known.truth, site: known.truth[site] * np.nan}
+    found = beyond_rounding(known.config, known.tensors, known.images, list(known.truth), rounded, shown)
+    assert found == (site, np.inf, ())
+    assert Cause("tanh GELU", site, 1.0, 0.0).format == ""
 
 
 def test_one_wrong_element_is_no_factor() -> None:

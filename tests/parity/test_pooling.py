@@ -161,6 +161,28 @@ def test_a_gradient_is_wrong_where_it_is() -> None:
     assert ([result.site for result in report.semantic_failures], report.place) == (["head.kernel"], "")
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_place_is_that_of_the_first_divergence_of_all_objectives(order: tuple[int, int]) -> None:
+    """The logits are wrong in one objective, and what comes after them, at one token, in the other."""
+    truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
+    changed = [{name: value.copy() for name, value in truth.items()} for _ in range(2)]
+    changed[0]["logits"][2, 3] = 1.5
+    changed[1]["norm"][0] = 1 + np.arange(7) ** 2
+
+    class Changing(Erring):
+        def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+            found = [
+                Erring("", self.errs, values).gradients(pixels, dtype)
+                for values in [*(changed[k] for k in order), *[truth] * LOOKS[-1]]
+            ]
+            return lambda objective: found.pop(0)(objective)
+
+    judge, candidate = (kind("a", lambda name, k: 1e-3, truth) for kind in (Erring, Changing))
+    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    assert [result.site for result in report.semantic_failures] == ["logits", "norm"]
+    assert report.place == "only at image 2 of 5; channel 3 of 7"
+
+
 def test_parameters_come_in_the_order_in_which_backpropagation_meets_them() -> None:
     names = gradient_names(CASE.config)
     first = [name.rpartition(".")[0] for name in names if name.endswith(".kernel")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from synthetic_reports import REPORTS, measured, parity, ported, wrong
+from vit_ref.verify.diagnosis import Cause
+from vit_ref.verify.parity import SiteResult
 from vit_ref.verify.report import headline, summary, table
 from vit_ref.verify.report.text import MARKS, wrong_alone
 
@@ -99,6 +101,47 @@ def test_of_what_is_not_shown_parameters_come_first() -> None:
     )
     said = headline(parity(measured("logits"), unmapped=unmapped))
     assert "not observed: 7 sites: position_embeddings, blocks.0.norm1.scale, head.bias, ..." in said
+
+
+def blamed(*results: SiteResult) -> str:
+    (line,) = (line for line in headline(parity(*results)).splitlines() if "wrong by itself" in line)
+    return line.partition("wrong by itself: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"block.0.mlp.hidden": 2e-4}, "block.0 from mlp.hidden on 2.0e-04"),
+        (
+            {f"block.{i}.mlp.hidden": (i + 1) * 1e-4 for i in range(12)} | {"norm": 5e-7, "logits": 4e-7},
+            "12 blocks, 0 to 11, from mlp.hidden on 1.2e-03; norm 5.0e-07",
+        ),
+        (
+            {"block.1.norm1": 1e-6, "block.1.attn.query": 1e-3, "block.2.norm2": 1e-6, "block.4.norm1": 1e-5},
+            "2 blocks, 1, 4, from norm1 on 1.0e-03; block.2 from norm2 on 1.0e-06",
+        ),
+        ({"norm": 5e-7, "logits": 1e-1}, "norm 5.0e-07; logits 1.0e-01"),
+    ],
+)
+def test_every_part_that_is_wrong_in_its_own_way_is_named(wrong: dict[str, float], said: str) -> None:
+    right = [measured(f"block.{i}.attn.key", alone=1e-16) for i in range(5)]
+    assert blamed(*right, *(measured(site, rms, alone=rms) for site, rms in wrong.items())) == said
+
+
+def test_rounding_is_told_from_a_wrong_formula_and_what_lies_behind_it_is_named() -> None:
+    rounding = Cause("rounded to float32", "patches", 2e-8, 0.0)
+    tanh = Cause("tanh GELU", "block.0.mlp.hidden", 1.9e-4, 1e-7)
+    sites = measured("patches", 2e-8), measured("block.0.mlp.hidden", 1.9e-4)
+    said = headline(parity(*sites, causes=(rounding, tanh), beyond="block.0.mlp.hidden by 1.9e-04")).splitlines()
+    assert "  rounding is no wrong formula: compute in the dtype that load(checkpoint, dtype) is told" in said
+    assert "  this rounding does not explain what follows: block.0.mlp.hidden by 1.9e-04" in said
+    assert "rounding is no" not in headline(parity(*sites, causes=(tanh,)))
+    assert "explain" not in headline(parity(*sites, causes=(rounding,)))
+
+
+def test_notes_on_how_a_port_was_run_are_in_the_summary() -> None:
+    report = ported(parity(measured("logits")), notes=("casts were undone",))
+    assert "note: casts were undone" in summary(report).splitlines()
 
 
 def test_one_is_no_plural() -> None:

@@ -3,7 +3,8 @@ where nobody looks at its sites."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from vit_ref.errors import InputError
 from vit_ref.model import Tap, identity
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.ports.loading import failed
+from vit_ref.verify.ports.table import Table
 from vit_ref.verify.trace import Progress, silent
 
 BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
@@ -96,6 +99,57 @@ def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = sil
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
     tapped = port.outputs([pixels.copy()], np.float64, jit=jit, tap=_passing)
     return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
+
+
+class Observable(Runnable, Protocol):
+    """A port that is observed at its sites.
+
+    Attributes:
+      tables: from the images' shape to what observes the port.
+    """
+
+    tables: Callable[[tuple[int, ...]], Table]
+
+
+def require_repeatable(port: Observable, pixels: NDArray, *, progress: Progress = silent) -> None:
+    """Runs a port twice on the same images before anything else is asked of it.
+
+    A port whose dropout is live has no value that could be compared, and every other check would fail first. A site
+    that is shown more than once in one pass has no one value either.
+
+    Args:
+      port: the port.
+      pixels: float32 images (B, height, width, C).
+      progress: told what is being done next.
+
+    Raises:
+      InputError: the two outputs differ, a site has several values in one pass, or the port cannot be run.
+    """
+    progress(f"{port.name}: twice the same")
+    shown: dict[str, list[bytes]] = {}
+
+    def keep(site: str, value: Any) -> Any:
+        if not isinstance(value, jax.core.Tracer):
+            array = np.ascontiguousarray(value.detach().cpu() if hasattr(value, "detach") else value)
+            shown.setdefault(site, []).append(hashlib.blake2b(array.tobytes()).digest())
+        return value
+
+    try:
+        (once,) = port.outputs([pixels.copy()], np.float64, jit=False, tap=keep)
+        (again,) = port.outputs([pixels.copy()], np.float64, jit=False, tap=_passing)
+    except jax.errors.JAXTypeError as error:
+        raise failed(port.name, "the forward pass", error) from error
+    for site, digests in shown.items():
+        if len(set(digests)) > 1:
+            path = port.tables(pixels.shape).path_of(site)
+            raise InputError(
+                f"{port.name}: {path!r} runs {len(digests)} times in one forward pass and shows another value of {site}"
+                " each time, as where the outputs of an image and its mirror image are averaged: give"
+                " call=lambda port, images: ... that runs the model once"
+            )
+    repeat = _behaviour("repeat", [once], [again], _REPEAT)
+    if not repeat.passed:
+        raise InputError(f"{port.name}: {repeat.reason} (relative RMS {repeat.error:.1e})")
 
 
 def _passing(site: str, value: Any) -> Any:

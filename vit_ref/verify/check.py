@@ -18,7 +18,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import PortError
 from vit_ref.pretrained import configuration
 from vit_ref.verify.backward import LOOKS, UndifferentiableError
-from vit_ref.verify.behaviour import check_behaviour
+from vit_ref.verify.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.environment import environment
 from vit_ref.verify.gradients import check_gradients
@@ -76,6 +76,8 @@ def check_port(
     port = port_for(candidate, config, source)
     pixels = pixels_for(config, images, FORWARD)
     title = source.path.resolve().name
+    if candidate is not None:
+        require_repeatable(port, pixels[:1], progress=progress)
     judge = reference_for(config, hf_tensors(config, source), reference)
     forward = check_parity(title, config, source, pixels, port, asked, judge, progress=progress)
     gradients, reason = None, "not asked for"
@@ -93,14 +95,15 @@ def check_port(
         behaviour=check_behaviour(port, pixels[:BEHAVIOUR], progress=progress),
         expected_failures=dict(expected_failures or {}),
         environment=environment(asked),
+        notes=port.notes,
     )
     require_expectations(report)
     return report
 
 
 def steps(*, backward: bool) -> int:
-    """How often `check_port` tells its progress for a port that is right, and whose rounding is soon settled."""
-    return 6 + (LOOKS[0] if backward else 0)
+    """How often `check_port` tells its progress for a candidate that is right, and whose rounding is soon settled."""
+    return 7 + (LOOKS[0] if backward else 0)
 
 
 def port_for(candidate: Candidate | Callable[..., Any] | str | None, config: ViTConfig, source: Checkpoint) -> Any:

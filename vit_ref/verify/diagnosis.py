@@ -18,8 +18,9 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import Tensors
 from vit_ref.verify.gaps import across, hidden_before
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
-from vit_ref.verify.guesses import MULTIPLIED, STORED, Guess, in_another_order, of_the_value
+from vit_ref.verify.guesses import MULTIPLIED, ROUNDED, STORED, UNIT, Guess, in_another_order, of_the_value
 from vit_ref.verify.hypotheses import Upstream
+from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.trace import Trace
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -46,6 +47,11 @@ class Cause(NamedTuple):
     site: str
     before: float
     after: float
+
+    @property
+    def format(self) -> str:
+        """The format that the value was rounded to, where that is the bug; else ""."""
+        return self.label.removeprefix(ROUNDED) if self.label.startswith(ROUNDED) else ""
 
     def __str__(self) -> str:
         return f"{self.label}: with it the error at {self.site} falls from {self.before:.1e} to {self.after:.1e}"
@@ -98,26 +104,64 @@ def diagnose(
     return ()
 
 
-def _explaining(guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray) -> tuple[Cause, ...]:
+# How many units of rounding a right formula may be off: a product over some thousand elements is by a dozen.
+_UNITS = 64
+
+
+def beyond_rounding(
+    config: ViTConfig, tensors: Tensors, pixels: NDArray, names: list[str], after: Cause, shown: Trace
+) -> tuple[str, float, tuple[Cause, ...]]:
+    """The next divergence after one that is rounding, if rounding cannot explain it, too.
+
+    Args:
+      config: the model's configuration.
+      tensors: the checkpoint's, under Hugging Face's names.
+      pixels: the images.
+      names: all sites in order.
+      after: the rounding that was found.
+      shown: the candidate's trace in float64.
+
+    Returns:
+      The first site whose value is further from the right formula of the candidate's own values than that rounding
+      allows, how far (relative RMS), and the bugs that explain it; ("", 0, ()) where there is none.
+    """
+    right = NumpyOracle(config, tensors).formulas(pixels, shown)
+    bound = _UNITS * UNIT[after.format]
+    for site in names[names.index(after.site) + 1 :]:
+        value = shown.get(site)
+        if value is None or (off := error(value, right[site]).rms) <= bound:
+            continue
+        if not np.isfinite(off):
+            return site, off, ()
+        upstream = Upstream(config, tensors, pixels, {**right, **shown}, site)
+        return site, off, _explaining(upstream.guesses(), site, value, right[site], bound)
+    return "", 0.0, ()
+
+
+def _explaining(
+    guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray, bound: float = SEMANTIC_RMS
+) -> tuple[Cause, ...]:
     part = np.ix_(*_wrong_indices(value, truth))
-    return _fitting(chain(guesses, of_the_value(truth, value, part)), site, value, truth)
+    return _fitting(chain(guesses, of_the_value(truth, value, part)), site, value, truth, bound)
 
 
-def _fitting(guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray) -> tuple[Cause, ...]:
+def _fitting(
+    guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray, bound: float = SEMANTIC_RMS
+) -> tuple[Cause, ...]:
     before = error(value, truth).rms
     part = np.ix_(*_wrong_indices(value, truth))
     everywhere, there_alone = [], []
     # One at a time: of a real model each guess is megabytes.
     for label, guess in guesses:
         after = error(value, guess).rms
-        if after <= SEMANTIC_RMS and after < before / 4:
+        if after <= bound and after < before / 4:
             everywhere.append(Cause(label, site, before, after))
             continue
         # One head, image or token alone may have the bug, which has to explain that one and no more.
         mixed = truth.copy()
         mixed[part] = guess[part]
         after = error(value, mixed).rms
-        if after <= SEMANTIC_RMS and after < before / 4:
+        if after <= bound and after < before / 4:
             there_alone.append(Cause(label, site, before, after))
     causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
     # An epsilon of 1e-13 fits a port that has 1e-12, though a thousand times less well.
@@ -142,7 +186,7 @@ def diagnose_rounding(config: ViTConfig, tensors: Tensors, site: str, trace: Tra
         if name in ("float32", value.dtype.name):
             continue
         if np.array_equal(rounded(value), value):
-            return (Cause(f"rounded to {name}", site, before, 0.0),)
+            return (Cause(f"{ROUNDED}{name}", site, before, 0.0),)
     # Where the candidate does not show its own values, the right ones have to do.
     known = Upstream(config, tensors, np.empty(0), {**truth, **trace}, site)
     for name, rounded in MULTIPLIED.items():

@@ -144,9 +144,10 @@ class Comparison:
             exact = widened(self._exact(objective).named(), self._candidate)
             errors = errors_of(exact, truths)
             pooled.exacts.append(errors)
-            wrong = [name for name in pooled.names if name in errors and not errors[name].passes_semantic_gate]
-            if wrong and not pooled.causes:
-                first = wrong[0]
+            failed = [{name for name, e in found.items() if not e.passes_semantic_gate} for found in pooled.exacts]
+            first = next((name for name in pooled.names if any(name in names for names in failed)), "")
+            # What is explained is the first divergence of all objectives, which need not be wrong in each.
+            if first in failed[-1] and all(cause.site != first for cause in pooled.causes):
                 pooled.causes = diagnose_gradient(truth[first], first, exact[first])
                 # A parameter's axes have no names.
                 pooled.place = where(exact[first], truth[first], first) if first in self._placed else ""

@@ -30,8 +30,10 @@ STORED: dict[str, Callable[[NDArray], NDArray]] = {
     "float16": _to(np.float16),
     "float32": _to(np.float32),
 }
+# What a bug is called that rounds a value, before the format.
+ROUNDED = "rounded to "
 # One unit of each, and of how many an error may be where the site's own sums are in that format, too.
-_UNIT = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
+UNIT = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
 _UNITS = 16
 # What matrix units multiply. TF32 and float16 have the same ten bits.
 MULTIPLIED: dict[str, Callable[[NDArray], NDArray]] = {
@@ -56,8 +58,8 @@ def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> I
     for name, rounded in STORED.items():
         if np.array_equal(rounded(value), value):
             # It explains an error of its own size, and hides what is wrong besides where that is larger.
-            if error(value, truth).rms <= _UNITS * _UNIT[name]:
-                yield f"rounded to {name}", value
+            if error(value, truth).rms <= _UNITS * UNIT[name]:
+                yield f"{ROUNDED}{name}", value
             return
 
 

@@ -99,6 +99,17 @@ class NumpyOracle:
         """
         return _Pass(self.config, self.tensors, np.dtype(np.float64), known, until=site).run(pixels)[site]
 
+    def formulas(self, pixels: NDArray, shown: Mapping[str, NDArray]) -> Trace:
+        """What the right formula of each site makes, in float64, of the values that somebody shows before it.
+
+        Args:
+          pixels: as in `trace`.
+          shown: somebody's values by site; a site that is not among them has the right formula's own.
+        """
+        right = _Formulas(self.config, self.tensors, np.dtype(np.float64), shown)
+        right.run(pixels)
+        return right.made
+
 
 class _ReachedError(Exception):
     """The last site that was asked for has its value."""
@@ -191,3 +202,17 @@ class _Pass:
         hidden = at(f"{site}.mlp.hidden", lambda: ACTIVATIONS[self.config.hidden_act](before))
         transformed = at(f"{site}.mlp.out", lambda: self.linear(f"{layer}.output.dense", hidden))
         return at(f"{site}.mlp.residual", lambda: transformed + middle)
+
+
+class _Formulas(_Pass):
+    """A pass that makes its own value at every site, and goes on from what is known there."""
+
+    made: Trace
+
+    def run(self, pixels: NDArray) -> Trace:
+        self.made = {}
+        return super().run(pixels)
+
+    def at(self, site: str, compute: Callable[[], NDArray]) -> NDArray:
+        self.made[site] = compute()
+        return super().at(site, lambda: self.made[site])

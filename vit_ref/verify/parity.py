@@ -16,7 +16,7 @@ from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.sites import sites, stream_before
-from vit_ref.verify.diagnosis import Cause, diagnose, diagnose_rounding, where
+from vit_ref.verify.diagnosis import Cause, beyond_rounding, diagnose, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, errors_of, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
@@ -99,6 +99,8 @@ class ParityReport:
       hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
       order: all of these names, shown or not, in the order of the pass.
       objectives: how many gradients' rounding is pooled over; None forward.
+      beyond: where the first divergence is rounding, the next one that this rounding does not explain, and how far
+        it is off; its causes are among `causes`.
     """
 
     title: str
@@ -113,6 +115,7 @@ class ParityReport:
     hidden: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
     objectives: int | None = None
+    beyond: str = ""
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:
@@ -289,12 +292,16 @@ def compare(
     exact = errors_of(exact_trace, truths)
     causes: tuple[Cause, ...] = ()
     alone: dict[str, Error] = {}
-    place = ""
+    place = beyond = ""
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
     if first and explain:
         progress("looking for the cause")
         causes = diagnose(config, tensors, pixels, truth, names, first, exact_trace)
         place = where(exact_trace[first], truth[first], first)
+        if causes and causes[0].format:
+            site, off, more = beyond_rounding(config, tensors, pixels, names, causes[0], exact_trace)
+            causes += more
+            beyond = f"{site} by {off:.1e}" if site else ""
     del exact_trace
     if first:
         alone = each_alone(set(exact), np.float64)
@@ -317,16 +324,16 @@ def compare(
         site: numerical_gate(yardsticks[site].rms, asked.dtype, yardsticks[site].carriers, foreign=judge.foreign)
         for site in names
     }
-    beyond = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
-    if beyond and not first and explain:
-        causes = diagnose_rounding(config, tensors, beyond, rounded_trace, truth)
+    coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
+    if coarse and not first and explain:
+        causes = diagnose_rounding(config, tensors, coarse, rounded_trace, truth)
     del rounded_trace
-    if beyond and not first:
+    if coarse and not first:
         with asked.asked():
             alone = each_alone(set(rounding), asked.dtype)
     shown = {site for site in names if site in exact and site in rounding}
     claims = set(names) if candidate.claims is None else candidate.claims
-    diverging = first or beyond
+    diverging = first or coarse
     return ParityReport(
         title,
         judge.name,
@@ -350,4 +357,5 @@ def compare(
         place=place,
         hidden=hidden_before(diverging, names, shown) if diverging else (),
         order=tuple(names),
+        beyond=beyond,
     )

@@ -60,6 +60,7 @@ class PortReport:
       expected_failures: pattern -> reason, as given.
       environment: versions and device, and what there is to know of it under "note".
       not_behaviour: why nothing is known of its behaviour, "" where something is.
+      notes: what there is to know of how the candidate was run, a line each.
     """
 
     title: str
@@ -73,6 +74,7 @@ class PortReport:
     expected_failures: Mapping[str, str]
     environment: Mapping[str, str]
     not_behaviour: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def checks(self) -> tuple[Check, ...]:

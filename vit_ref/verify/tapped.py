@@ -49,6 +49,7 @@ class Tapped(ABC):
       fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
       stored: the dtype that its parameters are rounded to below float64, None for as they were loaded.
       compiles: whether it can be compiled; what cannot can write into its images instead.
+      notes: what a report says of how it was run, a line each; known once it has run.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Tapped(ABC):
     fixed: frozenset[str] = frozenset()
     stored: DTypeLike | None = None
     compiles = True
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:

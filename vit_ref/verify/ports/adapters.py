@@ -24,7 +24,7 @@ from flax.errors import TraceContextError
 from vit_ref.model import identity
 from vit_ref.verify.ports.declaration import CandidateError, hint, takes
 from vit_ref.verify.ports.loading import split_named
-from vit_ref.verify.ports.table import Table, Tap
+from vit_ref.verify.ports.table import Table, Tap, counted
 
 # (parameters, images, table, tap) -> whatever the port returns.
 Run = Callable[[Any, Any, Table, Tap], Any]
@@ -59,24 +59,64 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
     graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
 
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
-        model = nnx.merge(graph, parameters, rest)
+        # A copy: nnx refuses to change a variable that belongs to an outer trace, and transformations such as
+        # `nnx.remat` write back what they were given, changed or not.
+        model = nnx.merge(graph, parameters, rest, copy=True)
         taps = takes(call or model, "tap")
         # What shows its values itself would be seen twice.
         seen = () if taps else nnx.iter_modules(model)
-        modules = {".".join(map(str, parts)): module for parts, module in seen}
+        modules = {counted(".".join(map(str, parts))): module for parts, module in seen}
         try:
             with _watching(modules, table, tap):
                 returned = _called(model, images, call, table, tap)
         except TraceContextError as error:
             reason = str(error).partition(" (")[0]
             raise CandidateError(
-                f"{name}: the forward pass changes the port's own state ({reason}): is dropout live, are statistics"
-                " gathered? load it in evaluation mode"
+                f"{name}: the forward pass changes state that was made outside the port ({reason}): give the port"
+                " that state, and load it in evaluation mode"
             ) from error
+        if not isinstance(images, jax.core.Tracer):
+            require_same(model, images, table, returned)
         require_known(table, table.met if taps else modules, returned, model)
         return returned
 
+    def require_same(model: nnx.Module, images: Any, table: Table, returned: Any) -> None:
+        """Raises where the forward pass changed the port's state so that the next one comes out otherwise."""
+        changed = _changed(rest, model)
+        gathered = [path for path, variable in changed.items() if not isinstance(variable, nnx.RngState)]
+        if not changed:
+            return
+        # An nnx module that was made from a linen one draws a key for each call, used or not.
+        if not gathered and _same(_called(model, images, call, table, identity), returned):
+            return
+        raise CandidateError(
+            f"{name}: the forward pass changes the port's own state, {next(iter(gathered or changed))!r}"
+            f"{'' if gathered else ', and its next output with it'}: is dropout live, are statistics gathered? load"
+            " it in evaluation mode"
+        )
+
     return parameters, run
+
+
+def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
+    """The variables of a model that no longer have the value that they had, by path."""
+    after = dict(nnx.to_flat_state(nnx.state(model)))
+    return {
+        ".".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(before)
+        if path in after and not _same(after[path].get_value(), variable.get_value())
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two trees of arrays, random keys among them, are equal."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(_bits(left), _bits(right), equal_nan=True) for left, right in pairs)
+
+
+def _bits(leaf: Any) -> Any:
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
 
 def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -> tuple[Any, Run]:
@@ -86,11 +126,14 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
             " (module, {'params': parameters})"
         )
 
+    # A box says how a parameter is divided among devices, which is no part of its name.
+    parameters = linen.meta.unbox(variables["params"])
+
     def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
         met: set[str] = set()
 
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            path = ".".join(context.module.path)
+            path = counted(".".join(context.module.path))
             met.add(path)
             if context.method_name != "__call__" or path not in table.paths:
                 return method(*args, **kwargs)
@@ -103,7 +146,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
         require_known(table, table.met if takes(call or port, "tap") else met, returned)
         return returned
 
-    return variables["params"], run
+    return parameters, run
 
 
 def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:

@@ -44,8 +44,10 @@ class Candidate:
         whose output is meant, or of a named intermediate. `:input` after it means the submodule's first argument, and
         `[0]` or `[name]` after that an element of a tuple, a mapping or the arguments. Values are sites; `(site,
         selection)` picks a part or moves axes; a list of them takes several sites from one output. Axes that only need
-        merging or splitting fit by themselves. `{i}` is the block's number; a key without it, for a site with it, is a
-        value stacked over the blocks on its first axis. None: intermediates bear the sites' own names.
+        merging or splitting fit by themselves. `{i}` is the block's number, which the port may write with zeros before
+        it ("block07"); a key without it, for a site with it, is a value stacked over the blocks on its first axis.
+        Intermediates in mappings of mappings have one name each, as "encoder.block{i}.norm". None: intermediates bear
+        the sites' own names.
       parameters: the same for gradients of parameters: the port's paths to this package's (see
         `porting.parameter_shapes`). None: recognised by a known layout's names, or else not observed.
       call: `call(port, pixels)` where the port wants other arguments than the images.

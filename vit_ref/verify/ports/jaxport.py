@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
@@ -20,9 +21,10 @@ from vit_ref.config import ViTConfig
 from vit_ref.model import Tap, identity
 from vit_ref.pretrained import parameters_of_state
 from vit_ref.verify.ports.adapters import adapted, is_float
-from vit_ref.verify.ports.declaration import Candidate
-from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
-from vit_ref.verify.ports.table import Table
+from vit_ref.verify.ports.casts import Casts
+from vit_ref.verify.ports.declaration import Candidate, CandidateError
+from vit_ref.verify.ports.loading import claims, in_one_line, loaded, observed, recognised
+from vit_ref.verify.ports.table import Table, counted
 from vit_ref.verify.tapped import Tapped
 from vit_ref.verify.trace import Forward, precision_of
 
@@ -56,21 +58,41 @@ class JaxPort(Tapped):
         candidate = self._candidate
         if self._port is None or self._port[0] != np.dtype(dtype):
             self._port = np.dtype(dtype), loaded(candidate, self._checkpoint, dtype)
-        parameters, run = adapted(self._port[1], candidate.call, self.name)
-        if np.dtype(dtype) == np.float64:
-            parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
+        with in_one_line(self.name, "taking its parameters"):
+            parameters, run = adapted(self._port[1], candidate.call, self.name)
+            _require_values(parameters, self.name)
+            if np.dtype(dtype) == np.float64:
+                parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 
         def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
             looking = tap is not identity
             table = self.tables(pixels.shape) if looking else Table({}, self.config, pixels.shape, _vjp)
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
-            with unrounded_softmax(dtype):
-                output = observed(candidate, self.config, partial(run, parameters, images), table, tap)
+
+            def passed(tap: Tap) -> jax.Array:
+                return observed(candidate, self.config, partial(run, parameters, images), table, tap)
+
+            output = self._in(dtype, passed, tap)
             if looking:
                 self.fixed = frozenset(table.fixed)
             return output
 
         return parameters, forward
+
+    def _in(self, dtype: DTypeLike, forward: Callable[[Tap], jax.Array], tap: Tap) -> jax.Array:
+        """One forward pass, in float64 without its casts to float32 where it bears that."""
+        casts = Casts()
+        try:
+            with without_casts(dtype, casts):
+                output = forward(casts.watching(tap) if tap is not identity else tap)
+        except CandidateError:
+            # A scan whose carry is float32 refuses float64, for one.
+            if not casts.number:
+                raise
+            return forward(tap)
+        if tap is not identity and np.dtype(dtype) == np.float64:
+            self.notes = casts.notes
+        return output
 
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""
@@ -78,8 +100,17 @@ class JaxPort(Tapped):
 
     def parameters(self) -> dict[str, NDArray]:
         """The port's parameters in float64, on the host, by its own paths."""
-        with precision_of(np.float64):
-            return _leaves(self.ready(np.float64)[0])
+        with precision_of(np.float64), in_one_line(self.name, "reading its parameters"):
+            return {counted(name): value for name, value in _leaves(self.ready(np.float64)[0]).items()}
+
+
+def _require_values(parameters: Any, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise CandidateError(
+                f"{name}: {where!r} is a shape without values, as `eval_shape` makes it: fill it from the checkpoint"
+            )
 
 
 def _leaves(tree: Any) -> dict[str, NDArray]:
@@ -92,43 +123,71 @@ def _leaves(tree: Any) -> dict[str, NDArray]:
 
 
 @contextlib.contextmanager
-def unrounded_softmax(dtype: DTypeLike) -> Iterator[None]:
-    """In float64, fused attention without its rounding of the softmax to float32.
+def without_casts(dtype: DTypeLike, casts: Casts) -> Iterator[None]:
+    """In float64, makes no float32 of a float64 value, whoever asks for it; see `casts`.
 
-    `jax.nn.dot_product_attention`, which nnx's attention calls, rounds whatever its inputs are. That is its precision
-    and not its formula; the numerical gate judges it, untouched, in the tested precision. What it calls is replaced and
-    not the function, which ports have under any name, as a default or an attribute.
+    What is replaced are the primitives, because a function such as `jax.nn.dot_product_attention` is known to
+    candidates under any name. Whatever is traced inside a transformation goes through them, too.
+
+    Args:
+      dtype: what is computed in; below float64 nothing is replaced.
+      casts: counts what was undone.
     """
-    inside = jax.nn.dot_product_attention.__globals__
-    fused: Any = inside.get(_FUSED)
-    cudnn: Any = inside.get(_CUDNN)
-    if np.dtype(dtype) != np.float64 or fused is None:
+    if np.dtype(dtype) != np.float64:
         yield
         return
+    cast, product = lax.convert_element_type_p.bind, lax.dot_general_p.bind
+    attention: Any = jax.nn.dot_product_attention.__globals__
+    fused, cudnn = attention.get(_FUSED), attention.get(_CUDNN)
 
-    def exact(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: Any, **options: Any) -> Any:
-        used = any(option is not None and option is not False for option in options.values())
-        if used or query.shape[2] != key.shape[2]:
-            return fused(query, key, value, bias, mask, scale=scale, **options)
-        scores = scale * jnp.einsum("bqhk,bmhk->bhqm", query, key)
-        scores = scores if bias is None else scores + bias
-        scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-        return jnp.einsum("bhqm,bmhk->bqhk", jax.nn.softmax(scores), value)
+    def converted(x: Any, *, new_dtype: Any, **how: Any) -> Any:
+        if new_dtype != np.float32 or getattr(x, "dtype", None) != np.float64:
+            return cast(x, new_dtype=new_dtype, **how)
+        casts.number += 1
+        return x
+
+    def multiplied(x: Any, y: Any, *, preferred_element_type: Any, **how: Any) -> Any:
+        if preferred_element_type == np.float32 and x.dtype == np.float64:
+            casts.number += 1
+            preferred_element_type = x.dtype
+        return product(x, y, preferred_element_type=preferred_element_type, **how)
 
     def on_gpu(
         query: Any, key: Any, value: Any, bias: Any, mask: Any, *lengths: Any, mask_type: Any, **options: Any
     ) -> Any:
-        if mask_type.name != "NO_MASK":
-            return cudnn(query, key, value, bias, mask, *lengths, mask_type=mask_type, **options)
-        return exact(query, key, value, bias, mask, **options)
+        scale = options.pop("scale")
+        if mask_type.name != "NO_MASK" or any(
+            option is not None and option is not False for option in options.values()
+        ):
+            return cudnn(query, key, value, bias, mask, *lengths, mask_type=mask_type, scale=scale, **options)
+        return fused(query, key, value, bias, mask, False, scale, None, None, None)
 
-    # cuDNN's has no float64 at all.
-    with mock.patch.dict(inside, {_FUSED: exact, **({_CUDNN: on_gpu} if cudnn else {})}):
+    def mixing(bind: Callable[..., Any]) -> Callable[..., Any]:
+        """An operation that takes a constant in float32 beside a value that would have been narrowed to it."""
+
+        def operated(x: Any, y: Any, **how: Any) -> Any:
+            if {x.dtype, y.dtype} == _MIXED:
+                x, y = (jnp.asarray(each, np.float64) for each in (x, y))
+            return bind(x, y, **how)
+
+        return operated
+
+    replaced = {lax.convert_element_type_p: converted, lax.dot_general_p: multiplied}
+    replaced |= {operation: mixing(operation.bind) for operation in _OPERATIONS}
+    with contextlib.ExitStack() as stack:
+        # The same products as "highest". jax keeps what it traced by such settings, and so finds no trace here that
+        # was made elsewhere, nor one there that was made here.
+        stack.enter_context(jax.default_matmul_precision("float32"))
+        for operation, bind in replaced.items():
+            stack.enter_context(mock.patch.object(operation, "bind", bind))
+        # cuDNN's attention has no float64 at all.
+        stack.enter_context(mock.patch.dict(attention, {_CUDNN: on_gpu} if fused and cudnn else {}))
         yield
 
 
-# What computes it on (B, N, H, K), with options, such as a causal mask, for which no vision transformer has a use. Not
-# public: a test holds that it is there.
+_OPERATIONS = (lax.add_p, lax.sub_p, lax.mul_p, lax.div_p, lax.max_p, lax.min_p, lax.pow_p)
+_MIXED = {np.dtype(np.float32), np.dtype(np.float64)}
+# Not public: a test holds that they are there.
 _FUSED = "_dot_product_attention_xla"
 _CUDNN = "cudnn_dot_product_attention"
 

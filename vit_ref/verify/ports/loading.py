@@ -24,7 +24,7 @@ from vit_ref.errors import InputError
 from vit_ref.model import identity
 from vit_ref.sites import output_site
 from vit_ref.verify.ports.declaration import Candidate, CandidateError, declared, takes
-from vit_ref.verify.ports.table import Table, Tap, claimed, described, gradients_by_path
+from vit_ref.verify.ports.table import Table, Tap, claimed, described, flat, gradients_by_path
 
 # A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
 RAISED = (Exception, SystemExit)
@@ -164,8 +164,8 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
     def before(site: str, value: Any) -> Any:
         return value if site == last else tap(site, value)
 
-    with beside_it(candidate.directory):
-        returned = called(candidate.name, run, table, tap if tap is identity else before)
+    with beside_it(candidate.directory), in_one_line(candidate.name, "the forward pass"):
+        returned = run(table, tap if tap is identity else before)
     output, named = split_output(returned, candidate.name)
     if last == "cls" and len(output.shape) == 3:
         raise CandidateError(
@@ -177,25 +177,34 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
     return tap(last, output)
 
 
-def called(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    """What the port returns.
+@contextlib.contextmanager
+def in_one_line(name: str, what: str) -> Iterator[None]:
+    """Turns what a person's object raises into one line.
+
+    Args:
+      name: the candidate's.
+      what: what was done with the object, for the message.
 
     Raises:
-      CandidateError: it raised something, or its values do not fit its table.
+      CandidateError: it raised something. Errors of this package say more already, and pass.
     """
     try:
-        return run(*arguments)
-    # jax's own word that a function cannot be traced means something to the caller.
+        yield
+    # The caller acts on jax's own word that a function cannot be traced.
     except (InputError, jax.errors.JAXTypeError):
         raise
     except RAISED as error:
-        raise failed(name, "the forward pass", error) from error
+        raise failed(name, what, error) from error
 
 
 def failed(name: str, what: str, error: BaseException) -> CandidateError:
     """A person's exception as one line."""
-    reason = next(iter(str(error).strip().splitlines()), "")
-    return CandidateError(f"{name}: {what} raised {type(error).__name__}: {reason}")
+    return CandidateError(f"{name}: {what} raised {type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
@@ -208,9 +217,9 @@ def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
 
 
 def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
-    """What a port returned, and the intermediates with it, of which there may be none."""
+    """What a port returned, and the intermediates with it by flat names, of which there may be none."""
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
-        return returned
+        return returned[0], flat(returned[1])
     return returned, {}
 
 

@@ -15,6 +15,7 @@ from vit_ref import checkpoint as checkpoints
 from vit_ref import porting
 from vit_ref.pretrained import configuration
 from vit_ref.sites import output_site
+from vit_ref.verify.behaviour import require_repeatable
 from vit_ref.verify.check import found, port_for
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.parity import hf_tensors
@@ -62,6 +63,7 @@ def propose(
     declared = dataclasses.replace(found(candidate), sites=None, parameters=None)
     port = port_for(declared, config, source)
     pixels = pixels_for(config, images, IMAGES)
+    require_repeatable(port, pixels)
     recorder = Recorder(config, pixels.shape)
     port.tables = lambda images: recorder
     port.outputs([pixels], np.float64, jit=False, tap=lambda site, value: value)

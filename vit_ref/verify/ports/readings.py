@@ -99,9 +99,9 @@ class Readings:
     def _reading(
         self, key: str, select: str, part: tuple[int, int] | None, order: int, layers: Sequence[NDArray]
     ) -> Reading:
-        # Outputs before inputs, what needs no selection before what does, the whole before an element, and then the
-        # first that had the value: the layer that made it, not the dropout or the parent that passed it on.
-        rank = (":" in key, bool(select), "[" in key, order)
+        # Outputs before inputs, what needs no selection before what does, the whole before an element; then the
+        # outermost, which stays where it is when the author changes what is inside, and the first that had the value.
+        rank = (":" in key, bool(select), "[" in key, 0 if self._parameters else key.count("."), order)
         values = np.stack([layer.reshape(-1)[self.positions] for layer in layers])
         return Reading(key, select, self._place(key), part, rank, values)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.config import ViTConfig
-from vit_ref.verify.ports.table import Table, Tap
+from vit_ref.verify.ports.table import Table, Tap, counted
 
 
 class _Every(frozenset[str]):
@@ -59,7 +59,7 @@ class Recorder(Table):
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
         """See `Table.at_name`."""
-        self._keep(name, "", value)
+        self._keep(counted(name), "", value)
         return value
 
     def _keep(self, path: str, suffix: str, value: Any) -> None:

@@ -64,6 +64,11 @@ class Table:
         self.met: set[str] = set()
         self._vjp = vjp
 
+    def path_of(self, site: str) -> str:
+        """The submodule or the named value that stands for a site."""
+        found = (point.path for point, entries in self.points.items() for entry in entries if entry.destination == site)
+        return next(found, site)
+
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
         """A submodule's arguments, passed through the sites that stand for them."""
         for point in self.points:
@@ -93,6 +98,7 @@ class Table:
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
         """A named value, passed through the sites that stand for it."""
+        name = counted(name)
         self.met.add(name)
         if self.given:
             return self._through(Point(name), value, tap)
@@ -142,6 +148,20 @@ class Table:
         return value if changed is picked else value + pull_back(changed - picked)
 
 
+def counted(name: str) -> str:
+    """A name whose numbers are written as a table's `{i}` writes them: "block07" is "block7"."""
+    return re.sub(r"(?<!\d)0+(?=\d)", "", name)
+
+
+def flat(named: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Values in mappings of mappings by one name each: `out["encoder"]["block00"]` is "encoder.block0"."""
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        path = f"{before}{counted(str(name))}"
+        found |= flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return found
+
+
 def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any]) -> dict[str, tuple[Entry, ...]]:
     """A table with its blocks counted out.
 
@@ -172,7 +192,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 )
             blocks = range(config.num_hidden_layers) if "{i}" in pattern or "{i}" in key else (None,)
             for i in blocks:
-                source, destination = (text.replace("{i}", str(i)) for text in (key, pattern))
+                source, destination = (counted(text.replace("{i}", str(i))) for text in (key, pattern))
                 stacked = i is not None and "{i}" not in key
                 entry = Entry(destination, _of_block(i, select) if stacked else select)
                 if destination not in known:
@@ -212,7 +232,7 @@ def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str,
     Raises:
       CandidateError: the table names a parameter that the port or this package's model has not.
     """
-    shapes = parameter_shapes(config)
+    shapes, gradients = parameter_shapes(config), {counted(name): value for name, value in gradients.items()}
     found = {}
     for source, entries in bind(mapped, "parameters", config, shapes).items():
         if source not in gradients:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import torch
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_ref.config import ViTConfig
 from vit_ref.model import identity
 from vit_ref.sites import output_site, sites
 from vit_ref.verify.backward import Gradients, Objective, UndifferentiableError, require_shape
 from vit_ref.verify.ports.adapters import require_known, tapping
-from vit_ref.verify.ports.declaration import Candidate, takes
-from vit_ref.verify.ports.loading import claims, loaded, observed, recognised
-from vit_ref.verify.ports.table import Table, Tap
+from vit_ref.verify.ports.casts import Casts
+from vit_ref.verify.ports.declaration import Candidate, CandidateError, takes
+from vit_ref.verify.ports.loading import RAISED, claims, first_line, in_one_line, loaded, observed, recognised
+from vit_ref.verify.ports.table import Table, Tap, counted
 from vit_ref.verify.trace import Trace
 
 
@@ -50,6 +55,7 @@ class TorchPort:
         self.config = config
         self.claims = claims(candidate, config)
         self.fixed: frozenset[str] = frozenset()
+        self.notes: tuple[str, ...] = ()
         # See `JaxPort`.
         self.tables: Callable[[tuple[int, ...]], Table] = lambda images: Table(candidate.sites, config, images, _vjp)
         self._candidate = candidate
@@ -66,7 +72,7 @@ class TorchPort:
             recorded[site] = _array(value)
             return given[site].to(value) if site in given else value
 
-        with torch.no_grad():
+        with in_one_line(self.name, "the forward pass"), torch.no_grad():
             self._forward(module, self._arranged(torch.tensor(pixels).to(_like(module, dtype))), tap)
         return recorded
 
@@ -77,17 +83,19 @@ class TorchPort:
         module = self._ready(dtype)
         found = []
         for batch in batches:
-            images = self._arranged(torch.tensor(batch).to(_like(module, dtype)))
-            with torch.no_grad():
+            with in_one_line(self.name, "the forward pass"), torch.no_grad():
+                images = self._arranged(torch.tensor(batch).to(_like(module, dtype)))
                 found.append(_array(self._forward(module, images, tap)))
-            # Where the port wrote into its images, the caller is to see it in his.
-            batch[...] = _array(images.permute(0, 2, 3, 1) if self._channels_first else images)
+                # Where the port wrote into its images, the caller is to see it in his.
+                batch[...] = _array(images.permute(0, 2, 3, 1) if self._channels_first else images)
         return found
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """See `Differentiable.gradients`; parameters are those that `torch.nn.Module.to` makes, in `dtype`."""
-        module = self._ready(dtype).requires_grad_(True)
-        parameters = dict(module.named_parameters())
+        module = self._ready(dtype)
+        with in_one_line(self.name, "asking its parameters for gradients"):
+            # One by one: a ScriptModule has no `requires_grad_` of its own.
+            parameters = {name: value.requires_grad_(True) for name, value in module.named_parameters()}
         like = _like(module, dtype)
         wide = torch.promote_types(like.dtype, torch.float32)
         last = output_site(self.config)
@@ -106,7 +114,7 @@ class TorchPort:
                 perturbations[site] = torch.zeros(value.shape, dtype=wide, device=value.device, requires_grad=True)
                 return value + perturbations[site].to(value.dtype)
 
-            with torch.enable_grad():
+            with in_one_line(self.name, "the forward pass with gradients"), torch.enable_grad():
                 # Multiplied: a port that writes into its images must not meet a leaf.
                 output = self._forward(module, self._arranged(images.to(like.dtype) * 1), tap).to(wide)
                 require_shape(output.shape, o.cotangent.shape)
@@ -115,19 +123,22 @@ class TorchPort:
             leaves = [*perturbations.values(), *parameters.values(), images]
             try:
                 found = torch.autograd.grad(objective, leaves, materialize_grads=True)
-            except RuntimeError as error:
-                raise UndifferentiableError(f"torch cannot differentiate it: {str(error).splitlines()[0]}") from error
-            names = iter(found)
-            by_site = {site: _array(next(names)) for site in perturbations}
-            by_name = {name: _array(next(names)) for name in parameters}
-            met = {site: gradient for site, gradient in by_site.items() if site not in self.fixed}
-            return Gradients(met, recognised(self._candidate, self.config, by_name), _array(next(names)))
+            except RAISED as error:
+                raise UndifferentiableError(f"torch cannot differentiate it: {first_line(error)}") from error
+            with in_one_line(self.name, "reading its gradients"):
+                names = iter(found)
+                by_site = {site: _array(next(names)) for site in perturbations}
+                by_name = {name: _array(next(names)) for name in parameters}
+                met = {site: gradient for site, gradient in by_site.items() if site not in self.fixed}
+                return Gradients(met, recognised(self._candidate, self.config, by_name), _array(next(names)))
 
         return gradients
 
     def parameters(self) -> dict[str, NDArray]:
         """The port's parameters in float64, on the host, by its own paths."""
-        return {name: _array(value) for name, value in self._ready(np.float64).named_parameters()}
+        module = self._ready(np.float64)
+        with in_one_line(self.name, "reading its parameters"):
+            return {counted(name): _array(value) for name, value in module.named_parameters()}
 
     @property
     def _channels_first(self) -> bool:
@@ -138,8 +149,20 @@ class TorchPort:
         converts = takes(self._candidate.load, "dtype")
         if self._port is None or (converts and self._port[0] != np.dtype(dtype)):
             self._port = np.dtype(dtype), loaded(self._candidate, self._checkpoint, dtype)
-        module = copy.deepcopy(self._port[1])
-        return module if converts else module.to(_DTYPES[np.dtype(dtype).name])
+        self._require_values(self._port[1])
+        # Without gradients, or a ScriptModule's copy has parameters that were computed.
+        with in_one_line(self.name, "copying it"), torch.no_grad(), _results_copied():
+            module = copy.deepcopy(self._port[1])
+        with in_one_line(self.name, f".to(torch.{np.dtype(dtype).name})"):
+            return module if converts else _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
+
+    def _require_values(self, module: torch.nn.Module) -> None:
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            if tensor.is_meta:
+                raise CandidateError(
+                    f"{self.name}: {name!r} is on the device 'meta', where a tensor has no values: load the checkpoint"
+                    " into it on another device"
+                )
 
     def _arranged(self, images: torch.Tensor) -> torch.Tensor:
         return images.permute(0, 3, 1, 2).contiguous() if self._channels_first else images
@@ -154,16 +177,55 @@ class TorchPort:
         def run(table: Table, tap: Tap) -> Any:
             named = tapping(call or module.forward, table, tap)
             # What shows its values itself would be seen twice.
-            modules = {} if named else dict(module.named_modules())
+            modules = {} if named else {counted(path): part for path, part in module.named_modules()}
             with _watching(modules, table, tap):
                 returned = call(module, images, **named) if call else module(images, **named)
             require_known(table, table.met if named else modules, returned, module)
             return returned
 
-        output = observed(self._candidate, self.config, run, table, tap)
+        def passed(tap: Tap) -> torch.Tensor:
+            return observed(self._candidate, self.config, run, table, tap)
+
+        output = self._in(images.dtype, passed, tap)
         if looking:
             self.fixed = frozenset(table.fixed)
         return output
+
+    def _in(self, dtype: torch.dtype, forward: Callable[[Tap], torch.Tensor], tap: Tap) -> torch.Tensor:
+        """See `JaxPort._in`."""
+        if dtype != torch.float64:
+            return forward(tap)
+        casts = Casts()
+        try:
+            with _WithoutCasts(casts):
+                output = forward(casts.watching(tap) if tap is not identity else tap)
+        except CandidateError:
+            if not casts.number:
+                raise
+            return forward(tap)
+        if tap is not identity:
+            self.notes = casts.notes
+        return output
+
+
+class _WithoutCasts(TorchDispatchMode):
+    """Makes no float32 of a float64 tensor, whoever asks for it; see `casts`.
+
+    It sees the operations that PyTorch's functions come down to: `x.float()`, `softmax(x, dtype=torch.float32)` and
+    `x.mean(dtype=torch.float32)` all name the dtype there.
+    """
+
+    def __init__(self, casts: Casts):
+        super().__init__()
+        self._casts = casts
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if kwargs.get("dtype") == torch.float32 and getattr(first, "dtype", None) == torch.float64:
+            self._casts.number += 1
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -181,6 +243,47 @@ def _watching(modules: Mapping[str, torch.nn.Module], table: Table, tap: Tap) ->
             stack.callback(modules[path].register_forward_hook(partial(leaving, path)).remove)
         yield
 
+
+@contextlib.contextmanager
+def _results_copied() -> Iterator[None]:
+    """Lets `copy.deepcopy` copy a tensor that was computed, which PyTorch refuses.
+
+    A module holds such a tensor where `weight_norm` keeps the weight that it makes before each call, or where a layer
+    keeps its last attention map. The copy has the same values and no history.
+    """
+    copied = torch.Tensor.__deepcopy__
+
+    def detached(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if tensor.is_leaf:
+            return copied(tensor, memo)
+        memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+    with mock.patch.object(torch.Tensor, "__deepcopy__", detached):
+        yield
+
+
+def _norms_anew(module: torch.nn.Module) -> torch.nn.Module:
+    """The module, where each norm that `weight_norm` took of a weight in float32 is taken again in its own dtype.
+
+    Widened with the other parameters, a norm would keep its rounding, and the weight that is made with it would differ
+    from the checkpoint's in float64. A norm that is off by more than that rounding stays as it is.
+    """
+    parameters = dict(module.named_parameters())
+    for name, norm in parameters.items():
+        weight = parameters.get(re.sub(r"_g$", "_v", re.sub(r"original0$", "original1", name)))
+        if weight is None or weight is norm or (norm.ndim and norm.ndim != weight.ndim):
+            continue
+        axes = [axis for axis in range(weight.ndim) if not norm.ndim or norm.shape[axis] == 1]
+        with torch.no_grad():
+            anew = torch.linalg.vector_norm(weight, dim=axes, keepdim=norm.ndim > 0)
+            rounded = (norm - anew).abs() <= _NORM_ROUNDING * anew
+            norm.copy_(torch.where(rounded, anew, norm))
+    return module
+
+
+# A float32 norm of some thousand elements is this near to the right one.
+_NORM_ROUNDING = 2**-21
 
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 

@@ -52,6 +52,7 @@ def to_json(report: PortReport) -> dict[str, Any]:
             for pattern, decided in met(report).items()
         ],
         "environment": dict(report.environment),
+        "notes": list(report.notes),
     }
 
 
@@ -70,6 +71,7 @@ def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
         "passed": all(check.status in ("passed", "not observed", "expected failure") for check in checks),
         "first_divergence": failures[0].site if failures else None,
         "causes": [{"text": str(cause), **_numbers(cause._asdict())} for cause in report.causes],
+        "beyond_rounding": report.beyond,
         "place": report.place,
         "hidden": list(report.hidden),
         "alone_precision": "float64" if report.semantic_failures else report.precision,

@@ -81,6 +81,8 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
         yield "Error there", escape(_wrong(first["measured"], document))
     for cause in section["causes"]:
         yield "Likely cause", f"<b>{escape(cause['label'])}</b>{escape(cause['text'].removeprefix(cause['label']))}"
+    if section["beyond_rounding"]:
+        yield "Not explained by this rounding", escape(section["beyond_rounding"])
     if section["place"]:
         yield "Wrong", escape(section["place"])
     if section["hidden"]:
@@ -123,6 +125,7 @@ def _rest(document: Fields) -> str:
     parts = ["<h2>Behaviour</h2>", _table(("property", "status", "float64", "why"), rows)]
     if document["not_backward"]:
         parts.append(f"<p>No gradients were judged: {escape(document['not_backward'])}.</p>")
+    parts += [f"<p>Note: {escape(note)}.</p>" for note in document["notes"]]
     if document["expected_failures"]:
         rows = [
             [f"<code>{escape(each['pattern'])}</code>", str(each["failed"]), str(each["stale"]), escape(each["reason"])]

@@ -7,11 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
+from vit_ref.sites import OUTPUTS
 from vit_ref.verify.gates import SEMANTIC_RMS
 from vit_ref.verify.parity import ParityReport, SiteResult
 from vit_ref.verify.port_report import Check, PortReport, Status, matches
 
 WIDTH = 80
+# An output that errs so many times as much as the final norm has a fault of its own.
+_FAR = 10
+# What to do where a port was to compute in float64 and rounds.
+ROUNDING = "rounding is no wrong formula: compute in the dtype that load(checkpoint, dtype) is told"
 # A row of the table ends with one of these where it fails: both gates, the semantic or the numerical one.
 MARKS = ("both", "float64", "rounding")
 
@@ -58,16 +63,41 @@ def headline(report: ParityReport) -> str:
     hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
     place = [f"wrong {report.place}"] if report.place else []
     causes = [f"likely cause: {cause}" for cause in report.causes]
-    found = "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *_blame(report)])
+    rounding = [ROUNDING] if report.semantic_failures and any(cause.format for cause in report.causes) else []
+    beyond = [f"this rounding does not explain what follows: {report.beyond}"] if report.beyond else []
+    found = "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *rounding, *beyond, *_blame(report)])
     return "\n".join([*missing, found])
 
 
 def _blame(report: ParityReport) -> list[str]:
-    guilty = wrong_alone(report)
-    if not guilty:
-        return []
-    shown = ", ".join(f"{part} {rms:.1e}" for part, rms in list(guilty.items())[:3])
-    return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 3 else ''}"]
+    """Every part that is wrong by itself; blocks that go wrong at the same site count as one."""
+    guilty, groups = wrong_alone(report), dict[str, list[str]]()
+    for result in report.results:
+        part = _part(result.site)
+        wrong = result.alone is not None and result.alone.rms > _gate_alone(result, report)
+        if wrong and part in guilty and not any(part in parts for parts in groups.values()):
+            groups.setdefault(result.site.removeprefix(f"{part}."), []).append(part)
+    said = []
+    for site, parts in groups.items():
+        names = parts[0] if len(parts) == 1 else f"{len(parts)} blocks, {_listed_blocks(parts)},"
+        since = f" from {site} on" if site != parts[0] else ""
+        said.append(f"{names}{since} {max(guilty[part] for part in parts):.1e}")
+    return [f"fed the reference's input, wrong by itself: {'; '.join(said)}"] if said else []
+
+
+def _listed_blocks(parts: list[str]) -> str:
+    numbers = [int(part.rpartition(".")[2]) for part in parts]
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def _part(site: str) -> str:
+    return ".".join(site.split(".")[:2]) if site.startswith("block.") else site
+
+
+def _gate_alone(result: SiteResult, report: ParityReport) -> float:
+    return SEMANTIC_RMS if report.semantic_failures else result.gate
 
 
 def wrong_alone(report: ParityReport) -> dict[str, float]:
@@ -75,15 +105,17 @@ def wrong_alone(report: ParityReport) -> dict[str, float]:
 
     Returns:
       The largest relative RMS error in each: of all beyond the semantic gate, in order; where the formulas agree, of
-      those beyond the numerical one, the worst first. The embeddings are at fault where the patches are not: nobody
-      can feed them the reference's.
+      those beyond the numerical one, the worst first. The embeddings are at fault where the patches are not, and the
+      output where the final norm is not or errs far less: nobody can feed them the reference's.
     """
     worst: dict[str, float] = {}
     for result in report.results:
-        gate = SEMANTIC_RMS if report.semantic_failures else result.gate
-        if result.alone is None or result.alone.rms <= gate or (result.site == "embeddings" and "patches" in worst):
+        if result.alone is None or result.alone.rms <= _gate_alone(result, report):
             continue
-        part = ".".join(result.site.split(".")[:2]) if result.site.startswith("block.") else result.site
+        inherited = {"embeddings": worst.get("patches"), **dict.fromkeys(OUTPUTS, worst.get("norm"))}.get(result.site)
+        if inherited and (result.site == "embeddings" or result.alone.rms < _FAR * inherited):
+            continue
+        part = _part(result.site)
         worst[part] = max(worst.get(part, 0.0), result.alone.rms)
     return worst if report.semantic_failures else dict(sorted(worst.items(), key=lambda item: -item[1]))
 
@@ -120,7 +152,7 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
         for status in ("expected failure", "stale expectation"):
             if names := tuple(check.name for check in checks if check.status == status):
                 yield f"{status}: {pattern}: {report.expected_failures[pattern]}: {len(names)}: {_some(names)}"
-    if note := report.environment.get("note"):
+    for note in (*report.notes, *filter(None, [report.environment.get("note")])):
         yield f"note: {note}"
     counts = Counter(check.status for check in report.checks)
     yield f"checks: {', '.join(f'{counts[status]} {status}' for status in get_args(Status) if counts[status])}"
