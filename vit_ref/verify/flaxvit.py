@@ -92,7 +92,7 @@ class FlaxViTReference:
         from transformers.models.vit import modeling_flax_vit
 
         self.config = config
-        self._hf_config = transformers.ViTConfig(**{**config.to_hf(), **_square(config)})
+        self._hf_config = transformers.ViTConfig(**{**config.hf_numerics(), **_square(config)})
         if config.num_labels:
             self._build: Any = modeling_flax_vit.FlaxViTForImageClassificationModule
         else:

@@ -33,6 +33,7 @@ def _gelu_erf(x: NDArray) -> NDArray:
 ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
     "gelu": _gelu_erf,
     "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu_erf,
     "gelu_pytorch_tanh": _gelu_tanh,
     "quick_gelu": lambda x: x * special.expit(x.dtype.type(1.702) * x),
     "relu": lambda x: np.maximum(x, 0),
