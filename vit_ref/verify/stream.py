@@ -24,12 +24,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import checkpoint as checkpoints
 from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint, LazyTensors
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.pretrained import configuration
+from vit_ref.origin import origin
+from vit_ref.pretrained import opened
 from vit_ref.sites import sites
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.candidate import OwnCandidate
@@ -57,6 +57,8 @@ def check_streamed(
     checkpoint: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    exempt: Iterable[str] = (),
     precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
@@ -72,6 +74,8 @@ def check_streamed(
     Args:
       checkpoint: safetensors: a directory, sharded or not, a file or a hub id.
       images: see `check_port`.
+      revision: see `check_port`.
+      exempt: see `check_port`.
       precision: see `check_port`.
       reference: who judges: "flax" or "numpy", the latter forward only.
       backward: whether to judge gradients too. The streams into every block are kept in a temporary directory.
@@ -85,18 +89,19 @@ def check_streamed(
         raise InputError(f"--stream judges parameters as the checkpoint stores them: for {asked.name} take mixed")
     if reference == "torch":
         raise InputError("the reference torch runs whole models only: with --stream take flax or numpy")
-    source = checkpoints.read(checkpoint, lazy=True)
+    source, config = opened(checkpoint, revision=revision, exempt=exempt, lazy=True)
     if not isinstance(source.tensors, LazyTensors):
         raise InputError(
             f"{source.path}: only safetensors can be read block by block: convert it first, with"
             " vit-ref convert SRC DST --to hf"
         )
-    config = configuration(source)
+    judged = origin(source)
+    title = judged.name
     progress("reading every tensor once")
-    for _ in porting.ported(source.tensors, config, porting.detect(source.tensors)):
-        pass  # what is missing, left over, misshapen or not finite is said here, all at once
+    with porting.naming(source.path):
+        for _ in porting.ported(source.tensors, config, porting.detect(source.tensors)):
+            pass  # what is missing, left over, misshapen or not finite is said here, all at once
     pixels = pixels_for(config, images, FORWARD)
-    title = source.path.resolve().name
     gradients, reason = None, "not asked for"
     with tempfile.TemporaryDirectory() as directory:
         blocks = _Blocks(config, source, reference, Path(directory))
@@ -108,6 +113,7 @@ def check_streamed(
                 reason = str(error)
     return PortReport(
         title=title,
+        checkpoint=judged,
         candidate=blocks.candidate.name,
         reference=forward.reference,
         precision=forward.precision,
