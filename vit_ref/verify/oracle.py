@@ -127,7 +127,9 @@ class _Pass:
         return self.trace
 
     def at(self, site: str, compute: Callable[[], NDArray]) -> NDArray:
-        self.trace[site] = self.known[site].astype(self.dtype) if site in self.known else compute()
+        # In half precision the token stream is wider than the products: what takes its place may be, too.
+        wide = np.promote_types(self.dtype, np.float32)
+        self.trace[site] = self.known[site].astype(wide) if site in self.known else compute()
         if site == self.until:
             raise _ReachedError
         return self.trace[site]
