@@ -514,4 +514,6 @@ def write_tensors(file: Path, tensors: Mapping[str, NDArray]) -> None:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes an object for people to read, too."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Half a surrogate pair, which JSON may escape, is no UTF-8: it stays escaped.
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
