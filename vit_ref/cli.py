@@ -125,8 +125,7 @@ def _version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> Non
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the stack.")
 def main() -> None:
     """A Vision Transformer in Flax NNX, and proof that ports of ViT weights are numerically right."""
-    log = logging.getLogger("vit_ref")
-    log.handlers, log.propagate = [_Notes()], False
+    logging.getLogger("vit_ref").handlers = [_Notes()]
 
 
 @main.command()

@@ -363,8 +363,9 @@ def detect(names: Iterable[str]) -> Layout:
         prefix, others = almost(names)
         if prefix:
             said += (
-                f"; {prefix!r} would be stripped if all names began with it, and {len(others)} do not, first"
-                f" {min(others)}: remove these tensors from the file"
+                f"; {prefix!r} would be stripped if all names began with it, and {len(others)} of {len(names)} begin"
+                f" otherwise, first {min(others)}: leave these behind with --ignore PATTERN, or exempt=[PATTERN] in"
+                " Python"
             )
         raise PortError([Fault("unrecognised", "all tensors", said)], "unknown")
     return LAYOUTS[best]

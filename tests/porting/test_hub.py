@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from vit_ref.errors import CheckpointError
 from vit_ref.hub import Name
 from vit_ref.origin import origin
 from vit_ref.verify.cases import Case
+from vit_ref.verify.stream import check_streamed
 
 pytestmark = pytest.mark.porting
 
@@ -67,8 +69,9 @@ def test_what_is_no_name_is_refused(name: str, message: str) -> None:
 
 
 def test_two_revisions_are_one_too_many(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^a/b@x: names revision 'x', and revision is 'y': give one$"):
-        vit_ref.from_pretrained("a/b@x", revision="y")
+    for ask in (vit_ref.from_pretrained, partial(vit_ref.check_port, None), check_streamed):
+        with pytest.raises(CheckpointError, match=r"^a/b@x: names revision 'x', and revision is 'y': give one$"):
+            ask("a/b@x", revision="y")
     with pytest.raises(CheckpointError, match=r": is no hub id, so it has no revision 'y': leave revision out$"):
         vit_ref.from_pretrained(tmp_path, revision="y")
 

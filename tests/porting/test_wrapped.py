@@ -115,9 +115,8 @@ def test_a_prefix_that_not_all_names_have_is_named_and_can_be_had_without_the_ot
     path = directory(tmp_path / "vit", {**wrapped, "criterion.weight": np.ones(3, "f4")})
     with pytest.raises(PortError) as caught:
         vit_ref.from_pretrained(path)
-    assert "'model.' would be stripped if all names began with it, and 1 do not, first criterion.weight" in str(
-        caught.value
-    )
+    said = f"'model.' would be stripped if all names began with it, and 1 of {len(TENSORS) + 1} begin otherwise, first"
+    assert f"{said} criterion.weight: leave these behind with --ignore PATTERN" in str(caught.value)
     assert same(path, exempt=["criterion.*"])
 
 
@@ -171,6 +170,13 @@ def test_pytorchs_reference_is_not_given_what_is_ignored(leftovers: Path) -> Non
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
     code, said = run("verify", leftovers, "--forward-only", "--reference", "torch", *ALL)
     assert code == 0, said
+
+
+def test_a_command_says_that_it_strips_a_prefix(tmp_path: Path) -> None:
+    path = directory(tmp_path / "vit", {f"module.{name}": value for name, value in TENSORS.items()})
+    ended = CliRunner().invoke(cli.main, ["convert", str(path), str(tmp_path / "out"), "--to", "hf"])
+    assert ended.exit_code == 0, ended.output
+    assert ended.stderr == f"vit-ref: {path}: all weights' names begin with 'module.', which is stripped\n"
 
 
 def test_convert_leaves_behind_what_is_ignored(leftovers: Path, tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def check_streamed(
     """`check_port` of this package's own model, holding the tensors of one block at a time.
 
     Sites, gradients, gates and errors are those of `check_port`, though other numbers of objectives may settle the
-    gradients. In the precision bfloat16 the parameters are rounded when they are read, so that the formulas are compared
-    in float64 with rounded parameters too. FlaxViT's own error, where weights are stored and computed with in bfloat16,
+    gradients. In the precision bfloat16 the parameters are rounded when they are read, so that float64 compares the
+    formulas with rounded parameters too. FlaxViT's own error, where weights are stored and computed with in bfloat16,
     differs from that in the whole model, in which XLA leaves out roundings of its stream: by up to a third on models of
     two and three blocks. How the whole model behaves is not asked.
 
