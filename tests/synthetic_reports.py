@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from vit_ref.origin import Origin
 from vit_ref.sites import BLOCK_SITES
 from vit_ref.verify.behaviour import Behaviour
 from vit_ref.verify.diagnosis import Cause
@@ -19,6 +20,7 @@ LEAVES = [
     *(f"attn.{layer}.{leaf}" for layer in ("query", "key", "value", "out") for leaf in ("kernel", "bias")),
     *(f"mlp.{layer}.{leaf}" for layer in ("fc1", "fc2") for leaf in ("kernel", "bias")),
 ]
+ORIGIN = Origin("tiny", "/weights/tiny", "0123456789abcdef" * 4, "fedcba9876543210")
 ENVIRONMENT = {"jax": "0.10.2", "device": "cpu (cpu, x86_64)"}
 
 
@@ -40,6 +42,7 @@ def ported(forward: ParityReport, backward: ParityReport | None = None, **fields
     """A whole report."""
     behaviour = (Behaviour("repeat", 0.0, ""), Behaviour("inputs", None, ""))
     given = {"title": "tiny", "candidate": "mine", "behaviour": behaviour, "environment": ENVIRONMENT, **fields}
+    given = {"checkpoint": ORIGIN, **given}
     reason = "" if backward else "not asked for"
     return PortReport(
         **{"reference": "FlaxViT", "precision": forward.precision, "not_backward": reason, "expected_failures": {}}

@@ -153,7 +153,7 @@ _SIDES = "give a positive integer of at most 1048576, or (height, width)"
 _NOT_SIDES = st.one_of(
     _not_integers(1), st.none(), st.tuples(st.integers(1, 9), _not_integers(1)), st.lists(st.just(4), min_size=3)
 )
-_KNOWN = "known are gelu, gelu_new, gelu_pytorch_tanh, quick_gelu, relu, silu, swish, tanh"
+_KNOWN = "known are gelu, gelu_new, gelu_python, gelu_pytorch_tanh, quick_gelu, relu, silu, swish, tanh"
 _NOT_ACTIVATIONS = st.one_of(st.text(max_size=9), st.sampled_from(("GELU", "mish", "gelu ", None, 3))).filter(
     lambda name: name not in ACTIVATION_NAMES
 )

@@ -37,6 +37,7 @@ def gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.checkpoint(gelu),
     "gelu_new": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),
+    "gelu_python": jax.checkpoint(gelu),
     "gelu_pytorch_tanh": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),
     "quick_gelu": jax.checkpoint(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     "relu": jax.nn.relu,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import operator
 import os
@@ -16,8 +17,9 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +29,13 @@ import msgpack
 import numpy as np
 import safetensors
 from flax import serialization, traverse_util
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import load_file
 
+from vit_ref import hub
 from vit_ref.errors import CheckpointError
+from vit_ref.stored_dtypes import require_readable
+from vit_ref.wrappers import is_state, unwrapped
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,6 +43,7 @@ SHARDS = "model-*-of-*.safetensors"
 FLAX_WEIGHTS = "flax_model.msgpack"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+_LOG = logging.getLogger("vit_ref")
 _STORED = {
     np.dtype(np.float64): "F64",
     np.dtype(np.float32): "F32",
@@ -59,12 +64,14 @@ class Checkpoint:
         to be read one by one.
       config: `config.json`, or None where a lone file has none beside it.
       preprocessor: `preprocessor_config.json`, or None.
+      files: those that hold the tensors, sorted by name; none of a checkpoint that was made in memory.
     """
 
     path: Path
     tensors: Mapping[str, NDArray]
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
+    files: tuple[Path, ...] = ()
 
 
 class LazyTensors(Mapping[str, NDArray]):
@@ -78,34 +85,49 @@ class LazyTensors(Mapping[str, NDArray]):
     """
 
     def __init__(self, *files: Path):
-        self._file: dict[str, Path] = {}
+        # By name: the file, and the tensor's name in it.
+        self._stored: dict[str, tuple[Path, str]] = {}
         for file in files:
+            require_readable(file)
             with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
-                self._file |= dict.fromkeys(stored.keys(), file)
+                self._stored |= {name: (file, name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
+
+    def renamed(self, names: Mapping[str, str]) -> LazyTensors:
+        """Some of these tensors under other names, new name -> name here."""
+        view = LazyTensors()
+        view._stored = {new: self._stored[name] for new, name in names.items()}
+        return view
 
     def __getitem__(self, name: str) -> NDArray:
         """The tensor, in the file's dtype."""
-        file = self._file[name]
+        file, inner = self._stored[name]
         with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
-            return stored.get_tensor(name)
+            return stored.get_tensor(inner)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor; a mapping's own way is to read it."""
-        return name in self._file
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
         """The names."""
-        return iter(self._file)
+        return iter(self._stored)
 
     def __len__(self) -> int:
         """How many there are."""
-        return len(self._file)
+        return len(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without its values."""
-        file = self._file[name]
+        file, inner = self._stored[name]
         with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
-            return tuple(stored.get_slice(name).get_shape())
+            return tuple(stored.get_slice(inner).get_shape())
+
+
+def renamed(tensors: Mapping[str, NDArray], names: Mapping[str, str]) -> Mapping[str, NDArray]:
+    """Some of these tensors under other names, new name -> name in `tensors`; of `LazyTensors` nothing is read."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.renamed(names)
+    return {new: tensors[name] for new, name in names.items()}
 
 
 class Deferred(NamedTuple):
@@ -131,8 +153,12 @@ class Deferred(NamedTuple):
         return self.make()
 
 
-def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
-    """The local directory or file of a checkpoint, fetched from the Hugging Face hub where the name is a hub id.
+def locate(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local directory or file of a checkpoint, fetched from the Hugging Face hub where the name is one of its.
+
+    Args:
+      path_or_hub_id: a directory, a file, or whatever `hub.named` takes.
+      revision: see `hub.fetched`.
 
     Raises:
       CheckpointError: there is no such directory or file, and no such repository on the hub, or no way to it.
@@ -141,35 +167,22 @@ def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     if not name:
         raise CheckpointError("the checkpoint's name is empty: give a directory or a hub id")
     if os.path.exists(name):  # unlike Path.exists, it takes a name that is too long for a file
+        if revision is not None:
+            raise CheckpointError(f"{name}: is no hub id, so it has no revision {revision!r}: leave revision out")
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise CheckpointError(f"{name}: no such directory or file")
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_wanted(name)))
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{name}: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
-            " give a directory, or go online"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{name}: no such directory, and the hub refuses it as an id: {reason}") from None
+    return hub.fetched(hub.named(name, revision), _wanted)
 
 
-def _wanted(name: str) -> list[str]:
+def _wanted(name: str, files: Iterable[str] | None) -> list[str]:
     """The files to fetch from a repository of the hub: the configuration, and the weights in one format.
 
-    Offline there is no list of files, and what the cache has is taken.
+    Args:
+      name: the repository, for a message.
+      files: what it has; None where that is not known, and all that the cache has is taken.
     """
-    try:
-        files = set(huggingface_hub.list_repo_files(name))
-    except HfHubHTTPError:
-        raise
-    except Exception as error:
-        # requests' errors are OSErrors, as the one of offline mode is; those of httpx, which later hubs take, are none.
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] != "httpx":
-            raise
+    if files is None:
         return [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, SHARDS, FLAX_WEIGHTS]
+    files = set(files)
     for found, weights in ((WEIGHTS, [WEIGHTS]), (INDEX, [INDEX, SHARDS]), (FLAX_WEIGHTS, [FLAX_WEIGHTS])):
         if found in files:
             return [CONFIG, PREPROCESSOR, *weights]
@@ -179,23 +192,47 @@ def _wanted(name: str) -> list[str]:
     raise CheckpointError(f"{name}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
 
 
-def read(path_or_hub_id: str | os.PathLike[str], *, lazy: bool = False) -> Checkpoint:
+def read(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    lazy: bool = False,
+    exempt: Iterable[str] = (),
+) -> Checkpoint:
     """Reads a checkpoint: a Hugging Face directory, a hub id, or a `.safetensors`, `.msgpack` or `.npz` file.
+
+    One prefix that all names have in common is stripped, and the logger "vit_ref" says so; see `wrappers`.
 
     Args:
       path_or_hub_id: which.
+      revision: see `hub.fetched`.
       lazy: read headers only, and each tensor when it is asked for. Of safetensors; other files are read whole.
+      exempt: names or patterns of tensors that the caller will leave behind; they need not have the prefix.
 
     Raises:
       CheckpointError: it cannot be found, is damaged, is a pickle, or lacks its config.
     """
-    path = locate(path_or_hub_id)
+    path = locate(path_or_hub_id, revision)
     directory = path.parent if path.is_file() else path
     config = _read_json(directory / CONFIG, required=path.is_dir())
     preprocessor = _read_json(directory / PREPROCESSOR, required=False)
     reader = _read_lazily if lazy else read_tensors
-    tensors = reader(path) if path.is_file() else _read_directory(path, reader)
-    return Checkpoint(path, tensors, config, preprocessor)
+    tensors, files = (reader(path), (path,)) if path.is_file() else _read_directory(path, reader)
+    return Checkpoint(path, _unwrapped(tensors, path, tuple(exempt)), config, preprocessor, files)
+
+
+def _unwrapped(tensors: Mapping[str, NDArray], path: Path, exempt: tuple[str, ...]) -> Mapping[str, NDArray]:
+    """The weights under the names that they have without what a training loop puts before them all."""
+    left_behind = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in exempt)}
+    prefix, weights = unwrapped(name for name in tensors if name not in left_behind)
+    if not prefix:
+        return tensors
+    state = len(tensors) - len(left_behind) - len(weights)
+    beside = f", and {state} tensors of training state beside them are left behind" if state else ""
+    _LOG.warning("%s: all weights' names begin with %r, which is stripped%s", path, prefix, beside)
+    # Those to be left behind stay until it is seen that every pattern names one.
+    kept = [name for name in tensors if name.startswith(prefix) or name in left_behind]
+    return renamed(tensors, {name.removeprefix(prefix): name for name in kept})
 
 
 def read_tensors(file: Path) -> dict[str, NDArray]:
@@ -207,7 +244,7 @@ def read_tensors(file: Path) -> dict[str, NDArray]:
     if file.suffix in _PICKLES:
         raise CheckpointError(f"{file}: {_PICKLE_REFUSAL}")
     readers: dict[str, Callable[[Path], dict[str, NDArray]]] = {
-        ".safetensors": load_file,
+        ".safetensors": _read_safetensors,
         ".msgpack": _read_msgpack,
         ".npz": _read_npz,
     }
@@ -245,6 +282,8 @@ def _damage_of(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: is a directory, and was to be a file of weights")
     try:
         yield
+    except CheckpointError:
+        raise
     except (FileNotFoundError, PermissionError):
         # safetensors finds no file wherever it cannot open one.
         if os.path.exists(file):
@@ -258,20 +297,25 @@ def _damage_of(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: damaged or truncated, fetch it again ({str(error).strip()})") from None
 
 
-def _read_directory(path: Path, reader: Callable[[Path], Mapping[str, NDArray]]) -> Mapping[str, NDArray]:
+def _read_directory(
+    path: Path, reader: Callable[[Path], Mapping[str, NDArray]]
+) -> tuple[Mapping[str, NDArray], tuple[Path, ...]]:
+    """The tensors, and the files that they stand in."""
     if (path / WEIGHTS).exists():
-        return reader(path / WEIGHTS)
+        return reader(path / WEIGHTS), (path / WEIGHTS,)
     if (path / INDEX).exists():
         return _read_shards(path, reader)
     if (path / FLAX_WEIGHTS).exists():
-        return reader(path / FLAX_WEIGHTS)
+        return reader(path / FLAX_WEIGHTS), (path / FLAX_WEIGHTS,)
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(f"{path / pickles[0]}: {_PICKLE_REFUSAL}")
     raise CheckpointError(f"{path}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
 
 
-def _read_shards(path: Path, reader: Callable[[Path], Mapping[str, NDArray]]) -> Mapping[str, NDArray]:
+def _read_shards(
+    path: Path, reader: Callable[[Path], Mapping[str, NDArray]]
+) -> tuple[Mapping[str, NDArray], tuple[Path, ...]]:
     index = _read_json(path / INDEX, required=True) or {}
     shard_of = index.get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
@@ -285,9 +329,15 @@ def _read_shards(path: Path, reader: Callable[[Path], Mapping[str, NDArray]]) ->
         if shards[shard].keys() != listed:
             names = ", ".join(sorted(shards[shard].keys() ^ listed))
             raise CheckpointError(f"{path / shard}: the index and the file disagree on {names}")
+    files = tuple(path / shard for shard in shards)
     if all(isinstance(tensors, LazyTensors) for tensors in shards.values()):
-        return LazyTensors(*(path / shard for shard in shards))
-    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+        return LazyTensors(*files), files
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}, files
+
+
+def _read_safetensors(file: Path) -> dict[str, NDArray]:
+    require_readable(file)
+    return load_file(file)
 
 
 def _read_msgpack(file: Path) -> dict[str, NDArray]:
@@ -306,10 +356,12 @@ def _read_npz(file: Path) -> dict[str, NDArray]:
 
 
 def _arrays(found: dict[str, Any]) -> dict[str, NDArray]:
-    odd = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+    arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    # flax keeps a training loop's step as a number.
+    odd = [name for name in found.keys() - arrays.keys() if not is_state(name)]
     if odd:
-        raise ValueError(f"{odd[0]} is not an array")
-    return found
+        raise ValueError(f"{min(odd)} is not an array")
+    return arrays
 
 
 def _number(digits: str) -> int | float:
@@ -462,4 +514,6 @@ def write_tensors(file: Path, tensors: Mapping[str, NDArray]) -> None:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes an object for people to read, too."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Half a surrogate pair, which JSON may escape, is no UTF-8: it stays escaped.
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -112,6 +112,18 @@ class _LocalPath(click.Path):
 _LOCAL = _LocalPath(path_type=Path)
 
 
+class _Notes(logging.Handler):
+    """Shows what the package logs as lines of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _ERRORS.print(f"vit-ref: {record.getMessage()}", markup=False)
+
+
+_ignore = click.option(
+    "--ignore", "exempt", multiple=True, metavar="PATTERN", help="Leave these tensors behind; repeatable."
+)
+
+
 def _version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
     if not asked:
         return
@@ -126,6 +138,7 @@ def _version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> Non
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the stack.")
 def main() -> None:
     """A Vision Transformer in Flax NNX, and proof that ports of ViT weights are numerically right."""
+    logging.getLogger("vit_ref").handlers = [_Notes()]
 
 
 @main.command()
@@ -144,6 +157,7 @@ def main() -> None:
     help="What the numerical gate judges.",
 )
 @click.option("--images", type=_LOCAL, metavar="DIR", help="Photographs; else synthetic images.")
+@_ignore
 @click.option("--forward-only", is_flag=True, help="No gradients.")
 @click.option("--stream", is_flag=True, help="Hold one block at a time, however deep the model. Not with --candidate.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
@@ -157,6 +171,7 @@ def verify(
     reference: str,
     precision: str,
     images: Path | None,
+    exempt: tuple[str, ...],
     forward_only: bool,
     stream: bool,
     whole: bool,
@@ -187,6 +202,7 @@ def verify(
             report = judge(
                 checkpoint,
                 images=images,
+                exempt=exempt,
                 precision=precision,
                 reference=reference,
                 backward=not forward_only,
@@ -208,9 +224,10 @@ def verify(
 @click.argument("source")
 @click.argument("destination", type=_LOCAL)
 @click.option("--to", "layout", type=click.Choice(get_args(conversion.Target)), required=True, help="Layout to write.")
-def convert(source: str, destination: Path, layout: conversion.Target) -> None:
+@_ignore
+def convert(source: str, destination: Path, layout: conversion.Target, exempt: tuple[str, ...]) -> None:
     """Write the checkpoint SOURCE to DESTINATION in another layout, value for value, and read it back."""
-    click.echo(conversion.convert(source, destination, layout))
+    click.echo(conversion.convert(source, destination, layout, exempt=exempt))
 
 
 @main.command()
@@ -234,6 +251,7 @@ def propose(candidate: str, checkpoint: str) -> None:
 )
 @click.option("--out", type=_LOCAL, default=Path("run"), show_default=True, help="The run's place.")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out was stopped, or begin it.")
+@_ignore
 @recipe_options
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load images.")
 @click.option("--save-every", type=click.IntRange(1), metavar="N", help="Checkpoint every N steps, too.")
@@ -259,6 +277,7 @@ def finetune_command(
     bad_images: Literal["error", "skip"],
     out: Path,
     resume: bool,
+    exempt: tuple[str, ...],
     workers: int,
     save_every: int | None,
     keep: int,
@@ -309,7 +328,7 @@ def finetune_command(
             _ERRORS.print(f"vit-ref: left out: {len(images.bad)} of {len(images.bad) + len(images)} images")
     _say_left_out({*training.others, *validation.others})
     conduct = Conduct(workers, save_every, keep, sharding, tensorboard)
-    outcome = finetune(checkpoint, training, validation, out, chosen, conduct, resume=resume)
+    outcome = finetune(checkpoint, training, validation, out, chosen, conduct, resume=resume, exempt=exempt)
     if outcome.writes:
         if plots:
             illustrate(outcome, training, validation, chosen)
@@ -322,8 +341,9 @@ def finetune_command(
 @click.option(
     "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for each image."
 )
+@_ignore
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) -> None:
+def predict(checkpoint: str, images: tuple[Path, ...], top: int, exempt: tuple[str, ...], as_json: bool) -> None:
     """Name what is in each IMAGE by the classifier CHECKPOINT, a directory or hub id.
 
     Each class has a probability. A regression, which has none, prints its values.
@@ -333,7 +353,7 @@ def predict(checkpoint: str, images: tuple[Path, ...], top: int, as_json: bool) 
         from vit_ref.finetune.probabilities import unit
         from vit_ref.pretrained import from_pretrained
 
-        model = from_pretrained(checkpoint)
+        model = from_pretrained(checkpoint, exempt=exempt)
         results, found = predictions(model, images, top), []
         for number in range(1, len(images) + 1):
             progress(f"image {number} of {len(images)}")

@@ -9,8 +9,19 @@ from typing import Any
 
 from vit_ref.errors import ConfigError
 
-# Activations by their Hugging Face names; gelu_new and gelu_pytorch_tanh are one function, as are silu and swish.
-ACTIVATION_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
+# Activations by their Hugging Face names; gelu_new and gelu_pytorch_tanh are one function, as are silu and swish, and
+# gelu and gelu_python, the same sum written out in Python.
+ACTIVATION_NAMES = (
+    "gelu",
+    "gelu_new",
+    "gelu_python",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+    "relu",
+    "silu",
+    "swish",
+    "tanh",
+)
 
 # Width, depth, MLP width, heads. Ti, S: DeiT (Touvron et al., 2021, table 1); B, L, H: ViT (Dosovitskiy et al., 2021,
 # table 1).
@@ -223,6 +234,20 @@ class ViTConfig:
         num_labels = 0 if headless else (len(labels) or config.get("num_labels", 2))
         return cls(**fields, num_labels=num_labels, labels=labels, extra=dict(config), preprocessor=preprocessor)
 
+    def hf_numerics(self) -> dict[str, Any]:
+        """The arguments with which transformers' `ViTConfig` describes this model, and nothing else of `config.json`.
+
+        What else a file holds may change what transformers returns, refuses or loads, and none of what it computes in
+        evaluation: `return_dict`, `quantization_config`, `pruned_heads`, `problem_type`, `torch_dtype` and the like.
+        Classes have no names. FlaxViT does not know "gelu_python", so it is told "gelu".
+        """
+        arguments = dataclasses.replace(self, extra={}, labels=()).to_hf()
+        del arguments["architectures"], arguments["model_type"]
+        for name in ("hidden_act", "pooler_act"):
+            if arguments[name] == "gelu_python":
+                arguments[name] = "gelu"
+        return arguments
+
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this configuration: what was read, with every field that has changed since."""
         config: dict[str, Any] = {"model_type": "vit", **self.extra}
@@ -249,13 +274,15 @@ def _is_real(value: Any) -> bool:
 
 
 def _labels(id2label: Mapping[Any, Any] | None) -> tuple[str, ...]:
-    """Class names in order of id; () where there are none."""
+    """Class names in order of id; () where there are none.
+
+    As many as there are entries, which is the number of classes to transformers. An id below that which has no name
+    gets Hugging Face's; a name whose id is not below it belongs to no output of the head.
+    """
     if not id2label:
         return ()
     try:
         by_id = {int(i): str(name) for i, name in id2label.items()}
     except (AttributeError, ValueError) as error:
         raise ConfigError(f"id2label is not a mapping from class ids to names: {error}") from None
-    if sorted(by_id) != list(range(len(by_id))):
-        raise ConfigError(f"id2label does not number the classes 0 to {len(by_id) - 1}")
-    return tuple(by_id[i] for i in range(len(by_id)))
+    return tuple(by_id.get(i, f"LABEL_{i}") for i in range(len(by_id)))

@@ -25,7 +25,7 @@ Target = Literal["hf", "flax", "npz", "big_vision", "timm"]
 _TRAINING_ONLY = frozenset(
     {"hidden_dropout_prob", "attention_probs_dropout_prob", "broadcast_attention_dropout", "initializer_range"}
 )
-_ONE_FUNCTION = {"gelu_new": "gelu_pytorch_tanh", "swish": "silu"}
+_ONE_FUNCTION = {"gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu", "swish": "silu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,8 @@ def convert(
     destination = Path(destination)
     one_file = to in ("npz", "big_vision")
     _require_room(destination, one_file)
-    found = checkpoint.read(source)
+    exempt = tuple(exempt)
+    found = checkpoint.read(source, exempt=exempt)
     config, parameters, read = load(found, config=config, exempt=exempt)
     try:
         tensors = porting.export(parameters, config, porting.LAYOUTS[to])

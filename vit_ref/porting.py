@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -20,10 +22,11 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from vit_ref.checkpoint import LazyTensors
+from vit_ref.checkpoint import LazyTensors, renamed
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.skeleton import skeleton
+from vit_ref.wrappers import almost
 
 Tensors = Mapping[str, NDArray]
 _WEIGHT_DTYPES = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -38,15 +41,33 @@ class Fault(NamedTuple):
 
 
 class PortError(InputError):
-    """Weights that do not fit the configuration. `faults` has every one of them, `str()` lists them by kind."""
+    """Weights that do not fit the configuration; `str()` lists every fault by kind.
 
-    def __init__(self, faults: Iterable[Fault], layout: str):
-        self.faults = tuple(faults)
+    Attributes:
+      faults: every one of them.
+      layout: the layout's name.
+      path: the checkpoint's directory or file, where it is known.
+    """
+
+    def __init__(self, faults: Iterable[Fault], layout: str, path: Path | None = None):
+        self.faults, self.layout, self.path = tuple(faults), layout, path
         counts = Counter(fault.kind for fault in self.faults)
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        lines = [f"the weights do not fit the configuration (layout {layout}): {summary}"]
+        place = f"{path}: " if path else ""
+        lines = [f"{place}the weights do not fit the configuration (layout {layout}): {summary}"]
         lines += [f"  {fault.kind}: {fault.name}: {fault.detail}" for fault in self.faults]
+        if counts["unexpected"]:
+            lines.append("  to leave unexpected tensors behind: --ignore PATTERN, or exempt=[PATTERN] in Python")
         super().__init__("\n".join(lines))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says of a `PortError` from within which checkpoint has the faults."""
+    try:
+        yield
+    except PortError as error:
+        raise PortError(error.faults, error.layout, path) from None
 
 
 class Transform(NamedTuple):
@@ -338,10 +359,15 @@ def detect(names: Iterable[str]) -> Layout:
     best = max(scores, key=lambda name: scores[name])
     if not scores[best]:
         shown = ", ".join(sorted(names)[:3]) or "none at all"
-        raise PortError(
-            [Fault("unrecognised", "all tensors", f"no known layout ({', '.join(LAYOUTS)}) has such names: {shown}")],
-            "unknown",
-        )
+        said = f"no known layout ({', '.join(LAYOUTS)}) has such names: {shown}"
+        prefix, others = almost(names)
+        if prefix:
+            said += (
+                f"; {prefix!r} would be stripped if all names began with it, and {len(others)} of {len(names)} begin"
+                f" otherwise, first {min(others)}: leave these behind with --ignore PATTERN, or exempt=[PATTERN] in"
+                " Python"
+            )
+        raise PortError([Fault("unrecognised", "all tensors", said)], "unknown")
     return LAYOUTS[best]
 
 
@@ -361,8 +387,8 @@ def port(
       Parameters by path, as many and as shaped as `parameter_shapes(config)`; dtypes and bits are the source's.
 
     Raises:
-      PortError: with every missing, unexpected, misshapen and non-finite tensor, every one that is not floating point,
-        and every exemption that names nothing.
+      PortError: with every missing, unexpected, misshapen and non-finite tensor, every one in a dtype that weights
+        cannot have, and every exemption that names nothing.
     """
     return dict(ported(source, config, layout, exempt=exempt, finite=finite))
 
@@ -401,19 +427,16 @@ def ported(
     exempt = tuple(exempt)
     left_over = source.keys() - by_source.keys()
     faults += [
-        Fault("unexpected", name, f"shape {_shape(source, name)}, no rule takes it")
+        Fault("unexpected", name, f"shape {_shape(source, name)}, no rule takes it{_described(name)}")
         for name in sorted(left_over)
         if not any(fnmatchcase(name, pattern) for pattern in exempt)
     ]
-    faults += [
-        Fault("stale exemption", pattern, "matches no tensor that would be left over")
-        for pattern in exempt
-        if not any(fnmatchcase(name, pattern) for name in left_over)
-    ]
+    faults += _stale(exempt, left_over)
     for name, rules in shaped.items():
         tensor = np.asarray(source[name])
         if tensor.dtype not in _WEIGHT_DTYPES:
-            faults.append(Fault("not floating point", name, f"dtype {tensor.dtype}"))
+            known = "float64, float32, float16 or bfloat16"
+            faults.append(Fault("unusable dtype", name, f"{tensor.dtype}: weights have to be {known}"))
         elif finite and (where := _first_not_finite(tensor)) is not None:
             faults.append(Fault("not finite", name, f"{tensor[where]} at {where}"))
         elif not faults:
@@ -424,6 +447,54 @@ def ported(
         del tensor
     if faults:
         raise PortError(faults, layout.name)
+
+
+def without(source: Tensors, config: ViTConfig, exempt: Iterable[str]) -> Tensors:
+    """A checkpoint's tensors but those to leave behind, for whoever takes tensors by name.
+
+    Args:
+      source: tensors by their names in their layout.
+      config: the model to fill; no tensor that it needs is left behind.
+      exempt: names or patterns (`*`, `?`).
+
+    Raises:
+      PortError: an exemption names nothing, or the layout is unknown.
+    """
+    exempt = tuple(exempt)
+    if not exempt:
+        return source
+    layout = detect(source)
+    left_over = source.keys() - _by_source(layout.bind(config, prefixed=is_prefixed(source, layout))).keys()
+    if stale := _stale(exempt, left_over):
+        raise PortError(stale, layout.name)
+    left_behind = {name for name in left_over if any(fnmatchcase(name, pattern) for pattern in exempt)}
+    return renamed(source, {name: name for name in source if name not in left_behind})
+
+
+def _stale(exempt: tuple[str, ...], left_over: Iterable[str]) -> list[Fault]:
+    return [
+        Fault("stale exemption", pattern, "matches no tensor that would be left over")
+        for pattern in exempt
+        if not any(fnmatchcase(name, pattern) for name in left_over)
+    ]
+
+
+# What other heads and other stages of training leave in a checkpoint, by patterns of its names.
+_UNUSED = "which nothing that is computed here depends on"
+_LEFT_OVER = {
+    "*mask_token": f"it is the mask token of masked-image pretraining, {_UNUSED}",
+    "*decoder*": f"it belongs to the decoder of masked-image pretraining, {_UNUSED}",
+    "*pooler*": "it belongs to a pooler, and a classifier's head reads the cls token without one",
+    "pre_logits*": "it belongs to a pre-logits layer, and a head of Hugging Face's reads the cls token without one",
+    "*dist*_token": "it is DeiT's token for distillation, which attention sees: this is another model",
+    "*lora_*": "it belongs to a LoRA adapter, which changes the weights: merge it into them first",
+}
+
+
+def _described(name: str) -> str:
+    """What is known of a tensor that no rule takes, for the end of a message."""
+    found = next((what for pattern, what in _LEFT_OVER.items() if fnmatchcase(name, pattern)), "")
+    return f": {found}" if found else ""
 
 
 def export(parameters: Tensors, config: ViTConfig, layout: Layout) -> dict[str, NDArray]:

@@ -32,6 +32,7 @@ from vit_ref.timm_config import from_timm, is_timm
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     config: ViTConfig | None = None,
     dtype: DTypeLike | None = None,
     exempt: Iterable[str] = (),
@@ -43,7 +44,9 @@ def from_pretrained(
 
     Args:
       path: a Hugging Face directory (safetensors, also sharded, or flax msgpack), a timm directory (safetensors), a hub
-        id of either, or an `.npz` of google-research's vision_transformer or big_vision.
+        id of either, also as ID@REVISION or as https://huggingface.co/ID, or an `.npz` of google-research's
+        vision_transformer or big_vision.
+      revision: a branch, a tag or a commit of the repository on the hub; None for what `path` says, or else the newest.
       config: takes the place of the checkpoint's own, class names included; needed for a lone file other than `.npz`.
       dtype: dtype of the computation, None to promote from pixels and parameters.
       exempt: names or patterns of tensors in the checkpoint to leave behind on purpose.
@@ -67,10 +70,33 @@ def from_pretrained(
     if mesh is not None and not isinstance(mesh, Mesh):
         raise InputError(f"mesh is of {type(mesh).__name__}, which has no devices: give one of jax.make_mesh's")
     exempt = tuple(exempt)
-    source = checkpoint.read(path, lazy=mesh is not None)
-    config, layout = described(source, config=config, exempt=exempt)
-    shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
-    return _built(config, porting.ported(source.tensors, config, layout, exempt=exempt), dtype, shardings, attention)
+    source = checkpoint.read(path, revision=revision, lazy=mesh is not None, exempt=exempt)
+    with porting.naming(source.path):
+        config, layout = described(source, config=config, exempt=exempt)
+        shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
+        parameters = porting.ported(source.tensors, config, layout, exempt=exempt)
+        return _built(config, parameters, dtype, shardings, attention)
+
+
+def opened(
+    path: str | os.PathLike[str], *, revision: str | None = None, exempt: Iterable[str] = (), lazy: bool = False
+) -> tuple[checkpoint.Checkpoint, ViTConfig]:
+    """A checkpoint for whoever takes its tensors by name, and its configuration.
+
+    Args:
+      path: as in `from_pretrained`.
+      revision: as in `from_pretrained`.
+      exempt: as in `from_pretrained`; these tensors are no longer in the checkpoint.
+      lazy: as in `checkpoint.read`.
+
+    Raises:
+      CheckpointError, ConfigError, PortError: as in `from_pretrained`.
+    """
+    exempt = tuple(exempt)
+    source = checkpoint.read(path, revision=revision, lazy=lazy, exempt=exempt)
+    with porting.naming(source.path):
+        config = configuration(source, exempt)
+        return dataclasses.replace(source, tensors=porting.without(source.tensors, config, exempt)), config
 
 
 def load(
@@ -87,8 +113,9 @@ def load(
       CheckpointError, ConfigError, PortError: as in `from_pretrained`.
     """
     exempt = tuple(exempt)
-    config, layout = described(source, config=config, exempt=exempt)
-    return config, porting.port(source.tensors, config, layout, exempt=exempt), layout
+    with porting.naming(source.path):
+        config, layout = described(source, config=config, exempt=exempt)
+        return config, porting.port(source.tensors, config, layout, exempt=exempt), layout
 
 
 def described(

@@ -34,7 +34,7 @@ _WRITTEN = (
 
 # By timm's names (timm/layers/create_act.py); the first of ours is what it is read as.
 _ACTIVATIONS = {
-    "gelu": ("gelu",),
+    "gelu": ("gelu", "gelu_python"),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
     "quick_gelu": ("quick_gelu",),
     "relu": ("relu",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -83,8 +84,10 @@ def test_one_wrong_port_of_two_is_a_failure(monkeypatch: pytest.MonkeyPatch, inv
 def test_what_is_asked_for_reaches_the_check(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
     calls = found("right")
     options = ["--reference", "numpy", "--dtype", "bfloat16", "--images", "photographs", "--forward-only"]
+    options += ["--ignore", "vit.pooler.*", "--ignore", "x"]
     assert invoke("verify", "anywhere", "--candidate", "port.py", *options).exit_code == 0
     asked = {"images": Path("photographs"), "precision": "bfloat16", "reference": "numpy", "backward": False}
+    asked["exempt"] = ("vit.pooler.*", "x")
     assert calls == [("port.py", "anywhere", asked)]
 
 
@@ -95,7 +98,7 @@ def test_a_stream_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch, invoke:
     ((given, options),) = calls
     del options["progress"]
     assert given == ("anywhere",)
-    assert options == {"images": None, "precision": "bfloat16", "reference": "flax", "backward": True}
+    assert options == {"images": None, "exempt": (), "precision": "bfloat16", "reference": "flax", "backward": True}
 
 
 def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
@@ -300,8 +303,11 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     command = [Path(sys.executable).with_name("vit-ref"), "verify", tiny, "--forward-only"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("tiny: 17 sites pass; float64 at most ")
-    assert ended.stdout.splitlines()[-1] == "PASSED: vit_ref on tiny against FlaxViT, float32"
+    name = f"{tiny.parent.name}/tiny"
+    assert ended.stdout.startswith(f"{name}: 17 sites pass; float64 at most ")
+    assert ended.stdout.splitlines()[-1] == f"PASSED: vit_ref on {name} against FlaxViT, float32"
+    digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
+    assert f"weights: sha256 {digest}" in ended.stdout.splitlines()
     assert not ended.stderr
 
 

@@ -127,7 +127,7 @@ def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
     with precision_of(jnp.float64):
         vit = filled(config, dtype=jnp.float64)
         ours = vit(jnp.asarray(pixels), interpolate_pos_encoding=True)
-    theirs = ViTForImageClassification(HFConfig(**config.to_hf())).double().eval()
+    theirs = ViTForImageClassification(HFConfig(**config.hf_numerics())).double().eval()
     tensors = porting.export(parameters_of(vit), config, porting.HF)
     theirs.load_state_dict({name: torch.tensor(tensor).double() for name, tensor in tensors.items()}, strict=True)
     with torch.no_grad():

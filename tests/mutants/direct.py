@@ -66,7 +66,9 @@ def operation_by_operation() -> Iterator[None]:
 
     def uncompiled(self: OwnCandidate, forward: Forward) -> Any:
         record = recorder(forward)
-        return SimpleNamespace(recorder=lambda parameters, *given: record(jax.tree.map(jnp.asarray, parameters), *given))
+        return SimpleNamespace(
+            recorder=lambda parameters, *given: record(jax.tree.map(jnp.asarray, parameters), *given)
+        )
 
     with mock.patch.object(OwnCandidate, "_compiled_of", uncompiled):
         yield

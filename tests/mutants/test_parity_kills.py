@@ -25,7 +25,9 @@ COMPILED = [mutant for mutant in JUDGED if mutant.compiled or mutant.tests.backw
 
 
 @pytest.mark.parametrize(
-    "parity", sorted({mutant.tests for mutant in JUDGED}), ids=lambda parity: parity.case + "-backward" * parity.backward
+    "parity",
+    sorted({mutant.tests for mutant in JUDGED}),
+    ids=lambda parity: parity.case + "-backward" * parity.backward,
 )
 def test_parity_passes_without_a_mutant(parity: Parity) -> None:
     outcome = direct.judge(parity)

@@ -109,7 +109,7 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
         ("misshapen", bent),
         ("misshapen", grown),
         ("not finite", poisoned),
-        ("not floating point", counted),
+        ("unusable dtype", counted),
         ("unexpected", "something/else.weight"),
         ("stale exemption", "nothing.*"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -11,9 +12,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from synthetic_reports import REPORTS, measured, parity, ported, wrong
+from synthetic_reports import ORIGIN, REPORTS, measured, parity, ported, wrong
 from vit_ref.errors import InputError
-from vit_ref.verify.report import SCHEMA, to_json, write
+from vit_ref.verify.report import SCHEMA, summary, to_html, to_json, write
 
 pytestmark = pytest.mark.candidates
 SCHEMA_OF_REPORTS = json.loads(SCHEMA.read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def test_the_schema_is_one_and_describes_every_field_and_allows_no_other() -> No
 
     walk(SCHEMA_OF_REPORTS, "")
     assert not bare
-    assert objects == 11
+    assert objects == 12
 
 
 @each_report
@@ -183,3 +184,15 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch) ->
         write(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@each_report
+def test_every_report_names_the_bytes_that_were_judged(name: str) -> None:
+    """On the terminal, as JSON and as a page: digest of the weights, and commit on the hub."""
+    report = REPORTS[name]()
+    assert to_json(report)["checkpoint"] == ORIGIN._asdict()
+    for text in (" ".join(summary(report).split()), to_html(report)):
+        assert ORIGIN.sha256 in text and ORIGIN.revision in text
+    local = dataclasses.replace(report, checkpoint=ORIGIN._replace(revision=None))
+    jsonschema.Draft202012Validator(SCHEMA_OF_REPORTS).validate(to_json(local))
+    assert "commit" not in summary(local) and "revision" not in to_html(local)

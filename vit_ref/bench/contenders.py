@@ -103,7 +103,7 @@ def flaxvit(workload: Workload) -> Contender:
     from transformers.models.vit import modeling_flax_vit
 
     transformers.logging.set_verbosity_error()
-    config = transformers.ViTConfig(**workload.config.to_hf())
+    config = transformers.ViTConfig(**workload.config.hf_numerics())
     dtype: Any = workload.numerics.dtype
     module: Any = modeling_flax_vit.FlaxViTForImageClassificationModule(config, dtype=dtype)
     pixels, labels = map(jax.device_put, workload.inputs())

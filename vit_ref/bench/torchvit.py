@@ -24,7 +24,7 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high" if workload.precision == "tensorfloat32" else "highest")
     half = {"mixed": torch.bfloat16, "float16": torch.float16}.get(workload.precision)
-    config = transformers.ViTConfig(**workload.config.to_hf())
+    config = transformers.ViTConfig(**workload.config.hf_numerics())
     model: Any = transformers.ViTForImageClassification(config).to(device)
     model.train(workload.what != "forward")
     pixels, labels = (torch.from_numpy(array).to(device) for array in workload.inputs())

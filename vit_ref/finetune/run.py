@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ def finetune(
     *,
     resume: bool = False,
     augment: Callable[..., Any] | None = None,
+    exempt: Iterable[str] = (),
 ) -> Outcome:
     """Fine-tunes a checkpoint on images, and saves the model that did best on the validation images.
 
@@ -101,6 +102,7 @@ def finetune(
       resume: go on from the last checkpoint in `out`, if there is one: parameters and metrics become, bit for bit,
         those of a run that was never stopped.
       augment: takes the place of `Augmentation()`, see `loading.batches`.
+      exempt: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`.
 
     Returns:
       The best model, where it is, and how good.
@@ -124,7 +126,7 @@ def finetune(
     updates = steps // recipe.accumulate
     if not updates:
         raise InputError(f"accumulate is {recipe.accumulate}: there are only {steps} steps, so nothing would be learnt")
-    model = starting_model(source, training.classes, recipe)
+    model = starting_model(source, training.classes, recipe, exempt)
     config, blocks = model.config, model.config.num_hidden_layers
     augment = (augment or Augmentation()) if recipe.augment else None
     _require_images(config, recipe, (training, augment), (validation, None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,16 @@ SCRATCH = ViTConfig(
 )
 
 
-def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe) -> VisionTransformer:
+def starting_model(
+    source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe, exempt: Iterable[str] = ()
+) -> VisionTransformer:
     """The model that a run starts from, in evaluation mode.
 
     Args:
       source: a checkpoint as `vit_ref.from_pretrained` takes it; None for `SCRATCH`, freshly initialised.
       classes: names of the data's classes, in order of their labels.
       recipe: says which head, image size, dropout, precision and attention.
+      exempt: as in `vit_ref.from_pretrained`.
 
     Raises:
       InputError: the checkpoint cannot be read, has not the head that is to be kept, or one that
@@ -68,7 +71,8 @@ def starting_model(source: str | os.PathLike[str] | None, classes: Sequence[str]
     if source is None:
         config = _with_preprocessing(_for_classes(_for_recipe(SCRATCH, recipe), classes))
         return VisionTransformer(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(recipe.seed))
-    was, parameters, _ = load(checkpoint.read(source))
+    exempt = tuple(exempt)
+    was, parameters, _ = load(checkpoint.read(source, exempt=exempt), exempt=exempt)
     config = _with_preprocessing(_for_recipe(was, recipe))
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):

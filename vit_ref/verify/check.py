@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import checkpoint as checkpoints
 from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
-from vit_ref.porting import PortError
-from vit_ref.pretrained import configuration
+from vit_ref.origin import origin
+from vit_ref.porting import PortError, naming
+from vit_ref.pretrained import opened
 from vit_ref.verify.backward import LOOKS, UndifferentiableError
 from vit_ref.verify.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.candidate import OwnCandidate
@@ -43,6 +43,8 @@ def check_port(
     checkpoint: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    exempt: Iterable[str] = (),
     precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
@@ -56,6 +58,9 @@ def check_port(
         "module:attribute" where one of these is; or None for this package's own model.
       checkpoint: a directory, file or hub id.
       images: a directory of photographs, preprocessed as the checkpoint asks; None for synthetic images.
+      revision: of a hub id, as in `vit_ref.from_pretrained`.
+      exempt: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`. A
+        candidate's loader reads the files by itself.
       precision: whose rounding is judged: "float32", "tensorfloat32", "bfloat16", "mixed" or "float16", or a dtype of
         that name; `precision.PRECISIONS` says what each is.
       reference: who judges: "flax", "torch" or "numpy", the last forward only.
@@ -71,11 +76,12 @@ def check_port(
       TruncatedError: nothing of the candidate is in float64 when asked to be.
     """
     asked = named(precision)
-    source = checkpoints.read(checkpoint)
-    config = configuration(source)
-    port = port_for(candidate, config, source)
+    source, config = opened(checkpoint, revision=revision, exempt=exempt)
+    judged = origin(source)
+    title = judged.name
+    with naming(source.path):
+        port = port_for(candidate, config, source)
     pixels = pixels_for(config, images, FORWARD)
-    title = source.path.resolve().name
     if candidate is not None:
         require_repeatable(port, pixels[:1], progress=progress)
     judge = reference_for(config, hf_tensors(config, source), reference)
@@ -86,6 +92,7 @@ def check_port(
         gradients, reason = _gradients(title, config, source, pixels[:several], port, asked, judge, progress)
     report = PortReport(
         title=title,
+        checkpoint=judged,
         candidate=port.name,
         reference=forward.reference,
         precision=forward.precision,

@@ -92,7 +92,7 @@ class FlaxViTReference:
         from transformers.models.vit import modeling_flax_vit
 
         self.config = config
-        self._hf_config = transformers.ViTConfig(**{**config.to_hf(), **_square(config)})
+        self._hf_config = transformers.ViTConfig(**{**config.hf_numerics(), **_square(config)})
         if config.num_labels:
             self._build: Any = modeling_flax_vit.FlaxViTForImageClassificationModule
         else:
@@ -108,6 +108,8 @@ class FlaxViTReference:
         from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
         self.params: Any = {}
+        if not tensors:  # of which the converter, where PyTorch is installed, would look at the first
+            return
         with precision_of(np.float64):  # so that float64 weights survive
             self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), self._stand_in))
 

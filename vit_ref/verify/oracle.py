@@ -33,6 +33,7 @@ def _gelu_erf(x: NDArray) -> NDArray:
 ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
     "gelu": _gelu_erf,
     "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu_erf,
     "gelu_pytorch_tanh": _gelu_tanh,
     "quick_gelu": lambda x: x * special.expit(x.dtype.type(1.702) * x),
     "relu": lambda x: np.maximum(x, 0),
@@ -137,7 +138,9 @@ class _Pass:
         return self.trace
 
     def at(self, site: str, compute: Callable[[], NDArray]) -> NDArray:
-        self.trace[site] = self.known[site].astype(self.dtype) if site in self.known else compute()
+        # In half precision the token stream is wider than the products: what takes its place may be, too.
+        wide = np.promote_types(self.dtype, np.float32)
+        self.trace[site] = self.known[site].astype(wide) if site in self.known else compute()
         if site == self.until:
             raise _ReachedError
         return self.trace[site]

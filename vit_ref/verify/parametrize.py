@@ -7,8 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from vit_ref import checkpoint as checkpoints
-from vit_ref.pretrained import configuration
+from vit_ref.pretrained import opened
 from vit_ref.sites import sites
 from vit_ref.verify.behaviour import BEHAVIOURS
 from vit_ref.verify.check import check_port
@@ -36,7 +35,8 @@ def parametrize_with_sites(
     """
     import pytest
 
-    config = configuration(checkpoints.read(checkpoint))
+    selection = {name: options[name] for name in ("revision", "exempt") if name in options}
+    _, config = opened(checkpoint, **selection)
     names = [f"forward/{site.name}" for site in sites(config, 1)]
     if options.get("backward", True):
         names += [f"backward/{name}" for name in gradient_names(config)]

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from vit_ref.errors import InputError
+from vit_ref.origin import Origin
 from vit_ref.verify.behaviour import Behaviour
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
 from vit_ref.verify.parity import ParityReport, SiteResult
@@ -50,6 +51,7 @@ class PortReport:
 
     Attributes:
       title: the checkpoint's name.
+      checkpoint: which checkpoint that is, and the digest of its weights.
       candidate: the port's name.
       reference: the reference's name.
       precision: the tested precision's name.
@@ -64,6 +66,7 @@ class PortReport:
     """
 
     title: str
+    checkpoint: Origin
     candidate: str
     reference: str
     precision: str

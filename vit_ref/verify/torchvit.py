@@ -139,7 +139,7 @@ class TorchViTReference:
         kind: Any = transformers.ViTForImageClassification if self.config.num_labels else transformers.ViTModel
         model, info = kind.from_pretrained(
             None,
-            config=transformers.ViTConfig(**self.config.to_hf()),
+            config=transformers.ViTConfig(**self.config.hf_numerics()),
             state_dict={name: torch.from_numpy(np.array(tensor, dtype)) for name, tensor in self.tensors.items()},
             dtype=_torch(dtype),
             attn_implementation="eager",  # the one that forms the probabilities

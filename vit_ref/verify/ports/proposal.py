@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_ref import checkpoint as checkpoints
 from vit_ref import porting
-from vit_ref.pretrained import configuration
+from vit_ref.origin import origin
+from vit_ref.pretrained import opened
 from vit_ref.sites import output_site
 from vit_ref.verify.behaviour import require_repeatable
 from vit_ref.verify.check import found, port_for
@@ -58,10 +58,10 @@ def propose(
     Raises:
       InputError: checkpoint, candidate or images cannot be used, or nothing of the port can be seen from outside.
     """
-    source = checkpoints.read(checkpoint)
-    config = configuration(source)
+    source, config = opened(checkpoint)
     declared = dataclasses.replace(found(candidate), sites=None, parameters=None)
-    port = port_for(declared, config, source)
+    with porting.naming(source.path):
+        port = port_for(declared, config, source)
     pixels = pixels_for(config, images, IMAGES)
     require_repeatable(port, pixels)
     recorder = Recorder(config, pixels.shape)
@@ -94,7 +94,7 @@ def propose(
     unequal = [name for match in matched for name in _unequal(match)]
     return Proposal(
         candidate=port.name,
-        checkpoint=source.path.resolve().name,
+        checkpoint=origin(source).name,
         site_matches=matched,
         parameter_matches=_sorted(parameters.matches.values(), order),
         unshown=tuple(name for name in sites.unmatched if name != output),

@@ -33,6 +33,7 @@ def to_json(report: PortReport) -> dict[str, Any]:
         "schema_version": 1,
         "passed": report.passed,
         "title": report.title,
+        "checkpoint": report.checkpoint._asdict(),
         "candidate": report.candidate,
         "reference": report.reference,
         "precision": report.precision,

@@ -42,7 +42,8 @@ def to_html(report: PortReport) -> str:
             '<main>\n<div class="cards">',
             *(_card(name, document) for name in sections),
             _rest(document),
-            _environment(document["environment"]),
+            _card_of_terms("Checkpoint", {k: v for k, v in document["checkpoint"].items() if v}),
+            _card_of_terms("Environment", document["environment"]),
             "</div>",
             *(_figure(name, document) for name in sections),
             *(_numbers(name, document) for name in sections),
@@ -210,9 +211,9 @@ def _not_observed(document: Fields) -> str:
     return f"<details><summary>What was not observed</summary>{''.join(parts)}</details>"
 
 
-def _environment(environment: Fields) -> str:
-    said = _terms((key, escape(value)) for key, value in environment.items())
-    return f'<section class="card"><h2>Environment</h2>{said}</section>'
+def _card_of_terms(title: str, fields: Fields) -> str:
+    said = _terms((key, escape(value)) for key, value in fields.items())
+    return f'<section class="card"><h2>{title}</h2>{said}</section>'
 
 
 def _terms(pairs: Iterable[tuple[str, str]]) -> str:

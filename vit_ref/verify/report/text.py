@@ -154,6 +154,7 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
                 yield f"{status}: {pattern}: {report.expected_failures[pattern]}: {len(names)}: {_some(names)}"
     for note in (*report.notes, *filter(None, [report.environment.get("note")])):
         yield f"note: {note}"
+    yield f"weights: {report.checkpoint.said}"
     counts = Counter(check.status for check in report.checks)
     yield f"checks: {', '.join(f'{counts[status]} {status}' for status in get_args(Status) if counts[status])}"
 

@@ -1,0 +1,49 @@
+"""What training code writes before every tensor's name, and what it saves beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# torch.compile and DataParallel; an attribute of a Lightning module; flax's own collection; its optimizers, old and new
+# (google-research/vision_transformer and big_vision).
+PREFIXES = ("_orig_mod.", "module.", "model.", "params/", "opt/target/", "optimizer/target/", "target/")
+# The first part of the name of whatever else a training loop keeps.
+_STATE = frozenset({"opt", "opt_state", "optimizer", "state", "step", "rng", "extra", "chrono"})
+
+
+def unwrapped(names: Iterable[str]) -> tuple[str, list[str]]:
+    """The prefix that all weights have in common, and the names of those weights.
+
+    Args:
+      names: of all tensors in a checkpoint.
+
+    Returns:
+      The prefix, made of `PREFIXES`, or ""; and the names that begin with it. The other names are training state.
+    """
+    prefix, weights = "", list(names)
+    while found := next((inner for inner in PREFIXES if _wraps(prefix + inner, prefix, weights)), None):
+        prefix += found
+        weights = [name for name in weights if name.startswith(prefix)]
+    return prefix, weights
+
+
+def almost(names: Iterable[str]) -> tuple[str, list[str]]:
+    """The first of `PREFIXES` that more than half of the names begin with, or "", and the names that do not."""
+    names = list(names)
+    for prefix in PREFIXES:
+        others = [name for name in names if not name.startswith(prefix)]
+        if 2 * len(others) < len(names):
+            return prefix, others
+    return "", names
+
+
+def is_state(name: str) -> bool:
+    """Whether a name is that of training state, and of no weight."""
+    return name.split("/")[0] in _STATE
+
+
+def _wraps(prefix: str, outer: str, names: list[str]) -> bool:
+    inside = [name.startswith(prefix) for name in names]
+    return any(inside) and all(
+        within or is_state(name.removeprefix(outer)) for name, within in zip(names, inside, strict=True)
+    )
