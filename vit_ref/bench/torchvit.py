@@ -25,7 +25,8 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
     torch.set_float32_matmul_precision("high" if workload.precision == "tensorfloat32" else "highest")
     half = {"mixed": torch.bfloat16, "float16": torch.float16}.get(workload.precision)
     config = transformers.ViTConfig(**workload.config.hf_numerics())
-    model: Any = transformers.ViTForImageClassification(config).to(device)
+    model: Any = transformers.ViTForImageClassification(config)
+    model.to(device)
     model.train(workload.what != "forward")
     pixels, labels = (torch.from_numpy(array).to(device) for array in workload.inputs())
     # PyTorch wants channels first, and class ids in 64 bits.

@@ -301,5 +301,7 @@ def _array(value: torch.Tensor) -> NDArray:
 
 
 def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
-    picked, pull_back = torch.func.vjp(function, value)
+    # torch types it with a third value, which it returns on request.
+    both: Any = torch.func.vjp(function, value)
+    picked, pull_back = both
     return picked, lambda cotangent: pull_back(cotangent)[0]
