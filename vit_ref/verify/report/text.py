@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
-from vit_ref.verify.gates import SEMANTIC_RMS
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, against, apart
 from vit_ref.verify.parity import ParityReport, SiteResult
 from vit_ref.verify.port_report import Check, PortReport, Status, matches
 
@@ -31,21 +32,21 @@ def headline(report: ParityReport) -> str:
         else []
     )
     last = report.results[-1]
-    output = (
-        f"{last.site}: {last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
-    )
+    rounding = f"{last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
+    output = f"{last.site}: {last.incomparable_in(report.precision) or rounding}"
     if report.semantic_failures:
         first = report.semantic_failures[0]
         worst = max(report.semantic_failures, key=lambda result: result.exact.rms)
         verdict = (
-            f"{report.title}: first divergence at {first.site}: float64 relative RMS {first.exact.rms:.1e},"
-            f" gate {SEMANTIC_RMS:.0e}; worst {worst.exact.rms:.1e} at {worst.site}"
+            f"{report.title}: first divergence at {first.site}: {_exactly(first.exact)}; worst"
+            f" {worst.exact.reason or f'{worst.exact.rms:.1e}'} at {worst.site}"
         )
     elif report.numerical_failures:
         first = report.numerical_failures[0]
+        rounded = f"{report.precision} relative RMS {against(first.rounding, first.gate)}"
         verdict = (
-            f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}:"
-            f" {report.precision} relative RMS {first.rounding:.1e}, gate {first.gate:.1e}"
+            f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}: "
+            + (first.incomparable_in(report.precision) or rounded)
         )
     else:
         exact = max(report.results, key=lambda result: result.exact.rms)
@@ -62,11 +63,18 @@ def headline(report: ParityReport) -> str:
     return "\n".join([*missing, found])
 
 
+def _exactly(error: Error) -> str:
+    """How a value is wrong in float64."""
+    return f"{error.reason} in float64" if error.reason else f"float64 relative RMS {against(error.rms, SEMANTIC_RMS)}"
+
+
 def _blame(report: ParityReport) -> list[str]:
     guilty = wrong_alone(report)
     if not guilty:
         return []
-    shown = ", ".join(f"{part} {rms:.1e}" for part, rms in list(guilty.items())[:3])
+    shown = ", ".join(
+        f"{part} {f'{rms:.1e}' if math.isfinite(rms) else 'not comparable'}" for part, rms in list(guilty.items())[:3]
+    )
     return [f"fed the reference's input, wrong by itself: {shown}{', ...' if len(guilty) > 3 else ''}"]
 
 
@@ -184,7 +192,7 @@ def _row(result: SiteResult, width: int, with_alone: bool, column: int) -> str:
     alone = (f"{result.alone.rms:>9.1e}" if result.alone else f"{'':>9}") if with_alone else ""
     return (
         f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>{column}.1e}{result.yardstick:>9.1e}"
-        f"{_multiple(result.ratio):>8}{result.margin:>8.2g}{mark}"
+        f"{_multiple(result.ratio):>8}{apart(result.margin, 1.0, 2, 'g')[0]:>8}{mark}"
     )
 
 
