@@ -33,7 +33,7 @@ from vit_ref.pretrained import configuration
 from vit_ref.sites import sites
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.check import BACKWARD_OWN, FORWARD
+from vit_ref.verify.check import BACKWARD_OWN, FORWARD, complete, judged
 from vit_ref.verify.environment import environment
 from vit_ref.verify.gradients import Comparison, gradient_names, gradients_report
 from vit_ref.verify.oracle import NumpyOracle
@@ -43,7 +43,7 @@ from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import NumpyReference, reference_for
-from vit_ref.verify.trace import Progress, Trace, UnsupportedByReferenceError, silent
+from vit_ref.verify.trace import Progress, Trace, silent
 
 # The token stream into a model of one block, and out of its block.
 _INTO, _OUT_OF = "embeddings", "block.0.mlp.residual"
@@ -97,16 +97,15 @@ def check_streamed(
         pass  # what is missing, left over, misshapen or not finite is said here, all at once
     pixels = pixels_for(config, images, FORWARD)
     title = source.path.resolve().name
-    gradients, reason = None, "not asked for"
     with tempfile.TemporaryDirectory() as directory:
         blocks = _Blocks(config, source, reference, Path(directory))
         forward = _forward(title, blocks, pixels, asked, progress)
-        if backward:
-            try:
-                gradients, reason = _backward(f"{title}, backward", blocks, pixels[:BACKWARD_OWN], asked, progress), ""
-            except UnsupportedByReferenceError as error:
-                reason = str(error)
-    return PortReport(
+
+        def measured() -> ParityReport:
+            return _backward(f"{title}, backward", blocks, pixels[:BACKWARD_OWN], asked, progress)
+
+        gradients, reason, unjudged = judged(measured if backward else None)
+    report = PortReport(
         title=title,
         candidate=blocks.candidate.name,
         reference=forward.reference,
@@ -119,6 +118,7 @@ def check_streamed(
         environment=environment(asked),
         not_behaviour="it is the whole model's, and blocks were judged one by one",
     )
+    return complete(report, unjudged)
 
 
 class _Stage(NamedTuple):
