@@ -133,7 +133,7 @@ def test_what_cannot_be_compared_is_infinitely_wrong_and_says_why(value: np.ndar
         (1.93e-6, 1.87e-6, "1.93e-06, gate 1.87e-06"),
         (1.90004e-6, 1.9e-6, "1.90004e-06, gate 1.90000e-06"),
         (9.96e-7, 1e-6, "9.96e-07, gate 1.00e-06"),
-        (1.0, np.nextafter(1.0, 0), "1.0000000000000000e+00, gate 9.9999999999999989e-01"),
+        (1.0, np.nextafter(1.0, 0), "1.000000000000000e+00, gate 9.999999999999999e-01"),
         (1.9e-6, 1.9e-6, "1.9e-06, gate 1.9e-06"),
         (math.inf, 1e-12, "inf, gate 1e-12"),
         (math.inf, math.inf, "inf, gate inf"),
