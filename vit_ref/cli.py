@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vit_ref.bench.measure import Timing
 
 WRONG, UNUSABLE, INTERRUPTED, UNREAD = 1, 2, 130, 141
+# As a file, standard output: nothing else is written there then.
+_STDOUT = Path("-")
 
 
 class _Verdicts(RegexHighlighter):
@@ -52,7 +54,7 @@ _THEME = Theme({"verdict.good": "green", "verdict.bad": "bold red", "verdict.ope
 
 
 class _Output(Console):
-    """A console that leaves a closed pipe to `_Group`: to rich it is exit code 1, which here is a verdict."""
+    """A console that leaves a closed pipe to `_answered`: to rich it is exit code 1, which here is a verdict."""
 
     def on_broken_pipe(self) -> None:
         raise  # what rich is handling
@@ -79,25 +81,38 @@ class _Group(click.Group):
                 os._exit(INTERRUPTED)
             raise
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return self._said(ctx)
-        except BrokenPipeError:  # to click it is exit code 1
-            # At its end Python writes what is left, and would complain.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(nowhere, stream.fileno())
-            ctx.exit(UNREAD)
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parses the arguments, which is when help and version are printed."""
+        with _answered():
+            return super().make_context(*args, **kwargs)
 
-    def _said(self, ctx: click.Context) -> Any:
-        try:
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        with _answered():
             return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """Ends the process with the exit code of what is raised within it, and one line; to click most of it is a 1."""
+    try:
+        try:
+            yield
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
         except InputError as error:
             _ERRORS.print(f"vit-ref: {error}", markup=False)
-            ctx.exit(UNUSABLE)
+            sys.exit(UNUSABLE)
         except KeyboardInterrupt:
             _ERRORS.print("vit-ref: interrupted, nothing is left half-written", markup=False)
-            ctx.exit(INTERRUPTED)
+            sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # At its end Python writes what is left, and would complain.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        sys.exit(UNREAD)
 
 
 class _LocalPath(click.Path):
@@ -161,8 +176,14 @@ def main() -> None:
 @click.option("--forward-only", is_flag=True, help="No gradients.")
 @click.option("--stream", is_flag=True, help="Hold one block at a time, however deep the model. Not with --candidate.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
-@click.option("--html", type=_LOCAL, metavar="FILE", help="Write the report as one page.")
-@click.option("--json", "json_file", type=_LOCAL, metavar="FILE", help="Write the report as JSON.")
+@click.option("--html", type=_LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
+@click.option(
+    "--json",
+    "json_file",
+    type=_LOCAL,
+    metavar="FILE",
+    help="Write the report as JSON; - prints it.",
+)
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -181,42 +202,49 @@ def verify(
     """Judge a port on CHECKPOINT, a directory, file or hub id: this package's own, or each --candidate.
 
     Every value of the forward pass and every gradient is compared with a float64 oracle. Exit code 0: it is right.
-    1: it is wrong, and the first divergence is printed. 2: something that was given cannot be used.
+    1: it is wrong, and the first divergence is printed. 2: something that was given cannot be used; where that is found
+    out after the forward pass, what was found there is printed first.
     """
     if len(candidates) > 1 and (html or json_file):
         raise InputError("--html and --json take one report: give one --candidate")
     if stream and candidates:
         raise InputError("--stream judges this package's own model: leave --candidate away, or --stream")
     _require_places(html=html, json=json_file)
-    from vit_ref.verify.check import check_port, steps
-    from vit_ref.verify.report import summary, table, to_html, to_json, write
+    from vit_ref.verify.check import PartlyJudgedError, check_port, steps
+    from vit_ref.verify.report import summary, table, to_html, to_json
     from vit_ref.verify.stream import check_streamed
 
     if images is not None:
         _say_left_out(image_files.find(images).others)
-    console = _Output(highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
-    passed = True
+    aside = _STDOUT in (html, json_file)
+    console = _Output(stderr=aside, highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
+    passed, unjudged = True, None
     for candidate in candidates or (None,):
         with _progress(None if stream else steps(backward=not forward_only)) as progress:
             judge = check_streamed if stream else partial(check_port, candidate)
-            report = judge(
-                checkpoint,
-                images=images,
-                exempt=exempt,
-                precision=precision,
-                reference=reference,
-                backward=not forward_only,
-                progress=progress,
-            )
+            try:
+                report = judge(
+                    checkpoint,
+                    images=images,
+                    exempt=exempt,
+                    precision=precision,
+                    reference=reference,
+                    backward=not forward_only,
+                    progress=progress,
+                )
+            except PartlyJudgedError as error:
+                report, unjudged = error.report, error
         if html:
-            write(html, to_html(report))
+            _write(html, to_html(report))
         if json_file:
-            write(json_file, json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
+            _write(json_file, json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
         if whole:
             for part in (report.forward, report.backward):
                 console.print(f"{table(part)}\n" if part else "")
         console.print(summary(report))
         passed &= report.passed
+    if passed and unjudged:
+        raise unjudged
     ctx.exit(0 if passed else WRONG)
 
 
@@ -378,7 +406,13 @@ def predict(checkpoint: str, images: tuple[Path, ...], top: int, exempt: tuple[s
 @click.option("--implementation", "names", multiple=True, help="One of those installed; repeatable. Else all.")
 @click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Of each, in turns.")
 @click.option("--plot", "picture", type=_LOCAL, metavar="FILE", help="Draw a PNG.")
-@click.option("--json", "json_file", type=_LOCAL, metavar="FILE", help="Write all rounds as JSON.")
+@click.option(
+    "--json",
+    "json_file",
+    type=_LOCAL,
+    metavar="FILE",
+    help="Write all rounds as JSON; - prints it.",
+)
 def bench(
     sizes: tuple[str, ...],
     batches: tuple[int, ...],
@@ -397,9 +431,8 @@ def bench(
     from vit_ref.bench.report import plot, table
     from vit_ref.bench.session import session
     from vit_ref.verify.environment import environment
-    from vit_ref.verify.report import write
 
-    console = _Output(soft_wrap=False)
+    console = _Output(stderr=json_file == _STDOUT, soft_wrap=False)
     timings: list[Timing] = []
 
     def say(line: str) -> None:
@@ -416,7 +449,7 @@ def bench(
         # What was timed before one did not fit, or somebody had enough, is not lost.
         if timings and json_file:
             content = {"environment": environment(), "timings": [timing.to_json() for timing in timings]}
-            write(json_file, json.dumps(content, indent=1) + "\n")
+            _write(json_file, json.dumps(content, indent=1) + "\n")
         if timings and picture:
             plot(picture, timings)
 
@@ -427,10 +460,21 @@ def _say_left_out(files: Collection[PurePath | str]) -> None:
         _ERRORS.print(f"vit-ref: left out, no image by its suffix: {image_files.counted(files)}", markup=False)
 
 
+def _write(file: Path, text: str) -> None:
+    from vit_ref.verify.report import write
+
+    if file == _STDOUT:
+        click.echo(text, nl=False)
+    else:
+        write(file, text)
+
+
 def _require_places(**files: Path | None) -> None:
     """Says now, and not after minutes of work, which of a command's files, by option, cannot be written."""
     given = {option: file for option, file in files.items() if file}
     for file in given.values():
+        if file == _STDOUT:
+            continue
         if not os.path.isdir(file.absolute().parent):
             raise InputError(f"{file}: no such directory: make it first")
         if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long

@@ -81,6 +81,33 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
     assert said in result.stderr and "forward, Ti/112, batch 2, float32" in result.stdout
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("when", ["asked to", "called"])
+def test_where_there_is_no_compiler_torch_compile_is_left_out_and_the_others_are_timed(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+
+    def fail(*_: object) -> None:
+        # The class that torch raises derives from this one; its compiler takes ten seconds to import.
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx\n\nSet TORCH_LOGS")
+
+    monkeypatch.setattr(torch, "compile", fail if when == "asked to" else lambda model: fail)
+    built = Entry(lambda workload: Contender("vit_ref", lambda times=1: None, Cost(1.0)))
+    monkeypatch.setitem(measure.CONTENDERS, "vit_ref", built)
+    one = ["--batch", "1", "--pass", "forward", "--implementation", "torch.compile"]
+    result = _run(*one, "--implementation", "vit_ref")
+    said = (
+        "torch.compile fails (InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx): install what it"
+        " needs, as a rule a C++ compiler, or name the other implementations\n"
+    )
+    assert (result.exit_code, result.exception) == (0, None)
+    assert result.stderr == f"vit-ref: forward, Ti/112, batch 1, float32: torch.compile is not timed: {said}"
+    assert "vit_ref" in result.stdout and "torch.compile" not in result.stdout
+    alone = _run(*one)
+    assert (alone.exit_code, alone.stderr) == (2, f"vit-ref: {said}")
+
+
 def test_what_was_timed_is_saved_though_the_next_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(workload: Workload) -> Contender:
         if workload.what != "forward":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -20,7 +22,7 @@ from vit_ref import cli
 from vit_ref.verify import check, stream
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.port_report import PortReport
-from vit_ref.verify.report import to_html
+from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.trace import TruncatedError
 
 pytestmark = pytest.mark.candidates
@@ -126,6 +128,52 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
     assert page.read_text() == to_html(REPORTS["wrong"]())
     assert json.loads(document.read_text())["passed"] is False
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.json"]
+
+
+@pytest.mark.parametrize(("option", "begins"), [("--json", "{"), ("--html", "<!doctype html>")])
+def test_a_dash_prints_the_report_on_standard_output_and_nothing_else(
+    option: str, begins: str, tmp_path: Path, found: Callable[[str], list[Any]], invoke: Invoke, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found("wrong")
+    ended = invoke("verify", "anywhere", option, "-", "--table")
+    assert ended.exit_code == 1
+    assert ended.stdout.startswith(begins)
+    if option == "--json":
+        assert json.loads(ended.stdout) == to_json(REPORTS["wrong"]())
+    else:
+        assert ended.stdout == to_html(REPORTS["wrong"]())
+    # What else there is to say is said beside it.
+    assert ended.stderr.splitlines()[-1].startswith("FAILED: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_standard_output_takes_one_report(invoke: Invoke) -> None:
+    ended = invoke("verify", "anywhere", "--json", "-", "--html", "-")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: -: --html and --json are the same file: give two\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("right", 2), ("wrong", 1)])
+def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    forward = dataclasses.replace(REPORTS[name](), backward=None, not_backward="FlaxViT itself is not finite")
+
+    def judged(candidate: str, *_: Any, **__: Any) -> PortReport:
+        return check.complete(forward, True) if candidate == "forward" else RIGHT()
+
+    monkeypatch.setattr(check, "check_port", judged)
+    # Another port's verdict changes nothing about this one's.
+    for others in ([], ["--candidate", "another"]):
+        ended = invoke("verify", "anywhere", "--candidate", "forward", *others)
+        assert ended.exit_code == code
+        assert " ".join(ended.stdout.split()).startswith(" ".join(headline(forward.forward).split()))
+        assert "not observed: gradients (FlaxViT itself is not finite)" in " ".join(ended.stdout.split())
+        assert ended.stderr == ("vit-ref: FlaxViT itself is not finite\n" if code == 2 else "")
+    ended = invoke("verify", "anywhere", "--candidate", "forward", "--json", tmp_path / "a.json")
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert ended.exit_code == code
+    assert (document["not_backward"], document["passed"]) == ("FlaxViT itself is not finite", code == 2)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +306,50 @@ def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[st
     assert not ended.stdout and not list((tmp_path / "out").iterdir())
 
 
+# The same within the first second, while jax is being imported.
+IMPORTING = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting)
+signal.signal(signal.SIGINT, {handler})
+import vit_ref_command
+sys.exit(vit_ref_command.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "code", "said"),
+    [
+        ("signal.default_int_handler", 130, "vit-ref: interrupted, nothing is left half-written\n"),
+        # As a shell starts what runs in the background.
+        ("signal.SIG_IGN", 0, ""),
+    ],
+    ids=["a person's", "ignored"],
+)
+def test_an_interrupt_of_the_imports_ends_quietly(handler: str, code: int, said: str) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(handler=handler), "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("when", ["before the arguments", "arguments", "command"])
+def test_an_interrupt_has_one_exit_code_whenever_it_comes(
+    when: str, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    place = {"before the arguments": "make_context", "arguments": "parse_args", "command": "invoke"}[when]
+    monkeypatch.setattr(click.Group if when == "command" else click.Command, place, interrupted)
+    ended = invoke("verify", "anywhere")
+    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing is left half-written\n")
+
+
 def test_a_bar_names_the_step_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,13 +382,29 @@ def test_a_path_that_is_no_text_is_written_and_printed(tiny: Path, tmp_path: Pat
     assert "copy-\\udcff" in ended.stdout
 
 
-def test_a_pipe_that_nobody_reads_is_no_verdict(tiny: Path) -> None:
-    command = [Path(sys.executable).with_name("vit-ref"), "verify", tiny, "--forward-only", "--reference", "numpy"]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "{tiny}", "--forward-only", "--reference", "numpy"],
+        ["--help"],
+    ],
+    ids=["a report", "help"],
+)
+def test_a_pipe_that_nobody_reads_is_no_verdict(arguments: list[str], tiny: Path) -> None:
+    command = [Path(sys.executable).with_name("vit-ref"), *(argument.format(tiny=tiny) for argument in arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout and running.stderr
         running.stdout.close()
         said = running.stderr.read()
     assert (running.returncode, said) == (141, "")
+
+
+def test_a_wrong_call_that_nobody_reads_of_is_no_verdict() -> None:
+    command = [Path(sys.executable).with_name("vit-ref"), "verify"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
+        assert running.stderr
+        running.stderr.close()
+    assert running.returncode == 141
 
 
 def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:

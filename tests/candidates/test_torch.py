@@ -17,13 +17,17 @@ import vit_ref
 from vit_ref import checkpoint
 from vit_ref.errors import InputError
 from vit_ref.pretrained import configuration
+from vit_ref.verify import gradients
 from vit_ref.verify.backward import objectives_for
 from vit_ref.verify.behaviour import check_behaviour
 from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.cases import CASES
+from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import check_port, port_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.gradients import check_gradients
+from vit_ref.verify.parity import ParityReport
 from vit_ref.verify.ports.loading import find
+from vit_ref.verify.references import reference_for
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
 
@@ -303,3 +307,28 @@ def test_what_a_module_computes_in_float32_by_design_is_exact_in_float64(
     assert note.startswith("the candidate makes a cast of float64 to float32, the first before logits: undone")
     # In the tested precision nothing is undone.
     assert port.trace(IMAGES, np.float32)["logits"].dtype == np.float32
+
+
+def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_attention(
+    port: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first head all tokens attend to one, with scores of up to 626: half a unit of rounding there is 3e-5."""
+    case = Case("sink", dataclasses.replace(CASES["rectangular"].config, num_hidden_layers=1), seed=2)
+    tensors, attention = case.checkpoint().tensors, "vit.encoder.layer.0.attention.attention"
+    tensors[f"{attention}.query.bias"][0] += 40
+    tensors[f"{attention}.key.weight"][0] *= 10
+    checkpoint.write_directory(tmp_path, tensors, case.config.to_hf())
+    source = checkpoint.read(tmp_path)
+    judge = reference_for(case.config, source.tensors)
+
+    def judged(name: str) -> ParityReport:
+        candidate = port_for(port(f"torch_timm.py:{name}"), case.config, source)
+        return check_gradients("sink", case.config, source, IMAGES[:2], candidate, reference=judge)
+
+    assert judged("candidate").passed
+    report = judged("fused")
+    assert report.passed
+    assert max(result.ratio for result in report.results) > 20
+    # One that shows its probabilities computes with them, and has no reason to err like that.
+    monkeypatch.setattr(gradients, "_hides_probabilities", lambda *_: False)
+    assert max(result.ratio for result in judged("fused").numerical_failures) > 20

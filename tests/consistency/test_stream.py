@@ -29,7 +29,7 @@ from vit_ref.norm import LayerNorm
 from vit_ref.porting import PortError
 from vit_ref.verify import candidate, pooling, stream
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.check import check_port
+from vit_ref.verify.check import PartlyJudgedError, check_port
 from vit_ref.verify.parity import ParityReport, ReferenceOverflowError
 from vit_ref.verify.report import to_html, to_json
 from vit_ref.verify.report.document import SCHEMA
@@ -170,18 +170,23 @@ def test_where_the_reference_overflows_is_said_of_the_whole_model(tmp_path: Path
     source = THREE.checkpoint()
     layer, tensors = "vit.encoder.layer.1", dict(source.tensors)
 
-    def refused(**changes: float) -> str:
+    def refused(**changes: float) -> InputError:
         changed = {f"{layer}.{name}": tensors[f"{layer}.{name}"] * np.float32(by) for name, by in changes.items()}
         checkpoint.write_directory(tmp_path, tensors | changed, source.config or {})
-        with pytest.raises(ReferenceOverflowError) as caught:
+        with pytest.raises(InputError) as caught:
             check_streamed(tmp_path, precision="float16")
-        return str(caught.value)
+        return caught.value
 
     forward = refused(**{"output.dense.weight": 6e4, "intermediate.dense.weight": 1e2})
-    assert re.match(r"FlaxViT itself is not finite in float16 at \d+ of 15 places, first block\.1\.mlp\.out: ", forward)
+    said = r"FlaxViT itself is not finite in float16 at \d+ of 15 places, first block\.1\.mlp\.out: "
+    assert isinstance(forward, ReferenceOverflowError) and re.match(said, str(forward))
     small = {"layernorm_after.weight": 2e-5, "layernorm_after.bias": 2e-5, "output.dense.weight": 30}
     backward = refused(**small, **{"intermediate.dense.weight": 4e4})
-    assert re.match(r"FlaxViT itself is not finite in float16 at \d+ of \d+ places, first block\.1\.norm2: ", backward)
+    said = r"FlaxViT itself is not finite in float16 at \d+ of \d+ places, first block\.1\.norm2: "
+    assert isinstance(backward, PartlyJudgedError) and re.match(said, str(backward))
+    # What was found before is kept.
+    assert backward.report.forward.passed and backward.report.backward is None
+    assert backward.report.not_backward == str(backward)
 
 
 def test_a_streamed_report_is_valid_and_says_what_was_not_asked(tmp_path: Path) -> None:

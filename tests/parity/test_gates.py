@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from vit_ref.verify.gates import Error, Truth, error, errors_of, numerical_gate
+from vit_ref.verify.gates import Error, Truth, against, apart, error, errors_of, numerical_gate
 
 pytestmark = pytest.mark.parity
 
@@ -98,7 +98,7 @@ def test_an_array_that_is_measured_in_parts_errs_as_a_whole_one(shape: tuple[int
 def test_a_part_that_is_not_finite_makes_the_whole_infinitely_wrong(where: int) -> None:
     value = np.ones(70_001, np.float32)
     value[where] = np.nan
-    assert error(value, np.ones(70_001)) == Error(math.inf, math.inf)
+    assert error(value, np.ones(70_001)) == Error(math.inf, math.inf, reason="not finite")
 
 
 def test_errors_do_not_cancel() -> None:
@@ -110,10 +110,48 @@ def test_errors_against_nothing_are_absolute() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [np.array([1.0, np.nan]), np.array([1.0, np.inf]), np.ones(1), np.ones(3), np.ones((1, 2))]
+    ("value", "reason"),
+    [
+        (np.array([1.0, np.nan]), "not finite"),
+        (np.array([1.0, np.inf]), "not finite"),
+        (np.ones(1), "wrong shape (1,), not (2,)"),
+        (np.ones(3), "wrong shape (3,), not (2,)"),
+        (np.ones((1, 2)), "wrong shape (1, 2), not (2,)"),
+        (np.full((2, 1), np.nan), "wrong shape (2, 1), not (2,)"),
+    ],
 )
-def test_what_cannot_be_compared_is_infinitely_wrong(value: np.ndarray) -> None:
-    assert error(value, np.array([1.0, 1.0])) == Error(math.inf, math.inf)
+def test_what_cannot_be_compared_is_infinitely_wrong_and_says_why(value: np.ndarray, reason: str) -> None:
+    assert error(value, np.array([1.0, 1.0])) == Error(math.inf, math.inf, reason=reason)
+    assert error(np.ones(2), np.array([1.0, 1.0])).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "said"),
+    [
+        (2e-6, 1e-6, "2.0e-06, gate 1e-06"),
+        (5.6e-7, 1e-12, "5.6e-07, gate 1e-12"),
+        (1.93e-6, 1.87e-6, "1.93e-06, gate 1.87e-06"),
+        (1.90004e-6, 1.9e-6, "1.90004e-06, gate 1.90000e-06"),
+        (9.96e-7, 1e-6, "9.96e-07, gate 1.00e-06"),
+        (1.0, np.nextafter(1.0, 0), "1.000000000000000e+00, gate 9.999999999999999e-01"),
+        (1.9e-6, 1.9e-6, "1.9e-06, gate 1.9e-06"),
+        (math.inf, 1e-12, "inf, gate 1e-12"),
+        (math.inf, math.inf, "inf, gate inf"),
+        (math.nan, 1e-12, "nan, gate 1e-12"),
+    ],
+)
+def test_an_error_and_its_gate_have_digits_enough_to_tell_them_apart(value: float, limit: float, said: str) -> None:
+    assert against(value, limit) == said
+
+
+def test_a_margin_below_one_never_reads_as_one() -> None:
+    assert [apart(margin, 1.0, 2, "g")[0] for margin in (0.9697, 0.9997, 1.0, 1.04, 36.0)] == [
+        "0.97",
+        "0.9997",
+        "1",
+        "1.04",
+        "36",
+    ]
 
 
 def test_semantic_gate_is_as_stated() -> None:

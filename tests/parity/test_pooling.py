@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -79,6 +80,29 @@ def test_one_objective_that_is_wrong_in_float64_is_enough(exact: Error, place: i
     found = pooled(1.0, exact=5e-13)
     found.exacts[place] = {"pixels": exact}
     assert not found.results()[0].exact.passes_semantic_gate
+
+
+@pytest.mark.parametrize(
+    ("fused", "gate"),
+    [({}, 3e-3), ({"pixels": 0.5e-3}, 3e-3), ({"pixels": 4e-3}, 12e-3), ({"pixels": math.inf}, 3e-3)],
+    ids=["not measured", "errs less", "errs more", "not finite"],
+)
+def test_fused_attention_widens_the_gate_to_a_multiple_of_its_own_error(fused: dict[str, float], gate: float) -> None:
+    found = pooled(10.0)
+    found.fused = [{name: Error(rms, rms, 1e3) for name, rms in fused.items()}] * SEMANTIC_OBJECTIVES if fused else []
+    (result,) = found.results()
+    assert result.gate == pytest.approx(gate + 2**-23, rel=1e-12)
+    # What is printed beside it stays the reference's own error, and the candidate's a multiple of that.
+    assert (result.yardstick, result.ratio) == pytest.approx((1e-3, 10.0))
+    assert found.passed == (gate > 10e-3)
+
+
+def test_fused_attention_shows_no_probabilities_and_leaves_their_gate_alone() -> None:
+    errors = {name: Error(1e-3, 1e-3, 1e3) for name in ("block.0.attn.value", "block.0.attn.probs")}
+    wide = [{"block.0.attn.value": Error(4e-3, 4e-3, 1e3)}] * 3
+    found = Pooled(list(errors), np.float32, False, [errors] * 3, [errors] * 3, [errors] * 3, wide)
+    gates = {result.site: result.gate for result in found.results()}
+    assert gates == pytest.approx({"block.0.attn.value": 12e-3, "block.0.attn.probs": 3e-3}, rel=1e-4)
 
 
 @pytest.mark.parametrize("rounding", [np.nan, np.inf])

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
+from synthetic_reports import REPORTS
 from vit_ref.checkpoint import Checkpoint
+from vit_ref.errors import InputError
+from vit_ref.verify.backward import UndifferentiableError
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.check import PartlyJudgedError, complete
+from vit_ref.verify.check import judged as measured
 from vit_ref.verify.gradients import check_gradients
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.parity import OraclesDifferError, ParityReport, ReferenceOverflowError, compare
 from vit_ref.verify.precision import named
 from vit_ref.verify.references import reference_for
-from vit_ref.verify.trace import ReferenceUnavailableError, Trace
+from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError
 
 pytestmark = pytest.mark.parity
 
@@ -73,6 +80,38 @@ def test_oracles_that_differ_judge_nothing() -> None:
             match=r"^judge and other differ in float64 at 1 of 30 sites, first block\.1\.mlp\.out by 1\.0e-03, gate",
         ):
             judged(right, candidate, other)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_open"),
+    [
+        (UnsupportedByReferenceError("NumPy judges no gradients"), False),
+        (UndifferentiableError("its output has no gradient"), False),
+        (ReferenceOverflowError("judge itself is not finite at {place}", "norm"), True),
+        (InputError("another"), True),
+    ],
+    ids=lambda given: type(given).__name__ if isinstance(given, Exception) else "",
+)
+@pytest.mark.parametrize("name", ["right", "wrong"])
+def test_what_was_found_forward_is_not_lost_with_the_gradients(name: str, error: InputError, is_open: bool) -> None:
+    def measure() -> ParityReport:
+        raise error
+
+    gradients, reason, unjudged = measured(measure)
+    assert (gradients, reason, unjudged) == (None, str(error), is_open)
+    report = dataclasses.replace(REPORTS[name](), backward=None, not_backward=reason)
+    if is_open and report.passed:
+        with pytest.raises(PartlyJudgedError, match=re.escape(str(error))) as caught:
+            complete(report, unjudged)
+        assert caught.value.report is report
+    else:
+        assert complete(report, unjudged) is report
+
+
+def test_gradients_that_were_measured_or_not_asked_for_leave_nothing_open() -> None:
+    report = REPORTS["right"]().forward
+    assert measured(lambda: report) == (report, "", False)
+    assert measured(None) == (None, "not asked for", False)
 
 
 @pytest.mark.parametrize("reference", ["flax", pytest.param("torch", marks=pytest.mark.torch)])

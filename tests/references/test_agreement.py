@@ -18,9 +18,9 @@ from vit_ref.verify import torchvit
 from vit_ref.verify.backward import objectives_for
 from vit_ref.verify.candidate import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.gates import error, numerical_gate
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.references import REFERENCES, reference_for, require
+from vit_ref.verify.gates import error, errors_of, numerical_gate
+from vit_ref.verify.gradients import check_gradients, truths_of
+from vit_ref.verify.references import REFERENCES, reference_for, require, with_fused_attention
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.torchvit import TorchViTReference
 from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError
@@ -183,3 +183,21 @@ def test_a_vit_of_unknown_structure_is_refused(monkeypatch: pytest.MonkeyPatch) 
     case = CASES["rectangular"]
     with pytest.raises(ReferenceUnavailableError, match="ViT of unknown structure"):
         TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
+
+
+@pytest.mark.parametrize("name", ["flax", "torch"])
+def test_a_reference_with_fused_attention_has_its_own_gradients_in_float64(name: str) -> None:
+    """Else the error of a wrong formula would be what a candidate is allowed."""
+    needs(name)
+    case = CASES["rectangular"]
+    judge = reference_for(case.config, case.checkpoint().tensors, name)
+    objective = objectives_for(case.config, case.batch)[1]
+    own, fused = (
+        each.gradients(case.images(), np.float64)(objective).named() for each in (judge, with_fused_attention(judge))
+    )
+    probabilities = {site.name for site in sites(case.config, 1) if site.name.endswith(".attn.probs")}
+    truths = truths_of({site: value for site, value in own.items() if site not in probabilities})
+    errors = errors_of(fused, truths)
+    assert errors.keys() == truths.keys()
+    assert [site for site, each in errors.items() if not each.passes_semantic_gate] == []
+    assert any((fused[site] != own[site]).any() for site in errors)

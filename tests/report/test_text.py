@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
 from synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.verify.diagnosis import Cause
-from vit_ref.verify.parity import SiteResult
-from vit_ref.verify.report import headline, summary, table
+from vit_ref.verify.gates import Error
+from vit_ref.verify.parity import ParityReport, SiteResult
+from vit_ref.verify.report import headline, summary, table, to_html, to_json
 from vit_ref.verify.report.text import MARKS, wrong_alone
 
 pytestmark = pytest.mark.candidates
@@ -157,3 +161,44 @@ def test_blamed_are_those_beyond_their_gate_and_not_what_was_fed_their_fault() -
     right = measured("norm", alone=1e-7, rounding=1e-7, gate=2e-7)
     rounded = measured("logits", alone=8e-7, rounding=9e-7, gate=2e-7)
     assert list(wrong_alone(parity(right, rounded))) == ["logits"]
+
+
+def incomparable(reason: str, *, exactly: bool) -> ParityReport:
+    """A pass whose output cannot be compared, in float64 too or in the tested precision alone."""
+    right = measured("norm")
+    beyond = {"rounding": math.inf, "incomparable": reason}
+    if not exactly:
+        return parity(right, measured("logits", **beyond))
+    exact = Error(math.inf, math.inf, reason=reason)
+    return parity(right, measured("logits", **beyond)._replace(exact=exact, alone=exact))
+
+
+@pytest.mark.parametrize("reason", ["wrong shape (2, 5), not (2, 7)", "not finite"])
+@pytest.mark.parametrize(("exactly", "where"), [(True, "float64"), (False, "float32")])
+def test_what_cannot_be_compared_is_named_and_no_number(reason: str, exactly: bool, where: str) -> None:
+    report = incomparable(reason, exactly=exactly)
+    first, output, *_ = headline(report).splitlines()
+    assert f"first divergence at logits: {reason} in {where}" in first
+    assert output == f"  logits: {reason} in {where}"
+    assert "inf" not in headline(report).replace("not finite", "")
+    check = next(check for check in ported(report).checks if check.status == "failed")
+    assert (check.name, check.reason) == ("forward/logits", f"{reason} in {where}")
+    document = to_json(ported(report))
+    (failed,) = (each for each in document["forward"]["checks"] if each["status"] == "failed")
+    assert (failed["reason"], failed["measured"]["incomparable"]) == (check.reason, check.reason)
+    page = to_html(ported(report))
+    assert f"<dt>Error there</dt><dd>{check.reason}</dd>" in page
+    assert f"<dt>Output</dt><dd>{check.reason}</dd>" in page
+
+
+def test_a_failure_by_little_is_told_from_its_gate_everywhere() -> None:
+    report = ported(parity(measured("norm"), measured("logits", rounding=1.9004e-6, gate=1.9e-6)))
+    said = "relative RMS 1.9004e-06, gate 1.9000e-06"
+    assert said in headline(report.forward)
+    assert said in next(check.reason for check in report.checks if check.status == "failed")
+    page = to_html(report)
+    assert re.sub("<.*?>", "", page).count(said) == 1
+    assert "<td>1.9004e-06</td>" in page and "<td>1.9000e-06</td>" in page
+    # 1.9 over 1.9004 is no 1.
+    assert "<td>0.9998</td>" in page and "0.9998 at logits" in re.sub("<.*?>", "", page)
+    assert table(report.forward).splitlines()[-1].split()[-2:] == ["0.9998", "rounding"]

@@ -29,6 +29,19 @@ from vit_ref.verify.flaxvit import require_flaxvit
 RATE = 1e-4
 
 
+class UnbuildableError(InputError):
+    """An implementation is installed, and cannot be got ready on this machine."""
+
+
+# What the allocators of XLA and PyTorch say.
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error means, of Python, XLA or PyTorch."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
+
+
 class Contender(NamedTuple):
     """One implementation, compiled and warm.
 

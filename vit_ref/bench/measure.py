@@ -9,14 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vit_ref.bench.compiling import Cost
-from vit_ref.bench.contenders import CONTENDERS, Contender
+from vit_ref.bench.contenders import CONTENDERS, Contender, UnbuildableError, out_of_memory
 from vit_ref.bench.queueing import passes_at_once
 from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
-
-# What the allocators of XLA and PyTorch say.
-_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory")
 
 
 class OutOfMemoryError(InputError):
@@ -96,18 +93,29 @@ def fitting(
 
     Args:
       workload: what was asked for.
-      names: of `CONTENDERS`.
-      say: told when the batch is halved.
+      names: of `CONTENDERS`. One that cannot be built is left out, if there are others.
+      say: told when the batch is halved, and which one is left out and why.
 
     Raises:
       OutOfMemoryError: one image does not fit.
+      UnbuildableError: none of them can be built.
     """
+    names = list(names)
     while True:
         try:
             with workload.numerics.asked():
-                return workload, tuple(CONTENDERS[name].build(workload) for name in names)
+                contenders = []
+                for name in tuple(names):
+                    try:
+                        contenders.append(CONTENDERS[name].build(workload))
+                    except UnbuildableError as error:
+                        names.remove(name)
+                        if not names:
+                            raise
+                        say(f"{workload}: {name} is not timed: {error}")
+                return workload, tuple(contenders)
         except Exception as error:
-            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+            if not out_of_memory(error):
                 raise
         if workload.batch == 1:
             raise OutOfMemoryError(f"{workload}: one image does not fit in the device's memory: take a smaller size")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import transformers
 
+from vit_ref.bench.contenders import UnbuildableError, out_of_memory
 from vit_ref.bench.queueing import queued
 from vit_ref.bench.workload import Workload
 
@@ -20,6 +22,9 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
       workload: what it does.
       rate: AdamW's.
       compiles: through `torch.compile`.
+
+    Raises:
+      UnbuildableError: `torch.compile` does not work here, as where it finds no C++ compiler.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high" if workload.precision == "tensorfloat32" else "highest")
@@ -32,7 +37,10 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
     # PyTorch wants channels first, and class ids in 64 bits.
     pixels, labels = pixels.permute(0, 3, 1, 2).contiguous(), labels.long()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4, fused=device.type == "cuda")
-    called = torch.compile(model) if compiles else model
+    called = model
+    if compiles:
+        with _compiling():
+            called = torch.compile(model)
 
     def logits() -> Any:
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -56,7 +64,22 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
     run = queued(launch, wait)
 
     start = time.perf_counter()
-    run()
+    with _compiling() if compiles else nullcontext():
+        run()
     first = time.perf_counter() - start
     run()
     return run, first
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Makes one line of what `torch.compile` raises, but for what the caller may answer: too little memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise UnbuildableError(
+            f"torch.compile fails ({str(error).strip().splitlines()[0]}): install what it needs, as a rule a C++"
+            " compiler, or name the other implementations"
+        ) from error

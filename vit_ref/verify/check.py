@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 from vit_ref import porting
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
+from vit_ref.errors import InputError
 from vit_ref.origin import origin
 from vit_ref.porting import PortError, naming
 from vit_ref.pretrained import opened
@@ -29,13 +29,26 @@ from vit_ref.verify.ports.declaration import Candidate, declared
 from vit_ref.verify.ports.jaxport import JaxPort
 from vit_ref.verify.ports.loading import find, is_torch, loaded
 from vit_ref.verify.precision import Precision, named
-from vit_ref.verify.references import Reference, reference_for
+from vit_ref.verify.references import reference_for
 from vit_ref.verify.trace import Progress, UnsupportedByReferenceError, precision_of, silent
 
 # Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and two 5.6 GB.
 # A port that mixes images on the way back is right on one; of this package's own model, which embedded cases judge on
 # batches, one is enough.
 FORWARD, BACKWARD, BACKWARD_OWN, BEHAVIOUR = 4, 2, 1, 2
+
+
+class PartlyJudgedError(InputError):
+    """The forward pass was judged and nothing failed, and its gradients cannot be judged.
+
+    Args:
+      reason: why, and what to do.
+      report: what was found. It has no gradients.
+    """
+
+    def __init__(self, reason: str, report: PortReport):
+        super().__init__(reason)
+        self.report = report
 
 
 def check_port(
@@ -72,13 +85,14 @@ def check_port(
       Every check with its status; `report.passed` is the verdict.
 
     Raises:
+      PartlyJudgedError: nothing failed forward, and backward somebody cannot be used, as a reference that overflows.
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
       TruncatedError: nothing of the candidate is in float64 when asked to be.
     """
     asked = named(precision)
     source, config = opened(checkpoint, revision=revision, exempt=exempt)
-    judged = origin(source)
-    title = judged.name
+    read = origin(source)
+    title = read.name
     with naming(source.path):
         port = port_for(candidate, config, source)
     pixels = pixels_for(config, images, FORWARD)
@@ -86,13 +100,17 @@ def check_port(
         require_repeatable(port, pixels[:1], progress=progress)
     judge = reference_for(config, hf_tensors(config, source), reference)
     forward = check_parity(title, config, source, pixels, port, asked, judge, progress=progress)
-    gradients, reason = None, "not asked for"
-    if backward:
-        several = BACKWARD_OWN if candidate is None else BACKWARD
-        gradients, reason = _gradients(title, config, source, pixels[:several], port, asked, judge, progress)
+    several = BACKWARD_OWN if candidate is None else BACKWARD
+
+    def measured() -> ParityReport:
+        return check_gradients(
+            f"{title}, backward", config, source, pixels[:several], port, asked, judge, progress=progress
+        )
+
+    gradients, reason, unjudged = judged(measured if backward else None)
     report = PortReport(
         title=title,
-        checkpoint=judged,
+        checkpoint=read,
         candidate=port.name,
         reference=forward.reference,
         precision=forward.precision,
@@ -105,6 +123,36 @@ def check_port(
         notes=port.notes,
     )
     require_expectations(report)
+    return complete(report, unjudged)
+
+
+def judged(measure: Callable[[], ParityReport] | None) -> tuple[ParityReport | None, str, bool]:
+    """The report of the gradients, or why there is none, and whether that leaves a question open.
+
+    Where the reference or the candidate has no backward pass there is nothing to judge. Where something else cannot be
+    used there was, and who asked for it has no answer.
+
+    Args:
+      measure: measures them; None where nobody asked.
+    """
+    if measure is None:
+        return None, "not asked for", False
+    try:
+        return measure(), "", False
+    except (UnsupportedByReferenceError, UndifferentiableError) as error:
+        return None, str(error), False
+    except InputError as error:
+        return None, str(error), True
+
+
+def complete(report: PortReport, unjudged: bool) -> PortReport:
+    """The report, if it is an answer: a failure is one whatever the gradients are.
+
+    Raises:
+      PartlyJudgedError: nothing failed, and gradients that were asked for could not be judged.
+    """
+    if unjudged and report.passed:
+        raise PartlyJudgedError(report.not_backward, report)
     return report
 
 
@@ -155,20 +203,3 @@ def found(candidate: Candidate | Callable[..., Any] | str) -> Candidate:
     if isinstance(candidate, str):
         return find(candidate)
     return declared(candidate, getattr(candidate, "__name__", "candidate"))
-
-
-def _gradients(
-    title: str,
-    config: ViTConfig,
-    source: Checkpoint,
-    pixels: NDArray,
-    port: Any,
-    precision: Precision,
-    judge: Reference,
-    progress: Progress,
-) -> tuple[ParityReport | None, str]:
-    title = f"{title}, backward"
-    try:
-        return check_gradients(title, config, source, pixels, port, precision, judge, progress=progress), ""
-    except (UnsupportedByReferenceError, UndifferentiableError) as error:
-        return None, str(error)

@@ -25,6 +25,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.model import Tap
 from vit_ref.porting import FLAX, port
 from vit_ref.verify.backward import Gradients, Objective, differentiator
+from vit_ref.verify.fused import fused as fused_attention
 from vit_ref.verify.trace import (
     Forward,
     ReferenceUnavailableError,
@@ -53,7 +54,8 @@ _INSIDE = {
     ("output", "dense"): "mlp.out",
 }
 
-_HEADS = {("attention", "attention", role): f"attn.{role}" for role in ("query", "key", "value")}
+_ATTENTION = ("attention", "attention")
+_HEADS = {(*_ATTENTION, role): f"attn.{role}" for role in ("query", "key", "value")}
 
 
 def require_flaxvit() -> None:
@@ -82,6 +84,7 @@ class FlaxViTReference:
 
     name = "FlaxViT"
     foreign = False
+    fused = False
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         require_flaxvit()
@@ -100,16 +103,16 @@ class FlaxViTReference:
         shapes = jax.eval_shape(self.module(np.float32).init, jax.random.key(0), self._pixels(config))["params"]
         self._stand_in = SimpleNamespace(params=shapes, base_model_prefix="vit")
         self._recorders: dict[np.dtype, Callable[..., dict[str, jax.Array]]] = {}
-        self._differentiators: dict[Any, Future[Any]] = {}
+        self._differentiators: dict[bool, dict[Any, Future[Any]]] = {False: {}, True: {}}  # by whether it is fused
         self.fill(tensors)
 
     def fill(self, tensors: Mapping[str, NDArray]) -> None:
-        """Takes other weights; what was compiled serves them too."""
+        """Takes other weights, or none, which lets go of those it has; what was compiled serves them too."""
+        self.params: Any = {}
+        if not tensors:  # which transformers does not convert where PyTorch is installed
+            return
         from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
-        self.params: Any = {}
-        if not tensors:  # of which the converter, where PyTorch is installed, would look at the first
-            return
         with precision_of(np.float64):  # so that float64 weights survive
             self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), self._stand_in))
 
@@ -135,7 +138,7 @@ class FlaxViTReference:
 
         Gradients of parameters get our paths by the weight map of FlaxViT's tree.
         """
-        forward, compiled = self._forward_in(dtype), self._differentiators
+        forward, compiled = self._forward_in(dtype), self._differentiators[self.fused]
         differentiate = differentiator(forward, self.params, self.config, pixels, dtype, like=like, compiled=compiled)
 
         def gradients(objective: Objective) -> Gradients:
@@ -153,7 +156,8 @@ class FlaxViTReference:
 
         Values are intercepted as submodules return them. Two are not returned by any: the attention probabilities, for
         which the function that computes them is wrapped while this runs, and the stream between attention and MLP,
-        which is replaced where it enters the second norm and the second addition.
+        which is replaced where it enters the second norm and the second addition. Fused attention takes the place of
+        the whole of FlaxViT's, and has no probabilities to show.
         """
         from transformers.models.vit import modeling_flax_vit
 
@@ -164,6 +168,11 @@ class FlaxViTReference:
 
         def attention_weights(*args: Any, **kwargs: Any) -> jax.Array:
             return tap(f"{block}.attn.probs", weights(*args, **kwargs))
+
+        def attend(module: Any, tokens: jax.Array) -> Any:
+            roles = (module.query, module.key, module.value)
+            context = fused_attention(*(role(tokens).reshape(*tokens.shape[:2], *heads) for role in roles))
+            return (context.reshape(tokens.shape),)
 
         def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             nonlocal block, stream
@@ -180,8 +189,8 @@ class FlaxViTReference:
                 args = (stream,)
             if inside == ("output",):
                 args = (args[0], stream)
-            output = call(*args, **kwargs)
-            if inside in ((), ("attention", "attention")):
+            output = attend(context.module, args[0]) if self.fused and inside == _ATTENTION else call(*args, **kwargs)
+            if inside in ((), _ATTENTION):
                 site = "attn.context" if inside else "mlp.residual"
                 return (tap(f"{block}.{site}", output[0]), *output[1:])
             if inside in _HEADS:

@@ -47,7 +47,9 @@ class Allowance(NamedTuple):
 # where a reference rounds its softmax to 8 bits and a port may not (or the other way round), between 0.4 and 2.
 # backward: in float32 up to 2.0, seen where the scores are scaled instead of the query, for one head of 33: XLA fuses
 # the scale into the exponentials, their rows then sum to one less exactly, and softmax's pull-back subtracts two nearly
-# equal sums. In half precision, where the reference rounds more often than needed, between 0.4 and 1.
+# equal sums. In half precision, where the reference rounds more often than needed, between 0.4 and 1. Fused attention
+# errs more, without a bound: see `fused.py`. A candidate that may have it is allowed the same multiples of what the
+# reference errs with fused attention of its own, where that is more.
 # foreign: sums have another order there. On a CPU a product over 3072 elements errs in XLA 2.9 times as much as in
 # PyTorch and 2.4 times as much as in NumPy, whose blocks are shorter; over up to 8192 elements at most 3.1 times. On
 # ViT-B/16 that made 2.2 at an MLP's output. In half precision the rounding of what is stored outweighs it.
@@ -72,11 +74,13 @@ class Error(NamedTuple):
       max: largest over largest.
       carriers: how many tokens, or elements where there are no tokens, carry the error independently: all of them where
         it is spread evenly, one where it is in one. 0 where nobody asked.
+      reason: why there is no error to measure, such as "not finite"; both errors are then infinite. "" where there is.
     """
 
     rms: float
     max: float
     carriers: float = 0.0
+    reason: str = ""
 
     @property
     def passes_semantic_gate(self) -> bool:
@@ -113,10 +117,10 @@ class Truth:
           carriers: count them too, which takes as long again as all else.
         """
         if value.shape != self._value.shape:
-            return Error(math.inf, math.inf)
+            return Error(math.inf, math.inf, reason=f"wrong shape {value.shape}, not {self._value.shape}")
         largest, rms = _measured(self._differences(value))
         if not math.isfinite(largest):
-            return Error(math.inf, math.inf)
+            return Error(math.inf, math.inf, reason="not finite")
         relative = rms / self._scale, largest / self._largest
         return Error(*relative, _carriers(self._differences(value), largest, value.size) if carriers else 0.0)
 
@@ -195,6 +199,26 @@ class _Participation:
     @property
     def parts(self) -> float:
         return self._sum**2 / self._sum_of_squares if self._sum else 0.0
+
+
+def apart(value: float, limit: float, digits: int = 1, kind: str = "e") -> tuple[str, str]:
+    """Two numbers as text, with as many digits as tell the two apart, and at least `digits`.
+
+    Args:
+      value: what was measured.
+      limit: what it is compared with.
+      digits: the precision to begin with.
+      kind: the presentation type of `format`, "e" or "g".
+    """
+    texts = f"{value:.{digits}{kind}}", f"{limit:.{digits}{kind}}"
+    # 17 significant digits tell any two floats apart.
+    return apart(value, limit, digits + 1, kind) if texts[0] == texts[1] and value != limit and digits < 17 else texts
+
+
+def against(error: float, gate: float) -> str:
+    """An error beside its gate: "1.93e-06, gate 1.85e-06"."""
+    value, limit = apart(error, gate)
+    return f"{value}, gate {limit.replace('.0e', 'e')}"
 
 
 def root_mean_square(x: NDArray) -> float:

@@ -5,7 +5,7 @@ Observed is the gradient with respect to every parameter, every site's activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Protocol
@@ -24,7 +24,7 @@ from vit_ref.verify.gates import Truth, errors_of
 from vit_ref.verify.parity import ParityReport, hf_tensors, require_finite
 from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.precision import Precision, named
-from vit_ref.verify.references import Reference, reference_for, refilled
+from vit_ref.verify.references import Reference, reference_for, refilled, with_fused_attention
 from vit_ref.verify.trace import Progress, require_float64, silent, storing, widened
 
 
@@ -90,7 +90,16 @@ def check_gradients(
             comparison.measure(objectives[k], pooled)
         if pooled.settled:
             break
+    if not pooled.passed and not pooled.wrong and _hides_probabilities(candidate, config):
+        progress(f"gradients of {judge.name} with fused attention")
+        comparison.measure_fused(objectives[:stop], pooled)
     return gradients_report(title, pooled, judge, asked, candidate.claims)
+
+
+def _hides_probabilities(candidate: Differentiable, config: ViTConfig) -> bool:
+    """Whether the candidate's attention may be a fused kernel: one that shows its probabilities computes with them."""
+    probabilities = {site.name for site in sites(config, 1) if site.name.endswith(".attn.probs")}
+    return candidate.claims is not None and not probabilities <= candidate.claims
 
 
 class Comparison:
@@ -118,6 +127,7 @@ class Comparison:
         *,
         formula: bool = True,
     ):
+        self._pixels, self._precision = pixels, asked
         self._judge, self._candidate, self._asked = judge.name, candidate.name, asked.name
         self._placed = {"pixels", *(site.name for site in sites(judge.config, 1))}
         self._truth = judge.gradients(pixels, np.float64)
@@ -127,6 +137,7 @@ class Comparison:
         if asked.stored is not None:
             judge, candidate = refilled(judge, stored), storing(candidate, asked.stored)
             self._stored_truth = judge.gradients(pixels, np.float64)
+        self._stored_judge = judge
         with asked.asked():
             self._yardstick = judge.gradients(pixels, asked.dtype)
             self._rounding = candidate.gradients(pixels, asked.dtype)
@@ -160,6 +171,18 @@ class Comparison:
             require_finite({name: yardsticks[name] for name in pooled.names}, self._judge, self._asked)
         pooled.yardsticks.append(yardsticks)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
+
+    def measure_fused(self, objectives: Sequence[Objective], pooled: Pooled) -> None:
+        """Adds the reference's errors with fused attention, of the objectives that were measured.
+
+        This is done last, and only for a candidate that fails: the reference compiles once more for it.
+        """
+        judge = with_fused_attention(self._stored_judge)
+        with self._precision.asked():
+            fused = judge.gradients(self._pixels, self._precision.dtype)
+        for objective in objectives:
+            _, truths = self._in_float64(self._stored_truth, objective)
+            pooled.fused.append(errors_of(fused(objective).named(), truths, carriers=True))
 
     def _in_float64(
         self, gradients: Callable[[Objective], Gradients], objective: Objective
@@ -215,11 +238,12 @@ def truths_of(gradients: Mapping[str, NDArray]) -> dict[str, Truth]:
     """Gradients in float64, each with the scale that errors are relative to: its own, or its layer's.
 
     The key's bias has no gradient at all: it adds the same to all scores of a query, which softmax ignores. What any
-    implementation computes there is rounding, at the scale of the terms that cancel, which is the kernel's.
+    implementation computes there is rounding, at the scale of the terms that cancel, which is the kernel's. The terms
+    of a norm's bias may cancel too, where a model has one output: they are as large as those of its scale.
     """
     truths = {name: Truth(value) for name, value in gradients.items()}
     for name, value in gradients.items():
-        kernel = truths.get(name.removesuffix("bias") + "kernel")
-        if name.endswith(".bias") and kernel:
-            truths[name] = Truth(value, max(truths[name].rms, kernel.rms))
+        mates = [truths.get(name.removesuffix("bias") + leaf) for leaf in ("kernel", "scale")]
+        if name.endswith(".bias"):
+            truths[name] = Truth(value, max([truths[name].rms, *(mate.rms for mate in mates if mate)]))
     return truths

@@ -18,7 +18,7 @@ from vit_ref.errors import InputError
 from vit_ref.sites import sites, stream_before
 from vit_ref.verify.diagnosis import Cause, beyond_rounding, diagnose, diagnose_rounding, where
 from vit_ref.verify.gaps import hidden_before
-from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, errors_of, numerical_gate
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import Reference, reference_for, refilled
@@ -56,6 +56,7 @@ class SiteResult(NamedTuple):
       rounding: candidate in the tested precision, relative RMS.
       yardstick: reference in the tested precision, relative RMS.
       gate: the largest `rounding` that passes.
+      incomparable: why the candidate has no `rounding` error to measure, see `Error.reason`.
     """
 
     site: str
@@ -65,6 +66,7 @@ class SiteResult(NamedTuple):
     rounding: float
     yardstick: float
     gate: float
+    incomparable: str = ""
 
     @property
     def ratio(self) -> float:
@@ -75,6 +77,12 @@ class SiteResult(NamedTuple):
     def margin(self) -> float:
         """How far under its gate the site is: gate over error; below 1 it fails."""
         return self.gate / self.rounding if self.rounding else np.inf
+
+    def incomparable_in(self, precision: str) -> str:
+        """Why the error that decides is infinite, and in which precision; "" where it is not."""
+        if self.exact.reason:
+            return f"{self.exact.reason} in float64"
+        return f"{self.incomparable} in {precision}" if self.incomparable and self.exact.passes_semantic_gate else ""
 
     @property
     def passes_numerical_gate(self) -> bool:
@@ -188,13 +196,13 @@ def require_finite(yardsticks: Mapping[str, Error], name: str, precision: str) -
 
 def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str) -> None:
     """Raises `OraclesDifferError` where the oracle is beyond the semantic gate from the reference."""
-    apart = [site for site, error in oracles.items() if not error.passes_semantic_gate]
-    if apart:
-        places = f"{len(apart)} of {len(oracles)} sites"
+    beyond = [site for site, error in oracles.items() if not error.passes_semantic_gate]
+    if beyond:
+        places = f"{len(beyond)} of {len(oracles)} sites"
         raise OraclesDifferError(
-            f"{reference} and {oracle} differ in float64 at {places}, first {{place}} by {oracles[apart[0]].rms:.1e},"
-            f" gate {SEMANTIC_RMS:.0e}: one of the two is wrong, and neither can judge",
-            apart[0],
+            f"{reference} and {oracle} differ in float64 at {places}, first {{place}} by"
+            f" {against(oracles[beyond[0]].rms, SEMANTIC_RMS)}: one of the two is wrong, and neither can judge",
+            beyond[0],
         )
 
 
@@ -347,6 +355,7 @@ def compare(
                 rounding[site].rms,
                 yardsticks[site].rms,
                 gates[site],
+                rounding[site].reason,
             )
             for site in names
             if site in shown

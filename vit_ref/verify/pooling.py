@@ -34,6 +34,7 @@ class Pooled:
       exacts: the candidate's in float64, of the first objectives alone.
       yardsticks: the reference's in the tested precision.
       roundings: the candidate's there.
+      fused: the reference's there with fused attention; empty unless that widens the gate.
       causes: known bugs that explain the first divergence.
       place: how that gradient is wrong, see `diagnosis.where`.
     """
@@ -44,6 +45,7 @@ class Pooled:
     exacts: list[Errors] = dataclasses.field(default_factory=list)
     yardsticks: list[Errors] = dataclasses.field(default_factory=list)
     roundings: list[Errors] = dataclasses.field(default_factory=list)
+    fused: list[Errors] = dataclasses.field(default_factory=list)
     causes: tuple[Cause, ...] = ()
     place: str = ""
 
@@ -56,6 +58,11 @@ class Pooled:
     def wrong(self) -> bool:
         """Whether any gradient was beyond the semantic gate so far."""
         return any(not error.passes_semantic_gate for found in self.exacts for error in found.values())
+
+    @property
+    def passed(self) -> bool:
+        """Whether no gradient is beyond the numerical gate so far."""
+        return all(result.passes_numerical_gate for result in self.results())
 
     @property
     def settled(self) -> bool:
@@ -71,31 +78,41 @@ class Pooled:
 
     def results(self) -> tuple[SiteResult, ...]:
         """One a gradient that the candidate shows, with the gate of all objectives, however many were asked."""
-        share = LOOKS[-1] / len(self.yardsticks)
-        own = {name: _rms(self.yardsticks, name) for name in self.names}
+        gates = self._gates(self.yardsticks)
+        for name, gate in self._gates(self.fused).items():
+            # An error that is not finite would allow any other.
+            if math.isfinite(gate):
+                gates[name] = max(gates[name], gate)
         missing = set(self.missing)
-        results = []
-        for name in self.names:
-            if name in missing:
-                continue
-            yardstick = max(own[mate] for mate in _layer(name, self.names))
-            # Of few objectives fewer elements carry the error, and the gate would be wider for it.
-            carriers = share * sum(found[name].carriers for found in self.yardsticks)
-            results.append(
-                SiteResult(
-                    name,
-                    oracles=Error(0.0, 0.0),
-                    exact=max(
-                        (found[name] for found in self.exacts),
-                        key=lambda error: (not error.passes_semantic_gate, error.rms),
-                    ),
-                    alone=None,
-                    rounding=_rms(self.roundings, name),
-                    yardstick=yardstick,
-                    gate=numerical_gate(yardstick, self.dtype, carriers, backward=True, foreign=self.foreign),
-                )
+        return tuple(
+            SiteResult(
+                name,
+                oracles=Error(0.0, 0.0),
+                exact=max(
+                    (found[name] for found in self.exacts),
+                    key=lambda error: (not error.passes_semantic_gate, error.rms),
+                ),
+                alone=None,
+                rounding=_rms(self.roundings, name),
+                yardstick=self._yardstick(self.yardsticks, name),
+                gate=gates[name],
+                incomparable=next((found[name].reason for found in self.roundings if found[name].reason), ""),
             )
-        return tuple(results)
+            for name in self.names
+            if name not in missing
+        )
+
+    def _gates(self, found: Sequence[Errors]) -> dict[str, float]:
+        gates = {}
+        for name in found[0] if found else ():
+            # Of few objectives fewer elements carry the error, and the gate would be wider for it.
+            carriers = LOOKS[-1] / len(found) * sum(errors[name].carriers for errors in found)
+            yardstick = self._yardstick(found, name)
+            gates[name] = numerical_gate(yardstick, self.dtype, carriers, backward=True, foreign=self.foreign)
+        return gates
+
+    def _yardstick(self, found: Sequence[Errors], name: str) -> float:
+        return max(_rms(found, mate) for mate in _layer(name, self.names))
 
 
 def _rms(found: Sequence[Errors], name: str) -> float:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from vit_ref.errors import InputError
 from vit_ref.origin import Origin
 from vit_ref.verify.behaviour import Behaviour
-from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
+from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, against
 from vit_ref.verify.parity import ParityReport, SiteResult
 
 Status = Literal["passed", "failed", "not observed", "expected failure", "stale expectation"]
@@ -127,7 +127,7 @@ def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
     for result in report.results:
         yield Check(
             f"{kind}/{result.site}",
-            "passed" if not (reason := _why(result)) else "failed",
+            "passed" if not (reason := _why(result, report.precision)) else "failed",
             exact=result.exact.rms,
             rounding=result.rounding,
             yardstick=result.yardstick,
@@ -142,11 +142,13 @@ def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
         yield Check(f"{kind}/{site}", "not observed", reason="not mapped to anything of the port")
 
 
-def _why(result: SiteResult) -> str:
+def _why(result: SiteResult, precision: str) -> str:
+    if reason := result.incomparable_in(precision):
+        return reason
     if result.exact.rms > SEMANTIC_RMS:
-        return f"float64 relative RMS {result.exact.rms:.1e}, gate {SEMANTIC_RMS:.0e}"
+        return f"float64 relative RMS {against(result.exact.rms, SEMANTIC_RMS)}"
     if not result.exact.passes_semantic_gate:
-        return f"float64 relative maximum {result.exact.max:.1e}, gate {SEMANTIC_MAX:.0e}"
+        return f"float64 relative maximum {against(result.exact.max, SEMANTIC_MAX)}"
     if not result.passes_numerical_gate:
-        return f"relative RMS {result.rounding:.1e}, gate {result.gate:.1e}; the reference's {result.yardstick:.1e}"
+        return f"relative RMS {against(result.rounding, result.gate)}; the reference's {result.yardstick:.1e}"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -101,6 +102,13 @@ def refilled(judge: Reference, tensors: Mapping[str, NDArray]) -> Reference:
     """The same reference with other tensors."""
     kind: Any = type(judge)
     return kind(judge.config, tensors)
+
+
+def with_fused_attention(judge: Reference) -> Reference:
+    """The same reference, whose gradients are those of fused attention, see `verify.fused`, without probabilities."""
+    other: Any = copy(judge)
+    other.fused = True
+    return other
 
 
 def reference_for(config: ViTConfig, tensors: Mapping[str, NDArray], name: str = "flax") -> Reference:

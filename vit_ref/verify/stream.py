@@ -33,7 +33,7 @@ from vit_ref.pretrained import opened
 from vit_ref.sites import sites
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.check import BACKWARD_OWN, FORWARD
+from vit_ref.verify.check import BACKWARD_OWN, FORWARD, complete, judged
 from vit_ref.verify.environment import environment
 from vit_ref.verify.gradients import Comparison, gradient_names, gradients_report
 from vit_ref.verify.oracle import NumpyOracle
@@ -43,7 +43,7 @@ from vit_ref.verify.pooling import Pooled
 from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references import NumpyReference, reference_for
-from vit_ref.verify.trace import Progress, Trace, UnsupportedByReferenceError, silent
+from vit_ref.verify.trace import Progress, Trace, silent
 
 # The token stream into a model of one block, and out of its block.
 _INTO, _OUT_OF = "embeddings", "block.0.mlp.residual"
@@ -94,27 +94,26 @@ def check_streamed(
             f"{source.path}: only safetensors can be read block by block: convert it first, with"
             " vit-ref convert SRC DST --to hf"
         )
-    judged = origin(source)
-    title = judged.name
+    read = origin(source)
+    title = read.name
     progress("reading every tensor once")
     with porting.naming(source.path):
         for _ in porting.ported(source.tensors, config, porting.detect(source.tensors)):
             pass  # what is missing, left over, misshapen or not finite is said here, all at once
     pixels = pixels_for(config, images, FORWARD)
-    gradients, reason = None, "not asked for"
     with tempfile.TemporaryDirectory() as directory:
         blocks = _Blocks(config, source, reference, asked, Path(directory))
         # Whatever rounds parameters has rounded them when they are read: the engine is to do nothing more.
         done = asked._replace(stored=None)
         forward = _forward(title, blocks, pixels, done, progress)
-        if backward:
-            try:
-                gradients, reason = _backward(f"{title}, backward", blocks, pixels[:BACKWARD_OWN], done, progress), ""
-            except UnsupportedByReferenceError as error:
-                reason = str(error)
-    return PortReport(
+
+        def measured() -> ParityReport:
+            return _backward(f"{title}, backward", blocks, pixels[:BACKWARD_OWN], done, progress)
+
+        gradients, reason, unjudged = judged(measured if backward else None)
+    report = PortReport(
         title=title,
-        checkpoint=judged,
+        checkpoint=read,
         candidate=blocks.candidate.name,
         reference=forward.reference,
         precision=forward.precision,
@@ -126,6 +125,7 @@ def check_streamed(
         environment=environment(asked),
         not_behaviour="it is the whole model's, and blocks were judged one by one",
     )
+    return complete(report, unjudged)
 
 
 class _Stage(NamedTuple):

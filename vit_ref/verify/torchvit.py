@@ -121,6 +121,7 @@ class TorchViTReference:
 
     name = "PyTorch"
     foreign = True
+    fused = False
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         require_torch()
@@ -142,7 +143,7 @@ class TorchViTReference:
             config=transformers.ViTConfig(**self.config.hf_numerics()),
             state_dict={name: torch.from_numpy(np.array(tensor, dtype)) for name, tensor in self.tensors.items()},
             dtype=_torch(dtype),
-            attn_implementation="eager",  # the one that forms the probabilities
+            attn_implementation="sdpa" if self.fused else "eager",  # eager attention forms the probabilities
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in `info`
             **({} if self.config.num_labels else {"add_pooling_layer": self.config.pooler}),
@@ -204,7 +205,9 @@ class TorchViTReference:
 
         def hook(site: str, pick: Pick) -> Callable[..., None]:
             def keep(module: Any, arguments: tuple[Any, ...], returned: Any) -> None:
-                observed[site] = pick(arguments, returned)
+                value = pick(arguments, returned)
+                if value is not None:  # fused attention returns None in place of its probabilities
+                    observed[site] = value
 
             return keep
 

@@ -1,7 +1,7 @@
 """A port in PyTorch in timm's style: one linear for query, key and value.
 
 `wrong` splits what it returns in the wrong order. `wrong_mode` is never put into evaluation mode, so that dropout is
-live.
+live. `fused` has PyTorch's fused attention, timm's default, which shows no probabilities.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, (width // heads) ** -0.5
         self.split_in_order = split_in_order
+        self.fused = False
         self.qkv = nn.Linear(width, 3 * width)
         # Where some models normalise; here they only show which query and key are used.
         self.q_norm = nn.Identity()
@@ -39,8 +40,11 @@ class Attention(nn.Module):
             qkv = self.qkv(x).reshape(batch, tokens, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        attn = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1))
-        return self.proj((attn @ v).transpose(1, 2).reshape(batch, tokens, width))
+        if self.fused:
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            context = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        return self.proj(context.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class Mlp(nn.Module):
@@ -103,7 +107,9 @@ RENAMED = (
 )
 
 
-def load(checkpoint: Path, *, split_in_order: bool = True, evaluated: bool = True) -> VisionTransformer:
+def load(
+    checkpoint: Path, *, split_in_order: bool = True, evaluated: bool = True, fused: bool = False
+) -> VisionTransformer:
     """The model, filled."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = {}
@@ -118,6 +124,8 @@ def load(checkpoint: Path, *, split_in_order: bool = True, evaluated: bool = Tru
     patch, tokens = tensors["patch_embed.weight"].shape[2:], tensors["pos_embed"].shape[1]
     model = VisionTransformer(config, tuple(patch), tokens, split_in_order)
     model.load_state_dict(tensors)
+    for block in model.blocks:
+        block.attn.fused = fused
     return model.eval() if evaluated else model
 
 
@@ -167,3 +175,8 @@ PARAMETERS |= {"head.weight": ("head.kernel", lambda w: w.T), "head.bias": "head
 candidate = vit_ref.Candidate(load=load, sites=SITES, parameters=PARAMETERS)
 wrong = dataclasses.replace(candidate, load=partial(load, split_in_order=False))
 wrong_mode = dataclasses.replace(candidate, load=partial(load, evaluated=False))
+fused = dataclasses.replace(
+    candidate,
+    load=partial(load, fused=True),
+    sites={path: seen for path, seen in SITES.items() if seen != "block.{i}.attn.probs"},
+)

@@ -85,14 +85,14 @@ def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
                 "block": _block(check.site),
                 "status": check.status,
                 "reason": check.reason,
-                "measured": _measured(measured.get(check.site), report.what),
+                "measured": _measured(measured.get(check.site), report.what, report.precision),
             }
             for check in sorted(checks, key=lambda check: place.get(check.site, 0))
         ],
     }
 
 
-def _measured(result: SiteResult | None, what: str) -> dict[str, Any] | None:
+def _measured(result: SiteResult | None, what: str, precision: str) -> dict[str, Any] | None:
     return result and {
         "exact": _error(result.exact),
         "alone": _error(result.alone),
@@ -103,6 +103,7 @@ def _measured(result: SiteResult | None, what: str) -> dict[str, Any] | None:
         "gate": _number(result.gate),
         "ratio": _number(result.ratio),
         "margin": _number(result.margin),
+        "incomparable": result.incomparable_in(precision),
         "passes_semantic_gate": result.exact.passes_semantic_gate,
         "passes_numerical_gate": result.passes_numerical_gate,
     }

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vit_ref.verify.gates import against, apart
 from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.report.document import to_json
 from vit_ref.verify.report.plot import figure, plot
@@ -93,28 +94,24 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
         yield "Wrong by itself", f"{_listed(parts)}: fed the reference's input ({section['alone_precision']})"
     exact = max(seen, key=lambda check: float(check["measured"]["exact"]["rms"]))
     tight = min(seen, key=lambda check: float(check["measured"]["margin"]))
-    yield "Largest float64 error", f"{figure(exact['measured']['exact']['rms'])} at {escape(exact['site'])}"
-    yield "Smallest margin", f"{_multiple(tight['measured']['margin'])} at {escape(tight['site'])} ({precision})"
+    largest = exact["measured"]["incomparable"] or figure(exact["measured"]["exact"]["rms"])
+    yield "Largest float64 error", f"{escape(largest)} at {escape(exact['site'])}"
+    yield "Smallest margin", f"{_margin(tight['measured']['margin'])} at {escape(tight['site'])} ({precision})"
     if name == "forward":
         output = seen[-1]["measured"]
-        yield (
-            "Output",
-            f"{figure(output['rounding'])}, {_multiple(output['ratio'])} &times; {escape(document['reference'])}'s own"
-            f" {precision} error",
-        )
+        multiple = f"{_multiple(output['ratio'])} &times; {escape(document['reference'])}'s own {precision} error"
+        yield "Output", escape(output["incomparable"]) or f"{figure(output['rounding'])}, {multiple}"
 
 
 def _wrong(measured: Fields, document: Fields) -> str:
     gates = document["gates"]
+    if measured["incomparable"]:
+        return str(measured["incomparable"])
     if measured["passes_semantic_gate"]:
-        return (
-            f"the formulas agree; {document['precision']} relative RMS {figure(measured['rounding'])}, gate"
-            f" {figure(measured['gate'])}"
-        )
-    return (
-        f"float64 relative RMS {figure(measured['exact']['rms'])}, gate {gates['float64_rms']:.0e}; relative maximum"
-        f" {figure(measured['exact']['max'])}, gate {gates['float64_max']:.0e}"
-    )
+        error = against(float(measured["rounding"]), float(measured["gate"]))
+        return f"the formulas agree; {document['precision']} relative RMS {error}"
+    rms, largest = (against(float(measured["exact"][kind]), gates[f"float64_{kind}"]) for kind in ("rms", "max"))
+    return f"float64 relative RMS {rms}; relative maximum {largest}"
 
 
 def _rest(document: Fields) -> str:
@@ -170,11 +167,11 @@ def _numbers(name: str, document: Fields) -> str:
     columns: dict[str, Callable[[Fields], str]] = {
         "float64": lambda measured: figure(measured["exact"]["rms"]),
         "its maximum": lambda measured: figure(measured["exact"]["max"]),
-        document["precision"]: lambda measured: figure(measured["rounding"]),
+        document["precision"]: lambda measured: _beside(measured)[0] if measured["rounding"] else "0",
         document["reference"]: lambda measured: figure(measured["yardstick"]),
         "ratio": lambda measured: _multiple(measured["ratio"]),
-        "gate": lambda measured: figure(measured["gate"]),
-        "margin": lambda measured: _multiple(measured["margin"]),
+        "gate": lambda measured: _beside(measured)[1],
+        "margin": lambda measured: _margin(measured["margin"]),
     }
     if any(check["measured"] and check["measured"]["alone"] for check in section["checks"]):
         columns[f"alone, {section['alone_precision']}"] = lambda measured: _maybe(
@@ -253,6 +250,14 @@ def _listed(names: Sequence[str]) -> str:
 
 def _maybe(value: float | str | None) -> str:
     return "" if value is None else figure(value)
+
+
+def _beside(measured: Fields) -> tuple[str, str]:
+    return apart(float(measured["rounding"]), float(measured["gate"]))
+
+
+def _margin(value: float | str) -> str:
+    return apart(float(value), 1.0, 3, "g")[0] if float(value) < 1 else _multiple(value)
 
 
 def _multiple(value: float | str) -> str:

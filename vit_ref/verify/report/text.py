@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
 from vit_ref.sites import OUTPUTS
-from vit_ref.verify.gates import SEMANTIC_RMS
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, against, apart
 from vit_ref.verify.parity import ParityReport, SiteResult
 from vit_ref.verify.port_report import Check, PortReport, Status, matches
 
@@ -36,21 +37,21 @@ def headline(report: ParityReport) -> str:
         else []
     )
     last = report.results[-1]
-    output = (
-        f"{last.site}: {last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
-    )
+    multiple = f"{last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
+    output = f"{last.site}: {last.incomparable_in(report.precision) or multiple}"
     if report.semantic_failures:
         first = report.semantic_failures[0]
         worst = max(report.semantic_failures, key=lambda result: result.exact.rms)
         verdict = (
-            f"{report.title}: first divergence at {first.site}: float64 relative RMS {first.exact.rms:.1e},"
-            f" gate {SEMANTIC_RMS:.0e}; worst {worst.exact.rms:.1e} at {worst.site}"
+            f"{report.title}: first divergence at {first.site}: {_exactly(first.exact)}; worst"
+            f" {worst.exact.reason or f'{worst.exact.rms:.1e}'} at {worst.site}"
         )
     elif report.numerical_failures:
         first = report.numerical_failures[0]
+        rounded = f"{report.precision} relative RMS {against(first.rounding, first.gate)}"
         verdict = (
-            f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}:"
-            f" {report.precision} relative RMS {first.rounding:.1e}, gate {first.gate:.1e}"
+            f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}: "
+            + (first.incomparable_in(report.precision) or rounded)
         )
     else:
         exact = max(report.results, key=lambda result: result.exact.rms)
@@ -69,6 +70,11 @@ def headline(report: ParityReport) -> str:
     return "\n".join([*missing, found])
 
 
+def _exactly(error: Error) -> str:
+    """How a value is wrong in float64."""
+    return f"{error.reason} in float64" if error.reason else f"float64 relative RMS {against(error.rms, SEMANTIC_RMS)}"
+
+
 def _blame(report: ParityReport) -> list[str]:
     """Every part that is wrong by itself; blocks that go wrong at the same site count as one."""
     guilty, groups = wrong_alone(report), dict[str, list[str]]()
@@ -81,7 +87,8 @@ def _blame(report: ParityReport) -> list[str]:
     for site, parts in groups.items():
         names = parts[0] if len(parts) == 1 else f"{len(parts)} blocks, {_listed_blocks(parts)},"
         since = f" from {site} on" if site != parts[0] else ""
-        said.append(f"{names}{since} {max(guilty[part] for part in parts):.1e}")
+        worst = max(guilty[part] for part in parts)
+        said.append(f"{names}{since} {f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'}")
     return [f"fed the reference's input, wrong by itself: {'; '.join(said)}"] if said else []
 
 
@@ -217,7 +224,7 @@ def _row(result: SiteResult, width: int, with_alone: bool, column: int) -> str:
     alone = (f"{result.alone.rms:>9.1e}" if result.alone else f"{'':>9}") if with_alone else ""
     return (
         f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>{column}.1e}{result.yardstick:>9.1e}"
-        f"{_multiple(result.ratio):>8}{result.margin:>8.2g}{mark}"
+        f"{_multiple(result.ratio):>8}{apart(result.margin, 1.0, 2, 'g')[0]:>8}{mark}"
     )
 
 

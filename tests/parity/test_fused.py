@@ -1,0 +1,81 @@
+"""Does the reference's fused attention compute attention, and round as fused kernels do, neither less nor more?"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.attention import Attend, weigh
+from vit_ref.verify.fused import fused
+from vit_ref.verify.gates import error
+from vit_ref.verify.trace import precision_of
+
+pytestmark = pytest.mark.parity
+
+# (batch, tokens, heads, head_dim): no two are equal.
+SHAPE = (2, 7, 3, 5)
+
+
+def heads(sharp: float = 1.0) -> list[NDArray]:
+    """Query, key, value and the context's cotangent, the scores of the first head `sharp` times as large."""
+    rng = np.random.default_rng(0)
+    query, key, value, cotangent = (rng.normal(size=SHAPE) for _ in range(4))
+    query[:, :, 0] *= sharp
+    return [query, key, value, cotangent]
+
+
+def pulled(attend: Attend, given: list[NDArray], dtype: DTypeLike) -> list[NDArray]:
+    """The context, and the gradients of query, key and value."""
+    with precision_of(dtype):
+        *arrays, cotangent = (jnp.asarray(x, dtype) for x in given)
+        context, pull_back = jax.vjp(attend, *arrays)
+        return [np.asarray(x) for x in (context, *pull_back(cotangent))]
+
+
+@pytest.mark.parametrize("sharp", [1.0, 5.0])
+def test_in_float64_it_is_attention(sharp: float) -> None:
+    given = heads(sharp)
+    for found, right in zip(pulled(fused, given, np.float64), pulled(weigh, given, np.float64), strict=True):
+        assert error(found, right).passes_semantic_gate
+
+
+def test_a_row_of_probabilities_errs_by_the_rounding_of_the_logarithm_of_its_sum() -> None:
+    """Each query attends to one key, with a score of 1000: the value's gradient is the context's cotangent, reordered.
+
+    Explicit attention gets it without any error. Fused attention loses what rounding the logarithm loses.
+    """
+    score = 1000.00001
+    query, key = (np.zeros(SHAPE) for _ in range(2))
+    query[..., 0] = score * SHAPE[-1] ** 0.5
+    key[:, 2, :, 0] = 1.0
+    given = [query, key, *heads()[2:]]
+    truth, explicit, found = (
+        pulled(attend, given, dtype)[3]
+        for attend, dtype in ((weigh, np.float64), (weigh, np.float32), (fused, np.float32))
+    )
+    assert error(explicit, truth).rms < 1e-7
+    assert error(found, truth).rms < 1e-7  # the logarithm is the score itself, and rounds as that does
+    # Two keys of one score: the logarithm is log(2) more, and has to be rounded.
+    key[:, 3, :, 0] = 1.0
+    truth, explicit, found = (
+        pulled(attend, given, dtype)[3]
+        for attend, dtype in ((weigh, np.float64), (weigh, np.float32), (fused, np.float32))
+    )
+    rounded = abs(float(np.float32(score) + np.log(2)) - float(np.float32(np.float32(score) + np.log(2))))
+    assert error(explicit, truth).rms < 1e-7
+    assert error(found, truth).rms == pytest.approx(rounded, rel=0.02)
+    assert rounded > 5e-6
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_in_half_precision_scores_and_their_logarithm_are_float32(dtype: type) -> None:
+    """A logarithm of eight bits would err by a quarter, and allow a candidate three times that."""
+    given = [x.astype(dtype).astype(np.float64) for x in heads(20.0)]
+    truth = pulled(weigh, given, np.float64)
+    errors = [error(x, right).rms for x, right in zip(pulled(fused, given, dtype), truth, strict=True)]
+    assert max(errors) < 2 * float(ml_dtypes.finfo(dtype).eps)
