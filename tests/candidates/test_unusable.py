@@ -270,7 +270,7 @@ def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved:
         assert [check.name for check in report.checks if check.status == "failed"] == failed
     tokens = dataclasses.replace(plain, call=lambda port, x: jnp.stack([port(x)] * 3, axis=1))
     with pytest.raises(
-        InputError, match=r"^mine: it returned a value of shape \(4, 3, \d+\): without a head the cls token"
+        InputError, match=r"^mine: it returned a value of shape \(1, 3, \d+\): without a head the cls token"
     ):
         check_port(tokens, source.path, backward=False)
 
