@@ -25,7 +25,7 @@ from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.check import check_port, port_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.parity import ParityReport
+from vit_ref.verify.parity import ParityReport, check_parity
 from vit_ref.verify.ports.loading import find
 from vit_ref.verify.references import reference_for
 
@@ -325,10 +325,23 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
         candidate = port_for(port(f"torch_timm.py:{name}"), case.config, source)
         return check_gradients("sink", case.config, source, IMAGES[:2], candidate, reference=judge)
 
-    assert judged("candidate").passed
+    explicit = judged("candidate")
+    assert explicit.passed
+    # PyTorch sums in another order than the reference.
+    assert min(result.gate / result.yardstick for result in explicit.results) >= 6
     report = judged("fused")
     assert report.passed
     assert max(result.ratio for result in report.results) > 20
     # One that shows its probabilities computes with them, and has no reason to err like that.
     monkeypatch.setattr(gradients, "_hides_probabilities", lambda *_: False)
     assert max(result.ratio for result in judged("fused").numerical_failures) > 20
+
+
+def test_a_candidate_in_pytorch_is_allowed_other_sums_than_the_references(
+    timm: vit_ref.Candidate, saved: Callable[[str], Path]
+) -> None:
+    source = checkpoint.read(saved("rectangular"))
+    port = made(timm, saved)
+    report = check_parity("sums", port.config, source, IMAGES, port)
+    assert report.passed
+    assert min(result.gate / result.yardstick for result in report.results) >= 4

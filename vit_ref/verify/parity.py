@@ -32,11 +32,13 @@ class Port(Implementation, Protocol):
       claims: the sites that it promises to show, None for all.
       fixed: those at which nothing can be replaced.
       stored: the dtype that its parameters are rounded to, below float64; None for as it loaded them.
+      foreign: whether it is no jax program, see `gates.ALLOWANCES`.
     """
 
     claims: frozenset[str] | None
     fixed: frozenset[str]
     stored: DTypeLike | None
+    foreign: bool
 
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """As `Implementation.trace`; values in `replace` take the place of the candidate's own at those sites."""
@@ -328,8 +330,9 @@ def compare(
         progress(f"{candidate.name} in {asked.name}")
         rounded_trace = candidate.trace(pixels, asked.dtype)
     rounding = errors_of(rounded_trace, truths)
+    foreign = judge.foreign or candidate.foreign
     gates = {
-        site: numerical_gate(yardsticks[site].rms, asked.dtype, yardsticks[site].carriers, foreign=judge.foreign)
+        site: numerical_gate(yardsticks[site].rms, asked.dtype, yardsticks[site].carriers, foreign=foreign)
         for site in names
     }
     coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)

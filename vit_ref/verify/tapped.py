@@ -48,6 +48,7 @@ class Tapped(ABC):
         has failed.
       fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
       stored: the dtype that its parameters are rounded to below float64, None for as they were loaded.
+      foreign: whether it is no jax program; what is in jax never is.
       compiles: whether it can be compiled; what cannot can write into its images instead.
       notes: what a report says of how it was run, a line each; known once it has run.
     """
@@ -57,6 +58,7 @@ class Tapped(ABC):
     claims: frozenset[str] | None = None
     fixed: frozenset[str] = frozenset()
     stored: DTypeLike | None = None
+    foreign = False
     compiles = True
     notes: tuple[str, ...] = ()
 

@@ -48,6 +48,7 @@ class TorchPort:
     """
 
     compiles = False
+    foreign = True
     stored: DTypeLike | None = None
 
     def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: torch.nn.Module | None = None):
