@@ -244,5 +244,5 @@ def truths_of(gradients: Mapping[str, NDArray]) -> dict[str, Truth]:
     for name, value in gradients.items():
         mates = [truths.get(name.removesuffix("bias") + leaf) for leaf in ("kernel", "scale")]
         if name.endswith(".bias"):
-            truths[name] = Truth(value, max(truths[name].rms, *(mate.rms for mate in mates if mate)))
+            truths[name] = Truth(value, max([truths[name].rms, *(mate.rms for mate in mates if mate)]))
     return truths
