@@ -12,8 +12,8 @@ from numpy.typing import DTypeLike, NDArray
 from vit_ref.errors import InputError
 from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.gates import Error, numerical_gate
-from vit_ref.verify.gradients import check_gradients, gradient_names
+from vit_ref.verify.gates import Error, errors_of, numerical_gate
+from vit_ref.verify.gradients import check_gradients, gradient_names, truths_of
 from vit_ref.verify.parity import ParityReport
 from vit_ref.verify.pooling import SETTLED, Pooled
 
@@ -103,6 +103,19 @@ def test_fused_attention_shows_no_probabilities_and_leaves_their_gate_alone() ->
     found = Pooled(list(errors), np.float32, False, [errors] * 3, [errors] * 3, [errors] * 3, wide)
     gates = {result.site: result.gate for result in found.results()}
     assert gates == pytest.approx({"block.0.attn.value": 12e-3, "block.0.attn.probs": 3e-3}, rel=1e-4)
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "scale"])
+def test_a_bias_errs_relative_to_the_terms_that_cancel_in_it(leaf: str) -> None:
+    truths = truths_of({"a.bias": np.full(5, 1e-3), f"a.{leaf}": np.full(5, 2.0), "b.bias": np.full(5, 1e-3)})
+    errors = errors_of({name: np.zeros(5) for name in truths}, truths)
+    assert {name: error.rms for name, error in errors.items()} == {
+        "a.bias": pytest.approx(5e-4),
+        f"a.{leaf}": 1.0,
+        "b.bias": pytest.approx(1.0),
+    }
+    large = truths_of({"a.bias": np.full(5, 4.0), f"a.{leaf}": np.full(5, 2.0)})
+    assert large["a.bias"].error(np.zeros(5)).rms == 1.0
 
 
 @pytest.mark.parametrize("rounding", [np.nan, np.inf])

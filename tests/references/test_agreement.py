@@ -196,6 +196,7 @@ def test_a_reference_with_fused_attention_has_its_own_gradients_in_float64(name:
         each.gradients(case.images(), np.float64)(objective).named() for each in (judge, with_fused_attention(judge))
     )
     probabilities = {site.name for site in sites(case.config, 1) if site.name.endswith(".attn.probs")}
+    assert own.keys() - fused.keys() == probabilities
     truths = truths_of({site: value for site, value in own.items() if site not in probabilities})
     errors = errors_of(fused, truths)
     assert errors.keys() == truths.keys()

@@ -144,6 +144,8 @@ class FlaxViTReference:
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)
             named = port(flatten_dict(by_parameter, sep="/"), self.config, FLAX, finite=False)
+            if self.fused:  # what is not there has a gradient of zeros
+                by_site = {site: value for site, value in by_site.items() if not site.endswith(".attn.probs")}
             return Gradients(by_site, named, by_pixel)
 
         return gradients
