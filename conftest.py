@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import platform
 import shutil
@@ -93,6 +94,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if not item.config.getoption("benchmark_only", False):
         optimised = any(item.get_closest_marker(name) for name in ("parity", "optimised"))
         jax.config.update("jax_disable_most_optimizations", not optimised)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a module's tests compiled serves few others, and adds up to gigabytes in each process."""
+    if nextitem is not None and nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _keep_compiled(config: pytest.Config, environment: pytest.MonkeyPatch) -> None:

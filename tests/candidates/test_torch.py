@@ -325,10 +325,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
         candidate = port_for(port(f"torch_timm.py:{name}"), case.config, source)
         return check_gradients("sink", case.config, source, IMAGES[:2], candidate, reference=judge)
 
-    explicit = judged("candidate")
-    assert explicit.passed
-    # PyTorch sums in another order than the reference.
-    assert min(result.gate / result.yardstick for result in explicit.results) >= 6
+    assert judged("candidate").passed
     report = judged("fused")
     assert report.passed
     assert max(result.ratio for result in report.results) > 20

@@ -34,7 +34,8 @@ class Allowance(NamedTuple):
       forward: multiple of the reference's error, at a site's value.
       backward: the same, at a gradient.
       floor: units of rounding.
-      foreign: factor to both multiples where the matrix products of the reference or of the candidate are not XLA's.
+      foreign: factor to both multiples where the reference's matrix products are not XLA's, and to `forward` where the
+        candidate's are not.
     """
 
     forward: float
@@ -53,8 +54,9 @@ class Allowance(NamedTuple):
 # foreign: sums have another order there. On a CPU a product over 3072 elements errs in XLA 2.9 times as much as in
 # PyTorch and 2.4 times as much as in NumPy, whose blocks are shorter; over up to 8192 elements at most 3.1 times. On
 # ViT-B/16 that made 2.2 at an MLP's output. Nor is XLA always the worse: over the 64 elements of a head PyTorch erred
-# 2.4 times as much as XLA, in one head of a trained ViT-S/14 whose scores reach 300, and the probabilities with it. In
-# half precision the rounding of what is stored outweighs it.
+# 2.4 times as much as XLA, in one head of a trained ViT-S/14 whose scores reach 300, and the probabilities with it. A
+# candidate in PyTorch is therefore allowed the factor forward. Backward its sums err no more than a reference's in XLA,
+# so it is not allowed the factor there. In half precision the rounding of what is stored outweighs it.
 # floor: half a unit is lost when a value is stored at all, so a site that the reference computes exactly by luck (one
 # product, one addition) must still allow a candidate to round twice: one unit, as a root mean square.
 ALLOWANCES: dict[str, Allowance] = {
@@ -240,7 +242,7 @@ def numerical_gate(
         quite differently by luck: two root mean squares of so many normal errors are further apart than the factor
         allowed here once in a million. From 64 on that is less than the usual factor.
       backward: whether it is a gradient.
-      foreign: whether one of reference and candidate is no jax program, so that the two sum in another order.
+      foreign: whether the two sum in another order because one of them is no jax program, see `ALLOWANCES`.
     """
     allowance = ALLOWANCES[np.dtype(dtype).name]
     factor = (allowance.backward if backward else allowance.forward) * (allowance.foreign if foreign else 1)

@@ -34,7 +34,6 @@ class Differentiable(Protocol):
     name: str
     claims: frozenset[str] | None
     stored: DTypeLike | None
-    foreign: bool
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """A function from an objective to its gradients, computed in `dtype`.
@@ -82,7 +81,7 @@ def check_gradients(
     tensors = hf_tensors(config, source) if asked.stored is not None or isinstance(reference, str) else {}
     judge = reference_for(config, tensors, reference) if isinstance(reference, str) else reference
     names = gradient_names(config)
-    pooled = Pooled(names, asked.dtype, judge.foreign or candidate.foreign)
+    pooled = Pooled(names, asked.dtype, judge.foreign)
     comparison = Comparison(pixels, judge, candidate, asked, asked.rounded(tensors))
     objectives = objectives_for(config, len(pixels))
     for start, stop in pairwise((0, *LOOKS)):

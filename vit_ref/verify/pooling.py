@@ -30,7 +30,7 @@ class Pooled:
     Attributes:
       names: the gradients to compare, in order.
       dtype: the tested precision.
-      foreign: whether the reference or the candidate is, see `gates.ALLOWANCES`.
+      foreign: whether the reference is, see `gates.ALLOWANCES`.
       exacts: the candidate's in float64, of the first objectives alone.
       yardsticks: the reference's in the tested precision.
       roundings: the candidate's there.
