@@ -56,8 +56,8 @@ class Mutant:
       killed_by: the marker whose tests must fail.
       tests: the check that must fail: parity of one case, or tests that pytest runs; few, so that a mutant takes
         seconds.
-      compiled: whether forward parity has to compile the model to see the bug. Else it runs operation by operation,
-        which takes a fifth of the time and computes the same.
+      compiled: whether compiling decides if the bug is there. Forward parity then compiles the model, as it does for
+        users; else it runs operation by operation, which takes a fifth of the time and computes the same.
       first_site: the first site, gradient or tensor that the report must name; None where the kind of bug has none.
       says: how the report names it.
       cause: the one thing that the diagnosis must suggest, for each dose where there are doses; None where nothing.

@@ -173,6 +173,7 @@ MUTANTS = (
         story="the same branch the other way round: parity, which compiles, cannot see it",
         source="isinstance(x, jax.core.Tracer), and numpy for what is not",
         inject=_traced(under=False),
+        compiled=True,
         killed_by="consistency",
         # Two ways of running are compared at their logits.
         tests=("tests/consistency/test_ways.py", "-k", "VariantsTest and float32"),
