@@ -380,13 +380,18 @@ def _on_host(array: jax.Array) -> NDArray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
+# What config.json says of tensors that are stored in another way than this package writes them.
+_OF_OTHER_TENSORS = frozenset({"quantization_config", "pruned_heads"})
+
+
 def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | checkpoint.Deferred]) -> dict[str, Any]:
     """The Hugging Face `config.json` beside these tensors.
 
     It says their own dtype, of several the one that holds all, whatever it said when it was read: transformers, where
-    it is to choose a dtype itself, casts every tensor to it.
+    it is to choose a dtype itself, casts every tensor to it. Nor does it say that the tensors are quantised, or that
+    heads are missing: transformers would quantise or prune what it loads.
     """
-    content = config.to_hf()
+    content = {name: value for name, value in config.to_hf().items() if name not in _OF_OTHER_TENSORS}
     found = {np.dtype(tensor.dtype) for tensor in tensors.values()}
     widest = max(found, key=lambda dtype: dtype.itemsize)
     # Neither of float16 and bfloat16 holds the other.

@@ -217,3 +217,13 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
             f"{tmp_path}: the weights do not fit the configuration (layout hf): 1 not finite",
             "  not finite: classifier.bias: nan at (0,)",
         ]
+
+
+def test_a_saved_config_says_nothing_of_tensors_that_are_stored_otherwise(tmp_path: Path) -> None:
+    source = CASE.checkpoint()
+    checkpoint.write_directory(tmp_path / "given", source.tensors, {**(source.config or {}), **FIELDS})
+    vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "given"), tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert not {"quantization_config", "pruned_heads"} & saved.keys()
+    # The rest travels along.
+    assert saved["return_dict"] is False
