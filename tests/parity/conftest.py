@@ -23,6 +23,7 @@ from vit_ref import checkpoint
 from vit_ref.checkpoint import Checkpoint
 from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.origin import origin
 from vit_ref.pretrained import configuration
 from vit_ref.verify.backward import UndifferentiableError
 from vit_ref.verify.behaviour import Behaviour, check_behaviour
@@ -222,9 +223,16 @@ def _checked(request: pytest.FixtureRequest) -> Any:
     directory = request.config.getoption("parity_report", None)
     if directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        text = f"{headline(outcome)}\n\n{table(outcome)}\n"
+        text = f"{headline(outcome)}{_weights(subject)}\n\n{table(outcome)}\n"
         (Path(directory) / f"{subject.name}-{precision}-{outcome.what}.txt").write_text(text, encoding="utf-8")
     return outcome
+
+
+@cache
+def _weights(subject: Subject) -> str:
+    """A line that names the bytes that were judged; "" for an embedded case, which has no file."""
+    source = subject.load()[1]
+    return f"\n  weights: {origin(source).said}" if source.files else ""
 
 
 @pytest.fixture(scope="session")
@@ -251,6 +259,6 @@ def _summary(request: pytest.FixtureRequest, record_property: Callable[[str, obj
     for fixture in {"parity", "gradients"} & set(request.fixturenames):
         _, subject, precision = request.node.callspec.params[fixture]
         outcome = request.getfixturevalue(fixture)
-        text = headline(outcome) + (f"\n\n{table(outcome)}\n" if subject.given else "")
+        text = headline(outcome) + (f"{_weights(subject)}\n\n{table(outcome)}\n" if subject.given else "")
         name = f"{outcome.what == 'gradients'} {subject.name} {precision}"
         record_property(*summarise(name, text, given=subject.given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -52,8 +53,10 @@ def test_a_checkpoint_outside_the_checkout_is_tested_and_reported(tmp_path: Path
     vit_ref.save_pretrained(filled(CASES["rectangular"].config), directory)
     ended = run("--checkpoint", directory, "--parity-report", tmp_path / "reports", "-k", "given-vit")
     assert ended.returncode == 0, ended.stdout
+    digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
     for text in (ended.stdout, (tmp_path / "reports" / "given-vit-float32-sites.txt").read_text()):
         assert "given-vit: 30 sites pass; float64 at most " in text
+        assert f"\n  weights: sha256 {digest}\n" in text
         assert "\nblock.1.mlp.hidden " in text
     assert "gradients pass" in (tmp_path / "reports" / "given-vit-float32-gradients.txt").read_text()
 
