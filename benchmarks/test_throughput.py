@@ -17,6 +17,8 @@ from vit_ref.verify.environment import environment
 PRODUCTS = 4
 
 
+# PyTorch's compiler imports what PyTorch itself calls deprecated, and a warning is an error here.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_throughput(benchmark: Any, workload: Workload, name: str) -> None:
     notes: list[str] = []
     roofline = Roofline(workload.numerics)  # before the contender: what fits has to fit beside it

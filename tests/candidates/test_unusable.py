@@ -201,6 +201,30 @@ def test_a_port_that_is_not_in_evaluation_mode_is_said_first(
     assert "\n" not in str(caught.value)
 
 
+class Drawing(nnx.Module):
+    """It draws from a stream that was made outside of it."""
+
+    def __init__(self, stream: nnx.Rngs):
+        self.draw = lambda: stream.dropout()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.draw()
+        return x
+
+
+def test_a_port_that_changes_state_outside_itself_is_told_so(
+    port: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
+    stream = nnx.Rngs(0)
+
+    def draw(port: Any) -> None:
+        port.dropout = Drawing(stream)
+
+    candidate = changed(draw)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
+    with pytest.raises(InputError, match=r"^mine: the forward pass changes state that was made outside the port \("):
+        made(candidate, saved).trace(IMAGES, np.float64)
+
+
 def test_a_function_that_differs_from_run_to_run_is_said_first(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

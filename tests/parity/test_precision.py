@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -263,3 +264,14 @@ def test_a_backward_pass_compiled_for_one_precision_of_products_serves_no_other(
         with jax.default_matmul_precision(each):
             implementation.gradients(CASE.images(), np.float32)
     assert compiled == ["float32", "tensorfloat32"]
+
+
+def test_a_package_that_is_not_installed_is_said_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "torch":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = environment.environment()
+    assert found["torch"] == "not installed" and found["jax"] == "1.0"

@@ -158,3 +158,12 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / checkpoint.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read any more \(No such file or dir"):
         origin(found)
+
+
+def test_an_error_that_nobody_foresaw_is_no_missing_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> list[str]:
+        raise RuntimeError("a fault of the client's own")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", broken)
+    with pytest.raises(RuntimeError, match="a fault of the client's own"):
+        checkpoint.locate("somebody/vit")

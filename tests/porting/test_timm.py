@@ -266,3 +266,8 @@ def test_a_tensor_of_another_kind_of_vit_is_unexpected(extra: str) -> None:
     with pytest.raises(porting.PortError) as caught:
         porting.port(tensors, config, porting.detect(tensors))
     assert [(fault.kind, fault.name) for fault in caught.value.faults] == [("unexpected", extra)]
+
+
+def test_preprocessing_that_cannot_be_followed_is_not_written() -> None:
+    config = replace(ViTConfig(), preprocessor={"resample": 9})
+    assert "mean" not in to_timm(config)["pretrained_cfg"]
