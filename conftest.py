@@ -130,8 +130,8 @@ def _keep_compiled(config: pytest.Config, environment: pytest.MonkeyPatch) -> No
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`pytest --benchmark-only` runs the benchmarks and nothing else; any other run leaves them out."""
-    left_out = "tests" if config.getoption("benchmark_only", False) else "benchmarks"
-    return True if Path(__file__).parent / left_out in collection_path.parents else None
+    left_out = ("tests", "vit_ref") if config.getoption("benchmark_only", False) else ("benchmarks",)
+    return True if any(Path(__file__).parent / each in collection_path.parents for each in left_out) else None
 
 
 def pytest_report_header() -> list[str]:

@@ -14,9 +14,9 @@ from flax import nnx
 from vit_ref.bench.contenders import stepping
 from vit_ref.bench.workload import Workload
 from vit_ref.finetune.step import split_step, train_step
-from vit_ref.pretrained import build
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import Case
+from vit_ref.weights.pretrained import build
 
 WORK = Workload("Ti/16", 1, "float32", "train step")
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vit_ref.config import ViTConfig
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import open_dataset
 from vit_ref.finetune.loading import Batches, batches
@@ -19,7 +18,8 @@ from vit_ref.finetune.mesh import divided, mesh_for, shardings
 from vit_ref.finetune.optimizer import transformation
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.run import learner
-from vit_ref.model import VisionTransformer
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
 
 pytestmark = pytest.mark.skipif(
     find_spec("grain") is None, reason="fine-tuning needs grain: pip install 'vit-ref[finetune]'"

@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 from vit_ref import from_pretrained, save_pretrained
-from vit_ref.config import ViTConfig
-from vit_ref.pretrained import build
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import Case
+from vit_ref.weights.pretrained import build
 
 # The bare interpreter and jax alone are the lower bounds.
 IMPORTS = {"nothing": "pass", "jax": "import jax", "flax.nnx": "from flax import nnx", "vit_ref": "import vit_ref"}

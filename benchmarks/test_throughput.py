@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from vit_ref.bench.contenders import UnbuildableError
 from vit_ref.bench.measure import Timing, fitting
 from vit_ref.bench.queueing import passes_at_once
 from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
+from vit_ref.errors import UnbuildableError
 from vit_ref.verify.environment import environment
 
 # Rounds of the roofline's products before, and again after, what pytest-benchmark times without a break.

@@ -12,12 +12,12 @@ import pytest
 _CHECK = """
 import resource, sys
 import numpy as np
-from vit_ref.config import ViTConfig
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import Case
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.parity import check_parity, hf_tensors
-from vit_ref.verify.references import reference_for
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.forward import check_parity, hf_tensors
+from vit_ref.verify.references.choice import reference_for
 
 size, passes = sys.argv[1:]
 case = Case(size, ViTConfig.variant(size, num_labels=10), batch=1)

@@ -13,13 +13,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import pretrained
-from vit_ref.config import ViTConfig
-from vit_ref.model import VisionTransformer
-from vit_ref.porting import Tensors, parameter_shapes
-from vit_ref.sites import sites
-from vit_ref.skeleton import skeleton
-from vit_ref.verify.trace import Trace, precision_of
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import sites
+from vit_ref.model.skeleton import skeleton
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.weights import pretrained
+from vit_ref.weights.mapping import Tensors, parameter_shapes
 
 
 def _filled(config: ViTConfig, dtype: DTypeLike | None = None) -> VisionTransformer:

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from vit_ref.origin import Origin
-from vit_ref.sites import BLOCK_SITES
-from vit_ref.verify.behaviour import Behaviour
-from vit_ref.verify.diagnosis import Cause
+from vit_ref.model.sites import BLOCK_SITES
+from vit_ref.verify.compare.behaviour import Behaviour
+from vit_ref.verify.compare.forward import ParityReport, SiteResult
+from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.gates import Error
-from vit_ref.verify.parity import ParityReport, SiteResult
-from vit_ref.verify.port_report import PortReport
+from vit_ref.verify.results import CandidateReport
+from vit_ref.weights.origin import Origin
 
 LEAVES = [
     *(f"{layer}.{leaf}" for layer in ("norm1", "norm2") for leaf in ("scale", "bias")),
@@ -38,20 +38,20 @@ def parity(*results: SiteResult, **fields: Any) -> ParityReport:
     return ParityReport(reference="FlaxViT", **given)
 
 
-def ported(forward: ParityReport, backward: ParityReport | None = None, **fields: Any) -> PortReport:
+def ported(forward: ParityReport, backward: ParityReport | None = None, **fields: Any) -> CandidateReport:
     """A whole report."""
     behaviour = (Behaviour("repeat", 0.0, ""), Behaviour("inputs", None, ""))
     given = {"title": "tiny", "candidate": "mine", "behaviour": behaviour, "environment": ENVIRONMENT, **fields}
     given = {"checkpoint": ORIGIN, **given}
     reason = "" if backward else "not asked for"
-    return PortReport(
-        **{"reference": "FlaxViT", "precision": forward.precision, "not_backward": reason, "expected_failures": {}}
+    return CandidateReport(
+        **{"reference": "FlaxViT", "precision": forward.precision, "not_backward": reason, "expected_failed_checks": {}}
         | {"forward": forward, "backward": backward}
         | given
     )
 
 
-def wrong(depth: int = 2) -> PortReport:
+def wrong(depth: int = 2) -> CandidateReport:
     """A port that is wrong from its first LayerNorm on, with gradients, of which one is right."""
     names = [f"block.{i}.{site}" for i in range(depth) for site, _ in BLOCK_SITES]
     names = ["patches", "embeddings", *names, "norm", "logits"]
@@ -78,17 +78,19 @@ def wrong(depth: int = 2) -> PortReport:
     )
 
 
-def _unshown() -> PortReport:
+def _unshown() -> CandidateReport:
     sites = ("patches", "embeddings", "block.0.norm1", "logits")
     return ported(parity(measured("logits"), unmapped=sites[:3], order=sites))
 
 
-def _expected() -> PortReport:
+def _expected() -> CandidateReport:
     sites = [measured("embeddings"), measured("block.0.norm1", 1e-6), measured("logits", 1e-6)]
-    return ported(parity(*sites), expected_failures={"block.*": "known", "embeddings": "was wrong once", "l*": "known"})
+    return ported(
+        parity(*sites), expected_failed_checks={"block.*": "known", "embeddings": "was wrong once", "l*": "known"}
+    )
 
 
-def _infinite() -> PortReport:
+def _infinite() -> CandidateReport:
     sites = [
         measured("norm", math.inf, math.inf, rounding=math.inf, yardstick=math.inf, gate=math.inf),
         measured("logits", rounding=0.0),
@@ -96,14 +98,14 @@ def _infinite() -> PortReport:
     return ported(parity(*sites, unobserved=("patches",)))
 
 
-def _misbehaving() -> PortReport:
+def _misbehaving() -> CandidateReport:
     forward = parity(measured("logits"))
     return ported(
         forward, behaviour=(Behaviour("batch", 0.25, "an image alone comes out otherwise than in its batch"),)
     )
 
 
-REPORTS: dict[str, Callable[[], PortReport]] = {
+REPORTS: dict[str, Callable[[], CandidateReport]] = {
     "right": lambda: ported(parity(measured("patches", 0.0), measured("logits"))),
     "wrong": wrong,
     "output alone is shown": _unshown,

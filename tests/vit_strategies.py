@@ -15,9 +15,9 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
 
-from vit_ref.config import ACTIVATION_NAMES, ViTConfig
-from vit_ref.porting import BIG_VISION, HF, TIMM, Layout, Tensors, parameter_shapes, port
+from vit_ref.model.config import ACTIVATION_NAMES, ViTConfig
 from vit_ref.verify.cases import Case
+from vit_ref.weights.mapping import BIG_VISION, HF, TIMM, Layout, Tensors, parameter_shapes, port
 
 seeds = st.integers(0, 2**16)
 indices = st.integers(0, 255)

@@ -1,51 +1,58 @@
 """A Vision Transformer in Flax NNX, and the suite that proves weight ports numerically right."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from vit_ref.config import ViTConfig
-from vit_ref.errors import CheckpointError, ConfigError, InputError
-from vit_ref.model import VisionTransformer
-from vit_ref.porting import PortError
-from vit_ref.pretrained import from_pretrained, save_pretrained
-
 if TYPE_CHECKING:
-    from vit_ref.verify.check import check_port
-    from vit_ref.verify.parametrize import parametrize_with_sites
-    from vit_ref.verify.port_report import PortReport
-    from vit_ref.verify.ports.declaration import Candidate
-    from vit_ref.verify.ports.proposal import propose
+    from vit_ref.errors import CheckpointError, ConfigError, InputError, MappingError
+    from vit_ref.model.config import ViTConfig
+    from vit_ref.model.vit import VisionTransformer
+    from vit_ref.testing.parametrize import parametrize_with_checks
+    from vit_ref.verify.candidates.declaration import Candidate
+    from vit_ref.verify.propose.proposal import propose
+    from vit_ref.verify.results import CandidateReport
+    from vit_ref.verify.session import check_port
+    from vit_ref.weights.pretrained import from_pretrained, save_pretrained
 
-__version__ = version("vit-ref")
-
-# The engine is imported when it is asked for: who loads a model does not wait for it.
-_OF_THE_ENGINE = {
-    "Candidate": "vit_ref.verify.ports.declaration",
-    "PortReport": "vit_ref.verify.port_report",
-    "check_port": "vit_ref.verify.check",
-    "parametrize_with_sites": "vit_ref.verify.parametrize",
-    "propose": "vit_ref.verify.ports.proposal",
+# A name is imported when it is first used: the command and pytest's plugin start without waiting for jax.
+_HOME = {
+    "Candidate": "vit_ref.verify.candidates.declaration",
+    "CheckpointError": "vit_ref.errors",
+    "ConfigError": "vit_ref.errors",
+    "InputError": "vit_ref.errors",
+    "MappingError": "vit_ref.errors",
+    "CandidateReport": "vit_ref.verify.results",
+    "ViTConfig": "vit_ref.model.config",
+    "VisionTransformer": "vit_ref.model.vit",
+    "check_port": "vit_ref.verify.session",
+    "from_pretrained": "vit_ref.weights.pretrained",
+    "parametrize_with_checks": "vit_ref.testing.parametrize",
+    "propose": "vit_ref.verify.propose.proposal",
+    "save_pretrained": "vit_ref.weights.pretrained",
 }
 
 __all__ = [
     "Candidate",
+    "CandidateReport",
     "CheckpointError",
     "ConfigError",
     "InputError",
-    "PortError",
-    "PortReport",
+    "MappingError",
     "ViTConfig",
     "VisionTransformer",
     "check_port",
     "from_pretrained",
-    "parametrize_with_sites",
+    "parametrize_with_checks",
     "propose",
     "save_pretrained",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OF_THE_ENGINE:
-        return getattr(import_module(_OF_THE_ENGINE[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vit-ref")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,9 +30,9 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import ConfigError, InputError
 from vit_ref.image_files import require_pillow
+from vit_ref.model.config import ViTConfig
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,15 +10,15 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from vit_ref import config
 from vit_ref.bench import measure, roofline
 from vit_ref.bench.compiling import Cost
 from vit_ref.bench.contenders import Contender, Entry
 from vit_ref.bench.measure import Timing
 from vit_ref.bench.report import plot
 from vit_ref.bench.workload import Workload
-from vit_ref.cli import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
+from vit_ref.model import config
 
 pytestmark = pytest.mark.benchmarks
 

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_ref import attention
-from vit_ref.attention import cudnn
 from vit_ref.bench import contenders, measure, queueing, roofline, session
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.contenders import Contender, Entry
-from vit_ref.bench.measure import OutOfMemoryError, Timing, fitting, race
+from vit_ref.bench.measure import Timing, fitting, race
 from vit_ref.bench.report import table
 from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.session import implementations, workloads
 from vit_ref.bench.workload import Workload
-from vit_ref.errors import InputError
+from vit_ref.errors import InputError, OutOfMemoryError
+from vit_ref.model import attention
+from vit_ref.model.attention import cudnn
 
 pytestmark = pytest.mark.benchmarks
 
@@ -277,7 +277,7 @@ def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.Monk
         def build(workload: Workload, rate: float, *, compiles: bool) -> Any:
             return (lambda: compiles), 3.0
 
-    monkeypatch.setitem(sys.modules, "vit_ref.bench.torchvit", Module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vit_ref.bench.torch_vit", Module)  # type: ignore[arg-type]
     eager, compiled = (contenders.CONTENDERS[name].build(WORK) for name in ("PyTorch", "torch.compile"))
     assert (eager.name, eager.run(), eager.cost) == ("PyTorch", False, Cost(3.0, None, None, None))
     assert (compiled.name, compiled.run()) == ("torch.compile", True)

@@ -10,7 +10,7 @@ import pytest
 from vit_ref.bench import contenders
 from vit_ref.bench.compiling import Cost
 from vit_ref.bench.workload import PASSES, Pass, Workload, operations
-from vit_ref.config import ViTConfig
+from vit_ref.model.config import ViTConfig
 
 pytestmark = pytest.mark.benchmarks
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from vit_ref import config
 from vit_ref.bench.contenders import CONTENDERS
 from vit_ref.bench.workload import Workload
+from vit_ref.model import config
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vit_ref import checkpoint
 from vit_ref.verify.cases import CASES, Case
+from vit_ref.weights import checkpoint
 
-PORTS = Path(__file__).parent / "ports"
+PORTS = Path(__file__).parent / "worked"
 # What a port needs that the extra `test` does not bring everywhere, and how it is had.
 NEEDS = {
     "equinox_vmapped.py": ("equinox", "pip install equinox"),

@@ -15,12 +15,12 @@ import pytest
 import vit_ref
 from synthetic_reports import REPORTS
 from vit_ref.errors import InputError
-from vit_ref.verify import parametrize
-from vit_ref.verify.backward import LOOKS
+from vit_ref.testing import parametrize
+from vit_ref.testing.parametrize import SiteCheck
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.check import steps
-from vit_ref.verify.parametrize import SiteCheck
-from vit_ref.verify.port_report import Check, PortReport
+from vit_ref.verify.compare.objectives import LOOKS
+from vit_ref.verify.results import CandidateReport, Check
+from vit_ref.verify.session import steps
 
 pytestmark = pytest.mark.candidates
 
@@ -59,26 +59,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = CASES["stored-float64"].checkpoint()
     root = tmp_path_factory.mktemp("given")
     tensors = {name: tensor.astype(np.float32) for name, tensor in source.tensors.items()}
-    vit_ref.checkpoint.write_directory(root / "tiny", tensors, source.config)
+    vit_ref.weights.checkpoint.write_directory(root / "tiny", tensors, source.config)
     (root / "port.py").write_text(PORT)
     return root / "tiny"
 
 
 @pytest.fixture(scope="module")
-def judged(tiny: Path) -> tuple[PortReport, list[str]]:
+def judged(tiny: Path) -> tuple[CandidateReport, list[str]]:
     """This package's model as anybody's, and the steps that were told."""
     said: list[str] = []
     return vit_ref.check_port(str(tiny.parent / "port.py"), tiny, progress=said.append), said
 
 
-def statuses(report: PortReport) -> dict[str, list[str]]:
+def statuses(report: CandidateReport) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for check in report.checks:
         found.setdefault(check.status, []).append(check.name)
     return found
 
 
-def test_a_right_port_passes_every_check(judged: tuple[PortReport, list[str]]) -> None:
+def test_a_right_port_passes_every_check(judged: tuple[CandidateReport, list[str]]) -> None:
     report, said = judged
     assert report.passed
     assert list(statuses(report)) == ["passed"]
@@ -90,7 +90,7 @@ def test_a_right_port_passes_every_check(judged: tuple[PortReport, list[str]]) -
     assert len(said) == steps(backward=False) + report.backward.objectives
 
 
-def test_sites_and_gradients_are_reported_in_the_order_of_the_pass(judged: tuple[PortReport, list[str]]) -> None:
+def test_sites_and_gradients_are_reported_in_the_order_of_the_pass(judged: tuple[CandidateReport, list[str]]) -> None:
     report, _ = judged
     for part in (report.forward, report.backward):
         assert part is not None
@@ -120,12 +120,12 @@ def test_a_function_of_the_pixels_is_a_port(tiny: Path) -> None:
 
 def test_an_expected_failure_that_passes_is_an_error(tiny: Path) -> None:
     port, known = str(tiny.parent / "port.py"), {"forward/logits": "known", "block.0.*": "was wrong once"}
-    report = vit_ref.check_port(port, tiny, backward=False, expected_failures=known)
+    report = vit_ref.check_port(port, tiny, backward=False, expected_failed_checks=known)
     assert not report.passed
     stale = statuses(report)["stale expectation"]
     assert "forward/logits" in stale and "forward/block.0.norm1" in stale and "forward/norm" not in stale
-    with pytest.raises(InputError, match=r"expected_failures: 'block\.7\.\*' matches no check of .*/tiny"):
-        vit_ref.check_port(port, tiny, backward=False, expected_failures={"block.7.*": "misspelt"})
+    with pytest.raises(InputError, match=r"expected_failed_checks: 'block\.7\.\*' matches no check of .*/tiny"):
+        vit_ref.check_port(port, tiny, backward=False, expected_failed_checks={"block.7.*": "misspelt"})
 
 
 def test_without_a_backward_pass_the_reason_is_given(tiny: Path) -> None:
@@ -164,8 +164,8 @@ def test_a_case_of_pytest_ends_as_its_check(
     assert text in str(caught.value)
 
 
-def test_every_check_of_a_port_is_a_case(tiny: Path, judged: tuple[PortReport, list[str]]) -> None:
-    mark = vit_ref.parametrize_with_sites(str(tiny.parent / "port.py"), tiny).mark
+def test_every_check_of_a_port_is_a_case(tiny: Path, judged: tuple[CandidateReport, list[str]]) -> None:
+    mark = vit_ref.parametrize_with_checks(str(tiny.parent / "port.py"), tiny).mark
     assert mark.args[0] == "check"
     ids = [param.id for param in mark.args[1]]
     # Of a port in jax nobody asks whether it writes into its images, and of any other not whether it compiles.
@@ -175,12 +175,12 @@ def test_every_check_of_a_port_is_a_case(tiny: Path, judged: tuple[PortReport, l
 def test_a_port_is_judged_once_as_asked_and_by_one_worker(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def judged(*arguments: Any, **options: Any) -> PortReport:
+    def judged(*arguments: Any, **options: Any) -> CandidateReport:
         calls.append((arguments, options))
         return REPORTS["right"]()
 
     monkeypatch.setattr(parametrize, "check_port", judged)
-    params = vit_ref.parametrize_with_sites("port.py", tiny, backward=False, reference="numpy").mark.args[1]
+    params = vit_ref.parametrize_with_checks("port.py", tiny, backward=False, reference="numpy").mark.args[1]
     for param in params:
         if param.id in ("forward/patches", "forward/logits"):
             param.values[0]()
@@ -203,7 +203,7 @@ def test_three_lines_in_ones_own_project_are_a_case_a_site(tiny: Path, tmp_path:
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
     (tmp_path / "test_port.py").write_text(
         "import vit_ref\n\n"
-        f"@vit_ref.parametrize_with_sites({str(tiny.parent / 'port.py')!r}, {str(tiny)!r}, backward=False)\n"
+        f"@vit_ref.parametrize_with_checks({str(tiny.parent / 'port.py')!r}, {str(tiny)!r}, backward=False)\n"
         "def test_port(check):\n    check()\n"
     )
     ended = run(tmp_path, "-v", "--strict-markers")
@@ -212,7 +212,7 @@ def test_three_lines_in_ones_own_project_are_a_case_a_site(tiny: Path, tmp_path:
     assert "21 passed, 1 skipped" in ended.stdout
 
 
-FORWARD = "tests/parity/test_parity.py"
+FORWARD = "vit_ref/testing/suite/test_parity.py"
 
 
 def test_the_suite_judges_a_candidate_in_place_of_the_own_model(tiny: Path, tmp_path: Path) -> None:

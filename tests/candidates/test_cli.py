@@ -18,12 +18,13 @@ from click.testing import CliRunner, Result
 
 import vit_ref
 from synthetic_reports import REPORTS
-from vit_ref import cli
-from vit_ref.verify import check, stream
+from vit_ref.cli import commands
+from vit_ref.cli.commands import main
+from vit_ref.errors import TruncatedError
+from vit_ref.verify import session, stream
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.report import headline, to_html, to_json
-from vit_ref.verify.trace import TruncatedError
+from vit_ref.verify.results import CandidateReport
 
 pytestmark = pytest.mark.candidates
 
@@ -33,7 +34,7 @@ RIGHT = REPORTS["right"]
 
 @pytest.fixture
 def invoke() -> Invoke:
-    return lambda *arguments: CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one block."""
     source = CASES["stored-float64"].checkpoint()
     directory = tmp_path_factory.mktemp("given") / "tiny"
-    vit_ref.checkpoint.write_directory(
+    vit_ref.weights.checkpoint.write_directory(
         directory, {name: tensor.astype("f4") for name, tensor in source.tensors.items()}, source.config
     )
     return directory
@@ -54,12 +55,12 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
     def find(name: str) -> list[Any]:
         calls: list[Any] = []
 
-        def judged(*arguments: Any, progress: Callable[[str], None], **options: Any) -> PortReport:
+        def judged(*arguments: Any, progress: Callable[[str], None], **options: Any) -> CandidateReport:
             progress("something")
             calls.append((*arguments, options))
             return REPORTS[name]()
 
-        monkeypatch.setattr(check, "check_port", judged)
+        monkeypatch.setattr(session, "check_port", judged)
         return calls
 
     return find
@@ -76,7 +77,7 @@ def test_the_exit_code_is_the_verdict(name: str, code: int, found: Callable[[str
 
 
 def test_one_wrong_port_of_two_is_a_failure(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
-    monkeypatch.setattr(check, "check_port", lambda candidate, *_, **__: REPORTS[candidate]())
+    monkeypatch.setattr(session, "check_port", lambda candidate, *_, **__: REPORTS[candidate]())
     for order in (("right", "wrong"), ("wrong", "right")):
         ended = invoke("verify", "anywhere", "--candidate", order[0], "--candidate", order[1])
         assert ended.exit_code == 1
@@ -159,10 +160,10 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
 ) -> None:
     forward = dataclasses.replace(REPORTS[name](), backward=None, not_backward="FlaxViT itself is not finite")
 
-    def judged(candidate: str, *_: Any, **__: Any) -> PortReport:
-        return check.complete(forward, True) if candidate == "forward" else RIGHT()
+    def judged(candidate: str, *_: Any, **__: Any) -> CandidateReport:
+        return session.complete(forward, True) if candidate == "forward" else RIGHT()
 
-    monkeypatch.setattr(check, "check_port", judged)
+    monkeypatch.setattr(session, "check_port", judged)
     # Another port's verdict changes nothing about this one's.
     for others in ([], ["--candidate", "another"]):
         ended = invoke("verify", "anywhere", "--candidate", "forward", *others)
@@ -240,20 +241,20 @@ def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke:
 def test_a_port_that_does_not_compute_in_float64_cannot_be_judged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
 ) -> None:
-    def truncated(*arguments: Any, **options: Any) -> PortReport:
+    def truncated(*arguments: Any, **options: Any) -> CandidateReport:
         raise TruncatedError("mine was to compute in float64")
 
-    monkeypatch.setattr(check, "check_port", truncated)
+    monkeypatch.setattr(session, "check_port", truncated)
     ended = invoke("verify", "anywhere", "--json", tmp_path / "a.json")
     assert (ended.exit_code, ended.stderr) == (2, "vit-ref: mine was to compute in float64\n")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke) -> None:
-    def interrupted(*arguments: Any, **options: Any) -> PortReport:
+    def interrupted(*arguments: Any, **options: Any) -> CandidateReport:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "check_port", interrupted)
+    monkeypatch.setattr(session, "check_port", interrupted)
     ended = invoke("verify", "anywhere", "--html", tmp_path / "a.html")
     assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing is left half-written\n")
     assert not list(tmp_path.iterdir())
@@ -279,12 +280,14 @@ candidate = vit_ref.Candidate(load=load)
 # As the installed command; a conversion is interrupted once all of it is written and nothing is renamed.
 COMMAND = """
 import os, signal, sys
-from vit_ref import cli, conversion
+from vit_ref.cli import commands
+from vit_ref.cli.commands import main
+from vit_ref.weights import conversion
 
 # A shell that starts something in the background has it ignore the signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-conversion._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
-sys.exit(cli.main())
+convert._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(main())
 """
 
 
@@ -317,8 +320,8 @@ class Interrupting:
 
 sys.meta_path.insert(0, Interrupting)
 signal.signal(signal.SIGINT, {handler})
-import vit_ref_command
-sys.exit(vit_ref_command.main())
+import vit_ref.cli.entry
+sys.exit(vit_ref.cli.entry.main())
 """
 
 
@@ -355,7 +358,7 @@ def test_a_bar_names_the_step_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with cli._progress(2) as step:
+    with commands._progress(2) as step:
         step("FlaxViT in float64")
     printed = capsys.readouterr()
     assert "FlaxViT in float64" in printed.err and not printed.out

@@ -15,23 +15,23 @@ import pytest
 from flax import linen, nnx
 
 import vit_ref
-from vit_ref import checkpoint
 from vit_ref.errors import InputError
-from vit_ref.pretrained import configuration
-from vit_ref.verify.behaviour import require_repeatable
+from vit_ref.verify.candidates.loading import find
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.check import check_port, port_for
+from vit_ref.verify.compare.behaviour import require_repeatable
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.port_report import PortReport
-from vit_ref.verify.ports.loading import find
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.results import CandidateReport
+from vit_ref.verify.session import check_port, prepare_candidate
+from vit_ref.weights import checkpoint
+from vit_ref.weights.pretrained import configuration
 
 pytestmark = pytest.mark.candidates
 
 ONLY_TORCH = pytest.mark.torch
 
 
-def status_of(report: PortReport, prefix: str) -> dict[str, str]:
+def status_of(report: CandidateReport, prefix: str) -> dict[str, str]:
     return {check.site: check.status for check in report.checks if check.name.startswith(prefix)}
 
 
@@ -103,7 +103,7 @@ def test_the_bug_of_its_style_is_found_where_it_is_and_named(
 def test_live_dropout_is_said_before_anything_else(
     port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("vit_ref.verify.check.check_parity")
+    monkeypatch.delattr("vit_ref.verify.session.check_parity")
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(
             InputError,
@@ -169,7 +169,7 @@ def test_state_in_evaluation_mode_is_no_fault_under_a_transformation_of_nnx(
     candidate = vit_ref.Candidate(load=partial(load, **{"linen_port" if load is bridged else "tutorial": worked}))
     source = checkpoint.read(saved("rectangular"))
     config, pixels = configuration(source), CASES["rectangular"].images()
-    made = port_for(candidate, config, source)
+    made = prepare_candidate(candidate, config, source)
     require_repeatable(made, pixels[:1])
     right = NumpyOracle(config, source.tensors).trace(pixels)["logits"]
     assert error(made.outputs([pixels], np.float64)[0], right).rms < SEMANTIC_RMS
@@ -186,7 +186,10 @@ def test_parameters_in_boxes_have_the_names_of_those_without(
         return module, {"params": boxed}
 
     source = checkpoint.read(saved("rectangular"))
-    made = [port_for(each, configuration(source), source) for each in (dataclasses.replace(worked, load=load), worked)]
+    made = [
+        prepare_candidate(each, configuration(source), source)
+        for each in (dataclasses.replace(worked, load=load), worked)
+    ]
     boxed, plain = (each.by_path(each.ready(np.float32)[0]) for each in made)
     assert boxed.keys() == plain.keys() and len(boxed) == 40
     (found,) = made[0].outputs([CASES["rectangular"].images()], np.float64)

@@ -16,19 +16,19 @@ from jax import Array
 from numpy.typing import NDArray
 
 import vit_ref
-from vit_ref import checkpoint, porting
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.pretrained import configuration
-from vit_ref.sites import BLOCK_SITES
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import BLOCK_SITES
+from vit_ref.verify.candidates.declaration import Candidate
+from vit_ref.verify.candidates.table import gradients_by_path
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.check import port_for
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.ports.declaration import Candidate
-from vit_ref.verify.ports.listing import Proposal
-from vit_ref.verify.ports.matching import Search
-from vit_ref.verify.ports.table import gradients_by_path
-from vit_ref.verify.trace import Trace
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.propose.listing import Proposal
+from vit_ref.verify.propose.matching import Search
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.session import prepare_candidate
+from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights.pretrained import configuration
 
 pytestmark = pytest.mark.candidates
 
@@ -128,7 +128,7 @@ TUTORIAL_PARAMETERS = {
 def _ported(directory: Path) -> tuple[ViTConfig, dict[str, NDArray]]:
     source = checkpoint.read(directory)
     config = configuration(source)
-    return config, porting.port(source.tensors, config, porting.detect(source.tensors))
+    return config, mapping.port(source.tensors, config, mapping.detect(source.tensors))
 
 
 def tutorial(
@@ -228,7 +228,7 @@ def assert_can_be_pasted(proposal: Proposal, shape: tuple[int, ...] = (6, 6, 6, 
 def assert_shown_as_the_oracle_has_them(candidate: Candidate, directory: Path, sites: set[str]) -> None:
     source = checkpoint.read(directory)
     config, pixels = configuration(source), CASE.images()
-    seen = port_for(candidate, config, source).trace(pixels, np.float64)
+    seen = prepare_candidate(candidate, config, source).trace(pixels, np.float64)
     assert seen.keys() == {*sites, "logits"}
     truth = NumpyOracle(config, source.tensors).trace(pixels)
     for site, value in seen.items():
@@ -245,7 +245,7 @@ def assert_passes(candidate: Candidate, proposal: Proposal, directory: Path, uns
     # The table of parameters, on the parameters themselves instead of their gradients, which take a minute to compile.
     config, ours = _ported(directory)
     found = gradients_by_path(
-        proposal.parameters, config, port_for(judged, config, checkpoint.read(directory)).parameters()
+        proposal.parameters, config, prepare_candidate(judged, config, checkpoint.read(directory)).parameters()
     )
     assert found.keys() == ours.keys()
     for path, value in found.items():

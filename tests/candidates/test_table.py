@@ -14,17 +14,17 @@ import pytest
 from flax import linen, nnx
 
 import vit_ref
-from vit_ref import checkpoint
 from vit_ref.errors import InputError
-from vit_ref.porting import parameter_shapes
-from vit_ref.pretrained import configuration
-from vit_ref.verify.backward import objectives_for
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.candidates.loading import find, recognised
+from vit_ref.verify.candidates.own import OwnCandidate
+from vit_ref.verify.candidates.table import Table, bind, claimed, counted, fitted, flat, gradients_by_path
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.check import port_for
+from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.ports.loading import find, recognised
-from vit_ref.verify.ports.table import Table, bind, claimed, counted, fitted, flat, gradients_by_path
+from vit_ref.verify.session import prepare_candidate
+from vit_ref.weights import checkpoint
+from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.pretrained import configuration
 
 pytestmark = pytest.mark.candidates
 
@@ -226,7 +226,7 @@ def of_torch() -> Any:
 def test_submodules_may_be_numbered_with_zeros(load: Callable[[], Any], key: str, saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("one-block"))
     candidate = vit_ref.Candidate(load=lambda _: load(), sites={key: "block.{i}.norm1" if "{" in key else "norm"})
-    port = port_for(candidate, configuration(source), source)
+    port = prepare_candidate(candidate, configuration(source), source)
     found = port.trace(CASES["rectangular"].images(), np.float64)
     assert found.keys() == {"block.0.norm1" if "{" in key else "norm", "logits"}
     assert any(name.startswith("block0.") for name in port.parameters())
@@ -298,7 +298,7 @@ def test_a_site_replaced_or_perturbed_through_a_selection_is_so_inside(
     config = configuration(source)
     pixels = CASES["rectangular"].images()[:2]
     own = OwnCandidate(config, source)
-    theirs = port_for(changed(port(file)), config, source)
+    theirs = prepare_candidate(changed(port(file)), config, source)
     rng = np.random.default_rng(0)
     values = {
         f"block.0.attn.{role}": rng.normal(size=(2, TOKENS, HEADS, WIDTH // HEADS)) for role in ("query", "value")

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 
 import vit_ref
-from vit_ref import checkpoint
 from vit_ref.errors import InputError
-from vit_ref.pretrained import configuration
-from vit_ref.verify import gradients
-from vit_ref.verify.backward import objectives_for
-from vit_ref.verify.behaviour import check_behaviour
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.candidates.loading import find
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.check import check_port, port_for
+from vit_ref.verify.compare import backward
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.behaviour import check_behaviour
+from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.parity import ParityReport, check_parity
-from vit_ref.verify.ports.loading import find
-from vit_ref.verify.references import reference_for
+from vit_ref.verify.references.choice import reference_for
+from vit_ref.verify.session import check_port, prepare_candidate
+from vit_ref.weights import checkpoint
+from vit_ref.weights.pretrained import configuration
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
 
@@ -47,7 +47,7 @@ def calling(candidate: vit_ref.Candidate, call: Callable) -> vit_ref.Candidate:
 
 def made(candidate: vit_ref.Candidate, saved: Callable[[str], Path]) -> Any:
     source = checkpoint.read(saved("rectangular"))
-    return port_for(candidate, configuration(source), source)
+    return prepare_candidate(candidate, configuration(source), source)
 
 
 def traced(candidate: vit_ref.Candidate, saved: Callable[[str], Path], dtype: Any = np.float64) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_a_port_with_a_tap_shows_its_values_itself(saved: Callable[[str], Path])
         def forward(self, images: Any, tap: Callable) -> Any:
             return self.linear(tap("norm", torch.zeros(len(images), 17, 33, dtype=images.dtype))[:, 0])
 
-    port = port_for(vit_ref.Candidate(load=lambda _: Head()), configuration(source), source)
+    port = prepare_candidate(vit_ref.Candidate(load=lambda _: Head()), configuration(source), source)
     found = port.trace(IMAGES, np.float64, replace={"norm": own["norm"]})
     assert not found["norm"].any()
     assert error(found["logits"], own["logits"]).rms < SEMANTIC_RMS
@@ -322,7 +322,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
     judge = reference_for(case.config, source.tensors)
 
     def judged(name: str) -> ParityReport:
-        candidate = port_for(port(f"torch_timm.py:{name}"), case.config, source)
+        candidate = prepare_candidate(port(f"torch_timm.py:{name}"), case.config, source)
         return check_gradients("sink", case.config, source, IMAGES[:2], candidate, reference=judge)
 
     assert judged("candidate").passed
@@ -330,7 +330,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
     assert report.passed
     assert max(result.ratio for result in report.results) > 20
     # One that shows its probabilities computes with them, and has no reason to err like that.
-    monkeypatch.setattr(gradients, "_hides_probabilities", lambda *_: False)
+    monkeypatch.setattr(backward, "_hides_probabilities", lambda *_: False)
     assert max(result.ratio for result in judged("fused").numerical_failures) > 20
 
 

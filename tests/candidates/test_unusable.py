@@ -19,20 +19,20 @@ from flax import nnx
 from jax.nn import dot_product_attention as attention_by_name
 
 import vit_ref
-from vit_ref import attention, checkpoint
-from vit_ref.errors import InputError
-from vit_ref.porting import PortError
-from vit_ref.pretrained import configuration
-from vit_ref.verify.behaviour import check_behaviour, require_repeatable
+from vit_ref.errors import InputError, MappingError, TruncatedError
+from vit_ref.model import attention
+from vit_ref.verify.candidates.casts import Casts
+from vit_ref.verify.candidates.jax_candidate import without_casts
+from vit_ref.verify.candidates.loading import find, is_torch
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.check import check_port, port_for
+from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
+from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.oracle import NumpyOracle, softmax
-from vit_ref.verify.port_report import Check
-from vit_ref.verify.ports.casts import Casts
-from vit_ref.verify.ports.jaxport import without_casts
-from vit_ref.verify.ports.loading import find, is_torch
-from vit_ref.verify.trace import TruncatedError, precision_of
+from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
+from vit_ref.verify.results import Check
+from vit_ref.verify.session import check_port, prepare_candidate
+from vit_ref.weights import checkpoint
+from vit_ref.weights.pretrained import configuration
 
 pytestmark = pytest.mark.candidates
 
@@ -84,7 +84,7 @@ def test_candidates_are_found_by_file_module_and_attribute(tmp_path: Path, monke
 
 def made(candidate: Any, saved: Callable[[str], Path]) -> Any:
     source = checkpoint.read(saved("rectangular"))
-    return port_for(candidate, configuration(source), source)
+    return prepare_candidate(candidate, configuration(source), source)
 
 
 def failing(_: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_port_that_is_not_in_evaluation_mode_is_said_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before any reference is asked."""
-    monkeypatch.setattr("vit_ref.verify.check.check_parity", failing)
+    monkeypatch.setattr("vit_ref.verify.session.check_parity", failing)
     candidate = changed(change)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
     with pytest.raises(InputError, match=f"mine: the forward pass changes the port's own state, {message}") as caught:
         check_port(candidate, saved("one-block"))
@@ -229,8 +229,8 @@ def test_a_function_that_differs_from_run_to_run_is_said_first(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `check_port` and `propose` alike."""
-    monkeypatch.setattr("vit_ref.verify.check.check_parity", failing)
-    monkeypatch.setattr("vit_ref.verify.ports.proposal.NumpyOracle", failing)
+    monkeypatch.setattr("vit_ref.verify.session.check_parity", failing)
+    monkeypatch.setattr("vit_ref.verify.propose.proposal.NumpyOracle", failing)
     rng = np.random.default_rng(0)
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(
@@ -260,7 +260,7 @@ FLIPPED = {
 def test_a_module_that_runs_twice_is_not_judged_by_its_last_run(
     file: str, port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vit_ref.verify.check.check_parity", failing)
+    monkeypatch.setattr("vit_ref.verify.session.check_parity", failing)
     call, message = FLIPPED[file]
     with pytest.raises(InputError, match=message) as caught:
         check_port(dataclasses.replace(find(port(file)), call=call), saved("one-block"))
@@ -287,7 +287,7 @@ def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved:
     plain = vit_ref.Candidate(
         load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine", call=lambda port, x: port(x)
     )
-    shown = port_for(dataclasses.replace(plain, sites={"norm": "norm"}), config, source)
+    shown = prepare_candidate(dataclasses.replace(plain, sites={"norm": "norm"}), config, source)
     assert set(shown.trace(CASES["headless"].images(), np.float64)) == {"norm", "cls"}
     for call, failed in ((plain.call, []), (lambda port, x: 5 * port(x)[:, ::-1], ["forward/cls"])):
         report = check_port(dataclasses.replace(plain, call=call), source.path, backward=False)
@@ -410,7 +410,9 @@ def test_a_model_that_is_another_where_nobody_looks_is_seen(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention's probabilities are formed for a tap alone: users run another path."""
-    monkeypatch.setattr("vit_ref.model.attend", lambda query, key, value: attention.weigh(1.001 * query, key, value))
+    monkeypatch.setattr(
+        "vit_ref.model.vit.attend", lambda query, key, value: attention.weigh(1.001 * query, key, value)
+    )
     report = check_port(None, saved("one-block"), backward=False)
     (failed,) = (check for check in report.checks if check.status == "failed")
     assert failed.name == "behaviour/untapped"
@@ -469,7 +471,7 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
     tensors = {name: changes.get(name, lambda x: x)(tensor) for name, tensor in source.tensors.items()}
     numbers = {name: value for name, value in changes.items() if isinstance(value, int)}
     checkpoint.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
-    with pytest.raises(PortError, match=re.escape(fault)):
+    with pytest.raises(MappingError, match=re.escape(fault)):
         check_port(lambda x: ones(23, x), tmp_path, backward=False)
 
 

@@ -14,10 +14,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from vit_ref.model import VisionTransformer
-from vit_ref.porting import HF, port
-from vit_ref.pretrained import build
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
+from vit_ref.weights.mapping import HF, port
+from vit_ref.weights.pretrained import build
 
 
 class Example(NamedTuple):

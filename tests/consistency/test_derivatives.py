@@ -18,9 +18,9 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from vit_ref.porting import parameter_shapes
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.compare.trace import precision_of
+from vit_ref.weights.mapping import parameter_shapes
 
 pytestmark = [pytest.mark.consistency, pytest.mark.xdist_group("derivatives")]
 

@@ -15,9 +15,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.pretrained import build, parameters_of
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.trace import Trace, precision_of
+from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.weights.pretrained import build, parameters_of
 
 pytestmark = [pytest.mark.consistency, pytest.mark.xdist_group("extremes")]
 

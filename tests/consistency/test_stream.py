@@ -21,19 +21,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vit_ref import checkpoint, model, porting
-from vit_ref.checkpoint import LazyTensors
-from vit_ref.conversion import convert
-from vit_ref.errors import InputError
-from vit_ref.norm import LayerNorm
-from vit_ref.porting import PortError
-from vit_ref.verify import candidate, pooling, stream
+from vit_ref.errors import InputError, MappingError, PartlyJudgedError, ReferenceOverflowError
+from vit_ref.model import vit
+from vit_ref.model.norm import LayerNorm
+from vit_ref.verify import stream
+from vit_ref.verify.candidates import own
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.check import PartlyJudgedError, check_port
-from vit_ref.verify.parity import ParityReport, ReferenceOverflowError
+from vit_ref.verify.compare import pooling
+from vit_ref.verify.compare.forward import ParityReport
 from vit_ref.verify.report import to_html, to_json
 from vit_ref.verify.report.document import SCHEMA
+from vit_ref.verify.session import check_port
 from vit_ref.verify.stream import check_streamed
+from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights.checkpoint import LazyTensors
+from vit_ref.weights.conversion import convert
 
 pytestmark = pytest.mark.consistency
 
@@ -101,28 +103,28 @@ def changed(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[NDArra
     tensor = THREE.checkpoint().tensors[name].T
 
     def wrong(*arguments: object) -> dict[str, NDArray]:
-        found = porting.port(*arguments)
+        found = mapping.port(*arguments)
         return {path: change(value) if np.array_equal(value, tensor) else value for path, value in found.items()}
 
-    monkeypatch.setattr(candidate, "port", wrong)
+    monkeypatch.setattr(own, "port", wrong)
 
 
 def exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight map takes the second block for the third and the other way round."""
-    bind = porting.Layout.bind
+    bind = mapping.Layout.bind
 
-    def wrong(self: porting.Layout, *arguments: object, **options: object) -> tuple[porting.Rule, ...]:
+    def wrong(self: mapping.Layout, *arguments: object, **options: object) -> tuple[mapping.Rule, ...]:
         other = {"layer.1.": "layer.2.", "layer.2.": "layer.1."}
         return tuple(
             rule._replace(source=re.sub(r"layer\.[12]\.", lambda found: other[found[0]], rule.source))
             for rule in bind(self, *arguments, **options)
         )
 
-    monkeypatch.setattr(porting.Layout, "bind", wrong)
+    monkeypatch.setattr(mapping.Layout, "bind", wrong)
 
 
 FAULTS = {
-    "tanh GELU": lambda patch: patch.setitem(model.ACTIVATIONS, "gelu", partial(jax.nn.gelu, approximate=True)),
+    "tanh GELU": lambda patch: patch.setitem(vit.ACTIVATIONS, "gelu", partial(jax.nn.gelu, approximate=True)),
     "a kernel in the middle": lambda patch: changed(
         patch, "vit.encoder.layer.1.attention.output.dense.weight", lambda kernel: kernel.T.copy()
     ),
@@ -280,7 +282,7 @@ def test_all_that_is_wrong_with_a_checkpoint_is_said_before_anything_runs(tmp_pa
     tensors["vit.encoder.layer.1.intermediate.dense.bias"] = np.ones(46, np.float32)
     checkpoint.write_directory(tmp_path, tensors, source.config or {})
     steps: list[str] = []
-    with pytest.raises(PortError) as caught:
+    with pytest.raises(MappingError) as caught:
         check_streamed(tmp_path, progress=steps.append)
     assert sorted(fault.kind for fault in caught.value.faults) == ["misshapen", "missing", "not finite", "unexpected"]
     assert steps == ["reading every tensor once"]

@@ -10,10 +10,10 @@ import pytest
 
 from vit_ref.errors import InputError
 from vit_ref.finetune.attention import attention_maps
-from vit_ref.model import VisionTransformer
-from vit_ref.pretrained import parameters_of
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.trace import Trace, precision_of
+from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.weights.pretrained import parameters_of
 
 pytestmark = pytest.mark.training
 

@@ -15,11 +15,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset, open_dataset
 from vit_ref.finetune.loading import PADDING, Batch, batches, batches_per_epoch, draw, throughput
+from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 
 pytest.importorskip("grain")

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.mesh import mesh_for, shardings
 from vit_ref.finetune.optimizer import trained, transformation
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.model import VisionTransformer
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
 
 pytestmark = pytest.mark.training
 

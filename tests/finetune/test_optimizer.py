@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 from numpy.typing import NDArray
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.optimizer import kernels, layer_of, schedule, trained, transformation
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.step import classification_loss, train_step
-from vit_ref.model import VisionTransformer
-from vit_ref.pretrained import parameters_of, parameters_of_state
-from vit_ref.verify.trace import precision_of
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.verify.compare.trace import precision_of
+from vit_ref.weights.pretrained import parameters_of, parameters_of_state
 
 pytestmark = pytest.mark.training
 

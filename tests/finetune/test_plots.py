@@ -19,12 +19,12 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune import plots
 from vit_ref.finetune.illustrate import illustrate, require_plots
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.recipe import Recipe
+from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 
 pytestmark = pytest.mark.training

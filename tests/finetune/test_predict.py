@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import vit_ref
-from vit_ref import cli
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.finetune.predict import predict
-from vit_ref.model import VisionTransformer
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.compare.trace import precision_of
 
 pytestmark = pytest.mark.training
 
@@ -149,7 +149,7 @@ def test_logits_that_are_no_numbers_are_refused(filled: Filled, photographs: lis
 
 @pytest.fixture
 def invoke() -> Callable[..., Result]:
-    return lambda *arguments: CliRunner().invoke(cli.main, ["predict", *(str(argument) for argument in arguments)])
+    return lambda *arguments: CliRunner().invoke(main, ["predict", *(str(argument) for argument in arguments)])
 
 
 def saved(model: VisionTransformer, directory: Path) -> Path:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import ConfigError
 from vit_ref.finetune.probabilities import scores, unit
+from vit_ref.model.config import ViTConfig
 
 pytestmark = pytest.mark.training
 

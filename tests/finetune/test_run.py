@@ -19,7 +19,6 @@ from PIL import Image
 
 import vit_ref
 from finetuning import STEPS, Runner
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune import run
 from vit_ref.finetune.augmentation import Augmentation
@@ -31,10 +30,11 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.run import Conduct, _require_same_run, finetune
 from vit_ref.finetune.start import starting_model
 from vit_ref.finetune.step import train_step
-from vit_ref.model import VisionTransformer
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
-from vit_ref.pretrained import parameters_of, parameters_of_state
 from vit_ref.verify.report import summary
+from vit_ref.weights.pretrained import parameters_of, parameters_of_state
 
 pytestmark = [pytest.mark.training, pytest.mark.xdist_group("runs")]
 

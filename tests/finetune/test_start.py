@@ -16,15 +16,15 @@ from flax import nnx
 
 import vit_ref
 from jaxprs import computed_in
-from vit_ref import attention
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.start import SCRATCH, starting_model
 from vit_ref.finetune.step import train_step
-from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.model import attention
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.preprocessing import steps
-from vit_ref.pretrained import parameters_of
+from vit_ref.weights.pretrained import parameters_of
 
 pytestmark = pytest.mark.training
 

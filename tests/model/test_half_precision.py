@@ -12,9 +12,9 @@ import pytest
 from jax.typing import DTypeLike
 
 from jaxprs import computed_in, equations
-from vit_ref.model import VisionTransformer
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.compare.trace import precision_of
 
 pytestmark = pytest.mark.model
 

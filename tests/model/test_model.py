@@ -15,17 +15,17 @@ import pytest
 from flax import nnx
 from jax.typing import DTypeLike
 
-from vit_ref import model
-from vit_ref.activations import ACTIVATIONS
-from vit_ref.config import ACTIVATION_NAMES, ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.model import VisionTransformer
-from vit_ref.porting import parameter_shapes
-from vit_ref.sites import sites
+from vit_ref.model import vit as vit_module
+from vit_ref.model.activations import ACTIVATIONS
+from vit_ref.model.config import ACTIVATION_NAMES, ViTConfig
+from vit_ref.model.sites import sites
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, Case, synthetic_images
+from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error
-from vit_ref.verify.oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.references.numpy_oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
+from vit_ref.weights.mapping import parameter_shapes
 
 pytestmark = pytest.mark.model
 
@@ -95,8 +95,8 @@ def test_probabilities_are_asked_for_by_a_tap_or_dropout_alone(
     dtype: type, rate: float, training: bool, observed: bool, asked: bool, monkeypatch, filled: Filled
 ) -> None:
     """The values are the same either way, so only who is asked can tell."""
-    attend, calls = model.attend, []
-    monkeypatch.setattr(model, "attend", lambda *qkv: (calls.append(qkv), attend(*qkv))[1])
+    attend, calls = vit_module.attend, []
+    monkeypatch.setattr(vit_module, "attend", lambda *qkv: (calls.append(qkv), attend(*qkv))[1])
     config = dataclasses.replace(CASES["rectangular"].config, attention_probs_dropout_prob=rate)
     tap = {"tap": lambda site, value: value} if observed else {}
     with precision_of(dtype):

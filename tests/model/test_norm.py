@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import Array
 
-from vit_ref.norm import LayerNorm, layer_norm
-from vit_ref.verify.trace import precision_of
+from vit_ref.model.norm import LayerNorm, layer_norm
+from vit_ref.verify.compare.trace import precision_of
 
 pytestmark = pytest.mark.model
 

@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vit_ref import porting
-from vit_ref.config import ViTConfig
-from vit_ref.model import VisionTransformer, resize_positions
-from vit_ref.pretrained import build, parameters_of
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.trace import precision_of
+from vit_ref.weights import mapping
+from vit_ref.weights.pretrained import build, parameters_of
 
 pytestmark = pytest.mark.model
 
@@ -60,7 +60,7 @@ def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tup
         num_channels=1,
         num_labels=1,
     )
-    parameters = {path: np.ones(shape) for path, shape in porting.parameter_shapes(config).items()}
+    parameters = {path: np.ones(shape) for path, shape in mapping.parameter_shapes(config).items()}
     parameters["position_embeddings"] = (np.append(7.0, GRID)[:, None] * [1.0, 2.0])[None]
     trace: dict[str, jax.Array] = {}
     with precision_of(np.float64):
@@ -97,7 +97,7 @@ def test_the_gradient_of_a_resize_is_its_transpose(target: tuple[int, int]) -> N
 def test_positions_are_resized_in_the_dtype_of_the_computation(stored: type) -> None:
     """Whatever they are stored in: resized as bfloat16 they would be off by 1e-3."""
     case = replace(CASES["rectangular"], stored=stored)
-    parameters = porting.port(case.checkpoint().tensors, case.config, porting.HF)
+    parameters = mapping.port(case.checkpoint().tensors, case.config, mapping.HF)
     pixels, embeddings = np.ones((1, 15, 30, 2)), {}
 
     def tap(site: str, value: jax.Array) -> jax.Array:
@@ -128,7 +128,7 @@ def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
         vit = filled(config, dtype=jnp.float64)
         ours = vit(jnp.asarray(pixels), interpolate_pos_encoding=True)
     theirs = ViTForImageClassification(HFConfig(**config.hf_numerics())).double().eval()
-    tensors = porting.export(parameters_of(vit), config, porting.HF)
+    tensors = mapping.export(parameters_of(vit), config, mapping.HF)
     theirs.load_state_dict({name: torch.tensor(tensor).double() for name, tensor in tensors.items()}, strict=True)
     with torch.no_grad():
         expected = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True).logits.numpy()

@@ -18,10 +18,10 @@ from jax import Array
 
 import vit_ref
 from jaxprs import equations
-from vit_ref import attention
-from vit_ref.attention import Attend
 from vit_ref.errors import InputError
-from vit_ref.model import VisionTransformer
+from vit_ref.model import attention
+from vit_ref.model.attention import Attend
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
 
@@ -164,7 +164,7 @@ def test_one_block_that_drops_probabilities_leaves_cudnn_to_the_others(
     weighed: list[int] = []
     weigh = attention.weigh
     monkeypatch.setattr(
-        "vit_ref.model.weigh", lambda query, *others: (weighed.append(query.shape[1]), weigh(query, *others))[1]
+        "vit_ref.model.vit.weigh", lambda query, *others: (weighed.append(query.shape[1]), weigh(query, *others))[1]
     )
     config = dataclasses.replace(
         CASES["rectangular"].config, hidden_size=48, num_attention_heads=3, attention_probs_dropout_prob=0.5

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from outcome import Failure, Outcome
 from remembered import digest, remembered_references
 
-from vit_ref.checkpoint import Checkpoint
 from vit_ref.errors import InputError
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.parity import check_parity
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.forward import check_parity
+from vit_ref.verify.compare.trace import Forward, recorder
 from vit_ref.verify.report import headline
-from vit_ref.verify.trace import Forward, recorder
+from vit_ref.weights.checkpoint import Checkpoint
 
 
 def judge(parity: Parity, *, compiled: bool = False) -> Outcome:

@@ -16,11 +16,11 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from vit_ref import model
-from vit_ref.config import ViTConfig
-from vit_ref.model import VisionTransformer
-from vit_ref.sites import stream_before
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model import vit
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import stream_before
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.verify.candidates.own import OwnCandidate
 
 Inject = Callable[[pytest.MonkeyPatch], None]
 
@@ -60,7 +60,7 @@ class Pass(NamedTuple):
         return self.values[block + site]
 
     @property
-    def block(self) -> model.Block:
+    def block(self) -> vit.Block:
         """The site's block."""
         return self.model.blocks[int(self.site.split(".")[1])]
 
@@ -78,7 +78,7 @@ def at(pattern: str, change: Callable[[Array, Pass], Array]) -> Inject:
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
         call = VisionTransformer.__call__
 
-        def changed(self: VisionTransformer, pixels: Array, *, tap: model.Tap = model.identity, **options: Any) -> Any:
+        def changed(self: VisionTransformer, pixels: Array, *, tap: vit.Tap = vit.identity, **options: Any) -> Any:
             values: dict[str, Array] = {}
 
             def through(site: str, value: Array) -> Array:
@@ -127,7 +127,7 @@ def fed(change: Callable[[Array], Array]) -> Inject:
 
 def layers(name: str, make: Callable[..., Any]) -> Inject:
     """The model is built with `make` in place of flax's layer `name`."""
-    return lambda monkeypatch: instead(monkeypatch, model, f"nnx.{name}", make)
+    return lambda monkeypatch: instead(monkeypatch, vit, f"nnx.{name}", make)
 
 
 def both(*injects: Inject) -> Inject:

@@ -25,7 +25,7 @@ class Parity(NamedTuple):
     def tests(self) -> Tests:
         """The tests of the suite that make the same check."""
         file = "test_gradients" if self.backward else "test_parity"
-        return (f"tests/parity/{file}.py", "-k", f"{self.case}-float32")
+        return (f"vit_ref/testing/suite/{file}.py", "-k", f"{self.case}-float32")
 
 
 def forward(case: str) -> Parity:

@@ -12,10 +12,10 @@ from unittest import mock
 import jax
 import numpy as np
 
-from vit_ref.verify.backward import Gradients, Objective
-from vit_ref.verify.flaxvit import FlaxViTReference
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.trace import Trace
+from vit_ref.verify.compare.objectives import Gradients, Objective
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.references.flax_vit import FlaxViTReference
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
 Differentiate = Callable[[Objective], Gradients]
 

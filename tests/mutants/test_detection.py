@@ -12,17 +12,19 @@ import pytest
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import checkpoint, model
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.config import ViTConfig
-from vit_ref.pretrained import configuration
-from vit_ref.verify import flaxvit
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.errors import TruncatedError
+from vit_ref.model import vit
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.parity import ParityReport, check_parity
+from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.compare.trace import Trace, precision_of
 from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.references import flax_vit
 from vit_ref.verify.report import headline, table
-from vit_ref.verify.trace import Trace, TruncatedError, precision_of
+from vit_ref.weights import checkpoint
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.pretrained import configuration
 
 pytestmark = pytest.mark.mutants
 
@@ -52,7 +54,7 @@ def check_with_config(name: str, **fields: object) -> ParityReport:
 
 @pytest.fixture
 def tanh_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model.ACTIVATIONS, "gelu", partial(jax.nn.gelu, approximate=True))
+    monkeypatch.setitem(vit.ACTIVATIONS, "gelu", partial(jax.nn.gelu, approximate=True))
 
 
 @pytest.mark.usefixtures("tanh_gelu")
@@ -142,12 +144,12 @@ def test_a_site_that_is_not_shown_has_not_passed() -> None:
 
 
 def test_a_reference_that_is_not_observed_everywhere_is_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = flaxvit.FlaxViTReference.trace
+    whole = flax_vit.FlaxViTReference.trace
 
     def all_but_one(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
         return {site: value for site, value in whole(self, pixels, dtype).items() if site != "block.0.norm2"}
 
-    monkeypatch.setattr(flaxvit.FlaxViTReference, "trace", all_but_one)
+    monkeypatch.setattr(flax_vit.FlaxViTReference, "trace", all_but_one)
     with pytest.raises(AssertionError, match=r"FlaxViT was not observed at \['block.0.norm2'\]"):
         check("stored-float64", lambda trace, dtype: trace)
 
@@ -181,7 +183,7 @@ def test_one_value_that_is_float32_is_wrong_there() -> None:
 
 
 def test_the_reference_in_float32_is_no_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flaxvit, "precision_of", lambda dtype: precision_of(np.float32))
+    monkeypatch.setattr(flax_vit, "precision_of", lambda dtype: precision_of(np.float32))
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
     with (
         pytest.raises(TruncatedError, match="FlaxViT was to compute in float64"),
@@ -198,11 +200,11 @@ def test_without_flaxvit_parity_says_what_to_install(
 ) -> None:
     def installed(package: str) -> str:
         if version is None:
-            raise flaxvit.importlib.metadata.PackageNotFoundError(package)
+            raise flax_vit.importlib.metadata.PackageNotFoundError(package)
         return version
 
-    monkeypatch.setattr(flaxvit.importlib.metadata, "version", installed)
+    monkeypatch.setattr(flax_vit.importlib.metadata, "version", installed)
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
-    with pytest.raises(flaxvit.ReferenceUnavailableError, match=message) as caught:
+    with pytest.raises(flax_vit.ReferenceUnavailableError, match=message) as caught:
         check_parity("no reference", case.config, source, case.images(), OwnCandidate(case.config, source))
     assert "pip install 'transformers>=4.50,<5'" in str(caught.value)

@@ -13,12 +13,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vit_ref.sites import sites
+from vit_ref.model.sites import sites
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.diagnosis import Cause, beyond_rounding, diagnose, diagnose_gradient, diagnose_rounding, where
-from vit_ref.verify.gaps import hidden_before
+from vit_ref.verify.diagnose.diagnosis import (
+    Cause,
+    beyond_rounding,
+    diagnose,
+    diagnose_gradient,
+    diagnose_rounding,
+    where,
+)
+from vit_ref.verify.diagnose.gaps import hidden_before
 from vit_ref.verify.gates import error
-from vit_ref.verify.oracle import NumpyOracle
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
 pytestmark = pytest.mark.mutants
 

@@ -16,7 +16,7 @@ import pytest
 from killing import ALIVE, dosed, require_killed
 from mutant import ONE_BLOCK, Mutant, Parity, backward
 
-from vit_ref import model
+from vit_ref.model import vit
 
 pytestmark = pytest.mark.mutants
 
@@ -49,7 +49,7 @@ def test_parity_kills_and_names_a_mutant_that_is_compiled(mutant: Mutant, dose: 
 def test_pytest_fails_with_what_a_direct_check_finds(
     parity: Parity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(model.ACTIVATIONS, "gelu", functools.partial(jax.nn.gelu, approximate=True))
+    monkeypatch.setitem(vit.ACTIVATIONS, "gelu", functools.partial(jax.nn.gelu, approximate=True))
     (found,) = direct.judge(parity).failed.values()
     by_pytest = nested.run(parity.tests, "parity", tmp_path)
     assert by_pytest.failed

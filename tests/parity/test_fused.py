@@ -10,10 +10,10 @@ import pytest
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.attention import Attend, weigh
-from vit_ref.verify.fused import fused
+from vit_ref.model.attention import Attend, weigh
+from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.references.fused import fused
 
 pytestmark = pytest.mark.parity
 

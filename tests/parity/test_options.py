@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import vit_ref
-import vit_ref_pytest
+import vit_ref.testing.plugin
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.references import REFERENCES
+from vit_ref.verify.references.choice import REFERENCES
 
 pytestmark = pytest.mark.porting
 
@@ -67,9 +67,9 @@ def test_files_below_images_that_are_none_are_counted_in_the_header(tmp_path: Pa
     given = {"precision": None, "images": str(tmp_path)}
     config: Any = SimpleNamespace(option=SimpleNamespace(parity_report=None), getoption=given.get)
     line = "warning: left out, no image by its suffix: 2 files (1 .heic, 1 .txt)"
-    assert line in vit_ref_pytest.pytest_report_header(config)
+    assert line in vit_ref.testing.plugin.pytest_report_header(config)
     given["images"] = None
-    assert line not in vit_ref_pytest.pytest_report_header(config)
+    assert line not in vit_ref.testing.plugin.pytest_report_header(config)
 
 
 def test_the_reference_is_the_one_that_is_named() -> None:

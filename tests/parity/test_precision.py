@@ -16,20 +16,21 @@ import numpy as np
 import pytest
 from jax import Array
 
-import vit_ref_pytest
+import vit_ref.testing.plugin
 from synthetic_reports import measured, parity, ported
 from vit_ref.errors import InputError
-from vit_ref.verify import backward, environment
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.verify import environment
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.compare import objectives
+from vit_ref.verify.compare.forward import check_parity
+from vit_ref.verify.compare.trace import Trace, storing
+from vit_ref.verify.diagnose.guesses import MULTIPLIED
 from vit_ref.verify.environment import notes, products
-from vit_ref.verify.flaxvit import FlaxViTReference
 from vit_ref.verify.gates import ALLOWANCES, SEMANTIC_RMS, error
-from vit_ref.verify.guesses import MULTIPLIED
-from vit_ref.verify.parity import check_parity
 from vit_ref.verify.precision import PRECISIONS, Precision, named
+from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.report import summary, table, to_json
-from vit_ref.verify.trace import Trace, storing
 
 pytestmark = pytest.mark.candidates
 
@@ -57,7 +58,9 @@ def test_an_unknown_precision_is_one_line(given: Any) -> None:
 
 def test_every_precision_has_its_gate_and_can_be_asked_for() -> None:
     assert {precision.dtype.name for precision in PRECISIONS.values()} == set(ALLOWANCES)
-    choices = re.search(r'"--precision".*?choices=\((.*?)\)', Path(vit_ref_pytest.__file__).read_text(), re.DOTALL)
+    choices = re.search(
+        r'"--precision".*?choices=\((.*?)\)', Path(vit_ref.testing.plugin.__file__).read_text(), re.DOTALL
+    )
     assert choices and re.findall(r"\w+", choices[1]) == list(PRECISIONS)
 
 
@@ -229,7 +232,7 @@ def test_the_header_warns_of_the_asked_precisions(pytestconfig: pytest.Config, d
     try:
         for asked, warned in ((None, ["float32"]), (["mixed"], []), (["tensorfloat32", "float32"], ["float32"])):
             options.precision = asked
-            lines = vit_ref_pytest.pytest_report_header(pytestconfig)
+            lines = vit_ref.testing.plugin.pytest_report_header(pytestconfig)
             assert [line.split(":")[:2] for line in lines] == [["warning", f" {name}"] for name in warned]
     finally:
         options.precision = before
@@ -258,7 +261,7 @@ def test_a_backward_pass_compiled_for_one_precision_of_products_serves_no_other(
     def counted(work: Callable[[], Any]) -> None:
         compiled.append(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(backward, "beside", counted)
+    monkeypatch.setattr(objectives, "beside", counted)
     implementation = build()
     for each in ("float32", "tensorfloat32", "float32"):
         with jax.default_matmul_precision(each):

@@ -11,19 +11,26 @@ import pytest
 from numpy.typing import DTypeLike, NDArray
 
 from synthetic_reports import REPORTS
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.errors import InputError
-from vit_ref.verify.backward import UndifferentiableError
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.errors import (
+    InputError,
+    OraclesDifferError,
+    PartlyJudgedError,
+    ReferenceOverflowError,
+    ReferenceUnavailableError,
+    UndifferentiableError,
+    UnsupportedByReferenceError,
+)
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.check import PartlyJudgedError, complete
-from vit_ref.verify.check import judged as measured
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.parity import OraclesDifferError, ParityReport, ReferenceOverflowError, compare
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.forward import ParityReport, compare
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import named
-from vit_ref.verify.references import reference_for
-from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError
+from vit_ref.verify.references.choice import reference_for
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.session import complete
+from vit_ref.verify.session import judged as measured
+from vit_ref.weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.parity
 

@@ -18,11 +18,11 @@ from flax import serialization, traverse_util
 from safetensors.numpy import save_file
 
 import vit_ref
-from vit_ref import checkpoint, porting, pretrained
-from vit_ref.checkpoint import Checkpoint, LazyTensors
-from vit_ref.config import ViTConfig
-from vit_ref.errors import CheckpointError, ConfigError
+from vit_ref.errors import CheckpointError, ConfigError, MappingError
+from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
+from vit_ref.weights import checkpoint, mapping, pretrained
+from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
 from vit_strategies import random_bits, with_room
 
 pytestmark = pytest.mark.porting
@@ -97,7 +97,7 @@ def test_flax_msgpack_is_read(directory: Path) -> None:
     tree = traverse_util.unflatten_dict(
         {
             tuple(name.split("/")): value
-            for name, value in porting.export(pretrained.parameters_of(model), CONFIG, porting.FLAX).items()
+            for name, value in mapping.export(pretrained.parameters_of(model), CONFIG, mapping.FLAX).items()
         }
     )
     (directory / checkpoint.WEIGHTS).unlink()
@@ -106,19 +106,19 @@ def test_flax_msgpack_is_read(directory: Path) -> None:
     assert all((again[path] == value).all() for path, value in pretrained.parameters_of(model).items())
 
 
-google_layouts = pytest.mark.parametrize("layout", [porting.NPZ, porting.BIG_VISION], ids=lambda layout: layout.name)
+google_layouts = pytest.mark.parametrize("layout", [mapping.NPZ, mapping.BIG_VISION], ids=lambda layout: layout.name)
 
 
-def google_npz(path: Path, layout: porting.Layout, config: ViTConfig = CONFIG, **extra: np.ndarray) -> porting.Tensors:
+def google_npz(path: Path, layout: mapping.Layout, config: ViTConfig = CONFIG, **extra: np.ndarray) -> mapping.Tensors:
     """Writes an `.npz` in one of google-research's layouts, and returns the parameters in it."""
     source = Case("npz", config).checkpoint()
-    parameters = with_room(layout, porting.port(source.tensors, config, porting.HF))
-    np.savez(path, **porting.export(parameters, config, layout), **extra)
+    parameters = with_room(layout, mapping.port(source.tensors, config, mapping.HF))
+    np.savez(path, **mapping.export(parameters, config, layout), **extra)
     return parameters
 
 
 @google_layouts
-def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: porting.Layout) -> None:
+def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: mapping.Layout) -> None:
     parameters = google_npz(tmp_path / "ViT.npz", layout)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
     expected = {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "labels": ()}
@@ -128,7 +128,7 @@ def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: p
 
 
 @google_layouts
-def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path, layout: porting.Layout) -> None:
+def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path, layout: mapping.Layout) -> None:
     config = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "labels": (), "pooler": True, "pooler_output_size": 5})
     google_npz(tmp_path / "ViT.npz", layout, config)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
@@ -141,9 +141,9 @@ def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path, layout: po
     [({}, "the mean of the patches, 'gap'"), ({"MAPHead_0/probe": 1.0}, "attention, pool_type 'map'")],
 )
 def test_npz_without_a_cls_token_pools_in_another_way(
-    tmp_path: Path, layout: porting.Layout, extra: dict, pooling: str
+    tmp_path: Path, layout: mapping.Layout, extra: dict, pooling: str
 ) -> None:
-    tensors = porting.export(with_room(layout, random_bits(CONFIG, np.float32)), CONFIG, layout)
+    tensors = mapping.export(with_room(layout, random_bits(CONFIG, np.float32)), CONFIG, layout)
     del tensors["cls"]
     np.savez(tmp_path / "ViT.npz", **tensors, **extra)
     assert refusal(tmp_path / "ViT.npz") == (
@@ -163,7 +163,7 @@ def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
     # With the distillation token under either model type it is another model.
     token = {"vit.embeddings.distillation_token": np.zeros((1, 1, 6), np.float32)}
     checkpoint.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
-    assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, porting.PortError)
+    assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, MappingError)
 
 
 @pytest.mark.parametrize("architectures", [["ViTModel"], None])
@@ -188,7 +188,7 @@ def aligned(value: np.ndarray) -> np.ndarray:
 
 
 def test_the_model_does_not_share_memory_with_the_tensors_it_was_made_from() -> None:
-    ported = porting.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, porting.HF)
+    ported = mapping.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, mapping.HF)
     # Where an array begins is chance; files that are mapped into memory, and large arrays, begin at such places.
     parameters = {path: aligned(value) for path, value in ported.items()}
     model = pretrained.build(CONFIG, parameters)
@@ -461,8 +461,8 @@ def test_npz_that_is_no_vit(tmp_path: Path) -> None:
 
 def test_npz_of_a_rectangle_does_not_say_which(tmp_path: Path) -> None:
     config = replace(CONFIG, image_size=(8, 12))
-    tensors = porting.port(Case("rectangle", config).checkpoint().tensors, config, porting.HF)
-    np.savez(tmp_path / "wide.npz", **porting.export(tensors, config, porting.NPZ))
+    tensors = mapping.port(Case("rectangle", config).checkpoint().tensors, config, mapping.HF)
+    np.savez(tmp_path / "wide.npz", **mapping.export(tensors, config, mapping.NPZ))
     assert refusal(tmp_path / "wide.npz").endswith("wide.npz: 6 positions are no square grid: pass config=")
     assert vit_ref.from_pretrained(tmp_path / "wide.npz", config=config).config == config
 
@@ -516,7 +516,7 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
     tensors["vit.embeddings.cls_token"] = np.zeros((1, 6), np.float32)
     tensors["vit.layernorm.weight"][4] = -np.inf
     save_file(tensors, directory / checkpoint.WEIGHTS)
-    text = refusal(directory, porting.PortError)
+    text = refusal(directory, MappingError)
     assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 unexpected, 1 not finite")
     for line in (
         "missing: vit.layernorm.bias: expected (6,) for norm.bias",
@@ -583,7 +583,7 @@ def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
 
 
 @google_layouts
-def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: porting.Layout) -> None:
+def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: mapping.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
     google_npz(tmp_path / "ViT.npz", layout, **extra)
     assert "leave one behind with exempt=['head/*'] or exempt=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
@@ -592,8 +592,8 @@ def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Pat
 
 
 def test_npz_of_bfloat16(tmp_path: Path) -> None:
-    parameters = porting.port(Case("npz", CONFIG, stored=ml_dtypes.bfloat16).checkpoint().tensors, CONFIG, porting.HF)
-    np.savez(tmp_path / "ViT.npz", **porting.export(parameters, CONFIG, porting.NPZ))
+    parameters = mapping.port(Case("npz", CONFIG, stored=ml_dtypes.bfloat16).checkpoint().tensors, CONFIG, mapping.HF)
+    np.savez(tmp_path / "ViT.npz", **mapping.export(parameters, CONFIG, mapping.NPZ))
     found = pretrained.parameters_of(vit_ref.from_pretrained(tmp_path / "ViT.npz"))
     assert all(found[path].tobytes() == value.tobytes() for path, value in parameters.items())
 

@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vit_ref import porting
-from vit_ref.config import ViTConfig
-from vit_ref.porting import LAYOUTS, Layout, PortError, Rule, Tensors, Transform
-from vit_ref.sites import sites
+from vit_ref.errors import MappingError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import sites
 from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.trace import Trace
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.weights import mapping
+from vit_ref.weights.mapping import LAYOUTS, Layout, Rule, Tensors, Transform
 from vit_strategies import configs, indices, random_bits, seeds, square_configs, times, with_room, within
 
 pytestmark = pytest.mark.porting
@@ -60,7 +61,7 @@ def test_all_faults_are_reported_and_nothing_else(
     layout: Layout, config: ViTConfig, seed: int, faults: list[tuple[int, str]]
 ) -> None:
     config = within(layout, config)
-    source = porting.export(with_room(layout, random_bits(config, np.float32, seed)), config, layout)
+    source = mapping.export(with_room(layout, random_bits(config, np.float32, seed)), config, layout)
     names, broken, expected = sorted(source), dict(source), set()
     for choice, fault in {index % len(names): (index, fault) for index, fault in faults}.values():
         name = names[choice % len(names)]
@@ -74,8 +75,8 @@ def test_all_faults_are_reported_and_nothing_else(
         if fault == "reshaped":
             broken[name] = misshapen(source[name], choice)
             expected.add(("misshapen", name, broken[name].shape))
-    with pytest.raises(PortError) as caught:
-        porting.port(broken, config, porting.detect(broken))
+    with pytest.raises(MappingError) as caught:
+        mapping.port(broken, config, mapping.detect(broken))
     found = caught.value.faults
     assert {(fault.kind, fault.name) for fault in found} == {(kind, name) for kind, name, _ in expected}
     assert len(found) == len(expected)
@@ -91,8 +92,8 @@ def test_nothing_is_handed_over_once_a_tensor_is_known_not_to_fit_and_all_else_i
     source[last] = np.full_like(source[last], np.nan)
     del source[late]
     handed: list[str] = []
-    with pytest.raises(PortError) as caught:
-        handed.extend(path for path, _ in porting.ported(source, config, porting.HF))
+    with pytest.raises(MappingError) as caught:
+        handed.extend(path for path, _ in mapping.ported(source, config, mapping.HF))
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {("not finite", last), ("missing", late)}
     assert handed == []
 
@@ -107,7 +108,7 @@ def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, pref
     patterns = [re.compile(prefix + re.escape(source).replace(r"\{i\}", r"\d+")) for source in sources]
     bound = layout.bind(config, prefixed)
     names = [rule.source for rule in bound]
-    assert len({(rule.source, rule.part) for rule in bound}) == len(bound) == len(porting.parameter_shapes(config))
+    assert len({(rule.source, rule.part) for rule in bound}) == len(bound) == len(mapping.parameter_shapes(config))
     assert {name: sum(bool(pattern.fullmatch(name)) for pattern in patterns) for name in names} == dict.fromkeys(
         names, 1
     )
@@ -119,13 +120,13 @@ def test_blocks_are_in_numeric_order_whatever_the_order_of_the_tensors(
     layout: Layout, config: ViTConfig, depth: int, seed: int
 ) -> None:
     config = dataclasses.replace(within(layout, config), num_hidden_layers=depth)
-    source = porting.export(with_room(layout, random_bits(config, np.float32)), config, layout)
+    source = mapping.export(with_room(layout, random_bits(config, np.float32)), config, layout)
     # Every tensor of a block is filled with the number in its name; files list 10 before 2, or nothing in order.
     names = np.random.default_rng(seed).permutation(sorted(source))
     numbered = {
         str(name): np.full_like(source[name], int(match[2]) if (match := BLOCK.search(name)) else -1) for name in names
     }
-    ported = porting.port(numbered, config, layout)
+    ported = mapping.port(numbered, config, layout)
     blocks = {path: int(path.split(".")[1]) for path in ported if path.startswith("blocks.")}
     assert {path: set(ported[path].flat) for path in blocks} == {path: {block} for path, block in blocks.items()}
     assert list(dict.fromkeys(blocks.values())) == list(range(depth))
@@ -157,7 +158,7 @@ class Probe:
 
     def first_divergence(self, layout: Layout, source: Tensors | None = None) -> str | None:
         """The first site beyond the semantic gate, where `layout` ports the checkpoint or another `source`."""
-        parameters = porting.port(self.source if source is None else source, self.config, layout)
+        parameters = mapping.port(self.source if source is None else source, self.config, layout)
         trace = self.traced(self.config, parameters, self.images)
         wrong = (site for site, value in trace.items() if not error(value, self.truth[site]).passes_semantic_gate)
         return next(wrong, None)
@@ -167,9 +168,9 @@ class Probe:
 def probe(traced: Traced) -> Callable[[ViTConfig, Layout, int], Probe]:
     def make(config: ViTConfig, layout: Layout, seed: int) -> Probe:
         case = Case("random", config, batch=2, seed=seed)
-        parameters = with_room(layout, porting.port(case.checkpoint().tensors, config, porting.HF))
-        tensors, images = porting.export(parameters, config, porting.HF), case.images()
-        source = porting.export(parameters, config, layout)
+        parameters = with_room(layout, mapping.port(case.checkpoint().tensors, config, mapping.HF))
+        tensors, images = mapping.export(parameters, config, mapping.HF), case.images()
+        source = mapping.export(parameters, config, layout)
         return Probe(config, source, images, NumpyOracle(config, tensors).trace(images), traced)
 
     return make
@@ -193,7 +194,7 @@ def transposed(rule: Rule) -> Rule:
 
 
 def shapes_by_template(config: ViTConfig) -> dict[str, tuple[int, ...]]:
-    return {re.sub(r"^blocks\.\d+", "blocks.{i}", path): s for path, s in porting.parameter_shapes(config).items()}
+    return {re.sub(r"^blocks\.\d+", "blocks.{i}", path): s for path, s in mapping.parameter_shapes(config).items()}
 
 
 @layouts

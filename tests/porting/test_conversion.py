@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vit_ref import checkpoint, conversion, porting, pretrained
-from vit_ref.config import ViTConfig
-from vit_ref.conversion import Target, convert
-from vit_ref.errors import CheckpointError, ConfigError
-from vit_ref.model import VisionTransformer
-from vit_ref.porting import LAYOUTS, PortError
+from vit_ref.errors import CheckpointError, ConfigError, MappingError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
+from vit_ref.weights import checkpoint, conversion, mapping, pretrained
+from vit_ref.weights.conversion import Target, convert
+from vit_ref.weights.mapping import LAYOUTS
 from vit_strategies import random_bits, with_room, within
 
 pytestmark = pytest.mark.porting
@@ -48,7 +48,7 @@ targets = pytest.mark.parametrize("to", TARGETS)
 
 def write(place: Path, config: ViTConfig, parameters: dict[str, NDArray]) -> Path:
     checkpoint.write_directory(
-        place, porting.export(parameters, config, porting.HF), config.to_hf(), config.preprocessor
+        place, mapping.export(parameters, config, mapping.HF), config.to_hf(), config.preprocessor
     )
     return place
 
@@ -60,7 +60,7 @@ def place(folder: Path, to: str) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A checkpoint that every layout can hold."""
-    return write(tmp_path / "source", CONFIG, with_room(porting.BIG_VISION, random_bits(CONFIG, np.float32)))
+    return write(tmp_path / "source", CONFIG, with_room(mapping.BIG_VISION, random_bits(CONFIG, np.float32)))
 
 
 def refusal(source: Path, destination: Path, to: Any, error: type[Exception] = CheckpointError, **options: Any) -> str:
@@ -73,7 +73,7 @@ def refusal(source: Path, destination: Path, to: Any, error: type[Exception] = C
     return str(caught.value)
 
 
-def bits(parameters: porting.Tensors) -> dict[str, tuple]:
+def bits(parameters: mapping.Tensors) -> dict[str, tuple]:
     return {path: (value.dtype, value.shape, value.tobytes()) for path, value in parameters.items()}
 
 
@@ -118,7 +118,7 @@ def test_every_bit_survives_there_and_back(tmp_path: Path, to: Target, dtype: ty
     there = convert(source, place(tmp_path, to), to)
     assert (there.source, there.destination, there.read, there.written) == (source, place(tmp_path, to), "hf", to)
     found = checkpoint.read(there.destination)
-    assert porting.detect(found.tensors) is layout and len(found.tensors) == there.tensors
+    assert mapping.detect(found.tensors) is layout and len(found.tensors) == there.tensors
     back = convert(there.destination, tmp_path / "back", "hf")
     assert (back.read, back.written) == (to, "hf")
     again, values, _ = pretrained.load(checkpoint.read(tmp_path / "back"))
@@ -151,7 +151,7 @@ def test_any_layout_becomes_any_other(tmp_path: Path, source: Path, read: Target
 )
 def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, left_behind: tuple[str, ...]) -> None:
     config = replace(CONFIG, hidden_dropout_prob=0.1, extra={"problem_type": "multi_label_classification"})
-    source = write(tmp_path / "source", config, with_room(porting.BIG_VISION, random_bits(config, np.float32)))
+    source = write(tmp_path / "source", config, with_room(mapping.BIG_VISION, random_bits(config, np.float32)))
     done = convert(source, place(tmp_path, to), to)
     assert done.left_behind == left_behind
     again = pretrained.configuration(checkpoint.read(done.destination))
@@ -246,7 +246,7 @@ def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: P
     config = replace(CONFIG, **SPECIAL[special])
     parameters = random_bits(config, np.float32)
     if special != "cls position":
-        parameters = with_room(porting.BIG_VISION, parameters)
+        parameters = with_room(mapping.BIG_VISION, parameters)
     source = write(tmp_path / "source", config, parameters)
     destination = place(tmp_path, to)
     if special in REFUSES[to]:
@@ -312,7 +312,7 @@ def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_pa
     message = refusal(source, tmp_path / "timm", "timm", ConfigError)
     assert message.startswith(f"{source / 'config.json'}: model_type is 'deit': ")
     checkpoint.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
-    assert "16 unexpected" in refusal(source, tmp_path / "timm", "timm", PortError)
+    assert "16 unexpected" in refusal(source, tmp_path / "timm", "timm", MappingError)
     convert(source, tmp_path / "shorter", "timm", exempt=["vit.encoder.layer.1.*"])
     assert len(checkpoint.read(tmp_path / "shorter").tensors) == 8 + 12
 
@@ -357,13 +357,13 @@ def _dropped(tensors: dict[str, NDArray]) -> None:
 def test_what_comes_back_otherwise_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Target, damage: Callable[..., None], message: str
 ) -> None:
-    parameters = with_room(porting.BIG_VISION, random_bits(CONFIG, ml_dtypes.bfloat16))
+    parameters = with_room(mapping.BIG_VISION, random_bits(CONFIG, ml_dtypes.bfloat16))
     # Ones of bfloat16, as bits of float16, are finite too.
     parameters["cls_token"] = np.ones_like(parameters["cls_token"])
     source = write(tmp_path / "source", CONFIG, parameters)
     right = conversion._WRITERS[to]
 
-    def damaging(place: Path, tensors: porting.Tensors, config: ViTConfig) -> None:
+    def damaging(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
         changed = dict(sorted(tensors.items(), key=lambda item: "cls" not in item[0] or "classifier" in item[0]))
         damage(changed)
         right(place, changed, config)
@@ -400,5 +400,5 @@ def test_flaxvit_loads_what_is_converted(tmp_path: Path, filled: Callable[..., V
     # Without its own initialisation, which takes longer than all the rest.
     _, params = transformers.FlaxViTForImageClassification.from_pretrained(tmp_path / "flax", _do_init=False)
     found = flatten_dict(jax.device_get(params), sep="/")
-    meant = porting.export(parameters, config, porting.FLAX)
+    meant = mapping.export(parameters, config, mapping.FLAX)
     assert bits({name: np.asarray(value) for name, value in found.items()}) == bits(meant)

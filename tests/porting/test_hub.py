@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import vit_ref
-from vit_ref import checkpoint, hub
-from vit_ref.config import ViTConfig
 from vit_ref.errors import CheckpointError
-from vit_ref.hub import Name
-from vit_ref.origin import origin
+from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
 from vit_ref.verify.stream import check_streamed
+from vit_ref.weights import checkpoint, hub
+from vit_ref.weights.hub import Name
+from vit_ref.weights.origin import origin
 
 pytestmark = pytest.mark.porting
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from vit_ref.cli import main
-from vit_ref.conversion import convert
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
-from vit_ref.local import require_local
-from vit_ref.pretrained import save_pretrained
+from vit_ref.files import require_local
+from vit_ref.weights.conversion import convert
+from vit_ref.weights.pretrained import save_pretrained
 
 pytestmark = pytest.mark.porting
 

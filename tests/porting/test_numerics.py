@@ -13,14 +13,15 @@ import pytest
 from click.testing import CliRunner
 
 import vit_ref
-from vit_ref import checkpoint, cli, porting
-from vit_ref.config import ViTConfig
-from vit_ref.conversion import convert
-from vit_ref.errors import CheckpointError
+from vit_ref.cli.commands import main
+from vit_ref.errors import CheckpointError, MappingError
+from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.verify.flaxvit import FlaxViTReference, require_flaxvit
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.references import Reference
+from vit_ref.verify.references.choice import Reference
+from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights.conversion import convert
 
 pytestmark = pytest.mark.porting
 
@@ -81,7 +82,7 @@ def test_flaxvit_judges_whatever_else_the_config_holds() -> None:
 @pytest.mark.torch
 def test_pytorchs_vit_judges_whatever_else_the_config_holds() -> None:
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
-    from vit_ref.verify.torchvit import TorchViTReference
+    from vit_ref.verify.references.torch_vit import TorchViTReference
 
     plain, found = judged(TorchViTReference), judged(TorchViTReference, **FIELDS)
     assert plain.keys() == found.keys()
@@ -125,7 +126,7 @@ def test_class_ids_with_gaps_are_read_as_transformers_reads_them(
     assert all(theirs.id2label[i] == name for i, name in enumerate(names) if i in theirs.id2label)
 
 
-def stored_as(path: Path, dtype: str, bits: int, tensors: porting.Tensors) -> Path:
+def stored_as(path: Path, dtype: str, bits: int, tensors: mapping.Tensors) -> Path:
     """A directory whose safetensors file stores all weights in another dtype; their values do not matter."""
     header, end = {}, 0
     for name, value in tensors.items():
@@ -175,7 +176,7 @@ def test_a_dtype_that_numpy_cannot_read_is_named(dtype: str, bits: int, kind: st
 )
 def test_float8_is_one_line_and_no_verdict(command: list[str], tmp_path: Path) -> None:
     path = stored_as(tmp_path / "vit", "F8_E4M3", 8, CASE.checkpoint().tensors)
-    ended = CliRunner().invoke(cli.main, [word.format(path=path) for word in command])
+    ended = CliRunner().invoke(main, [word.format(path=path) for word in command])
     assert ended.exit_code == 2
     (said,) = ended.output.splitlines()
     assert said.startswith(f"vit-ref: {path / checkpoint.WEIGHTS}: ") and "F8_E4M3" in said
@@ -187,7 +188,7 @@ def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
     dtype: str, bits: int, name: str, tmp_path: Path
 ) -> None:
     path = stored_as(tmp_path / "vit", dtype, bits, CASE.checkpoint().tensors)
-    with pytest.raises(porting.PortError) as caught:
+    with pytest.raises(MappingError) as caught:
         vit_ref.from_pretrained(path)
     assert caught.value.path == path
     assert {fault.kind for fault in caught.value.faults} == {"unusable dtype"}
@@ -196,8 +197,8 @@ def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
 
 def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
     """Whoever finds it: the loader, the judge of this package's model or of a candidate's, block by block or whole."""
-    from vit_ref.verify.check import check_port
-    from vit_ref.verify.ports.proposal import propose
+    from vit_ref.verify.propose.proposal import propose
+    from vit_ref.verify.session import check_port
     from vit_ref.verify.stream import check_streamed
 
     source = CASE.checkpoint()
@@ -211,7 +212,7 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
         lambda path: propose(lambda pixels: pixels, path),
         lambda path: convert(path, tmp_path / "out", "hf"),
     ):
-        with pytest.raises(porting.PortError) as caught:
+        with pytest.raises(MappingError) as caught:
             ask(tmp_path)
         assert str(caught.value).splitlines() == [
             f"{tmp_path}: the weights do not fit the configuration (layout hf): 1 not finite",

@@ -19,17 +19,16 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from vit_ref import checkpoint, pretrained
-from vit_ref.config import ViTConfig
-from vit_ref.conversion import convert
-from vit_ref.errors import InputError
+from vit_ref.errors import InputError, ReferenceUnavailableError
 from vit_ref.finetune.predict import predict
+from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.verify.check import port_for
-from vit_ref.verify.parity import hf_tensors
+from vit_ref.verify.compare.forward import hf_tensors
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.references import REFERENCES, reference_for
-from vit_ref.verify.trace import ReferenceUnavailableError
+from vit_ref.verify.references.choice import REFERENCES, reference_for
+from vit_ref.verify.session import prepare_candidate
+from vit_ref.weights import checkpoint, pretrained
+from vit_ref.weights.conversion import convert
 
 pytestmark = pytest.mark.porting
 
@@ -199,11 +198,11 @@ def asked(directory: Path, out: Path, image: Path, seen: set[str]) -> bool:
         # Nothing is half-written, and who loads the checkpoint is told as much.
         assert not out.exists()
         refused(lambda: predict(pretrained.from_pretrained(directory), [image]))
-        return refused(lambda: port_for(None, *reversed(pretrained.opened(directory))))
+        return refused(lambda: prepare_candidate(None, *reversed(pretrained.opened(directory))))
     refused(lambda: pixels_for(pretrained.opened(directory)[1], image.parent, 1))
     refused(lambda: predict(pretrained.from_pretrained(directory), [image]))
     source, config = pretrained.opened(directory)
-    port_for(None, config, source)
+    prepare_candidate(None, config, source)
     # FlaxViT takes its time, and is asked once a configuration; PyTorch's ViT says most about odd fields.
     told = json.dumps(config.hf_numerics())
     names = ("torch",) if told in seen else REFERENCES

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vit_ref import porting
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.config import ViTConfig
-from vit_ref.model import VisionTransformer
-from vit_ref.porting import LAYOUTS, Fault, Layout, PortError
-from vit_ref.pretrained import parameters_of
-from vit_ref.verify.parity import hf_tensors
+from vit_ref.errors import Fault, MappingError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.verify.compare.forward import hf_tensors
+from vit_ref.weights import mapping
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.mapping import LAYOUTS, Layout
+from vit_ref.weights.pretrained import parameters_of
 from vit_strategies import random_bits, with_room, within
 
 pytestmark = pytest.mark.porting
@@ -41,13 +42,13 @@ HEADLESS = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "pooler": True, "poo
 
 def exported(layout: Layout, config: ViTConfig) -> dict[str, NDArray]:
     """`parameters` in a layout, as far as it has room for them."""
-    return porting.export(with_room(layout, parameters(config)), config, layout)
+    return mapping.export(with_room(layout, parameters(config)), config, layout)
 
 
 def parameters(config: ViTConfig, dtype: type = np.float32) -> dict[str, NDArray]:
     """Every element of every parameter is another number, exactly representable in float32."""
     values, start = {}, 0
-    for path, shape in porting.parameter_shapes(config).items():
+    for path, shape in mapping.parameter_shapes(config).items():
         size = int(np.prod(shape))
         values[path] = np.arange(start, start + size).reshape(shape).astype(dtype)
         start += size
@@ -64,14 +65,14 @@ configs = pytest.mark.parametrize("config", [CONFIG, HEADLESS], ids=["classifier
 def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtype: type) -> None:
     config = within(layout, config)
     ours = with_room(layout, random_bits(config, dtype))
-    source = porting.export(ours, config, layout)
+    source = mapping.export(ours, config, layout)
     # big_vision leaves out the zeros at the cls token's position.
-    left_out = config.hidden_size if layout is porting.BIG_VISION else 0
+    left_out = config.hidden_size if layout is mapping.BIG_VISION else 0
     assert sum(value.size for value in source.values()) == sum(value.size for value in ours.values()) - left_out
     assert layout.recognises(source) == len(source)
-    assert porting.detect(source) is layout
-    ported = porting.port(source, config, layout)
-    again = porting.export(ported, config, layout)
+    assert mapping.detect(source) is layout
+    ported = mapping.port(source, config, layout)
+    again = mapping.export(ported, config, layout)
     for before, after in ((ours, ported), (source, again)):
         assert before.keys() == after.keys()
         for name, value in before.items():
@@ -102,8 +103,8 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
     source[poisoned] = np.where(np.arange(source[poisoned].size).reshape(source[poisoned].shape) == 1, np.nan, 0.0)
     source[counted] = source[counted].astype(np.int32)
     source["something/else.weight"] = np.zeros((2, 3))
-    with pytest.raises(PortError) as caught:
-        porting.port(source, config, layout, exempt=["nothing.*"])
+    with pytest.raises(MappingError) as caught:
+        mapping.port(source, config, layout, exempt=["nothing.*"])
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {
         ("missing", gone),
         ("misshapen", bent),
@@ -134,16 +135,16 @@ def test_any_one_tensor_dropped_renamed_or_reshaped_is_reported(layout: Layout, 
         assert faults({**source, name: source[name][None]}, config, layout) == {("misshapen", name)}
 
 
-def faults(source: porting.Tensors, config: ViTConfig, layout: Layout) -> set[tuple[str, str]]:
-    with pytest.raises(PortError) as caught:
-        porting.port(source, config, layout)
+def faults(source: mapping.Tensors, config: ViTConfig, layout: Layout) -> set[tuple[str, str]]:
+    with pytest.raises(MappingError) as caught:
+        mapping.port(source, config, layout)
     return {(fault.kind, fault.name) for fault in caught.value.faults}
 
 
 @layouts
 def test_a_tensor_exempted_by_name_is_left_behind(layout: Layout) -> None:
     extra = {**exported(layout, CONFIG), "mask_token": np.zeros((1, 1, 6), np.float32)}
-    ported = porting.port(extra, CONFIG, layout, exempt=["mask_*"])
+    ported = mapping.port(extra, CONFIG, layout, exempt=["mask_*"])
     assert all((ported[path] == value).all() for path, value in with_room(layout, parameters(CONFIG)).items())
 
 
@@ -152,14 +153,14 @@ def test_blocks_beyond_the_configuration_are_unexpected(layout: Layout) -> None:
     deeper = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 13})
     found = faults(exported(layout, deeper), CONFIG, layout)
     # Query, key and value are one layer of timm's.
-    assert {kind for kind, _ in found} == {"unexpected"} and len(found) == (12 if layout is porting.TIMM else 16)
+    assert {kind for kind, _ in found} == {"unexpected"} and len(found) == (12 if layout is mapping.TIMM else 16)
     assert all("12" in name for _, name in found)
 
 
 def test_a_checkpoint_with_half_its_prefix_is_reported() -> None:
-    source = porting.export(parameters(CONFIG), CONFIG, porting.HF)
+    source = mapping.export(parameters(CONFIG), CONFIG, mapping.HF)
     source["layernorm.weight"] = source.pop("vit.layernorm.weight")
-    assert faults(source, CONFIG, porting.HF) == {
+    assert faults(source, CONFIG, mapping.HF) == {
         ("missing", "vit.layernorm.weight"),
         ("unexpected", "layernorm.weight"),
     }
@@ -168,16 +169,16 @@ def test_a_checkpoint_with_half_its_prefix_is_reported() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_reference_gets_the_same_tensors_whatever_the_layout(layout: Layout) -> None:
     ported = with_room(layout, parameters(CONFIG))
-    source = Checkpoint(Path("any"), porting.export(ported, CONFIG, layout), CONFIG.to_hf())
-    expected, found = porting.export(ported, CONFIG, porting.HF), hf_tensors(CONFIG, source)
+    source = Checkpoint(Path("any"), mapping.export(ported, CONFIG, layout), CONFIG.to_hf())
+    expected, found = mapping.export(ported, CONFIG, mapping.HF), hf_tensors(CONFIG, source)
     assert {name: value.tobytes() for name, value in found.items()} == {
         name: value.tobytes() for name, value in expected.items()
     }
 
 
 def test_unknown_names_are_no_layout() -> None:
-    with pytest.raises(PortError, match=r"no known layout .* has such names: conv1.weight, fc.bias"):
-        porting.detect({"fc.bias": np.zeros(1), "conv1.weight": np.zeros(1)})
+    with pytest.raises(MappingError, match=r"no known layout .* has such names: conv1.weight, fc.bias"):
+        mapping.detect({"fc.bias": np.zeros(1), "conv1.weight": np.zeros(1)})
 
 
 @pytest.mark.parametrize(
@@ -185,8 +186,8 @@ def test_unknown_names_are_no_layout() -> None:
     [(["d", "b", "c", "a"], "a, b, c"), (["b", "a"], "a, b"), ([], "none at all")],
 )
 def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> None:
-    with pytest.raises(PortError, match=f"has such names: {shown}$"):
-        porting.detect(names)
+    with pytest.raises(MappingError, match=f"has such names: {shown}$"):
+        mapping.detect(names)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +207,15 @@ def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> 
 def test_names_are_prefixed_where_more_than_half_of_the_bodys_are(carrying: int, bare: int, expected: bool) -> None:
     names = [f"vit.{k}" for k in range(carrying)] + [f"{k}" for k in range(bare)]
     # However many tensors a head has, they say nothing.
-    assert porting.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], porting.HF) is expected
+    assert mapping.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], mapping.HF) is expected
 
 
 def test_the_first_element_that_is_not_finite_is_reported_with_its_place() -> None:
-    source = porting.export(parameters(CONFIG), CONFIG, porting.HF)
+    source = mapping.export(parameters(CONFIG), CONFIG, mapping.HF)
     kernel = source["classifier.weight"]
     kernel[1, 2], kernel[3, 0], kernel[4, 4] = -np.inf, np.nan, np.inf
-    with pytest.raises(PortError) as caught:
-        porting.port(source, CONFIG, porting.HF)
+    with pytest.raises(MappingError) as caught:
+        mapping.port(source, CONFIG, mapping.HF)
     assert caught.value.faults == (Fault("not finite", "classifier.weight", "-inf at (1, 2)"),)
 
 
@@ -225,17 +226,17 @@ def test_a_layout_is_shared_and_cannot_be_changed(layout: Layout) -> None:
 
 
 def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
-    incomplete = Layout("incomplete", tuple(rule for rule in porting.HF.rules if rule.destination != "norm.bias"))
+    incomplete = Layout("incomplete", tuple(rule for rule in mapping.HF.rules if rule.destination != "norm.bias"))
     with pytest.raises(
-        PortError, match=r"layout incomplete\): 1 no rule\n  no rule: norm\.bias: the layout has no name"
+        MappingError, match=r"layout incomplete\): 1 no rule\n  no rule: norm\.bias: the layout has no name"
     ):
         incomplete.bind(CONFIG, prefixed=False)
 
 
 def test_timm_has_no_pooler() -> None:
-    for act in (porting.port, porting.export):
-        with pytest.raises(PortError) as caught:
-            act(parameters(HEADLESS), HEADLESS, porting.TIMM)
+    for act in (mapping.port, mapping.export):
+        with pytest.raises(MappingError) as caught:
+            act(parameters(HEADLESS), HEADLESS, mapping.TIMM)
         found = {(fault.kind, fault.name) for fault in caught.value.faults}
         assert found == {("no rule", "pooler.kernel"), ("no rule", "pooler.bias")}
 
@@ -243,16 +244,16 @@ def test_timm_has_no_pooler() -> None:
 @pytest.mark.parametrize("position", [1e-45, -0.0])
 @pytest.mark.parametrize("element", [0, 5])
 def test_a_position_of_the_cls_token_is_not_dropped_for_big_vision(position: float, element: int) -> None:
-    ours = with_room(porting.BIG_VISION, parameters(CONFIG))
+    ours = with_room(mapping.BIG_VISION, parameters(CONFIG))
     ours["position_embeddings"][0, 0, element] = position
-    with pytest.raises(PortError) as caught:
-        porting.export(ours, CONFIG, porting.BIG_VISION)
+    with pytest.raises(MappingError) as caught:
+        mapping.export(ours, CONFIG, mapping.BIG_VISION)
     detail = "the cls token's position is not zero, and pos_embedding has no room for it"
     assert caught.value.faults == (Fault("unfit", "position_embeddings", detail),)
 
 
 def test_a_port_error_lists_faults_of_one_kind_together() -> None:
-    error = PortError([Fault("missing", "a", "x"), Fault("missing", "b", "y")], "hf")
+    error = MappingError([Fault("missing", "a", "x"), Fault("missing", "b", "y")], "hf")
     assert error.faults[1].name == "b"
     assert str(error).splitlines() == [
         "the weights do not fit the configuration (layout hf): 2 missing",
@@ -306,9 +307,9 @@ def test_single_elements_land_where_the_layer_says(
     layout: str, name: str, at: tuple[int, ...], path: str, to: tuple[int, ...]
 ) -> None:
     ours = with_room(LAYOUTS[layout], parameters(CONFIG))
-    source = porting.export(ours, CONFIG, LAYOUTS[layout])
+    source = mapping.export(ours, CONFIG, LAYOUTS[layout])
     assert source[name][at] == ours[path][to]
-    assert porting.port(source, CONFIG, LAYOUTS[layout])[path][to] == source[name][at]
+    assert mapping.port(source, CONFIG, LAYOUTS[layout])[path][to] == source[name][at]
 
 
 def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionTransformer]) -> None:
@@ -316,7 +317,7 @@ def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionT
     from flax import linen
 
     vit = filled(CONFIG)
-    tensors = porting.export(parameters_of(vit), CONFIG, porting.NPZ)
+    tensors = mapping.export(parameters_of(vit), CONFIG, mapping.NPZ)
     stem = "Transformer/encoderblock_3/MultiHeadDotProductAttention_1"
     params = {
         part: {leaf: tensors[f"{stem}/{part}/{leaf}"] for leaf in ("kernel", "bias")}
@@ -332,7 +333,7 @@ def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionT
 def test_names_of_transformers_5() -> None:
     """As `ViTForImageClassification(...).state_dict()` has them in transformers 5.23.0."""
     one_block = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 1})
-    assert set(porting.export(parameters(one_block), one_block, porting.HF5)) == {
+    assert set(mapping.export(parameters(one_block), one_block, mapping.HF5)) == {
         "classifier.bias",
         "classifier.weight",
         "vit.embeddings.cls_token",
@@ -470,7 +471,7 @@ def pytorch_to_flax(name: str, tensor: NDArray) -> tuple[str, NDArray]:
 def test_every_layout_is_hugging_faces_under_other_names(layout: str) -> None:
     config = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 1})
     ours = with_room(LAYOUTS[layout], parameters(config))
-    theirs = porting.export(ours, config, porting.HF)
+    theirs = mapping.export(ours, config, mapping.HF)
     separator = "/" if layout in ("flax", "npz", "big_vision") else "."
     prefix = {"flax": "vit/", "hf5": "vit."}.get(layout, "")
     expected: dict[str, list[NDArray]] = {}
@@ -492,7 +493,7 @@ def test_every_layout_is_hugging_faces_under_other_names(layout: str) -> None:
                 tensor = tensor[:, 1:]
             # Query, key and value, in this order, are the rows of timm's one layer.
             expected.setdefault(full if stem == "classifier" else prefix + full, []).append(tensor)
-    found = porting.export(ours, config, LAYOUTS[layout])
+    found = mapping.export(ours, config, LAYOUTS[layout])
     assert found.keys() == expected.keys()
     for name, tensors in expected.items():
         np.testing.assert_array_equal(found[name], np.concatenate(tensors), err_msg=name)

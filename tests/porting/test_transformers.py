@@ -13,10 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import vit_ref
-from vit_ref import porting
-from vit_ref.model import VisionTransformer
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.flaxvit import FlaxViTReference, require_flaxvit
+from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
+from vit_ref.weights import mapping
 
 pytestmark = pytest.mark.porting
 
@@ -76,7 +76,7 @@ def test_the_flax_layout_is_flaxvits_own_tree(name: str) -> None:
     """As transformers' converter makes it of the PyTorch tensors, every parameter drawn at random."""
     config, tensors = CASES[name].config, CASES[name].checkpoint().tensors
     theirs = flatten_dict(FlaxViTReference(config, tensors).params, sep="/")
-    found = porting.export(porting.port(tensors, config, porting.HF), config, porting.FLAX)
+    found = mapping.export(mapping.port(tensors, config, mapping.HF), config, mapping.FLAX)
     assert found.keys() == theirs.keys()
     for path, tensor in theirs.items():
         np.testing.assert_array_equal(found[path], tensor, err_msg=path)

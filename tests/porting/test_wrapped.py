@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import vit_ref
-from vit_ref import checkpoint, cli, porting, pretrained, wrappers
-from vit_ref.config import ViTConfig
-from vit_ref.porting import PortError
+from vit_ref.cli.commands import main
+from vit_ref.errors import MappingError
+from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
+from vit_ref.weights import checkpoint, mapping, pretrained, wrappers
 from vit_strategies import with_room
 
 pytestmark = pytest.mark.porting
@@ -35,12 +36,12 @@ CONFIG = ViTConfig(
     num_labels=3,
 )
 TENSORS = Case("wrapped", CONFIG).checkpoint().tensors
-PARAMETERS = porting.port(TENSORS, CONFIG, porting.HF)
+PARAMETERS = mapping.port(TENSORS, CONFIG, mapping.HF)
 # Beside the weights, in the two ways of flax's optimizers.
 STATE = {"opt/state/step": np.int32(7), "opt/state/param_states/head/bias/grad_ema": np.zeros(3, "f4")}
 
 
-def directory(path: Path, tensors: porting.Tensors, config: ViTConfig = CONFIG) -> Path:
+def directory(path: Path, tensors: mapping.Tensors, config: ViTConfig = CONFIG) -> Path:
     checkpoint.write_directory(path, {}, config.to_hf())
     save_file(dict(tensors), path / checkpoint.WEIGHTS)
     return path
@@ -67,14 +68,14 @@ def test_a_prefix_of_pytorchs_wrappers_is_stripped_and_said(
     assert same(path)
 
 
-@pytest.mark.parametrize("layout", [porting.NPZ, porting.BIG_VISION], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [mapping.NPZ, mapping.BIG_VISION], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("prefix", ["params/", "opt/target/", "optimizer/target/", "opt/target/params/"])
 @pytest.mark.parametrize("state", [{}, STATE], ids=["weights alone", "with state"])
 def test_an_npz_of_a_training_loop_is_read(
-    layout: porting.Layout, prefix: str, state: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    layout: mapping.Layout, prefix: str, state: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parameters = with_room(layout, dict(PARAMETERS))
-    tensors = porting.export(parameters, CONFIG, layout)
+    tensors = mapping.export(parameters, CONFIG, layout)
     np.savez(tmp_path / "ViT.npz", **{f"{prefix}{name}": value for name, value in tensors.items()}, **state)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
     found = pretrained.parameters_of(model)
@@ -86,7 +87,7 @@ def test_an_npz_of_a_training_loop_is_read(
 
 def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
     """Its step is a number, which no weight may be."""
-    weights = traverse_util.unflatten_dict(porting.export(PARAMETERS, CONFIG, porting.FLAX), sep="/")
+    weights = traverse_util.unflatten_dict(mapping.export(PARAMETERS, CONFIG, mapping.FLAX), sep="/")
     tree = {"step": 7, "params": weights, "opt_state": {"0": {"count": np.int32(7), "mu": weights}, "1": {}}}
     checkpoint.write_directory(tmp_path, {}, CONFIG.to_hf())
     (tmp_path / checkpoint.FLAX_WEIGHTS).write_bytes(serialization.msgpack_serialize(tree))
@@ -113,7 +114,7 @@ def test_what_all_have_in_common_and_nothing_else_is_a_prefix(names: list[str], 
 def test_a_prefix_that_not_all_names_have_is_named_and_can_be_had_without_the_others(tmp_path: Path) -> None:
     wrapped = {f"model.{name}": value for name, value in TENSORS.items()}
     path = directory(tmp_path / "vit", {**wrapped, "criterion.weight": np.ones(3, "f4")})
-    with pytest.raises(PortError) as caught:
+    with pytest.raises(MappingError) as caught:
         vit_ref.from_pretrained(path)
     said = f"'model.' would be stripped if all names began with it, and 1 of {len(TENSORS) + 1} begin otherwise, first"
     assert f"{said} criterion.weight: leave these behind with --ignore PATTERN" in str(caught.value)
@@ -134,7 +135,7 @@ LEFT_OVER: dict[str, tuple[NDArray, str]] = {
 def test_a_tensor_that_is_left_over_is_named_for_what_it_is(name: str, tmp_path: Path) -> None:
     value, known = LEFT_OVER[name]
     path = directory(tmp_path / "vit", {**TENSORS, name: value})
-    with pytest.raises(PortError) as caught:
+    with pytest.raises(MappingError) as caught:
         vit_ref.from_pretrained(path)
     first, fault, advice = str(caught.value).splitlines()
     assert first == f"{path}: the weights do not fit the configuration (layout hf): 1 unexpected"
@@ -149,7 +150,7 @@ def leftovers(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    ended = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    ended = CliRunner().invoke(main, [str(argument) for argument in arguments])
     return ended.exit_code, ended.output
 
 
@@ -174,7 +175,7 @@ def test_pytorchs_reference_is_not_given_what_is_ignored(leftovers: Path) -> Non
 
 def test_a_command_says_that_it_strips_a_prefix(tmp_path: Path) -> None:
     path = directory(tmp_path / "vit", {f"module.{name}": value for name, value in TENSORS.items()})
-    ended = CliRunner().invoke(cli.main, ["convert", str(path), str(tmp_path / "out"), "--to", "hf"])
+    ended = CliRunner().invoke(main, ["convert", str(path), str(tmp_path / "out"), "--to", "hf"])
     assert ended.exit_code == 0, ended.output
     assert ended.stderr == f"vit-ref: {path}: all weights' names begin with 'module.', which is stripped\n"
 
@@ -204,7 +205,7 @@ def test_an_exemption_that_names_nothing_is_said_to_verify_too(leftovers: Path) 
 
 def test_a_needed_tensor_is_never_left_behind() -> None:
     source = {**TENSORS, "x": np.ones(1, "f4")}
-    assert porting.without(source, CONFIG, ["*"]).keys() == TENSORS.keys()
+    assert mapping.without(source, CONFIG, ["*"]).keys() == TENSORS.keys()
 
 
 def starting(path: Path, exempt: list[str]) -> ViTConfig:
@@ -216,7 +217,7 @@ def starting(path: Path, exempt: list[str]) -> ViTConfig:
 
 def test_finetune_starts_from_what_is_not_ignored(leftovers: Path) -> None:
     assert starting(leftovers, list(LEFT_OVER)).num_labels == 2
-    with pytest.raises(PortError, match="1 unexpected"):
+    with pytest.raises(MappingError, match="1 unexpected"):
         starting(leftovers, list(LEFT_OVER)[1:])
 
 

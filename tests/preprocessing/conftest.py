@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from vit_ref.config import ViTConfig
+from vit_ref.model.config import ViTConfig
 
 
 def _picture(height: int, width: int, seed: int = 0) -> NDArray:

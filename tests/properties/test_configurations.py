@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import ConfigError
-from vit_ref.porting import parameter_shapes
+from vit_ref.model.config import ViTConfig
+from vit_ref.weights.mapping import parameter_shapes
 from vit_strategies import INVALID, configs, times
 
 pytestmark = pytest.mark.properties

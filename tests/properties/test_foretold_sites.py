@@ -13,10 +13,10 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_ref.config import ViTConfig
-from vit_ref.model import VisionTransformer
-from vit_ref.sites import Site, sites
-from vit_ref.verify.trace import precision_of
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import Site, sites
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.verify.compare.trace import precision_of
 from vit_strategies import configs, times
 
 pytestmark = pytest.mark.properties

@@ -17,21 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_ref import checkpoint
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.config import ViTConfig
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.check import port_for
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.parity import check_parity
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.report import headline, table
+from vit_ref.verify.session import prepare_candidate
+from vit_ref.weights import checkpoint
+from vit_ref.weights.checkpoint import Checkpoint
 from vit_strategies import configs, seeds
 
 # Rounding is judged as users see it.
 pytestmark = [pytest.mark.properties, pytest.mark.optimised]
 
-PORT = Path(__file__).parents[1] / "candidates" / "ports" / "torch_timm.py"
+PORT = Path(__file__).parents[1] / "candidates" / "worked" / "torch_timm.py"
 # Every example compiles four functions of its own, which a thousand of them need not keep.
 _CHECKED = itertools.count(1)
 # In an MLP of one or two units all of a site may lie in GELU's far tail, where 1 + tanh cancels: 5e-11 was seen in
@@ -101,7 +101,7 @@ def test_a_right_port_in_pytorch_passes_forward_and_backward(
                 tensor[0] *= np.float32(max(sink / 2, 1))
     with tempfile.TemporaryDirectory() as directory:
         checkpoint.write_directory(directory, source.tensors, source.config or {})
-        port = port_for(f"{PORT}:{attention}", config, checkpoint.read(directory))
+        port = prepare_candidate(f"{PORT}:{attention}", config, checkpoint.read(directory))
         reports = (
             check_parity(case.name, config, source, images, port, reference=reference),
             check_gradients(case.name, config, source, images[:2], port, reference=reference),

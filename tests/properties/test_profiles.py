@@ -7,7 +7,7 @@ import re
 import pytest
 from hypothesis import given, settings
 
-from vit_ref.config import ViTConfig
+from vit_ref.model.config import ViTConfig
 from vit_strategies import configs, seeds
 
 pytestmark = pytest.mark.properties

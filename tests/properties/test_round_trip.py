@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_ref import porting
-from vit_ref.config import ViTConfig
-from vit_ref.porting import LAYOUTS
+from vit_ref.model.config import ViTConfig
+from vit_ref.weights import mapping
+from vit_ref.weights.mapping import LAYOUTS
 from vit_strategies import configs, random_bits, seeds, times, with_room, within
 
 pytestmark = pytest.mark.properties
@@ -24,13 +24,13 @@ dtypes = st.sampled_from((np.float32, np.float16, ml_dtypes.bfloat16, np.float64
 def test_port_export_port_is_the_identity(layout: str, config: ViTConfig, dtype: type, seed: int) -> None:
     config = within(LAYOUTS[layout], config)
     parameters = with_room(LAYOUTS[layout], random_bits(config, dtype, seed))
-    source = porting.export(parameters, config, LAYOUTS[layout])
+    source = mapping.export(parameters, config, LAYOUTS[layout])
     # By the names alone the layout is known again.
-    ported = porting.port(source, config, porting.detect(source))
+    ported = mapping.port(source, config, mapping.detect(source))
     assert {path: (value.dtype, value.shape, value.tobytes()) for path, value in ported.items()} == {
         path: (value.dtype, value.shape, value.tobytes()) for path, value in parameters.items()
     }
-    again = porting.export(ported, config, LAYOUTS[layout])
+    again = mapping.export(ported, config, LAYOUTS[layout])
     assert {name: (value.shape, value.tobytes()) for name, value in again.items()} == {
         name: (value.shape, value.tobytes()) for name, value in source.items()
     }

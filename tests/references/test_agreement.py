@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from jax.typing import DTypeLike
 
-from vit_ref.errors import InputError
-from vit_ref.porting import parameter_shapes
-from vit_ref.sites import BLOCK_SITES, sites
-from vit_ref.verify import torchvit
-from vit_ref.verify.backward import objectives_for
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByReferenceError
+from vit_ref.model.sites import BLOCK_SITES, sites
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.compare.backward import check_gradients, truths_of
+from vit_ref.verify.compare.objectives import objectives_for
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, errors_of, numerical_gate
-from vit_ref.verify.gradients import check_gradients, truths_of
-from vit_ref.verify.references import REFERENCES, reference_for, require, with_fused_attention
+from vit_ref.verify.references import torch_vit
+from vit_ref.verify.references.choice import REFERENCES, reference_for, require, with_fused_attention
+from vit_ref.verify.references.torch_vit import TorchViTReference
 from vit_ref.verify.report import headline, table
-from vit_ref.verify.torchvit import TorchViTReference
-from vit_ref.verify.trace import ReferenceUnavailableError, Trace, UnsupportedByReferenceError
+from vit_ref.weights.mapping import parameter_shapes
 
 pytestmark = pytest.mark.torch
 
@@ -116,11 +116,11 @@ def test_a_site_seen_in_the_wrong_place_is_found(site: str, monkeypatch: pytest.
     needs("torch")
     shapes = dict(BLOCK_SITES)
     other = next((mate for mate in shapes if shapes[mate] == shapes[site] and mate != site), None)
-    for blocks in torchvit._BLOCKS.values():
+    for blocks in torch_vit._BLOCKS.values():
         if other:
             wrong = blocks[other]
         else:  # only the probabilities have their shape
-            wrong = torchvit._Seen(blocks[site].module, lambda arguments, returned: returned[1].transpose(2, 3))
+            wrong = torch_vit._Seen(blocks[site].module, lambda arguments, returned: returned[1].transpose(2, 3))
         monkeypatch.setitem(blocks, site, wrong)
     case = CASES["rectangular"]
     found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
@@ -129,8 +129,8 @@ def test_a_site_seen_in_the_wrong_place_is_found(site: str, monkeypatch: pytest.
 
 def test_a_value_that_the_model_does_not_go_on_with_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
-    for blocks in torchvit._BLOCKS.values():
-        copy = torchvit._Seen(blocks["attn.query"].module, lambda arguments, returned: returned.clone())
+    for blocks in torch_vit._BLOCKS.values():
+        copy = torch_vit._Seen(blocks["attn.query"].module, lambda arguments, returned: returned.clone())
         monkeypatch.setitem(blocks, "attn.query", copy)
     case = CASES["rectangular"]
     differentiate = TorchViTReference(case.config, case.checkpoint().tensors).gradients(case.images(), np.float64)
@@ -140,7 +140,7 @@ def test_a_value_that_the_model_does_not_go_on_with_has_no_gradient(monkeypatch:
 
 def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
-    monkeypatch.setattr(torchvit, "_softmax_in_float64", contextlib.nullcontext)
+    monkeypatch.setattr(torch_vit, "_softmax_in_float64", contextlib.nullcontext)
     case = CASES["rectangular"]
     found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
     assert {value.dtype for value in found.values()} == {np.dtype(np.float64)}
@@ -150,7 +150,7 @@ def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pyt
 @pytest.mark.parametrize("ask", ["trace", "gradients"])
 def test_pytorch_judges_no_products_that_a_device_rounds(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
-    monkeypatch.setattr(torchvit, "products", lambda: "tensorfloat32")
+    monkeypatch.setattr(torch_vit, "products", lambda: "tensorfloat32")
     case = CASES["rectangular"]
     judge = getattr(TorchViTReference(case.config, case.checkpoint().tensors), ask)
     judge(case.images(), np.float64)
@@ -179,7 +179,7 @@ def test_tensors_that_pytorch_does_not_take_are_named(kind: str) -> None:
 
 def test_a_vit_of_unknown_structure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
-    monkeypatch.setattr(torchvit, "_BLOCKS", {"transformer.blocks": torchvit._BLOCKS["layers"]})
+    monkeypatch.setattr(torch_vit, "_BLOCKS", {"transformer.blocks": torch_vit._BLOCKS["layers"]})
     case = CASES["rectangular"]
     with pytest.raises(ReferenceUnavailableError, match="ViT of unknown structure"):
         TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)

@@ -12,17 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import vit_ref_pytest
-from vit_ref.errors import InputError
-from vit_ref.verify import references
-from vit_ref.verify.candidate import OwnCandidate
+import vit_ref.testing.plugin
+from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByReferenceError
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.gates import error
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.parity import check_parity
-from vit_ref.verify.references import REFERENCES, NumpyReference, reference_for, require
-from vit_ref.verify.trace import ReferenceUnavailableError, UnsupportedByReferenceError
+from vit_ref.verify.references import choice
+from vit_ref.verify.references.choice import REFERENCES, NumpyReference, reference_for, require
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
 pytestmark = pytest.mark.parity
 
@@ -42,9 +41,9 @@ def test_numpy_rounds_every_product_as_the_device_does(kind: str, unit: float, m
     case, tensors = CASES["rectangular"], CASES["rectangular"].checkpoint().tensors
     judge, pixels, rounded = NumpyReference(case.config, tensors), case.images(), []
     truth = NumpyOracle(case.config, tensors).trace(pixels)
-    round_operand = references._OPERANDS[kind]
-    monkeypatch.setattr(references, "products", lambda: kind)
-    monkeypatch.setitem(references._OPERANDS, kind, lambda x: (rounded.append(x), round_operand(x))[1])
+    round_operand = choice._OPERANDS[kind]
+    monkeypatch.setattr(choice, "products", lambda: kind)
+    monkeypatch.setitem(choice._OPERANDS, kind, lambda x: (rounded.append(x), round_operand(x))[1])
     # A product's relative error is that of its operands, a unit of rounding at most and some tenths on average.
     assert 0.1 * unit < error(judge.trace(pixels, np.float32)["patches"], truth["patches"]).rms < 2 * unit
     # Of the patches, six layers, scores and context of each block, and of the head.
@@ -129,9 +128,9 @@ def test_a_reference_that_is_asked_for_and_not_there_is_one_line_and_exit_code_2
         getoption=lambda name, default: given.get(name, default), addinivalue_line=lambda name, line: None
     )
     if message is None:
-        vit_ref_pytest.pytest_configure(config)
+        vit_ref.testing.plugin.pytest_configure(config)
         return
     with pytest.raises(pytest.exit.Exception, match=message) as ended:
-        vit_ref_pytest.pytest_configure(config)
+        vit_ref.testing.plugin.pytest_configure(config)
     assert ended.value.returncode == 2
     assert len(str(ended.value).splitlines()) == 1

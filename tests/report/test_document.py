@@ -135,9 +135,9 @@ def test_the_first_divergence_and_what_is_wrong_by_itself(name, divergence, alon
 def test_a_check_that_two_patterns_mean_counts_for_the_first() -> None:
     report = ported(
         parity(measured("block.0.norm1", 1e-6), measured("block.0.norm2"), measured("logits")),
-        expected_failures={"block.0.norm1": "one", "block.*": "two"},
+        expected_failed_checks={"block.0.norm1": "one", "block.*": "two"},
     )
-    found = [(each["pattern"], each["failed"], each["stale"]) for each in to_json(report)["expected_failures"]]
+    found = [(each["pattern"], each["failed"], each["stale"]) for each in to_json(report)["expected_failed_checks"]]
     assert found == [("block.0.norm1", 1, 0), ("block.*", 0, 1)]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from synthetic_reports import REPORTS, measured, parity, ported, wrong
-from vit_ref.verify.behaviour import Behaviour
-from vit_ref.verify.diagnosis import Cause
+from vit_ref.verify.compare.behaviour import Behaviour
+from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.report import page, to_html, to_json
 
 pytestmark = pytest.mark.candidates
@@ -132,7 +132,7 @@ def test_names_are_text_and_never_markup() -> None:
         candidate=evil,
         environment={evil: evil, "device": evil},
         behaviour=(Behaviour("batch", 1.0, evil),),
-        expected_failures={f"{evil}*": evil, "logits": evil},
+        expected_failed_checks={f"{evil}*": evil, "logits": evil},
         not_backward=evil,
     )
     html = to_html(report)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ways import CASE
 
-from vit_ref import checkpoint
+from vit_ref.weights import checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -28,18 +28,18 @@ from numpy.typing import NDArray
 from ways import CASE, JUDGED, WAYS, Way, digests
 
 import vit_ref
-from vit_ref import checkpoint
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.model import Tap
-from vit_ref.pretrained import arrays_of
-from vit_ref.skeleton import skeleton
-from vit_ref.verify.backward import Gradients, Objective
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model.skeleton import skeleton
+from vit_ref.model.vit import Tap
+from vit_ref.verify.candidates.own import OwnCandidate
+from vit_ref.verify.candidates.tapped import Forward
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.compare.objectives import Gradients, Objective
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, numerical_gate
-from vit_ref.verify.gradients import check_gradients
-from vit_ref.verify.parity import ParityReport, check_parity
-from vit_ref.verify.tapped import Forward
-from vit_ref.verify.trace import Trace
+from vit_ref.weights import checkpoint
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.pretrained import arrays_of
 
 
 class OneDevice(OwnCandidate):

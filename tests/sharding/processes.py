@@ -19,12 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ways import CASE
 
 import vit_ref
-from vit_ref import checkpoint
-from vit_ref.checkpoint import CheckpointError
-from vit_ref.pretrained import arrays_of
-from vit_ref.verify.backward import objectives_for
+from vit_ref.verify.compare.backward import truths_of
+from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import errors_of
-from vit_ref.verify.gradients import truths_of
+from vit_ref.weights import checkpoint
+from vit_ref.weights.checkpoint import CheckpointError
+from vit_ref.weights.pretrained import arrays_of
 
 
 def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Array]:

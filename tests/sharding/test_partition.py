@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 from ways import CASE
 
 import vit_ref
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.partition import RULES, shardings
-from vit_ref.porting import parameter_shapes, templated
+from vit_ref.model.config import ViTConfig
+from vit_ref.weights.mapping import parameter_shapes, templated
+from vit_ref.weights.partition import RULES, shardings
 
 pytestmark = pytest.mark.sharding
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from ways import CASE, WAYS, Way
 
-from vit_ref.partition import LEAST
-from vit_ref.porting import parameter_shapes
+from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.partition import LEAST
 
 pytestmark = [pytest.mark.sharding, pytest.mark.xdist_group("devices")]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ways import CASE, digests
 
-from vit_ref.porting import parameter_shapes
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
+from vit_ref.weights.mapping import parameter_shapes
 
 pytestmark = [pytest.mark.sharding, pytest.mark.xdist_group("devices")]
 

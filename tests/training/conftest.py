@@ -15,14 +15,14 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import porting
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.config import ViTConfig
 from vit_ref.finetune.step import train_step
-from vit_ref.pretrained import build, parameters_of
-from vit_ref.verify.flaxvit import FlaxViTReference
-from vit_ref.verify.parity import hf_tensors
-from vit_ref.verify.trace import precision_of
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.compare.forward import hf_tensors
+from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.references.flax_vit import FlaxViTReference
+from vit_ref.weights import mapping
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.pretrained import build, parameters_of
 
 Batches = list[tuple[NDArray, NDArray]]
 Transformation = Callable[[], optax.GradientTransformation]
@@ -39,7 +39,7 @@ def _train_ours(
     config: ViTConfig, source: Checkpoint, make: Transformation, batches: Batches, dtype: DTypeLike, keep: set[int]
 ) -> Run:
     with precision_of(dtype):
-        weights = porting.port(source.tensors, config, porting.detect(source.tensors))
+        weights = mapping.port(source.tensors, config, mapping.detect(source.tensors))
         model = build(config, {path: value.astype(dtype) for path, value in weights.items()}, dtype=dtype)
         optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
         step = nnx.jit(train_step)
@@ -77,7 +77,7 @@ def _train_flaxvit(
             losses.append(loss)
             if number in keep:
                 tree = flatten_dict(jax.device_get(params), sep="/")
-                kept[number] = porting.port(tree, config, porting.FLAX)
+                kept[number] = mapping.port(tree, config, mapping.FLAX)
         return Run(np.array(losses, np.float64), kept)
 
 

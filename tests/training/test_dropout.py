@@ -19,15 +19,15 @@ import pytest
 from flax import linen, nnx
 from numpy.typing import NDArray
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import ConfigError
-from vit_ref.model import VisionTransformer
-from vit_ref.pretrained import build
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.flaxvit import FlaxViTReference
+from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error
-from vit_ref.verify.trace import precision_of
+from vit_ref.verify.references.flax_vit import FlaxViTReference
+from vit_ref.weights.pretrained import build
 
 pytestmark = pytest.mark.training
 

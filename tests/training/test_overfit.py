@@ -14,16 +14,16 @@ import optax
 import pytest
 from flax import nnx
 
-from vit_ref import checkpoint, porting
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.config import ViTConfig
 from vit_ref.finetune.step import classification_loss, train_step
-from vit_ref.model import VisionTransformer
-from vit_ref.pretrained import configuration, parameters_of
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, synthetic_images
+from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import ALLOWANCES, root_mean_square
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.trace import precision_of
+from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.pretrained import configuration, parameters_of
 
 pytestmark = pytest.mark.training
 
@@ -38,7 +38,7 @@ READS_BIASES = ("query.bias", "key.bias", "value.bias", "fc1.bias", "head.bias")
 def fresh(config: ViTConfig) -> Checkpoint:
     """A randomly initialised model's weights, as a checkpoint."""
     model = VisionTransformer(config, rngs=nnx.Rngs(0))
-    return Checkpoint(Path("fresh"), porting.export(parameters_of(model), config, porting.HF), config.to_hf())
+    return Checkpoint(Path("fresh"), mapping.export(parameters_of(model), config, mapping.HF), config.to_hf())
 
 
 def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
@@ -52,7 +52,7 @@ def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
     within = rng.permutation(config.head_dim)
     heads = np.concatenate([head * config.head_dim + within for head in range(config.num_attention_heads)])
     parameters = {}
-    for path, value in porting.port(source.tensors, config, porting.detect(source.tensors)).items():
+    for path, value in mapping.port(source.tensors, config, mapping.detect(source.tensors)).items():
         if path.endswith(READS_KERNELS):
             value = value[channels]
         elif not path.endswith(READS_BIASES):
@@ -66,7 +66,7 @@ def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
         elif ".attn." in path and ".out." not in path:
             value = value[..., heads]
         parameters[path] = np.ascontiguousarray(value)
-    return Checkpoint(source.path, porting.export(parameters, config, porting.HF), source.config)
+    return Checkpoint(source.path, mapping.export(parameters, config, mapping.HF), source.config)
 
 
 def assert_same_curve(
@@ -138,10 +138,10 @@ def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
     for path in paths:
         given = checkpoint.read(path)
         config = replace(configuration(given), num_labels=3, labels=())
-        parameters = porting.port(given.tensors, configuration(given), porting.detect(given.tensors))
+        parameters = mapping.port(given.tensors, configuration(given), mapping.detect(given.tensors))
         draw = np.random.default_rng(0).normal(0, 0.02, (config.hidden_size, 3)).astype(np.float32)
         parameters |= {"head.kernel": draw, "head.bias": np.zeros(3, np.float32)}
-        source = Checkpoint(given.path, porting.export(parameters, config, porting.HF), config.to_hf())
+        source = Checkpoint(given.path, mapping.export(parameters, config, mapping.HF), config.to_hf())
         pixels = pixels_for(config, images, 3)
         arguments = config, source, clipped_momentum, [(pixels, np.arange(3))] * 18
         truth = train_flaxvit(*arguments, np.float64, set()).losses

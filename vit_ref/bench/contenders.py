@@ -17,20 +17,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_ref.attention import cudnn, require_cudnn
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.queueing import queued
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
 from vit_ref.finetune.step import split_step
-from vit_ref.skeleton import skeleton
-from vit_ref.verify.flaxvit import require_flaxvit
+from vit_ref.model.attention import cudnn, require_cudnn
+from vit_ref.model.skeleton import skeleton
+from vit_ref.verify.references.flax_vit import require_flaxvit
 
 RATE = 1e-4
-
-
-class UnbuildableError(InputError):
-    """An implementation is installed, and cannot be got ready on this machine."""
 
 
 # What the allocators of XLA and PyTorch say.
@@ -81,7 +77,7 @@ class Entry(NamedTuple):
 
 def torchvit(workload: Workload, *, compiles: bool) -> Contender:
     """transformers' ViT in PyTorch, eager or through `torch.compile`."""
-    from vit_ref.bench.torchvit import build
+    from vit_ref.bench.torch_vit import build
 
     run, first = build(workload, RATE, compiles=compiles)
     return Contender("torch.compile" if compiles else "PyTorch", run, Cost(first))

@@ -9,15 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vit_ref.bench.compiling import Cost
-from vit_ref.bench.contenders import CONTENDERS, Contender, UnbuildableError, out_of_memory
+from vit_ref.bench.contenders import CONTENDERS, Contender, out_of_memory
 from vit_ref.bench.queueing import passes_at_once
 from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
-from vit_ref.errors import InputError
-
-
-class OutOfMemoryError(InputError):
-    """Not even one image fits."""
+from vit_ref.errors import OutOfMemoryError, UnbuildableError
 
 
 @dataclasses.dataclass(frozen=True)

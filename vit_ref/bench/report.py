@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
-from vit_ref.atomic import replacing
 from vit_ref.bench.measure import Timing
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
+from vit_ref.files import replacing
 
 _COLOURS = {
     "vit_ref": "#0072B2",

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.model.config import ViTConfig
 from vit_ref.verify import precision as precisions
 
 Pass = Literal["forward", "train step"]

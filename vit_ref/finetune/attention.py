@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from vit_ref.model import VisionTransformer
+from vit_ref.model.vit import VisionTransformer
 
 Method = Literal["last", "rollout"]
 

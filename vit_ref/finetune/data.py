@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vit_ref import image_files
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
-from vit_ref.local import require_local
+from vit_ref.files import require_local
 from vit_ref.preprocessing import read_image
 
 if TYPE_CHECKING:

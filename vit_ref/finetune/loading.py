@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
 from vit_ref.finetune.augmentation import Augmentation, Transform, augmented
 from vit_ref.finetune.data import ImageDataset, Photograph
 from vit_ref.finetune.metrics import PADDING
+from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess, steps
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from vit_ref import partition
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
-from vit_ref.partition import DATA
-from vit_ref.pretrained import with_arrays
+from vit_ref.model.config import ViTConfig
+from vit_ref.weights import partition
+from vit_ref.weights.partition import DATA
+from vit_ref.weights.pretrained import with_arrays
 
 Sharding = Literal["data", "fsdp"]
 
@@ -32,7 +32,7 @@ def mesh_for(batch_size: int) -> Mesh:
 
 
 def shardings(state: nnx.State, config: ViTConfig, mesh: Mesh | AbstractMesh, kind: Sharding) -> nnx.State:
-    """Where each array of a training state lies, by `vit_ref.partition`.
+    """Where each array of a training state lies, by `vit_ref.weights.partition`.
 
     Args:
       state: parameters, and an optimizer's moments, each of which lies as the parameter does whose path ends its own.

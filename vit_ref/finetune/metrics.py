@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vit_ref.atomic import replacing
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
+from vit_ref.files import replacing
 
 # The label, and the index, of what fills up a last batch: no image.
 PADDING = -1

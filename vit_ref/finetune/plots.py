@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vit_ref.atomic import replacing
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.files import replacing
 from vit_ref.finetune.metrics import Evaluation
+from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import steps
 
 if TYPE_CHECKING:

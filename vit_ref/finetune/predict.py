@@ -14,7 +14,7 @@ from jax import Array
 
 from vit_ref.errors import InputError
 from vit_ref.finetune.probabilities import scores, unit
-from vit_ref.model import VisionTransformer
+from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
 
 if TYPE_CHECKING:

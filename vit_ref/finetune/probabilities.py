@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, softmax
 
-from vit_ref.config import ViTConfig
 from vit_ref.errors import ConfigError, InputError
+from vit_ref.model.config import ViTConfig
 
 Meaning = Literal["exclusive", "independent", "values"]
 

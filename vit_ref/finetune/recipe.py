@@ -42,8 +42,8 @@ class Recipe:
       dropout: of the hidden values and the attention probabilities; None for the checkpoint's own.
       precision: "float32", or "mixed": blocks compute in bfloat16; parameters, optimizer, token stream, norms, softmax
         and loss are float32.
-      attention: "xla", or "cudnn": `vit_ref.attention.cudnn`, in mixed precision on NVIDIA's GPUs, of models that drop
-        no probabilities of attention out.
+      attention: "xla", or "cudnn": `vit_ref.model.attention.cudnn`, in mixed precision on NVIDIA GPUs, of models that
+        drop no probabilities of attention out.
       image_size: pixels of an image's side, to which the position embeddings are resized; None for the checkpoint's.
       head: "fresh", a new one of zeros for the data's classes, or "keep", where the checkpoint has the same ones.
       augment: whether training images are cropped, flipped and jittered.

@@ -17,9 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vit_ref import preprocessing
-from vit_ref.atomic import replacing
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.files import replacing, require_local
 from vit_ref.finetune.augmentation import Augmentation, Transform
 from vit_ref.finetune.data import ImageDataset
 from vit_ref.finetune.loading import batches, batches_per_epoch, draw
@@ -32,9 +31,9 @@ from vit_ref.finetune.record import METRICS, TIMING, Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import starting_model
 from vit_ref.finetune.step import split_step
-from vit_ref.local import require_local
-from vit_ref.model import VisionTransformer
-from vit_ref.pretrained import arrays_of, save_pretrained, with_arrays
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.weights.pretrained import arrays_of, save_pretrained, with_arrays
 
 RECIPE, CHECKPOINTS, MODEL = "run.json", "checkpoints", "model"
 

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vit_ref import checkpoint
-from vit_ref.attention import cudnn, require_cudnn, require_heads
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
 from vit_ref.finetune.probabilities import require_exclusive
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.model import VisionTransformer, resize_positions
+from vit_ref.model.attention import cudnn, require_cudnn, require_heads
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.preprocessing import explicit, for_size
-from vit_ref.pretrained import build, load
+from vit_ref.weights import checkpoint
+from vit_ref.weights.pretrained import build, load
 
 # The fields of config.json that describe the head and what it was trained for, in transformers and on timm's hub pages.
 # The labels themselves are written anew from `ViTConfig.labels`.

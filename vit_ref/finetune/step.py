@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from vit_ref.model import VisionTransformer
+from vit_ref.model.vit import VisionTransformer
 
 
 def classification_loss(

@@ -15,9 +15,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import porting
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.config import ViTConfig
+from vit_ref.model.config import ViTConfig
+from vit_ref.weights import mapping
+from vit_ref.weights.checkpoint import Checkpoint
 
 _TINY = ViTConfig(
     hidden_size=33,
@@ -56,8 +56,8 @@ class Case:
     def checkpoint(self) -> Checkpoint:
         """Random weights under Hugging Face's names, as a file would hold them."""
         rng = np.random.default_rng(self.seed)
-        rules = porting.HF.bind(self.config, prefixed=bool(self.config.num_labels))
-        shapes = porting.parameter_shapes(self.config)
+        rules = mapping.HF.bind(self.config, prefixed=bool(self.config.num_labels))
+        shapes = mapping.parameter_shapes(self.config)
         tensors = {}
         for rule in rules:
             value = _parameter(rng, rule.destination, shapes[rule.destination])

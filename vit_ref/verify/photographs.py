@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref import image_files
-from vit_ref.config import ViTConfig
 from vit_ref.errors import InputError
+from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 from vit_ref.verify.cases import synthetic_images
 

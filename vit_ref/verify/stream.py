@@ -24,26 +24,26 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref import porting
-from vit_ref.checkpoint import Checkpoint, LazyTensors
-from vit_ref.config import ViTConfig
-from vit_ref.errors import InputError
-from vit_ref.origin import origin
-from vit_ref.pretrained import opened
-from vit_ref.sites import sites
-from vit_ref.verify.backward import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
-from vit_ref.verify.candidate import OwnCandidate
-from vit_ref.verify.check import BACKWARD_OWN, FORWARD, complete, judged
+from vit_ref.errors import InputError, UnjudgedError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import sites
+from vit_ref.verify.candidates.own import OwnCandidate
+from vit_ref.verify.compare.backward import Comparison, gradient_names, gradients_report
+from vit_ref.verify.compare.forward import ParityReport, compare, hf_tensors
+from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
+from vit_ref.verify.compare.pooling import Pooled
+from vit_ref.verify.compare.trace import Progress, Trace, silent
 from vit_ref.verify.environment import environment
-from vit_ref.verify.gradients import Comparison, gradient_names, gradients_report
-from vit_ref.verify.oracle import NumpyOracle
-from vit_ref.verify.parity import ParityReport, UnjudgedError, compare, hf_tensors
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.pooling import Pooled
-from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.precision import Precision, named
-from vit_ref.verify.references import NumpyReference, reference_for
-from vit_ref.verify.trace import Progress, Trace, silent
+from vit_ref.verify.references.choice import NumpyReference, reference_for
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.results import CandidateReport
+from vit_ref.verify.session import BACKWARD_OWN, FORWARD, complete, judged
+from vit_ref.weights import mapping
+from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
+from vit_ref.weights.origin import origin
+from vit_ref.weights.pretrained import opened
 
 # The token stream into a model of one block, and out of its block.
 _INTO, _OUT_OF = "embeddings", "block.0.mlp.residual"
@@ -63,7 +63,7 @@ def check_streamed(
     reference: str = "flax",
     backward: bool = True,
     progress: Progress = silent,
-) -> PortReport:
+) -> CandidateReport:
     """`check_port` of this package's own model, holding the tensors of one block at a time.
 
     Sites, gradients, gates and errors are those of `check_port`, though other numbers of objectives may settle the
@@ -97,8 +97,8 @@ def check_streamed(
     read = origin(source)
     title = read.name
     progress("reading every tensor once")
-    with porting.naming(source.path):
-        for _ in porting.ported(source.tensors, config, porting.detect(source.tensors)):
+    with mapping.naming(source.path):
+        for _ in mapping.ported(source.tensors, config, mapping.detect(source.tensors)):
             pass  # what is missing, left over, misshapen or not finite is said here, all at once
     pixels = pixels_for(config, images, FORWARD)
     with tempfile.TemporaryDirectory() as directory:
@@ -111,7 +111,7 @@ def check_streamed(
             return _backward(f"{title}, backward", blocks, pixels[:BACKWARD_OWN], done, progress)
 
         gradients, reason, unjudged = judged(measured if backward else None)
-    report = PortReport(
+    report = CandidateReport(
         title=title,
         checkpoint=read,
         candidate=blocks.candidate.name,
@@ -121,7 +121,7 @@ def check_streamed(
         backward=gradients,
         not_backward=reason,
         behaviour=(),
-        expected_failures={},
+        expected_failed_checks={},
         environment=environment(asked),
         not_behaviour="it is the whole model's, and blocks were judged one by one",
     )
@@ -246,16 +246,16 @@ class _Blocks:
         self.asked = asked
         self.whole = config
         self.config = dataclasses.replace(config, num_hidden_layers=1)
-        self._prefixed = porting.is_prefixed(source.tensors, porting.detect(source.tensors))
+        self._prefixed = mapping.is_prefixed(source.tensors, mapping.detect(source.tensors))
         tensors = hf_tensors(self.config, self._numbered(0))
         self.judge = _Chained(reference_for(self.config, tensors, reference), directory)
         self.oracle = _Chained(NumpyOracle(self.config, tensors), directory)
         self.candidate = _Chained(OwnCandidate(self.config, self._mapped(0)), directory)
 
     @property
-    def tensors(self) -> porting.Tensors:
+    def tensors(self) -> mapping.Tensors:
         """The block's, under Hugging Face's names."""
-        tensors: porting.Tensors = self.oracle.one.tensors
+        tensors: mapping.Tensors = self.oracle.one.tensors
         return tensors
 
     def stages(self, indices: Iterable[int]) -> Iterator[_Stage]:
@@ -294,7 +294,7 @@ class _Blocks:
 
     def _mapped(self, index: int) -> Checkpoint:
         """A block as the only one, found by the whole model's weight map, which is under test."""
-        layout = porting.detect(self.source.tensors)
+        layout = mapping.detect(self.source.tensors)
         name_of = {rule.destination: rule.source for rule in layout.bind(self.whole, self._prefixed)}
         names = {
             rule.source: name_of[_Stage(index, 0).renamed(rule.destination)]

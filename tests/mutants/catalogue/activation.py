@@ -8,13 +8,13 @@ import pytest
 from injection import Inject, at
 from mutant import Mutant, backward, forward
 
-from vit_ref import model
+from vit_ref.model import vit
 
 
 def _computes(act: str) -> Inject:
     """The MLPs compute this activation, whatever the configuration says."""
     return lambda monkeypatch: monkeypatch.setattr(
-        model, "ACTIVATIONS", dict.fromkeys(model.ACTIVATIONS, model.ACTIVATIONS[act])
+        vit, "ACTIVATIONS", dict.fromkeys(vit.ACTIVATIONS, vit.ACTIVATIONS[act])
     )
 
 

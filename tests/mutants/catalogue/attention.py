@@ -13,8 +13,8 @@ from injection import Inject, Pass, at, both, instead, loaded
 from jax import Array
 from mutant import Mutant, backward, forward
 
-from vit_ref import attention, model
-from vit_ref.config import ViTConfig
+from vit_ref.model import attention, vit
+from vit_ref.model.config import ViTConfig
 
 
 def _probs(query: Array, key: Array, scale: float, mask: Array | None = None, axis: int = -1) -> Array:
@@ -57,13 +57,13 @@ def _merged_in_place(value: Array, here: Pass) -> Array:
 
 
 def _heads_from_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    init = model.Attention.__init__
+    init = vit.Attention.__init__
 
-    def wrong(self: model.Attention, config: ViTConfig, *arguments: Any) -> None:
+    def wrong(self: vit.Attention, config: ViTConfig, *arguments: Any) -> None:
         init(self, config, *arguments)
         self.heads = max(1, config.hidden_size // 64)
 
-    monkeypatch.setattr(model.Attention, "__init__", wrong)
+    monkeypatch.setattr(vit.Attention, "__init__", wrong)
 
 
 def _biases(parameters: dict, config: ViTConfig) -> dict:
@@ -100,8 +100,8 @@ def _untapped(factor: Callable[[Array], float]) -> Inject:
     """Where nobody observes the probabilities, scores are multiplied by this besides."""
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = model.attend
-        monkeypatch.setattr(model, "attend", lambda query, key, value: right(query * factor(query), key, value))
+        right = vit.attend
+        monkeypatch.setattr(vit, "attend", lambda query, key, value: right(query * factor(query), key, value))
 
     return inject
 

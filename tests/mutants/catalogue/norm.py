@@ -13,13 +13,13 @@ from injection import Inject, at, loaded
 from jax import Array
 from mutant import Mutant, backward, forward
 
-from vit_ref import model
-from vit_ref.norm import LayerNorm
+from vit_ref.model import vit
+from vit_ref.model.norm import LayerNorm
 
 
 def _norms(make: Callable[..., Any]) -> Inject:
     """The model is built with `make` in place of its LayerNorm."""
-    return lambda monkeypatch: monkeypatch.setattr(model, "LayerNorm", make)
+    return lambda monkeypatch: monkeypatch.setattr(vit, "LayerNorm", make)
 
 
 def _epsilon(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:

@@ -10,7 +10,7 @@ from injection import Pass, at, fed, layers, loaded
 from jax import Array
 from mutant import Mutant
 
-from vit_ref.config import ViTConfig
+from vit_ref.model.config import ViTConfig
 
 
 def _mixed(parameters: dict, config: ViTConfig) -> dict:

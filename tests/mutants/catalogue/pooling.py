@@ -12,9 +12,9 @@ from injection import Inject, Pass, at, loaded
 from jax import Array
 from mutant import Mutant, forward
 
-from vit_ref import porting
-from vit_ref.config import ViTConfig
-from vit_ref.porting import Layout
+from vit_ref.model.config import ViTConfig
+from vit_ref.weights import mapping
+from vit_ref.weights.mapping import Layout
 
 
 def _head_reads(pool: Any) -> Inject:
@@ -23,19 +23,19 @@ def _head_reads(pool: Any) -> Inject:
 
 
 def _missing_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = porting.port
+    port = mapping.port
 
-    def lenient(source: porting.Tensors, config: ViTConfig, layout: Layout, **options: Any) -> dict:
-        shapes = porting.parameter_shapes(config)
+    def lenient(source: mapping.Tensors, config: ViTConfig, layout: Layout, **options: Any) -> dict:
+        shapes = mapping.parameter_shapes(config)
         made_up = {
             rule.source: np.random.default_rng(0)
-            .normal(0, 0.02, porting.source_shape(rule, shapes[rule.destination], config))
+            .normal(0, 0.02, mapping.source_shape(rule, shapes[rule.destination], config))
             .astype(np.float32)
-            for rule in layout.bind(config, prefixed=porting.is_prefixed(source, layout))
+            for rule in layout.bind(config, prefixed=mapping.is_prefixed(source, layout))
         }
         return port({**made_up, **source}, config, layout, **options)
 
-    monkeypatch.setattr(porting, "port", lenient)
+    monkeypatch.setattr(mapping, "port", lenient)
 
 
 def _linear_pooler(value: Array, here: Pass) -> Array:
@@ -100,7 +100,7 @@ MUTANTS = (
         name="left-over-tensors-ignored",
         story="what no rule takes is left behind, and nothing is said",
         source="strict=False",
-        inject=lambda monkeypatch: monkeypatch.setattr(porting, "port", functools.partial(porting.port, exempt=["*"])),
+        inject=lambda monkeypatch: monkeypatch.setattr(mapping, "port", functools.partial(mapping.port, exempt=["*"])),
         killed_by="porting",
         # Nothing is computed: the test asks for a refusal and gets none.
         tests=("tests/porting/test_rules.py", "-k", "beyond_the_configuration and hf5"),

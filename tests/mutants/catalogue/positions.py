@@ -14,15 +14,15 @@ from jax import Array
 from mutant import Mutant
 from numpy.typing import NDArray
 
-from vit_ref import model
-from vit_ref.config import ViTConfig
+from vit_ref.model import vit
+from vit_ref.model.config import ViTConfig
 
 # What PyTorch made of a small grid, number by number. No checkpoint takes part, so there are no sites.
 RESIZED = ("tests/model/test_positions.py", "-k", "resized_positions_are_pytorchs")
 
 
 def _resized_by(resize: Any) -> Inject:
-    return lambda monkeypatch: instead(monkeypatch, model, "jax.image.resize", resize)
+    return lambda monkeypatch: instead(monkeypatch, vit, "jax.image.resize", resize)
 
 
 def _with(**wrong: Any) -> Inject:
@@ -70,9 +70,9 @@ def _promoted_without_positions(values: tuple, dtype: Any) -> tuple:
 
 
 def _asked_for_columns_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    resize = model.resize_positions
+    resize = vit.resize_positions
     monkeypatch.setattr(
-        model, "resize_positions", lambda x, grid, target: x if target == grid else resize(x, grid, target[::-1])
+        vit, "resize_positions", lambda x, grid, target: x if target == grid else resize(x, grid, target[::-1])
     )
 
 
@@ -144,7 +144,7 @@ MUTANTS = (
         name="cls-token-last",
         story="the cls token comes after the patches",
         source="big_vision",
-        inject=lambda monkeypatch: instead(monkeypatch, model, "jnp.concatenate", _cls_last),
+        inject=lambda monkeypatch: instead(monkeypatch, vit, "jnp.concatenate", _cls_last),
         first_site="embeddings",
         cause="cls token last",
     ),
@@ -196,7 +196,7 @@ MUTANTS = (
         name="positions-resized-as-stored",
         story="positions are resized in the bfloat16 that they are stored in",
         source="an earlier state of this model",
-        inject=lambda monkeypatch: monkeypatch.setattr(model, "promote_dtype", _promoted_without_positions),
+        inject=lambda monkeypatch: monkeypatch.setattr(vit, "promote_dtype", _promoted_without_positions),
         killed_by="model",
         # The test is of one function and its one value.
         tests=("tests/model/test_positions.py", "-k", "resized_in_the_dtype"),

@@ -13,10 +13,10 @@ from injection import Inject, Pass, at, instead
 from jax import Array
 from mutant import Mutant, backward, forward
 
-from vit_ref import attention
-from vit_ref.config import ViTConfig
 from vit_ref.finetune import step
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model import attention
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.candidates.own import OwnCandidate
 
 
 def _rounded(dtype: Any) -> Callable[[Array, Pass], Array]:

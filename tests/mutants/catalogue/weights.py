@@ -14,17 +14,17 @@ from injection import Inject, instead, loaded
 from mutant import Mutant, backward, forward
 from numpy.typing import NDArray
 
-from vit_ref import pretrained
-from vit_ref.checkpoint import Checkpoint
-from vit_ref.config import ViTConfig
-from vit_ref.porting import HF, SAME, Layout
-from vit_ref.verify import candidate
-from vit_ref.verify.candidate import OwnCandidate
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.candidates import own
+from vit_ref.verify.candidates.own import OwnCandidate
+from vit_ref.weights import pretrained
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.mapping import HF, SAME, Layout
 
 
 def _layout(layout: Layout) -> Inject:
     """The candidate, and nobody else, reads checkpoints by this weight map."""
-    return lambda monkeypatch: monkeypatch.setattr(candidate, "detect", lambda names: layout)
+    return lambda monkeypatch: monkeypatch.setattr(own, "detect", lambda names: layout)
 
 
 def _untransposed(destination: str) -> Layout:
@@ -43,10 +43,10 @@ class _FirstTwice(Layout):
 
 
 def _duplicated(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = candidate.port
+    port = own.port
     _layout(_FirstTwice(**{field.name: getattr(HF, field.name) for field in dataclasses.fields(HF)}))(monkeypatch)
     # A port that does not ask what was left over.
-    monkeypatch.setattr(candidate, "port", lambda *arguments: port(*arguments, exempt=["vit.encoder.layer.1.*"]))
+    monkeypatch.setattr(own, "port", lambda *arguments: port(*arguments, exempt=["vit.encoder.layer.1.*"]))
 
 
 def _blocks(order: Callable[[int], Sequence[int]]) -> Inject:

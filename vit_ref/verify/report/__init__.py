@@ -1,8 +1,8 @@
 """What was found, for every reader: a terminal and pytest (`text`), machines (`document`), a browser (`page`)."""
 
+from vit_ref.files import write as write
 from vit_ref.verify.report.document import SCHEMA as SCHEMA
 from vit_ref.verify.report.document import to_json as to_json
-from vit_ref.verify.report.files import write as write
 from vit_ref.verify.report.page import to_html as to_html
 from vit_ref.verify.report.text import excerpt as excerpt
 from vit_ref.verify.report.text import explain as explain

@@ -1,4 +1,4 @@
-"""A `PortReport` as JSON. `schema.json` beside this file says what each field is; the HTML page shows nothing else."""
+"""A `CandidateReport` as JSON. `schema.json` beside this file describes each field; the page shows nothing else."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from vit_ref.sites import OUTPUTS
+from vit_ref.model.sites import OUTPUTS
+from vit_ref.verify.compare.forward import ParityReport, SiteResult
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
-from vit_ref.verify.parity import ParityReport, SiteResult
-from vit_ref.verify.port_report import Check, PortReport, Status
 from vit_ref.verify.report.text import met, wrong_alone
+from vit_ref.verify.results import CandidateReport, Check, Status
 
 SCHEMA = Path(__file__).with_name("schema.json")
 _SITES = ("patches", "embeddings", "norm", *OUTPUTS)
 
 
-def to_json(report: PortReport) -> dict[str, Any]:
+def to_json(report: CandidateReport) -> dict[str, Any]:
     """A report as `json.dumps` takes it, with `allow_nan=False` too.
 
     Returns:
@@ -48,8 +48,8 @@ def to_json(report: PortReport) -> dict[str, Any]:
             for check in checks
             if check.name.startswith("behaviour/")
         ],
-        "expected_failures": [
-            {"pattern": pattern, "reason": report.expected_failures[pattern], **_outcome(decided)}
+        "expected_failed_checks": [
+            {"pattern": pattern, "reason": report.expected_failed_checks[pattern], **_outcome(decided)}
             for pattern, decided in met(report).items()
         ],
         "environment": dict(report.environment),

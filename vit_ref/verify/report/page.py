@@ -1,4 +1,4 @@
-"""A `PortReport` as one HTML page that needs nothing else: no script, no font, no network."""
+"""A `CandidateReport` as one HTML page that needs nothing else: no script, no font, no network."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vit_ref.verify.gates import against, apart
-from vit_ref.verify.port_report import PortReport
 from vit_ref.verify.report.document import to_json
 from vit_ref.verify.report.plot import figure, plot
+from vit_ref.verify.results import CandidateReport
 
 Fields = dict[str, Any]
 _STYLE = Path(__file__).with_name("page.css")
@@ -20,7 +20,7 @@ _NUMBER, _WHOLE = re.compile(r"[\d.]+e[-+]\d+"), r'<span class="n">\g<0></span>'
 SIGNS = {"passed": "✓", "failed": "✗", "not observed": "?", "expected failure": "○", "stale expectation": "!"}
 
 
-def to_html(report: PortReport) -> str:
+def to_html(report: CandidateReport) -> str:
     """A report as a page. Every number on it is in `to_json(report)`."""
     document = to_json(report)
     verdict = "passed" if document["passed"] else "failed"
@@ -124,10 +124,10 @@ def _rest(document: Fields) -> str:
     if document["not_backward"]:
         parts.append(f"<p>No gradients were judged: {escape(document['not_backward'])}.</p>")
     parts += [f"<p>Note: {escape(note)}.</p>" for note in document["notes"]]
-    if document["expected_failures"]:
+    if document["expected_failed_checks"]:
         rows = [
             [f"<code>{escape(each['pattern'])}</code>", str(each["failed"]), str(each["stale"]), escape(each["reason"])]
-            for each in document["expected_failures"]
+            for each in document["expected_failed_checks"]
         ]
         parts.append("<h2>Expected failures</h2>")
         parts.append(_table(("pattern", "failed", "passed: stale", "reason"), rows))

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
-from vit_ref.sites import OUTPUTS
+from vit_ref.model.sites import OUTPUTS
+from vit_ref.verify.compare.forward import ParityReport, SiteResult
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, against, apart
-from vit_ref.verify.parity import ParityReport, SiteResult
-from vit_ref.verify.port_report import Check, PortReport, Status, matches
+from vit_ref.verify.results import CandidateReport, Check, Status, matches
 
 WIDTH = 80
 # An output that errs so many times as much as the final norm has a fault of its own.
@@ -127,7 +127,7 @@ def wrong_alone(report: ParityReport) -> dict[str, float]:
     return worst if report.semantic_failures else dict(sorted(worst.items(), key=lambda item: -item[1]))
 
 
-def summary(report: PortReport) -> str:
+def summary(report: CandidateReport) -> str:
     """A whole report in a few lines of 80 columns.
 
     The headlines come first, forward before backward. Every paragraph after them begins with its status, as `Check` has
@@ -140,7 +140,7 @@ def summary(report: PortReport) -> str:
     return "\n".join([*lines, f"{verdict}: {judged}"])
 
 
-def _paragraphs(report: PortReport) -> Iterator[str]:
+def _paragraphs(report: CandidateReport) -> Iterator[str]:
     yield from headline(report.forward).splitlines()
     if report.backward is not None:
         yield from headline(report.backward).splitlines()
@@ -158,7 +158,7 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
     for pattern, checks in met(report).items():
         for status in ("expected failure", "stale expectation"):
             if names := tuple(check.name for check in checks if check.status == status):
-                yield f"{status}: {pattern}: {report.expected_failures[pattern]}: {len(names)}: {_some(names)}"
+                yield f"{status}: {pattern}: {report.expected_failed_checks[pattern]}: {len(names)}: {_some(names)}"
     for note in (*report.notes, *filter(None, [report.environment.get("note")])):
         yield f"note: {note}"
     yield f"weights: {report.checkpoint.said}"
@@ -166,9 +166,9 @@ def _paragraphs(report: PortReport) -> Iterator[str]:
     yield f"checks: {', '.join(f'{counts[status]} {status}' for status in get_args(Status) if counts[status])}"
 
 
-def met(report: PortReport) -> dict[str, list[Check]]:
+def met(report: CandidateReport) -> dict[str, list[Check]]:
     """What each expectation decided: the checks that it means, and no pattern before it does."""
-    decided: dict[str, list[Check]] = {pattern: [] for pattern in report.expected_failures}
+    decided: dict[str, list[Check]] = {pattern: [] for pattern in report.expected_failed_checks}
     for check in report.checks:
         if check.status in ("expected failure", "stale expectation"):
             decided[next(pattern for pattern in decided if matches(pattern, check))].append(check)

@@ -1,0 +1,6 @@
+"""`python -m vit_ref.cli` is the command `vit-ref`."""
+
+from vit_ref.cli.entry import main
+
+if __name__ == "__main__":
+    main()

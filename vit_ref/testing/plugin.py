@@ -1,0 +1,141 @@
+"""pytest's options for parity, and the parity section at the end of a run.
+
+An entry point loads it, so the options are known before any conftest is: pytest would otherwise take the path after
+`--checkpoint` for a directory of tests, and read its configuration from there. pytest loads entry points in every
+project of an environment, so this module stands outside the package, imports nothing of it, and adds its options only
+to runs that start in this project's directory, or ask for the installed suite: `pytest --pyargs vit_ref.testing.suite`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+EXIT_BAD_INPUT = 2
+_PROPERTY = "parity "
+
+
+def _wanted(manager: pytest.PytestPluginManager) -> bool:
+    run: pytest.Config | None = manager.get_plugin("pytestconfig")
+    arguments = run.invocation_params.args if run else ()
+    return _at_home() or any(str(argument).startswith("vit_ref.testing.suite") for argument in arguments)
+
+
+def _at_home() -> bool:
+    try:
+        return tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "vit-ref"
+    except (OSError, KeyError, ValueError):
+        return False
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not _wanted(pluginmanager):
+        return
+    group = parser.getgroup("vit_ref", "numerical parity of ViT ports")
+    group.addoption(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="DIR_OR_HUB_ID",
+        help="run parity on this checkpoint too; repeatable",
+    )
+    group.addoption(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="FILE.py|module:attr",
+        help="judge this port in place of vit_ref's own; without --checkpoint on the embedded cases; repeatable",
+    )
+    group.addoption("--images", metavar="DIR", help="use photographs from below DIR for --checkpoint")
+    group.addoption(
+        "--precision",
+        action="append",
+        choices=("float32", "tensorfloat32", "bfloat16", "mixed", "float16"),
+        help="precision that the numerical gate judges; repeatable (default: float32)",
+    )
+    group.addoption(
+        "--reference",
+        choices=("flax", "torch", "numpy"),
+        help="who judges: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy oracle, forward"
+        " only (default: flax)",
+    )
+    group.addoption("--parity-report", metavar="DIR", help="write every case's full table to DIR")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "parity: the port computes what the reference computes, site by site",
+        "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
+    ):
+        config.addinivalue_line("markers", marker)
+    options = ("checkpoint", "candidate", "images", "reference", "parity_report")
+    given = checkpoints, candidates, images, reference, reports = [config.getoption(name, None) for name in options]
+    if not any(given):
+        return
+    from vit_ref.errors import InputError
+    from vit_ref.files import require_local
+    from vit_ref.verify import photographs
+    from vit_ref.verify.candidates import loading
+    from vit_ref.verify.references import choice
+    from vit_ref.weights import checkpoint
+
+    try:
+        for option, path in (("--images", images), ("--parity-report", reports)):
+            if path:
+                require_local(path, option)
+        # Not asked for, it fails the tests that need it and no others.
+        if reference:
+            choice.require(reference)
+        for path in checkpoints:
+            checkpoint.locate(path)
+        if images and not checkpoints:
+            raise InputError("--images belongs to a --checkpoint: give one")
+        for spec in candidates:
+            loading.find(spec)
+        if images:
+            photographs.find(Path(images), count=1)
+    except InputError as error:
+        pytest.exit(str(error), returncode=EXIT_BAD_INPUT)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What there is to know of this device to read a verdict in the precisions that are asked for."""
+    if not hasattr(config.option, "parity_report"):  # of no other plugin's option of that name
+        return []
+    from vit_ref import image_files
+    from vit_ref.verify.environment import notes
+    from vit_ref.verify.precision import PRECISIONS
+
+    asked = config.getoption("precision") or ["float32"]
+    others = image_files.find(Path(config.getoption("images"))).others if config.getoption("images") else []
+    left_out = [f"warning: left out, no image by its suffix: {image_files.counted(others)}"] if others else []
+    return left_out + [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
+
+
+def summarise(name: str, text: str, *, given: bool) -> tuple[str, str]:
+    """A test's property that carries a parity outcome to the end of the run, across worker processes too.
+
+    Args:
+      name: case or checkpoint, with its precision.
+      text: what to print.
+      given: whether the person gave the checkpoint; those are printed last, where they are seen.
+    """
+    return f"{_PROPERTY}{int(given)} {name}", text
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    outcomes: dict[str, str] = {}
+    for result in ("passed", "failed"):
+        for test in terminalreporter.getreports(result):
+            outcomes |= {name: text for name, text in test.user_properties if name.startswith(_PROPERTY)}
+    if not outcomes:
+        return
+    from vit_ref.verify.report import explain
+
+    terminalreporter.section("parity")
+    terminalreporter.write_line(explain() + "\n")
+    for name in sorted(outcomes):
+        terminalreporter.write_line(outcomes[name])

@@ -1,0 +1,262 @@
+"""The subjects of parity: embedded cases and the checkpoints given with --checkpoint, each checked once a session.
+
+The port under test is this package's own model, or what was given with --candidate. The wheel brings this file and the
+tests beside it as `vit_ref.testing.suite`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from numpy.typing import NDArray
+
+from vit_ref.errors import InputError, UndifferentiableError, UnsupportedByReferenceError
+from vit_ref.model.config import ViTConfig
+from vit_ref.testing.plugin import summarise
+from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.behaviour import Behaviour, check_behaviour
+from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.report import headline, table
+from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
+from vit_ref.verify.session import BACKWARD_OWN, BEHAVIOUR, FORWARD, prepare_candidate
+from vit_ref.weights import checkpoint
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.origin import origin
+from vit_ref.weights.pretrained import configuration
+
+# A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
+# derivative. "rectangular-patch" is beyond FlaxViT, and the NumPy oracle goes forward only.
+BACKWARD = ("rectangular", "hard-tokens", "no-qkv-bias", "one-head", "pooler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a parity test is about.
+
+    Attributes:
+      name: its id.
+      load: reads the checkpoint, its configuration and images.
+      backward: whether to go backward too.
+      reference: who judges.
+      given: whether the person gave the checkpoint or the candidate.
+      candidate: the port under test, as given; None for this package's own.
+    """
+
+    name: str
+    load: Callable[[], tuple[ViTConfig, Checkpoint, NDArray]]
+    backward: bool
+    reference: str
+    given: bool = False
+    candidate: str | None = None
+
+
+def _names(given: tuple[str, ...], short: Callable[[str], str], taken: Iterable[str] = ()) -> list[str]:
+    """A short name for each thing that was given, which no other has: reports and files are named by it."""
+    found = [short(path) for path in given]
+    count = Counter([*found, *taken])
+    return [
+        name if count[name] == 1 else f"{position}-{re.sub(r'[/:]', '-', path.strip('./'))}"
+        for position, (name, path) in enumerate(zip(found, given, strict=True), start=1)
+    ]
+
+
+@lru_cache(maxsize=1)
+def _subjects(
+    checkpoints: tuple[str, ...], images: str | None, candidates: tuple[str, ...], reference: str
+) -> list[Subject]:
+    def embed(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        return case.config, case.checkpoint(), case.images()
+
+    def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        source = checkpoint.read(path)
+        vit_config = configuration(source)
+        return vit_config, source, pixels_for(vit_config, images, FORWARD)
+
+    embedded = [Subject(name, partial(embed, case), name in BACKWARD, reference) for name, case in CASES.items()]
+
+    def on_disk(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        return case.config, _written(case), case.images()
+
+    given = [
+        Subject(name, partial(load, path), backward=True, reference=reference, given=True)
+        for name, path in zip(
+            _names(checkpoints, lambda path: Path(path).resolve().name, CASES), checkpoints, strict=True
+        )
+    ]
+    if not candidates:
+        return embedded + given
+    # Somebody's port is what is asked about: this package's own model has no part in the answer.
+    written = [
+        dataclasses.replace(subject, load=partial(on_disk, case))
+        for subject, case in zip(embedded, CASES.values(), strict=True)
+    ]
+    return [
+        dataclasses.replace(subject, name=f"{subject.name}-{name}", given=True, candidate=candidate)
+        for name, candidate in zip(_names(candidates, lambda path: Path(path).stem), candidates, strict=True)
+        for subject in given or written
+    ]
+
+
+@cache
+def _written(case: Case) -> Checkpoint:
+    """An embedded case's checkpoint in a directory of its own, from which a candidate can load it."""
+    directory = Path(_scratch().name) / case.name
+    source = case.checkpoint()
+    checkpoint.write_directory(directory, source.tensors, source.config or {})
+    return dataclasses.replace(source, path=directory)
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="vit-ref-")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = partial(metafunc.config.getoption, default=None)
+    for fixture, check in CHECKS.items():
+        if fixture not in metafunc.fixturenames:
+            continue
+        params = [
+            pytest.param(
+                (check, subject, precision),
+                id=f"{subject.name}-{precision}",
+                # Under pytest-xdist one worker takes all tests of a subject, so that it is observed once.
+                marks=pytest.mark.xdist_group(f"{fixture} {subject.name}"),
+            )
+            for subject in _subjects(
+                tuple(option("checkpoint") or ()),
+                option("images"),
+                tuple(option("candidate") or ()),
+                option("reference") or "flax",
+            )
+            for precision in (option("precision") or ["float32"] if fixture != "behaviour" else ["float64"])
+            if _asked(fixture, subject)
+        ]
+        metafunc.parametrize(fixture, params, indirect=True, scope="session")
+
+
+def _asked(fixture: str, subject: Subject) -> bool:
+    if fixture == "gradients":
+        return subject.backward
+    # Of this package's own model `-m consistency` asks more than this on embedded cases: a few are enough.
+    return fixture == "parity" or subject.candidate is not None or subject.given or subject.backward
+
+
+def _forward(subject: Subject, precision: str) -> ParityReport:
+    return _judged(check_parity, subject.name, subject, precision)
+
+
+def _backward(subject: Subject, precision: str) -> ParityReport:
+    return _judged(
+        check_gradients,
+        f"{subject.name}, backward",
+        subject,
+        precision,
+        (IMAGES_BACKWARD if subject.candidate else BACKWARD_OWN) if subject.given else None,
+    )
+
+
+def _behaves(subject: Subject, precision: str) -> tuple[Behaviour, ...]:
+    config, source, pixels = subject.load()
+    return check_behaviour(prepare_candidate(subject.candidate, config, source), pixels[:BEHAVIOUR])
+
+
+def _judged(
+    check: Callable[..., ParityReport], title: str, subject: Subject, precision: str, images: int | None = None
+) -> ParityReport:
+    """The report, unless the candidate wrote into the arrays by which it is judged: the reference reads the same."""
+    config, source, pixels = subject.load()
+    pixels = pixels[:images]
+    before = _checksums(source, pixels)
+    port = prepare_candidate(subject.candidate, config, source)
+    report = check(title, config, source, pixels, port, precision, subject.reference)
+    after = _checksums(source, pixels)
+    changed = [name for name in before if after.get(name) != before[name]]
+    if changed:
+        pytest.fail(f"{title}: the candidate changed {changed[0]} in place: it has to copy it", pytrace=False)
+    return report
+
+
+def _checksums(source: Checkpoint, pixels: NDArray) -> dict[str, int]:
+    return {name: zlib.crc32(array.tobytes()) for name, array in {"the images": pixels, **source.tensors}.items()}
+
+
+CHECKS = {"parity": _forward, "gradients": _backward, "behaviour": _behaves}
+
+
+@cache  # reports are small, and in a shuffled run a subject's tests are far apart
+def _outcome(
+    check: Callable[[Subject, str], Any], subject: Subject, precision: str
+) -> ParityReport | tuple[Behaviour, ...] | BaseException:
+    try:
+        return check(subject, precision)
+    except (UnsupportedByReferenceError, UndifferentiableError) as error:
+        # Forward it is judged. Backward there is nobody to compare with, where the NumPy oracle judges or stands in for
+        # FlaxViT, or nothing to compare, where the candidate cannot be differentiated.
+        return pytest.skip.Exception(str(error))
+    except InputError as error:
+        return pytest.fail.Exception(str(error), pytrace=False)
+    except pytest.fail.Exception as error:
+        return error
+
+
+def _checked(request: pytest.FixtureRequest) -> Any:
+    _, subject, precision = request.param
+    outcome = _outcome(*request.param)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    if isinstance(outcome, tuple):
+        return outcome
+    directory = request.config.getoption("parity_report", None)
+    if directory:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        text = f"{headline(outcome)}{_weights(subject)}\n\n{table(outcome)}\n"
+        (Path(directory) / f"{subject.name}-{precision}-{outcome.what}.txt").write_text(text, encoding="utf-8")
+    return outcome
+
+
+@cache
+def _weights(subject: Subject) -> str:
+    """A line that names the bytes that were judged; "" for an embedded case, which has no file."""
+    source = subject.load()[1]
+    return f"\n  weights: {origin(source).said}" if source.files else ""
+
+
+@pytest.fixture(scope="session")
+def parity(request: pytest.FixtureRequest) -> ParityReport:
+    """The forward check of one subject."""
+    return _checked(request)
+
+
+@pytest.fixture(scope="session")
+def gradients(request: pytest.FixtureRequest) -> ParityReport:
+    """The backward check of one subject."""
+    return _checked(request)
+
+
+@pytest.fixture(scope="session")
+def behaviour(request: pytest.FixtureRequest) -> tuple[Behaviour, ...]:
+    """What a candidate does besides computing the right values."""
+    return _checked(request)
+
+
+@pytest.fixture(autouse=True)
+def _summary(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Hands the outcome to the summary at the end of the run, across worker processes too."""
+    for fixture in {"parity", "gradients"} & set(request.fixturenames):
+        _, subject, precision = request.node.callspec.params[fixture]
+        outcome = request.getfixturevalue(fixture)
+        text = headline(outcome) + (f"{_weights(subject)}\n\n{table(outcome)}\n" if subject.given else "")
+        name = f"{outcome.what == 'gradients'} {subject.name} {precision}"
+        record_property(*summarise(name, text, given=subject.given))

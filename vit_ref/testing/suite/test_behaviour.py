@@ -1,0 +1,15 @@
+"""Does a candidate give the same each time, for an image alone as in its batch, compiled as uncompiled?"""
+
+from __future__ import annotations
+
+import pytest
+
+from vit_ref.verify.compare.behaviour import Behaviour
+
+pytestmark = pytest.mark.parity
+
+
+def test_behaviour(behaviour: tuple[Behaviour, ...]) -> None:
+    wrong = [f"{each.name}: {each.reason}" for each in behaviour if not each.passed]
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)

@@ -1,0 +1,20 @@
+"""Is the port numerically right, backward: for every parameter, every site and the pixels?"""
+
+from __future__ import annotations
+
+import pytest
+
+from vit_ref.verify.compare.forward import ParityReport
+from vit_ref.verify.report import excerpt, headline
+
+pytestmark = pytest.mark.parity
+
+
+def test_semantic_gate_float64_backward(gradients: ParityReport) -> None:
+    if gradients.semantic_failures or gradients.unobserved:
+        pytest.fail(f"{headline(gradients)}\n\n{excerpt(gradients)}", pytrace=False)
+
+
+def test_numerical_gate_backward(gradients: ParityReport) -> None:
+    if gradients.numerical_failures or gradients.unobserved:
+        pytest.fail(f"{headline(gradients)}\n\n{excerpt(gradients)}", pytrace=False)

@@ -1,0 +1,265 @@
+"""How each kind of JAX port is split into parameters and a forward pass, and observed while that is traced.
+
+Submodules are observed from outside: nnx's by wrapping the `__call__` of their classes, linen's by flax's method
+interception. Values without a submodule of their own are seen as inputs of the next one, as named intermediates, or
+through a tap where the port takes one. Given `identity` for a tap, and a table of nothing, nobody looks: the port is
+called as its users call it. What a port runs under a transformation of its own (`nnx.jit`, `jax.vmap`, a
+scan) is out of reach from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from flax.errors import TraceContextError
+
+from vit_ref.errors import CandidateError
+from vit_ref.model.vit import identity
+from vit_ref.verify.candidates.declaration import hint, takes
+from vit_ref.verify.candidates.loading import split_named
+from vit_ref.verify.candidates.table import Table, Tap, counted
+
+# (parameters, images, table, tap) -> whatever the port returns.
+Run = Callable[[Any, Any, Table, Tap], Any]
+Call = Callable[..., Any]
+
+
+def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
+    """A port's parameters, any tree, and its forward pass from them.
+
+    Args:
+      port: what a candidate's loader returned.
+      call: see `Candidate.call`.
+      name: the candidate's, for messages.
+
+    Raises:
+      CandidateError: it is nothing that can be called.
+    """
+    if isinstance(port, nnx.Module):
+        return _nnx(port, call, name)
+    if isinstance(port, tuple) and len(port) == 2 and isinstance(port[0], linen.Module):
+        return _linen(port[0], port[1], call, name)
+    if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
+        return _function(*port, call)
+    if not callable(port):
+        raise CandidateError(
+            f"{name}: load() returned a {type(port).__name__}: see vit_ref.Candidate for what it may return"
+        )
+    return _tree(port, call)
+
+
+def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
+    graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        # A copy: nnx refuses to change a variable that belongs to an outer trace, and transformations such as
+        # `nnx.remat` write back what they were given, changed or not.
+        model = nnx.merge(graph, parameters, rest, copy=True)
+        taps = takes(call or model, "tap")
+        # What shows its values itself would be seen twice.
+        seen = () if taps else nnx.iter_modules(model)
+        modules = {counted(".".join(map(str, parts))): module for parts, module in seen}
+        try:
+            with _watching(modules, table, tap):
+                returned = _called(model, images, call, table, tap)
+        except TraceContextError as error:
+            reason = str(error).partition(" (")[0]
+            raise CandidateError(
+                f"{name}: the forward pass changes state that was made outside the port ({reason}): give the port"
+                " that state, and load it in evaluation mode"
+            ) from error
+        if not isinstance(images, jax.core.Tracer):
+            require_same(model, images, table, returned)
+        require_known(table, table.met if taps else modules, returned, model)
+        return returned
+
+    def require_same(model: nnx.Module, images: Any, table: Table, returned: Any) -> None:
+        """Raises where the forward pass changed the port's state so that the next one comes out otherwise."""
+        changed = _changed(rest, model)
+        gathered = [path for path, variable in changed.items() if not isinstance(variable, nnx.RngState)]
+        if not changed:
+            return
+        # An nnx module that was made from a linen one draws a key for each call, used or not.
+        if not gathered and _same(_called(model, images, call, table, identity), returned):
+            return
+        raise CandidateError(
+            f"{name}: the forward pass changes the port's own state, {next(iter(gathered or changed))!r}"
+            f"{'' if gathered else ', and its next output with it'}: is dropout live, are statistics gathered? load"
+            " it in evaluation mode"
+        )
+
+    return parameters, run
+
+
+def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
+    """The variables of a model that no longer have the value that they had, by path."""
+    after = dict(nnx.to_flat_state(nnx.state(model)))
+    return {
+        ".".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(before)
+        if path in after and not _same(after[path].get_value(), variable.get_value())
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two trees of arrays, random keys among them, are equal."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(_bits(left), _bits(right), equal_nan=True) for left, right in pairs)
+
+
+def _bits(leaf: Any) -> Any:
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
+def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -> tuple[Any, Run]:
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise CandidateError(
+            f"{name}: load() returned a linen module with a {type(variables).__name__} without 'params': give"
+            " (module, {'params': parameters})"
+        )
+
+    # A box says how a parameter is divided among devices, which is no part of its name.
+    parameters = linen.meta.unbox(variables["params"])
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        met: set[str] = set()
+
+        def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            path = counted(".".join(context.module.path))
+            met.add(path)
+            if context.method_name != "__call__" or path not in table.paths:
+                return method(*args, **kwargs)
+            args, kwargs = table.at_input(path, args, kwargs, tap)
+            return table.at_output(path, method(*args, **kwargs), tap)
+
+        with linen.intercept_methods(intercept):
+            port = module.bind({**variables, "params": parameters})
+            returned = _called(port, images, call, table, tap)
+        require_known(table, table.met if takes(call or port, "tap") else met, returned)
+        return returned
+
+    return parameters, run
+
+
+def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
+    """A callable tree, such as an equinox module; or a function, without any parameters."""
+    parameters, filled = _floats(port)
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        return _called(filled(parameters), images, call, table, tap)
+
+    return parameters, run
+
+
+def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
+    """A function of parameters and images."""
+    parameters, filled = _floats(tree)
+
+    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+        if call is not None:
+            return call((function, filled(parameters)), images, **tapping(call, table, tap))
+        return function(filled(parameters), images, **tapping(function, table, tap))
+
+    return parameters, run
+
+
+def _floats(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The float arrays of a tree, which are its parameters, by path; and what puts others in their place.
+
+    A number of heads, an epsilon or a key stay as they are. A state of nnx has parameters alone, under nnx's own names.
+    """
+    if isinstance(tree, nnx.State):
+        return tree, lambda values: values
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    structure = jax.tree.structure(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    parameters = {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True) if is_float(leaf)}
+
+    def filled(values: Mapping[str, Any]) -> Any:
+        both = [values.get(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+        return jax.tree.unflatten(structure, both)
+
+    return parameters, filled
+
+
+def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap) -> Any:
+    if call is not None:
+        return call(port, images, **tapping(call, table, tap))
+    return port(images, **tapping(port, table, tap))
+
+
+def tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
+    """The tap as an argument, for a port that takes it; where nobody looks, only if it has to be given one."""
+    if not takes(function, "tap"):
+        return {}
+    if tap is not identity:
+        return {"tap": lambda name, value: table.at_name(name, value, tap)}
+    required = inspect.signature(function).parameters["tap"].default is inspect.Parameter.empty
+    return {"tap": identity} if required else {}
+
+
+@contextlib.contextmanager
+def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap) -> Iterator[None]:
+    watched = {id(modules[path]): path for path in table.paths & modules.keys()}
+
+    def observed(cls: type, method: Call) -> Call:
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            # A subclass that calls its parent's method is seen once, as itself.
+            if type(self) is not cls or id(self) not in watched:
+                return method(self, *args, **kwargs)
+            path = watched[id(self)]
+            args, kwargs = table.at_input(path, args, kwargs, tap)
+            return table.at_output(path, method(self, *args, **kwargs), tap)
+
+        return __call__
+
+    with contextlib.ExitStack() as stack:
+        for cls in {type(modules[path]) for path in watched.values()}:
+            stack.enter_context(mock.patch.object(cls, "__call__", observed(cls, cls.__call__)))
+        yield
+
+
+def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any = None) -> None:
+    """Raises `CandidateError` where a table names neither a submodule nor an intermediate that was returned.
+
+    Args:
+      table: whose names they are.
+      modules: paths of submodules, or names that a tap was given; of submodules by path, `port` tells which has two.
+      returned: by the port.
+      port: of which the paths are.
+    """
+    known = {*modules, *split_named(returned)[1]}
+    for path in sorted(table.paths - known):
+        found = _at(port, path)
+        for name, module in modules.items() if isinstance(modules, Mapping) else ():
+            if module is found:
+                raise CandidateError(
+                    f"sites: {path!r} is the same module as {name!r}, with its parameters: make one for each"
+                )
+        raise CandidateError(
+            f"sites: the port has no submodule {path!r}, and returns nothing of that name{hint(path, known)}"
+        )
+
+
+def _at(port: Any, path: str) -> Any:
+    """What is at a path of attributes and indices; None where there is nothing."""
+    try:
+        for key in path.split("."):
+            port = port[int(key)] if key.isdecimal() else getattr(port, key)
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return port
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is an array of floats, and so a parameter."""
+    return isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)

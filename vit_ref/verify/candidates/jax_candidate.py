@@ -1,0 +1,198 @@
+"""A declared candidate that runs in JAX, as the engine judges it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.errors import CandidateError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import Tap, identity
+from vit_ref.verify.candidates.adapters import adapted, is_float
+from vit_ref.verify.candidates.casts import Casts
+from vit_ref.verify.candidates.declaration import Candidate
+from vit_ref.verify.candidates.loading import claims, in_one_line, loaded, observed, recognised
+from vit_ref.verify.candidates.table import Table, counted
+from vit_ref.verify.candidates.tapped import Tapped
+from vit_ref.verify.compare.trace import Forward, precision_of
+from vit_ref.weights.pretrained import parameters_of_state
+
+
+class JaxCandidate(Tapped):
+    """A candidate of any kind but PyTorch's.
+
+    Args:
+      candidate: the declaration.
+      config: the checkpoint's configuration.
+      checkpoint: the path that its loader is given.
+      port: what the loader returned for float64, where it was asked already.
+
+    Raises:
+      CandidateError: its table does not fit the configuration.
+    """
+
+    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: Any = None):
+        self.name = candidate.name
+        self.config = config
+        self.claims = claims(candidate, config)
+        # From the images' shape to what observes the port; a proposal puts one in its place that asks for everything.
+        self.tables: Callable[[tuple[int, ...]], Table] = lambda images: Table(candidate.sites, config, images, _vjp)
+        self._candidate = candidate
+        self._checkpoint = checkpoint
+        # The last one loaded, and its dtype: reading a checkpoint takes seconds.
+        self._port = None if port is None else (np.dtype(np.float64), port)
+
+    def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        """See `Tapped.ready`."""
+        candidate = self._candidate
+        if self._port is None or self._port[0] != np.dtype(dtype):
+            self._port = np.dtype(dtype), loaded(candidate, self._checkpoint, dtype)
+        with in_one_line(self.name, "taking its parameters"):
+            parameters, run = adapted(self._port[1], candidate.call, self.name)
+            _require_values(parameters, self.name)
+            if np.dtype(dtype) == np.float64:
+                parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
+
+        def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
+            looking = tap is not identity
+            table = self.tables(pixels.shape) if looking else Table({}, self.config, pixels.shape, _vjp)
+            images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
+
+            def passed(tap: Tap) -> jax.Array:
+                return observed(candidate, self.config, partial(run, parameters, images), table, tap)
+
+            output = self._in(dtype, passed, tap)
+            if looking:
+                self.fixed = frozenset(table.fixed)
+            return output
+
+        return parameters, forward
+
+    def _in(self, dtype: DTypeLike, forward: Callable[[Tap], jax.Array], tap: Tap) -> jax.Array:
+        """One forward pass, in float64 without its casts to float32 where it bears that."""
+        casts = Casts()
+        try:
+            with without_casts(dtype, casts):
+                output = forward(casts.watching(tap) if tap is not identity else tap)
+        except CandidateError:
+            # A scan whose carry is float32 refuses float64, for one.
+            if not casts.number:
+                raise
+            return forward(tap)
+        if tap is not identity and np.dtype(dtype) == np.float64:
+            self.notes = casts.notes
+        return output
+
+    def by_path(self, gradients: Any) -> dict[str, NDArray]:
+        """See `Tapped.by_path`."""
+        return recognised(self._candidate, self.config, _leaves(gradients))
+
+    def parameters(self) -> dict[str, NDArray]:
+        """The port's parameters in float64, on the host, by its own paths."""
+        with precision_of(np.float64), in_one_line(self.name, "reading its parameters"):
+            return {counted(name): value for name, value in _leaves(self.ready(np.float64)[0]).items()}
+
+
+def _require_values(parameters: Any, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise CandidateError(
+                f"{name}: {where!r} is a shape without values, as `eval_shape` makes it: fill it from the checkpoint"
+            )
+
+
+def _leaves(tree: Any) -> dict[str, NDArray]:
+    if isinstance(tree, nnx.State):
+        return parameters_of_state(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@contextlib.contextmanager
+def without_casts(dtype: DTypeLike, casts: Casts) -> Iterator[None]:
+    """In float64, makes no float32 of a float64 value, whoever asks for it; see `casts`.
+
+    What is replaced are the primitives, because a function such as `jax.nn.dot_product_attention` is known to
+    candidates under any name. Whatever is traced inside a transformation goes through them, too.
+
+    Args:
+      dtype: what is computed in; below float64 nothing is replaced.
+      casts: counts what was undone.
+    """
+    if np.dtype(dtype) != np.float64:
+        yield
+        return
+    cast, product = lax.convert_element_type_p.bind, lax.dot_general_p.bind
+    attention: Any = jax.nn.dot_product_attention.__globals__
+    fused, cudnn = attention.get(_FUSED), attention.get(_CUDNN)
+
+    def converted(x: Any, *, new_dtype: Any, **how: Any) -> Any:
+        if new_dtype != np.float32 or getattr(x, "dtype", None) != np.float64:
+            return cast(x, new_dtype=new_dtype, **how)
+        casts.number += 1
+        return x
+
+    def multiplied(x: Any, y: Any, *, preferred_element_type: Any, **how: Any) -> Any:
+        if preferred_element_type == np.float32 and x.dtype == np.float64:
+            casts.number += 1
+            preferred_element_type = x.dtype
+        return product(x, y, preferred_element_type=preferred_element_type, **how)
+
+    def on_gpu(
+        query: Any, key: Any, value: Any, bias: Any, mask: Any, *lengths: Any, mask_type: Any, **options: Any
+    ) -> Any:
+        scale = options.pop("scale")
+        if mask_type.name != "NO_MASK" or any(
+            option is not None and option is not False for option in options.values()
+        ):
+            return cudnn(query, key, value, bias, mask, *lengths, mask_type=mask_type, scale=scale, **options)
+        return fused(query, key, value, bias, mask, False, scale, None, None, None)
+
+    def mixing(bind: Callable[..., Any]) -> Callable[..., Any]:
+        """An operation that takes a constant in float32 beside a value that would have been narrowed to it."""
+
+        def operated(x: Any, y: Any, **how: Any) -> Any:
+            if {x.dtype, y.dtype} == _MIXED:
+                x, y = (jnp.asarray(each, np.float64) for each in (x, y))
+            return bind(x, y, **how)
+
+        return operated
+
+    replaced = {lax.convert_element_type_p: converted, lax.dot_general_p: multiplied}
+    replaced |= {operation: mixing(operation.bind) for operation in _OPERATIONS}
+    with contextlib.ExitStack() as stack:
+        # The same products as "highest". jax keeps what it traced by such settings, and so finds no trace here that
+        # was made elsewhere, nor one there that was made here.
+        stack.enter_context(jax.default_matmul_precision("float32"))
+        for operation, bind in replaced.items():
+            stack.enter_context(mock.patch.object(operation, "bind", bind))
+        # cuDNN's attention has no float64 at all.
+        stack.enter_context(mock.patch.dict(attention, {_CUDNN: on_gpu} if fused and cudnn else {}))
+        yield
+
+
+_OPERATIONS = (lax.add_p, lax.sub_p, lax.mul_p, lax.div_p, lax.max_p, lax.min_p, lax.pow_p)
+_MIXED = {np.dtype(np.float32), np.dtype(np.float64)}
+# Not public: a test holds that they are there.
+_FUSED = "_dot_product_attention_xla"
+_CUDNN = "cudnn_dot_product_attention"
+
+
+def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    picked, pull_back = jax.vjp(function, value)
+    return picked, lambda cotangent: pull_back(cotangent)[0]

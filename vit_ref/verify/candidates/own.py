@@ -1,0 +1,57 @@
+"""This package's own model as the port under test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.skeleton import skeleton
+from vit_ref.model.vit import Tap
+from vit_ref.verify.candidates.tapped import Tapped
+from vit_ref.verify.compare.trace import Forward, narrowed
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.mapping import detect, port
+from vit_ref.weights.pretrained import parameters_of_state, with_arrays
+
+
+class OwnCandidate(Tapped):
+    """`vit_ref.VisionTransformer`, filled from a checkpoint by `vit_ref`'s own weight map.
+
+    Args:
+      config: the model's configuration.
+      source: the checkpoint.
+    """
+
+    name = "vit_ref"
+
+    def __init__(self, config: ViTConfig, source: Checkpoint):
+        self.config = config
+        self.fill(source)
+        self._by_dtype: dict[np.dtype, tuple[nnx.State, Forward]] = {}
+
+    def fill(self, source: Checkpoint) -> None:
+        """Takes another checkpoint's weights; what was compiled serves them too."""
+        self.parameters = port(source.tensors, self.config, detect(source.tensors))
+
+    def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        """See `Tapped.ready`."""
+        if np.dtype(dtype) not in self._by_dtype:
+            graph, shapes = skeleton(self.config, dtype)
+
+            def forward(state: nnx.State, pixels: jax.Array, tap: Tap) -> jax.Array:
+                return nnx.merge(graph, state)(pixels, tap=tap)
+
+            self._by_dtype[np.dtype(dtype)] = shapes, forward
+        shapes, same = self._by_dtype[np.dtype(dtype)]
+        # On the host, as they are, for as long as nobody runs them: a real model's are large.
+        return with_arrays(shapes, narrowed(self.parameters, dtype)), same
+
+    def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
+        """See `Tapped.by_path`."""
+        return parameters_of_state(gradients)

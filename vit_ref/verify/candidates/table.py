@@ -1,0 +1,286 @@
+"""The table of a candidate, bound to one configuration: which of its values is which site, and how to get there.
+
+One direction picks a site's value out of the port's. The other writes a changed value back, so that a site can be
+replaced or perturbed from outside: a selection only moves elements, so its transpose, which any framework's
+differentiation gives, puts them back in their places.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from vit_ref.errors import CandidateError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import OUTPUTS, sites
+from vit_ref.verify.candidates.declaration import Mapped, hint
+from vit_ref.weights.mapping import parameter_shapes
+
+# (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
+Vjp = Callable[[Callable[[Any], Any], Any], tuple[Any, Callable[[Any], Any]]]
+Tap = Callable[[str, Any], Any]
+
+_POINT = re.compile(r"(?P<path>[^:\[\]]*)(?P<input>:input)?(?:\[(?P<key>[^\[\]]+)\])?")
+
+
+class Point(NamedTuple):
+    """A place in the port: the output of the submodule at `path`, or its input; all of it, or one element."""
+
+    path: str
+    of_input: bool = False
+    key: int | str | None = None
+
+
+class Entry(NamedTuple):
+    """One line of the bound table: the destination, and what picks it out of the value at a point, None for all."""
+
+    destination: str
+    select: Callable[[Any], Any] | None = None
+
+
+class Table:
+    """A candidate's table for one configuration and batch.
+
+    Args:
+      mapped: see `Candidate.sites`; None for names that are the sites' own.
+      config: the model's configuration.
+      images: shape of the images, (B, height, width, C).
+      vjp: the framework's.
+
+    Raises:
+      CandidateError: a key cannot be read, a value is no site, or two keys claim one site.
+    """
+
+    def __init__(self, mapped: Mapped | None, config: ViTConfig, images: tuple[int, ...], vjp: Vjp):
+        self.shapes = {site.name: site.shape for site in sites(config, images[0], (images[1], images[2]))}
+        self.given = mapped is not None
+        entries = bind(mapped, "sites", config, self.shapes) if mapped is not None else {}
+        self.points = {_point(key): found for key, found in entries.items()}
+        self.paths = frozenset(point.path for point in self.points)
+        # Sites that were shown after their use, or beside it: a change there would change nothing, or too little.
+        self.fixed: set[str] = set()
+        # Names that the port gave to its tap, or returned.
+        self.met: set[str] = set()
+        self._vjp = vjp
+
+    def path_of(self, site: str) -> str:
+        """The submodule or the named value that stands for a site."""
+        found = (point.path for point, entries in self.points.items() for entry in entries if entry.destination == site)
+        return next(found, site)
+
+    def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
+        """A submodule's arguments, passed through the sites that stand for them."""
+        for point in self.points:
+            if point.path != path or not point.of_input:
+                continue
+            key = 0 if point.key is None else point.key
+            if isinstance(key, int) and key < len(args):
+                args = (*args[:key], self._through(point, args[key], tap), *args[key + 1 :])
+            elif key in kwargs or (point.key is None and kwargs):
+                key = next(iter(kwargs)) if point.key is None else key
+                kwargs = {**kwargs, str(key): self._through(point, kwargs[str(key)], tap)}
+        return args, kwargs
+
+    def at_output(self, path: str, output: Any, tap: Tap) -> Any:
+        """A submodule's output, passed through the sites that stand for it."""
+        for point in self.points:
+            if point.path != path or point.of_input:
+                continue
+            if point.key is None:
+                output = self._through(point, output, tap)
+            elif isinstance(output, Mapping):
+                output = {**output, point.key: self._through(point, output[point.key], tap)}
+            elif isinstance(output, tuple) and isinstance(point.key, int) and point.key < len(output):
+                replaced = self._through(point, output[point.key], tap)
+                output = (*output[: point.key], replaced, *output[point.key + 1 :])
+        return output
+
+    def at_name(self, name: str, value: Any, tap: Tap) -> Any:
+        """A named value, passed through the sites that stand for it."""
+        name = counted(name)
+        self.met.add(name)
+        if self.given:
+            return self._through(Point(name), value, tap)
+        return self._pass(Entry(name), value, tap) if name in self.shapes else value
+
+    def returned(self, named: Mapping[str, Any], tap: Tap) -> None:
+        """Intermediates that came back with the output, and are past being changed."""
+        for name, value in named.items():
+            self.at_name(name, value, self._fixing(tap))
+
+    def _fixing(self, tap: Tap) -> Tap:
+        def show(site: str, value: Any) -> Any:
+            self.fixed.add(site)
+            tap(site, value)
+            return value
+
+        return show
+
+    def _through(self, point: Point, value: Any, tap: Tap) -> Any:
+        for entry in self.points.get(point, ()):
+            whole = not point.of_input or any(path.startswith(f"{point.path}.") for path in self.paths)
+            site = entry.destination
+            beside = site in ("embeddings", "norm") or site.endswith((".norm1", ".residual"))
+            # The stream that enters a norm goes past it too; what enters a module that holds others does not.
+            value = self._pass(entry, value, tap if whole or not beside else self._fixing(tap))
+        return value
+
+    def _pass(self, entry: Entry, value: Any, tap: Tap) -> Any:
+        shape = self.shapes[entry.destination]
+        select = entry.select
+        if select is None:
+            if not hasattr(value, "shape"):
+                raise CandidateError(
+                    f"sites: {entry.destination}: the port has a {described(value)} there: name one of its elements,"
+                    " as in 'path[0]'"
+                )
+            picked = fitted(value, shape)
+            changed = tap(entry.destination, picked)
+            return value if changed is picked else changed.reshape(value.shape)
+        try:
+            picked, pull_back = self._vjp(lambda x: fitted(select(x), shape), value)
+        except Exception as error:
+            raise CandidateError(
+                f"sites: {entry.destination}: its selection cannot be applied to a {described(value)}: {error}"
+            ) from error
+        changed = tap(entry.destination, picked)
+        return value if changed is picked else value + pull_back(changed - picked)
+
+
+def counted(name: str) -> str:
+    """A name whose numbers are written as a table's `{i}` writes them: "block07" is "block7"."""
+    return re.sub(r"(?<!\d)0+(?=\d)", "", name)
+
+
+def flat(named: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Values in mappings of mappings by one name each: `out["encoder"]["block00"]` is "encoder.block0"."""
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        path = f"{before}{counted(str(name))}"
+        found |= flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return found
+
+
+def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any]) -> dict[str, tuple[Entry, ...]]:
+    """A table with its blocks counted out.
+
+    Args:
+      mapped: see `Candidate`.
+      what: "sites" or "parameters", for messages.
+      config: the model's configuration.
+      known: all destinations of this configuration.
+
+    Returns:
+      Entries by key.
+
+    Raises:
+      CandidateError: what was given is no table, or a destination in it is unknown or claimed twice.
+    """
+    if not isinstance(mapped, Mapping):
+        raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
+    optional = OUTPUTS.keys() if what == "sites" else _optional_parameters(config)
+    bound: dict[str, tuple[Entry, ...]] = {}
+    claimed: dict[str, str] = {}
+    for key, targets in mapped.items():
+        several = targets if isinstance(targets, list) else [targets]
+        for target in several:
+            pattern, select = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
+            if not isinstance(key, str) or not isinstance(pattern, str) or not (select is None or callable(select)):
+                raise CandidateError(
+                    f"{what}: {key!r}: {target!r} cannot be read: give a name, (name, selection), or a list of these"
+                )
+            blocks = range(config.num_hidden_layers) if "{i}" in pattern or "{i}" in key else (None,)
+            for i in blocks:
+                source, destination = (counted(text.replace("{i}", str(i))) for text in (key, pattern))
+                stacked = i is not None and "{i}" not in key
+                entry = Entry(destination, _of_block(i, select) if stacked else select)
+                if destination not in known:
+                    if destination in optional:
+                        continue
+                    raise CandidateError(
+                        f"{what}: {key!r}: {destination!r} is none of this model's{hint(destination, known)}"
+                    )
+                if destination in claimed:
+                    raise CandidateError(f"{what}: {claimed[destination]!r} and {source!r} both claim {destination}")
+                claimed[destination] = source
+                bound[source] = (*bound.get(source, ()), entry)
+    return bound
+
+
+def claimed(mapped: Mapped | None, config: ViTConfig) -> frozenset[str]:
+    """The sites that a table promises to show."""
+    if mapped is None:
+        return frozenset()
+    known = {site.name: site.shape for site in sites(config, 1)}
+    return frozenset(
+        entry.destination for entries in bind(mapped, "sites", config, known).values() for entry in entries
+    )
+
+
+def _optional_parameters(config: ViTConfig) -> set[str]:
+    """A table may serve checkpoints with a head and without one, with biases of query, key and value and without."""
+    biases = {
+        f"blocks.{i}.attn.{role}.bias" for i in range(config.num_hidden_layers) for role in ("query", "key", "value")
+    }
+    return biases | {f"{layer}.{part}" for layer in ("pooler", "head") for part in ("kernel", "bias")}
+
+
+def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str, Any]) -> dict[str, Any]:
+    """A port's gradients under this package's paths and in its shapes, those that the table names.
+
+    Raises:
+      CandidateError: the table names a parameter that the port or this package's model has not.
+    """
+    shapes, gradients = parameter_shapes(config), {counted(name): value for name, value in gradients.items()}
+    found = {}
+    for source, entries in bind(mapped, "parameters", config, shapes).items():
+        if source not in gradients:
+            raise CandidateError(f"parameters: the port has no parameter {source!r}{hint(source, gradients)}")
+        for entry in entries:
+            try:
+                value = entry.select(gradients[source]) if entry.select else gradients[source]
+            except Exception as error:
+                raise CandidateError(
+                    f"parameters: {entry.destination}: its selection cannot be applied to a"
+                    f" {described(gradients[source])}: {error}"
+                ) from error
+            found[entry.destination] = fitted(value, shapes[entry.destination])
+    return found
+
+
+def fitted(value: Any, shape: tuple[int, ...]) -> Any:
+    """The value in the wanted shape, where merging or splitting neighbouring axes gives it; otherwise as it is.
+
+    Any other reshape, of (B, H, N, K) to (B, N, H, K) say, would scramble the elements.
+    """
+    have = tuple(getattr(value, "shape", ()))
+    if have == shape:
+        return value
+    front = 0
+    while front < min(len(have), len(shape)) and have[front] == shape[front]:
+        front += 1
+    back = 0
+    while back < min(len(have), len(shape)) - front and have[-1 - back] == shape[-1 - back]:
+        back += 1
+    ours, theirs = have[front : len(have) - back], shape[front : len(shape) - back]
+    return value.reshape(shape) if math.prod(ours) == math.prod(theirs) and min(len(ours), len(theirs)) <= 1 else value
+
+
+def _of_block(i: int | None, select: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    return (lambda x: select(x[i])) if select else (lambda x: x[i])
+
+
+def described(value: Any) -> str:
+    """What a value is, for messages: its shape, or its type."""
+    shape = getattr(value, "shape", None)
+    return f"value of shape {tuple(shape)}" if shape is not None else type(value).__name__
+
+
+def _point(key: str) -> Point:
+    match = _POINT.fullmatch(key)
+    if match is None:
+        raise CandidateError(f"sites: {key!r} cannot be read: give 'path', 'path:input', 'path[0]' or 'path:input[1]'")
+    index = match["key"]
+    return Point(match["path"], bool(match["input"]), int(index) if index and index.isdecimal() else index)

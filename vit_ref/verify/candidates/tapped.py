@@ -1,0 +1,200 @@
+"""Whatever runs in JAX and passes its values through a tap: recorded, replaced, perturbed and differentiated alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.errors import CandidateError, InputError, UndifferentiableError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import Tap, identity
+from vit_ref.verify.candidates.adapters import is_float
+from vit_ref.verify.candidates.loading import failed
+from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
+from vit_ref.verify.compare.trace import Forward, Trace, beside, precision_of, recorder, replacements
+
+
+class _Compiled(NamedTuple):
+    """What was compiled of one forward pass, for whichever parameters.
+
+    Attributes:
+      recorder: see `trace.recorder`, compiled when it is called.
+      differentiators: see `backward.differentiator`.
+      perturbed: the sites that were met when those were traced.
+    """
+
+    recorder: Callable[..., dict[str, jax.Array]]
+    differentiators: dict[Any, Future[Any]]
+    perturbed: set[str]
+
+
+class Tapped(ABC):
+    """An implementation in JAX that can be observed and changed at its sites.
+
+    Attributes:
+      name: how reports call it.
+      config: the model's configuration.
+      claims: the sites that it promises to show, None for all. Others are not observed; a claimed one that is not shown
+        has failed.
+      fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
+      stored: the dtype that its parameters are rounded to below float64, None for as they were loaded.
+      foreign: whether it is no jax program; what is in jax never is.
+      compiles: whether it can be compiled; what cannot can write into its images instead.
+      notes: what a report says of how it was run, a line each; known once it has run.
+    """
+
+    name: str
+    config: ViTConfig
+    claims: frozenset[str] | None = None
+    fixed: frozenset[str] = frozenset()
+    stored: DTypeLike | None = None
+    foreign = False
+    compiles = True
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        """Parameters, and the forward pass in `dtype` from them; called under `precision_of(dtype)`."""
+
+    @abstractmethod
+    def by_path(self, gradients: Any) -> dict[str, NDArray]:
+        """Gradients with respect to the parameters, on the host, by the paths of this package's model."""
+
+    def _ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
+        parameters, forward = self.ready(dtype)
+        if self.stored is None or np.dtype(dtype) == np.float64:
+            return parameters, forward
+        return jax.tree.map(lambda x: x.astype(self.stored) if is_float(x) else x, parameters), forward
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        """See `Implementation.trace`.
+
+        Args:
+          pixels: as there.
+          dtype: as there.
+          replace: values by site that take the place of the model's own, after those were recorded.
+
+        Raises:
+          InputError: a value is out of reach.
+        """
+        with precision_of(dtype):
+            parameters, forward = self._ready(dtype)
+
+            given = replacements(replace, dtype)
+            images = jnp.asarray(pixels, dtype)
+            try:
+                return jax.device_get(self._compiled_of(forward).recorder(parameters, images, given))
+            except jax.errors.JAXTypeError:
+                pass
+            try:
+                # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
+                shown = recorder(forward)(parameters, images, given)
+            except jax.errors.JAXTypeError as error:
+                raise failed(self.name, "the forward pass", error) from error
+            inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
+            if inside:
+                raise InputError(
+                    f"{self.name}: {inside[0]} is computed under a transformation of its own (jit, vmap, scan), where"
+                    " nothing can be seen from outside: return it with the logits, or call what is transformed"
+                )
+            return {site: np.asarray(value) for site, value in shown.items()}
+
+    def outputs(
+        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
+    ) -> list[NDArray]:
+        """The outputs alone of several batches of images, compiled or operation by operation; by default nobody looks.
+
+        Raises:
+          jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
+        """
+        with precision_of(dtype):
+            parameters, forward = self._ready(dtype)
+
+            def run(parameters: Any, pixels: jax.Array) -> jax.Array:
+                return forward(parameters, pixels, tap)
+
+            images = [jnp.asarray(pixels, dtype) for pixels in batches]
+            if not jit:
+                return [np.asarray(run(parameters, given)) for given in images]
+            sizes = {given.shape: given for given in images}
+            compiling = {shape: beside(jax.jit(run).lower(parameters, given).compile) for shape, given in sizes.items()}
+            return [np.asarray(compiling[given.shape].result()(parameters, given)) for given in images]
+
+    def gradients(
+        self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
+    ) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`, and `differentiator` for `like`."""
+        with precision_of(dtype):
+            parameters, forward = self._ready(dtype)
+        _, compiled, perturbed = self._compiled_of(forward)
+
+        def keeping(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
+            # No constant, so that no compiler can take a division by it for nothing.
+            one = 1 + 0 * jax.lax.stop_gradient(pixels[0, 0, 0, 0])
+
+            def kept(site: str, value: jax.Array) -> jax.Array:
+                tapped = tap(site, value)
+                if tapped is value:  # it has another shape, and was not perturbed
+                    return value
+                perturbed.add(site)
+                return _kept_backward(tapped, one)
+
+            return forward(parameters, pixels, kept)
+
+        try:
+            differentiate = differentiator(
+                keeping, parameters, self.config, pixels, dtype, like=like, compiled=compiled
+            )
+        except CandidateError as error:
+            # It ran forward: it calls what jax has no derivative of, such as a callback.
+            raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error
+        except jax.errors.JAXTypeError as error:
+            reason = f"jax cannot trace it ({type(error).__name__}), so it cannot be differentiated"
+            raise UndifferentiableError(reason) from error
+
+        def gradients(objective: Objective) -> Gradients:
+            by_parameter, by_site, by_pixel = differentiate(objective)
+            # A site that was never met has a gradient of zeros, which says nothing about the port.
+            met = {site: gradient for site, gradient in by_site.items() if site in perturbed - self.fixed}
+            return Gradients(met, self.by_path(by_parameter), by_pixel)
+
+        return gradients
+
+    @cached_property
+    def _compiled(self) -> dict[Forward, _Compiled]:
+        return {}
+
+    def _compiled_of(self, forward: Forward) -> _Compiled:
+        if forward not in self._compiled:
+            self._compiled[forward] = _Compiled(jax.jit(recorder(forward)), {}, set())
+        return self._compiled[forward]
+
+
+@jax.custom_vjp
+def _kept_backward(x: jax.Array, one: jax.Array) -> jax.Array:
+    """x itself, whose cotangent XLA computes once and keeps, because it divides it, by one.
+
+    Where all is cheap, on CPU, it fuses the sum that is the stream's cotangent, a term a branch, into each of its
+    readers anew: the backward pass of twelve blocks then takes 19 s to compile in place of 4. It skips barriers.
+    """
+    return x
+
+
+def _kept_backward_forward(x: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, one
+
+
+def _kept_backward_backward(one: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return cotangent / one.astype(cotangent.dtype), jnp.zeros_like(one)
+
+
+_kept_backward.defvjp(_kept_backward_forward, _kept_backward_backward)

@@ -1,0 +1,1 @@
+"""The engine: two implementations are run on the same inputs and compared at every site."""

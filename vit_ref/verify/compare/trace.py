@@ -1,0 +1,135 @@
+"""Traces, and what every implementation under observation offers: a trace of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.errors import TruncatedError
+from vit_ref.model.vit import Tap
+
+T = TypeVar("T")
+Trace = dict[str, NDArray]
+# (parameters, pixels, tap) -> output (B, width), in jax. Parameters are any tree.
+Forward = Callable[[Any, jax.Array, Tap], jax.Array]
+# Told what is being done next, in a few words.
+Progress = Callable[[str], None]
+
+
+def silent(step: str) -> None:
+    """The progress that nobody watches."""
+
+
+class Implementation(Protocol):
+    """A ViT that can be observed at the sites.
+
+    Attributes:
+      name: how reports call it.
+    """
+
+    name: str
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
+        """Runs one forward pass in evaluation mode.
+
+        Args:
+          pixels: float32 images (B, height, width, C).
+          dtype: dtype of the whole computation; parameters and pixels are converted to it exactly or by rounding once.
+
+        Returns:
+          Values by site. In float64 each one is float64; at lower precision an implementation may keep some wider, as
+          FlaxViT keeps its residual stream in float32 under bfloat16.
+        """
+        ...
+
+
+def recorder(forward: Forward) -> Callable[[Any, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """A function from parameters, pixels and replacements by site to every site's value, before it is replaced."""
+
+    def run(parameters: Any, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        recorded: dict[str, jax.Array] = {}
+
+        def tap(site: str, value: jax.Array) -> jax.Array:
+            recorded[site] = value
+            return replace[site].astype(value.dtype) if site in replace else value
+
+        forward(parameters, pixels, tap)
+        return recorded
+
+    return run
+
+
+def replacements(replace: Mapping[str, NDArray] | None, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """Values by site for `recorder`, wide enough for a token stream that is wider than `dtype`."""
+    wide = np.promote_types(dtype, np.float32)
+    return {site: jnp.asarray(value, wide) for site, value in (replace or {}).items()}
+
+
+@contextmanager
+def precision_of(dtype: DTypeLike) -> Iterator[None]:
+    """Lets jax compute in float64 where `dtype` is that, and only there; elsewhere it computes as users run it.
+
+    Products of float64 are whole ones, whatever jax_default_matmul_precision is: with "BF16_BF16_F32" a CPU makes them
+    of bfloat16, and an oracle would err by 2e-3.
+
+    Strictness about implicit promotion is lifted: the reference and flax's own layers rely on it, and what a candidate
+    computes is judged here, not how it is written.
+    """
+    wide = np.dtype(dtype) == np.float64
+    products = jax.default_matmul_precision("highest") if wide else nullcontext()
+    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    # Under JAX_DISABLE_JIT nothing can be compiled ahead.
+    with jax.enable_x64(wide), products, promotion[0], promotion[1], jax.disable_jit(False):
+        yield
+
+
+def narrowed(parameters: T, dtype: DTypeLike) -> T:
+    """A tree of parameters, below float64 with float32 for float64, which jax would make of them with a warning."""
+    narrow = np.dtype(dtype) != np.float64
+    return jax.tree.map(lambda x: x.astype(np.float32) if narrow and x.dtype == np.float64 else x, parameters)
+
+
+def storing(port: T, dtype: DTypeLike) -> T:
+    """The same port with its parameters rounded to `dtype` wherever it does not compute in float64."""
+    narrow: Any = copy(port)
+    narrow.stored = dtype
+    return narrow
+
+
+def beside(work: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Work in a thread of its own, for what leaves Python's lock alone: XLA's compiler, NumPy's products."""
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(work, *arguments)
+    thread.shutdown(wait=False)
+    return future
+
+
+def require_float64(trace: Mapping[str, NDArray], name: str) -> None:
+    """Raises `TruncatedError` where a trace that was to be float64 is not, as when jax silently makes it float32."""
+    wrong = {site: value.dtype for site, value in trace.items() if value.dtype != np.float64}
+    if wrong:
+        site, found = next(iter(wrong.items()))
+        raise TruncatedError(
+            f"{name} was to compute in float64, but {len(wrong)} of {len(trace)} sites are not, first {site}: {found}:"
+            " build it in the dtype that load(checkpoint, dtype) is told, and cast nothing to another"
+        )
+
+
+def widened(trace: Mapping[str, NDArray], name: str) -> Trace:
+    """A candidate's trace that was to be float64: what of it is not is taken as it is, and wrong by its rounding.
+
+    Raises:
+      TruncatedError: nothing of it is float64, so that it was not asked in a way that it understands.
+    """
+    if all(value.dtype != np.float64 for value in trace.values()):
+        require_float64(trace, name)
+    return {site: np.asarray(value, np.float64) for site, value in trace.items()}

@@ -1,0 +1,1 @@
+"""The known bugs, and which of them explain a divergence."""

@@ -1,0 +1,217 @@
+"""The reference that nobody here wrote: transformers' FlaxViT, observed at every site from outside.
+
+flax's method interception sees, and can replace, each submodule's inputs and outputs, so transformers is neither edited
+nor copied.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from flax import linen
+from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.errors import ReferenceUnavailableError, UnsupportedByReferenceError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.vit import Tap
+from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
+from vit_ref.verify.compare.trace import Forward, Trace, narrowed, precision_of, recorder, replacements
+from vit_ref.verify.references.fused import fused as fused_attention
+from vit_ref.weights.mapping import FLAX, port
+
+# Submodule path -> site of its output, outside the blocks and inside one.
+_OUTSIDE = {
+    ("embeddings", "patch_embeddings"): "patches",
+    ("embeddings",): "embeddings",
+    ("layernorm",): "norm",
+    ("pooler",): "pooler",
+    ("classifier",): "logits",
+}
+_INSIDE = {
+    ("layernorm_before",): "norm1",
+    ("attention", "output", "dense"): "attn.out",
+    ("layernorm_after",): "norm2",
+    ("intermediate", "dense"): "mlp.fc1",
+    ("intermediate",): "mlp.hidden",
+    ("output", "dense"): "mlp.out",
+}
+
+_ATTENTION = ("attention", "attention")
+_HEADS = {(*_ATTENTION, role): f"attn.{role}" for role in ("query", "key", "value")}
+
+
+def require_flaxvit() -> None:
+    """Raises `ReferenceUnavailableError`, saying what to install, where transformers has no FlaxViT."""
+    install = "install it with: pip install 'transformers>=4.50,<5', or use the reference torch or numpy"
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        raise ReferenceUnavailableError(f"FlaxViT needs transformers, which is not installed: {install}") from None
+    if int(version.split(".")[0]) >= 5:
+        raise ReferenceUnavailableError(f"transformers {version} has no FlaxViT, 4.x has: {install}")
+
+
+class FlaxViTReference:
+    """`FlaxViTForImageClassification`, or `FlaxViTModel` for a model without a head.
+
+    Args:
+      config: the model's configuration.
+      tensors: Hugging Face's PyTorch names and shapes. transformers' own converter turns them into FlaxViT's tree, so
+        that this package's weight map has no part in it.
+
+    Raises:
+      ReferenceUnavailableError: transformers is missing or of the wrong version.
+      UnsupportedByReferenceError: FlaxViT cannot express the configuration.
+    """
+
+    name = "FlaxViT"
+    foreign = False
+    fused = False
+
+    def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
+        require_flaxvit()
+        import transformers
+
+        # Its notice that Flax classes end with transformers 5 is why the NumPy oracle exists; once is enough.
+        transformers.logging.set_verbosity_error()
+        from transformers.models.vit import modeling_flax_vit
+
+        self.config = config
+        self._hf_config = transformers.ViTConfig(**{**config.hf_numerics(), **_square(config)})
+        if config.num_labels:
+            self._build: Any = modeling_flax_vit.FlaxViTForImageClassificationModule
+        else:
+            self._build = partial(modeling_flax_vit.FlaxViTModule, add_pooling_layer=config.pooler)
+        shapes = jax.eval_shape(self.module(np.float32).init, jax.random.key(0), self._pixels(config))["params"]
+        self._stand_in = SimpleNamespace(params=shapes, base_model_prefix="vit")
+        self._recorders: dict[np.dtype, Callable[..., dict[str, jax.Array]]] = {}
+        self._differentiators: dict[bool, dict[Any, Future[Any]]] = {False: {}, True: {}}  # by whether it is fused
+        self.fill(tensors)
+
+    def fill(self, tensors: Mapping[str, NDArray]) -> None:
+        """Takes other weights, or none, which lets go of those it has; what was compiled serves them too."""
+        self.params: Any = {}
+        if not tensors:  # which transformers does not convert where PyTorch is installed
+            return
+        from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
+
+        with precision_of(np.float64):  # so that float64 weights survive
+            self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), self._stand_in))
+
+    def _pixels(self, config: ViTConfig) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *config.image_hw, config.num_channels), np.float32)
+
+    def module(self, dtype: DTypeLike) -> linen.Module:
+        """The linen module that computes in `dtype`; apply it to `params`."""
+        return self._build(self._hf_config, dtype=dtype)
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        """See `Port.trace`."""
+        with precision_of(dtype):
+            if np.dtype(dtype) not in self._recorders:
+                self._recorders[np.dtype(dtype)] = jax.jit(recorder(self._forward_in(dtype)))
+            given = narrowed(self.params, dtype), pixels.astype(dtype), replacements(replace, dtype)
+            return jax.device_get(self._recorders[np.dtype(dtype)](*given))
+
+    def gradients(
+        self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
+    ) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`, and `differentiator` for `like`.
+
+        Gradients of parameters get our paths by the weight map of FlaxViT's tree.
+        """
+        forward, compiled = self._forward_in(dtype), self._differentiators[self.fused]
+        differentiate = differentiator(forward, self.params, self.config, pixels, dtype, like=like, compiled=compiled)
+
+        def gradients(objective: Objective) -> Gradients:
+            by_parameter, by_site, by_pixel = differentiate(objective)
+            named = port(flatten_dict(by_parameter, sep="/"), self.config, FLAX, finite=False)
+            if self.fused:  # what is not there has a gradient of zeros
+                by_site = {site: value for site, value in by_site.items() if not site.endswith(".attn.probs")}
+            return Gradients(by_site, named, by_pixel)
+
+        return gradients
+
+    def _forward_in(self, dtype: DTypeLike) -> Forward:
+        return lambda params, pixels, tap: self._forward(params, pixels, dtype, tap)
+
+    def _forward(self, params: Any, pixels: jax.Array, dtype: DTypeLike, tap: Tap) -> jax.Array:
+        """The module's output, with every site's value passed through a tap.
+
+        Values are intercepted as submodules return them. Two are not returned by any: the attention probabilities, for
+        which the function that computes them is wrapped while this runs, and the stream between attention and MLP,
+        which is replaced where it enters the second norm and the second addition. Fused attention takes the place of
+        the whole of FlaxViT's, and has no probabilities to show.
+        """
+        from transformers.models.vit import modeling_flax_vit
+
+        heads = (self.config.num_attention_heads, self.config.head_dim)
+        weights = modeling_flax_vit.dot_product_attention_weights  # type: ignore[attr-defined]
+        block = ""
+        stream = None
+
+        def attention_weights(*args: Any, **kwargs: Any) -> jax.Array:
+            return tap(f"{block}.attn.probs", weights(*args, **kwargs))
+
+        def attend(module: Any, tokens: jax.Array) -> Any:
+            roles = (module.query, module.key, module.value)
+            context = fused_attention(*(role(tokens).reshape(*tokens.shape[:2], *heads) for role in roles))
+            return (context.reshape(tokens.shape),)
+
+        def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            nonlocal block, stream
+            path = tuple(part for part in context.module.path if part != "vit")
+            if context.method_name != "__call__":
+                return call(*args, **kwargs)
+            if path in _OUTSIDE:
+                return tap(_OUTSIDE[path], call(*args, **kwargs))
+            if path[:2] != ("encoder", "layer") or len(path) == 2:
+                return call(*args, **kwargs)
+            block, inside = f"block.{path[2]}", path[3:]
+            if inside == ("layernorm_after",):
+                stream = tap(f"{block}.attn.residual", args[0])
+                args = (stream,)
+            if inside == ("output",):
+                args = (args[0], stream)
+            output = attend(context.module, args[0]) if self.fused and inside == _ATTENTION else call(*args, **kwargs)
+            if inside in ((), _ATTENTION):
+                site = "attn.context" if inside else "mlp.residual"
+                return (tap(f"{block}.{site}", output[0]), *output[1:])
+            if inside in _HEADS:
+                split = output.reshape(*output.shape[:2], *heads)
+                return tap(f"{block}.{_HEADS[inside]}", split).reshape(output.shape)
+            return tap(f"{block}.{_INSIDE[inside]}", output) if inside in _INSIDE else output
+
+        with (
+            mock.patch.object(modeling_flax_vit, "dot_product_attention_weights", attention_weights),
+            linen.intercept_methods(intercept),
+        ):
+            outputs: Any = self.module(dtype).apply({"params": params}, pixels, return_dict=False)
+        if self.config.num_labels:
+            return outputs[0]
+        return outputs[1] if self.config.pooler else tap("cls", outputs[0][:, 0])
+
+
+def _square(config: ViTConfig) -> dict[str, int]:
+    """The image and patch sizes to tell FlaxViT, which knows squares only.
+
+    It uses the image's size for nothing but the number of position embeddings, so a rectangle of as many patches as
+    some square runs in it unchanged.
+    """
+    rows, columns = config.grid()
+    side = round((rows * columns) ** 0.5)
+    if config.patch_hw[0] != config.patch_hw[1] or side * side != rows * columns:
+        raise UnsupportedByReferenceError(
+            f"FlaxViT takes square patches in a square number, not {rows}x{columns} patches of {config.patch_hw} pixels"
+        )
+    return {"image_size": side * config.patch_hw[0], "patch_size": config.patch_hw[0]}

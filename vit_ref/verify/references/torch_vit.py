@@ -1,0 +1,289 @@
+"""The reference in PyTorch: transformers' ViT, versions 4 and 5, observed at every site from outside by forward hooks.
+
+It knows rectangular images and patches, which FlaxViT does not. Autograd gives the gradient at a site without a
+perturbation, because what a hook sees is the tensor that the rest of the model computes with. It runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.errors import InputError, ReferenceUnavailableError
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import Site, output_site, sites
+from vit_ref.verify.compare.objectives import Gradients, Objective
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.environment import products
+from vit_ref.weights.mapping import detect, port
+
+# What a forward hook picks of a module's arguments and of what it returns.
+Pick = Callable[[tuple[Any, ...], Any], Any]
+
+
+class _Seen(NamedTuple):
+    """Where a site's value is seen: at which module, and what of it."""
+
+    module: str
+    pick: Pick = lambda arguments, returned: returned
+
+
+def _input_of(module: str) -> _Seen:
+    return _Seen(module, lambda arguments, returned: arguments[0])
+
+
+_OUTSIDE = {
+    "patches": _Seen("embeddings.patch_embeddings"),
+    "embeddings": _Seen("embeddings"),
+    "norm": _Seen("layernorm"),
+    "cls": _Seen("layernorm", lambda arguments, returned: returned[:, 0]),
+    "pooler": _Seen("pooler"),
+    "logits": _Seen("classifier"),
+}
+_NORMS = {
+    "norm1": _Seen("layernorm_before"),
+    "attn.residual": _input_of("layernorm_after"),
+    "norm2": _Seen("layernorm_after"),
+    "mlp.residual": _Seen(""),
+}
+# By the modules' names in the two versions: the path of a block, and what is seen in it. Attention returns its
+# probabilities beside its output.
+_BLOCKS: dict[str, dict[str, _Seen]] = {
+    "encoder.layer": {
+        **_NORMS,
+        "attn.query": _Seen("attention.attention.query"),
+        "attn.key": _Seen("attention.attention.key"),
+        "attn.value": _Seen("attention.attention.value"),
+        "attn.probs": _Seen("attention.attention", lambda arguments, returned: returned[1]),
+        "attn.context": _input_of("attention.output.dense"),
+        "attn.out": _Seen("attention.output.dense"),
+        "mlp.fc1": _Seen("intermediate.dense"),
+        "mlp.hidden": _input_of("output.dense"),
+        "mlp.out": _Seen("output.dense"),
+    },
+    "layers": {
+        **_NORMS,
+        "attn.query": _Seen("attention.q_proj"),
+        "attn.key": _Seen("attention.k_proj"),
+        "attn.value": _Seen("attention.v_proj"),
+        "attn.probs": _Seen("attention", lambda arguments, returned: returned[1]),
+        "attn.context": _input_of("attention.o_proj"),
+        "attn.out": _Seen("attention.o_proj"),
+        "mlp.fc1": _Seen("mlp.fc1"),
+        "mlp.hidden": _input_of("mlp.fc2"),
+        "mlp.out": _Seen("mlp.fc2"),
+    },
+}
+
+
+def require_torch() -> None:
+    """Raises `ReferenceUnavailableError`, saying what to install, where PyTorch or its ViT is missing."""
+    # Below 4.57 attention does not return its probabilities unless asked.
+    for package, least in (("torch", (2, 4)), ("transformers", (4, 57))):
+        oldest = ".".join(map(str, least))
+        install = f"install it with: pip install '{package}>={oldest}'"
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ReferenceUnavailableError(
+                f"PyTorch's ViT needs {package}, which is not installed: {install}"
+            ) from None
+        if tuple(int(part) for part in version.split(".")[:2]) < least:
+            raise ReferenceUnavailableError(
+                f"PyTorch's ViT is observed from {package} {oldest} on, found {version}: {install}"
+            )
+
+
+class TorchViTReference:
+    """`ViTForImageClassification` in PyTorch, or `ViTModel` for a model without a head.
+
+    Half precision is autocast's: parameters, token stream and LayerNorm in float32, matrix products in `dtype`, as in
+    FlaxViT. With `model.to(bfloat16)` the stream too would be rounded, twice a block, and what it errs would be no
+    yardstick for a port that does better.
+
+    Args:
+      config: the model's configuration.
+      tensors: names and shapes of transformers 4, which version 5 renames itself, so that this package's weight map has
+        no part in it.
+
+    Raises:
+      ReferenceUnavailableError: PyTorch or transformers is missing or too old.
+      InputError: the tensors are not exactly the model's.
+    """
+
+    name = "PyTorch"
+    foreign = True
+    fused = False
+
+    def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
+        require_torch()
+        self.config = config
+        self.tensors = tensors
+        self._model(np.float32)  # says now what does not fit
+
+    def _model(self, dtype: DTypeLike) -> Any:
+        """The module with parameters of `dtype`, in evaluation mode."""
+        import torch
+        import transformers
+
+        # It would print a table of what `info` says, and a bar for a load of milliseconds.
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        kind: Any = transformers.ViTForImageClassification if self.config.num_labels else transformers.ViTModel
+        model, info = kind.from_pretrained(
+            None,
+            config=transformers.ViTConfig(**self.config.hf_numerics()),
+            state_dict={name: torch.from_numpy(np.array(tensor, dtype)) for name, tensor in self.tensors.items()},
+            dtype=_torch(dtype),
+            attn_implementation="sdpa" if self.fused else "eager",  # eager attention forms the probabilities
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `info`
+            **({} if self.config.num_labels else {"add_pooling_layer": self.config.pooler}),
+        )
+        faults = [f"{kind.replace('_keys', '')} {sorted(map(str, found))}" for kind, found in info.items() if found]
+        if faults:
+            raise InputError(f"the tensors are not those of PyTorch's ViT: {', '.join(faults)}")
+        return model
+
+    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
+        """See `Implementation.trace`.
+
+        Raises:
+          InputError: jax rounds the operands of float32 products here and now, which PyTorch does not.
+        """
+        import torch
+
+        _require_whole_products(np.dtype(dtype))
+        wide = np.promote_types(np.dtype(dtype), np.float32)
+        with torch.no_grad():
+            _, observed = self._forward(self._model(wide), torch.from_numpy(pixels.astype(wide)), dtype)
+        return self._named(observed, len(pixels))
+
+    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        """See `Differentiable.gradients`. Those of parameters get our paths by the weight map of PyTorch's names.
+
+        Raises:
+          InputError: see `trace`.
+        """
+        import torch
+
+        _require_whole_products(np.dtype(dtype))
+        wide = np.promote_types(np.dtype(dtype), np.float32)
+        model = self._model(wide)
+        parameters = dict(model.named_parameters())
+
+        def gradients(objective: Objective) -> Gradients:
+            images = torch.from_numpy((pixels * np.float32(objective.brightness)).astype(wide)).requires_grad_()
+            output, observed = self._forward(model, images, dtype)
+            output = output.to(_torch(wide))
+            loss = torch.nn.functional.cross_entropy(output, torch.from_numpy(objective.labels))
+            product = torch.sum(torch.from_numpy(objective.cotangent.astype(wide)) * output)
+            # A tensor on which the output does not depend is an error here, and no gradient of zero.
+            *found, by_pixel = torch.autograd.grad(
+                objective.loss_weight * loss + product, [*observed.values(), *parameters.values(), images]
+            )
+            by_site = dict(zip(observed, found, strict=False))
+            by_name = {name: _array(x) for name, x in zip(parameters, found[len(observed) :], strict=True)}
+            by_parameter = port(by_name, self.config, detect(by_name), finite=False)
+            return Gradients(self._named(by_site, len(pixels)), by_parameter, _array(by_pixel))
+
+        return gradients
+
+    def _forward(self, model: Any, pixels: Any, dtype: DTypeLike) -> tuple[Any, dict[str, Any]]:
+        """The model's output on (B, height, width, C), and the tensor at every site."""
+        import torch
+
+        observed: dict[str, Any] = {}
+
+        def hook(site: str, pick: Pick) -> Callable[..., None]:
+            def keep(module: Any, arguments: tuple[Any, ...], returned: Any) -> None:
+                value = pick(arguments, returned)
+                if value is not None:  # fused attention returns None in place of its probabilities
+                    observed[site] = value
+
+            return keep
+
+        with ExitStack() as stack:
+            for site, module, pick in _places(model, sites(self.config, 1)):
+                stack.enter_context(module.register_forward_hook(hook(site, pick)))
+            stack.enter_context(_softmax_in_float64())
+            if np.dtype(dtype).itemsize == 2:
+                stack.enter_context(torch.autocast("cpu", _torch(dtype)))
+            model(pixels.permute(0, 3, 1, 2))
+        return observed[output_site(self.config)], observed
+
+    def _named(self, observed: Mapping[str, Any], batch: int) -> dict[str, NDArray]:
+        heads = (batch, -1, self.config.num_attention_heads, self.config.head_dim)
+        split = (".query", ".key", ".value")
+        return {
+            site: _array(value).reshape(heads) if site.endswith(split) else _array(value)
+            for site, value in observed.items()
+        }
+
+
+def _places(model: Any, wanted: tuple[Site, ...]) -> Iterator[tuple[str, Any, Pick]]:
+    """Every site with the module at which it is seen, and what to pick there."""
+    modules = {name.removeprefix("vit."): module for name, module in model.named_modules()}
+    blocks = next((path for path in _BLOCKS if path in modules), None)
+    if blocks is None:
+        version = importlib.metadata.version("transformers")
+        raise ReferenceUnavailableError(f"transformers {version} has a ViT of unknown structure: install another one")
+    for site in wanted:
+        if not site.name.startswith("block."):
+            seen, path = _OUTSIDE[site.name], ""
+        else:
+            _, block, inside = site.name.split(".", 2)
+            seen, path = _BLOCKS[blocks][inside], f"{blocks}.{block}"
+        yield site.name, modules[f"{path}.{seen.module}".strip(".")], seen.pick
+
+
+@contextmanager
+def _softmax_in_float64() -> Iterator[None]:
+    """Takes back the rounding of attention's softmax to float32, which transformers asks for whatever comes in.
+
+    In float64 it would cost the oracle nine digits, behind a dtype that says nothing of it: the probabilities are made
+    float64 again.
+    """
+    import torch
+
+    softmax = torch.nn.functional.softmax
+
+    def as_given(x: Any, dim: int, dtype: Any = None) -> Any:
+        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    with mock.patch.object(torch.nn.functional, "softmax", as_given):
+        yield
+
+
+def _torch(dtype: DTypeLike) -> Any:
+    import torch
+
+    return getattr(torch, np.dtype(dtype).name)
+
+
+def _array(tensor: Any) -> NDArray:
+    """A NumPy array of a tensor; NumPy's own bfloat16 is ml_dtypes'."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _require_whole_products(dtype: np.dtype) -> None:
+    # It computes on the CPU, with a thousandth of the error that a GPU makes of the same products in TF32.
+    if dtype == np.float32 and (here := products()) != "float32":
+        # No UnsupportedByReferenceError, which is a reason to skip: nothing would have been judged.
+        raise InputError(
+            f"PyTorch makes whole float32 products, and this device {here} ones: take the reference flax, forward"
+            " numpy, or the precision float32"
+        )

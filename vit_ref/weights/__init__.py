@@ -1,0 +1,1 @@
+"""Weights: files become parameters of the model and back, in every layout."""

@@ -1,0 +1,234 @@
+"""`convert`: a checkpoint in another layout, read back and compared before it stands where it was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vit_ref.errors import CheckpointError, ConfigError, InputError, MappingError
+from vit_ref.files import require_local
+from vit_ref.model.config import ViTConfig
+from vit_ref.preprocessing import Steps, steps
+from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights.pretrained import configuration, hf_config, load
+from vit_ref.weights.timm import to_timm
+
+Target = Literal["hf", "flax", "npz", "big_vision", "timm"]
+
+# What a model computes in evaluation does not depend on these, and only Hugging Face's layouts have room for most.
+_TRAINING_ONLY = frozenset(
+    {"hidden_dropout_prob", "attention_probs_dropout_prob", "broadcast_attention_dropout", "initializer_range"}
+)
+_ONE_FUNCTION = {"gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu", "swish": "silu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was converted; `str()` is one line.
+
+    Attributes:
+      source: the directory or file that was read.
+      destination: the directory or file that was written.
+      read: the layout that was found.
+      written: the layout that was asked for.
+      tensors: how many were written.
+      left_behind: what travels with the source and the other layout has no room for; it changes no output of the model.
+    """
+
+    source: Path
+    destination: Path
+    read: str
+    written: str
+    tensors: int
+    left_behind: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lost = f"; left behind: {', '.join(self.left_behind)}" if self.left_behind else ""
+        return (
+            f"{self.source} ({self.read}) -> {self.destination} ({self.written}): {self.tensors} tensors, read back,"
+            f" every parameter the same to the last bit{lost}"
+        )
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    to: Target,
+    *,
+    config: ViTConfig | None = None,
+    exempt: Iterable[str] = (),
+) -> Conversion:
+    """Writes a checkpoint in another layout.
+
+    "hf", "flax" and "timm" are directories, "npz" and "big_vision" one file each. It is written beside the destination
+    under another name, read back as `from_pretrained` reads, and takes its place only if every parameter has the same
+    bits and dtype and the configuration computes the same. So nothing is written that would be read as another model:
+    an `.npz` has no room for a configuration, and its readers take epsilon 1e-6, tanh GELU and a square grid for
+    granted; timm's epsilon is 1e-6 too, and it has no pooler; FlaxViT takes squares only; big_vision has no position
+    for the cls token. Nothing that exists is overwritten.
+
+    Args:
+      source: whatever `from_pretrained` reads.
+      destination: a path at which nothing stands yet, nor a `config.json` beside it if it is an `.npz`.
+      to: the layout.
+      config: takes the place of the checkpoint's own, as in `from_pretrained`; also where other numerics, those that
+        the layout's readers take for granted, are meant.
+      exempt: names or patterns of tensors in the source to leave behind on purpose.
+
+    Raises:
+      CheckpointError: the source cannot be read, the destination not written, or the layout cannot hold the checkpoint.
+      ConfigError: the configuration is none that this model can honour.
+      MappingError: the source's tensors do not fit the configuration.
+    """
+    if to not in get_args(Target):
+        raise CheckpointError(f"layout {to!r} is unknown: give one of {', '.join(get_args(Target))}")
+    require_local(destination, "destination")
+    destination = Path(destination)
+    one_file = to in ("npz", "big_vision")
+    _require_room(destination, one_file)
+    exempt = tuple(exempt)
+    found = checkpoint.read(source, exempt=exempt)
+    config, parameters, read = load(found, config=config, exempt=exempt)
+    try:
+        tensors = mapping.export(parameters, config, mapping.LAYOUTS[to])
+    except MappingError as error:
+        reasons = [f"{fault.name}: {fault.detail}" for fault in error.faults]
+        raise _unfit(destination, to, "; ".join(reasons)) from None
+    made: list[Path] = []
+    try:
+        for parent in reversed(destination.parents):
+            if not os.path.isdir(parent):
+                with contextlib.suppress(FileExistsError):  # somebody else makes it, too
+                    parent.mkdir()
+                    made.insert(0, parent)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=destination.parent) as stage:
+            # A name that is not the destination's, which may be too long with anything before it.
+            staged = Path(stage, "result.npz" if one_file else "result")
+            try:
+                _WRITERS[to](staged, tensors, config)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(staged), str(destination))) from None
+            try:
+                again = _read_back(staged, to, config, parameters)
+            except InputError as error:
+                raise _unfit(destination, to, str(error).replace(str(staged), "read back")) from None
+            os.rename(staged, destination)
+    except BaseException as error:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(f"{destination}: cannot be written ({error})") from None
+    return Conversion(found.path, destination, read.name, to, len(tensors), _left_behind(config, again))
+
+
+def _unfit(destination: Path, to: Target, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{destination}: layout {to} cannot hold this checkpoint: {reason}: write hf, which has room for all"
+    )
+
+
+def _require_room(destination: Path, one_file: bool) -> None:
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination}: is there already, and is not overwritten: give another name")
+    if not one_file:
+        return
+    if destination.suffix != ".npz":
+        raise CheckpointError(f"{destination}: this layout is one file: give a name that ends in .npz")
+    for name in (checkpoint.CONFIG, checkpoint.PREPROCESSOR):
+        if os.path.exists(destination.parent / name):  # unlike Path.exists, it takes a name that is too long
+            raise CheckpointError(
+                f"{destination}: the {name} in this directory would be read as this file's: give another directory"
+            )
+
+
+def _write_npz(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
+    checkpoint.write_tensors(place, tensors)
+
+
+def _write_hf(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
+    checkpoint.write_directory(place, tensors, hf_config(config, tensors), config.preprocessor)
+
+
+def _write_flax(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
+    place.mkdir()
+    checkpoint.write_tensors(place / checkpoint.FLAX_WEIGHTS, tensors)
+    checkpoint.write_json(place / checkpoint.CONFIG, hf_config(config, tensors))
+    if config.preprocessor is not None:
+        checkpoint.write_json(place / checkpoint.PREPROCESSOR, config.preprocessor)
+
+
+def _write_timm(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
+    # timm reads no shards.
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    checkpoint.write_directory(place, tensors, to_timm(config), max_shard_size=size)
+
+
+_WRITERS: dict[str, Callable[[Path, mapping.Tensors, ViTConfig], None]] = {
+    "hf": _write_hf,
+    "flax": _write_flax,
+    "npz": _write_npz,
+    "big_vision": _write_npz,
+    "timm": _write_timm,
+}
+
+
+def _read_back(staged: Path, to: Target, config: ViTConfig, parameters: mapping.Tensors) -> ViTConfig:
+    """The configuration of what was written, compared, as its parameters are, with what should have been."""
+    found = checkpoint.read(staged)
+    again = configuration(found)
+    meant, said = _numerics(config), _numerics(again)
+    changed = [f"{name} {said[name]!r} for {meant[name]!r}" for name in meant if said[name] != meant[name]]
+    if changed:
+        raise CheckpointError(f"its readers take {', '.join(changed)}")
+    if to == "flax" and any(height != width for height, width in (config.image_hw, config.patch_hw)):
+        # It would be read here, but transformers computes the number of patches from one side.
+        raise CheckpointError(f"FlaxViT takes squares only, not {config.image_hw} and patches of {config.patch_hw}")
+    values = mapping.port(found.tensors, again, mapping.detect(found.tensors))
+    for path, value in parameters.items():
+        if values[path].dtype != value.dtype or values[path].tobytes() != value.tobytes():
+            raise OSError(f"{path} came back with other bits")
+    return again
+
+
+def _numerics(config: ViTConfig) -> dict[str, Any]:
+    """The fields that decide what a model computes in evaluation, with one name for one function."""
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.compare and field.name not in _TRAINING_ONLY
+    }
+    for name in ("hidden_act", "pooler_act"):
+        fields[name] = _ONE_FUNCTION.get(fields[name], fields[name])
+    fields["pooler_output_size"] = config.pooler_width
+    if not config.pooler:
+        fields["pooler_act"] = fields["pooler_output_size"] = None
+    return fields
+
+
+def _left_behind(config: ViTConfig, again: ViTConfig) -> tuple[str, ...]:
+    def dropout(config: ViTConfig) -> tuple[float, float]:
+        return config.hidden_dropout_prob, config.attention_probs_dropout_prob
+
+    lost = {
+        "class names": config.labels and config.labels != again.labels,
+        # Without it `predict` takes the logits for those of exclusive classes.
+        "problem_type": config.extra.get("problem_type") != again.extra.get("problem_type"),
+        "preprocessing": _pixels(config) != _pixels(again),
+        "dropout rates": dropout(config) != dropout(again),
+    }
+    return tuple(name for name, is_lost in lost.items() if is_lost)
+
+
+def _pixels(config: ViTConfig) -> Steps | Any:
+    """What is done to an image, or what the file asks for where this package would refuse it."""
+    try:
+        return steps(config)
+    except ConfigError:
+        return config.preprocessor

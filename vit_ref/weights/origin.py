@@ -1,0 +1,64 @@
+"""Which checkpoint a verdict is about: a name that tells it from its neighbours, and a digest of its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from vit_ref.errors import CheckpointError
+from vit_ref.weights import hub
+from vit_ref.weights.checkpoint import Checkpoint
+
+
+class Origin(NamedTuple):
+    """Where a checkpoint comes from, and what its weights are.
+
+    Attributes:
+      name: what reports call it: the last two parts of its path, or the hub's id and the beginning of the commit.
+      path: the whole path of its directory or file here.
+      sha256: of the file of weights, as `sha256sum` prints it and the hub shows it. Several files have one together,
+        that of the lines that `sha256sum` prints of them in the order of their names.
+      revision: the commit on the hub; None of what does not lie in the hub's cache.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    revision: str | None
+
+    @property
+    def said(self) -> str:
+        """The digest and the commit, in one line for people."""
+        return f"sha256 {self.sha256}" + (f", commit {self.revision}" if self.revision else "")
+
+
+def origin(source: Checkpoint) -> Origin:
+    """The origin of a checkpoint that was read from files.
+
+    Raises:
+      CheckpointError: a file is gone since it was read.
+    """
+    directory = source.path if source.path.is_dir() else source.path.parent
+    directory = directory.resolve()
+    path = directory if source.path.is_dir() else directory / source.path.name
+    cached = hub.in_cache(directory)
+    if cached is not None:
+        name = f"{cached.id}@{str(cached.revision)[:7]}" + (f"/{path.name}" if path != directory else "")
+    else:
+        name = "/".join(path.parts[-2:]).replace("//", "/")
+    return Origin(name, str(path), _sha256(source.files), cached and cached.revision)
+
+
+def _sha256(files: tuple[Path, ...]) -> str:
+    digests = {}
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read any more ({error.strerror}): run this again") from None
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,402 @@
+"""From a checkpoint to a model and back: `from_pretrained` and `save_pretrained`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.errors import CheckpointError, ConfigError, InputError
+from vit_ref.files import require_local
+from vit_ref.model.attention import Attend
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.skeleton import skeleton
+from vit_ref.model.vit import VisionTransformer
+from vit_ref.weights import checkpoint, mapping, partition
+from vit_ref.weights.partition import Kind, Rules
+from vit_ref.weights.timm import from_timm, is_timm
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    config: ViTConfig | None = None,
+    dtype: DTypeLike | None = None,
+    exempt: Iterable[str] = (),
+    mesh: Mesh | None = None,
+    sharding: Kind | Rules = "data",
+    attention: Attend | None = None,
+) -> VisionTransformer:
+    """Loads a ViT, in evaluation mode.
+
+    Args:
+      path: a Hugging Face directory (safetensors, also sharded, or flax msgpack), a timm directory (safetensors), a hub
+        id of either, also as ID@REVISION or as https://huggingface.co/ID, or an `.npz` of google-research's
+        vision_transformer or big_vision.
+      revision: a branch, a tag or a commit of the repository on the hub; None for what `path` says, or else the newest.
+      config: takes the place of the checkpoint's own, class names included; needed for a lone file other than `.npz`.
+      dtype: dtype of the computation, None to promote from pixels and parameters.
+      exempt: names or patterns of tensors in the checkpoint to leave behind on purpose.
+      mesh: many devices, on axes called "data" and "model". Each is given its own part of each parameter; safetensors
+        are read tensor by tensor, of which the host holds one at a time. Divide the batch, too:
+        `jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))`.
+      sharding: what is divided on it, "data", "fsdp", "tensor" or "fsdp+tensor", see `vit_ref.weights.partition`.
+      attention: see `VisionTransformer`; `vit_ref.model.attention.cudnn` in half precision on NVIDIA's GPUs.
+
+    Returns:
+      The model; its parameters have the checkpoint's own bits and dtypes.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be found or read.
+      ConfigError: its configuration is none that this model can honour.
+      MappingError: its tensors do not fit the configuration.
+      InputError: the mesh does not fit the rules or the model.
+    """
+    if mesh is None and sharding != "data":
+        raise InputError(f"sharding is {sharding!r}: give the mesh, too")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InputError(f"mesh is of {type(mesh).__name__}, which has no devices: give one of jax.make_mesh's")
+    exempt = tuple(exempt)
+    source = checkpoint.read(path, revision=revision, lazy=mesh is not None, exempt=exempt)
+    with mapping.naming(source.path):
+        config, layout = described(source, config=config, exempt=exempt)
+        shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
+        parameters = mapping.ported(source.tensors, config, layout, exempt=exempt)
+        return _built(config, parameters, dtype, shardings, attention)
+
+
+def opened(
+    path: str | os.PathLike[str], *, revision: str | None = None, exempt: Iterable[str] = (), lazy: bool = False
+) -> tuple[checkpoint.Checkpoint, ViTConfig]:
+    """A checkpoint for whoever takes its tensors by name, and its configuration.
+
+    Args:
+      path: as in `from_pretrained`.
+      revision: as in `from_pretrained`.
+      exempt: as in `from_pretrained`; these tensors are no longer in the checkpoint.
+      lazy: as in `checkpoint.read`.
+
+    Raises:
+      CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
+    """
+    exempt = tuple(exempt)
+    source = checkpoint.read(path, revision=revision, lazy=lazy, exempt=exempt)
+    with mapping.naming(source.path):
+        config = configuration(source, exempt)
+        return dataclasses.replace(source, tensors=mapping.without(source.tensors, config, exempt)), config
+
+
+def load(
+    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, exempt: Iterable[str] = ()
+) -> tuple[ViTConfig, dict[str, NDArray], mapping.Layout]:
+    """What `from_pretrained` makes a model of: its configuration, its parameters by path, and their former layout.
+
+    Args:
+      source: the checkpoint.
+      config: as in `from_pretrained`.
+      exempt: as in `from_pretrained`.
+
+    Raises:
+      CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
+    """
+    exempt = tuple(exempt)
+    with mapping.naming(source.path):
+        config, layout = described(source, config=config, exempt=exempt)
+        return config, mapping.port(source.tensors, config, layout, exempt=exempt), layout
+
+
+def described(
+    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, exempt: Iterable[str] = ()
+) -> tuple[ViTConfig, mapping.Layout]:
+    """A checkpoint's configuration and layout, as `load` returns them, without its values.
+
+    Args:
+      source: the checkpoint.
+      config: as in `from_pretrained`.
+      exempt: as in `from_pretrained`.
+
+    Raises:
+      CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
+    """
+    if config is None:
+        config = configuration(source, exempt)
+    else:
+        read = {} if source.config is None or is_timm(source.config) else source.config
+        extra, preprocessor = config.extra or read, config.preprocessor or source.preprocessor
+        config = dataclasses.replace(config, extra=extra, preprocessor=preprocessor)
+    return config, mapping.detect(source.tensors)
+
+
+def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> ViTConfig:
+    """The configuration of a checkpoint: its `config.json` where there is one, else what an `.npz`'s shapes say.
+
+    Args:
+      source: the checkpoint.
+      exempt: names or patterns of tensors that will be left behind.
+
+    Raises:
+      CheckpointError: a lone file whose shapes do not tell.
+      ConfigError: see `ViTConfig`.
+    """
+    names = [name for name in source.tensors if not any(fnmatchcase(name, pattern) for pattern in exempt)]
+    if source.config is not None:
+        try:
+            if is_timm(source.config):
+                return from_timm(source.config)
+            config = ViTConfig.from_hf(source.config, source.preprocessor)
+        except ConfigError as error:
+            directory = source.path.parent if source.path.is_file() else source.path
+            raise ConfigError(f"{directory / checkpoint.CONFIG}: {error}") from None
+        if not source.config.get("architectures") and not any(
+            name.startswith(("classifier", "head")) for name in names
+        ):
+            config = dataclasses.replace(config, num_labels=0, labels=())
+        pooled = not config.num_labels and any("pooler" in name for name in names)
+        return dataclasses.replace(config, pooler=pooled)
+    if source.path.suffix == ".npz":
+        return _npz_configuration(source.path, {name: source.tensors[name].shape for name in names})
+    raise CheckpointError(f"{source.path}: no configuration beside a lone file: give its directory, or config=")
+
+
+def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTConfig:
+    """What the shapes of an `.npz` of google-research's say; the rest is fixed in that code.
+
+    LayerNorm has flax's epsilon, 1e-6, the MLP `nn.gelu`, which is the tanh form, and attention its biases
+    (vit_jax/models_vit.py; big_vision/models/vit.py).
+    """
+    names, block = " ".join(shapes), "Transformer/encoderblock_0"
+    if "Transformer/" in names and "cls" not in shapes:
+        pooling = "attention, pool_type 'map'" if "MAPHead_0/" in names else "the mean of the patches, 'gap'"
+        raise CheckpointError(
+            f"{path}: no cls token, so it pools in another way ({pooling}), which this model does not"
+        )
+    try:
+        patch_height, patch_width, channels, width = shapes["embedding/kernel"]
+        if mapping.detect(shapes) is mapping.BIG_VISION:
+            positions = shapes["pos_embedding"][1]
+            attention, mlp = "MultiHeadDotProductAttention_0", "MlpBlock_0"
+        else:
+            positions = shapes["Transformer/posembed_input/pos_embedding"][1] - 1
+            attention, mlp = "MultiHeadDotProductAttention_1", "MlpBlock_3"
+        heads = shapes[f"{block}/{attention}/query/kernel"][1]
+        hidden = shapes[f"{block}/{mlp}/Dense_0/kernel"][1]
+        labels = shapes["head/bias"][0] if "head/bias" in shapes else 0
+        pooled = shapes["pre_logits/bias"][0] if "pre_logits/bias" in shapes else None
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{path}: not an .npz of google-research/vision_transformer or big_vision ({error})"
+        ) from None
+    if labels and pooled:
+        raise CheckpointError(
+            f"{path}: it has both a pre-logits layer and a head, and no Hugging Face ViT has: leave one behind with"
+            " exempt=['head/*'] or exempt=['pre_logits/*']"
+        )
+    side = round(positions**0.5)
+    if side * side != positions:
+        raise CheckpointError(f"{path}: {positions} positions are no square grid: pass config=")
+    return ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=len({name.split("/")[1] for name in shapes if "/encoderblock_" in name}),
+        num_attention_heads=heads,
+        intermediate_size=hidden,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+        image_size=(side * patch_height, side * patch_width),
+        patch_size=(patch_height, patch_width),
+        num_channels=channels,
+        num_labels=labels,
+        pooler=pooled is not None,
+        pooler_output_size=pooled,
+    )
+
+
+def build(
+    config: ViTConfig,
+    parameters: mapping.Tensors,
+    *,
+    dtype: DTypeLike | None = None,
+    attention: Attend | None = None,
+) -> VisionTransformer:
+    """A model with these parameters.
+
+    Args:
+      config: the model.
+      parameters: by path, as `mapping.port` returns them.
+      dtype: dtype of the computation.
+      attention: see `VisionTransformer`.
+
+    Raises:
+      CheckpointError: a parameter is float64 while jax would silently make it float32.
+    """
+    return _built(config, parameters.items(), dtype, {}, attention)
+
+
+def _built(
+    config: ViTConfig,
+    parameters: Iterable[tuple[str, NDArray]],
+    dtype: DTypeLike | None,
+    shardings: Mapping[str, NamedSharding],
+    attention: Attend | None = None,
+) -> VisionTransformer:
+    arrays = {}
+    for path, value in parameters:
+        if value.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
+        arrays[path] = _placed(value, shardings.get(path))
+        del value  # before the next one is made
+    graph, shapes = skeleton(config, dtype, attention)
+    model = nnx.merge(graph, with_arrays(shapes, arrays))
+    model.eval()
+    return model
+
+
+def _placed(value: NDArray, sharding: NamedSharding | None = None) -> jax.Array:
+    # A copy: jax may otherwise alias the array's memory, and whoever wrote to that would change the model.
+    if sharding is None:
+        return jnp.array(value, copy=True)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
+
+
+def with_arrays(like: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+    """A state with these arrays, by path, in the place of its own; or with what there is to say of each, its place."""
+    return nnx.from_flat_state(
+        [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)]
+    )
+
+
+def arrays_of(state: nnx.State) -> dict[str, jax.Array]:
+    """A state's arrays, by path, where they are."""
+    return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def parameters_of(model: VisionTransformer) -> dict[str, NDArray]:
+    """A model's parameters by path, on the host."""
+    return parameters_of_state(nnx.state(model, nnx.Param))
+
+
+def parameters_of_state(state: nnx.State) -> dict[str, NDArray]:
+    """The arrays of a state, such as a gradient, by path, on the host."""
+    return {path: np.asarray(array) for path, array in arrays_of(state).items()}
+
+
+def save_pretrained(
+    model: VisionTransformer, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Writes a Hugging Face directory that transformers loads: safetensors with transformers-4 names.
+
+    The configuration, the class names and the preprocessing that the model was loaded with go along. transformers'
+    `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
+    reads no shards. Preprocessing that is there already stays, with a warning where the model brings none.
+
+    Of a model on many devices one tensor at a time is gathered. Where its parameters are divided between several
+    processes all of these call this, the first writes, and all fail if it cannot. Of a model that each has whole, on
+    devices of all, the first alone writes, too, and need not ask the others.
+
+    Args:
+      model: any model of this package.
+      directory: where to; made if need be.
+      max_shard_size: larger weights are split into shards with an index.
+
+    Raises:
+      CheckpointError: the directory cannot be written.
+      InputError: the directory is a URL.
+    """
+    require_local(directory, "directory")
+    config, layout = model.config, mapping.HF
+    arrays = arrays_of(nnx.state(model, nnx.Param))
+
+    def tensor(rule: mapping.Rule) -> checkpoint.Deferred:
+        array = arrays[rule.destination]
+        shape = mapping.source_shape(rule, array.shape, config)
+        return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
+
+    tensors = {rule.source: tensor(rule) for rule in layout.bind(config, prefixed=bool(config.num_labels))}
+
+    def write(tensors: Mapping[str, checkpoint.Deferred]) -> None:
+        content = hf_config(config, tensors)
+        checkpoint.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
+
+    if not all(_is_here(array) for array in arrays.values()):
+        _write_together(tensors, checkpoint.in_order(tensors, max_shard_size), write, directory)
+    elif jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values()):
+        write(tensors)
+
+
+def _write_together(
+    tensors: Mapping[str, checkpoint.Deferred],
+    order: Sequence[str],
+    write: Callable[[Mapping[str, checkpoint.Deferred]], None],
+    directory: str | os.PathLike[str],
+) -> None:
+    """The first process writes what all make together; the others are not left waiting where it cannot."""
+    made: set[str] = set()
+    fault: Exception | None = None
+
+    def noted(name: str) -> checkpoint.Deferred:
+        def make() -> NDArray:
+            made.add(name)
+            return tensors[name].make()
+
+        return tensors[name]._replace(make=make)
+
+    if jax.process_index() == 0:
+        try:
+            write({name: noted(name) for name in tensors})
+        except Exception as error:  # whatever it is, the others wait
+            fault = error
+    for name in order:
+        if name not in made:
+            tensors[name].make()
+    failed = multihost_utils.broadcast_one_to_all(np.array(fault is not None))
+    if fault is not None:
+        raise fault
+    if failed:
+        raise CheckpointError(f"{os.fspath(directory)}: the first process could not write, and says why")
+
+
+def _is_here(array: jax.Array) -> bool:
+    """Whether this process has all of it, and need not ask the others."""
+    return array.is_fully_addressable or array.is_fully_replicated
+
+
+def _on_host(array: jax.Array) -> NDArray:
+    """The whole of an array, put together from its shards for whoever asks: the array itself would keep it."""
+    if not _is_here(array):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
+# What config.json says of tensors that are stored in another way than this package writes them.
+_OF_OTHER_TENSORS = frozenset({"quantization_config", "pruned_heads"})
+
+
+def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | checkpoint.Deferred]) -> dict[str, Any]:
+    """The Hugging Face `config.json` beside these tensors.
+
+    It says their own dtype, of several the one that holds all, whatever it said when it was read: transformers, where
+    it is to choose a dtype itself, casts every tensor to it. Nor does it say that the tensors are quantised, or that
+    heads are missing: transformers would quantise or prune what it loads.
+    """
+    content = {name: value for name, value in config.to_hf().items() if name not in _OF_OTHER_TENSORS}
+    found = {np.dtype(tensor.dtype) for tensor in tensors.values()}
+    widest = max(found, key=lambda dtype: dtype.itemsize)
+    # Neither of float16 and bfloat16 holds the other.
+    halves = len(found) > 1 and widest.itemsize == 2
+    # transformers of old know "torch_dtype" alone; later ones write "dtype" and read both.
+    for key in [key for key in ("torch_dtype", "dtype") if key in content] or ["torch_dtype"]:
+        content[key] = "float32" if halves else str(widest)
+    return content
