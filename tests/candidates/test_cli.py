@@ -280,13 +280,12 @@ candidate = vit_ref.Candidate(load=load)
 # As the installed command; a conversion is interrupted once all of it is written and nothing is renamed.
 COMMAND = """
 import os, signal, sys
-from vit_ref.cli import commands
 from vit_ref.cli.commands import main
 from vit_ref.weights import conversion
 
 # A shell that starts something in the background has it ignore the signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-convert._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+conversion._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 sys.exit(main())
 """
 
