@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import vit_ref
-from synthetic_reports import REPORTS
+from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.errors import InputError
 from vit_ref.testing import parametrize
 from vit_ref.testing.parametrize import SiteCheck

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import vit_ref
-from synthetic_reports import REPORTS
+from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli import commands
 from vit_ref.cli.commands import main
 from vit_ref.errors import TruncatedError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from finetuning import OPTIONS, Runner
+from tests.helpers.finetuning import OPTIONS, Runner
 from vit_ref.cli.commands import main
 
 # Most of these tests import what the extra installs. The run's header says that they were left out.

@@ -18,7 +18,7 @@ from flax import nnx
 from PIL import Image
 
 import vit_ref
-from finetuning import STEPS, Runner
+from tests.helpers.finetuning import STEPS, Runner
 from vit_ref.errors import InputError
 from vit_ref.finetune import run
 from vit_ref.finetune.augmentation import Augmentation

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import vit_ref
-from jaxprs import computed_in
+from tests.helpers.jaxprs import computed_in
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.start import SCRATCH, starting_model

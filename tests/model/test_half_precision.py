@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.typing import DTypeLike
 
-from jaxprs import computed_in, equations
+from tests.helpers.jaxprs import computed_in, equations
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import precision_of

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 import vit_ref
-from jaxprs import equations
+from tests.helpers.jaxprs import equations
 from vit_ref.errors import InputError
 from vit_ref.model import attention
 from vit_ref.model.attention import Attend

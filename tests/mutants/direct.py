@@ -10,12 +10,12 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from mutant import Parity
-from nested import fresh_compiler
 from numpy.typing import NDArray
-from outcome import Failure, Outcome
-from remembered import digest, remembered_references
 
+from tests.mutants.mutant import Parity
+from tests.mutants.nested import fresh_compiler
+from tests.mutants.outcome import Failure, Outcome
+from tests.mutants.remembered import digest, remembered_references
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES

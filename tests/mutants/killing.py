@@ -6,13 +6,12 @@ import functools
 import re
 from pathlib import Path
 
-import direct
-import nested
 import pytest
-from catalogue import MUTANTS
-from mutant import Mutant, Parity
-from outcome import Outcome
 
+from tests.mutants import direct, nested
+from tests.mutants.catalogue import MUTANTS
+from tests.mutants.mutant import Mutant, Parity
+from tests.mutants.outcome import Outcome
 from vit_ref.errors import InputError
 
 # What a test fails with that found something wrong. A TypeError, say, would be a clumsy injection.

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import pytest
 from hypothesis import core, settings
-from outcome import Failure, Outcome
-from remembered import remembered_references
+
+from tests.mutants.outcome import Failure, Outcome
+from tests.mutants.remembered import remembered_references
 
 ROOT = Path(__file__).parents[2]
 # Plugins that would speak to the outer run's workers, files or hooks, shuffle, or collect garbage for seconds.
@@ -78,13 +79,14 @@ def _fresh_test_modules() -> Iterator[None]:
     """The inner run imports conftests and tests anew: their caches hold what was found without the mutant."""
 
     # Strings: of thousands of modules, paths would take a twentieth of a mutant's time.
-    conftest, folder = str(ROOT / "conftest.py"), f"{ROOT / 'tests'}{os.sep}"
+    root = f"{ROOT}{os.sep}"
+    places = (f"{root}conftest.py", f"{root}tests{os.sep}", os.sep.join((f"{root}vit_ref", "testing", "suite", "")))
 
     def ours() -> dict[str, Any]:
         return {
             name: module
             for name, module in list(sys.modules.items())
-            if (file := getattr(module, "__file__", None)) and (file == conftest or file.startswith(folder))
+            if (file := getattr(module, "__file__", None)) and file.startswith(places)
         }
 
     before, path, environment = ours(), sys.path[:], dict(os.environ)

@@ -1,6 +1,6 @@
 """Runs the tests by which the bugs of the catalogue are killed, and no others.
 
-With pytest's arguments: python tests/mutants/quick.py -n 2
+With pytest's arguments: python -m tests.mutants.quick -n 2
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from killing import ALIVE
-from mutant import Parity
+from tests.mutants.killing import ALIVE
+from tests.mutants.mutant import Parity
 
 
 def arguments() -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import nested
 import pytest
-from catalogue import MUTANTS
-from killing import ALIVE, dosed, require_killed
-from mutant import Mutant, Parity
+
+from tests.mutants import nested
+from tests.mutants.catalogue import MUTANTS
+from tests.mutants.killing import ALIVE, dosed, require_killed
+from tests.mutants.mutant import Mutant, Parity
 
 pytestmark = pytest.mark.mutants
 

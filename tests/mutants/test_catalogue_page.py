@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import table
-from killing import ALIVE, dosed
-from mutant import Mutant
+
+from tests.mutants import table
+from tests.mutants.killing import ALIVE, dosed
+from tests.mutants.mutant import Mutant
 
 pytestmark = pytest.mark.mutants
 

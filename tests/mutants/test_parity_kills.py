@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import direct
 import jax
-import nested
 import pytest
-from killing import ALIVE, dosed, require_killed
-from mutant import ONE_BLOCK, Mutant, Parity, backward
 
+from tests.mutants import direct, nested
+from tests.mutants.killing import ALIVE, dosed, require_killed
+from tests.mutants.mutant import ONE_BLOCK, Mutant, Parity, backward
 from vit_ref.model import vit
 
 pytestmark = pytest.mark.mutants

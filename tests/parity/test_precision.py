@@ -17,7 +17,7 @@ import pytest
 from jax import Array
 
 import vit_ref.testing.plugin
-from synthetic_reports import measured, parity, ported
+from tests.helpers.synthetic_reports import measured, parity, ported
 from vit_ref.errors import InputError
 from vit_ref.verify import environment
 from vit_ref.verify.candidates.own import OwnCandidate

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
-from synthetic_reports import REPORTS
+from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.errors import (
     InputError,
     OraclesDifferError,

@@ -18,12 +18,12 @@ from flax import serialization, traverse_util
 from safetensors.numpy import save_file
 
 import vit_ref
+from tests.helpers.vit_strategies import random_bits, with_room
 from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
 from vit_ref.weights import checkpoint, mapping, pretrained
 from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
-from vit_strategies import random_bits, with_room
 
 pytestmark = pytest.mark.porting
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.helpers.vit_strategies import configs, indices, random_bits, seeds, square_configs, times, with_room, within
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
@@ -21,7 +22,6 @@ from vit_ref.verify.gates import error
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.weights import mapping
 from vit_ref.weights.mapping import LAYOUTS, Layout, Rule, Tensors, Transform
-from vit_strategies import configs, indices, random_bits, seeds, square_configs, times, with_room, within
 
 pytestmark = pytest.mark.porting
 

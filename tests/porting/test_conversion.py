@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.helpers.vit_strategies import random_bits, with_room, within
 from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
@@ -22,7 +23,6 @@ from vit_ref.verify.cases import CASES
 from vit_ref.weights import checkpoint, conversion, mapping, pretrained
 from vit_ref.weights.conversion import Target, convert
 from vit_ref.weights.mapping import LAYOUTS
-from vit_strategies import random_bits, with_room, within
 
 pytestmark = pytest.mark.porting
 

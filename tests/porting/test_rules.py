@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.helpers.vit_strategies import random_bits, with_room, within
 from vit_ref.errors import Fault, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
@@ -21,7 +22,6 @@ from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import LAYOUTS, Layout
 from vit_ref.weights.pretrained import parameters_of
-from vit_strategies import random_bits, with_room, within
 
 pytestmark = pytest.mark.porting
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.vit_strategies import INVALID, configs, times
 from vit_ref.errors import ConfigError
 from vit_ref.model.config import ViTConfig
 from vit_ref.weights.mapping import parameter_shapes
-from vit_strategies import INVALID, configs, times
 
 pytestmark = pytest.mark.properties
 

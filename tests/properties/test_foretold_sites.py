@@ -13,11 +13,11 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.vit_strategies import configs, times
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import Site, sites
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.compare.trace import precision_of
-from vit_strategies import configs, times
 
 pytestmark = pytest.mark.properties
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.vit_strategies import configs, seeds
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
@@ -26,7 +27,6 @@ from vit_ref.verify.report import headline, table
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_strategies import configs, seeds
 
 # Rounding is judged as users see it.
 pytestmark = [pytest.mark.properties, pytest.mark.optimised]

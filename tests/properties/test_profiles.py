@@ -7,8 +7,8 @@ import re
 import pytest
 from hypothesis import given, settings
 
+from tests.helpers.vit_strategies import configs, seeds
 from vit_ref.model.config import ViTConfig
-from vit_strategies import configs, seeds
 
 pytestmark = pytest.mark.properties
 

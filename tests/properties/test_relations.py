@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.helpers.vit_strategies import configs, indices, random_cycle, seeds, weights
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import synthetic_images
 from vit_ref.verify.compare.trace import Trace, precision_of
 from vit_ref.verify.gates import error
-from vit_strategies import configs, indices, random_cycle, seeds, weights
 
 pytestmark = pytest.mark.properties
 

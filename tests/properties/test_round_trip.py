@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.vit_strategies import configs, random_bits, seeds, times, with_room, within
 from vit_ref.model.config import ViTConfig
 from vit_ref.weights import mapping
 from vit_ref.weights.mapping import LAYOUTS
-from vit_strategies import configs, random_bits, seeds, times, with_room, within
 
 pytestmark = pytest.mark.properties
 

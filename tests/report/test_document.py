@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from synthetic_reports import ORIGIN, REPORTS, measured, parity, ported, wrong
+from tests.helpers.synthetic_reports import ORIGIN, REPORTS, measured, parity, ported, wrong
 from vit_ref.errors import InputError
 from vit_ref.verify.report import SCHEMA, summary, to_html, to_json, write
 

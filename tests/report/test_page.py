@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from synthetic_reports import REPORTS, measured, parity, ported, wrong
+from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.verify.compare.behaviour import Behaviour
 from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.report import page, to_html, to_json

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from synthetic_reports import REPORTS, measured, parity, ported, wrong
+from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.verify.compare.forward import ParityReport, SiteResult
 from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.gates import Error

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ways import CASE
 
+from tests.sharding.ways import CASE
 from vit_ref.weights import checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +29,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start(directory: Path) -> Callable[..., subprocess.Popen]:
-    """`start(devices, program, *arguments)`: a program of this folder's, with so many simulated devices."""
+    """`start(devices, program, *arguments)` runs a module of this folder with so many simulated devices."""
 
     def start(devices: int, program: str, *arguments: Any) -> subprocess.Popen:
         environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, str(Path(__file__).parent / program), str(directory), *map(str, arguments)]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", f"tests.sharding.{program}", str(directory), *map(str, arguments)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
     return start
 
@@ -42,7 +44,7 @@ def out(start: Callable[..., subprocess.Popen], directory: Path) -> Path:
     """Where `measure.py` wrote what it saw."""
     out = directory.parent / "measured"
     out.mkdir()
-    process = start(8, "measure.py", out)
+    process = start(8, "measure", out)
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     return out

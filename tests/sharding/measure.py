@@ -1,6 +1,7 @@
 """On eight simulated devices: loads, runs, differentiates and saves a model in every way, and writes down what it saw.
 
-A program of its own, because the number of devices is settled when jax starts: `measure.py CHECKPOINT DIRECTORY`.
+A program of its own, because the number of devices is settled when jax starts:
+`python -m tests.sharding.measure CHECKPOINT DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
-from ways import CASE, JUDGED, WAYS, Way, digests
 
 import vit_ref
+from tests.sharding.ways import CASE, JUDGED, WAYS, Way, digests
 from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import Tap
 from vit_ref.verify.candidates.own import OwnCandidate

@@ -1,6 +1,7 @@
 """One of two processes of four simulated devices each: loads, runs, differentiates and saves a model with the other.
 
-A program of its own: `processes.py CHECKPOINT DIRECTORY COORDINATOR NUMBER`. The first writes down what it saw.
+A program of its own: `python -m tests.sharding.processes CHECKPOINT DIRECTORY COORDINATOR NUMBER`. The first process
+writes down what it saw.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ways import CASE
 
 import vit_ref
+from tests.sharding.ways import CASE
 from vit_ref.verify.compare.backward import truths_of
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import errors_of

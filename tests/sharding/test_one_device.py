@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ways import CASE, JUDGED, WAYS
 
+from tests.sharding.ways import CASE, JUDGED, WAYS
 from vit_ref.model.sites import sites
 from vit_ref.verify.compare.backward import gradient_names
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS

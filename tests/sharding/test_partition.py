@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from ways import CASE
 
 import vit_ref
+from tests.sharding.ways import CASE
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
 from vit_ref.weights.mapping import parameter_shapes, templated

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import pytest
-from ways import CASE, WAYS, Way
 
+from tests.sharding.ways import CASE, WAYS, Way
 from vit_ref.weights.mapping import parameter_shapes
 from vit_ref.weights.partition import LEAST
 

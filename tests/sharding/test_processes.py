@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ways import CASE, digests
 
+from tests.sharding.ways import CASE, digests
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
 from vit_ref.weights.mapping import parameter_shapes
 
@@ -25,7 +25,7 @@ def together(start: Callable[..., subprocess.Popen], tmp_path_factory: pytest.Te
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [start(4, "processes.py", out, coordinator, number) for number in (0, 1)]
+    processes = [start(4, "processes", out, coordinator, number) for number in (0, 1)]
     errors = [process.communicate()[1][-3000:] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     return out

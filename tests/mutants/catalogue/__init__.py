@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from mutant import Mutant
-
-from catalogue import (
+from tests.mutants.catalogue import (
     activation,
     attention,
     norm,
@@ -17,6 +15,7 @@ from catalogue import (
     training,
     weights,
 )
+from tests.mutants.mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
     *patches.MUTANTS,

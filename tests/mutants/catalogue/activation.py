@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from injection import Inject, at
-from mutant import Mutant, backward, forward
 
+from tests.mutants.injection import Inject, at
+from tests.mutants.mutant import Mutant, backward, forward
 from vit_ref.model import vit
 
 

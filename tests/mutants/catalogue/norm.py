@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from injection import Inject, at, loaded
 from jax import Array
-from mutant import Mutant, backward, forward
 
+from tests.mutants.injection import Inject, at, loaded
+from tests.mutants.mutant import Mutant, backward, forward
 from vit_ref.model import vit
 from vit_ref.model.norm import LayerNorm
 

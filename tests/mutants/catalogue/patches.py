@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from injection import Pass, at, fed, layers, loaded
 from jax import Array
-from mutant import Mutant
 
+from tests.mutants.injection import Pass, at, fed, layers, loaded
+from tests.mutants.mutant import Mutant
 from vit_ref.model.config import ViTConfig
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from injection import Inject, Pass, at, loaded
 from jax import Array
-from mutant import Mutant, forward
 
+from tests.mutants.injection import Inject, Pass, at, loaded
+from tests.mutants.mutant import Mutant, forward
 from vit_ref.model.config import ViTConfig
 from vit_ref.weights import mapping
 from vit_ref.weights.mapping import Layout

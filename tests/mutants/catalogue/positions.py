@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.nnx.nn.dtypes import promote_dtype
-from injection import Inject, at, instead, loaded
 from jax import Array
-from mutant import Mutant
 from numpy.typing import NDArray
 
+from tests.mutants.injection import Inject, at, instead, loaded
+from tests.mutants.mutant import Mutant
 from vit_ref.model import vit
 from vit_ref.model.config import ViTConfig
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from injection import Inject, Pass, at, instead
 from jax import Array
-from mutant import Mutant, backward, forward
 
+from tests.mutants.injection import Inject, Pass, at, instead
+from tests.mutants.mutant import Mutant, backward, forward
 from vit_ref.finetune import step
 from vit_ref.model import attention
 from vit_ref.model.config import ViTConfig

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from injection import Inject, instead
-from mutant import Mutant
 from PIL import Image, ImageOps
 
+from tests.mutants.injection import Inject, instead
+from tests.mutants.mutant import Mutant
 from vit_ref import preprocessing
 
 FOLDER = "tests/preprocessing/test_preprocessing.py"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
-from injection import at, both
-from mutant import Mutant, backward
+
+from tests.mutants.injection import at, both
+from tests.mutants.mutant import Mutant, backward
 
 MUTANTS = (
     Mutant(

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from injection import Inject, Pass, at, instead, layers
 from jax import Array
-from mutant import Mutant
 
+from tests.mutants.injection import Inject, Pass, at, instead, layers
+from tests.mutants.mutant import Mutant
 from vit_ref.finetune import step
 
 # One test that sees each mask's rate and shape as it is asked for. Masks have shapes, no sites.

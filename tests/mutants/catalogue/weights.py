@@ -10,10 +10,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from injection import Inject, instead, loaded
-from mutant import Mutant, backward, forward
 from numpy.typing import NDArray
 
+from tests.mutants.injection import Inject, instead, loaded
+from tests.mutants.mutant import Mutant, backward, forward
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates import own
 from vit_ref.verify.candidates.own import OwnCandidate
