@@ -9,8 +9,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -18,15 +19,21 @@ from click.testing import CliRunner, Result
 
 import vit_ref
 from synthetic_reports import REPORTS
-from vit_ref.cli import commands
-from vit_ref.cli.commands import main
+from vit_ref.cli.console import show_progress
+from vit_ref.cli.group import main
 from vit_ref.errors import TruncatedError
 from vit_ref.verify import session, stream
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.environment import environment
+from vit_ref.verify.precision import PRECISIONS
 from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.results import CandidateReport
+from vit_ref.weights import conversion
 
 pytestmark = pytest.mark.candidates
+
+# The package's attributes of these names are functions once `vit_ref.cli.group` is imported.
+verify_command, convert_command = (import_module(f"vit_ref.cli.{name}") for name in ("verify", "convert"))
 
 Invoke = Callable[..., Result]
 RIGHT = REPORTS["right"]
@@ -280,13 +287,12 @@ candidate = vit_ref.Candidate(load=load)
 # As the installed command; a conversion is interrupted once all of it is written and nothing is renamed.
 COMMAND = """
 import os, signal, sys
-from vit_ref.cli import commands
-from vit_ref.cli.commands import main
+from vit_ref.cli.group import main
 from vit_ref.weights import conversion
 
 # A shell that starts something in the background has it ignore the signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-convert._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+conversion._read_back = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 sys.exit(main())
 """
 
@@ -309,13 +315,13 @@ def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[st
     assert not ended.stdout and not list((tmp_path / "out").iterdir())
 
 
-# The same within the first second, while jax is being imported.
+# The same while a module is being imported: click before the arguments are read, jax within a command.
 IMPORTING = """
 import os, signal, sys
 
 class Interrupting:
     def find_spec(name, *_):
-        if name == "jax":
+        if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupting)
@@ -325,6 +331,7 @@ sys.exit(vit_ref.cli.entry.main())
 """
 
 
+@pytest.mark.parametrize("module", ["click", "jax"])
 @pytest.mark.parametrize(
     ("handler", "code", "said"),
     [
@@ -334,10 +341,24 @@ sys.exit(vit_ref.cli.entry.main())
     ],
     ids=["a person's", "ignored"],
 )
-def test_an_interrupt_of_the_imports_ends_quietly(handler: str, code: int, said: str) -> None:
-    command = [sys.executable, "-c", IMPORTING.format(handler=handler), "--help"]
+def test_an_interrupt_of_the_imports_ends_quietly(module: str, handler: str, code: int, said: str) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(module=module, handler=handler), "env"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_do_not_wait_for_jax(option: str) -> None:
+    program = "import sys; from vit_ref.cli.group import main; main(standalone_mode=False); print(*sys.modules)"
+    command = [sys.executable, "-c", program, option]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "vit_ref.cli.verify" in modules
+    assert not {"jax", "flax", "numpy", "transformers", "torch"} & set(modules)
+
+
+def test_the_choices_of_options_are_those_of_what_they_choose() -> None:
+    assert tuple(PRECISIONS) == verify_command.PRECISIONS
+    assert get_args(conversion.Target) == convert_command.LAYOUTS
 
 
 @pytest.mark.parametrize("when", ["before the arguments", "arguments", "command"])
@@ -358,7 +379,7 @@ def test_a_bar_names_the_step_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with commands._progress(2) as step:
+    with show_progress(2) as step:
         step("FlaxViT in float64")
     printed = capsys.readouterr()
     assert "FlaxViT in float64" in printed.err and not printed.out
@@ -422,7 +443,44 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     assert not ended.stderr
 
 
-def test_the_version_is_that_of_the_whole_stack(invoke: Invoke) -> None:
-    lines = invoke("--version").stdout.splitlines()
-    assert f"vit-ref {vit_ref.__version__}" in lines
+def test_the_version_is_one_line(invoke: Invoke) -> None:
+    assert invoke("--version").stdout == f"vit-ref {vit_ref.__version__}\n"
+
+
+def test_env_prints_the_whole_stack(tmp_path: Path, invoke: Invoke) -> None:
+    lines = invoke("env").stdout.splitlines()
+    assert lines == [f"{name} {value}" for name, value in environment().items()]
     assert [line for line in lines if line.startswith("jax ")]
+    assert invoke("env", "--json", tmp_path / "a.json").stdout.splitlines() == lines
+    assert json.loads((tmp_path / "a.json").read_text()) == environment()
+
+
+def test_a_dash_prints_a_result_as_json_and_nothing_else(invoke: Invoke) -> None:
+    ended = invoke("env", "--json", "-")
+    assert json.loads(ended.stdout) == environment()
+    assert f"vit-ref {vit_ref.__version__}\n" in ended.stderr
+
+
+def test_what_was_converted_is_written_for_machines(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:
+    ended = invoke("convert", tiny, tmp_path / "copy", "--to", "hf", "--json", tmp_path / "a.json")
+    assert ended.exit_code == 0, ended.output
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "source": str(tiny),
+        "destination": str(tmp_path / "copy"),
+        "read": "hf",
+        "written": "hf",
+        "tensors": 24,
+        "left_behind": [],
+    }
+
+
+@pytest.mark.parametrize(
+    "command", ["convert {tiny} copy --to hf", "propose {tiny} a.py", "predict {tiny} a.png", "env"]
+)
+def test_a_place_for_json_that_cannot_be_is_said_before_the_work(
+    command: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = invoke(*command.format(tiny=tiny).split(), "--json", "gone/a.json")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: gone/a.json: no such directory: make it first\n")
+    assert not list(tmp_path.iterdir())
