@@ -190,6 +190,9 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
         (["verify", "no/such/place"], "no/such/place: no such directory or file"),
         (["verify", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
         (["verify", "{tiny}", "--candidate", "no.such.module"], "no.such.module: importing it raised"),
+        (["verify", "--images", "a"], "--images needs a CHECKPOINT: name one, or leave --images away"),
+        (["verify", "--ignore", "a"], "--ignore needs a CHECKPOINT: name one, or leave --ignore away"),
+        (["verify", "--stream"], "--stream needs a CHECKPOINT: name one, or leave --stream away"),
         (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
         (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: no such directory: make it first"),
         (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
@@ -211,7 +214,7 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
             "the reference torch runs whole models only: with --stream take flax or numpy",
         ),
         (["convert", "no/such/place", "out", "--to", "hf"], "no/such/place: no such directory or file"),
-        (["propose", "gone.py", "{tiny}"], "gone.py: no such file"),
+        (["propose", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(
@@ -228,7 +231,6 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verify"], "Missing argument 'CHECKPOINT'"),
         (
             ["verify", "a", "--precision", "int8"],
             "'int8' is not one of 'float32', 'tensorfloat32', 'bfloat16', 'mixed'",
@@ -236,7 +238,8 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
         (["verify", "a", "--reference", "keras"], "'keras' is not one of 'flax', 'torch', 'numpy'"),
         (["convert", "a", "b"], "Missing option '--to'"),
         (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
-        (["propose", "a"], "Missing argument 'CHECKPOINT'"),
+        (["propose", "--candidate", "a.py"], "Missing argument 'CHECKPOINT'"),
+        (["propose", "a"], "Missing option '--candidate'"),
     ],
 )
 def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
@@ -322,7 +325,10 @@ import os, signal, sys
 class Interrupting:
     def find_spec(name, *_):
         if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                pass  # as what is being imported may do
 
 sys.meta_path.insert(0, Interrupting)
 signal.signal(signal.SIGINT, {handler})
@@ -424,7 +430,7 @@ def test_a_pipe_that_nobody_reads_is_no_verdict(arguments: list[str], tiny: Path
 
 
 def test_a_wrong_call_that_nobody_reads_of_is_no_verdict() -> None:
-    command = [Path(sys.executable).with_name("vit-ref"), "verify"]
+    command = [Path(sys.executable).with_name("vit-ref"), "convert"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
         assert running.stderr
         running.stderr.close()
@@ -441,6 +447,39 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
     assert f"weights: sha256 {digest}" in ended.stdout.splitlines()
     assert not ended.stderr
+
+
+def test_without_a_checkpoint_each_candidate_is_judged_on_an_embedded_case(
+    monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    calls = []
+
+    def judge(candidate: str | None, directory: Path, **_: Any) -> CandidateReport:
+        calls.append((candidate, directory, vit_ref.weights.checkpoint.read(directory).tensors))
+        return RIGHT()
+
+    monkeypatch.setattr(session, "check_port", judge)
+    assert invoke("verify").exit_code == 0
+    assert invoke("verify", "--candidate", "a.py", "--candidate", "b.py").exit_code == 0
+    assert [candidate for candidate, _, _ in calls] == [None, "a.py", "b.py"]
+    expected = CASES["rectangular"].checkpoint().tensors
+    for _, directory, tensors in calls:
+        assert directory.parts[-2:] == ("embedded", "rectangular")
+        assert not directory.exists()
+        assert tensors.keys() == expected.keys()
+        assert all((tensors[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize("candidate", [None, "nnx_tutorial"])
+def test_the_embedded_case_is_named_in_the_report(candidate: str | None, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("vit-ref"), "verify", "--forward-only", "--json", tmp_path / "a.json"]
+    if candidate:
+        command += ["--candidate", Path(__file__).parent / "worked" / f"{candidate}.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert f"PASSED: {candidate or 'vit_ref'} on embedded/rectangular" in ended.stdout
+    written = json.loads((tmp_path / "a.json").read_text())["checkpoint"]
+    assert (written["name"], written["path"]) == ("embedded/rectangular", "")
 
 
 def test_the_version_is_one_line(invoke: Invoke) -> None:
@@ -475,7 +514,7 @@ def test_what_was_converted_is_written_for_machines(tiny: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "command", ["convert {tiny} copy --to hf", "propose {tiny} a.py", "predict {tiny} a.png", "env"]
+    "command", ["convert {tiny} copy --to hf", "propose {tiny} --candidate a.py", "predict {tiny} a.png", "env"]
 )
 def test_a_place_for_json_that_cannot_be_is_said_before_the_work(
     command: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke

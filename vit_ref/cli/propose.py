@@ -12,11 +12,11 @@ from vit_ref.cli.outputs import print_result, require_outputs
 
 
 @click.command()
-@click.argument("candidate")
 @click.argument("checkpoint")
+@click.option("--candidate", required=True, metavar="FILE.py|module:attr", help="Candidate to run.")
 @json_option
-def propose(candidate: str, checkpoint: str, json_file: Path | None) -> None:
-    """Propose the table of sites for CANDIDATE, FILE.py or module:attr, by running it beside the oracle."""
+def propose(checkpoint: str, candidate: str, json_file: Path | None) -> None:
+    """Propose the table of a candidate's sites, by running it on CHECKPOINT beside the oracle."""
     require_outputs(json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.propose import proposal

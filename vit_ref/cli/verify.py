@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +21,12 @@ from vit_ref.errors import InputError, PartlyJudgedError
 WRONG = 1
 # Those of `precision.PRECISIONS`, which imports jax. A test compares the two.
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "mixed", "float16")
+# The embedded case that is judged without a checkpoint: rectangular images, and odd sizes of everything.
+CASE = "rectangular"
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", required=False)
 @click.option(
     "--candidate", "candidates", multiple=True, metavar="FILE.py|module:attr", help="Candidate to judge; repeatable."
 )
@@ -44,7 +50,7 @@ PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "mixed", "float16")
 @click.pass_context
 def verify(
     ctx: click.Context,
-    checkpoint: str,
+    checkpoint: str | None,
     candidates: tuple[str, ...],
     reference: str,
     precision: str,
@@ -58,6 +64,8 @@ def verify(
 ) -> None:
     """Judge this package's model on CHECKPOINT, a directory, file or hub id, or each --candidate in its place.
 
+    Without CHECKPOINT they are judged on a small embedded case, in seconds.
+
     Every value of the forward pass and every gradient is compared with a float64 oracle. Exit code 0: it is right.
     1: it is wrong, and the first divergence is printed. 2: something that was given cannot be used. If that turns out
     after the forward pass, the findings of the forward pass are printed first.
@@ -66,6 +74,10 @@ def verify(
         raise InputError("--html and --json take one report: give one --candidate")
     if stream and candidates:
         raise InputError("--stream judges this package's own model: leave --candidate away, or --stream")
+    if checkpoint is None:
+        for option, given in (("ignore", ignore), ("images", images), ("stream", stream)):
+            if given:
+                raise InputError(f"--{option} needs a CHECKPOINT: name one, or leave --{option} away")
     require_outputs(html=html, json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.report import summary, table, to_html, to_json
@@ -77,30 +89,53 @@ def verify(
     aside = STDOUT in (html, json_file)
     console = Output(stderr=aside, highlighter=Verdicts(), theme=THEME, soft_wrap=True, markup=False)
     passed, unjudged = True, None
-    for candidate in candidates or (None,):
-        with show_progress(None if stream else steps(backward=not forward_only)) as progress:
-            check = check_streamed if stream else partial(check_port, candidate)
-            try:
-                report = check(
-                    checkpoint,
-                    images=images,
-                    exempt=ignore,
-                    precision=precision,
-                    reference=reference,
-                    backward=not forward_only,
-                    progress=progress,
-                )
-            except PartlyJudgedError as error:
-                report, unjudged = error.report, error
-        if html:
-            write_output(html, to_html(report))
-        if json_file:
-            write_json(json_file, to_json(report))
-        if whole:
-            for part in (report.forward, report.backward):
-                console.print(f"{table(part)}\n" if part else "")
-        console.print(summary(report))
-        passed &= report.passed
+    with _place(checkpoint) as place:
+        for candidate in candidates or (None,):
+            with show_progress(None if stream else steps(backward=not forward_only)) as progress:
+                check = check_streamed if stream else partial(check_port, candidate)
+                try:
+                    report = check(
+                        place,
+                        images=images,
+                        exempt=ignore,
+                        precision=precision,
+                        reference=reference,
+                        backward=not forward_only,
+                        progress=progress,
+                    )
+                except PartlyJudgedError as error:
+                    report, unjudged = error.report, error
+            if checkpoint is None:
+                # The directory is gone when the report is read.
+                report = dataclasses.replace(report, checkpoint=report.checkpoint._replace(path=""))
+            if html:
+                write_output(html, to_html(report))
+            if json_file:
+                write_json(json_file, to_json(report))
+            if whole:
+                for part in (report.forward, report.backward):
+                    console.print(f"{table(part)}\n" if part else "")
+            console.print(summary(report))
+            passed &= report.passed
     if passed and unjudged:
         raise unjudged
     ctx.exit(0 if passed else WRONG)
+
+
+@contextlib.contextmanager
+def _place(checkpoint: str | None) -> Iterator[str | Path]:
+    """The checkpoint to judge on, or a temporary directory that holds the embedded case.
+
+    Reports call a directory by the last two parts of its path.
+    """
+    if checkpoint is not None:
+        yield checkpoint
+        return
+    from vit_ref.verify.cases import CASES
+    from vit_ref.weights.checkpoint import write_directory
+
+    with tempfile.TemporaryDirectory(prefix="vit-ref-") as scratch:
+        source = CASES[CASE].checkpoint()
+        directory = Path(scratch, "embedded", CASE)
+        write_directory(directory, source.tensors, source.config or {})
+        yield directory
