@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--size", "sizes", multiple=True, metavar="SIZE", help="As Ti/16 or B/16; repeatable.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Images; repeatable.")
 @click.option("--precision", "precisions", multiple=True, help="float32, tensorfloat32, mixed or float16; repeatable.")
-@click.option("--pass", "passes", multiple=True, help='"forward" or "train step"; repeatable. Else both.')
+@click.option("--pass", "passes", multiple=True, help="forward or train; repeatable. Else both.")
 @click.option("--implementation", "names", multiple=True, help="One of those installed; repeatable. Else all.")
 @click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Of each, in turns.")
 @click.option("--plot", "picture", type=LOCAL, metavar="FILE", help="Draw a PNG.")
