@@ -18,7 +18,7 @@ from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import Case
 from vit_ref.weights.pretrained import build
 
-WORK = Workload("Ti/16", 1, "float32", "train step")
+WORK = Workload("Ti/16", 1, "float32", "train")
 
 
 def _pair() -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from vit_ref.bench.contenders import Contender, Entry
 from vit_ref.bench.measure import Timing
 from vit_ref.bench.report import plot
 from vit_ref.bench.workload import Workload
-from vit_ref.cli.commands import main
+from vit_ref.cli.group import main
 from vit_ref.errors import InputError
 from vit_ref.model import config
 
@@ -60,10 +60,10 @@ def test_a_run_is_printed_drawn_and_saved(tmp_path: Path) -> None:
 
 def test_a_train_step_holds_two_moments_of_each_parameter(tmp_path: Path) -> None:
     data = tmp_path / "bench.json"
-    one = ["--batch", "1", "--implementation", "vit_ref", "--json", str(data)]
+    one = ["--pass", "forward", "--pass", "train", "--batch", "1", "--implementation", "vit_ref", "--json", str(data)]
     assert _run(*one).exit_code == 0
     forward, step = json.loads(data.read_text())["timings"]
-    assert (forward["what"], step["what"]) == ("forward", "train step")
+    assert (forward["what"], step["what"]) == ("forward", "train")
     # 1.9 M parameters of four bytes, most of them the patches'.
     assert step["peak bytes"] - forward["peak bytes"] > 2 * 1.9e6 * 4
 
@@ -118,7 +118,7 @@ def test_what_was_timed_is_saved_though_the_next_does_not_fit(tmp_path: Path, mo
     data = tmp_path / "bench.json"
     result = _run("--batch", "1", "--implementation", "vit_ref", "--json", str(data))
     assert result.exit_code == 2
-    assert "vit-ref: train step, Ti/112, batch 1, float32: one image does not fit" in result.stderr
+    assert "vit-ref: train, Ti/112, batch 1, float32: one image does not fit" in result.stderr
     assert [timing["what"] for timing in json.loads(data.read_text())["timings"]] == ["forward"]
 
 

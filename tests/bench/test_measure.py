@@ -221,11 +221,11 @@ def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypat
 
 
 def test_what_was_not_said_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert workloads([], [], [], []) == [WORK, WORK._replace(what="train step")]
+    assert workloads([], [], [], []) == [WORK, WORK._replace(what="train")]
     monkeypatch.setattr(session.jax, "default_backend", lambda: "gpu")
-    assert [str(work) for work in workloads([], [], [], ["train step"])] == [
-        "train step, B/16, batch 128, float32",
-        "train step, B/16, batch 128, mixed",
+    assert [str(work) for work in workloads([], [], [], ["train"])] == [
+        "train, B/16, batch 128, float32",
+        "train, B/16, batch 128, mixed",
     ]
 
 
@@ -235,7 +235,7 @@ def test_what_was_not_said_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         ((["B"], [1], [], []), "variant is 'B'"),
         ((["B/16"], [0], [], []), "batch is 0: give a positive number"),
         ((["B/16"], [1], ["float8"], []), "precision is 'float8': give one of float32, tensorfloat32, mixed, float16"),
-        ((["B/16"], [1], [], ["backward"]), "pass is 'backward': give one of forward, train step"),
+        ((["B/16"], [1], [], ["backward"]), "pass is 'backward': give one of forward, train"),
     ],
 )
 def test_what_is_not_known_is_said(arguments: Any, message: str) -> None:

@@ -34,7 +34,7 @@ def test_xla_counts_the_products_and_a_dozen_operations_a_channel_besides(
     # Norms, softmax, activation and residuals beside products of 2 * width operations an element: 10.7 (Ti/16) to 12.2
     # (B/16) over the width, forward. In a step, for which this package computes GELU twice, 7.4 to 13.1, most where
     # AdamW, which knows nothing of the images, stands beside Ti/32's few tokens.
-    most = 14 if build is contenders.vit_ref and what == "train step" else 13
+    most = 14 if build is contenders.vit_ref and what == "train" else 13
     besides = counted[0] / workload.flops() - 1
     assert 0 < besides < most / workload.config.hidden_size
 

@@ -21,7 +21,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 def test_a_train_step_learns_its_batch(precision: Any) -> None:
-    contender = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, precision, "train step"))
+    contender = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, precision, "train"))
     losses = [float(contender.run()) for _ in range(8)]
     assert losses[-1] < losses[0] - 0.01 and contender.cost.cold_s
 
@@ -29,7 +29,7 @@ def test_a_train_step_learns_its_batch(precision: Any) -> None:
 def test_as_many_steps_are_taken_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (taken.append(self), step(self))[1])
-    contender = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, "float32", "train step"))
+    contender = CONTENDERS["PyTorch"].build(Workload("Ti/112", 2, "float32", "train"))
     before = len(taken)
     contender.run(3)
     assert len(taken) - before == 3

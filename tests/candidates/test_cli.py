@@ -9,8 +9,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -18,15 +19,21 @@ from click.testing import CliRunner, Result
 
 import vit_ref
 from tests.helpers.synthetic_reports import REPORTS
-from vit_ref.cli import commands
-from vit_ref.cli.commands import main
+from vit_ref.cli.console import show_progress
+from vit_ref.cli.group import main
 from vit_ref.errors import TruncatedError
 from vit_ref.verify import session, stream
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.environment import environment
+from vit_ref.verify.precision import PRECISIONS
 from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.results import CandidateReport
+from vit_ref.weights import conversion
 
 pytestmark = pytest.mark.candidates
+
+# The package's attributes of these names are functions once `vit_ref.cli.group` is imported.
+verify_command, convert_command = (import_module(f"vit_ref.cli.{name}") for name in ("verify", "convert"))
 
 Invoke = Callable[..., Result]
 RIGHT = REPORTS["right"]
@@ -183,6 +190,9 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
         (["verify", "no/such/place"], "no/such/place: no such directory or file"),
         (["verify", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
         (["verify", "{tiny}", "--candidate", "no.such.module"], "no.such.module: importing it raised"),
+        (["verify", "--images", "a"], "--images needs a CHECKPOINT: name one, or leave --images away"),
+        (["verify", "--ignore", "a"], "--ignore needs a CHECKPOINT: name one, or leave --ignore away"),
+        (["verify", "--stream"], "--stream needs a CHECKPOINT: name one, or leave --stream away"),
         (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
         (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: no such directory: make it first"),
         (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
@@ -204,7 +214,7 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
             "the reference torch runs whole models only: with --stream take flax or numpy",
         ),
         (["convert", "no/such/place", "out", "--to", "hf"], "no/such/place: no such directory or file"),
-        (["propose", "gone.py", "{tiny}"], "gone.py: no such file"),
+        (["propose", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(
@@ -221,7 +231,6 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verify"], "Missing argument 'CHECKPOINT'"),
         (
             ["verify", "a", "--precision", "int8"],
             "'int8' is not one of 'float32', 'tensorfloat32', 'bfloat16', 'mixed'",
@@ -229,7 +238,8 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
         (["verify", "a", "--reference", "keras"], "'keras' is not one of 'flax', 'torch', 'numpy'"),
         (["convert", "a", "b"], "Missing option '--to'"),
         (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
-        (["propose", "a"], "Missing argument 'CHECKPOINT'"),
+        (["propose", "--candidate", "a.py"], "Missing argument 'CHECKPOINT'"),
+        (["propose", "a"], "Missing option '--candidate'"),
     ],
 )
 def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
@@ -280,7 +290,7 @@ candidate = vit_ref.Candidate(load=load)
 # As the installed command; a conversion is interrupted once all of it is written and nothing is renamed.
 COMMAND = """
 import os, signal, sys
-from vit_ref.cli.commands import main
+from vit_ref.cli.group import main
 from vit_ref.weights import conversion
 
 # A shell that starts something in the background has it ignore the signal.
@@ -308,14 +318,17 @@ def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[st
     assert not ended.stdout and not list((tmp_path / "out").iterdir())
 
 
-# The same within the first second, while jax is being imported.
+# The same while a module is being imported: click before the arguments are read, jax within a command.
 IMPORTING = """
 import os, signal, sys
 
 class Interrupting:
     def find_spec(name, *_):
-        if name == "jax":
-            os.kill(os.getpid(), signal.SIGINT)
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                pass  # as what is being imported may do
 
 sys.meta_path.insert(0, Interrupting)
 signal.signal(signal.SIGINT, {handler})
@@ -324,6 +337,7 @@ sys.exit(vit_ref.cli.entry.main())
 """
 
 
+@pytest.mark.parametrize("module", ["click", "jax"])
 @pytest.mark.parametrize(
     ("handler", "code", "said"),
     [
@@ -333,10 +347,24 @@ sys.exit(vit_ref.cli.entry.main())
     ],
     ids=["a person's", "ignored"],
 )
-def test_an_interrupt_of_the_imports_ends_quietly(handler: str, code: int, said: str) -> None:
-    command = [sys.executable, "-c", IMPORTING.format(handler=handler), "--help"]
+def test_an_interrupt_of_the_imports_ends_quietly(module: str, handler: str, code: int, said: str) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(module=module, handler=handler), "env"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_do_not_wait_for_jax(option: str) -> None:
+    program = "import sys; from vit_ref.cli.group import main; main(standalone_mode=False); print(*sys.modules)"
+    command = [sys.executable, "-c", program, option]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "vit_ref.cli.verify" in modules
+    assert not {"jax", "flax", "numpy", "transformers", "torch"} & set(modules)
+
+
+def test_the_choices_of_options_are_those_of_what_they_choose() -> None:
+    assert tuple(PRECISIONS) == verify_command.PRECISIONS
+    assert get_args(conversion.Target) == convert_command.LAYOUTS
 
 
 @pytest.mark.parametrize("when", ["before the arguments", "arguments", "command"])
@@ -357,7 +385,7 @@ def test_a_bar_names_the_step_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with commands._progress(2) as step:
+    with show_progress(2) as step:
         step("FlaxViT in float64")
     printed = capsys.readouterr()
     assert "FlaxViT in float64" in printed.err and not printed.out
@@ -402,7 +430,7 @@ def test_a_pipe_that_nobody_reads_is_no_verdict(arguments: list[str], tiny: Path
 
 
 def test_a_wrong_call_that_nobody_reads_of_is_no_verdict() -> None:
-    command = [Path(sys.executable).with_name("vit-ref"), "verify"]
+    command = [Path(sys.executable).with_name("vit-ref"), "convert"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
         assert running.stderr
         running.stderr.close()
@@ -421,7 +449,77 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     assert not ended.stderr
 
 
-def test_the_version_is_that_of_the_whole_stack(invoke: Invoke) -> None:
-    lines = invoke("--version").stdout.splitlines()
-    assert f"vit-ref {vit_ref.__version__}" in lines
+def test_without_a_checkpoint_each_candidate_is_judged_on_an_embedded_case(
+    monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    calls = []
+
+    def judge(candidate: str | None, directory: Path, **_: Any) -> CandidateReport:
+        calls.append((candidate, directory, vit_ref.weights.checkpoint.read(directory).tensors))
+        return RIGHT()
+
+    monkeypatch.setattr(session, "check_port", judge)
+    assert invoke("verify").exit_code == 0
+    assert invoke("verify", "--candidate", "a.py", "--candidate", "b.py").exit_code == 0
+    assert [candidate for candidate, _, _ in calls] == [None, "a.py", "b.py"]
+    expected = CASES["rectangular"].checkpoint().tensors
+    for _, directory, tensors in calls:
+        assert directory.parts[-2:] == ("embedded", "rectangular")
+        assert not directory.exists()
+        assert tensors.keys() == expected.keys()
+        assert all((tensors[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize("candidate", [None, "nnx_tutorial"])
+def test_the_embedded_case_is_named_in_the_report(candidate: str | None, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("vit-ref"), "verify", "--forward-only", "--json", tmp_path / "a.json"]
+    if candidate:
+        command += ["--candidate", Path(__file__).parent / "worked" / f"{candidate}.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert f"PASSED: {candidate or 'vit_ref'} on embedded/rectangular" in ended.stdout
+    written = json.loads((tmp_path / "a.json").read_text())["checkpoint"]
+    assert (written["name"], written["path"]) == ("embedded/rectangular", "")
+
+
+def test_the_version_is_one_line(invoke: Invoke) -> None:
+    assert invoke("--version").stdout == f"vit-ref {vit_ref.__version__}\n"
+
+
+def test_env_prints_the_whole_stack(tmp_path: Path, invoke: Invoke) -> None:
+    lines = invoke("env").stdout.splitlines()
+    assert lines == [f"{name} {value}" for name, value in environment().items()]
     assert [line for line in lines if line.startswith("jax ")]
+    assert invoke("env", "--json", tmp_path / "a.json").stdout.splitlines() == lines
+    assert json.loads((tmp_path / "a.json").read_text()) == environment()
+
+
+def test_a_dash_prints_a_result_as_json_and_nothing_else(invoke: Invoke) -> None:
+    ended = invoke("env", "--json", "-")
+    assert json.loads(ended.stdout) == environment()
+    assert f"vit-ref {vit_ref.__version__}\n" in ended.stderr
+
+
+def test_what_was_converted_is_written_for_machines(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:
+    ended = invoke("convert", tiny, tmp_path / "copy", "--to", "hf", "--json", tmp_path / "a.json")
+    assert ended.exit_code == 0, ended.output
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "source": str(tiny),
+        "destination": str(tmp_path / "copy"),
+        "read": "hf",
+        "written": "hf",
+        "tensors": 24,
+        "left_behind": [],
+    }
+
+
+@pytest.mark.parametrize(
+    "command", ["convert {tiny} copy --to hf", "propose {tiny} --candidate a.py", "predict {tiny} a.png", "env"]
+)
+def test_a_place_for_json_that_cannot_be_is_said_before_the_work(
+    command: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = invoke(*command.format(tiny=tiny).split(), "--json", "gone/a.json")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: gone/a.json: no such directory: make it first\n")
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from flax import linen, nnx
 from jax import Array
 from numpy.typing import NDArray
 
 import vit_ref
+from vit_ref.cli.group import main
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import BLOCK_SITES
@@ -23,6 +26,7 @@ from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.table import gradients_by_path
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.propose import proposal
 from vit_ref.verify.propose.listing import Proposal
 from vit_ref.verify.propose.matching import Search
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
@@ -271,6 +275,22 @@ def test_what_the_code_leaves_out_is_said_in_it(proposed: Proposal) -> None:
     assert "# Sites that nothing shows: block.{i}.attn.probs" in str(proposed).splitlines()
     assert not (proposed.unused or proposed.unowned or proposed.unused_parameters or proposed.diverges)
     assert_can_be_pasted(proposed)
+
+
+def test_the_command_writes_the_table_for_machines(
+    proposed: Proposal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(proposal, "propose", lambda *given: calls.append(given) or proposed)
+    command = ["propose", "there", "--candidate", "port.py", "--json", str(tmp_path / "a.json")]
+    ended = CliRunner().invoke(main, command)
+    assert (ended.exit_code, calls) == (0, [("port.py", "there")])
+    assert ended.stdout == f"{proposed}\n"
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert {each["key"]: each["target"] for each in content["sites"]} == TUTORIAL_SITES
+    assert {each["key"]: each["target"] for each in content["parameters"]} == TUTORIAL_PARAMETERS
+    assert all(each["equal"] for each in content["sites"] + content["parameters"])
+    assert (content["unshown"], content["diverges"]) == (["block.{i}.attn.probs"], None)
 
 
 def test_of_equal_values_the_outermost_output_is_chosen_and_the_others_are_named(proposed: Proposal) -> None:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.helpers.finetuning import OPTIONS, Runner
-from vit_ref.cli.commands import main
+from vit_ref.cli.group import main
 
 # Most of these tests import what the extra installs. The run's header says that they were left out.
 if not find_spec("grain"):

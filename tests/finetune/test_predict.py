@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import vit_ref
-from vit_ref.cli.commands import main
+from vit_ref.cli.group import main
 from vit_ref.errors import InputError
 from vit_ref.finetune.predict import predict
 from vit_ref.model.vit import VisionTransformer
@@ -174,7 +174,7 @@ def test_the_command_prints_json_for_machines(
     filled: Filled, photographs: list[Path], tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     model = filled(CONFIG)
-    content = json.loads(invoke(saved(model, tmp_path), *photographs, "--json").stdout)
+    content = json.loads(invoke(saved(model, tmp_path), *photographs, "--json", "-").stdout)
     assert [each["image"] for each in content] == [str(file) for file in photographs]
     found = [[(one["label"], one["probability"]) for one in each["predictions"]] for each in content]
     assert found == predict(model, photographs)
@@ -187,11 +187,11 @@ def test_the_command_prints_the_values_of_a_regression_as_such(
     directory, expected = saved(model, tmp_path), predict(model, photographs[:1])[0]
     lines = invoke(directory, photographs[0]).stdout.splitlines()
     assert lines == [str(photographs[0]), *(f"{value:12.6g}  {name}" for name, value in expected)]
-    (content,) = json.loads(invoke(directory, photographs[0], "--json").stdout)
+    (content,) = json.loads(invoke(directory, photographs[0], "--json", "-").stdout)
     assert content["predictions"] == [{"label": name, "value": value} for name, value in expected]
 
 
-@pytest.mark.parametrize("flags", [(), ("--json",)])
+@pytest.mark.parametrize("flags", [(), ("--json", "-")])
 def test_a_file_name_that_is_not_unicode_is_printed(
     flags: tuple[str, ...], filled: Filled, photographs: list[Path], tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:

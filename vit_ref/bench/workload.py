@@ -11,7 +11,7 @@ from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify import precision as precisions
 
-Pass = Literal["forward", "train step"]
+Pass = Literal["forward", "train"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
 # Those in which parameters, and what an optimizer keeps of them, stay float32.
 PRECISIONS = {name: precision for name, precision in precisions.PRECISIONS.items() if precision.stored is None}
@@ -25,7 +25,7 @@ class Workload(NamedTuple):
       size: a variant of `ViTConfig.variant`, as in "B/16", on 224 pixels and 1000 classes.
       batch: images.
       precision: one of `PRECISIONS`, as in "float32", or "mixed": bfloat16 computed from parameters in float32.
-      what: the forward pass, or loss, backward pass and AdamW.
+      what: "forward", the forward pass, or "train": loss, backward pass and AdamW.
     """
 
     size: str

@@ -47,6 +47,10 @@ class Conversion:
     tensors: int
     left_behind: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for machines."""
+        return {**dataclasses.asdict(self), "source": str(self.source), "destination": str(self.destination)}
+
     def __str__(self) -> str:
         lost = f"; left behind: {', '.join(self.left_behind)}" if self.left_behind else ""
         return (

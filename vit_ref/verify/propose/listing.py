@@ -6,6 +6,7 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from vit_ref.verify.candidates.declaration import Mapped, Target
 from vit_ref.verify.propose.matching import CLOSE, EQUAL, Match
@@ -55,6 +56,22 @@ class Proposal:
         """The table of parameters, for `Candidate.parameters`."""
         return _table(self.parameter_matches)
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for machines. A selection is the Python expression of `x` that makes it, or None."""
+        return {
+            "candidate": self.candidate,
+            "checkpoint": self.checkpoint,
+            "sites": [_match_to_json(match) for match in self.site_matches],
+            "parameters": [_match_to_json(match) for match in self.parameter_matches],
+            "unshown": self.unshown,
+            "unowned": self.unowned,
+            "ambiguous": self.ambiguous,
+            "unused": self.unused,
+            "unused_parameters": self.unused_parameters,
+            "repeated": self.repeated,
+            "diverges": self.diverges or None,
+        }
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
@@ -72,6 +89,15 @@ class Proposal:
         for target, keys in self.ambiguous.items():
             yield from _comment(f"Which of these is {target} its value does not tell", keys)
         yield from _comment("Parameters of the port with no equal in the checkpoint", self.unused_parameters)
+
+
+def _match_to_json(match: Match) -> dict[str, Any]:
+    return {
+        "key": match.reading.key,
+        "target": match.target,
+        "select": match.reading.select or None,
+        "equal": max(match.errors) <= EQUAL,
+    }
 
 
 def _by_key(matches: Sequence[Match]) -> dict[str, list[Match]]:

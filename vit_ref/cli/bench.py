@@ -1,0 +1,63 @@
+"""`vit-ref bench`: how fast the model is beside other implementations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vit_ref.cli.console import Output, say
+from vit_ref.cli.interrupts import leave_when_interrupted
+from vit_ref.cli.options import LOCAL, json_option
+from vit_ref.cli.outputs import STDOUT, require_outputs, write_json
+from vit_ref.extras import extra
+
+if TYPE_CHECKING:
+    from vit_ref.bench.measure import Timing
+
+
+@click.command()
+@click.option("--size", "sizes", multiple=True, metavar="SIZE", help="As Ti/16 or B/16; repeatable.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Images; repeatable.")
+@click.option("--precision", "precisions", multiple=True, help="float32, tensorfloat32, mixed or float16; repeatable.")
+@click.option("--pass", "passes", multiple=True, help="forward or train; repeatable. Else both.")
+@click.option("--implementation", "names", multiple=True, help="One of those installed; repeatable. Else all.")
+@click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Of each, in turns.")
+@click.option("--plot", "picture", type=LOCAL, metavar="FILE", help="Draw a PNG.")
+@json_option
+def bench(
+    sizes: tuple[str, ...],
+    batches: tuple[int, ...],
+    precisions: tuple[str, ...],
+    passes: tuple[str, ...],
+    names: tuple[str, ...],
+    rounds: int,
+    picture: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Time forward pass and train step beside FlaxViT, and PyTorch where it is installed, in turns.
+
+    Without options: what two cores do in a minute, or what fills an accelerator.
+    """
+    require_outputs(plot=picture, json=json_file)
+    with leave_when_interrupted():
+        from vit_ref.bench.report import plot, table
+        from vit_ref.bench.session import session
+        from vit_ref.verify.environment import environment
+
+    console = Output(stderr=json_file == STDOUT, soft_wrap=False)
+    timings: list[Timing] = []
+    if picture:
+        extra("matplotlib.figure", "a plot of throughput")
+    try:
+        for group in session(sizes, batches, precisions, passes, names, rounds, say):
+            console.print(table(group))
+            console.print()
+            timings += group
+    finally:
+        # What was timed before one did not fit, or before an interrupt, is not lost.
+        if timings and json_file:
+            write_json(json_file, {"environment": environment(), "timings": [timing.to_json() for timing in timings]})
+        if timings and picture:
+            plot(picture, timings)

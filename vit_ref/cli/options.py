@@ -1,0 +1,27 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vit_ref.files import require_local
+
+
+class _LocalPath(click.Path):
+    """A path on this machine. A URL is refused before any work, in one line as all other input."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name = max(parameter.opts, key=len) if isinstance(parameter, click.Option) else "the path"
+        require_local(value, name)
+        return super().convert(value, parameter, ctx)
+
+
+LOCAL = _LocalPath(path_type=Path)
+
+ignore_option = click.option("--ignore", multiple=True, metavar="PATTERN", help="Ignore these tensors; repeatable.")
+json_option = click.option(
+    "--json", "json_file", type=LOCAL, metavar="FILE", help="Write the result as JSON; - prints it."
+)
