@@ -21,10 +21,11 @@ from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare import backward
 from vit_ref.verify.compare.backward import check_gradients
 from vit_ref.verify.compare.behaviour import check_behaviour
-from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.references.choice import reference_for
+from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import check_port, prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.pretrained import configuration

@@ -28,9 +28,9 @@ from vit_ref.verify import stream
 from vit_ref.verify.candidates import own
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare import pooling
-from vit_ref.verify.compare.forward import ParityReport
 from vit_ref.verify.report import to_html, to_json
 from vit_ref.verify.report.document import SCHEMA
+from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import check_port
 from vit_ref.verify.stream import check_streamed
 from vit_ref.weights import checkpoint, mapping

@@ -8,11 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vit_ref.model.sites import BLOCK_SITES
-from vit_ref.verify.compare.behaviour import Behaviour
-from vit_ref.verify.compare.forward import ParityReport, SiteResult
-from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.gates import Error
-from vit_ref.verify.results import CandidateReport
+from vit_ref.verify.results import Behaviour, CandidateReport, Cause, ParityReport, SiteResult
 from vit_ref.weights.origin import Origin
 
 LEAVES = [

@@ -17,11 +17,12 @@ from vit_ref.model import vit
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.compare.trace import Trace, precision_of
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.references import flax_vit
 from vit_ref.verify.report import headline, table
+from vit_ref.verify.results import ParityReport
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import configuration

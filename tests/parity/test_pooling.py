@@ -12,10 +12,10 @@ from numpy.typing import DTypeLike, NDArray
 from vit_ref.errors import InputError
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.backward import check_gradients, gradient_names, truths_of
-from vit_ref.verify.compare.forward import ParityReport
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import SETTLED, Pooled
 from vit_ref.verify.gates import Error, errors_of, numerical_gate
+from vit_ref.verify.results import ParityReport
 
 pytestmark = pytest.mark.parity
 

@@ -23,11 +23,12 @@ from vit_ref.errors import (
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import ParityReport, compare
+from vit_ref.verify.compare.forward import compare
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import named
 from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import complete
 from vit_ref.verify.session import judged as measured
 from vit_ref.weights.checkpoint import Checkpoint

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import vit_ref
+from tests.helpers.vit_strategies import with_room
 from vit_ref.cli.group import main
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig

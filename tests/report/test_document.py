@@ -93,6 +93,7 @@ def test_numbers_are_those_that_were_measured() -> None:
                 "ratio": pytest.approx(325, rel=1e-12),  # a quotient of two rounded numbers
                 "margin": pytest.approx(3e-7 / 3.25e-5, rel=1e-12),
                 "incomparable": "",
+                "failure": "float64 relative RMS 3.0e-05, gate 1e-12",
                 "passes_semantic_gate": False,
                 "passes_numerical_gate": False,
             },

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, wrong
-from vit_ref.verify.compare.behaviour import Behaviour
-from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.report import page, to_html, to_json
+from vit_ref.verify.results import Behaviour, Cause
 
 pytestmark = pytest.mark.candidates
 each_report = pytest.mark.parametrize("name", REPORTS)

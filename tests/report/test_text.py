@@ -8,11 +8,10 @@ import re
 import pytest
 
 from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, wrong
-from vit_ref.verify.compare.forward import ParityReport, SiteResult
-from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.gates import Error
 from vit_ref.verify.report import headline, summary, table, to_html, to_json
 from vit_ref.verify.report.text import MARKS, wrong_alone
+from vit_ref.verify.results import Cause, ParityReport, SiteResult
 
 pytestmark = pytest.mark.candidates
 
@@ -191,9 +190,17 @@ def test_what_cannot_be_compared_is_named_and_no_number(reason: str, exactly: bo
     assert f"<dt>Output</dt><dd>{check.reason}</dd>" in page
 
 
+def test_one_element_that_is_wrong_is_told_by_the_maximum_everywhere() -> None:
+    result = measured("logits")._replace(exact=Error(1e-13, 3e-11))
+    report, said = ported(parity(result)), "float64 relative maximum 3.0e-11, gate 1e-11"
+    assert f"first divergence at logits: {said}; worst" in headline(report.forward)
+    assert next(check.reason for check in report.checks if check.status == "failed") == said
+    assert f"<dt>Error there</dt><dd>{said}</dd>" in re.sub("</?span.*?>", "", to_html(report))
+
+
 def test_a_failure_by_little_is_told_from_its_gate_everywhere() -> None:
     report = ported(parity(measured("norm"), measured("logits", rounding=1.9004e-6, gate=1.9e-6)))
-    said = "relative RMS 1.9004e-06, gate 1.9000e-06"
+    said = "float32 relative RMS 1.9004e-06, gate 1.9000e-06"
     assert said in headline(report.forward)
     assert said in next(check.reason for check in report.checks if check.status == "failed")
     page = to_html(report)

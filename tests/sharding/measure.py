@@ -34,10 +34,11 @@ from vit_ref.model.vit import Tap
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.candidates.tapped import Forward
 from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, numerical_gate
+from vit_ref.verify.results import ParityReport
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import arrays_of

@@ -1,19 +1,187 @@
-"""What is known of a port after all checks: one entry a check, as machines and people read it."""
+"""The results of a verification: what the engine measured at each site, each check with its status, the whole report.
+
+Reports, the diagnosis and the commands import these classes from here, and so need no engine.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
 
 from vit_ref.errors import InputError
-from vit_ref.verify.compare.behaviour import Behaviour
-from vit_ref.verify.compare.forward import ParityReport, SiteResult
-from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, against
-from vit_ref.weights.origin import Origin
+from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error, against
+
+if TYPE_CHECKING:
+    from vit_ref.weights.origin import Origin
 
 Status = Literal["passed", "failed", "not observed", "expected failure", "stale expectation"]
+
+
+BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
+# How the label of a cause begins that rounds a value.
+_ROUNDED = "rounded to "
+# Why a claimed site or gradient is missing.
+NEVER_SHOWN = "not called, or under a transformation of its own (jit, remat, vmap, scan)"
+
+
+class SiteResult(NamedTuple):
+    """What was measured at one site. All errors are relative to the oracle's value there.
+
+    Attributes:
+      site: its name.
+      oracles: reference against NumPy, both float64.
+      exact: candidate in float64.
+      alone: the candidate again with the reference's own token stream fed to each block, so that one block's fault
+        does not smear over all after it. Measured where something failed: in float64 if the semantic gate did, else in
+        the tested precision; None elsewhere, and in a block whose token stream the candidate does not show.
+      rounding: candidate in the tested precision, relative RMS.
+      yardstick: reference in the tested precision, relative RMS.
+      gate: the largest `rounding` that passes.
+      incomparable: why the candidate has no `rounding` error to measure, see `Error.reason`.
+    """
+
+    site: str
+    oracles: Error
+    exact: Error
+    alone: Error | None
+    rounding: float
+    yardstick: float
+    gate: float
+    incomparable: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The candidate's rounding error as a multiple of the reference's."""
+        return self.rounding / self.yardstick if self.yardstick else (np.inf if self.rounding else 1.0)
+
+    @property
+    def margin(self) -> float:
+        """How far under its gate the site is: gate over error; below 1 it fails."""
+        return self.gate / self.rounding if self.rounding else np.inf
+
+    def incomparable_in(self, precision: str) -> str:
+        """Why the error that decides is infinite, and in which precision; "" where it is not."""
+        if self.exact.reason:
+            return f"{self.exact.reason} in float64"
+        return f"{self.incomparable} in {precision}" if self.incomparable and self.exact.passes_semantic_gate else ""
+
+    @property
+    def passes_numerical_gate(self) -> bool:
+        """Whether rounding alone explains the error."""
+        return self.rounding <= self.gate
+
+    def failure(self, precision: str) -> str:
+        """Why it fails, the semantic gate before the numerical one; "" where it passes both.
+
+        Args:
+          precision: the tested precision's name.
+        """
+        if reason := self.incomparable_in(precision):
+            return reason
+        if self.exact.rms > SEMANTIC_RMS:
+            return f"float64 relative RMS {against(self.exact.rms, SEMANTIC_RMS)}"
+        if not self.exact.passes_semantic_gate:
+            return f"float64 relative maximum {against(self.exact.max, SEMANTIC_MAX)}"
+        return "" if self.passes_numerical_gate else f"{precision} relative RMS {against(self.rounding, self.gate)}"
+
+
+class Cause(NamedTuple):
+    """A bug that explains a divergence.
+
+    Attributes:
+      label: what was done, or taken, instead.
+      site: the first diverging site.
+      before: relative RMS error there.
+      after: what is left of it against a reference with the same bug.
+    """
+
+    label: str
+    site: str
+    before: float
+    after: float
+
+    @property
+    def format(self) -> str:
+        """The format that the value was rounded to, where that is the bug; else ""."""
+        return self.label.removeprefix(_ROUNDED) if self.label.startswith(_ROUNDED) else ""
+
+    def __str__(self) -> str:
+        return f"{self.label}: with it the error at {self.site} falls from {self.before:.1e} to {self.after:.1e}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityReport:
+    """The outcome of one parity check.
+
+    Attributes:
+      title: which checkpoint or case.
+      reference: the reference's name.
+      precision: the tested precision's name.
+      results: one per site, in the order of the forward pass.
+      unobserved: sites that the candidate claims and did not show. They have failed.
+      unmapped: sites that it does not claim. They have neither passed nor failed.
+      what: what was measured, "sites" or "gradients".
+      causes: known bugs that explain the first divergence, the best first.
+      place: how the first diverging value is wrong, see `diagnosis.where`.
+      hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
+      order: all of these names, shown or not, in the order of the pass.
+      objectives: how many gradients' rounding is pooled over; None forward.
+      beyond: where the first divergence is rounding, the next one that this rounding does not explain, and how far
+        it is off; its causes are among `causes`.
+    """
+
+    title: str
+    reference: str
+    precision: str
+    results: tuple[SiteResult, ...]
+    unobserved: tuple[str, ...] = ()
+    unmapped: tuple[str, ...] = ()
+    what: str = "sites"
+    causes: tuple[Cause, ...] = ()
+    place: str = ""
+    hidden: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+    objectives: int | None = None
+    beyond: str = ""
+
+    @property
+    def semantic_failures(self) -> tuple[SiteResult, ...]:
+        """Sites that fail the semantic gate, in order; the first is the first divergence."""
+        return tuple(result for result in self.results if not result.exact.passes_semantic_gate)
+
+    @property
+    def numerical_failures(self) -> tuple[SiteResult, ...]:
+        """Sites that fail the numerical gate, in order."""
+        return tuple(result for result in self.results if not result.passes_numerical_gate)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every claimed site was observed, and passes both gates."""
+        return not (self.semantic_failures or self.numerical_failures or self.unobserved)
+
+
+class Behaviour(NamedTuple):
+    """One property of a port.
+
+    Attributes:
+      name: one of `BEHAVIOURS`: "jit" of a port that compiles, "inputs" of one that does not; "untapped" of one that
+        does the same each time.
+      error: relative RMS between what must be equal, in float64; None where it could not be measured.
+      reason: what it means, where the property fails; "" where it holds.
+    """
+
+    name: str
+    error: float | None
+    reason: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the property holds."""
+        return not self.reason
 
 
 class Check(NamedTuple):
@@ -127,7 +295,7 @@ def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
     for result in report.results:
         yield Check(
             f"{kind}/{result.site}",
-            "passed" if not (reason := _why(result, report.precision)) else "failed",
+            "failed" if (reason := result.failure(report.precision)) else "passed",
             exact=result.exact.rms,
             rounding=result.rounding,
             yardstick=result.yardstick,
@@ -136,19 +304,6 @@ def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
             reason=reason,
         )
     for site in report.unobserved:
-        reason = "claimed, and never shown: it was not called, or under a transformation of its own"
-        yield Check(f"{kind}/{site}", "failed", reason=reason)
+        yield Check(f"{kind}/{site}", "failed", reason=f"claimed, and never shown: {NEVER_SHOWN}")
     for site in report.unmapped:
         yield Check(f"{kind}/{site}", "not observed", reason="not mapped to anything of the port")
-
-
-def _why(result: SiteResult, precision: str) -> str:
-    if reason := result.incomparable_in(precision):
-        return reason
-    if result.exact.rms > SEMANTIC_RMS:
-        return f"float64 relative RMS {against(result.exact.rms, SEMANTIC_RMS)}"
-    if not result.exact.passes_semantic_gate:
-        return f"float64 relative maximum {against(result.exact.max, SEMANTIC_MAX)}"
-    if not result.passes_numerical_gate:
-        return f"relative RMS {against(result.rounding, result.gate)}; the reference's {result.yardstick:.1e}"
-    return ""

@@ -24,14 +24,14 @@ from vit_ref.verify.candidates.loading import find, is_torch, loaded
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.compare.backward import check_gradients
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
-from vit_ref.verify.compare.forward import ParityReport, check_parity, hf_tensors
+from vit_ref.verify.compare.forward import check_parity, hf_tensors
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.trace import Progress, precision_of, silent
 from vit_ref.verify.environment import environment
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references.choice import reference_for
-from vit_ref.verify.results import CandidateReport, require_expectations
+from vit_ref.verify.results import CandidateReport, ParityReport, require_expectations
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import naming

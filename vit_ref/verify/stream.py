@@ -29,7 +29,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.compare.backward import Comparison, gradient_names, gradients_report
-from vit_ref.verify.compare.forward import ParityReport, compare, hf_tensors
+from vit_ref.verify.compare.forward import compare, hf_tensors
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.trace import Progress, Trace, silent
@@ -38,7 +38,7 @@ from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references.choice import NumpyReference, reference_for
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.verify.results import CandidateReport
+from vit_ref.verify.results import CandidateReport, ParityReport
 from vit_ref.verify.session import BACKWARD_OWN, FORWARD, complete, judged
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint, LazyTensors

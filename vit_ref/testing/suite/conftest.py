@@ -24,10 +24,11 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.testing.plugin import summarise
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.behaviour import Behaviour, check_behaviour
-from vit_ref.verify.compare.forward import ParityReport, check_parity
+from vit_ref.verify.compare.behaviour import check_behaviour
+from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.report import headline, table
+from vit_ref.verify.results import Behaviour, ParityReport
 from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
 from vit_ref.verify.session import BACKWARD_OWN, BEHAVIOUR, FORWARD, prepare_candidate
 from vit_ref.weights import checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vit_ref.verify.compare.behaviour import Behaviour
+from vit_ref.verify.results import Behaviour
 
 pytestmark = pytest.mark.parity
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vit_ref.verify.compare.forward import ParityReport
 from vit_ref.verify.report import excerpt, headline
+from vit_ref.verify.results import ParityReport
 
 pytestmark = pytest.mark.parity
 

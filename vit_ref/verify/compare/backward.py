@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
-from vit_ref.verify.compare.forward import ParityReport, hf_tensors, require_finite
+from vit_ref.verify.compare.forward import hf_tensors, require_finite
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.trace import Progress, require_float64, silent, storing, widened
@@ -24,6 +24,7 @@ from vit_ref.verify.diagnose.diagnosis import diagnose_gradient, where
 from vit_ref.verify.gates import Truth, errors_of
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references.choice import Reference, reference_for, refilled, with_fused_attention
+from vit_ref.verify.results import ParityReport
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import parameter_shapes
 

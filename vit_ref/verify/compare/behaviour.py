@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,8 +18,7 @@ from vit_ref.verify.candidates.loading import failed
 from vit_ref.verify.candidates.table import Table
 from vit_ref.verify.compare.trace import Progress, silent
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-
-BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
+from vit_ref.verify.results import Behaviour
 
 
 class Runnable(Protocol):
@@ -41,26 +40,6 @@ class Runnable(Protocol):
         What it writes into its images is in `batches` afterwards.
         """
         ...
-
-
-class Behaviour(NamedTuple):
-    """One property of a port.
-
-    Attributes:
-      name: one of `BEHAVIOURS`: "jit" of a port that compiles, "inputs" of one that does not; "untapped" of one that
-        does the same each time.
-      error: relative RMS between what must be equal, in float64; None where it could not be measured.
-      reason: what it means, where the property fails; "" where it holds.
-    """
-
-    name: str
-    error: float | None
-    reason: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the property holds."""
-        return not self.reason
 
 
 def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = silent) -> tuple[Behaviour, ...]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -24,12 +23,13 @@ from vit_ref.verify.compare.trace import (
     storing,
     widened,
 )
-from vit_ref.verify.diagnose.diagnosis import Cause, beyond_rounding, diagnose, diagnose_rounding, where
+from vit_ref.verify.diagnose.diagnosis import beyond_rounding, diagnose, diagnose_rounding, where
 from vit_ref.verify.diagnose.gaps import hidden_before
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
 from vit_ref.verify.precision import Precision, named
 from vit_ref.verify.references.choice import Reference, reference_for, refilled
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.results import Cause, ParityReport, SiteResult
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 
@@ -52,104 +52,6 @@ class Port(Implementation, Protocol):
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """As `Implementation.trace`; values in `replace` take the place of the candidate's own at those sites."""
         ...
-
-
-class SiteResult(NamedTuple):
-    """What was measured at one site. All errors are relative to the oracle's value there.
-
-    Attributes:
-      site: its name.
-      oracles: reference against NumPy, both float64.
-      exact: candidate in float64.
-      alone: the candidate again with the reference's own token stream fed to each block, so that one block's fault
-        does not smear over all after it. Measured where something failed: in float64 if the semantic gate did, else in
-        the tested precision; None elsewhere, and in a block whose token stream the candidate does not show.
-      rounding: candidate in the tested precision, relative RMS.
-      yardstick: reference in the tested precision, relative RMS.
-      gate: the largest `rounding` that passes.
-      incomparable: why the candidate has no `rounding` error to measure, see `Error.reason`.
-    """
-
-    site: str
-    oracles: Error
-    exact: Error
-    alone: Error | None
-    rounding: float
-    yardstick: float
-    gate: float
-    incomparable: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """The candidate's rounding error as a multiple of the reference's."""
-        return self.rounding / self.yardstick if self.yardstick else (np.inf if self.rounding else 1.0)
-
-    @property
-    def margin(self) -> float:
-        """How far under its gate the site is: gate over error; below 1 it fails."""
-        return self.gate / self.rounding if self.rounding else np.inf
-
-    def incomparable_in(self, precision: str) -> str:
-        """Why the error that decides is infinite, and in which precision; "" where it is not."""
-        if self.exact.reason:
-            return f"{self.exact.reason} in float64"
-        return f"{self.incomparable} in {precision}" if self.incomparable and self.exact.passes_semantic_gate else ""
-
-    @property
-    def passes_numerical_gate(self) -> bool:
-        """Whether rounding alone explains the error."""
-        return self.rounding <= self.gate
-
-
-@dataclasses.dataclass(frozen=True)
-class ParityReport:
-    """The outcome of one parity check.
-
-    Attributes:
-      title: which checkpoint or case.
-      reference: the reference's name.
-      precision: the tested precision's name.
-      results: one per site, in the order of the forward pass.
-      unobserved: sites that the candidate claims and did not show. They have failed.
-      unmapped: sites that it does not claim. They have neither passed nor failed.
-      what: what was measured, "sites" or "gradients".
-      causes: known bugs that explain the first divergence, the best first.
-      place: how the first diverging value is wrong, see `diagnosis.where`.
-      hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
-      order: all of these names, shown or not, in the order of the pass.
-      objectives: how many gradients' rounding is pooled over; None forward.
-      beyond: where the first divergence is rounding, the next one that this rounding does not explain, and how far
-        it is off; its causes are among `causes`.
-    """
-
-    title: str
-    reference: str
-    precision: str
-    results: tuple[SiteResult, ...]
-    unobserved: tuple[str, ...] = ()
-    unmapped: tuple[str, ...] = ()
-    what: str = "sites"
-    causes: tuple[Cause, ...] = ()
-    place: str = ""
-    hidden: tuple[str, ...] = ()
-    order: tuple[str, ...] = ()
-    objectives: int | None = None
-    beyond: str = ""
-
-    @property
-    def semantic_failures(self) -> tuple[SiteResult, ...]:
-        """Sites that fail the semantic gate, in order; the first is the first divergence."""
-        return tuple(result for result in self.results if not result.exact.passes_semantic_gate)
-
-    @property
-    def numerical_failures(self) -> tuple[SiteResult, ...]:
-        """Sites that fail the numerical gate, in order."""
-        return tuple(result for result in self.results if not result.passes_numerical_gate)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every claimed site was observed, and passes both gates."""
-        return not (self.semantic_failures or self.numerical_failures or self.unobserved)
 
 
 def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from jax.typing import DTypeLike
 
-from vit_ref.verify.compare.forward import SiteResult
 from vit_ref.verify.compare.objectives import LOOKS
-from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.gates import Error, Errors, numerical_gate, root_mean_square
+from vit_ref.verify.results import Cause, SiteResult
 
 # Where every gradient's error so far is within this part of its gate, the objectives that remain are left out. Right
 # ports on a trained ViT-S/14 then stop at three of twelve in nine cases of ten. What that lets through was found in

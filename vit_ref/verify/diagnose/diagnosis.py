@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from vit_ref.verify.diagnose.guesses import MULTIPLIED, ROUNDED, STORED, UNIT, G
 from vit_ref.verify.diagnose.hypotheses import Upstream
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.results import Cause
 from vit_ref.weights.mapping import Tensors
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -31,30 +31,6 @@ _AXES: dict[str | int, tuple[str, ...]] = {
     3: ("image", "token", "channel"),
     2: ("image", "channel"),
 }
-
-
-class Cause(NamedTuple):
-    """A bug that explains a divergence.
-
-    Attributes:
-      label: what was done, or taken, instead.
-      site: the first diverging site.
-      before: relative RMS error there.
-      after: what is left of it against a reference with the same bug.
-    """
-
-    label: str
-    site: str
-    before: float
-    after: float
-
-    @property
-    def format(self) -> str:
-        """The format that the value was rounded to, where that is the bug; else ""."""
-        return self.label.removeprefix(ROUNDED) if self.label.startswith(ROUNDED) else ""
-
-    def __str__(self) -> str:
-        return f"{self.label}: with it the error at {self.site} falls from {self.before:.1e} to {self.after:.1e}"
 
 
 def diagnose(

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vit_ref.model.sites import OUTPUTS
-from vit_ref.verify.compare.forward import ParityReport, SiteResult
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
 from vit_ref.verify.report.text import met, wrong_alone
-from vit_ref.verify.results import CandidateReport, Check, Status
+from vit_ref.verify.results import CandidateReport, Check, ParityReport, SiteResult, Status
 
 SCHEMA = Path(__file__).with_name("schema.json")
 _SITES = ("patches", "embeddings", "norm", *OUTPUTS)
@@ -104,6 +103,7 @@ def _measured(result: SiteResult | None, what: str, precision: str) -> dict[str,
         "ratio": _number(result.ratio),
         "margin": _number(result.margin),
         "incomparable": result.incomparable_in(precision),
+        "failure": result.failure(precision),
         "passes_semantic_gate": result.exact.passes_semantic_gate,
         "passes_numerical_gate": result.passes_numerical_gate,
     }

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from typing import get_args
 
 from vit_ref.model.sites import OUTPUTS
-from vit_ref.verify.compare.forward import ParityReport, SiteResult
-from vit_ref.verify.gates import SEMANTIC_RMS, Error, against, apart
-from vit_ref.verify.results import CandidateReport, Check, Status, matches
+from vit_ref.verify.gates import SEMANTIC_RMS, apart
+from vit_ref.verify.results import NEVER_SHOWN, CandidateReport, Check, ParityReport, SiteResult, Status, matches
 
 WIDTH = 80
 # An output that errs so many times as much as the final norm has a fault of its own.
@@ -25,8 +24,7 @@ MARKS = ("both", "float64", "rounding")
 def headline(report: ParityReport) -> str:
     """The verdict in a few lines, the first divergence on top."""
     missing = [
-        f"{report.title}: {_counted(len(report.unobserved), report.what)} not observed, first {site}: not called, or"
-        " under a transformation of its own (jit, remat, vmap, scan)"
+        f"{report.title}: {_counted(len(report.unobserved), report.what)} not observed, first {site}: {NEVER_SHOWN}"
         for site in report.unobserved[:1]
     ]
     if missing and not (report.semantic_failures or report.numerical_failures):
@@ -43,15 +41,14 @@ def headline(report: ParityReport) -> str:
         first = report.semantic_failures[0]
         worst = max(report.semantic_failures, key=lambda result: result.exact.rms)
         verdict = (
-            f"{report.title}: first divergence at {first.site}: {_exactly(first.exact)}; worst"
+            f"{report.title}: first divergence at {first.site}: {first.failure(report.precision)}; worst"
             f" {worst.exact.reason or f'{worst.exact.rms:.1e}'} at {worst.site}"
         )
     elif report.numerical_failures:
         first = report.numerical_failures[0]
-        rounded = f"{report.precision} relative RMS {against(first.rounding, first.gate)}"
         verdict = (
-            f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}: "
-            + (first.incomparable_in(report.precision) or rounded)
+            f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}:"
+            f" {first.failure(report.precision)}"
         )
     else:
         exact = max(report.results, key=lambda result: result.exact.rms)
@@ -68,11 +65,6 @@ def headline(report: ParityReport) -> str:
     beyond = [f"this rounding does not explain what follows: {report.beyond}"] if report.beyond else []
     found = "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *rounding, *beyond, *_blame(report)])
     return "\n".join([*missing, found])
-
-
-def _exactly(error: Error) -> str:
-    """How a value is wrong in float64."""
-    return f"{error.reason} in float64" if error.reason else f"float64 relative RMS {against(error.rms, SEMANTIC_RMS)}"
 
 
 def _blame(report: ParityReport) -> list[str]:
