@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import os
 import platform
 import shutil
 import tempfile
@@ -36,6 +37,9 @@ for name, examples, phases in (
         print_blob=True,
     )
 settings.load_profile("quick")
+
+# A test started this run, in its own process or in another one.
+INNER = "PYTEST_CURRENT_TEST" in os.environ
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,6 +88,10 @@ def pytest_configure(config: pytest.Config) -> None:
         _keep_compiled(config, environment)
 
 
+def pytest_collection_finish() -> None:
+    _set_aside_what_lives()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Settles how jax compiles, before any fixture of any scope does.
@@ -96,11 +104,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
+@pytest.hookimpl(trylast=True)  # after the module's fixtures have ended
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """What a module's tests compiled serves few others, and adds up to gigabytes in each process."""
     if nextitem is not None and nextitem.path != item.path:
         jax.clear_caches()
         gc.collect()
+        _set_aside_what_lives()
+
+
+def _set_aside_what_lives() -> None:
+    """Spares the garbage collector half a million objects, most of them of modules, that live as long as the process.
+
+    Tests and the package ask it to collect hundreds of times. An inner run keeps away: what it made would stay.
+    """
+    if not INNER:
+        gc.freeze()
 
 
 def _keep_compiled(config: pytest.Config, environment: pytest.MonkeyPatch) -> None:
