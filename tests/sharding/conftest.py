@@ -30,7 +30,8 @@ def start(directory: Path) -> Callable[..., subprocess.Popen]:
     """`start(devices, program, *arguments)`: a program of this folder's, with so many simulated devices."""
 
     def start(devices: int, program: str, *arguments: Any) -> subprocess.Popen:
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        quick = os.environ["VIT_REF_QUICK_XLA_FLAGS"]
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}"}
         command = [sys.executable, str(Path(__file__).parent / program), str(directory), *map(str, arguments)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
