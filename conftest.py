@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import os
 import platform
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from hypothesis import Phase, settings
+from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
 # `--hypothesis-profile NAME`: on how many configurations a property is tried. Each has shapes of its own and compiles
@@ -36,6 +39,12 @@ for name, examples, phases in (
         print_blob=True,
     )
 settings.load_profile("quick")
+
+# XLA compiles a small model on a CPU in half the time with these, if LLVM's optimisations are left out, too. jax 0.12 no
+# longer has the first.
+QUICK: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+# A test started this run, in its own process or in another one.
+INNER = "PYTEST_CURRENT_TEST" in os.environ
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,9 +88,14 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     environment = pytest.MonkeyPatch()  # which worker processes, and programs that tests start, have from this process
     environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    _compile_quickly(environment)
     config.add_cleanup(environment.undo)
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         _keep_compiled(config, environment)
+
+
+def pytest_collection_finish() -> None:
+    _set_aside_what_lives()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,11 +110,51 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
+@pytest.hookimpl(trylast=True)  # after the module's fixtures have ended
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """What a module's tests compiled serves few others, and adds up to gigabytes in each process."""
     if nextitem is not None and nextitem.path != item.path:
         jax.clear_caches()
         gc.collect()
+        _set_aside_what_lives()
+
+
+def _set_aside_what_lives() -> None:
+    """Spares the garbage collector half a million objects, most of them of modules, that live as long as the process.
+
+    Tests and the package ask it to collect hundreds of times. An inner run keeps away: what it made would stay.
+    """
+    if not INNER:
+        gc.freeze()
+
+
+def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
+    """Adds `QUICK` to jax's compile options wherever `jax_disable_most_optimizations` is on.
+
+    jax has no setting for it. Programs that tests start find the options in VIT_REF_QUICK_XLA_FLAGS: XLA_FLAGS itself
+    would change what workers compile for parity.
+    """
+    known = {name: value for name, value in QUICK.items() if _known(name, value)}
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in known.items())
+    environment.setenv("VIT_REF_QUICK_XLA_FLAGS", flags)
+    get_compile_options = compiler.get_compile_options
+
+    def options(*arguments: Any, **named: Any) -> Any:
+        found = get_compile_options(*arguments, **named)
+        if jax.config.values["jax_disable_most_optimizations"]:
+            # An inner run in this process wraps the wrapped function again.
+            found.env_option_overrides = list({**dict(found.env_option_overrides), **known}.items())
+        return found
+
+    environment.setattr(compiler, "get_compile_options", options)
+
+
+def _known(name: str, value: bool | int) -> bool:
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _keep_compiled(config: pytest.Config, environment: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune.py"
 
 
 def test_the_example_learns_what_it_says(tmp_path: Path) -> None:
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "XLA_FLAGS": os.environ["VIT_REF_QUICK_XLA_FLAGS"]}
     ran = subprocess.run([sys.executable, EXAMPLE], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "512 + 128 images of 4 classes" in ran.stdout

@@ -32,7 +32,8 @@ def start(directory: Path) -> Callable[..., subprocess.Popen]:
     """`start(devices, program, *arguments)` runs a module of this folder with so many simulated devices."""
 
     def start(devices: int, program: str, *arguments: Any) -> subprocess.Popen:
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        quick = os.environ["VIT_REF_QUICK_XLA_FLAGS"]
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}"}
         command = [sys.executable, "-m", f"tests.sharding.{program}", str(directory), *map(str, arguments)]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
