@@ -40,9 +40,9 @@ for name, examples, phases in (
     )
 settings.load_profile("quick")
 
-# XLA compiles a small model on a CPU in half the time with these, if LLVM's optimisations are left out, too. jax 0.12 no
-# longer has the first.
-QUICK: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+# XLA compiles a small model on a CPU in half the time with these, if LLVM's optimisations are left out, too. jax 0.12
+# no longer has the first.
+QUICK: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 # A test started this run, in its own process or in another one.
 INNER = "PYTEST_CURRENT_TEST" in os.environ
 
@@ -149,7 +149,7 @@ def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
     environment.setattr(compiler, "get_compile_options", options)
 
 
-def _known(name: str, value: bool | int) -> bool:
+def _known(name: str, value: Any) -> bool:
     try:
         jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
     except jax.errors.JaxRuntimeError:
