@@ -22,7 +22,7 @@ import vit_ref
 from vit_ref.errors import InputError
 from vit_ref.model import vit as model_of_ours
 from vit_ref.model.skeleton import skeleton
-from vit_ref.verify.candidates.loading import beside_it, find, loaded, recognised
+from vit_ref.verify.candidates.loading import beside_it, find, load, recognised
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.results import Check
@@ -196,7 +196,7 @@ def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path, monkeypatch
     before, path = dict(sys.modules), list(sys.path)
     candidates = {name: find(str(tmp_path / name / "port.py")) for name in ("a", "b")}
     for name in ("a", "b", "a"):
-        port = loaded(candidates[name], tmp_path, np.float64)
+        port = load(candidates[name], tmp_path, np.float64)
         with beside_it(candidates[name].directory):
             assert port(1) == (1, *[name] * 4)
         assert sys.path == path

@@ -213,7 +213,7 @@ def verify(
     _require_places(html=html, json=json_file)
     from vit_ref.errors import PartlyJudgedError
     from vit_ref.verify.report import summary, table, to_html, to_json
-    from vit_ref.verify.session import check_port, steps
+    from vit_ref.verify.session import check_port, count_steps
     from vit_ref.verify.stream import check_streamed
 
     if images is not None:
@@ -222,7 +222,7 @@ def verify(
     console = _Output(stderr=aside, highlighter=_Verdicts(), theme=_THEME, soft_wrap=True, markup=False)
     passed, unjudged = True, None
     for candidate in candidates or (None,):
-        with _progress(None if stream else steps(backward=not forward_only)) as progress:
+        with _progress(None if stream else count_steps(backward=not forward_only)) as progress:
             judge = check_streamed if stream else partial(check_port, candidate)
             try:
                 report = judge(
