@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
