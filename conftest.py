@@ -74,6 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "sharding: many devices hold their own part of a model, and compute what one computes",
         "mutants: a deliberate fault is seen, and named where it is",
         "benchmarks: what is timed is what was asked for; nothing asserts a time",
+        "house: imports point down, and each room imports no more than it needs",
         "optimised: jax compiles as users have it; elsewhere it leaves LLVM's optimisations out, but for parity",
         "torch: needs PyTorch, which the extra of that name installs",
         "hub: needs the Hugging Face hub",

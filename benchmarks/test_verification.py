@@ -15,19 +15,15 @@ import numpy as np
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import Case
-from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import check_parity, hf_tensors
-from vit_ref.verify.references.choice import reference_for
+from vit_ref.verify.session import Session
 
 size, passes = sys.argv[1:]
 case = Case(size, ViTConfig.variant(size, num_labels=10), batch=1)
 source, pixels = case.checkpoint(), case.images()
-judge = reference_for(case.config, hf_tensors(case.config, source))
-candidate = OwnCandidate(case.config, source)
-for check, name in ((check_parity, "forward"), (check_gradients, "backward")):
-    if name in passes.split("+"):
-        report = check(size, case.config, source, pixels, candidate, reference=judge)
-        assert report.passed, report
+session = Session(case.config, source, pixels, OwnCandidate(case.config, source), title=size)
+for name in passes.split("+"):
+    report = {"forward": session.forward, "backward": session.backward}[name]()
+    assert report.passed, report
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
 

@@ -59,6 +59,22 @@ class MappingError(InputError):
 class CandidateError(InputError):
     """A candidate cannot be found, loaded, run or observed as declared."""
 
+    @classmethod
+    def raised(cls, name: str, what: str, error: BaseException) -> CandidateError:
+        """Makes one line of an exception that a person's own code raised.
+
+        Args:
+          name: the candidate's.
+          what: what was done with it.
+          error: the exception.
+        """
+        return cls(f"{name}: {what} raised {type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return next(iter(str(error).strip().splitlines()), "")
+
 
 class ReferenceUnavailableError(InputError):
     """The reference is not installed, or not in a version that has it."""

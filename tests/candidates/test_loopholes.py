@@ -22,7 +22,7 @@ import vit_ref
 from vit_ref.errors import InputError
 from vit_ref.model import vit as model_of_ours
 from vit_ref.model.skeleton import skeleton
-from vit_ref.verify.candidates.loading import beside_it, find, loaded, recognised
+from vit_ref.verify.candidates.loading import beside_it, find, load, recognised
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.results import Check
@@ -32,6 +32,7 @@ from vit_ref.weights import mapping, pretrained
 pytestmark = pytest.mark.candidates
 
 ROOT = Path(__file__).parents[2]
+SUITE = Path("vit_ref/testing/suite")
 Saved = Callable[[str], Path]
 Load = Callable[..., Any]
 
@@ -196,7 +197,7 @@ def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path, monkeypatch
     before, path = dict(sys.modules), list(sys.path)
     candidates = {name: find(str(tmp_path / name / "port.py")) for name in ("a", "b")}
     for name in ("a", "b", "a"):
-        port = loaded(candidates[name], tmp_path, np.float64)
+        port = load(candidates[name], tmp_path, np.float64)
         with beside_it(candidates[name].directory):
             assert port(1) == (1, *[name] * 4)
         assert sys.path == path
@@ -224,7 +225,7 @@ def test_two_candidates_of_one_name_have_two_reports(tmp_path: Path, saved: Save
     )
     given = [f"--candidate={tmp_path / 'two.py'}:{name}" for name in ("wrong", "right")]
     arguments = ["-m", "parity", "-q", f"--checkpoint={saved('one-block')}", f"--parity-report={tmp_path / 'r'}"]
-    command = [sys.executable, "-m", "pytest", str(ROOT / "vit_ref/testing/suite/test_parity.py"), *given, *arguments]
+    command = [sys.executable, "-m", "pytest", str(ROOT / SUITE / "test_parity.py"), *given, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "2 failed, 2 passed" in done.stdout, done.stdout[-2000:]
     reports = sorted((tmp_path / "r").iterdir())

@@ -103,7 +103,7 @@ def test_the_bug_of_its_style_is_found_where_it_is_and_named(
 def test_live_dropout_is_said_before_anything_else(
     port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("vit_ref.verify.session.check_parity")
+    monkeypatch.delattr("vit_ref.verify.session.Session.forward")
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(
             InputError,

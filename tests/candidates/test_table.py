@@ -306,7 +306,7 @@ def test_a_site_replaced_or_perturbed_through_a_selection_is_so_inside(
     expected = own.trace(pixels, np.float64, replace=values)["logits"]
     found = theirs.trace(pixels, np.float64, replace=values)["logits"]
     assert error(found, expected).rms < SEMANTIC_RMS
-    objective = objectives_for(config, len(pixels))[1]
+    objective = objectives_for((len(pixels), config.num_labels))[1]
     pulled = own.gradients(pixels, np.float64)(objective).sites
     back = theirs.gradients(pixels, np.float64)(objective).sites
     assert values.keys() <= back.keys() <= pulled.keys()

@@ -19,14 +19,12 @@ from vit_ref.verify.candidates.loading import find
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare import backward
-from vit_ref.verify.compare.backward import check_gradients
 from vit_ref.verify.compare.behaviour import check_behaviour
-from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.results import ParityReport
-from vit_ref.verify.session import check_port, prepare_candidate
+from vit_ref.verify.session import Session, check_port, prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.pretrained import configuration
 
@@ -104,7 +102,9 @@ def test_frozen_parameters_have_gradients_all_the_same(timm: vit_ref.Candidate, 
         return loaded[-1]
 
     port = made(dataclasses.replace(timm, load=load), saved)
-    found = {dtype: port.gradients(IMAGES, dtype)(objectives_for(port.config, 5)[0]) for dtype in ("f8", "f4")}
+    found = {
+        dtype: port.gradients(IMAGES, dtype)(objectives_for((5, port.config.num_labels))[0]) for dtype in ("f8", "f4")
+    }
     for path, value in found["f8"].parameters.items():
         # 4e-7 was seen: float32's rounding. That of the key's bias is all there is.
         assert path.endswith("key.bias") or error(found["f4"].parameters[path], value).rms < 1e-5
@@ -217,7 +217,7 @@ def test_a_port_that_holds_what_it_computed_is_judged_as_any_other(
 
     changed = dataclasses.replace(plain, load=load)
     assert error(traced(changed, saved)["logits"], traced(plain, saved)["logits"]).rms < SEMANTIC_RMS
-    objective = objectives_for(made(plain, saved).config, 5)[0]
+    objective = objectives_for((5, made(plain, saved).config.num_labels))[0]
     pixels = [made(each, saved).gradients(IMAGES, "f8")(objective).pixels for each in (changed, plain)]
     assert error(*pixels).rms < SEMANTIC_RMS
 
@@ -324,7 +324,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
 
     def judged(name: str) -> ParityReport:
         candidate = prepare_candidate(port(f"torch_timm.py:{name}"), case.config, source)
-        return check_gradients("sink", case.config, source, IMAGES[:2], candidate, reference=judge)
+        return Session(case.config, source, IMAGES[:2], candidate, reference=judge, title="sink").backward()
 
     assert judged("candidate").passed
     report = judged("fused")
@@ -340,6 +340,6 @@ def test_a_candidate_in_pytorch_is_allowed_other_sums_than_the_references(
 ) -> None:
     source = checkpoint.read(saved("rectangular"))
     port = made(timm, saved)
-    report = check_parity("sums", port.config, source, IMAGES, port)
+    report = Session(port.config, source, IMAGES, port, title="sums").forward()
     assert report.passed
     assert min(result.gate / result.yardstick for result in report.results) >= 4

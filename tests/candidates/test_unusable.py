@@ -194,7 +194,7 @@ def test_a_port_that_is_not_in_evaluation_mode_is_said_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before any reference is asked."""
-    monkeypatch.setattr("vit_ref.verify.session.check_parity", failing)
+    monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
     candidate = changed(change)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
     with pytest.raises(InputError, match=f"mine: the forward pass changes the port's own state, {message}") as caught:
         check_port(candidate, saved("one-block"))
@@ -229,7 +229,7 @@ def test_a_function_that_differs_from_run_to_run_is_said_first(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `check_port` and `propose` alike."""
-    monkeypatch.setattr("vit_ref.verify.session.check_parity", failing)
+    monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
     monkeypatch.setattr("vit_ref.verify.propose.proposal.NumpyOracle", failing)
     rng = np.random.default_rng(0)
     for ask in (check_port, vit_ref.propose):
@@ -260,7 +260,7 @@ FLIPPED = {
 def test_a_module_that_runs_twice_is_not_judged_by_its_last_run(
     file: str, port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vit_ref.verify.session.check_parity", failing)
+    monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
     call, message = FLIPPED[file]
     with pytest.raises(InputError, match=message) as caught:
         check_port(dataclasses.replace(find(port(file)), call=call), saved("one-block"))

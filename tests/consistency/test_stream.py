@@ -202,15 +202,15 @@ def test_a_streamed_report_is_valid_and_says_what_was_not_asked(tmp_path: Path) 
 
 def in_an_old_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's arrays are held by what refers to itself, as a caught exception's frame does, and is old."""
-    compare = stream.compare
+    compare = stream.compare_forward
 
     def keeping(*arguments: Any, **options: Any) -> ParityReport:
-        ring: list[Any] = list(arguments[7].one.parameters.values())
+        ring: list[Any] = list(arguments[4].one.parameters.values())
         ring.append(ring)
         gc.collect()
         return compare(*arguments, **options)
 
-    monkeypatch.setattr(stream, "compare", keeping)
+    monkeypatch.setattr(stream, "compare_forward", keeping)
 
 
 @pytest.mark.parametrize("caught", [False, True])

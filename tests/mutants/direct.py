@@ -19,10 +19,9 @@ from tests.mutants.remembered import digest, remembered_references
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.compare.trace import Forward, recorder
 from vit_ref.verify.report import headline
+from vit_ref.verify.session import Session
 from vit_ref.weights.checkpoint import Checkpoint
 
 
@@ -36,11 +35,11 @@ def judge(parity: Parity, *, compiled: bool = False) -> Outcome:
     case = CASES[parity.case]
     source, pixels = case.checkpoint(), case.images()
     before, failed = _digests(source, pixels), {}
-    check = check_gradients if parity.backward else check_parity
     way = fresh_compiler() if compiled or parity.backward else operation_by_operation()
     with remembered_references(), way:
         try:
-            report = check(case.name, case.config, source, pixels, OwnCandidate(case.config, source))
+            session = Session(case.config, source, pixels, OwnCandidate(case.config, source), title=case.name)
+            report = session.backward() if parity.backward else session.forward()
         except InputError as error:
             failed["input"] = Failure(type(error), str(error))
         else:

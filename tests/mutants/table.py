@@ -22,9 +22,9 @@ from tests.mutants.nested import fresh_compiler
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.forward import hf_tensors
 from vit_ref.verify.gates import error
 from vit_ref.verify.references.flax_vit import FlaxViTReference
+from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -17,12 +17,12 @@ from vit_ref.model import vit
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.compare.trace import Trace, precision_of
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.references import flax_vit
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.results import ParityReport
+from vit_ref.verify.session import Session
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import configuration
@@ -43,14 +43,14 @@ class Faulty(OwnCandidate):
 
 def check(name: str, fault) -> ParityReport:
     case, source = CASES[name], CASES[name].checkpoint()
-    return check_parity(name, case.config, source, case.images(), Faulty(case.config, source, fault))
+    return Session(case.config, source, case.images(), Faulty(case.config, source, fault), title=name).forward()
 
 
 def check_with_config(name: str, **fields: object) -> ParityReport:
     """The candidate follows a configuration other than the checkpoint's."""
     case, source = CASES[name], CASES[name].checkpoint()
     wrong = OwnCandidate(dataclasses.replace(case.config, **fields), source)
-    return check_parity(name, case.config, source, case.images(), wrong)
+    return Session(case.config, source, case.images(), wrong, title=name).forward()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def tanh_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tanh_gelu")
 def test_tanh_gelu_is_named_at_the_first_activation() -> None:
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
-    report = check_parity("tanh", case.config, source, case.images(), OwnCandidate(case.config, source))
+    report = Session(case.config, source, case.images(), OwnCandidate(case.config, source), title="tanh").forward()
     assert not report.passed
     assert report.semantic_failures[0].site == "block.0.mlp.hidden"
     # Random weights spread the MLP's input wider than training does, where the two forms differ less: 552 was seen.
@@ -86,7 +86,7 @@ def test_tanh_gelu_is_named_on_the_given_checkpoints(pytestconfig: pytest.Config
         if config.hidden_act != "gelu":
             pytest.skip(f"{path} uses {config.hidden_act}")
         pixels = pixels_for(config, images, 1)
-        report = check_parity("tanh", config, source, pixels, OwnCandidate(config, source))
+        report = Session(config, source, pixels, OwnCandidate(config, source), title="tanh").forward()
         assert report.semantic_failures[0].site == "block.0.mlp.hidden"
         assert report.results[-1].ratio > 1000
 
@@ -107,7 +107,7 @@ def test_one_wrong_element_of_one_tensor_in_one_block_is_localised() -> None:
     wrong = candidate.parameters["blocks.1.attn.value.kernel"].astype(np.float32)
     wrong[3, 5] *= 1 + 1e-4
     candidate.parameters["blocks.1.attn.value.kernel"] = wrong
-    report = check_parity("element", case.config, source, case.images(), candidate)
+    report = Session(case.config, source, case.images(), candidate, title="element").forward()
     assert report.semantic_failures[0].site == "block.1.attn.value"
     # Everything after it diverges, yet fed the reference's input only block 1 does.
     assert {result.site for result in report.semantic_failures} >= {"block.2.mlp.out", "logits"}
@@ -190,7 +190,7 @@ def test_the_reference_in_float32_is_no_oracle(monkeypatch: pytest.MonkeyPatch) 
         pytest.raises(TruncatedError, match="FlaxViT was to compute in float64"),
         pytest.warns(UserWarning, match="float64"),
     ):
-        check_parity("x64 off", case.config, source, case.images(), OwnCandidate(case.config, source))
+        Session(case.config, source, case.images(), OwnCandidate(case.config, source), title="x64 off").forward()
 
 
 @pytest.mark.parametrize(
@@ -207,5 +207,5 @@ def test_without_flaxvit_parity_says_what_to_install(
     monkeypatch.setattr(flax_vit.importlib.metadata, "version", installed)
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
     with pytest.raises(flax_vit.ReferenceUnavailableError, match=message) as caught:
-        check_parity("no reference", case.config, source, case.images(), OwnCandidate(case.config, source))
+        Session(case.config, source, case.images(), OwnCandidate(case.config, source), title="no reference").forward()
     assert "pip install 'transformers>=4.50,<5'" in str(caught.value)

@@ -11,11 +11,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from vit_ref.errors import InputError
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.backward import check_gradients, gradient_names, truths_of
+from vit_ref.verify.compare.backward import truths_of
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import SETTLED, Pooled
 from vit_ref.verify.gates import Error, errors_of, numerical_gate
 from vit_ref.verify.results import ParityReport
+from vit_ref.verify.session import Session
+from vit_ref.verify.vit import gradient_names
 
 pytestmark = pytest.mark.parity
 
@@ -126,7 +128,7 @@ def test_what_is_not_finite_is_settled_and_fails(rounding: float) -> None:
 
 
 def test_every_look_has_seen_bright_images_and_dark_ones() -> None:
-    brightness = [objective.brightness for objective in objectives_for(CASE.config, 1)]
+    brightness = [objective.brightness for objective in objectives_for((1, 23))]
     assert len(set(brightness)) == len(brightness) == LOOKS[-1]
     assert brightness[0] == 1
     for look in LOOKS:
@@ -161,12 +163,18 @@ class Erring:
         return one
 
 
+def compared(reference: Erring, candidate: Erring) -> ParityReport:
+    return Session(CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=reference, title="").backward()
+
+
 def judged(errs: Callable[[str, int], float]) -> tuple[ParityReport, Erring, Erring]:
     """The verdict on a candidate whose gradients err so much, where the reference's err by a thousandth."""
     rng = np.random.default_rng(0)
     truth = {name: rng.normal(size=(50, 7)) for name in gradient_names(CASE.config)}
     judge, candidate = Erring("judge", lambda name, k: 1e-3, truth), Erring("candidate", errs, truth)
-    report = check_gradients("pooled", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    report = Session(
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="pooled"
+    ).backward()
     return report, judge, candidate
 
 
@@ -174,7 +182,7 @@ def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() ->
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     judge = Erring("judge", lambda name, k: np.inf if name == "logits" else 1e-3, truth)
     candidate = Erring("candidate", lambda name, k: 1e-3, truth | {"block.1.norm1": 1.5 * np.ones((5, 7))})
-    report = check_gradients("over", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    report = compared(judge, candidate)
     assert [result.site for result in report.semantic_failures] == ["block.1.norm1"]
 
 
@@ -183,18 +191,22 @@ def test_a_gradient_is_wrong_where_it_is() -> None:
     changed = {name: value.copy() for name, value in truth.items()}
     changed["norm"][2, 3] = changed["head.kernel"][1, 1] = 1.5
     judge, candidate = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", truth), ("b", changed)))
-    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    report = Session(
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="place"
+    ).backward()
     assert [result.site for result in report.semantic_failures] == ["norm", "head.kernel"]
     assert report.place == "only at image 2 of 5; channel 3 of 7"
     # Pixels' axes have names of their own, and a parameter's none.
     pixels = {**truth, "pixels": np.ones((2, 3, 4, 3))}
     one = {**pixels, "pixels": pixels["pixels"] * np.array([1, 1.5])[:, None, None, None]}
     judge, other = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", pixels), ("b", one)))
-    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), other, reference=judge)
+    report = compared(judge, other)
     assert report.place == "only at image 1 of 2"
     judge = Erring("a", lambda name, k: 1e-3, truth)
     changed["norm"] = truth["norm"]
-    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    report = Session(
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="place"
+    ).backward()
     assert ([result.site for result in report.semantic_failures], report.place) == (["head.kernel"], "")
 
 
@@ -215,7 +227,9 @@ def test_the_place_is_that_of_the_first_divergence_of_all_objectives(order: tupl
             return lambda objective: found.pop(0)(objective)
 
     judge, candidate = (kind("a", lambda name, k: 1e-3, truth) for kind in (Erring, Changing))
-    report = check_gradients("place", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+    report = Session(
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="place"
+    ).backward()
     assert [result.site for result in report.semantic_failures] == ["logits", "norm"]
     assert report.place == "only at image 2 of 5; channel 3 of 7"
 
@@ -237,7 +251,7 @@ def test_a_reference_that_overflows_judges_nothing() -> None:
         InputError,
         match=r"^judge itself is not finite in float32 at 1 of 71 places, first block\.1\.norm1: judge another",
     ):
-        check_gradients("over", CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge)
+        compared(judge, candidate)
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ from vit_ref.verify import environment
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare import objectives
-from vit_ref.verify.compare.forward import check_parity
-from vit_ref.verify.compare.trace import Trace, storing
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.guesses import MULTIPLIED
 from vit_ref.verify.environment import notes, products
 from vit_ref.verify.gates import ALLOWANCES, SEMANTIC_RMS, error
-from vit_ref.verify.precision import PRECISIONS, Precision, named
+from vit_ref.verify.precision import PRECISIONS, Precision, resolve_precision
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.report import summary, table, to_json
+from vit_ref.verify.session import Session
 
 pytestmark = pytest.mark.candidates
 
@@ -45,7 +45,7 @@ def own() -> OwnCandidate:
 @pytest.mark.parametrize("given", ["mixed", np.float16, jnp.bfloat16, np.dtype("float32"), PRECISIONS["mixed"]])
 def test_a_precision_is_named_by_itself_or_by_the_dtype_of_its_name(given: Any) -> None:
     expected = given if isinstance(given, str) else given.name if isinstance(given, Precision) else np.dtype(given).name
-    assert named(given) is PRECISIONS[expected]
+    assert resolve_precision(given) is PRECISIONS[expected]
 
 
 @pytest.mark.parametrize("given", ["int8", "brain", np.float64, "float64"])
@@ -53,7 +53,7 @@ def test_an_unknown_precision_is_one_line(given: Any) -> None:
     with pytest.raises(
         InputError, match=r"^precision is '[a-z0-9]+': known are float32, tensorfloat32, bfloat16, mixed"
     ):
-        named(given)
+        resolve_precision(given)
 
 
 def test_every_precision_has_its_gate_and_can_be_asked_for() -> None:
@@ -97,7 +97,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, st
 def test_reference_and_candidate_are_run_alike(
     name: str, dtype: str, products: str | None, stored: str, seen: list[tuple[str, str, str | None, str]]
 ) -> None:
-    report = check_parity("alike", CASE.config, CASE.checkpoint(), CASE.images(), own(), name)
+    report = Session(CASE.config, CASE.checkpoint(), CASE.images(), own(), name, title="alike").forward()
     assert report.passed and report.precision == name
     assert {run[0]: run[1:] for run in seen if run[1] != "float64"} == dict.fromkeys(
         ("FlaxViT", "vit_ref"), (dtype, products, stored)
@@ -109,7 +109,7 @@ def test_reference_and_candidate_are_run_alike(
 
 
 def test_parameters_are_rounded_below_float64_alone() -> None:
-    port, narrow = own(), storing(own(), BFLOAT16)
+    port, narrow = own(), own().storing(PRECISIONS["bfloat16"])
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow._ready(BFLOAT16)[0])} == {BFLOAT16}
     exact, kept = port.trace(CASE.images(), np.float64), narrow.trace(CASE.images(), np.float64)
     assert all((exact[site] == kept[site]).all() for site in exact)
@@ -119,9 +119,9 @@ def test_parameters_are_rounded_below_float64_alone() -> None:
 def test_a_fault_of_the_formula_is_one_in_bfloat16_too() -> None:
     """Its blocks, each alone, are compared with the parameters that they have: only the wrong one is wrong."""
     config = dataclasses.replace(CASE.config, hidden_act="gelu_new")
-    report = check_parity(
-        "tanh", CASE.config, CASE.checkpoint(), CASE.images(), OwnCandidate(config, CASE.checkpoint()), "bfloat16"
-    )
+    report = Session(
+        CASE.config, CASE.checkpoint(), CASE.images(), OwnCandidate(config, CASE.checkpoint()), "bfloat16", title="tanh"
+    ).forward()
     assert report.semantic_failures[0].site == "block.0.mlp.hidden"
     alone = {result.site: result.alone for result in report.results}
     assert alone["block.1.attn.out"].rms <= SEMANTIC_RMS < alone["block.1.mlp.out"].rms

@@ -22,15 +22,14 @@ from vit_ref.errors import (
 )
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import compare
+from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.precision import named
+from vit_ref.verify.precision import PRECISIONS
 from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import ParityReport
-from vit_ref.verify.session import complete
-from vit_ref.verify.session import judged as measured
+from vit_ref.verify.session import Session, complete, judge_gradients
+from vit_ref.verify.vit import problem_of
 from vit_ref.weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.parity
@@ -58,9 +57,8 @@ class Changed:
 
 
 def judged(judge: Changed, candidate: Changed, oracle: Changed | None = None) -> ParityReport:
-    names = list(judge.oracle.trace(CASE.images(), np.float64))
-    tensors, asked, second = CASE.checkpoint().tensors, named("float32"), oracle or judge.oracle
-    return compare("unjudged", CASE.config, tensors, CASE.images(), names, judge, second, candidate, asked)
+    problem = problem_of(CASE.config, CASE.images())
+    return compare_forward("unjudged", problem, judge, oracle or judge.oracle, candidate, PRECISIONS["float32"])
 
 
 OVERFLOWING = Changed("judge", "block.1.mlp.out", np.inf, np.float32)
@@ -105,7 +103,7 @@ def test_what_was_found_forward_is_not_lost_with_the_gradients(name: str, error:
     def measure() -> ParityReport:
         raise error
 
-    gradients, reason, unjudged = measured(measure)
+    gradients, reason, unjudged = judge_gradients(measure)
     assert (gradients, reason, unjudged) == (None, str(error), is_open)
     report = dataclasses.replace(REPORTS[name](), backward=None, not_backward=reason)
     if is_open and report.passed:
@@ -118,8 +116,8 @@ def test_what_was_found_forward_is_not_lost_with_the_gradients(name: str, error:
 
 def test_gradients_that_were_measured_or_not_asked_for_leave_nothing_open() -> None:
     report = REPORTS["right"]().forward
-    assert measured(lambda: report) == (report, "", False)
-    assert measured(None) == (None, "not asked for", False)
+    assert judge_gradients(lambda: report) == (report, "", False)
+    assert judge_gradients(None) == (None, "not asked for", False)
 
 
 @pytest.mark.parametrize("reference", ["flax", pytest.param("torch", marks=pytest.mark.torch)])
@@ -145,4 +143,4 @@ def test_a_reference_whose_gradients_overflow_judges_none(reference: str) -> Non
         ReferenceOverflowError,
         match=r"^(FlaxViT|PyTorch) itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:",
     ):
-        check_gradients("over", CASE.config, changed, CASE.images(), candidate, "float16", judge)
+        Session(CASE.config, changed, CASE.images(), candidate, "float16", judge, title="over").backward()

@@ -23,10 +23,10 @@ from vit_ref.errors import InputError, ReferenceUnavailableError
 from vit_ref.finetune.predict import predict
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.verify.compare.forward import hf_tensors
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.references.choice import REFERENCES, reference_for
 from vit_ref.verify.session import prepare_candidate
+from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import checkpoint, pretrained
 from vit_ref.weights.conversion import convert
 

@@ -17,7 +17,7 @@ from tests.helpers.vit_strategies import random_bits, with_room, within
 from vit_ref.errors import Fault, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.verify.compare.forward import hf_tensors
+from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import LAYOUTS, Layout

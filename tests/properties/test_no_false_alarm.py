@@ -21,10 +21,8 @@ from tests.helpers.vit_strategies import configs, seeds
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.report import headline, table
-from vit_ref.verify.session import prepare_candidate
+from vit_ref.verify.session import Session, prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 
@@ -103,13 +101,13 @@ def test_a_right_port_in_pytorch_passes_forward_and_backward(
         checkpoint.write_directory(directory, source.tensors, source.config or {})
         port = prepare_candidate(f"{PORT}:{attention}", config, checkpoint.read(directory))
         reports = (
-            check_parity(case.name, config, source, images, port, reference=reference),
-            check_gradients(case.name, config, source, images[:2], port, reference=reference),
+            Session(config, source, images, port, reference=reference, title=case.name).forward(),
+            Session(config, source, images[:2], port, reference=reference, title=case.name).backward(),
         )
     for report in reports:
         assert report.passed, f"{headline(report)}\n\n{table(report)}"
 
 
 def _require_passed(config: ViTConfig, source: Checkpoint, case: Case) -> None:
-    report = check_parity(case.name, config, source, case.images(), OwnCandidate(config, source))
+    report = Session(config, source, case.images(), OwnCandidate(config, source), title=case.name).forward()
     assert report.passed, f"{headline(report)}\n\n{table(report)}"

@@ -15,7 +15,7 @@ from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByR
 from vit_ref.model.sites import BLOCK_SITES, sites
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.backward import check_gradients, truths_of
+from vit_ref.verify.compare.backward import truths_of
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, errors_of, numerical_gate
@@ -23,6 +23,7 @@ from vit_ref.verify.references import torch_vit
 from vit_ref.verify.references.choice import REFERENCES, reference_for, require, with_fused_attention
 from vit_ref.verify.references.torch_vit import TorchViTReference
 from vit_ref.verify.report import headline, table
+from vit_ref.verify.session import Session
 from vit_ref.weights.mapping import parameter_shapes
 
 pytestmark = pytest.mark.torch
@@ -96,7 +97,7 @@ def test_pytorchs_gradients_are_flaxvits(name: str, dtype: type) -> None:
     needs("flax", "torch")
     case, source = CASES[name], CASES[name].checkpoint()
     candidate = TorchAsPort(case.config, source.tensors)
-    report = check_gradients("PyTorch", case.config, source, case.images(), candidate, dtype)
+    report = Session(case.config, source, case.images(), candidate, dtype, title="PyTorch").backward()
     assert report.passed, f"{headline(report)}\n\n{table(report)}"
 
 
@@ -104,7 +105,7 @@ def test_pytorch_judges_the_gradients_of_rectangular_patches() -> None:
     needs("torch")
     case, source = CASES["rectangular-patch"], CASES["rectangular-patch"].checkpoint()
     candidate = OwnCandidate(case.config, source)
-    report = check_gradients("patches", case.config, source, case.images(), candidate, reference="torch")
+    report = Session(case.config, source, case.images(), candidate, reference="torch", title="patches").backward()
     assert report.passed, f"{headline(report)}\n\n{table(report)}"
     assert report.reference == "PyTorch"
     assert all(result.gate > 6 * result.yardstick for result in report.results)
@@ -135,7 +136,7 @@ def test_a_value_that_the_model_does_not_go_on_with_has_no_gradient(monkeypatch:
     case = CASES["rectangular"]
     differentiate = TorchViTReference(case.config, case.checkpoint().tensors).gradients(case.images(), np.float64)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        differentiate(objectives_for(case.config, len(case.images()))[0])
+        differentiate(objectives_for((case.batch, case.config.num_labels))[0])
 
 
 def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,7 @@ def test_a_reference_with_fused_attention_has_its_own_gradients_in_float64(name:
     needs(name)
     case = CASES["rectangular"]
     judge = reference_for(case.config, case.checkpoint().tensors, name)
-    objective = objectives_for(case.config, case.batch)[1]
+    objective = objectives_for((case.batch, case.config.num_labels))[1]
     own, fused = (
         each.gradients(case.images(), np.float64)(objective).named() for each in (judge, with_fused_attention(judge))
     )

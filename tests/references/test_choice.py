@@ -16,12 +16,11 @@ import vit_ref.testing.plugin
 from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByReferenceError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.gates import error
 from vit_ref.verify.references import choice
 from vit_ref.verify.references.choice import REFERENCES, NumpyReference, reference_for, require
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.session import Session
 
 pytestmark = pytest.mark.parity
 
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.parity
 def test_numpy_judges_forward() -> None:
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
     candidate = OwnCandidate(case.config, source)
-    report = check_parity("chosen", case.config, source, case.images(), candidate, reference="numpy")
+    report = Session(case.config, source, case.images(), candidate, reference="numpy", title="chosen").forward()
     assert report.passed and report.reference == "NumPy"
     # It sums in another order than jax.
     assert all(result.gate > 4 * result.yardstick for result in report.results)
@@ -76,7 +75,7 @@ def test_numpy_judges_no_gradients(name: str, reference: str, message: str) -> N
         pytest.skip(str(error))
     candidate = OwnCandidate(case.config, source)
     with pytest.raises(UnsupportedByReferenceError, match=message):
-        check_gradients("chosen", case.config, source, case.images(), candidate, reference=reference)
+        Session(case.config, source, case.images(), candidate, reference=reference, title="chosen").backward()
 
 
 def test_an_unknown_reference_is_refused() -> None:

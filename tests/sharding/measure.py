@@ -33,12 +33,11 @@ from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import Tap
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.candidates.tapped import Forward
-from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, numerical_gate
 from vit_ref.verify.results import ParityReport
+from vit_ref.verify.session import Session
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import arrays_of
@@ -219,10 +218,11 @@ def main(directory: Path, out: Path) -> None:
             "logits": [error(logits, truth).rms, numerical_gate(own.rms, np.float32, own.carriers)],
         }
         if name in JUDGED:
-            given = name, CASE.config, source, images, Sharded(source, model, mesh), np.float32, judge
+            candidate = Sharded(source, model, mesh)
+            session = Session(CASE.config, source, images, candidate, np.float32, judge, title=name)
             found[name] |= {
-                "forward": observed(check_parity(*given)),
-                "backward": observed(check_gradients(*given)),
+                "forward": observed(session.forward()),
+                "backward": observed(session.backward()),
             }
 
     # The first has the judge compiled; then one is traced while another is compiled.

@@ -31,7 +31,7 @@ from vit_ref.weights.pretrained import arrays_of
 def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Array]:
     """The logits, and the gradient of the loss for each parameter, in float64."""
     graph, state = nnx.split(model)
-    labels = objectives_for(CASE.config, CASE.batch)[0].labels
+    labels = objectives_for((CASE.batch, CASE.config.num_labels))[0].labels
 
     @jax.jit
     def run(state: nnx.State, images: jax.Array) -> tuple[jax.Array, nnx.State]:

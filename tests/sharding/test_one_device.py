@@ -11,8 +11,8 @@ import pytest
 
 from tests.sharding.ways import CASE, JUDGED, WAYS
 from vit_ref.model.sites import sites
-from vit_ref.verify.compare.backward import gradient_names
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
+from vit_ref.verify.vit import gradient_names
 
 pytestmark = [pytest.mark.sharding, pytest.mark.xdist_group("devices")]
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from vit_ref.finetune.step import train_step
 from vit_ref.model.config import ViTConfig
-from vit_ref.verify.compare.forward import hf_tensors
 from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
+from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import build, parameters_of

@@ -81,7 +81,7 @@ def verify(
     require_outputs(html=html, json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.report import summary, table, to_html, to_json
-        from vit_ref.verify.session import check_port, steps
+        from vit_ref.verify.session import check_port, count_steps
         from vit_ref.verify.stream import check_streamed
 
     if images is not None:
@@ -91,7 +91,7 @@ def verify(
     passed, unjudged = True, None
     with _place(checkpoint) as place:
         for candidate in candidates or (None,):
-            with show_progress(None if stream else steps(backward=not forward_only)) as progress:
+            with show_progress(None if stream else count_steps(backward=not forward_only)) as progress:
                 check = check_streamed if stream else partial(check_port, candidate)
                 try:
                     report = check(

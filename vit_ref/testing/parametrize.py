@@ -9,10 +9,10 @@ from typing import Any
 
 from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.declaration import Candidate
-from vit_ref.verify.compare.backward import gradient_names
 from vit_ref.verify.report import headline
 from vit_ref.verify.results import BEHAVIOURS, CandidateReport
 from vit_ref.verify.session import check_port
+from vit_ref.verify.vit import gradient_names
 from vit_ref.weights.pretrained import opened
 
 

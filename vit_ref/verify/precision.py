@@ -68,7 +68,7 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
-def named(given: str | DTypeLike | Precision) -> Precision:
+def resolve_precision(given: str | DTypeLike | Precision) -> Precision:
     """A precision by its name, or by the dtype of that name.
 
     Raises:

@@ -113,6 +113,20 @@ class Cause(NamedTuple):
         return f"{self.label}: with it the error at {self.site} falls from {self.before:.1e} to {self.after:.1e}"
 
 
+class Explanation(NamedTuple):
+    """What is known of a divergence besides its size.
+
+    Attributes:
+      causes: known bugs that explain it, the best first.
+      place: how the value is wrong, after the word "wrong"; "" where all of it is.
+      beyond: see `ParityReport.beyond`.
+    """
+
+    causes: tuple[Cause, ...] = ()
+    place: str = ""
+    beyond: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
     """The outcome of one parity check.
@@ -126,7 +140,7 @@ class ParityReport:
       unmapped: sites that it does not claim. They have neither passed nor failed.
       what: what was measured, "sites" or "gradients".
       causes: known bugs that explain the first divergence, the best first.
-      place: how the first diverging value is wrong, see `diagnosis.where`.
+      place: how the first diverging value is wrong, see `Explanation.place`.
       hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
       order: all of these names, shown or not, in the order of the pass.
       objectives: how many gradients' rounding is pooled over; None forward.

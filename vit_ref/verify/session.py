@@ -1,14 +1,16 @@
-"""`check_port`: everything that can be said of one port on one checkpoint."""
+"""One check of a ViT, prepared once for the command line, `check_port`, pytest and `--stream` alike."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from vit_ref.errors import (
     InputError,
@@ -20,32 +22,40 @@ from vit_ref.errors import (
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.declaration import Candidate, declared
 from vit_ref.verify.candidates.jax_candidate import JaxCandidate
-from vit_ref.verify.candidates.loading import find, is_torch, loaded
+from vit_ref.verify.candidates.loading import find, is_torch, load
 from vit_ref.verify.candidates.own import OwnCandidate
-from vit_ref.verify.compare.backward import check_gradients
+from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
-from vit_ref.verify.compare.forward import check_parity, hf_tensors
+from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.objectives import LOOKS
+from vit_ref.verify.compare.protocols import Reference, Runnable
 from vit_ref.verify.compare.trace import Progress, precision_of, silent
 from vit_ref.verify.environment import environment
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.precision import Precision, named
-from vit_ref.verify.references.choice import reference_for
-from vit_ref.verify.results import CandidateReport, ParityReport, require_expectations
+from vit_ref.verify.precision import Precision, resolve_precision
+from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
+from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, require_expectations
+from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import naming
-from vit_ref.weights.origin import origin
+from vit_ref.weights.origin import Origin, origin
 from vit_ref.weights.pretrained import opened
 
+if TYPE_CHECKING:
+    from vit_ref.verify.candidates.torch_candidate import TorchCandidate
+
+# What a person may give for a candidate; None stands for this package's own model.
+Given = Candidate | Callable[..., Any] | str | None
+
 # Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and two 5.6 GB.
-# A port that mixes images on the way back is right on one; of this package's own model, which embedded cases judge on
-# batches, one is enough.
+# A candidate that mixes images in its backward pass is right on one. Of this package's own model, which embedded cases
+# check on batches, one is enough.
 FORWARD, BACKWARD, BACKWARD_OWN, BEHAVIOUR = 4, 2, 1, 2
 
 
 def check_port(
-    candidate: Candidate | Callable[..., Any] | str | None,
+    candidate: Given,
     checkpoint: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
@@ -57,7 +67,7 @@ def check_port(
     expected_failed_checks: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> CandidateReport:
-    """Judges a port against reference and oracle, at every site that it shows, forward and backward.
+    """Checks a candidate against reference and oracle, at every site that it shows, forward and backward.
 
     Args:
       candidate: a `Candidate`; a function from pixels (B, height, width, C) to logits (B, classes); "FILE.py" or
@@ -82,44 +92,162 @@ def check_port(
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
       TruncatedError: nothing of the candidate is in float64 when asked to be.
     """
-    asked = named(precision)
-    source, config = opened(checkpoint, revision=revision, exempt=exempt)
-    read = origin(source)
-    title = read.name
-    with naming(source.path):
-        port = prepare_candidate(candidate, config, source)
-    pixels = pixels_for(config, images, FORWARD)
-    if candidate is not None:
-        require_repeatable(port, pixels[:1], progress=progress)
-    judge = reference_for(config, hf_tensors(config, source), reference)
-    forward = check_parity(title, config, source, pixels, port, asked, judge, progress=progress)
-    several = BACKWARD_OWN if candidate is None else BACKWARD
+    session = Session.open(
+        candidate,
+        checkpoint,
+        images=images,
+        revision=revision,
+        exempt=exempt,
+        precision=precision,
+        reference=reference,
+        progress=progress,
+    )
+    return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
-    def measured() -> ParityReport:
-        return check_gradients(
-            f"{title}, backward", config, source, pixels[:several], port, asked, judge, progress=progress
+
+class Session:
+    """What one check of a ViT takes, and the parts of the check.
+
+    Args:
+      config: the model's configuration.
+      source: the checkpoint.
+      pixels: float32 images (B, height, width, C).
+      candidate: the implementation under test.
+      precision: the precision whose rounding is measured, see `precision.resolve_precision`.
+      reference: what decides: one of `references.REFERENCES` by name, or one that is filled already.
+      title: which checkpoint or case, for reports; by default the name of the checkpoint's files.
+      images_backward: how many of the images go backward; None for all.
+      progress: told what is being done next.
+    """
+
+    # Why nothing is known of the candidate's behaviour.
+    not_behaviour = ""
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        source: Checkpoint,
+        pixels: NDArray,
+        candidate: Runnable,
+        precision: str | DTypeLike | Precision = "float32",
+        reference: str | Reference = "flax",
+        *,
+        title: str | None = None,
+        images_backward: int | None = None,
+        progress: Progress = silent,
+    ):
+        self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
+        self.precision = resolve_precision(precision)
+        self.title = self.origin.name if title is None else title
+        self.images_backward, self.progress = images_backward, progress
+        self._reference = reference
+
+    @classmethod
+    def open(
+        cls,
+        given: Given,
+        checkpoint: str | os.PathLike[str],
+        *,
+        images: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        exempt: Iterable[str] = (),
+        precision: str | DTypeLike | Precision = "float32",
+        reference: str = "flax",
+        progress: Progress = silent,
+    ) -> Self:
+        """Prepares what `check_port` is given; the arguments are described there."""
+        asked = resolve_precision(precision)
+        source, config = opened(checkpoint, revision=revision, exempt=exempt)
+        with naming(source.path):
+            candidate = prepare_candidate(given, config, source)
+        pixels = pixels_for(config, images, FORWARD)
+        if given is not None:
+            require_repeatable(candidate, pixels[:1], progress=progress)
+        several = BACKWARD_OWN if given is None else BACKWARD
+        return cls(config, source, pixels, candidate, asked, reference, images_backward=several, progress=progress)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Which checkpoint that is, and the digest of its weights."""
+        return origin(self.source)
+
+    @cached_property
+    def tensors(self) -> dict[str, NDArray]:
+        """The checkpoint's tensors as reference and oracle read them, see `hf_tensors`."""
+        return hf_tensors(self.config, self.source)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The reference, filled from the checkpoint.
+
+        Raises:
+          InputError: it is not installed, or the checkpoint does not fit it.
+        """
+        given = self._reference
+        return reference_for(self.config, self.tensors, given) if isinstance(given, str) else given
+
+    def forward(self) -> ParityReport:
+        """Compares every site, see `compare_forward`."""
+        problem = problem_of(self.config, self.pixels)
+        return compare_forward(
+            self.title,
+            problem,
+            self.reference,
+            NumpyReference(self.config, self.tensors),
+            self.candidate,
+            self.precision,
+            explainer=ViTExplainer(self.config, self.tensors, problem),
+            progress=self.progress,
         )
 
-    gradients, reason, unjudged = judged(measured if backward else None)
-    report = CandidateReport(
-        title=title,
-        checkpoint=read,
-        candidate=port.name,
-        reference=forward.reference,
-        precision=forward.precision,
-        forward=forward,
-        backward=gradients,
-        not_backward=reason,
-        behaviour=check_behaviour(port, pixels[:BEHAVIOUR], progress=progress),
-        expected_failed_checks=dict(expected_failed_checks or {}),
-        environment=environment(asked),
-        notes=port.notes,
-    )
-    require_expectations(report)
-    return complete(report, unjudged)
+    def backward(self) -> ParityReport:
+        """Compares every gradient, see `compare_backward`."""
+        problem = problem_of(self.config, self.pixels[: self.images_backward])
+        claims = self.candidate.claims
+        probabilities = {site for site in problem.shapes if site.endswith(".attn.probs")}
+        # Attention may be a fused kernel; one that shows its probabilities computes with them.
+        hides = claims is not None and not probabilities <= claims
+        return compare_backward(
+            f"{self.title}, backward",
+            problem,
+            self.reference,
+            self.candidate,
+            self.precision,
+            explainer=ViTExplainer(self.config, {}, problem),
+            fuse=with_fused_attention if hides else None,
+            progress=self.progress,
+        )
+
+    def behaviour(self) -> tuple[Behaviour, ...]:
+        """Runs the candidate in ways that must agree, see `check_behaviour`."""
+        return check_behaviour(self.candidate, self.pixels[:BEHAVIOUR], progress=self.progress)
+
+    def check(
+        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
+    ) -> CandidateReport:
+        """Does all of it; arguments and errors are those of `check_port`."""
+        forward = self.forward()
+        gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
+        report = CandidateReport(
+            title=self.title,
+            checkpoint=self.origin,
+            candidate=self.candidate.name,
+            reference=forward.reference,
+            precision=forward.precision,
+            forward=forward,
+            backward=gradients,
+            not_backward=reason,
+            behaviour=self.behaviour(),
+            expected_failed_checks=dict(expected_failed_checks or {}),
+            environment=environment(self.precision),
+            not_behaviour=self.not_behaviour,
+            notes=self.candidate.notes,
+        )
+        require_expectations(report)
+        return complete(report, unjudged)
 
 
-def judged(measure: Callable[[], ParityReport] | None) -> tuple[ParityReport | None, str, bool]:
+def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityReport | None, str, bool]:
     """The report of the gradients, or why there is none, and whether that leaves a question open.
 
     Where the reference or the candidate has no backward pass there is nothing to judge. Where something else cannot be
@@ -149,31 +277,34 @@ def complete(report: CandidateReport, unjudged: bool) -> CandidateReport:
     return report
 
 
-def steps(*, backward: bool) -> int:
+def count_steps(*, backward: bool) -> int:
     """How often `check_port` tells its progress for a candidate that is right, and whose rounding is soon settled."""
     return 7 + (LOOKS[0] if backward else 0)
 
 
-def prepare_candidate(
-    candidate: Candidate | Callable[..., Any] | str | None, config: ViTConfig, source: Checkpoint
-) -> Any:
+def prepare_candidate(given: Given, config: ViTConfig, source: Checkpoint) -> Runnable:
     """The engine's view of whatever `check_port` takes for a candidate.
 
     Raises:
       MappingError: the checkpoint does not fit its configuration.
       CandidateError: the candidate cannot be used.
     """
-    if candidate is None:
-        return OwnCandidate(config, source)
+    return OwnCandidate(config, source) if given is None else load_candidate(given, config, source)
+
+
+def load_candidate(
+    given: Candidate | Callable[..., Any] | str, config: ViTConfig, source: Checkpoint
+) -> JaxCandidate | TorchCandidate:
+    """Loads a declared candidate in float64; see `prepare_candidate`."""
     _require_fit(config, source)
-    declaration = found(candidate)
+    declaration = find_declaration(given)
     with precision_of(np.float64):
-        port = loaded(declaration, source.path, np.float64)
-    if is_torch(port):
+        loaded = load(declaration, source.path, np.float64)
+    if is_torch(loaded):
         from vit_ref.verify.candidates.torch_candidate import TorchCandidate
 
-        return TorchCandidate(declaration, config, source.path, port)
-    return JaxCandidate(declaration, config, source.path, port)
+        return TorchCandidate(declaration, config, source.path, loaded)
+    return JaxCandidate(declaration, config, source.path, loaded)
 
 
 # A block's number in a tensor's name.
@@ -181,7 +312,7 @@ _IN_A_BLOCK = re.compile(r"[./_]\d+[./]")
 
 
 def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
-    """Says of the checkpoint what else would be blamed on the port, or on the judges, who take its tensors by name."""
+    """Says of the checkpoint what would else be blamed on the candidate, or on the references."""
     layout = mapping.detect(source.tensors)
     try:
         for _ in mapping.ported(source.tensors, config, layout):
@@ -193,7 +324,7 @@ def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
             raise MappingError(faults, layout.name) from None
 
 
-def found(candidate: Candidate | Callable[..., Any] | str) -> Candidate:
+def find_declaration(candidate: Candidate | Callable[..., Any] | str) -> Candidate:
     """The declaration that a person gave, or said where to find."""
     if isinstance(candidate, str):
         return find(candidate)

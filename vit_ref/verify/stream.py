@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -26,23 +26,21 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import InputError, UnjudgedError
 from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.own import OwnCandidate
-from vit_ref.verify.compare.backward import Comparison, gradient_names, gradients_report
-from vit_ref.verify.compare.forward import compare, hf_tensors
+from vit_ref.verify.compare.backward import Comparison, gradients_report
+from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.trace import Progress, Trace, silent
-from vit_ref.verify.environment import environment
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.precision import Precision, named
+from vit_ref.verify.precision import Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import CandidateReport, ParityReport
-from vit_ref.verify.session import BACKWARD_OWN, FORWARD, complete, judged
+from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session
+from vit_ref.verify.vit import ViTExplainer, gradient_names, hf_tensors, problem_of
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
-from vit_ref.weights.origin import origin
 from vit_ref.weights.pretrained import opened
 
 # The token stream into a model of one block, and out of its block.
@@ -85,7 +83,7 @@ def check_streamed(
     Raises:
       InputError: see `check_port`; or the checkpoint or the reference cannot be streamed.
     """
-    asked = named(precision)
+    asked = resolve_precision(precision)
     if reference == "torch":
         raise InputError("the reference torch runs whole models only: with --stream take flax or numpy")
     source, config = opened(checkpoint, revision=revision, exempt=exempt, lazy=True)
@@ -94,8 +92,6 @@ def check_streamed(
             f"{source.path}: only safetensors can be read block by block: convert it first, with"
             " vit-ref convert SRC DST --to hf"
         )
-    read = origin(source)
-    title = read.name
     progress("reading every tensor once")
     with mapping.naming(source.path):
         for _ in mapping.ported(source.tensors, config, mapping.detect(source.tensors)):
@@ -103,29 +99,7 @@ def check_streamed(
     pixels = pixels_for(config, images, FORWARD)
     with tempfile.TemporaryDirectory() as directory:
         blocks = _Blocks(config, source, reference, asked, Path(directory))
-        # Whatever rounds parameters has rounded them when they are read: the engine is to do nothing more.
-        done = asked._replace(stored=None)
-        forward = _forward(title, blocks, pixels, done, progress)
-
-        def measured() -> ParityReport:
-            return _backward(f"{title}, backward", blocks, pixels[:BACKWARD_OWN], done, progress)
-
-        gradients, reason, unjudged = judged(measured if backward else None)
-    report = CandidateReport(
-        title=title,
-        checkpoint=read,
-        candidate=blocks.candidate.name,
-        reference=forward.reference,
-        precision=forward.precision,
-        forward=forward,
-        backward=gradients,
-        not_backward=reason,
-        behaviour=(),
-        expected_failed_checks={},
-        environment=environment(asked),
-        not_behaviour="it is the whole model's, and blocks were judged one by one",
-    )
-    return complete(report, unjudged)
+        return _Streamed(blocks, source, pixels, asked, progress).check(backward=backward)
 
 
 class _Stage(NamedTuple):
@@ -162,8 +136,12 @@ class _Stage(NamedTuple):
             raise error.renamed(self.renamed) from None
 
 
-class _Chained:
-    """One implementation of one block, run as every block in turn: a `Reference`, and a `Port`.
+# The implementation of one block.
+One = TypeVar("One", bound=Any)
+
+
+class _Chained(Generic[One]):
+    """One implementation of one block, run as every block in turn: a `Reference`, and an `Observable`.
 
     Args:
       one: the implementation, which holds the weights of the block whose turn it is.
@@ -172,9 +150,8 @@ class _Chained:
 
     claims: frozenset[str] | None = None
     fixed: frozenset[str] = frozenset()
-    stored: DTypeLike | None = None
 
-    def __init__(self, one: Any, directory: Path):
+    def __init__(self, one: One, directory: Path):
         self.name: str = one.name
         self.config: ViTConfig = one.config
         self.foreign: bool = getattr(one, "foreign", False)
@@ -192,7 +169,7 @@ class _Chained:
         self._stage, self._into, self._out_of = stage, self._out_of, {}
 
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Port.trace`: the values at the stage's sites and at those before the first block."""
+        """See `Observable.trace`: the values at the stage's sites and at those before the first block."""
         key = np.dtype(dtype)
         fed = {_INTO: self._into[key]} if self._stage.block else {}
         trace = {**self.one.trace(pixels, dtype, {**fed, **(replace or {})}), **fed}
@@ -209,7 +186,7 @@ class _Chained:
             self._out_of[key] = self.one.trace(pixels * np.float32(brightness), dtype, self._fed(*key))[_OUT_OF]
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`: those that are the stage's."""
+        """See `Reference.gradients`: those that are the stage's."""
         stage = self._stage
 
         def of_this_block(objective: Objective) -> Objective:
@@ -217,7 +194,8 @@ class _Chained:
             pulled = {} if stage.last else {_OUT_OF: self._cotangents[key]}
             return objective._replace(fed=self._fed(*key), pulled=pulled)
 
-        like = of_this_block(objectives_for(self.one.config, len(pixels))[0])
+        output = problem_of(self.config, pixels).output
+        like = of_this_block(objectives_for(output)[0])
         differentiate = self.one.gradients(pixels, dtype, like=like)
 
         def gradients(objective: Objective) -> Gradients:
@@ -230,6 +208,10 @@ class _Chained:
             return Gradients(by_site, by_parameter, found.pixels)
 
         return gradients
+
+    def storing(self, precision: Precision) -> _Chained[One]:
+        """See `Reference.storing`; parameters are rounded when they are read."""
+        return self
 
     def _fed(self, dtype: np.dtype, brightness: float) -> dict[str, NDArray]:
         return {_INTO: np.load(self._file(dtype, brightness))} if self._stage.block else {}
@@ -248,7 +230,7 @@ class _Blocks:
         self.config = dataclasses.replace(config, num_hidden_layers=1)
         self._prefixed = mapping.is_prefixed(source.tensors, mapping.detect(source.tensors))
         tensors = hf_tensors(self.config, self._numbered(0))
-        self.judge = _Chained(reference_for(self.config, tensors, reference), directory)
+        self.reference: _Chained[Any] = _Chained(reference_for(self.config, tensors, reference), directory)
         self.oracle = _Chained(NumpyOracle(self.config, tensors), directory)
         self.candidate = _Chained(OwnCandidate(self.config, self._mapped(0)), directory)
 
@@ -263,19 +245,19 @@ class _Blocks:
         for index in indices:
             self._let_go()
             tensors = hf_tensors(self.config, self._numbered(index))
-            self.judge.one.fill(tensors)
+            self.reference.one.fill(tensors)
             self.oracle.one.fill(tensors)
             del tensors
             self.candidate.one.fill(self._mapped(index))
             stage = _Stage(index, self.whole.num_hidden_layers)
-            for each in (self.judge, self.oracle, self.candidate):
+            for each in (self.reference, self.oracle, self.candidate):
                 each.enter(stage)
             yield stage
 
     def _let_go(self) -> None:
         """Nobody holds the block any more."""
         held = [weakref.ref(array) for array in (*self.tensors.values(), *self.candidate.one.parameters.values())]
-        self.judge.one.fill({})
+        self.reference.one.fill({})
         self.oracle.one.fill({})
         self.candidate.one.parameters = {}
         gc.collect(0)  # jax forgets the arrays that it was lent only when Python collects
@@ -304,62 +286,87 @@ class _Blocks:
         return dataclasses.replace(self.source, tensors=self.asked.rounded(found))
 
 
-def _forward(title: str, blocks: _Blocks, pixels: NDArray, asked: Precision, progress: Progress) -> ParityReport:
-    names = [site.name for site in sites(blocks.config, 1)]
-    reports: list[tuple[_Stage, ParityReport]] = []
-    for stage in blocks.stages(range(blocks.whole.num_hidden_layers)):
-        progress(f"block {stage.block} of {stage.depth}")
-        with stage.naming():
-            report = compare(
-                title,
-                blocks.config,
-                blocks.tensors,
-                pixels,
-                stage.sites(names),
-                blocks.judge,
-                blocks.oracle,
-                blocks.candidate,
-                asked,
-                # After the first divergence a block is fed what diverges already.
-                explain=not any(before.semantic_failures for _, before in reports),
-            )
-        reports.append((stage, report))
-    return _whole(reports, [site.name for site in sites(blocks.whole, 1)])
+class _Streamed(Session):
+    """A session whose blocks are compared one after another."""
 
+    not_behaviour = "it is the whole model's, and blocks were judged one by one"
 
-def _backward(title: str, blocks: _Blocks, pixels: NDArray, asked: Precision, progress: Progress) -> ParityReport:
-    if isinstance(blocks.judge.one, NumpyReference):
-        blocks.judge.one.gradients(pixels, asked.dtype)  # says why there are none
-    objectives = objectives_for(blocks.config, len(pixels))
-    names = gradient_names(blocks.config)
-    indices = range(blocks.whole.num_hidden_layers)
-    found: dict[_Stage, Pooled] = {}
-    for start, stop in pairwise((0, *LOOKS)):
-        for stage in blocks.stages(indices):
-            progress(f"token streams, block {stage.block} of {stage.depth}")
-            for k in range(start, stop):
-                for each in (blocks.judge, blocks.candidate):
-                    if each is blocks.judge or k < SEMANTIC_OBJECTIVES:
-                        each.keep(pixels, np.float64, objectives[k].brightness)
-                    with asked.asked():
-                        each.keep(pixels, asked.dtype, objectives[k].brightness)
-        for stage in blocks.stages(reversed(indices)):
-            progress(f"gradients, block {stage.block} of {stage.depth}")
-            own = [name for name in names if stage.answers_for(name)]
-            pooled = found.setdefault(stage, Pooled(own, asked.dtype, blocks.judge.foreign))
-            formula = start < SEMANTIC_OBJECTIVES
-            comparison = Comparison(pixels, blocks.judge, blocks.candidate, asked, formula=formula)
+    def __init__(self, blocks: _Blocks, source: Checkpoint, pixels: NDArray, precision: Precision, progress: Progress):
+        super().__init__(
+            blocks.whole,
+            source,
+            pixels,
+            blocks.candidate.one,
+            precision,
+            blocks.reference,
+            images_backward=BACKWARD_OWN,
+            progress=progress,
+        )
+        self._blocks = blocks
+        # Whatever rounds parameters has rounded them when they are read: the engine is to do nothing more.
+        self._rounded = precision._replace(stored=None)
+
+    def forward(self) -> ParityReport:
+        """See `Session.forward`."""
+        blocks, problem = self._blocks, problem_of(self._blocks.config, self.pixels)
+        reports: list[tuple[_Stage, ParityReport]] = []
+        for stage in blocks.stages(range(blocks.whole.num_hidden_layers)):
+            self.progress(f"block {stage.block} of {stage.depth}")
+            part = problem.only(stage.sites(problem.shapes))
+            # After the first divergence a block is fed what diverges already.
+            diverged = any(before.semantic_failures for _, before in reports)
             with stage.naming():
-                for objective in objectives[start:stop]:
-                    comparison.measure(objective, pooled)
-            del comparison  # which holds this block while the next one is read
-        if all(pooled.settled for pooled in found.values()):
-            break
-    reports = [
-        (stage, gradients_report(title, pooled, blocks.judge, asked, blocks.candidate.claims))
-        for stage, pooled in found.items()
-    ]
-    return _whole(reports, gradient_names(blocks.whole))
+                report = compare_forward(
+                    self.title,
+                    part,
+                    blocks.reference,
+                    blocks.oracle,
+                    blocks.candidate,
+                    self._rounded,
+                    explainer=None if diverged else ViTExplainer(blocks.config, blocks.tensors, part),
+                )
+            reports.append((stage, report))
+        return _whole(reports, problem_of(blocks.whole, self.pixels).names)
+
+    def backward(self) -> ParityReport:
+        """See `Session.backward`."""
+        blocks, pixels, precision = self._blocks, self.pixels[: self.images_backward], self._rounded
+        if isinstance(blocks.reference.one, NumpyReference):
+            blocks.reference.one.gradients(pixels, precision.dtype)  # says why there are none
+        problem = problem_of(blocks.config, pixels)
+        explainer = ViTExplainer(blocks.config, {}, problem)
+        objectives = objectives_for(problem.output)
+        indices = range(blocks.whole.num_hidden_layers)
+        found: dict[_Stage, Pooled] = {}
+        for start, stop in pairwise((0, *LOOKS)):
+            for stage in blocks.stages(indices):
+                self.progress(f"token streams, block {stage.block} of {stage.depth}")
+                for k in range(start, stop):
+                    for each in (blocks.reference, blocks.candidate):
+                        if each is blocks.reference or k < SEMANTIC_OBJECTIVES:
+                            each.keep(pixels, np.float64, objectives[k].brightness)
+                        with precision.asked():
+                            each.keep(pixels, precision.dtype, objectives[k].brightness)
+            for stage in blocks.stages(reversed(indices)):
+                self.progress(f"gradients, block {stage.block} of {stage.depth}")
+                own = [name for name in problem.gradients if stage.answers_for(name)]
+                pooled = found.setdefault(stage, Pooled(own, precision.dtype, blocks.reference.foreign))
+                formula = start < SEMANTIC_OBJECTIVES
+                comparison = Comparison(
+                    problem, blocks.reference, blocks.candidate, precision, explainer, formula=formula
+                )
+                with stage.naming():
+                    for objective in objectives[start:stop]:
+                        comparison.measure(objective, pooled)
+                del comparison  # which holds this block while the next one is read
+            if all(pooled.settled for pooled in found.values()):
+                break
+        title = f"{self.title}, backward"
+        reports = [
+            (stage, gradients_report(title, pooled, blocks.reference, precision, blocks.candidate.claims))
+            for stage, pooled in found.items()
+        ]
+        return _whole(reports, gradient_names(blocks.whole))
 
 
 def _whole(reports: list[tuple[_Stage, ParityReport]], order: list[str]) -> ParityReport:

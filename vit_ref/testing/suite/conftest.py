@@ -6,12 +6,13 @@ tests beside it as `vit_ref.testing.suite`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,11 @@ from vit_ref.errors import InputError, UndifferentiableError, UnsupportedByRefer
 from vit_ref.model.config import ViTConfig
 from vit_ref.testing.plugin import summarise
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.compare.backward import check_gradients
-from vit_ref.verify.compare.behaviour import check_behaviour
-from vit_ref.verify.compare.forward import check_parity
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.results import Behaviour, ParityReport
 from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
-from vit_ref.verify.session import BACKWARD_OWN, BEHAVIOUR, FORWARD, prepare_candidate
+from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session, prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.origin import origin
@@ -154,39 +152,40 @@ def _asked(fixture: str, subject: Subject) -> bool:
     return fixture == "parity" or subject.candidate is not None or subject.given or subject.backward
 
 
-def _forward(subject: Subject, precision: str) -> ParityReport:
-    return _judged(check_parity, subject.name, subject, precision)
-
-
-def _backward(subject: Subject, precision: str) -> ParityReport:
-    return _judged(
-        check_gradients,
-        f"{subject.name}, backward",
-        subject,
-        precision,
-        (IMAGES_BACKWARD if subject.candidate else BACKWARD_OWN) if subject.given else None,
-    )
-
-
-def _behaves(subject: Subject, precision: str) -> tuple[Behaviour, ...]:
+@contextlib.contextmanager
+def _prepared(subject: Subject, precision: str) -> Iterator[Session]:
+    """A session of a subject; it fails where the candidate writes into what the reference reads."""
     config, source, pixels = subject.load()
-    return check_behaviour(prepare_candidate(subject.candidate, config, source), pixels[:BEHAVIOUR])
-
-
-def _judged(
-    check: Callable[..., ParityReport], title: str, subject: Subject, precision: str, images: int | None = None
-) -> ParityReport:
-    """The report, unless the candidate wrote into the arrays by which it is judged: the reference reads the same."""
-    config, source, pixels = subject.load()
-    pixels = pixels[:images]
     before = _checksums(source, pixels)
-    port = prepare_candidate(subject.candidate, config, source)
-    report = check(title, config, source, pixels, port, precision, subject.reference)
+    yield Session(
+        config,
+        source,
+        pixels,
+        prepare_candidate(subject.candidate, config, source),
+        precision,
+        subject.reference,
+        title=subject.name,
+        images_backward=(IMAGES_BACKWARD if subject.candidate else BACKWARD_OWN) if subject.given else None,
+    )
     after = _checksums(source, pixels)
     changed = [name for name in before if after.get(name) != before[name]]
     if changed:
-        pytest.fail(f"{title}: the candidate changed {changed[0]} in place: it has to copy it", pytrace=False)
-    return report
+        pytest.fail(f"{subject.name}: the candidate changed {changed[0]} in place: it has to copy it", pytrace=False)
+
+
+def _forward(subject: Subject, precision: str) -> ParityReport:
+    with _prepared(subject, precision) as session:
+        return session.forward()
+
+
+def _backward(subject: Subject, precision: str) -> ParityReport:
+    with _prepared(subject, precision) as session:
+        return session.backward()
+
+
+def _behaves(subject: Subject, precision: str) -> tuple[Behaviour, ...]:
+    with _prepared(subject, "float32") as session:
+        return session.behaviour()
 
 
 def _checksums(source: Checkpoint, pixels: NDArray) -> dict[str, int]:

@@ -2,9 +2,8 @@
 
 Submodules are observed from outside: nnx's by wrapping the `__call__` of their classes, linen's by flax's method
 interception. Values without a submodule of their own are seen as inputs of the next one, as named intermediates, or
-through a tap where the port takes one. Given `identity` for a tap, and a table of nothing, nobody looks: the port is
-called as its users call it. What a port runs under a transformation of its own (`nnx.jit`, `jax.vmap`, a
-scan) is out of reach from outside.
+through a tap where the port takes one. Without a tap the port is called as its users call it. What a port runs under a
+transformation of its own (`nnx.jit`, `jax.vmap`, a scan) is out of reach from outside.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from vit_ref.errors import CandidateError
 from vit_ref.model.vit import identity
 from vit_ref.verify.candidates.declaration import hint, takes
 from vit_ref.verify.candidates.loading import split_named
-from vit_ref.verify.candidates.table import Table, Tap, counted
+from vit_ref.verify.candidates.table import Table, counted
+from vit_ref.verify.compare.trace import Tap
 
 # (parameters, images, table, tap) -> whatever the port returns.
-Run = Callable[[Any, Any, Table, Tap], Any]
+Run = Callable[[Any, Any, Table, Tap | None], Any]
 Call = Callable[..., Any]
 
 
@@ -59,7 +59,7 @@ def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
 def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
     graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
         # A copy: nnx refuses to change a variable that belongs to an outer trace, and transformations such as
         # `nnx.remat` write back what they were given, changed or not.
         model = nnx.merge(graph, parameters, rest, copy=True)
@@ -88,7 +88,7 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
         if not changed:
             return
         # An nnx module that was made from a linen one draws a key for each call, used or not.
-        if not gathered and _same(_called(model, images, call, table, identity), returned):
+        if not gathered and _same(_called(model, images, call, table, None), returned):
             return
         raise CandidateError(
             f"{name}: the forward pass changes the port's own state, {next(iter(gathered or changed))!r}"
@@ -130,13 +130,13 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
     # A box says how a parameter is divided among devices, which is no part of its name.
     parameters = linen.meta.unbox(variables["params"])
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
         met: set[str] = set()
 
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path = counted(".".join(context.module.path))
             met.add(path)
-            if context.method_name != "__call__" or path not in table.paths:
+            if tap is None or context.method_name != "__call__" or path not in table.paths:
                 return method(*args, **kwargs)
             args, kwargs = table.at_input(path, args, kwargs, tap)
             return table.at_output(path, method(*args, **kwargs), tap)
@@ -154,7 +154,7 @@ def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
     """A callable tree, such as an equinox module; or a function, without any parameters."""
     parameters, filled = _floats(port)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
         return _called(filled(parameters), images, call, table, tap)
 
     return parameters, run
@@ -164,7 +164,7 @@ def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
     """A function of parameters and images."""
     parameters, filled = _floats(tree)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap) -> Any:
+    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
         if call is not None:
             return call((function, filled(parameters)), images, **tapping(call, table, tap))
         return function(filled(parameters), images, **tapping(function, table, tap))
@@ -191,24 +191,31 @@ def _floats(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     return parameters, filled
 
 
-def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap) -> Any:
+def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap | None) -> Any:
     if call is not None:
         return call(port, images, **tapping(call, table, tap))
     return port(images, **tapping(port, table, tap))
 
 
-def tapping(function: Call, table: Table, tap: Tap) -> dict[str, Any]:
-    """The tap as an argument, for a port that takes it; where nobody looks, only if it has to be given one."""
+def tapping(function: Call, table: Table, tap: Tap | None) -> dict[str, Any]:
+    """The tap as an argument, for a port that takes one.
+
+    A port that has to be given one gets `identity` where there is no tap. That is what this package's model, which the
+    port may call, takes for none.
+    """
     if not takes(function, "tap"):
         return {}
-    if tap is not identity:
+    if tap is not None:
         return {"tap": lambda name, value: table.at_name(name, value, tap)}
     required = inspect.signature(function).parameters["tap"].default is inspect.Parameter.empty
     return {"tap": identity} if required else {}
 
 
 @contextlib.contextmanager
-def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap) -> Iterator[None]:
+def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap | None) -> Iterator[None]:
+    if tap is None:
+        yield
+        return
     watched = {id(modules[path]): path for path in table.paths & modules.keys()}
 
     def observed(cls: type, method: Call) -> Call:

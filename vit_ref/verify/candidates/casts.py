@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vit_ref.verify.candidates.table import Tap
+from vit_ref.verify.compare.trace import Tap
 
 
 class Casts:

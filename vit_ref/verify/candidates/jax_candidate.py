@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError
 from vit_ref.model.config import ViTConfig
-from vit_ref.model.vit import Tap, identity
 from vit_ref.verify.candidates.adapters import adapted, is_float
 from vit_ref.verify.candidates.casts import Casts
 from vit_ref.verify.candidates.declaration import Candidate
-from vit_ref.verify.candidates.loading import claims, in_one_line, loaded, observed, recognised
+from vit_ref.verify.candidates.loading import claims, in_one_line, load, observed, recognised
 from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.candidates.tapped import Tapped
-from vit_ref.verify.compare.trace import Forward, precision_of
+from vit_ref.verify.compare.trace import Forward, Tap, precision_of
 from vit_ref.weights.pretrained import parameters_of_state
 
 
@@ -58,42 +57,45 @@ class JaxCandidate(Tapped):
         """See `Tapped.ready`."""
         candidate = self._candidate
         if self._port is None or self._port[0] != np.dtype(dtype):
-            self._port = np.dtype(dtype), loaded(candidate, self._checkpoint, dtype)
+            self._port = np.dtype(dtype), load(candidate, self._checkpoint, dtype)
         with in_one_line(self.name, "taking its parameters"):
             parameters, run = adapted(self._port[1], candidate.call, self.name)
             _require_values(parameters, self.name)
             if np.dtype(dtype) == np.float64:
                 parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 
-        def forward(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
-            looking = tap is not identity
-            table = self.tables(pixels.shape) if looking else Table({}, self.config, pixels.shape, _vjp)
+        def forward(parameters: Any, pixels: jax.Array, tap: Tap | None) -> jax.Array:
+            table = self.tables(pixels.shape) if tap else Table({}, self.config, pixels.shape, _vjp)
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
 
-            def passed(tap: Tap) -> jax.Array:
+            def passed(tap: Tap | None) -> jax.Array:
                 return observed(candidate, self.config, partial(run, parameters, images), table, tap)
 
             output = self._in(dtype, passed, tap)
-            if looking:
+            if tap:
                 self.fixed = frozenset(table.fixed)
             return output
 
         return parameters, forward
 
-    def _in(self, dtype: DTypeLike, forward: Callable[[Tap], jax.Array], tap: Tap) -> jax.Array:
+    def _in(self, dtype: DTypeLike, forward: Callable[[Tap | None], jax.Array], tap: Tap | None) -> jax.Array:
         """One forward pass, in float64 without its casts to float32 where it bears that."""
         casts = Casts()
         try:
             with without_casts(dtype, casts):
-                output = forward(casts.watching(tap) if tap is not identity else tap)
+                output = forward(casts.watching(tap) if tap else None)
         except CandidateError:
             # A scan whose carry is float32 refuses float64, for one.
             if not casts.number:
                 raise
             return forward(tap)
-        if tap is not identity and np.dtype(dtype) == np.float64:
+        if tap and np.dtype(dtype) == np.float64:
             self.notes = casts.notes
         return output
+
+    def path_of(self, site: str) -> str:
+        """See `Runnable.path_of`."""
+        return self.tables((1, *self.config.image_hw)).path_of(site)
 
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""

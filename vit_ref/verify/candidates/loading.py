@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from vit_ref.errors import CandidateError, InputError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import output_site
-from vit_ref.model.vit import identity
 from vit_ref.verify.candidates.declaration import Candidate, declared, takes
-from vit_ref.verify.candidates.table import Table, Tap, claimed, described, flat, gradients_by_path
+from vit_ref.verify.candidates.table import Table, claimed, described, flat, gradients_by_path
+from vit_ref.verify.compare.trace import Tap
 from vit_ref.weights import mapping
 
 # A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
@@ -67,7 +67,7 @@ def _file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except RAISED as error:
         sys.modules.pop(name, None)
-        raise failed(str(path), "importing it", error) from error
+        raise CandidateError.raised(str(path), "importing it", error) from error
     return module
 
 
@@ -119,10 +119,10 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except RAISED as error:
-        raise failed(name, "importing it", error) from error
+        raise CandidateError.raised(name, "importing it", error) from error
 
 
-def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
+def load(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
     """What the candidate's loader returns.
 
     Raises:
@@ -134,7 +134,7 @@ def loaded(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
                 return candidate.load(checkpoint, dtype=np.dtype(dtype))
             return candidate.load(checkpoint)
     except RAISED as error:
-        raise failed(candidate.name, "load()", error) from error
+        raise CandidateError.raised(candidate.name, "load()", error) from error
 
 
 def is_torch(port: Any) -> bool:
@@ -143,7 +143,9 @@ def is_torch(port: Any) -> bool:
     return torch is not None and isinstance(port, torch.nn.Module)
 
 
-def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap], Any], table: Table, tap: Tap) -> Any:
+def observed(
+    candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap | None], Any], table: Table, tap: Tap | None
+) -> Any:
     """The output of one forward pass, every value that the port shows passed through a tap.
 
     The output's own site is what is returned, whatever the port shows under its name: a port that shows logits and
@@ -153,8 +155,8 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
       candidate: the declaration.
       config: the checkpoint's configuration.
       run: the forward pass.
-      table: the candidate's, for these images; of nothing where nobody looks.
-      tap: called with every site that the port shows; `identity` where nobody looks.
+      table: the candidate's, for these images; an empty one without a tap.
+      tap: called with every site that the candidate shows; None to run it as its users do.
 
     Raises:
       CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
@@ -162,16 +164,18 @@ def observed(candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap]
     last = output_site(config)
 
     def before(site: str, value: Any) -> Any:
-        return value if site == last else tap(site, value)
+        return value if site == last or tap is None else tap(site, value)
 
     with beside_it(candidate.directory), in_one_line(candidate.name, "the forward pass"):
-        returned = run(table, tap if tap is identity else before)
+        returned = run(table, before if tap else None)
     output, named = split_output(returned, candidate.name)
     if last == "cls" and len(output.shape) == 3:
         raise CandidateError(
             f"{candidate.name}: it returned a value of shape {tuple(output.shape)}: without a head the cls token (B, D)"
             " is expected: give call=lambda port, images: port(images)[:, 0]"
         )
+    if tap is None:
+        return output
     table.returned(named, before)
     table.fixed.discard(last)
     return tap(last, output)
@@ -194,17 +198,7 @@ def in_one_line(name: str, what: str) -> Iterator[None]:
     except (InputError, jax.errors.JAXTypeError):
         raise
     except RAISED as error:
-        raise failed(name, what, error) from error
-
-
-def failed(name: str, what: str, error: BaseException) -> CandidateError:
-    """A person's exception as one line."""
-    return CandidateError(f"{name}: {what} raised {type(error).__name__}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
-    return next(iter(str(error).strip().splitlines()), "")
+        raise CandidateError.raised(name, what, error) from error
 
 
 def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import skeleton
-from vit_ref.model.vit import Tap
+from vit_ref.model.vit import identity
 from vit_ref.verify.candidates.tapped import Tapped
-from vit_ref.verify.compare.trace import Forward, narrowed
+from vit_ref.verify.compare.trace import Forward, Tap, narrowed
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import detect, port
 from vit_ref.weights.pretrained import parameters_of_state, with_arrays
@@ -44,8 +44,8 @@ class OwnCandidate(Tapped):
         if np.dtype(dtype) not in self._by_dtype:
             graph, shapes = skeleton(self.config, dtype)
 
-            def forward(state: nnx.State, pixels: jax.Array, tap: Tap) -> jax.Array:
-                return nnx.merge(graph, state)(pixels, tap=tap)
+            def forward(state: nnx.State, pixels: jax.Array, tap: Tap | None) -> jax.Array:
+                return nnx.merge(graph, state)(pixels, tap=tap or identity)
 
             self._by_dtype[np.dtype(dtype)] = shapes, forward
         shapes, same = self._by_dtype[np.dtype(dtype)]

@@ -16,11 +16,11 @@ from vit_ref.errors import CandidateError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import OUTPUTS, sites
 from vit_ref.verify.candidates.declaration import Mapped, hint
+from vit_ref.verify.compare.trace import Tap
 from vit_ref.weights.mapping import parameter_shapes
 
 # (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
 Vjp = Callable[[Callable[[Any], Any], Any], tuple[Any, Callable[[Any], Any]]]
-Tap = Callable[[str, Any], Any]
 
 _POINT = re.compile(r"(?P<path>[^:\[\]]*)(?P<input>:input)?(?:\[(?P<key>[^\[\]]+)\])?")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from copy import copy
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError, UndifferentiableError
 from vit_ref.model.config import ViTConfig
-from vit_ref.model.vit import Tap, identity
+from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.adapters import is_float
-from vit_ref.verify.candidates.loading import failed
 from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
-from vit_ref.verify.compare.trace import Forward, Trace, beside, precision_of, recorder, replacements
+from vit_ref.verify.compare.trace import Forward, Tap, Trace, beside, precision_of, recorder, replacements
+from vit_ref.verify.precision import Precision
 
 
 class _Compiled(NamedTuple):
@@ -75,8 +76,18 @@ class Tapped(ABC):
             return parameters, forward
         return jax.tree.map(lambda x: x.astype(self.stored) if is_float(x) else x, parameters), forward
 
+    def storing(self, precision: Precision) -> Self:
+        """See `Reference.storing`."""
+        narrow = copy(self)
+        narrow.stored = precision.stored
+        return narrow
+
+    def path_of(self, site: str) -> str:
+        """See `Runnable.path_of`."""
+        return site
+
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Implementation.trace`.
+        """See `Observable.trace`.
 
         Args:
           pixels: as there.
@@ -99,7 +110,7 @@ class Tapped(ABC):
                 # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
                 shown = recorder(forward)(parameters, images, given)
             except jax.errors.JAXTypeError as error:
-                raise failed(self.name, "the forward pass", error) from error
+                raise CandidateError.raised(self.name, "the forward pass", error) from error
             inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
             if inside:
                 raise InputError(
@@ -109,9 +120,9 @@ class Tapped(ABC):
             return {site: np.asarray(value) for site, value in shown.items()}
 
     def outputs(
-        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
+        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """The outputs alone of several batches of images, compiled or operation by operation; by default nobody looks.
+        """The outputs alone of several batches of images, compiled or operation by operation; by default without a tap.
 
         Raises:
           jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
@@ -132,7 +143,7 @@ class Tapped(ABC):
     def gradients(
         self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`, and `differentiator` for `like`."""
+        """See `Reference.gradients`, and `differentiator` for `like`."""
         with precision_of(dtype):
             parameters, forward = self._ready(dtype)
         _, compiled, perturbed = self._compiled_of(forward)
@@ -151,9 +162,8 @@ class Tapped(ABC):
             return forward(parameters, pixels, kept)
 
         try:
-            differentiate = differentiator(
-                keeping, parameters, self.config, pixels, dtype, like=like, compiled=compiled
-            )
+            shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
+            differentiate = differentiator(keeping, parameters, shapes, pixels, dtype, like=like, compiled=compiled)
         except CandidateError as error:
             # It ran forward: it calls what jax has no derivative of, such as a callback.
             raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error

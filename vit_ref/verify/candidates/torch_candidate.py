@@ -19,21 +19,21 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vit_ref.errors import CandidateError, UndifferentiableError
+from vit_ref.errors import CandidateError, UndifferentiableError, first_line
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import output_site, sites
-from vit_ref.model.vit import identity
 from vit_ref.verify.candidates.adapters import require_known, tapping
 from vit_ref.verify.candidates.casts import Casts
 from vit_ref.verify.candidates.declaration import Candidate, takes
-from vit_ref.verify.candidates.loading import RAISED, claims, first_line, in_one_line, loaded, observed, recognised
-from vit_ref.verify.candidates.table import Table, Tap, counted
+from vit_ref.verify.candidates.loading import RAISED, claims, in_one_line, load, observed, recognised
+from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.compare.objectives import Gradients, Objective, require_shape
-from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.compare.trace import Tap, Trace
+from vit_ref.verify.precision import Precision
 
 
 class TorchCandidate:
-    """A candidate whose loader returns a `torch.nn.Module`; with the same methods as `Tapped`.
+    """A candidate whose loader returns a `torch.nn.Module`; as `Runnable` has it.
 
     It runs as it was loaded, on the device of its parameters: whether it is in evaluation mode is part of what is
     judged.
@@ -50,12 +50,11 @@ class TorchCandidate:
 
     compiles = False
     foreign = True
-    stored: DTypeLike | None = None
 
     def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: torch.nn.Module | None = None):
         self.name = candidate.name
         self.config = config
-        self.claims = claims(candidate, config)
+        self.claims: frozenset[str] | None = claims(candidate, config)
         self.fixed: frozenset[str] = frozenset()
         self.notes: tuple[str, ...] = ()
         # See `JaxCandidate`.
@@ -79,7 +78,7 @@ class TorchCandidate:
         return recorded
 
     def outputs(
-        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
+        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
         """See `Tapped.outputs`; `jit` has no meaning here."""
         module = self._ready(dtype)
@@ -93,7 +92,7 @@ class TorchCandidate:
         return found
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`; parameters are those that `torch.nn.Module.to` makes, in `dtype`."""
+        """See `Reference.gradients`; parameters are those that `torch.nn.Module.to` makes, in `dtype`."""
         module = self._ready(dtype)
         with in_one_line(self.name, "asking its parameters for gradients"):
             # One by one: a ScriptModule has no `requires_grad_` of its own.
@@ -136,6 +135,14 @@ class TorchCandidate:
 
         return gradients
 
+    def storing(self, precision: Precision) -> TorchCandidate:
+        """See `Reference.storing`: itself, because `torch.nn.Module.to` rounds its parameters to every dtype."""
+        return self
+
+    def path_of(self, site: str) -> str:
+        """See `Runnable.path_of`."""
+        return self.tables((1, *self.config.image_hw)).path_of(site)
+
     def parameters(self) -> dict[str, NDArray]:
         """The port's parameters in float64, on the host, by its own paths."""
         module = self._ready(np.float64)
@@ -150,7 +157,7 @@ class TorchCandidate:
         """A module of its own, which nobody else sees changed, that computes in `dtype`."""
         converts = takes(self._candidate.load, "dtype")
         if self._port is None or (converts and self._port[0] != np.dtype(dtype)):
-            self._port = np.dtype(dtype), loaded(self._candidate, self._checkpoint, dtype)
+            self._port = np.dtype(dtype), load(self._candidate, self._checkpoint, dtype)
         self._require_values(self._port[1])
         # Without gradients, or a ScriptModule's copy has parameters that were computed.
         with in_one_line(self.name, "copying it"), torch.no_grad(), _results_copied():
@@ -169,14 +176,14 @@ class TorchCandidate:
     def _arranged(self, images: torch.Tensor) -> torch.Tensor:
         return images.permute(0, 3, 1, 2).contiguous() if self._channels_first else images
 
-    def _forward(self, module: torch.nn.Module, images: torch.Tensor, tap: Tap) -> torch.Tensor:
+    def _forward(self, module: torch.nn.Module, images: torch.Tensor, tap: Tap | None) -> torch.Tensor:
         call = self._candidate.call
         batch, *rest = images.shape
         height, width = rest[1:] if self._channels_first else rest[:2]
-        shape, looking = (batch, height, width), tap is not identity
-        table = self.tables(shape) if looking else Table({}, self.config, shape, _vjp)
+        shape = batch, height, width
+        table = self.tables(shape) if tap else Table({}, self.config, shape, _vjp)
 
-        def run(table: Table, tap: Tap) -> Any:
+        def run(table: Table, tap: Tap | None) -> Any:
             named = tapping(call or module.forward, table, tap)
             # What shows its values itself would be seen twice.
             modules = {} if named else {counted(path): part for path, part in module.named_modules()}
@@ -185,27 +192,27 @@ class TorchCandidate:
             require_known(table, table.met if named else modules, returned, module)
             return returned
 
-        def passed(tap: Tap) -> torch.Tensor:
+        def passed(tap: Tap | None) -> torch.Tensor:
             return observed(self._candidate, self.config, run, table, tap)
 
         output = self._in(images.dtype, passed, tap)
-        if looking:
+        if tap:
             self.fixed = frozenset(table.fixed)
         return output
 
-    def _in(self, dtype: torch.dtype, forward: Callable[[Tap], torch.Tensor], tap: Tap) -> torch.Tensor:
+    def _in(self, dtype: torch.dtype, forward: Callable[[Tap | None], torch.Tensor], tap: Tap | None) -> torch.Tensor:
         """See `JaxCandidate._in`."""
         if dtype != torch.float64:
             return forward(tap)
         casts = Casts()
         try:
             with _WithoutCasts(casts):
-                output = forward(casts.watching(tap) if tap is not identity else tap)
+                output = forward(casts.watching(tap) if tap else None)
         except CandidateError:
             if not casts.number:
                 raise
             return forward(tap)
-        if tap is not identity:
+        if tap:
             self.notes = casts.notes
         return output
 
@@ -231,7 +238,11 @@ class _WithoutCasts(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _watching(modules: Mapping[str, torch.nn.Module], table: Table, tap: Tap) -> Iterator[None]:
+def _watching(modules: Mapping[str, torch.nn.Module], table: Table, tap: Tap | None) -> Iterator[None]:
+    if tap is None:
+        yield
+        return
+
     def entering(path: str, _: Any, args: Any, kwargs: Any) -> Any:
         return table.at_input(path, args, kwargs, tap)
 

@@ -1,110 +1,76 @@
-"""What a port has to do besides computing the right values: the same each time, for each image, compiled or not, and
-where nobody looks at its sites."""
+"""What a candidate has to do besides computing the right values: give the same each time, for each image alone,
+compiled or not, with a tap or without."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import InputError
-from vit_ref.model.vit import Tap, identity
-from vit_ref.verify.candidates.loading import failed
-from vit_ref.verify.candidates.table import Table
-from vit_ref.verify.compare.trace import Progress, silent
+from vit_ref.errors import CandidateError, InputError
+from vit_ref.verify.compare.protocols import Runnable
+from vit_ref.verify.compare.trace import Progress, passing, silent
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.results import Behaviour
 
 
-class Runnable(Protocol):
-    """A port of which only the output is asked, with a tap and without.
-
-    Attributes:
-      name: how reports call it.
-      compiles: whether it is one of jax. Any other can write into its images, which jax's arrays do not allow.
-    """
-
-    name: str
-    compiles: bool
-
-    def outputs(
-        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap = identity
-    ) -> list[NDArray]:
-        """Outputs of several batches of images, compiled where `jit` says so and the port compiles; nobody looks.
-
-        What it writes into its images is in `batches` afterwards.
-        """
-        ...
-
-
-def check_behaviour(port: Runnable, pixels: NDArray, *, progress: Progress = silent) -> tuple[Behaviour, ...]:
-    """Runs a port in float64 in ways that must all agree to within the semantic gate.
+def check_behaviour(candidate: Runnable, pixels: NDArray, *, progress: Progress = silent) -> tuple[Behaviour, ...]:
+    """Runs a candidate in float64 in ways that must all agree to within the semantic gate.
 
     Args:
-      port: the port.
+      candidate: the candidate.
       pixels: float32 images (B, height, width, C), two of them at least for "batch" to mean anything.
       progress: told what is being done next.
     """
-    progress(f"{port.name}: the same each time, alone, compiled")
+    progress(f"{candidate.name}: the same each time, alone, compiled")
     # Copies: what a port writes into its images would show in the next run, too.
     given = [images.copy() for images in (pixels, pixels, pixels[:1], pixels[-1:])]
     jit = True
     try:
         try:
-            together, again, *alone = port.outputs(given, np.float64)
+            together, again, *alone = candidate.outputs(given, np.float64)
         except InputError as error:
             # Whether a tap is what it lacks: else this raises the same.
-            port.outputs(given, np.float64, tap=_passing)
+            candidate.outputs(given, np.float64, tap=passing)
             return (Behaviour("untapped", None, f"without a tap {error}"),)
-        if port.compiles:
+        if candidate.compiles:
             # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
-            eager = port.outputs([pixels[:1], pixels, pixels[-1:]], np.float64, jit=False)
+            eager = candidate.outputs([pixels[:1], pixels, pixels[-1:]], np.float64, jit=False)
             own = _behaviour("jit", [alone[0], together, alone[1]], eager, _JIT)
         else:
             own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
     except jax.errors.JAXTypeError as error:
         reason = f"jax cannot trace it ({type(error).__name__}), so nothing can compile or differentiate it"
         own, jit = Behaviour("jit", None, reason), False
-        together, again, *alone = port.outputs(given, np.float64, jit=False)
+        together, again, *alone = candidate.outputs(given, np.float64, jit=False)
     repeat = _behaviour("repeat", [together], [again], _REPEAT)
     batch = _behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)
     if not repeat.passed:
         return repeat, batch, own
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
-    tapped = port.outputs([pixels.copy()], np.float64, jit=jit, tap=_passing)
+    tapped = candidate.outputs([pixels.copy()], np.float64, jit=jit, tap=passing)
     return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
 
 
-class Observable(Runnable, Protocol):
-    """A port that is observed at its sites.
+def require_repeatable(candidate: Runnable, pixels: NDArray, *, progress: Progress = silent) -> None:
+    """Runs a candidate twice on the same images before anything else is asked of it.
 
-    Attributes:
-      tables: from the images' shape to what observes the port.
-    """
-
-    tables: Callable[[tuple[int, ...]], Table]
-
-
-def require_repeatable(port: Observable, pixels: NDArray, *, progress: Progress = silent) -> None:
-    """Runs a port twice on the same images before anything else is asked of it.
-
-    A port whose dropout is live has no value that could be compared, and every other check would fail first. A site
-    that is shown more than once in one pass has no one value either.
+    A candidate whose dropout is live has no value that could be compared, and every other check would fail first. Nor
+    has a site one value that is shown with several in one pass.
 
     Args:
-      port: the port.
+      candidate: the candidate.
       pixels: float32 images (B, height, width, C).
       progress: told what is being done next.
 
     Raises:
-      InputError: the two outputs differ, a site has several values in one pass, or the port cannot be run.
+      InputError: the two outputs differ, a site has several values in one pass, or the candidate cannot be run.
     """
-    progress(f"{port.name}: twice the same")
+    progress(f"{candidate.name}: twice the same")
     shown: dict[str, list[bytes]] = {}
 
     def keep(site: str, value: Any) -> Any:
@@ -114,26 +80,21 @@ def require_repeatable(port: Observable, pixels: NDArray, *, progress: Progress 
         return value
 
     try:
-        (once,) = port.outputs([pixels.copy()], np.float64, jit=False, tap=keep)
-        (again,) = port.outputs([pixels.copy()], np.float64, jit=False, tap=_passing)
+        (once,) = candidate.outputs([pixels.copy()], np.float64, jit=False, tap=keep)
+        (again,) = candidate.outputs([pixels.copy()], np.float64, jit=False, tap=passing)
     except jax.errors.JAXTypeError as error:
-        raise failed(port.name, "the forward pass", error) from error
+        raise CandidateError.raised(candidate.name, "the forward pass", error) from error
     for site, digests in shown.items():
         if len(set(digests)) > 1:
-            path = port.tables(pixels.shape).path_of(site)
+            path = candidate.path_of(site)
             raise InputError(
-                f"{port.name}: {path!r} runs {len(digests)} times in one forward pass and shows another value of {site}"
-                " each time, as where the outputs of an image and its mirror image are averaged: give"
+                f"{candidate.name}: {path!r} runs {len(digests)} times in one forward pass and shows another value of"
+                f" {site} each time, as where the outputs of an image and its mirror image are averaged: give"
                 " call=lambda port, images: ... that runs the model once"
             )
     repeat = _behaviour("repeat", [once], [again], _REPEAT)
     if not repeat.passed:
-        raise InputError(f"{port.name}: {repeat.reason} (relative RMS {repeat.error:.1e})")
-
-
-def _passing(site: str, value: Any) -> Any:
-    """A tap that changes nothing; `identity` stands for none at all."""
-    return value
+        raise InputError(f"{candidate.name}: {repeat.reason} (relative RMS {repeat.error:.1e})")
 
 
 # Sums of some thousand products that were rounded to float32.

@@ -19,9 +19,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import UndifferentiableError
-from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import sites
-from vit_ref.verify.compare.trace import Forward, beside, precision_of
+from vit_ref.verify.compare.trace import TappedForward, beside, precision_of
 
 # By how many 32nds each objective's images are darker, so that every look has seen bright ones and dark ones.
 #
@@ -70,10 +68,10 @@ class Gradients(NamedTuple):
         return {**self.sites, **self.parameters, "pixels": self.pixels}
 
 
-def objectives_for(config: ViTConfig, batch: int, seed: int = 0) -> tuple[Objective, ...]:
-    """The classification loss on random labels, then random cotangents."""
+def objectives_for(output: tuple[int, ...], seed: int = 0) -> tuple[Objective, ...]:
+    """The classification loss on random labels, then random cotangents, of an output of the shape (B, width)."""
     rng = np.random.default_rng(seed)
-    width = sites(config, batch)[-1].shape[-1]
+    batch, width = output
     labels = rng.integers(0, width, batch)
     first, *others = (1 - darker / 32 for darker in DARKER)
     return Objective(first, 1.0, labels, np.zeros((batch, width))), *(
@@ -90,9 +88,9 @@ def require_shape(output: tuple[int, ...], expected: tuple[int, ...]) -> None:
 
 
 def differentiator(
-    forward: Forward,
+    forward: TappedForward,
     parameters: Any,
-    config: ViTConfig,
+    shapes: Mapping[str, tuple[int, ...]],
     pixels: NDArray,
     dtype: DTypeLike,
     *,
@@ -105,10 +103,10 @@ def differentiator(
     model, on one core.
 
     Args:
-      forward: the forward pass. A perturbation of zero is added at every site that has the shape of `sites`, and the
-        gradient with respect to it is the site's.
+      forward: the forward pass. A perturbation of zero is added at every site whose value has the shape in
+        `shapes`, and the gradient with respect to it is the site's.
       parameters: any tree. What is not stored in the precision under test is widened to at least float32.
-      config: the model's configuration.
+      shapes: every site with the shape of its value; the last one is the output.
       pixels: float32 images.
       dtype: float64, or the precision under test.
       like: an objective that is fed and pulled at the sites of those to come; by default at none.
@@ -119,9 +117,8 @@ def differentiator(
       share what is compiled.
     """
     compiled = {} if compiled is None else compiled
-    like = like or objectives_for(config, len(pixels))[0]
+    like = like or objectives_for(list(shapes.values())[-1])[0]
     wide = np.promote_types(np.dtype(dtype), np.float32)
-    shapes = sites(config, len(pixels), pixels.shape[1:3])
 
     def objective(
         parameters: Any,
@@ -157,7 +154,7 @@ def differentiator(
     @partial(jax.jit, donate_argnums=0)
     def run(parameters: Any, pixels: jax.Array, *scalars: Any) -> Any:
         # Made here and not given: as arguments they would take as much memory as all activations.
-        perturbations = {site.name: jnp.zeros(site.shape, wide) for site in shapes}
+        perturbations = {site: jnp.zeros(shape, wide) for site, shape in shapes.items()}
         return jax.grad(objective, argnums=(0, 1, 2))(parameters, perturbations, pixels, *scalars)
 
     def arguments(o: Objective) -> tuple[Any, ...]:

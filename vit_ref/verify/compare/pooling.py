@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.gates import Error, Errors, numerical_gate, root_mean_square
-from vit_ref.verify.results import Cause, SiteResult
+from vit_ref.verify.results import Explanation, SiteResult
 
 # Where every gradient's error so far is within this part of its gate, the objectives that remain are left out. Right
 # ports on a trained ViT-S/14 then stop at three of twelve in nine cases of ten. What that lets through was found in
@@ -34,8 +34,7 @@ class Pooled:
       yardsticks: the reference's in the tested precision.
       roundings: the candidate's there.
       fused: the reference's there with fused attention; empty unless that widens the gate.
-      causes: known bugs that explain the first divergence.
-      place: how that gradient is wrong, see `diagnosis.where`.
+      explanation: of the first divergence.
     """
 
     names: Sequence[str]
@@ -45,8 +44,7 @@ class Pooled:
     yardsticks: list[Errors] = dataclasses.field(default_factory=list)
     roundings: list[Errors] = dataclasses.field(default_factory=list)
     fused: list[Errors] = dataclasses.field(default_factory=list)
-    causes: tuple[Cause, ...] = ()
-    place: str = ""
+    explanation: Explanation = dataclasses.field(default_factory=Explanation)
 
     @property
     def missing(self) -> tuple[str, ...]:

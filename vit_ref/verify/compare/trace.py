@@ -1,12 +1,11 @@
-"""Traces, and what every implementation under observation offers: a trace of one forward pass."""
+"""Traces of one forward pass, the taps that make them, and the precision that they are made in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from copy import copy
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,16 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import TruncatedError
-from vit_ref.model.vit import Tap
 
 T = TypeVar("T")
 Trace = dict[str, NDArray]
+# Called with each site's name and value; what it returns takes the value's place. Recording, replacing and perturbing
+# are taps. Without a tap is not the same as with one that changes nothing: a model may then take another path.
+Tap = Callable[[str, Any], Any]
 # (parameters, pixels, tap) -> output (B, width), in jax. Parameters are any tree.
-Forward = Callable[[Any, jax.Array, Tap], jax.Array]
+TappedForward = Callable[[Any, jax.Array, Tap], jax.Array]
+# The same, which runs without a tap, too.
+Forward = Callable[[Any, jax.Array, Tap | None], jax.Array]
 # Told what is being done next, in a few words.
 Progress = Callable[[str], None]
 
@@ -29,30 +32,12 @@ def silent(step: str) -> None:
     """The progress that nobody watches."""
 
 
-class Implementation(Protocol):
-    """A ViT that can be observed at the sites.
-
-    Attributes:
-      name: how reports call it.
-    """
-
-    name: str
-
-    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
-        """Runs one forward pass in evaluation mode.
-
-        Args:
-          pixels: float32 images (B, height, width, C).
-          dtype: dtype of the whole computation; parameters and pixels are converted to it exactly or by rounding once.
-
-        Returns:
-          Values by site. In float64 each one is float64; at lower precision an implementation may keep some wider, as
-          FlaxViT keeps its residual stream in float32 under bfloat16.
-        """
-        ...
+def passing(site: str, value: Any) -> Any:
+    """The tap that changes nothing."""
+    return value
 
 
-def recorder(forward: Forward) -> Callable[[Any, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]:
+def recorder(forward: TappedForward) -> Callable[[Any, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]:
     """A function from parameters, pixels and replacements by site to every site's value, before it is replaced."""
 
     def run(parameters: Any, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -96,13 +81,6 @@ def narrowed(parameters: T, dtype: DTypeLike) -> T:
     """A tree of parameters, below float64 with float32 for float64, which jax would make of them with a warning."""
     narrow = np.dtype(dtype) != np.float64
     return jax.tree.map(lambda x: x.astype(np.float32) if narrow and x.dtype == np.float64 else x, parameters)
-
-
-def storing(port: T, dtype: DTypeLike) -> T:
-    """The same port with its parameters rounded to `dtype` wherever it does not compute in float64."""
-    narrow: Any = copy(port)
-    narrow.stored = dtype
-    return narrow
 
 
 def beside(work: Callable[..., T], *arguments: Any) -> Future[T]:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.diagnose.gaps import across, hidden_before
+from vit_ref.verify.diagnose.gaps import across
 from vit_ref.verify.diagnose.guesses import MULTIPLIED, ROUNDED, STORED, UNIT, Guess, in_another_order, of_the_value
 from vit_ref.verify.diagnose.hypotheses import Upstream
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
+from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import Cause
 from vit_ref.weights.mapping import Tensors

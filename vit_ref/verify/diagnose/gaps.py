@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 from numpy.typing import NDArray
 
@@ -21,16 +21,6 @@ from vit_ref.weights.mapping import Tensors
 # What ports write into their LayerNorms whatever the checkpoint says: the defaults of flax and big_vision, of PyTorch,
 # and of Hugging Face's ViT.
 _EPSILONS = (1e-6, 1e-5, 1e-12)
-
-
-def hidden_before(site: str, names: list[str], shown: Container[str]) -> tuple[str, ...]:
-    """The sites right before `site` that a candidate does not show, in order."""
-    gap: list[str] = []
-    for name in reversed(names[: names.index(site)]):
-        if name in shown:
-            break
-        gap.insert(0, name)
-    return tuple(gap)
 
 
 def across(

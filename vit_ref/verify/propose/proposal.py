@@ -15,14 +15,14 @@ from vit_ref.errors import CandidateError
 from vit_ref.model.sites import output_site
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.compare.behaviour import require_repeatable
-from vit_ref.verify.compare.forward import hf_tensors
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.propose.listing import Proposal
 from vit_ref.verify.propose.matching import EQUAL, Match, Search
 from vit_ref.verify.propose.readings import Place
 from vit_ref.verify.propose.recording import Recorder
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.verify.session import found, prepare_candidate
+from vit_ref.verify.session import find_declaration, load_candidate
+from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
 from vit_ref.weights.origin import origin
 from vit_ref.weights.pretrained import opened
@@ -60,9 +60,9 @@ def propose(
       InputError: checkpoint, candidate or images cannot be used, or nothing of the port can be seen from outside.
     """
     source, config = opened(checkpoint)
-    declared = dataclasses.replace(found(candidate), sites=None, parameters=None)
+    declared = dataclasses.replace(find_declaration(candidate), sites=None, parameters=None)
     with mapping.naming(source.path):
-        port = prepare_candidate(declared, config, source)
+        port = load_candidate(declared, config, source)
     pixels = pixels_for(config, images, IMAGES)
     require_repeatable(port, pixels)
     recorder = Recorder(config, pixels.shape)

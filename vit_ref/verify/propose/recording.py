@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
-from vit_ref.verify.candidates.table import Table, Tap, counted
+from vit_ref.verify.candidates.table import Table, counted
+from vit_ref.verify.compare.trace import Tap
 
 
 class _Every(frozenset[str]):

@@ -1,10 +1,10 @@
-"""The references by name: who may judge, and what each needs."""
+"""The references by name, and what each needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -13,33 +13,13 @@ from numpy.typing import NDArray
 from vit_ref.errors import InputError, UnsupportedByReferenceError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.compare.objectives import Gradients, Objective
-from vit_ref.verify.compare.trace import Implementation
+from vit_ref.verify.compare.protocols import Reference
 from vit_ref.verify.diagnose.guesses import MULTIPLIED
 from vit_ref.verify.environment import products
+from vit_ref.verify.precision import Precision
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, whole
 from vit_ref.verify.references.torch_vit import TorchViTReference, require_torch
-
-
-class Reference(Implementation, Protocol):
-    """An implementation that judges others, forward and backward.
-
-    Attributes:
-      config: the model's configuration.
-      foreign: whether it is no jax program, see `gates.ALLOWANCES`.
-    """
-
-    config: ViTConfig
-    foreign: bool
-
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`.
-
-        Raises:
-          UnsupportedByReferenceError: it has no backward pass.
-        """
-        ...
-
 
 _OPERANDS: dict[str, Callable[[NDArray], NDArray]] = {
     "float32": whole,
@@ -49,7 +29,7 @@ _OPERANDS: dict[str, Callable[[NDArray], NDArray]] = {
 
 
 class NumpyReference(NumpyOracle):
-    """The NumPy oracle as the only judge. It goes forward only, and rounds its products as this device does.
+    """The NumPy oracle as a reference. It goes forward only, and rounds its products as this device does.
 
     Args:
       config: the model's configuration.
@@ -64,11 +44,15 @@ class NumpyReference(NumpyOracle):
         self.reason = reason
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
-        """As jax rounds them here and now, for a port in jax.
+        """As jax rounds them here and now, for a candidate in jax.
 
         On a GPU that was asked for TF32, a right one errs a thousand times more than whole products would allow.
         """
         return _OPERANDS[products()] if dtype == np.float32 else super().operands(dtype)
+
+    def storing(self, precision: Precision) -> NumpyReference:
+        """See `Reference.storing`."""
+        return NumpyReference(self.config, precision.rounded(self.tensors), self.reason)
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
         """Raises `UnsupportedByReferenceError`."""
@@ -98,15 +82,9 @@ def require(name: str) -> None:
     REFERENCES[name].require()
 
 
-def refilled(judge: Reference, tensors: Mapping[str, NDArray]) -> Reference:
-    """The same reference with other tensors."""
-    kind: Any = type(judge)
-    return kind(judge.config, tensors)
-
-
-def with_fused_attention(judge: Reference) -> Reference:
-    """The same reference, whose gradients are those of fused attention, see `verify.fused`, without probabilities."""
-    other: Any = copy(judge)
+def with_fused_attention(reference: Reference) -> Reference:
+    """The same reference, whose gradients are those of fused attention, see `fused`, without probabilities."""
+    other: Any = copy(reference)
     other.fused = True
     return other
 

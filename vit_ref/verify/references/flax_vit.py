@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import ReferenceUnavailableError, UnsupportedByReferenceError
 from vit_ref.model.config import ViTConfig
-from vit_ref.model.vit import Tap
+from vit_ref.model.sites import sites
 from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
-from vit_ref.verify.compare.trace import Forward, Trace, narrowed, precision_of, recorder, replacements
+from vit_ref.verify.compare.trace import Tap, TappedForward, Trace, narrowed, precision_of, recorder, replacements
+from vit_ref.verify.precision import Precision
 from vit_ref.verify.references.fused import fused as fused_attention
 from vit_ref.weights.mapping import FLAX, port
 
@@ -100,6 +101,7 @@ class FlaxViTReference:
 
     def fill(self, tensors: Mapping[str, NDArray]) -> None:
         """Takes other weights, or none, which lets go of those it has; what was compiled serves them too."""
+        self.tensors = tensors
         self.params: Any = {}
         if not tensors:  # which transformers does not convert where PyTorch is installed
             return
@@ -107,6 +109,10 @@ class FlaxViTReference:
 
         with precision_of(np.float64):  # so that float64 weights survive
             self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), self._stand_in))
+
+    def storing(self, precision: Precision) -> FlaxViTReference:
+        """See `Reference.storing`."""
+        return FlaxViTReference(self.config, precision.rounded(self.tensors))
 
     def _pixels(self, config: ViTConfig) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *config.image_hw, config.num_channels), np.float32)
@@ -116,7 +122,7 @@ class FlaxViTReference:
         return self._build(self._hf_config, dtype=dtype)
 
     def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Port.trace`."""
+        """See `Reference.trace`; values in `replace` take the place of its own at those sites."""
         with precision_of(dtype):
             if np.dtype(dtype) not in self._recorders:
                 self._recorders[np.dtype(dtype)] = jax.jit(recorder(self._forward_in(dtype)))
@@ -126,12 +132,13 @@ class FlaxViTReference:
     def gradients(
         self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`, and `differentiator` for `like`.
+        """See `Reference.gradients`, and `differentiator` for `like`.
 
         Gradients of parameters get our paths by the weight map of FlaxViT's tree.
         """
         forward, compiled = self._forward_in(dtype), self._differentiators[self.fused]
-        differentiate = differentiator(forward, self.params, self.config, pixels, dtype, like=like, compiled=compiled)
+        shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
+        differentiate = differentiator(forward, self.params, shapes, pixels, dtype, like=like, compiled=compiled)
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)
@@ -142,7 +149,7 @@ class FlaxViTReference:
 
         return gradients
 
-    def _forward_in(self, dtype: DTypeLike) -> Forward:
+    def _forward_in(self, dtype: DTypeLike) -> TappedForward:
         return lambda params, pixels, tap: self._forward(params, pixels, dtype, tap)
 
     def _forward(self, params: Any, pixels: jax.Array, dtype: DTypeLike, tap: Tap) -> jax.Array:

@@ -23,6 +23,7 @@ from vit_ref.model.sites import Site, output_site, sites
 from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.environment import products
+from vit_ref.verify.precision import Precision
 from vit_ref.weights.mapping import detect, port
 
 # What a forward hook picks of a module's arguments and of what it returns.
@@ -153,8 +154,12 @@ class TorchViTReference:
             raise InputError(f"the tensors are not those of PyTorch's ViT: {', '.join(faults)}")
         return model
 
+    def storing(self, precision: Precision) -> TorchViTReference:
+        """See `Reference.storing`."""
+        return TorchViTReference(self.config, precision.rounded(self.tensors))
+
     def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
-        """See `Implementation.trace`.
+        """See `Reference.trace`.
 
         Raises:
           InputError: jax rounds the operands of float32 products here and now, which PyTorch does not.
@@ -168,7 +173,7 @@ class TorchViTReference:
         return self._named(observed, len(pixels))
 
     def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Differentiable.gradients`. Those of parameters get our paths by the weight map of PyTorch's names.
+        """See `Reference.gradients`. Those of parameters get our paths by the weight map of PyTorch's names.
 
         Raises:
           InputError: see `trace`.

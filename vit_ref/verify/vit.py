@@ -1,0 +1,102 @@
+"""What the engine is told of a ViT: its problem, its tensors under the reference's names, what explains its faults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from numpy.typing import NDArray
+
+from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import sites, stream_before
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.diagnose.diagnosis import beyond_rounding, diagnose, diagnose_gradient, diagnose_rounding, where
+from vit_ref.verify.precision import Precision
+from vit_ref.verify.problem import Problem
+from vit_ref.verify.results import Cause, Explanation
+from vit_ref.weights import mapping
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.mapping import parameter_shapes
+
+
+class ViTExplainer:
+    """Explains divergences of a ViT by known bugs, see `Explainer`.
+
+    Args:
+      config: the model's configuration.
+      tensors: the checkpoint's, under Hugging Face's names; gradients are explained without.
+      problem: what is compared.
+    """
+
+    def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray], problem: Problem):
+        self._config, self._tensors, self._problem = config, tensors, problem
+
+    def explain_formula(self, site: str, shown: Trace, truth: Trace) -> Explanation:
+        """See `Explainer.explain_formula`."""
+        config, tensors, pixels, names = self._config, self._tensors, self._problem.pixels, self._problem.names
+        causes = diagnose(config, tensors, pixels, truth, names, site, shown)
+        place = where(shown[site], truth[site], site)
+        if not causes or not causes[0].format:
+            return Explanation(causes, place)
+        other, off, more = beyond_rounding(config, tensors, pixels, names, causes[0], shown)
+        return Explanation(causes + more, place, f"{other} by {off:.1e}" if other else "")
+
+    def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
+        """See `Explainer.explain_rounding`."""
+        return diagnose_rounding(self._config, precision.rounded(self._tensors), site, shown, truth)
+
+    def explain_gradient(self, name: str, value: NDArray, truth: NDArray) -> Explanation:
+        """See `Explainer.explain_gradient`."""
+        # A parameter's axes have no names.
+        placed = name == "pixels" or name in self._problem.shapes
+        return Explanation(diagnose_gradient(truth, name, value), where(value, truth, name) if placed else "")
+
+
+def problem_of(config: ViTConfig, pixels: NDArray) -> Problem:
+    """The problem that a ViT's configuration poses.
+
+    Args:
+      config: the model's configuration.
+      pixels: float32 images (B, height, width, C).
+    """
+    shapes = {site.name: site.shape for site in sites(config, len(pixels), pixels.shape[1:3])}
+    return Problem(
+        pixels,
+        shapes,
+        streams={site: stream_before(site, config.num_hidden_layers) for site in shapes},
+        output=list(shapes.values())[-1],
+        gradients=tuple(gradient_names(config)),
+    )
+
+
+def gradient_names(config: ViTConfig) -> list[str]:
+    """Every gradient: sites, then parameters, both in the order in which backpropagation meets them; and pixels."""
+    return [
+        *(site.name for site in reversed(sites(config, 1))),
+        *sorted(parameter_shapes(config), key=_from_the_output),
+        "pixels",
+    ]
+
+
+_LAYERS = ("head", "pooler", "norm", "blocks", "position_embeddings", "cls_token", "patch")
+_IN_A_BLOCK = ("mlp.fc2", "mlp.fc1", "norm2", "attn.out", "attn.value", "attn.key", "attn.query", "norm1")
+
+
+def _from_the_output(path: str) -> tuple[int, int, int]:
+    """How far from the output a parameter is."""
+    layer, _, rest = path.partition(".")
+    if layer != "blocks":
+        return _LAYERS.index(layer), 0, 0
+    block, _, inside = rest.partition(".")
+    return _LAYERS.index(layer), -int(block), _IN_A_BLOCK.index(inside.rpartition(".")[0])
+
+
+def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
+    """A checkpoint's tensors under Hugging Face's names, as reference and oracle read them.
+
+    Files with those names are handed over untouched: the weight map has no part in what judges it. Other layouts are
+    renamed by the weight map, and `-m porting` vouches for that.
+    """
+    layout = mapping.detect(source.tensors)
+    if layout is mapping.HF:
+        return dict(source.tensors)
+    return mapping.export(mapping.port(source.tensors, config, layout), config, mapping.HF)
