@@ -43,9 +43,8 @@ DATA, SPLITS, CLASSES = None, ("train", "validation"), None
 OUT = Path(tempfile.mkdtemp(prefix="finetune-"))
 
 # The tutorial's recipe is `Recipe()`: SGD, 0.001, momentum 0.8, three epochs. From scratch Adam learns faster.
-recipe = (
-    Recipe(epochs=3, optimizer="adamw", learning_rate=3e-3, clip=1.0, warmup=0.1) if CHECKPOINT is None else Recipe()
-)
+scratch = Recipe(epochs=3, optimizer="adamw", learning_rate=3e-3, grad_clip=1.0, warmup_ratio=0.1)
+recipe = scratch if CHECKPOINT is None else Recipe()
 
 # %% [markdown]
 # ## Images
