@@ -80,7 +80,7 @@ def finetune(
     with leave_when_interrupted():
         from vit_ref.finetune import run
         from vit_ref.finetune.data import open_dataset
-        from vit_ref.finetune.illustrate import illustrate, require_plots
+        from vit_ref.finetune.illustration import illustrate, require_plots
 
     if plots:
         require_plots(output_dir)

@@ -25,7 +25,7 @@ from vit_ref.finetune.loading import batches, batches_per_epoch, draw
 from vit_ref.finetune.mesh import Sharding, divided, mesh_for, shardings, whole
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import schedule, trained, transformation
-from vit_ref.finetune.predict import logits_of
+from vit_ref.finetune.prediction import logits_of
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS, TIMING, Record
 from vit_ref.finetune.saves import Progress, Saves
