@@ -28,24 +28,27 @@ from pathlib import Path
 import numpy as np
 
 import vit_ref
-from vit_ref.finetune import plots
-from vit_ref.finetune.augmentation import Augmentation
-from vit_ref.finetune.data import open_dataset
-from vit_ref.finetune.illustrate import illustrate
-from vit_ref.finetune.loading import draw
-from vit_ref.finetune.predict import predict
-from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.run import Conduct, finetune, summary
-from vit_ref.finetune.start import starting_model
+from vit_ref.finetune import (
+    Augmentation,
+    Conduct,
+    Recipe,
+    draw,
+    finetune,
+    illustrate,
+    open_dataset,
+    plots,
+    predict,
+    starting_model,
+    summary,
+)
 
 CHECKPOINT = None
 DATA, SPLITS, CLASSES = None, ("train", "validation"), None
 OUT = Path(tempfile.mkdtemp(prefix="finetune-"))
 
 # The tutorial's recipe is `Recipe()`: SGD, 0.001, momentum 0.8, three epochs. From scratch Adam learns faster.
-recipe = (
-    Recipe(epochs=3, optimizer="adamw", learning_rate=3e-3, clip=1.0, warmup=0.1) if CHECKPOINT is None else Recipe()
-)
+scratch = Recipe(epochs=3, optimizer="adamw", learning_rate=3e-3, grad_clip=1.0, warmup_ratio=0.1)
+recipe = scratch if CHECKPOINT is None else Recipe()
 
 # %% [markdown]
 # ## Images

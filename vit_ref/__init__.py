@@ -1,7 +1,8 @@
 """A Vision Transformer in Flax NNX, and the suite that proves weight ports numerically right."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from vit_ref.lazy import import_on_use
 
 if TYPE_CHECKING:
     from vit_ref.errors import CheckpointError, ConfigError, InputError, MappingError
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from vit_ref.model.vit import VisionTransformer
     from vit_ref.testing.parametrize import parametrize_with_checks
     from vit_ref.verify.candidates.declaration import Candidate
-    from vit_ref.verify.propose.proposal import propose
+    from vit_ref.verify.proposals.proposal import propose
     from vit_ref.verify.results import CandidateReport
     from vit_ref.verify.session import check_port
     from vit_ref.weights.pretrained import from_pretrained, save_pretrained
@@ -27,7 +28,7 @@ _HOME = {
     "check_port": "vit_ref.verify.session",
     "from_pretrained": "vit_ref.weights.pretrained",
     "parametrize_with_checks": "vit_ref.testing.parametrize",
-    "propose": "vit_ref.verify.propose.proposal",
+    "propose": "vit_ref.verify.proposals.proposal",
     "save_pretrained": "vit_ref.weights.pretrained",
 }
 
@@ -48,11 +49,12 @@ __all__ = [
 ]
 
 
+_find = import_on_use(__name__, _HOME)
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("vit-ref")
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _find(name)

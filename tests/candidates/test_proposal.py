@@ -26,9 +26,9 @@ from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.table import gradients_by_path
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.propose import proposal
-from vit_ref.verify.propose.listing import Proposal
-from vit_ref.verify.propose.matching import Search
+from vit_ref.verify.proposals import proposal
+from vit_ref.verify.proposals.listing import Proposal
+from vit_ref.verify.proposals.matching import Search
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint, mapping

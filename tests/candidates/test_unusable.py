@@ -230,7 +230,7 @@ def test_a_function_that_differs_from_run_to_run_is_said_first(
 ) -> None:
     """By `check_port` and `propose` alike."""
     monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
-    monkeypatch.setattr("vit_ref.verify.propose.proposal.NumpyOracle", failing)
+    monkeypatch.setattr("vit_ref.verify.proposals.proposal.NumpyOracle", failing)
     rng = np.random.default_rng(0)
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(

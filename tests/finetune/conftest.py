@@ -36,7 +36,9 @@ def refused(runner: Runner) -> Callable[..., str]:
         if apart:
             said = runner.run(out, *options, code=2, **popen)
         else:
-            result = CliRunner().invoke(main, ["finetune", "--out", str(runner.directory / out), *OPTIONS, *options])
+            result = CliRunner().invoke(
+                main, ["finetune", "--output-dir", str(runner.directory / out), *OPTIONS, *options]
+            )
             assert result.exit_code == 2, result.output
             said = result.output
         assert said.startswith("vit-ref: ")

@@ -170,7 +170,7 @@ def test_loading_goes_on_from_a_state_to_the_last_bit(dataset: ImageDataset, don
 
 def test_workers_load_the_same_and_go_on_from_the_same_state(dataset: ImageDataset) -> None:
     alone = list(loader(dataset))
-    together = loader(dataset, workers=2)
+    together = loader(dataset, num_workers=2)
     together.set_state({"batches": 4})
     assert_same(list(islice(together, 5)), alone[4:9])
     state = together.get_state()
@@ -198,7 +198,7 @@ def test_an_image_that_becomes_unreadable_on_the_way_is_named(tmp_path: Path, wo
         Image.new("RGB", (8, 8)).save(file)
     dataset = open_dataset(tmp_path, "train")
     os.truncate(dataset.names[1], 20)
-    loaded = loader(dataset, batch_size=3, workers=workers)
+    loaded = loader(dataset, batch_size=3, num_workers=workers)
     with pytest.raises(InputError, match="not a readable image") as caught:
         next(loaded)
     loaded.close()
@@ -231,7 +231,7 @@ def test_a_random_crop_takes_the_place_of_the_checkpoints(dataset: ImageDataset)
         ({"batch_size": 12, "shard": (0, 2)}, "23 images make no batch of 12 for each of 2"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"epochs": 0}, "epochs is 0"),
-        ({"workers": -1}, "workers is -1"),
+        ({"num_workers": -1}, "num_workers is -1"),
         ({"shard": (2, 2)}, "shard is 2 of 2"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),

@@ -26,7 +26,7 @@ CONFIG = ViTConfig(
     num_labels=7,
 )
 # Everything that a rule can ask of an optimizer: moments, sums of gradients, a lowest block without either.
-RECIPE = Recipe(optimizer="adamw", accumulate=2, layer_decay=0.9, frozen=1)
+RECIPE = Recipe(optimizer="adamw", grad_accum_steps=2, layer_decay=0.9, freeze_blocks=1)
 
 
 def placed(kind: str, devices: int) -> dict[str, PartitionSpec]:

@@ -68,8 +68,8 @@ def gradients(pixels: jax.Array, labels: jax.Array) -> dict[str, NDArray]:
     [
         (Recipe(learning_rate=1.0), {0: 1.0, 5: 0.5, 10: 0.0}),
         (Recipe(learning_rate=1.0, schedule="cosine"), {0: 1.0, 5: 0.5, 10: 0.0}),
-        (Recipe(learning_rate=1.0, schedule="constant", warmup=0.2), {0: 1 / 3, 1: 2 / 3, 2: 1.0, 10: 1.0}),
-        (Recipe(learning_rate=1.0, schedule="linear", warmup=0.2), {1: 2 / 3, 2: 1.0, 6: 0.5, 10: 0.0}),
+        (Recipe(learning_rate=1.0, schedule="constant", warmup_ratio=0.2), {0: 1 / 3, 1: 2 / 3, 2: 1.0, 10: 1.0}),
+        (Recipe(learning_rate=1.0, schedule="linear", warmup_ratio=0.2), {1: 2 / 3, 2: 1.0, 6: 0.5, 10: 0.0}),
     ],
 )
 def test_the_rate_rises_and_falls(recipe: Recipe, rates: dict[int, float]) -> None:
@@ -110,7 +110,7 @@ def test_kernels_decay_and_nothing_else(optimizer: str, batch: tuple) -> None:
 def test_the_gradient_is_clipped_by_its_norm_over_all_parameters(batch: tuple) -> None:
     norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients(*batch).values()))
     plain = stepped(Recipe(learning_rate=0.1, momentum=0.0), [batch])
-    clipped = stepped(Recipe(learning_rate=0.1, momentum=0.0, clip=norm / 4), [batch])
+    clipped = stepped(Recipe(learning_rate=0.1, momentum=0.0, grad_clip=norm / 4), [batch])
     for path, change in plain.items():
         np.testing.assert_allclose(clipped[path], change / 4, rtol=1e-9, atol=1e-18, err_msg=path)
 
@@ -119,10 +119,10 @@ def test_accumulated_halves_are_the_whole_batch(batch: tuple) -> None:
     pixels, labels = batch
     halves = [(pixels[:3], labels[:3]), (pixels[3:], labels[3:])]
     whole = stepped(Recipe(learning_rate=0.1), [batch])
-    for path, change in stepped(Recipe(learning_rate=0.1, accumulate=2), halves).items():
+    for path, change in stepped(Recipe(learning_rate=0.1, grad_accum_steps=2), halves).items():
         # optax divides by the number of steps in float32. The changes are up to 0.05; half a batch changes others.
         np.testing.assert_allclose(change, whole[path], rtol=0, atol=1e-8, err_msg=path)
-    half = stepped(Recipe(learning_rate=0.1, accumulate=2), halves[:1])
+    half = stepped(Recipe(learning_rate=0.1, grad_accum_steps=2), halves[:1])
     assert all((change == 0).all() for change in half.values())
 
 
@@ -136,14 +136,14 @@ def test_accumulated_halves_are_the_whole_batch(batch: tuple) -> None:
     ],
 )
 def test_frozen_blocks_stay_as_they_are(frozen: int, moved: set[str], batch: tuple) -> None:
-    changes = stepped(Recipe(learning_rate=0.1, frozen=frozen), [batch])
+    changes = stepped(Recipe(learning_rate=0.1, freeze_blocks=frozen), [batch])
     found = {path for path, change in changes.items() if (change != 0).any()}
     assert {".".join(path.split(".")[: 2 if path.startswith("blocks") else 1]) for path in found} == moved
 
 
 def test_more_frozen_blocks_than_there_are_are_refused() -> None:
-    with pytest.raises(InputError, match="frozen is 4: the model has 3 blocks"):
-        trained(Recipe(frozen=4), 3)
+    with pytest.raises(InputError, match="freeze_blocks is 4: the model has 3 blocks"):
+        trained(Recipe(freeze_blocks=4), 3)
 
 
 def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vit_ref.errors import InputError
 from vit_ref.finetune import plots
-from vit_ref.finetune.illustrate import illustrate, require_plots
+from vit_ref.finetune.illustration import illustrate, require_plots
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.model.config import ViTConfig

@@ -18,7 +18,7 @@ from PIL import Image
 import vit_ref
 from vit_ref.cli.group import main
 from vit_ref.errors import InputError
-from vit_ref.finetune.predict import predict
+from vit_ref.finetune.prediction import predict
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
 from vit_ref.verify.cases import CASES

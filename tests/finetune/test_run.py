@@ -94,7 +94,7 @@ def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runne
 
 def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
     """It is killed, and then its disk fills up."""
-    out, options = "stopped", ("--save-every", "3")
+    out, options = "stopped", ("--save-steps", "3")
     # Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice.
     # The last three of its 18 lines are written within the time that this process may have to wait for its turn.
     for lines in (1, 3, 10, 13):
@@ -147,7 +147,7 @@ def test_two_processes_learn_what_one_learns(runner: Runner, steady: np.ndarray)
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     # With "data" the processes share less: the batch alone is divided.
     out = "two"
-    together = ("--dropout", "0", "--sharding", "fsdp", "--coordinator", coordinator, "--processes", "2")
+    together = ("--dropout", "0", "--sharding", "fsdp", "--coordinator", coordinator, "--num-processes", "2")
     processes = [runner.start(out, *together, "--process-id", str(k), devices=2) for k in (0, 1)]
     ended = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended[0][1][-2000:] + ended[1][1][-2000:]
@@ -208,7 +208,7 @@ def test_images_that_nothing_can_be_validated_with_are_refused(
 def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, training, validation = _tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"^out is gs:/bucket/run: a URL is no path on this machine"):
+    with pytest.raises(InputError, match=r"^output_dir is gs:/bucket/run: a URL is no path on this machine"):
         finetune(start, training, validation, Path("gs://bucket/run"), Recipe(batch_size=4), Conduct(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
@@ -265,11 +265,11 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
     recipe = Recipe(
         epochs=2,
         batch_size=4,
-        accumulate=2,
+        grad_accum_steps=2,
         learning_rate=0.3,
         layer_decay=0.5,
-        frozen=1,
-        warmup=0.4,
+        freeze_blocks=1,
+        warmup_ratio=0.4,
         label_smoothing=0.2,
         dropout=0.2,
         seed=3,
@@ -308,13 +308,19 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
     [
         (("--batch-size", "1000"), "batch_size is 1000: there are only 512 training images"),
         (("--learning-rate", "0"), "learning_rate is 0.0: give a number from 1e-12 to 100"),
-        (("--accumulate", "17"), "accumulate is 17: there are only 16 steps"),
-        (("--frozen", "9"), "frozen is 9: the model has 4 blocks"),
+        (("--grad-accum-steps", "17"), "grad_accum_steps is 17: there are only 16 steps"),
+        (("--freeze-blocks", "9"), "freeze_blocks is 9: the model has 4 blocks"),
         (("nowhere",), "nowhere: "),
         (("--data", "/nowhere/images"), "/nowhere/images (train): no directory"),
-        (("--coordinator", "127.0.0.1:1"), "--coordinator, --processes and --process-id belong together"),
-        (("--coordinator", "here", "--processes", "2", "--process-id", "0"), "--coordinator here --processes 2"),
-        (("--coordinator", "127.0.0.1:1", "--processes", "2", "--process-id", "2"), "--process-id 2: they cannot be"),
+        (("--coordinator", "127.0.0.1:1"), "--coordinator, --num-processes and --process-id belong together"),
+        (
+            ("--coordinator", "here", "--num-processes", "2", "--process-id", "0"),
+            "--coordinator here --num-processes 2",
+        ),
+        (
+            ("--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"),
+            "--process-id 2: they cannot be",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(options: tuple[str, ...], said: str, refused: Callable) -> None:

@@ -15,7 +15,7 @@ _PROGRAM = "from vit_ref.cli.group import main; main(prog_name='vit-ref')"
 # 512 images: eight steps an epoch, each a fraction of a second.
 OPTIONS = (
     *("--epochs", "2", "--batch-size", "64", "--optimizer", "adamw", "--learning-rate", "0.003", "--dropout", "0.1"),
-    *("--clip", "1", "--no-plots"),
+    *("--grad-clip", "1", "--no-plots"),
 )
 STEPS = 16
 
@@ -36,7 +36,8 @@ class Runner:
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         if not measured:
             environment = {name: value for name, value in environment.items() if not name.startswith("COV")}
-        command = [sys.executable, "-c", _PROGRAM, "finetune", "--out", str(self.directory / out), *OPTIONS, *options]
+        where = ["--output-dir", str(self.directory / out)]
+        command = [sys.executable, "-c", _PROGRAM, "finetune", *where, *OPTIONS, *options]
         if blocks is not None:
             command = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh", *command]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -25,7 +25,7 @@ ADVICE = "a URL is no path on this machine: give a local path, and copy the file
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        (["finetune", "gone", "--out", URL], "--out"),
+        (["finetune", "gone", "--output-dir", URL], "--output-dir"),
         (["convert", "gone", URL, "--to", "hf"], "the path"),
         (["verify", "gone", "--html", URL], "--html"),
         (["verify", "gone", "--json", URL], "--json"),

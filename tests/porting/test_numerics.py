@@ -197,7 +197,7 @@ def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
 
 def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
     """Whoever finds it: the loader, the judge of this package's model or of a candidate's, block by block or whole."""
-    from vit_ref.verify.propose.proposal import propose
+    from vit_ref.verify.proposals.proposal import propose
     from vit_ref.verify.session import check_port
     from vit_ref.verify.stream import check_streamed
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import settings
 
 from vit_ref.errors import InputError, ReferenceUnavailableError
-from vit_ref.finetune.predict import predict
+from vit_ref.finetune.prediction import predict
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
 from vit_ref.verify.photographs import pixels_for

@@ -24,13 +24,15 @@ from vit_ref.finetune.options import recipe_from, recipe_options
 @click.option(
     "--bad-images", type=click.Choice(["error", "skip"]), default="error", show_default=True, help="Unreadable ones."
 )
-@click.option("--out", type=LOCAL, default=Path("run"), show_default=True, help="The run's place.")
-@click.option("--resume", is_flag=True, help="Go on where the run in --out was stopped, or begin it.")
+@click.option("--output-dir", type=LOCAL, default=Path("run"), show_default=True, help="The run's place.")
+@click.option("--resume", is_flag=True, help="Go on where the run in --output-dir was stopped, or begin it.")
 @ignore_option
 @recipe_options
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load images.")
-@click.option("--save-every", type=click.IntRange(1), metavar="N", help="Checkpoint every N steps, too.")
-@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Last checkpoints to keep.")
+@click.option("--num-workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load images.")
+@click.option("--save-steps", type=click.IntRange(1), metavar="N", help="Checkpoint every N steps, too.")
+@click.option(
+    "--save-total-limit", type=click.IntRange(1), default=2, show_default=True, help="Last checkpoints to keep."
+)
 @click.option(
     "--sharding",
     type=click.Choice(["data", "fsdp"]),
@@ -40,8 +42,8 @@ from vit_ref.finetune.options import recipe_from, recipe_options
 )
 @click.option("--tensorboard", is_flag=True, help="Log for TensorBoard, too.")
 @click.option("--plots/--no-plots", default=True, show_default=True)
-@click.option("--coordinator", metavar="HOST:PORT", help="Of several processes, the first one's address.")
-@click.option("--processes", type=click.IntRange(1), help="How many there are.")
+@click.option("--coordinator", metavar="HOST:PORT", help="Address of the first of several processes.")
+@click.option("--num-processes", type=click.IntRange(1), help="How many there are.")
 @click.option("--process-id", type=click.IntRange(0), help="Which of them this is.")
 def finetune(
     checkpoint: str | None,
@@ -50,38 +52,38 @@ def finetune(
     validation_split: str,
     classes: int | None,
     bad_images: Literal["error", "skip"],
-    out: Path,
+    output_dir: Path,
     resume: bool,
     ignore: tuple[str, ...],
-    workers: int,
-    save_every: int | None,
-    keep: int,
+    num_workers: int,
+    save_steps: int | None,
+    save_total_limit: int,
     sharding: Literal["data", "fsdp"],
     tensorboard: bool,
     plots: bool,
     coordinator: str | None,
-    processes: int | None,
+    num_processes: int | None,
     process_id: int | None,
     **recipe: Any,
 ) -> None:
     """Fine-tune CHECKPOINT, a directory, file or hub id, on images.
 
     Without CHECKPOINT a small model is trained from scratch. The model that does best on the validation images is saved
-    in OUT/model, which transformers, `vit-ref predict` and `vit-ref verify` load. Defaults are those of Flax's ViT
-    tutorial.
+    in OUTPUT_DIR/model, which transformers, `vit-ref predict` and `vit-ref verify` load. Defaults are those of Flax's
+    ViT tutorial.
     """
     chosen = recipe_from(recipe)
-    _join_processes(coordinator, processes, process_id)
+    _join_processes(coordinator, num_processes, process_id)
     # If the disk is full, Orbax and tensorstore fill pages there with what becomes one line here.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with leave_when_interrupted():
         from vit_ref.finetune import run
         from vit_ref.finetune.data import open_dataset
-        from vit_ref.finetune.illustrate import illustrate, require_plots
+        from vit_ref.finetune.illustration import illustrate, require_plots
 
     if plots:
-        require_plots(out)
+        require_plots(output_dir)
     training = open_dataset(data, train_split, classes=classes, on_bad=bad_images)
     validation = open_dataset(data, validation_split, classes=training.classes, on_bad=bad_images)
     for images in (training, validation):
@@ -90,33 +92,34 @@ def finetune(
         if images.bad:
             say(f"left out: {len(images.bad)} of {len(images.bad) + len(images)} images")
     say_left_out({*training.others, *validation.others})
-    conduct = run.Conduct(workers, save_every, keep, sharding, tensorboard)
-    outcome = run.finetune(checkpoint, training, validation, out, chosen, conduct, resume=resume, exempt=ignore)
+    conduct = run.Conduct(num_workers, save_steps, save_total_limit, sharding, tensorboard)
+    outcome = run.finetune(checkpoint, training, validation, output_dir, chosen, conduct, resume=resume, exempt=ignore)
     if outcome.writes:
         if plots:
             illustrate(outcome, training, validation, chosen)
         click.echo(run.summary(outcome))
 
 
-def _join_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+def _join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Joins the processes of one run, if the options ask for several.
 
     Raises:
       InputError: some of the three are missing, or jax cannot join them.
     """
-    together = (coordinator, processes, process_id)
+    together = (coordinator, num_processes, process_id)
     if all(given is None for given in together):
         return
     if any(given is None for given in together):
-        raise InputError("--coordinator, --processes and --process-id belong together: give all three")
+        raise InputError("--coordinator, --num-processes and --process-id belong together: give all three")
     with leave_when_interrupted():
         import jax
 
     # What jax raises of an address or a number that makes no sense has no family of its own.
     try:
-        jax.distributed.initialize(coordinator, processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id)
     except Exception as error:
         raise InputError(
-            f"--coordinator {coordinator} --processes {processes} --process-id {process_id}: they cannot be joined"
-            f" ({' '.join(str(error).split())}): give HOST:PORT, and numbers from 0 to {(processes or 1) - 1}"
+            f"--coordinator {coordinator} --num-processes {num_processes} --process-id {process_id}: they cannot be"
+            f" joined ({' '.join(str(error).split())}): give HOST:PORT, and numbers from 0 to"
+            f" {(num_processes or 1) - 1}"
         ) from None

@@ -30,7 +30,7 @@ def predict(
     require_outputs(json=json_file)
     with show_progress(len(images)) as progress:
         with leave_when_interrupted():
-            from vit_ref.finetune.predict import predictions
+            from vit_ref.finetune.prediction import predictions
             from vit_ref.finetune.probabilities import unit
             from vit_ref.weights.pretrained import from_pretrained
 

@@ -19,6 +19,6 @@ def propose(checkpoint: str, candidate: str, json_file: Path | None) -> None:
     """Propose the table of a candidate's sites, by running it on CHECKPOINT beside the oracle."""
     require_outputs(json=json_file)
     with leave_when_interrupted():
-        from vit_ref.verify.propose import proposal
+        from vit_ref.verify.proposals import proposal
     found = proposal.propose(candidate, checkpoint)
     print_result(str(found), json_file, found.to_json())

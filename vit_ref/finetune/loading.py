@@ -85,12 +85,12 @@ class Batches(Iterator[Batch]):
     """An iterator of batches that can go on from any batch; made by `batches`.
 
     A batch is a dictionary: "pixels", (B, height, width, 3) float32; "label", "index" of the image in the data set and
-    "epoch", each (B,) int32. Neither it nor the state depends on `workers`; grain's own state does. Where there are
+    "epoch", each (B,) int32. Neither it nor the state depends on `num_workers`; grain's own state does. If there are
     workers, end it with `close()`.
     """
 
-    def __init__(self, source: grain.MapDataset[Batch], workers: int):
-        self._source, self._workers = source, workers
+    def __init__(self, source: grain.MapDataset[Batch], num_workers: int):
+        self._source, self._num_workers = source, num_workers
         self._done = 0
         self._loaded: grain.DatasetIterator[Batch] | None = None
 
@@ -102,7 +102,7 @@ class Batches(Iterator[Batch]):
             self.close()
             raise StopIteration
         if self._loaded is None:
-            self._loaded = _started(self._source[self._done :], self._workers)
+            self._loaded = _started(self._source[self._done :], self._num_workers)
         batch = next(self._loaded)
         self._done += 1
         return batch
@@ -115,7 +115,7 @@ class Batches(Iterator[Batch]):
         """Goes on from there, to the last bit.
 
         Args:
-          state: from `get_state` of an iterator that was made with the same arguments, `workers` apart.
+          state: from `get_state` of an iterator that was made with the same arguments, `num_workers` apart.
 
         Raises:
           InputError: it is no such state.
@@ -133,16 +133,16 @@ class Batches(Iterator[Batch]):
             self._loaded = None
 
 
-def _started(source: grain.MapDataset[Batch], workers: int) -> grain.DatasetIterator[Batch]:
+def _started(source: grain.MapDataset[Batch], num_workers: int) -> grain.DatasetIterator[Batch]:
     grain = extra("grain", "loading batches")
-    threads = 0 if workers else _THREADS
+    threads = 0 if num_workers else _THREADS
     loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    if workers:
+    if num_workers:
         # grain reads flags of absl, which only a program that absl itself started has parsed.
         flags = extra("absl.flags", "loading batches").FLAGS
         if not flags.is_parsed():
             flags.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_OF_A_WORKER)
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_BATCHES_OF_A_WORKER)
         loaded = loaded.mp_prefetch(options)
     return iter(loaded)
 
@@ -155,7 +155,7 @@ def batches(
     seed: int,
     epochs: int,
     augment: Augmentation | Transform | None = None,
-    workers: int = 0,
+    num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     shuffle: bool = True,
     drop_remainder: bool = True,
@@ -170,7 +170,7 @@ def batches(
       epochs: how often every image comes.
       augment: `Augmentation`, or any function from Pillow's image to an image, see `augmentation.augmented`; None to
         leave images as they are.
-      workers: processes that load; 0 for threads of this one.
+      num_workers: processes that load; 0 for threads of this one.
       shard: (index, count) of this process among those that share the data set: every image goes to one of them alone,
         and all have the same number of batches.
       shuffle: whether every epoch has an order of its own.
@@ -183,7 +183,7 @@ def batches(
     """
     grain = extra("grain", "loading batches")
     here, shards = shard
-    for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("workers", workers, 0)):
+    for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("num_workers", num_workers, 0)):
         if value < least:
             raise InputError(f"{name} is {value}: give at least {least}")
     if not 0 <= here < shards:
@@ -219,7 +219,9 @@ def batches(
     if each * shards > len(dataset):
         source = grain.MapDataset.concatenate([source, grain.MapDataset.range(len(dataset), each * shards)])
     # Cut into batches before workers share them out: so they are the same for any number of workers.
-    return Batches(source[here : each * shards : shards].map_with_index(load).batch(batch_size).repeat(epochs), workers)
+    return Batches(
+        source[here : each * shards : shards].map_with_index(load).batch(batch_size).repeat(epochs), num_workers
+    )
 
 
 def _shuffled(count: int, seed: int, position: int) -> int:

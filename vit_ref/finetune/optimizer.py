@@ -22,7 +22,7 @@ def schedule(recipe: Recipe, updates: int) -> optax.Schedule:
       recipe: how to train.
       updates: of the whole run.
     """
-    peak, rise = recipe.learning_rate, round(recipe.warmup * updates)
+    peak, rise = recipe.learning_rate, round(recipe.warmup_ratio * updates)
     rest = max(updates - rise, 1)
     fall = {
         "linear": optax.linear_schedule(peak, 0.0, rest),
@@ -44,7 +44,7 @@ def transformation(recipe: Recipe, updates: int, blocks: int) -> optax.GradientT
       blocks: of the model.
     """
     rate = schedule(recipe, updates)
-    parts = [] if recipe.clip is None else [optax.clip_by_global_norm(recipe.clip)]
+    parts = [] if recipe.grad_clip is None else [optax.clip_by_global_norm(recipe.grad_clip)]
     if recipe.optimizer == "adamw":
         parts.append(optax.adamw(rate, weight_decay=recipe.weight_decay, mask=kernels))
     else:
@@ -54,9 +54,9 @@ def transformation(recipe: Recipe, updates: int, blocks: int) -> optax.GradientT
     if recipe.layer_decay != 1:
         parts.append(_by_layer(recipe.layer_decay, blocks))
     chained = optax.chain(*parts)
-    if recipe.accumulate == 1:
+    if recipe.grad_accum_steps == 1:
         return chained
-    return optax.MultiSteps(chained, recipe.accumulate).gradient_transformation()
+    return optax.MultiSteps(chained, recipe.grad_accum_steps).gradient_transformation()
 
 
 def trained(recipe: Recipe, blocks: int) -> Any:
@@ -65,11 +65,13 @@ def trained(recipe: Recipe, blocks: int) -> Any:
     Raises:
       InputError: more blocks are frozen than there are.
     """
-    if recipe.frozen > blocks:
-        raise InputError(f"frozen is {recipe.frozen}: the model has {blocks} blocks; -1 trains the head alone")
-    if recipe.frozen == 0:
+    if recipe.freeze_blocks > blocks:
+        raise InputError(
+            f"freeze_blocks is {recipe.freeze_blocks}: the model has {blocks} blocks; -1 trains the head alone"
+        )
+    if recipe.freeze_blocks == 0:
         return nnx.Param
-    lowest = blocks + 2 if recipe.frozen == -1 else recipe.frozen + 1
+    lowest = blocks + 2 if recipe.freeze_blocks == -1 else recipe.freeze_blocks + 1
     return nnx.All(nnx.Param, lambda path, value: layer_of(path, blocks) >= lowest)
 
 

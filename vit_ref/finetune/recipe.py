@@ -27,17 +27,17 @@ class Recipe:
       learning_rate: at its highest.
       schedule: how it falls after the warm-up, to be zero once the last update is made: "linear", "cosine", or
         "constant" for not at all.
-      warmup: part of all updates over which it rises, 0 to 1; in r updates, by 1 / (r + 1) of the highest with each,
-        the first among them.
+      warmup_ratio: part of all updates over which it rises, 0 to 1; in r updates, by 1 / (r + 1) of the highest with
+        each, the first among them.
       momentum: of SGD.
       weight_decay: of AdamW, decoupled and on kernels alone; of SGD, added to the gradient of kernels.
       layer_decay: learning rate of a block over that of the block above it; 1 for the same everywhere. Norm and head
         are above the highest block, the embeddings below the lowest (BEiT, Bao et al. 2021,
         https://arxiv.org/abs/2106.08254, appendix).
-      frozen: how many blocks, from below and with the embeddings, are not trained; -1 for all but the head.
-      accumulate: steps whose gradients are averaged into one update. Steps at the end that do not fill one change
+      freeze_blocks: how many blocks, from below and with the embeddings, are not trained; -1 for all but the head.
+      grad_accum_steps: steps whose gradients are averaged into one update. Steps at the end that do not fill one change
         nothing.
-      clip: largest global norm of the gradient; None for any.
+      grad_clip: largest global norm of the gradient; None for any.
       label_smoothing: part of a label's weight that all classes share.
       dropout: of the hidden values and the attention probabilities; None for the checkpoint's own.
       precision: "float32", or "mixed": blocks compute in bfloat16; parameters, optimizer, token stream, norms, softmax
@@ -58,13 +58,13 @@ class Recipe:
     optimizer: OptimizerName = "sgd"
     learning_rate: float = 1e-3
     schedule: ScheduleName = "linear"
-    warmup: float = 0.0
+    warmup_ratio: float = 0.0
     momentum: float = 0.8
     weight_decay: float = 0.0
     layer_decay: float = 1.0
-    frozen: int = 0
-    accumulate: int = 1
-    clip: float | None = None
+    freeze_blocks: int = 0
+    grad_accum_steps: int = 1
+    grad_clip: float | None = None
     label_smoothing: float = 0.0
     dropout: float | None = None
     precision: Precision = "float32"
@@ -75,7 +75,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("frozen", -1), ("seed", 0)):
+        for name, least in _INTEGERS:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is {value!r}: give an integer of at least {least}")
@@ -103,14 +103,15 @@ _CHOICES = (
     ("attention", AttentionName),
     ("head", HeadName),
 )
+_INTEGERS = (("epochs", 1), ("batch_size", 1), ("grad_accum_steps", 1), ("freeze_blocks", -1), ("seed", 0))
 # NaN is in no range. A rate of zero learns nothing; one of 1000 is a slip of the hand.
 _RANGES = (
     ("learning_rate", 1e-12, 100.0),
-    ("warmup", 0.0, 1.0),
+    ("warmup_ratio", 0.0, 1.0),
     ("momentum", 0.0, 0.9999),
     ("weight_decay", 0.0, 10.0),
     ("layer_decay", 1e-3, 1.0),
-    ("clip", 1e-6, 1e6),
+    ("grad_clip", 1e-6, 1e6),
     ("label_smoothing", 0.0, 0.9),
     ("dropout", 0.0, 0.9),
     ("image_size", 1, 8192),

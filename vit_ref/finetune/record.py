@@ -85,7 +85,7 @@ class Record:
         self._bar.update()
         if self._logs:
             metrics, timing = self._logs
-            rate = float(self._rate((step - 1) // self._recipe.accumulate))
+            rate = float(self._rate((step - 1) // self._recipe.grad_accum_steps))
             metrics.write({"step": step, "epoch": epoch, "loss": value, "learning_rate": rate})
             timing.write({"step": step, "images_per_second": speed})
 
@@ -117,4 +117,4 @@ class Record:
 
 def _require_finite(loss: float, where: str) -> None:
     if not math.isfinite(loss):
-        raise InputError(f"the loss {where} is {loss}: lower learning_rate, or give clip, and start anew")
+        raise InputError(f"the loss {where} is {loss}: lower learning_rate, or give grad_clip, and start anew")

@@ -25,7 +25,7 @@ from vit_ref.finetune.loading import batches, batches_per_epoch, draw
 from vit_ref.finetune.mesh import Sharding, divided, mesh_for, shardings, whole
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import schedule, trained, transformation
-from vit_ref.finetune.predict import logits_of
+from vit_ref.finetune.prediction import logits_of
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS, TIMING, Record
 from vit_ref.finetune.saves import Progress, Saves
@@ -43,17 +43,17 @@ class Conduct:
     """How a run is carried out; none of it changes what is learnt.
 
     Attributes:
-      workers: processes that load images; 0 for threads of this one.
-      save_every: steps between two checkpoints, besides one after every epoch; None for those alone.
-      keep: how many of the last checkpoints to keep, besides the best.
+      num_workers: processes that load images; 0 for threads of this one.
+      save_steps: steps between two checkpoints, besides one after every epoch; None for those alone.
+      save_total_limit: how many of the last checkpoints to keep, besides the best.
       sharding: where the parameters lie when there are several devices, see `mesh.shardings`.
       tensorboard: whether to write TensorBoard's files too.
       quiet: no bars.
     """
 
-    workers: int = 0
-    save_every: int | None = None
-    keep: int = 2
+    num_workers: int = 0
+    save_steps: int | None = None
+    save_total_limit: int = 2
     sharding: Sharding = "data"
     tensorboard: bool = False
     quiet: bool = False
@@ -81,7 +81,7 @@ def finetune(
     source: str | os.PathLike[str] | None,
     training: ImageDataset,
     validation: ImageDataset,
-    out: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     recipe: Recipe = Recipe(),  # noqa: B008  # it is frozen
     conduct: Conduct = Conduct(),
     *,
@@ -95,11 +95,11 @@ def finetune(
       source: a checkpoint as `vit_ref.from_pretrained` takes it; None for a small model from scratch.
       training: images to learn from.
       validation: images to judge by, of the same classes.
-      out: the run's directory: metrics.jsonl, timing.jsonl, checkpoints/, model/.
+      output_dir: the run's directory: metrics.jsonl, timing.jsonl, checkpoints/, model/.
       recipe: what decides the result.
       conduct: what does not.
-      resume: go on from the last checkpoint in `out`, if there is one: parameters and metrics become, bit for bit,
-        those of a run that was never stopped.
+      resume: go on from the last checkpoint in `output_dir`, if there is one: parameters and metrics become, bit for
+        bit, those of a run that was never stopped.
       augment: takes the place of `Augmentation()`, see `loading.batches`.
       exempt: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`.
 
@@ -107,10 +107,10 @@ def finetune(
       The best model, where it is, and how good.
 
     Raises:
-      InputError: checkpoint, images or recipe cannot be used, `out` holds another run, or cannot be written to.
+      InputError: checkpoint, images or recipe cannot be used, `output_dir` holds another run, or cannot be written to.
     """
-    require_local(out, "out")
-    out = Path(out)
+    require_local(output_dir, "output_dir")
+    out = Path(output_dir)
     mesh = mesh_for(recipe.batch_size)
     if training.classes != validation.classes:
         raise InputError("the training and the validation images have other classes: give both the same folders")
@@ -122,9 +122,11 @@ def finetune(
     if len(training.classes) < 2:
         raise InputError(f"there is one class, {training.classes[0]}: give at least two, each in a folder of its own")
     steps = per_epoch * recipe.epochs
-    updates = steps // recipe.accumulate
+    updates = steps // recipe.grad_accum_steps
     if not updates:
-        raise InputError(f"accumulate is {recipe.accumulate}: there are only {steps} steps, so nothing would be learnt")
+        raise InputError(
+            f"grad_accum_steps is {recipe.grad_accum_steps}: there are only {steps} steps, so nothing would be learnt"
+        )
     model = starting_model(source, training.classes, recipe, exempt)
     config, blocks = model.config, model.config.num_hidden_layers
     augment = (augment or Augmentation()) if recipe.augment else None
@@ -147,11 +149,11 @@ def finetune(
         seed=recipe.seed,
         epochs=recipe.epochs,
         augment=augment,
-        workers=conduct.workers,
+        num_workers=conduct.num_workers,
         shard=shard,
     )
     _require_same_run(out, recipe, source, training, validation, resume)
-    saves = Saves(out / CHECKPOINTS, conduct.keep)
+    saves = Saves(out / CHECKPOINTS, conduct.save_total_limit)
     done = saves.latest() if resume else None
     if done is not None:
         state = with_arrays(state, saves.restore(done, arrays_of(state)))
@@ -176,7 +178,7 @@ def finetune(
             state, loss = learn(state, pixels, labels, np.int32(step))
             record.step(step, loss)
             epoch_ends = step % per_epoch == 0
-            if not epoch_ends and (conduct.save_every is None or step % conduct.save_every):
+            if not epoch_ends and (conduct.save_steps is None or step % conduct.save_steps):
                 continue
             record.flush()
             accuracy = None
@@ -259,7 +261,7 @@ class Examiner:
                 seed=recipe.seed,
                 epochs=1,
                 augment=None,
-                workers=conduct.workers,
+                num_workers=conduct.num_workers,
                 shard=shard,
                 shuffle=False,
                 drop_remainder=False,

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vit_ref.verify.candidates.declaration import Mapped, Target
-from vit_ref.verify.propose.matching import CLOSE, EQUAL, Match
-from vit_ref.verify.propose.readings import evaluated
+from vit_ref.verify.proposals.matching import CLOSE, EQUAL, Match
+from vit_ref.verify.proposals.readings import evaluated
 
 # The width of the printed lines, and how many keys with the same value are named.
 _WIDTH, _NAMED = 120, 3

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
-from vit_ref.verify.propose.readings import SAMPLE, Place, Reading, Readings, Shape, patterns
+from vit_ref.verify.proposals.readings import SAMPLE, Place, Reading, Readings, Shape, patterns
 
 # In float64 two right implementations are within 1e-12 (see `gates`), and the smallest wrong formula 5e-7 away.
 EQUAL = 1e-9

@@ -16,10 +16,10 @@ from vit_ref.model.sites import output_site
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.compare.behaviour import require_repeatable
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.propose.listing import Proposal
-from vit_ref.verify.propose.matching import EQUAL, Match, Search
-from vit_ref.verify.propose.readings import Place
-from vit_ref.verify.propose.recording import Recorder
+from vit_ref.verify.proposals.listing import Proposal
+from vit_ref.verify.proposals.matching import EQUAL, Match, Search
+from vit_ref.verify.proposals.readings import Place
+from vit_ref.verify.proposals.recording import Recorder
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import find_declaration, load_candidate
 from vit_ref.verify.vit import hf_tensors

@@ -18,7 +18,7 @@ from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset
 from vit_ref.finetune.loading import draw
 from vit_ref.finetune.metrics import read_metrics
-from vit_ref.finetune.predict import logits_of
+from vit_ref.finetune.prediction import logits_of
 from vit_ref.finetune.probabilities import scores
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS
