@@ -26,8 +26,6 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.results import CandidateReport
 
-pytestmark = pytest.mark.candidates
-
 Invoke = Callable[..., Result]
 RIGHT = REPORTS["right"]
 

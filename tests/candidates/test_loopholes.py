@@ -29,8 +29,6 @@ from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port
 from vit_ref.weights import mapping, pretrained
 
-pytestmark = pytest.mark.candidates
-
 ROOT = Path(__file__).parents[2]
 Saved = Callable[[str], Path]
 Load = Callable[..., Any]
@@ -224,7 +222,7 @@ def test_two_candidates_of_one_name_have_two_reports(tmp_path: Path, saved: Save
     )
     given = [f"--candidate={tmp_path / 'two.py'}:{name}" for name in ("wrong", "right")]
     arguments = ["-m", "parity", "-q", f"--checkpoint={saved('one-block')}", f"--parity-report={tmp_path / 'r'}"]
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "parity" / "test_parity.py"), *given, *arguments]
+    command = [sys.executable, "-m", "pytest", "vit_ref/testing/suite/test_parity.py", *given, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "2 failed, 2 passed" in done.stdout, done.stdout[-2000:]
     reports = sorted((tmp_path / "r").iterdir())

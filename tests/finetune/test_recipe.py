@@ -11,8 +11,6 @@ from vit_ref.errors import InputError
 from vit_ref.finetune.options import recipe_from
 from vit_ref.finetune.recipe import Recipe
 
-pytestmark = pytest.mark.training
-
 
 @pytest.mark.parametrize(
     ("field", "value"),

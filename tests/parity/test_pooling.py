@@ -17,8 +17,6 @@ from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradie
 from vit_ref.verify.compare.pooling import SETTLED, Pooled
 from vit_ref.verify.gates import Error, errors_of, numerical_gate
 
-pytestmark = pytest.mark.parity
-
 CASE = CASES["rectangular"]
 
 

@@ -32,8 +32,6 @@ from vit_ref.verify.session import complete
 from vit_ref.verify.session import judged as measured
 from vit_ref.weights.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.parity
-
 CASE = CASES["rectangular"]
 
 

@@ -23,8 +23,6 @@ from vit_ref.verify.references import choice
 from vit_ref.verify.references.choice import REFERENCES, NumpyReference, reference_for, require
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
-pytestmark = pytest.mark.parity
-
 
 def test_numpy_judges_forward() -> None:
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()

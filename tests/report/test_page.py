@@ -16,7 +16,6 @@ from vit_ref.verify.compare.behaviour import Behaviour
 from vit_ref.verify.diagnose.diagnosis import Cause
 from vit_ref.verify.report import page, to_html, to_json
 
-pytestmark = pytest.mark.candidates
 each_report = pytest.mark.parametrize("name", REPORTS)
 CSS = Path(page.__file__).with_name("page.css").read_text(encoding="utf-8")
 

@@ -7,8 +7,6 @@ import pytest
 from vit_ref.verify.compare.forward import ParityReport
 from vit_ref.verify.report import excerpt, headline
 
-pytestmark = pytest.mark.parity
-
 
 def test_semantic_gate_float64(parity: ParityReport) -> None:
     if parity.semantic_failures or parity.unobserved:
