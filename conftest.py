@@ -45,6 +45,32 @@ settings.load_profile("quick")
 QUICK: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 # A test started this run, in its own process or in another one.
 INNER = "PYTEST_CURRENT_TEST" in os.environ
+TESTS = Path(__file__).parent / "tests"
+# A test has the name of its folder as a marker.
+FOLDERS = {
+    "bench": "what is timed is what was asked for; nothing asserts a time",
+    "candidates": "ports that are not ours are judged, and a wrong one is reported",
+    "consistency": "every way of running and differentiating the model agrees with every other",
+    "finetune": "a run does what its recipe says, whatever stops it",
+    "house": "imports point down, and each room imports no more than it needs",
+    "model": "the model by itself",
+    "mutants": "a deliberate fault is seen, and named where it is",
+    "parity": "the gates, the precisions and the traces do what the suite says of them",
+    "porting": "the weight map, checkpoints and bad input",
+    "preprocessing": "images become what the reference's image processor makes of them",
+    "properties": "what holds for every valid configuration",
+    "references": "the references agree with each other",
+    "report": "a report says what the checks found",
+    "sharding": "many devices hold their own part of a model, and compute what one computes",
+    "testing": "pytest's options do what they say",
+    "training": "training steps, dropout and one-batch overfitting follow the reference",
+}
+# A test has these markers because its file says so.
+MARKERS = {
+    "optimised": "jax compiles as users have it; elsewhere it leaves LLVM's optimisations out, but for parity",
+    "torch": "needs PyTorch, which the extra of that name installs",
+    "hub": "needs the Hugging Face hub",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,23 +89,8 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Here and not in pyproject.toml: with `--checkpoint DIR` outside the checkout, pytest looks for its configuration
     # from there up and finds none.
-    for marker in (
-        "porting: the weight map, checkpoints and bad input",
-        "model: the model by itself",
-        "training: training steps, dropout and one-batch overfitting follow the reference",
-        "preprocessing: images become what the reference's image processor makes of them",
-        "consistency: every way of running and differentiating the model agrees with every other",
-        "properties: what holds for every valid configuration",
-        "candidates: ports that are not ours are judged, and what is found is reported",
-        "sharding: many devices hold their own part of a model, and compute what one computes",
-        "mutants: a deliberate fault is seen, and named where it is",
-        "benchmarks: what is timed is what was asked for; nothing asserts a time",
-        "house: imports point down, and each room imports no more than it needs",
-        "optimised: jax compiles as users have it; elsewhere it leaves LLVM's optimisations out, but for parity",
-        "torch: needs PyTorch, which the extra of that name installs",
-        "hub: needs the Hugging Face hub",
-    ):
-        config.addinivalue_line("markers", marker)
+    for name, question in (FOLDERS | MARKERS).items():
+        config.addinivalue_line("markers", f"{name}: {question}")
     config.addinivalue_line("filterwarnings", "error")
     # Of what another process is writing just now: jax then compiles it itself.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
@@ -97,6 +108,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     _set_aside_what_lives()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks a test before `-m` selects. The parity suite of the package marks its tests by its own conftest."""
+    if item.path.is_relative_to(TESTS):
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,8 +20,6 @@ from vit_ref.cli.group import main
 from vit_ref.errors import InputError
 from vit_ref.model import config
 
-pytestmark = pytest.mark.benchmarks
-
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:

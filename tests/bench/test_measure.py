@@ -26,8 +26,6 @@ from vit_ref.errors import InputError, OutOfMemoryError
 from vit_ref.model import attention
 from vit_ref.model.attention import cudnn
 
-pytestmark = pytest.mark.benchmarks
-
 FUSED = "vit_ref-cudnn"
 DAY = 86400.0
 WORK = Workload("Ti/16", 8, "float32", "forward")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.benchmarks
-
 FILE = Path(__file__).parents[2] / "benchmarks" / "test_finetune.py"
 
 

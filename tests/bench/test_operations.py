@@ -12,8 +12,6 @@ from vit_ref.bench.compiling import Cost
 from vit_ref.bench.workload import PASSES, Pass, Workload, operations
 from vit_ref.model.config import ViTConfig
 
-pytestmark = pytest.mark.benchmarks
-
 
 @pytest.mark.parametrize("build", [contenders.vit_ref, contenders.flaxvit], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("what", PASSES)

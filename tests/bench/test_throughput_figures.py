@@ -13,8 +13,6 @@ from vit_ref.bench.compiling import Cost
 from vit_ref.bench.contenders import Contender
 from vit_ref.bench.workload import Workload
 
-pytestmark = pytest.mark.benchmarks
-
 WORK = Workload("Ti/16", 8, "float32", "forward")
 
 

@@ -22,8 +22,6 @@ from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.results import CandidateReport, Check
 from vit_ref.verify.session import steps
 
-pytestmark = pytest.mark.candidates
-
 ROOT = Path(__file__).parents[2]
 PORT = """
 import vit_ref

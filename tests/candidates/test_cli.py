@@ -30,8 +30,6 @@ from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.results import CandidateReport
 from vit_ref.weights import conversion
 
-pytestmark = pytest.mark.candidates
-
 # The package's attributes of these names are functions once `vit_ref.cli.group` is imported.
 verify_command, convert_command = (import_module(f"vit_ref.cli.{name}") for name in ("verify", "convert"))
 

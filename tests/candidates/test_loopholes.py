@@ -29,8 +29,6 @@ from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port
 from vit_ref.weights import mapping, pretrained
 
-pytestmark = pytest.mark.candidates
-
 ROOT = Path(__file__).parents[2]
 SUITE = Path("vit_ref/testing/suite")
 Saved = Callable[[str], Path]

@@ -26,8 +26,6 @@ from vit_ref.verify.session import check_port, prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.pretrained import configuration
 
-pytestmark = pytest.mark.candidates
-
 ONLY_TORCH = pytest.mark.torch
 
 

@@ -34,8 +34,6 @@ from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint, mapping
 from vit_ref.weights.pretrained import configuration
 
-pytestmark = pytest.mark.candidates
-
 CASE = CASES["rectangular"]
 D, HEADS, DEPTH = CASE.config.hidden_size, CASE.config.num_attention_heads, CASE.config.num_hidden_layers
 NAMES = ["patches", "embeddings", *(f"block.{{i}}.{site}" for site, _ in BLOCK_SITES), "norm"]

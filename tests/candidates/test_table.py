@@ -26,8 +26,6 @@ from vit_ref.weights import checkpoint
 from vit_ref.weights.mapping import parameter_shapes
 from vit_ref.weights.pretrained import configuration
 
-pytestmark = pytest.mark.candidates
-
 CONFIG = CASES["rectangular"].config
 BATCH, TOKENS, HEADS, WIDTH = 2, 17, 3, 33
 VALUE = np.arange(BATCH * TOKENS * WIDTH, dtype=np.float32).reshape(BATCH, TOKENS, WIDTH)

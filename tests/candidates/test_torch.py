@@ -30,7 +30,7 @@ from vit_ref.weights.pretrained import configuration
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
 
-pytestmark = [pytest.mark.candidates, pytest.mark.torch]
+pytestmark = pytest.mark.torch
 
 IMAGES = CASES["rectangular"].images()
 

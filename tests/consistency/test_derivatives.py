@@ -22,7 +22,7 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import precision_of
 from vit_ref.weights.mapping import parameter_shapes
 
-pytestmark = [pytest.mark.consistency, pytest.mark.xdist_group("derivatives")]
+pytestmark = pytest.mark.xdist_group("derivatives")
 
 EPS = float(np.finfo(np.float64).eps)
 # A layer's kernel and bias, or scale and bias, are one group: they are used, and would be wrong, together.

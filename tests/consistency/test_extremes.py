@@ -19,7 +19,7 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace, precision_of
 from vit_ref.weights.pretrained import build, parameters_of
 
-pytestmark = [pytest.mark.consistency, pytest.mark.xdist_group("extremes")]
+pytestmark = pytest.mark.xdist_group("extremes")
 
 CONFIG = CASES["rectangular"].config
 Parameters = dict[str, NDArray]

@@ -6,10 +6,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.consistency
-
 # One line for each thing that a seed decides: a hash of its bytes.
 PROGRAM = """
 import hashlib, sys

@@ -37,8 +37,6 @@ from vit_ref.weights import checkpoint, mapping
 from vit_ref.weights.checkpoint import LazyTensors
 from vit_ref.weights.conversion import convert
 
-pytestmark = pytest.mark.consistency
-
 # A first, a middle and a last block.
 THREE = Case("three", dataclasses.replace(CASES["hard-tokens"].config, num_hidden_layers=3), seed=12)
 

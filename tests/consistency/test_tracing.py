@@ -15,8 +15,6 @@ from jax import Array
 
 from vit_ref.verify.cases import CASES, Case
 
-pytestmark = pytest.mark.consistency
-
 # The cases whose formulas differ from those of "rectangular", on which all else here runs.
 OTHERS = [CASES[name] for name in ("no-qkv-bias", "one-head", "pooler", "headless", "rectangular-patch")]
 

@@ -20,7 +20,7 @@ from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error, root_mean_square
 
 # What compiled programs compute is the question.
-pytestmark = [pytest.mark.consistency, pytest.mark.optimised]
+pytestmark = pytest.mark.optimised
 
 Objective = Callable[..., tuple[Array, Array]]
 # ((loss, logits), gradient), as value_and_grad returns them

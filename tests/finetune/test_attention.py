@@ -15,8 +15,6 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace, precision_of
 from vit_ref.weights.pretrained import parameters_of
 
-pytestmark = pytest.mark.training
-
 
 def rolled_out(trace: Trace, depth: int) -> np.ndarray:
     """Abnar & Zuidema (2020), equation 1, with whole matrices: (B, 1, patches)."""

@@ -19,8 +19,6 @@ from PIL import Image, ImageEnhance
 from vit_ref.errors import InputError
 from vit_ref.finetune.augmentation import Augmentation, augmented
 
-pytestmark = pytest.mark.training
-
 DRAWS = 4000
 NOTHING = Augmentation(scale=(1, 1), ratio=(1, 1), flip=0, brightness=0, contrast=0, saturation=0)
 # Of so many draws the distribution is off by more than this with probability 1e-6 (Dvoretzky, Kiefer and Wolfowitz:

@@ -16,8 +16,6 @@ from PIL import Image
 from vit_ref.errors import InputError
 from vit_ref.finetune.data import ImageDataset, open_dataset
 
-pytestmark = pytest.mark.training
-
 # Class -> the red of its images; file `k` has `k` for its green.
 RED = {"ant": 10, "bee": 90, "cat": 170}
 

@@ -8,10 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.training
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune.py"
 
 

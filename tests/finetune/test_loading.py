@@ -23,7 +23,6 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 
 pytest.importorskip("grain")
-pytestmark = pytest.mark.training
 
 CONFIG = ViTConfig(image_size=(6, 9), patch_size=3, preprocessor={"image_mean": [0.4, 0.5, 0.6], "image_std": 0.3})
 COUNT, BATCH, EPOCHS = 23, 4, 3

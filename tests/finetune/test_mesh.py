@@ -14,8 +14,6 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 
-pytestmark = pytest.mark.training
-
 CONFIG = ViTConfig(
     hidden_size=96,
     num_attention_heads=3,

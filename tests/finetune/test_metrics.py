@@ -21,8 +21,6 @@ from scipy.special import log_softmax
 from vit_ref.errors import InputError
 from vit_ref.finetune.metrics import Evaluation, MetricsLog, read_metrics
 
-pytestmark = pytest.mark.training
-
 CLASSES = 7
 # The same few additions in another order: a handful of roundings of float64.
 ROUNDING = 16 * 2**-53

@@ -18,8 +18,6 @@ from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.compare.trace import precision_of
 from vit_ref.weights.pretrained import parameters_of, parameters_of_state
 
-pytestmark = pytest.mark.training
-
 CONFIG = ViTConfig(
     hidden_size=12,
     num_hidden_layers=3,

@@ -27,8 +27,6 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 
-pytestmark = pytest.mark.training
-
 # The longest that Food-101 has is of 23 letters; an apple is in no font of matplotlib's; dollar signs would
 # be mathematics, and here a mistake in it.
 NAMES = ("strawberry_shortcake", "ph\U0001f34f", "grilled_cheese_sandwich", "$\\x$")

@@ -24,8 +24,6 @@ from vit_ref.preprocessing import preprocess
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import precision_of
 
-pytestmark = pytest.mark.training
-
 Filled = Callable[..., VisionTransformer]
 CONFIG = replace(CASES["rectangular"].config, num_channels=3, num_labels=6, labels=("a", "b", "c", "d", "e", "f & g"))
 

@@ -12,8 +12,6 @@ from vit_ref.errors import ConfigError
 from vit_ref.finetune.probabilities import scores, unit
 from vit_ref.model.config import ViTConfig
 
-pytestmark = pytest.mark.training
-
 LOGITS = np.array([-1.5, 0.25, 3.0])
 SOFTMAX = np.exp(LOGITS) / np.exp(LOGITS).sum()
 SIGMOID = 1 / (1 + np.exp(-LOGITS))

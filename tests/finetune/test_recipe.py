@@ -15,8 +15,6 @@ from vit_ref.finetune import run
 from vit_ref.finetune.options import recipe_from
 from vit_ref.finetune.recipe import Recipe
 
-pytestmark = pytest.mark.training
-
 
 @pytest.mark.parametrize(
     ("field", "value"),

@@ -16,8 +16,6 @@ from vit_ref.finetune.metrics import Evaluation, read_metrics
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS, TIMING, Record
 
-pytestmark = pytest.mark.training
-
 RECIPE = Recipe(epochs=2, grad_accum_steps=2)
 # Of three, the first two were taken for what they are.
 FOUND = Evaluation(np.diag([1, 1, 0]) + np.eye(3, dtype=np.int64)[::-1] * [[0], [0], [1]], 1.5)

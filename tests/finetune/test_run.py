@@ -36,7 +36,7 @@ from vit_ref.preprocessing import preprocess
 from vit_ref.verify.report import summary
 from vit_ref.weights.pretrained import parameters_of, parameters_of_state
 
-pytestmark = [pytest.mark.training, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.xdist_group("runs")
 
 
 def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whole_run: tuple) -> None:

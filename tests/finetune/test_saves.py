@@ -15,8 +15,6 @@ import pytest
 from vit_ref.errors import InputError
 from vit_ref.finetune.saves import Progress, Saves
 
-pytestmark = pytest.mark.training
-
 
 def arrays(step: int) -> dict[str, jax.Array]:
     return {"a.kernel": jnp.full((3, 2), step, jnp.float32), "count": jnp.array(step, jnp.int32)}

@@ -26,8 +26,6 @@ from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.preprocessing import steps
 from vit_ref.weights.pretrained import parameters_of
 
-pytestmark = pytest.mark.training
-
 CONFIG = ViTConfig(
     hidden_size=12,
     num_hidden_layers=2,

@@ -9,8 +9,6 @@ import pytest
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
 
-pytestmark = pytest.mark.training
-
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grain", None)

@@ -16,8 +16,6 @@ from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import precision_of
 
-pytestmark = pytest.mark.model
-
 CASE = CASES["rectangular"]
 FLOAT32 = np.dtype(np.float32)
 # Of the softmax: exp, its maximum, sum and quotient; of LayerNorm: means, squares, reciprocal root and, with the stream

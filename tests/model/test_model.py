@@ -27,8 +27,6 @@ from vit_ref.verify.gates import error
 from vit_ref.verify.references.numpy_oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
 from vit_ref.weights.mapping import parameter_shapes
 
-pytestmark = pytest.mark.model
-
 SMALL = [case for case in CASES.values() if case.name != "vit-b16"]
 
 

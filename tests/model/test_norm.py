@@ -13,8 +13,6 @@ from jax import Array
 from vit_ref.model.norm import LayerNorm, layer_norm
 from vit_ref.verify.compare.trace import precision_of
 
-pytestmark = pytest.mark.model
-
 EPSILON = 0.3  # As large as the variance, so that a derivative without it shows.
 
 

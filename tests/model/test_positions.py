@@ -19,8 +19,6 @@ from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.weights import mapping
 from vit_ref.weights.pretrained import build, parameters_of
 
-pytestmark = pytest.mark.model
-
 # A 3 x 4 grid, and what torch 2.13.0 makes of it in float64:
 # torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False)
 GRID = np.array([((7 * k * k + 3 * k) % 11 - 5) / 4 for k in range(12)]).reshape(3, 4)

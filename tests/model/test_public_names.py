@@ -8,8 +8,6 @@ from importlib import import_module
 
 import pytest
 
-pytestmark = pytest.mark.model
-
 PACKAGES = ("vit_ref", "vit_ref.verify", "vit_ref.finetune")
 
 

@@ -25,8 +25,6 @@ from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
 
-pytestmark = pytest.mark.model
-
 # An odd number of tokens, as a class token makes it.
 TOKENS = 37
 

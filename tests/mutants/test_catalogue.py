@@ -12,8 +12,6 @@ from tests.mutants.catalogue import MUTANTS
 from tests.mutants.killing import ALIVE, dosed, require_killed
 from tests.mutants.mutant import Mutant, Parity
 
-pytestmark = pytest.mark.mutants
-
 NESTED = [mutant for mutant in ALIVE if not isinstance(mutant.tests, Parity)]
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.mutants import table
 from tests.mutants.killing import ALIVE, dosed
 from tests.mutants.mutant import Mutant
-
-pytestmark = pytest.mark.mutants
 
 
 @dosed(ALIVE)

@@ -27,8 +27,6 @@ from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import configuration
 
-pytestmark = pytest.mark.mutants
-
 
 class Faulty(OwnCandidate):
     """The right candidate with its trace changed afterwards, or its block's input replaced."""

@@ -27,8 +27,6 @@ from vit_ref.verify.diagnose.gaps import hidden_before
 from vit_ref.verify.gates import error
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
-pytestmark = pytest.mark.mutants
-
 SQUARE = Case("square", dataclasses.replace(CASES["pooler"].config, pooler_output_size=None, image_size=15), batch=2)
 SUBJECTS = {case.name: case for case in (CASES["rectangular-patch"], CASES["one-head"], SQUARE)}
 

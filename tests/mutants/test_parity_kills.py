@@ -17,8 +17,6 @@ from tests.mutants.killing import ALIVE, dosed, require_killed
 from tests.mutants.mutant import ONE_BLOCK, Mutant, Parity, backward
 from vit_ref.model import vit
 
-pytestmark = pytest.mark.mutants
-
 JUDGED = [mutant for mutant in ALIVE if isinstance(mutant.tests, Parity)]
 COMPILED = [mutant for mutant in JUDGED if mutant.compiled or mutant.tests.backward]
 

@@ -15,8 +15,6 @@ from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error
 from vit_ref.verify.references.fused import fused
 
-pytestmark = pytest.mark.parity
-
 # (batch, tokens, heads, head_dim): no two are equal.
 SHAPE = (2, 7, 3, 5)
 

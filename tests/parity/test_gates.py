@@ -11,8 +11,6 @@ from scipy import special
 
 from vit_ref.verify.gates import Error, Truth, against, apart, error, errors_of, numerical_gate
 
-pytestmark = pytest.mark.parity
-
 
 def test_errors_are_relative_to_the_truth() -> None:
     truth = np.array([3.0, -4.0])

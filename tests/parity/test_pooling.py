@@ -19,8 +19,6 @@ from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session
 from vit_ref.verify.vit import gradient_names
 
-pytestmark = pytest.mark.parity
-
 CASE = CASES["rectangular"]
 
 

@@ -32,8 +32,6 @@ from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.report import summary, table, to_json
 from vit_ref.verify.session import Session
 
-pytestmark = pytest.mark.candidates
-
 CASE = CASES["rectangular"]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

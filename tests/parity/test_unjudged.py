@@ -32,8 +32,6 @@ from vit_ref.verify.session import Session, complete, judge_gradients
 from vit_ref.verify.vit import problem_of
 from vit_ref.weights.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.parity
-
 CASE = CASES["rectangular"]
 
 

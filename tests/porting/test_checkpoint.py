@@ -25,8 +25,6 @@ from vit_ref.verify.cases import Case
 from vit_ref.weights import checkpoint, mapping, pretrained
 from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
 
-pytestmark = pytest.mark.porting
-
 LABELS = ("cat", "dog", "dog")  # ImageNet too has one name twice
 PREPROCESSOR = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4, 0.5, 0.6], "resample": 3}
 CONFIG = ViTConfig(

@@ -23,8 +23,6 @@ from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.weights import mapping
 from vit_ref.weights.mapping import LAYOUTS, Layout, Rule, Tensors, Transform
 
-pytestmark = pytest.mark.porting
-
 Traced = Callable[..., Trace]
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)

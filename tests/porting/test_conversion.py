@@ -24,8 +24,6 @@ from vit_ref.weights import checkpoint, conversion, mapping, pretrained
 from vit_ref.weights.conversion import Target, convert
 from vit_ref.weights.mapping import LAYOUTS
 
-pytestmark = pytest.mark.porting
-
 LABELS = ("cat", "dog", "dog")
 PREPROCESSOR = {"image_mean": [0.4, 0.5, 0.6], "image_std": 0.25, "resample": 3}
 # What every layout's readers take for granted: epsilon 1e-6, tanh GELU, biases, squares.

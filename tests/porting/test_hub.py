@@ -17,8 +17,6 @@ from vit_ref.weights import checkpoint, hub
 from vit_ref.weights.hub import Name
 from vit_ref.weights.origin import origin
 
-pytestmark = pytest.mark.porting
-
 CONFIG = ViTConfig(
     hidden_size=6,
     num_attention_heads=3,

@@ -15,8 +15,6 @@ from vit_ref.files import require_local
 from vit_ref.weights.conversion import convert
 from vit_ref.weights.pretrained import save_pretrained
 
-pytestmark = pytest.mark.porting
-
 URL = "gs://bucket/run"
 ADVICE = "a URL is no path on this machine: give a local path, and copy the files yourself"
 

@@ -23,8 +23,6 @@ from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.weights import checkpoint, mapping
 from vit_ref.weights.conversion import convert
 
-pytestmark = pytest.mark.porting
-
 CONFIG = ViTConfig(
     hidden_size=6,
     num_attention_heads=3,

@@ -30,8 +30,6 @@ from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import checkpoint, pretrained
 from vit_ref.weights.conversion import convert
 
-pytestmark = pytest.mark.porting
-
 CONFIG = ViTConfig(
     hidden_size=6,
     num_attention_heads=3,

@@ -23,8 +23,6 @@ from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import LAYOUTS, Layout
 from vit_ref.weights.pretrained import parameters_of
 
-pytestmark = pytest.mark.porting
-
 # Square where kernels allow it, so that a transposed kernel has the right shape; eleven blocks and more, so that
 # numeric and lexicographic order differ.
 CONFIG = ViTConfig(

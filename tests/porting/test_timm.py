@@ -17,8 +17,6 @@ from vit_ref.verify.cases import CASES
 from vit_ref.weights import checkpoint, mapping, pretrained
 from vit_ref.weights.timm import from_timm, to_timm
 
-pytestmark = pytest.mark.porting
-
 # As timm 1.0.31 writes it for vit_base_patch16_224.
 PRETRAINED = {
     "tag": "augreg2_in21k_ft_in1k",

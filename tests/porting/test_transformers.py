@@ -18,8 +18,6 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
 from vit_ref.weights import mapping
 
-pytestmark = pytest.mark.porting
-
 
 @pytest.mark.parametrize("name", ["deep", "hard-tokens", "pooler"])
 def test_flaxvit_loads_what_is_saved(

@@ -22,8 +22,6 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
 from vit_ref.weights import checkpoint, mapping, pretrained, wrappers
 
-pytestmark = pytest.mark.porting
-
 CONFIG = ViTConfig(
     hidden_size=6,
     num_attention_heads=3,

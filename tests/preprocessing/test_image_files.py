@@ -13,8 +13,6 @@ from vit_ref.image_files import counted, find, suffixes
 from vit_ref.preprocessing import read_image
 from vit_ref.verify import photographs
 
-pytestmark = pytest.mark.preprocessing
-
 IMAGES = ("a.gif", "b.JFIF", "c.jpg", "d.png", "e.ppm", "f.tga", "g.webp", "below/h.jp2")
 
 

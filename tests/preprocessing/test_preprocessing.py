@@ -19,8 +19,6 @@ from PIL import Image
 from vit_ref.preprocessing import explicit, for_size, preprocess
 from vit_ref.verify import photographs
 
-pytestmark = pytest.mark.preprocessing
-
 Picture = Callable[..., NDArray]
 
 FILTERS = {method.name: method.value for method in Image.Resampling}

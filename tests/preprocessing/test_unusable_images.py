@@ -20,8 +20,6 @@ from vit_ref.errors import ConfigError, InputError
 from vit_ref.preprocessing import preprocess
 from vit_ref.verify import photographs
 
-pytestmark = pytest.mark.preprocessing
-
 Picture = Callable[..., NDArray]
 
 

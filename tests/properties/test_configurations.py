@@ -16,8 +16,6 @@ from vit_ref.errors import ConfigError
 from vit_ref.model.config import ViTConfig
 from vit_ref.weights.mapping import parameter_shapes
 
-pytestmark = pytest.mark.properties
-
 # "\u00b2", a raised two, is a digit and yet no number.
 names_of_no_variant = st.one_of(
     st.sampled_from(("", "B", "B/", "/16", "b/16", "B/-1", "B/1.5", "B/\u00b2", "B/16/", "ViT-B/16")),

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +17,6 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import Site, sites
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.compare.trace import precision_of
-
-pytestmark = pytest.mark.properties
 
 batches = st.integers(1, 4)
 dtypes = st.sampled_from(("float32", "bfloat16", "float16", "float64"))

@@ -27,7 +27,7 @@ from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 
 # Rounding is judged as users see it.
-pytestmark = [pytest.mark.properties, pytest.mark.optimised]
+pytestmark = pytest.mark.optimised
 
 PORT = Path(__file__).parents[1] / "candidates" / "worked" / "torch_timm.py"
 # Every example compiles four functions of its own, which a thousand of them need not keep.

@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from tests.helpers.vit_strategies import configs, seeds
 from vit_ref.model.config import ViTConfig
 
-pytestmark = pytest.mark.properties
-
 profiles = pytest.mark.parametrize("profile", ["quick", "ci", "thorough"])
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,8 +21,6 @@ from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import synthetic_images
 from vit_ref.verify.compare.trace import Trace, precision_of
 from vit_ref.verify.gates import error
-
-pytestmark = pytest.mark.properties
 
 # Relative RMS error allowed at a site, in units of float64 rounding. Two runs that sum in another order were at most 5
 # apart in 200 draws. A LayerNorm multiplies that by its token's rms over its deviation, which at widths of five and

@@ -13,8 +13,6 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.weights import mapping
 from vit_ref.weights.mapping import LAYOUTS
 
-pytestmark = pytest.mark.properties
-
 dtypes = st.sampled_from((np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 

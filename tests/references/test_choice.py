@@ -22,8 +22,6 @@ from vit_ref.verify.references.choice import REFERENCES, NumpyReference, referen
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import Session
 
-pytestmark = pytest.mark.parity
-
 
 def test_numpy_judges_forward() -> None:
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()

@@ -16,7 +16,6 @@ from tests.helpers.synthetic_reports import ORIGIN, REPORTS, measured, parity, p
 from vit_ref.errors import InputError
 from vit_ref.verify.report import SCHEMA, summary, to_html, to_json, write
 
-pytestmark = pytest.mark.candidates
 SCHEMA_OF_REPORTS = json.loads(SCHEMA.read_text(encoding="utf-8"))
 each_report = pytest.mark.parametrize("name", REPORTS)
 

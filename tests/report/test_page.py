@@ -15,7 +15,6 @@ from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, w
 from vit_ref.verify.report import page, to_html, to_json
 from vit_ref.verify.results import Behaviour, Cause
 
-pytestmark = pytest.mark.candidates
 each_report = pytest.mark.parametrize("name", REPORTS)
 CSS = Path(page.__file__).with_name("page.css").read_text(encoding="utf-8")
 

@@ -13,8 +13,6 @@ from vit_ref.verify.report import headline, summary, table, to_html, to_json
 from vit_ref.verify.report.text import MARKS, wrong_alone
 from vit_ref.verify.results import Cause, ParityReport, SiteResult
 
-pytestmark = pytest.mark.candidates
-
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_summary_has_the_divergence_on_top_the_verdict_last_and_80_columns(name) -> None:

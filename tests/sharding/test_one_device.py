@@ -14,7 +14,7 @@ from vit_ref.model.sites import sites
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
 from vit_ref.verify.vit import gradient_names
 
-pytestmark = [pytest.mark.sharding, pytest.mark.xdist_group("devices")]
+pytestmark = pytest.mark.xdist_group("devices")
 
 SITES = [site.name for site in sites(CASE.config, CASE.batch)]
 OBSERVED = {"forward": SITES, "backward": gradient_names(CASE.config)}

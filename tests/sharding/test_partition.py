@@ -15,8 +15,6 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.weights.mapping import parameter_shapes, templated
 from vit_ref.weights.partition import RULES, shardings
 
-pytestmark = pytest.mark.sharding
-
 # Of ViT-B/16, on two dimensions as the papers have it: columns are a kernel's second. Whatever is not named is whole.
 COLUMNS = ("attn.query", "attn.key", "attn.value", "mlp.fc1")
 ROWS = ("attn.out", "mlp.fc2")

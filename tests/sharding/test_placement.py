@@ -11,7 +11,7 @@ from tests.sharding.ways import CASE, WAYS, Way
 from vit_ref.weights.mapping import parameter_shapes
 from vit_ref.weights.partition import LEAST
 
-pytestmark = [pytest.mark.sharding, pytest.mark.xdist_group("devices")]
+pytestmark = pytest.mark.xdist_group("devices")
 
 SHAPES = parameter_shapes(CASE.config)
 TENSORS = CASE.checkpoint().tensors

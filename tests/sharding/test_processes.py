@@ -15,7 +15,7 @@ from tests.sharding.ways import CASE, digests
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
 from vit_ref.weights.mapping import parameter_shapes
 
-pytestmark = [pytest.mark.sharding, pytest.mark.xdist_group("devices")]
+pytestmark = pytest.mark.xdist_group("devices")
 
 
 @pytest.fixture(scope="module")

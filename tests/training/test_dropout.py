@@ -29,8 +29,6 @@ from vit_ref.verify.gates import error
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.weights.pretrained import build
 
-pytestmark = pytest.mark.training
-
 Filled = Callable[..., VisionTransformer]
 Trace = dict[str, jax.Array]
 

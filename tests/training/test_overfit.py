@@ -25,8 +25,6 @@ from vit_ref.weights import checkpoint, mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import configuration, parameters_of
 
-pytestmark = pytest.mark.training
-
 CONFIG = replace(CASES["rectangular"].config, hidden_size=48, intermediate_size=96, num_labels=7, initializer_range=0.1)
 
 

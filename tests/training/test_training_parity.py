@@ -11,7 +11,7 @@ import pytest
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error, numerical_gate, root_mean_square
 
-pytestmark = [pytest.mark.training, pytest.mark.optimised, pytest.mark.xdist_group("training parity")]
+pytestmark = [pytest.mark.optimised, pytest.mark.xdist_group("training parity")]
 
 STEPS = (1, 5, 20)
 CASE = CASES["rectangular"]

@@ -121,6 +121,10 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="vit-ref-")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker("parity")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = partial(metafunc.config.getoption, default=None)
     for fixture, check in CHECKS.items():

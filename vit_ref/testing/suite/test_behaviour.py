@@ -6,8 +6,6 @@ import pytest
 
 from vit_ref.verify.results import Behaviour
 
-pytestmark = pytest.mark.parity
-
 
 def test_behaviour(behaviour: tuple[Behaviour, ...]) -> None:
     wrong = [f"{each.name}: {each.reason}" for each in behaviour if not each.passed]

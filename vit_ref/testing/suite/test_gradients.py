@@ -7,8 +7,6 @@ import pytest
 from vit_ref.verify.report import excerpt, headline
 from vit_ref.verify.results import ParityReport
 
-pytestmark = pytest.mark.parity
-
 
 def test_semantic_gate_float64_backward(gradients: ParityReport) -> None:
     if gradients.semantic_failures or gradients.unobserved:

@@ -17,8 +17,6 @@ import vit_ref.testing.plugin
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.references.choice import REFERENCES
 
-pytestmark = pytest.mark.porting
-
 ROOT = Path(__file__).parents[2]
 
 
