@@ -20,7 +20,7 @@ from vit_ref.testing.parametrize import SiteCheck
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.results import CandidateReport, Check
-from vit_ref.verify.session import steps
+from vit_ref.verify.session import count_steps
 
 ROOT = Path(__file__).parents[2]
 PORT = """
@@ -85,7 +85,7 @@ def test_a_right_port_passes_every_check(judged: tuple[CandidateReport, list[str
     assert names[0] == "forward/patches" and "backward/blocks.0.attn.query.kernel" in names
     assert report.candidate == "port" and report.title == "/".join(report.checkpoint.path.split("/")[-2:])
     assert report.backward.objectives in LOOKS
-    assert len(said) == steps(backward=False) + report.backward.objectives
+    assert len(said) == count_steps(backward=False) + report.backward.objectives
 
 
 def test_sites_and_gradients_are_reported_in_the_order_of_the_pass(judged: tuple[CandidateReport, list[str]]) -> None:

@@ -23,8 +23,8 @@ from vit_ref.verify.diagnose.diagnosis import (
     diagnose_rounding,
     where,
 )
-from vit_ref.verify.diagnose.gaps import hidden_before
 from vit_ref.verify.gates import error
+from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
 SQUARE = Case("square", dataclasses.replace(CASES["pooler"].config, pooler_output_size=None, image_size=15), batch=2)
