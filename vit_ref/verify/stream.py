@@ -36,7 +36,7 @@ from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.verify.results import CandidateReport, ParityReport
+from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session
 from vit_ref.verify.vit import ViTExplainer, gradient_names, hf_tensors, problem_of
 from vit_ref.weights import mapping
@@ -367,6 +367,10 @@ class _Streamed(Session):
             for stage, pooled in found.items()
         ]
         return _whole(reports, gradient_names(blocks.whole))
+
+    def behaviour(self) -> tuple[Behaviour, ...]:
+        """Nothing: it is the whole model's."""
+        return ()
 
 
 def _whole(reports: list[tuple[_Stage, ParityReport]], order: list[str]) -> ParityReport:
