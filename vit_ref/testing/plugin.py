@@ -1,14 +1,10 @@
-"""pytest's options for parity, and the parity section at the end of a run.
+"""The parity suite's options for pytest, and the parity section at the end of a run.
 
-An entry point loads it, so the options are known before any conftest is: pytest would otherwise take the path after
-`--checkpoint` for a directory of tests, and read its configuration from there. pytest loads entry points in every
-project of an environment, so this module stands outside the package, imports nothing of it, and adds its options only
-to runs that start in this project's directory, or ask for the installed suite: `pytest --pyargs vit_ref.testing.suite`.
+`vit_ref.testing.entry` registers this plugin in the runs that have the suite.
 """
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,59 +13,40 @@ EXIT_BAD_INPUT = 2
 _PROPERTY = "parity "
 
 
-def _wanted(manager: pytest.PytestPluginManager) -> bool:
-    run: pytest.Config | None = manager.get_plugin("pytestconfig")
-    arguments = run.invocation_params.args if run else ()
-    return _at_home() or any(str(argument).startswith("vit_ref.testing.suite") for argument in arguments)
-
-
-def _at_home() -> bool:
-    try:
-        return tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "vit-ref"
-    except (OSError, KeyError, ValueError):
-        return False
-
-
-def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    if not _wanted(pluginmanager):
-        return
+def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vit_ref", "numerical parity of ViT ports")
     group.addoption(
         "--checkpoint",
         action="append",
         default=[],
         metavar="DIR_OR_HUB_ID",
-        help="run parity on this checkpoint too; repeatable",
+        help="judge this checkpoint too; repeatable",
     )
     group.addoption(
         "--candidate",
         action="append",
         default=[],
         metavar="FILE.py|module:attr",
-        help="judge this port in place of vit_ref's own; without --checkpoint on the embedded cases; repeatable",
+        help="judge this candidate in place of vit_ref's own model, on the checkpoints of --checkpoint or else on the"
+        " embedded cases; repeatable",
     )
-    group.addoption("--images", metavar="DIR", help="use photographs from below DIR for --checkpoint")
+    group.addoption("--images", metavar="DIR", help="judge --checkpoint on the photographs below DIR")
     group.addoption(
         "--precision",
         action="append",
         choices=("float32", "tensorfloat32", "bfloat16", "mixed", "float16"),
-        help="precision that the numerical gate judges; repeatable (default: float32)",
+        help="let the numerical gate judge this precision; repeatable (default: float32)",
     )
     group.addoption(
         "--reference",
         choices=("flax", "torch", "numpy"),
-        help="who judges: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy oracle, forward"
-        " only (default: flax)",
+        help="compare with this reference: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy"
+        " oracle, which judges the forward pass alone (default: flax)",
     )
-    group.addoption("--parity-report", metavar="DIR", help="write every case's full table to DIR")
+    group.addoption("--parity-report", metavar="DIR", help="write the whole table of every case to DIR")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for marker in (
-        "parity: the port computes what the reference computes, site by site",
-        "xdist_group: keeps tests on one worker, where pytest-xdist is installed",
-    ):
-        config.addinivalue_line("markers", marker)
     options = ("checkpoint", "candidate", "images", "reference", "parity_report")
     given = checkpoints, candidates, images, reference, reports = [config.getoption(name, None) for name in options]
     if not any(given):
@@ -102,8 +79,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """What there is to know of this device to read a verdict in the precisions that are asked for."""
-    if not hasattr(config.option, "parity_report"):  # of no other plugin's option of that name
-        return []
     from vit_ref import image_files
     from vit_ref.verify.environment import notes
     from vit_ref.verify.precision import PRECISIONS
