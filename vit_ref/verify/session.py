@@ -50,7 +50,7 @@ def check_port(
     *,
     images: str | os.PathLike[str] | None = None,
     revision: str | None = None,
-    exempt: Iterable[str] = (),
+    ignore: Iterable[str] = (),
     precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
@@ -65,7 +65,7 @@ def check_port(
       checkpoint: a directory, file or hub id.
       images: a directory of photographs, preprocessed as the checkpoint asks; None for synthetic images.
       revision: of a hub id, as in `vit_ref.from_pretrained`.
-      exempt: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`. A
+      ignore: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`. A
         candidate's loader reads the files by itself.
       precision: whose rounding is judged: "float32", "tensorfloat32", "bfloat16", "mixed" or "float16", or a dtype of
         that name; `precision.PRECISIONS` says what each is.
@@ -83,7 +83,7 @@ def check_port(
       TruncatedError: nothing of the candidate is in float64 when asked to be.
     """
     asked = named(precision)
-    source, config = opened(checkpoint, revision=revision, exempt=exempt)
+    source, config = opened(checkpoint, revision=revision, ignore=ignore)
     read = origin(source)
     title = read.name
     with naming(source.path):
