@@ -52,7 +52,7 @@ class MappingError(InputError):
         lines = [f"{place}the weights do not fit the configuration (layout {layout}): {summary}"]
         lines += [f"  {fault.kind}: {fault.name}: {fault.detail}" for fault in self.faults]
         if counts["unexpected"]:
-            lines.append("  to leave unexpected tensors behind: --ignore PATTERN, or exempt=[PATTERN] in Python")
+            lines.append("  to leave unexpected tensors behind: --ignore PATTERN, or ignore=[PATTERN] in Python")
         super().__init__("\n".join(lines))
 
 

@@ -95,7 +95,7 @@ def test_what_is_asked_for_reaches_the_check(found: Callable[[str], list[Any]], 
     options += ["--ignore", "vit.pooler.*", "--ignore", "x"]
     assert invoke("verify", "anywhere", "--candidate", "port.py", *options).exit_code == 0
     asked = {"images": Path("photographs"), "precision": "bfloat16", "reference": "numpy", "backward": False}
-    asked["exempt"] = ("vit.pooler.*", "x")
+    asked["ignore"] = ("vit.pooler.*", "x")
     assert calls == [("port.py", "anywhere", asked)]
 
 
@@ -106,7 +106,7 @@ def test_a_stream_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch, invoke:
     ((given, options),) = calls
     del options["progress"]
     assert given == ("anywhere",)
-    assert options == {"images": None, "exempt": (), "precision": "bfloat16", "reference": "flax", "backward": True}
+    assert options == {"images": None, "ignore": (), "precision": "bfloat16", "reference": "flax", "backward": True}
 
 
 def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Invoke) -> None:

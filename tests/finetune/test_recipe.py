@@ -97,4 +97,4 @@ def test_what_is_asked_for_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_
         grad_clip=1.5,
     )
     conducted = run.Conduct(num_workers=1, save_steps=7, save_total_limit=3)
-    assert calls == [("there", tmp_path, expected, conducted, {"resume": False, "exempt": ("a",)})]
+    assert calls == [("there", tmp_path, expected, conducted, {"resume": False, "ignore": ("a",)})]

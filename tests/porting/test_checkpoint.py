@@ -584,9 +584,9 @@ def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
 def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: mapping.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
     google_npz(tmp_path / "ViT.npz", layout, **extra)
-    assert "leave one behind with exempt=['head/*'] or exempt=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
-    assert vit_ref.from_pretrained(tmp_path / "ViT.npz", exempt=["head/*"]).config.pooler
-    assert vit_ref.from_pretrained(tmp_path / "ViT.npz", exempt=["pre_logits/*"]).config.num_labels == 3
+    assert "leave one behind with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
+    assert vit_ref.from_pretrained(tmp_path / "ViT.npz", ignore=["head/*"]).config.pooler
+    assert vit_ref.from_pretrained(tmp_path / "ViT.npz", ignore=["pre_logits/*"]).config.num_labels == 3
 
 
 def test_npz_of_bfloat16(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_pa
     assert message.startswith(f"{source / 'config.json'}: model_type is 'deit': ")
     checkpoint.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
     assert "16 unexpected" in refusal(source, tmp_path / "timm", "timm", MappingError)
-    convert(source, tmp_path / "shorter", "timm", exempt=["vit.encoder.layer.1.*"])
+    convert(source, tmp_path / "shorter", "timm", ignore=["vit.encoder.layer.1.*"])
     assert len(checkpoint.read(tmp_path / "shorter").tensors) == 8 + 12
 
 

@@ -102,7 +102,7 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
     source[counted] = source[counted].astype(np.int32)
     source["something/else.weight"] = np.zeros((2, 3))
     with pytest.raises(MappingError) as caught:
-        mapping.port(source, config, layout, exempt=["nothing.*"])
+        mapping.port(source, config, layout, ignore=["nothing.*"])
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {
         ("missing", gone),
         ("misshapen", bent),
@@ -110,7 +110,7 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
         ("not finite", poisoned),
         ("unusable dtype", counted),
         ("unexpected", "something/else.weight"),
-        ("stale exemption", "nothing.*"),
+        ("stale ignore", "nothing.*"),
     }
     text = str(caught.value)
     summary = text.splitlines()[0]
@@ -140,9 +140,9 @@ def faults(source: mapping.Tensors, config: ViTConfig, layout: Layout) -> set[tu
 
 
 @layouts
-def test_a_tensor_exempted_by_name_is_left_behind(layout: Layout) -> None:
+def test_a_tensor_ignored_by_name_is_left_behind(layout: Layout) -> None:
     extra = {**exported(layout, CONFIG), "mask_token": np.zeros((1, 1, 6), np.float32)}
-    ported = mapping.port(extra, CONFIG, layout, exempt=["mask_*"])
+    ported = mapping.port(extra, CONFIG, layout, ignore=["mask_*"])
     assert all((ported[path] == value).all() for path, value in with_room(layout, parameters(CONFIG)).items())
 
 

@@ -116,7 +116,7 @@ def test_a_prefix_that_not_all_names_have_is_named_and_can_be_had_without_the_ot
         vit_ref.from_pretrained(path)
     said = f"'model.' would be stripped if all names began with it, and 1 of {len(TENSORS) + 1} begin otherwise, first"
     assert f"{said} criterion.weight: leave these behind with --ignore PATTERN" in str(caught.value)
-    assert same(path, exempt=["criterion.*"])
+    assert same(path, ignore=["criterion.*"])
 
 
 LEFT_OVER: dict[str, tuple[NDArray, str]] = {
@@ -139,7 +139,7 @@ def test_a_tensor_that_is_left_over_is_named_for_what_it_is(name: str, tmp_path:
     assert first == f"{path}: the weights do not fit the configuration (layout hf): 1 unexpected"
     line = f"  unexpected: {name}: shape {value.shape}, no rule takes it"
     assert fault.startswith(f"{line}: {known}") if known else fault == line
-    assert advice == "  to leave unexpected tensors behind: --ignore PATTERN, or exempt=[PATTERN] in Python"
+    assert advice == "  to leave unexpected tensors behind: --ignore PATTERN, or ignore=[PATTERN] in Python"
 
 
 @pytest.fixture
@@ -194,11 +194,11 @@ def test_predict_leaves_behind_what_is_ignored(leftovers: Path, tmp_path: Path) 
     assert len(json.loads(said)[0]["predictions"]) == 3
 
 
-def test_an_exemption_that_names_nothing_is_said_to_verify_too(leftovers: Path) -> None:
+def test_a_pattern_to_ignore_that_names_nothing_is_said_to_verify_too(leftovers: Path) -> None:
     for options in ([], ["--stream"]):
         code, said = run("verify", leftovers, "--forward-only", *options, *ALL, "--ignore", "nothing.*")
         assert code == 2
-        assert "stale exemption: nothing.*: matches no tensor that would be left over" in said
+        assert "stale ignore: nothing.*: matches no tensor that would be left over" in said
 
 
 def test_a_needed_tensor_is_never_left_behind() -> None:
@@ -206,11 +206,11 @@ def test_a_needed_tensor_is_never_left_behind() -> None:
     assert mapping.without(source, CONFIG, ["*"]).keys() == TENSORS.keys()
 
 
-def starting(path: Path, exempt: list[str]) -> ViTConfig:
+def starting(path: Path, ignore: list[str]) -> ViTConfig:
     from vit_ref.finetune.recipe import Recipe
     from vit_ref.finetune.start import starting_model
 
-    return starting_model(path, ["a", "b"], Recipe(), exempt).config
+    return starting_model(path, ["a", "b"], Recipe(), ignore).config
 
 
 def test_finetune_starts_from_what_is_not_ignored(leftovers: Path) -> None:
@@ -222,7 +222,7 @@ def test_finetune_starts_from_what_is_not_ignored(leftovers: Path) -> None:
 def test_finetune_takes_ignore(leftovers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_module = pytest.importorskip("vit_ref.finetune.run", reason="needs grain: pip install 'vit-ref[finetune]'")
     given: list[object] = []
-    stopped: Callable[..., None] = lambda *arguments, exempt, **options: given.append(exempt) or _stop()  # noqa: E731
+    stopped: Callable[..., None] = lambda *arguments, ignore, **options: given.append(ignore) or _stop()  # noqa: E731
     monkeypatch.setattr(run_module, "finetune", stopped)
     run("finetune", leftovers, "--no-plots", "--ignore", "a", "--ignore", "b*")
     assert given == [("a", "b*")]

@@ -29,5 +29,5 @@ def convert(source: str, destination: Path, layout: Target, ignore: tuple[str, .
     require_outputs(json=json_file)
     with leave_when_interrupted():
         from vit_ref.weights import conversion
-    done = conversion.convert(source, destination, layout, exempt=ignore)
+    done = conversion.convert(source, destination, layout, ignore=ignore)
     print_result(str(done), json_file, done.to_json())

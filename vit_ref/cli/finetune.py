@@ -93,7 +93,7 @@ def finetune(
             say(f"left out: {len(images.bad)} of {len(images.bad) + len(images)} images")
     say_left_out({*training.others, *validation.others})
     conduct = run.Conduct(num_workers, save_steps, save_total_limit, sharding, tensorboard)
-    outcome = run.finetune(checkpoint, training, validation, output_dir, chosen, conduct, resume=resume, exempt=ignore)
+    outcome = run.finetune(checkpoint, training, validation, output_dir, chosen, conduct, resume=resume, ignore=ignore)
     if outcome.writes:
         if plots:
             illustrate(outcome, training, validation, chosen)

@@ -34,7 +34,7 @@ def predict(
             from vit_ref.finetune.probabilities import unit
             from vit_ref.weights.pretrained import from_pretrained
 
-        model = from_pretrained(checkpoint, exempt=ignore)
+        model = from_pretrained(checkpoint, ignore=ignore)
         results, found = predictions(model, images, top), []
         for number in range(1, len(images) + 1):
             progress(f"image {number} of {len(images)}")

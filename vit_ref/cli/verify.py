@@ -97,7 +97,7 @@ def verify(
                     report = check(
                         place,
                         images=images,
-                        exempt=ignore,
+                        ignore=ignore,
                         precision=precision,
                         reference=reference,
                         backward=not forward_only,

@@ -87,7 +87,7 @@ def finetune(
     *,
     resume: bool = False,
     augment: Callable[..., Any] | None = None,
-    exempt: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Outcome:
     """Fine-tunes a checkpoint on images, and saves the model that did best on the validation images.
 
@@ -101,7 +101,7 @@ def finetune(
       resume: go on from the last checkpoint in `output_dir`, if there is one: parameters and metrics become, bit for
         bit, those of a run that was never stopped.
       augment: takes the place of `Augmentation()`, see `loading.batches`.
-      exempt: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`.
+      ignore: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`.
 
     Returns:
       The best model, where it is, and how good.
@@ -127,7 +127,7 @@ def finetune(
         raise InputError(
             f"grad_accum_steps is {recipe.grad_accum_steps}: there are only {steps} steps, so nothing would be learnt"
         )
-    model = starting_model(source, training.classes, recipe, exempt)
+    model = starting_model(source, training.classes, recipe, ignore)
     config, blocks = model.config, model.config.num_hidden_layers
     augment = (augment or Augmentation()) if recipe.augment else None
     _require_images(config, recipe, (training, augment), (validation, None))

@@ -52,7 +52,7 @@ SCRATCH = ViTConfig(
 
 
 def starting_model(
-    source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe, exempt: Iterable[str] = ()
+    source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe, ignore: Iterable[str] = ()
 ) -> VisionTransformer:
     """The model that a run starts from, in evaluation mode.
 
@@ -60,7 +60,7 @@ def starting_model(
       source: a checkpoint as `vit_ref.from_pretrained` takes it; None for `SCRATCH`, freshly initialised.
       classes: names of the data's classes, in order of their labels.
       recipe: says which head, image size, dropout, precision and attention.
-      exempt: as in `vit_ref.from_pretrained`.
+      ignore: as in `vit_ref.from_pretrained`.
 
     Raises:
       InputError: the checkpoint cannot be read, has not the head that is to be kept, or one that
@@ -71,8 +71,8 @@ def starting_model(
     if source is None:
         config = _with_preprocessing(_for_classes(_for_recipe(SCRATCH, recipe), classes))
         return VisionTransformer(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(recipe.seed))
-    exempt = tuple(exempt)
-    was, parameters, _ = load(checkpoint.read(source, exempt=exempt), exempt=exempt)
+    ignore = tuple(ignore)
+    was, parameters, _ = load(checkpoint.read(source, ignore=ignore), ignore=ignore)
     config = _with_preprocessing(_for_recipe(was, recipe))
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):

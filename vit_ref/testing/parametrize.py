@@ -34,7 +34,7 @@ def parametrize_with_checks(
     """
     import pytest
 
-    selection = {name: options[name] for name in ("revision", "exempt") if name in options}
+    selection = {name: options[name] for name in ("revision", "ignore") if name in options}
     _, config = opened(checkpoint, **selection)
     names = [f"forward/{site.name}" for site in sites(config, 1)]
     if options.get("backward", True):

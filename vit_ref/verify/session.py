@@ -60,7 +60,7 @@ def check_port(
     *,
     images: str | os.PathLike[str] | None = None,
     revision: str | None = None,
-    exempt: Iterable[str] = (),
+    ignore: Iterable[str] = (),
     precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
@@ -75,7 +75,7 @@ def check_port(
       checkpoint: a directory, file or hub id.
       images: a directory of photographs, preprocessed as the checkpoint asks; None for synthetic images.
       revision: of a hub id, as in `vit_ref.from_pretrained`.
-      exempt: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`. A
+      ignore: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`. A
         candidate's loader reads the files by itself.
       precision: whose rounding is judged: "float32", "tensorfloat32", "bfloat16", "mixed" or "float16", or a dtype of
         that name; `precision.PRECISIONS` says what each is.
@@ -97,7 +97,7 @@ def check_port(
         checkpoint,
         images=images,
         revision=revision,
-        exempt=exempt,
+        ignore=ignore,
         precision=precision,
         reference=reference,
         progress=progress,
@@ -150,14 +150,14 @@ class Session:
         *,
         images: str | os.PathLike[str] | None = None,
         revision: str | None = None,
-        exempt: Iterable[str] = (),
+        ignore: Iterable[str] = (),
         precision: str | DTypeLike | Precision = "float32",
         reference: str = "flax",
         progress: Progress = silent,
     ) -> Self:
         """Prepares what `check_port` is given; the arguments are described there."""
         asked = resolve_precision(precision)
-        source, config = opened(checkpoint, revision=revision, exempt=exempt)
+        source, config = opened(checkpoint, revision=revision, ignore=ignore)
         with naming(source.path):
             candidate = prepare_candidate(given, config, source)
         pixels = pixels_for(config, images, FORWARD)

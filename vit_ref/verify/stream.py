@@ -56,7 +56,7 @@ def check_streamed(
     *,
     images: str | os.PathLike[str] | None = None,
     revision: str | None = None,
-    exempt: Iterable[str] = (),
+    ignore: Iterable[str] = (),
     precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
@@ -74,7 +74,7 @@ def check_streamed(
       checkpoint: safetensors: a directory, sharded or not, a file or a hub id.
       images: see `check_port`.
       revision: see `check_port`.
-      exempt: see `check_port`.
+      ignore: see `check_port`.
       precision: see `check_port`.
       reference: who judges: "flax" or "numpy", the latter forward only.
       backward: whether to judge gradients too. The streams into every block are kept in a temporary directory.
@@ -86,7 +86,7 @@ def check_streamed(
     asked = resolve_precision(precision)
     if reference == "torch":
         raise InputError("the reference torch runs whole models only: with --stream take flax or numpy")
-    source, config = opened(checkpoint, revision=revision, exempt=exempt, lazy=True)
+    source, config = opened(checkpoint, revision=revision, ignore=ignore, lazy=True)
     if not isinstance(source.tensors, LazyTensors):
         raise InputError(
             f"{source.path}: only safetensors can be read block by block: convert it first, with"

@@ -197,7 +197,7 @@ def read(
     *,
     revision: str | None = None,
     lazy: bool = False,
-    exempt: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Checkpoint:
     """Reads a checkpoint: a Hugging Face directory, a hub id, or a `.safetensors`, `.msgpack` or `.npz` file.
 
@@ -207,7 +207,7 @@ def read(
       path_or_hub_id: which.
       revision: see `hub.fetched`.
       lazy: read headers only, and each tensor when it is asked for. Of safetensors; other files are read whole.
-      exempt: names or patterns of tensors that the caller will leave behind; they need not have the prefix.
+      ignore: names or patterns of tensors that the caller will leave behind; they need not have the prefix.
 
     Raises:
       CheckpointError: it cannot be found, is damaged, is a pickle, or lacks its config.
@@ -218,12 +218,12 @@ def read(
     preprocessor = _read_json(directory / PREPROCESSOR, required=False)
     reader = _read_lazily if lazy else read_tensors
     tensors, files = (reader(path), (path,)) if path.is_file() else _read_directory(path, reader)
-    return Checkpoint(path, _unwrapped(tensors, path, tuple(exempt)), config, preprocessor, files)
+    return Checkpoint(path, _unwrapped(tensors, path, tuple(ignore)), config, preprocessor, files)
 
 
-def _unwrapped(tensors: Mapping[str, NDArray], path: Path, exempt: tuple[str, ...]) -> Mapping[str, NDArray]:
+def _unwrapped(tensors: Mapping[str, NDArray], path: Path, ignore: tuple[str, ...]) -> Mapping[str, NDArray]:
     """The weights under the names that they have without what a training loop puts before them all."""
-    left_behind = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in exempt)}
+    left_behind = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in ignore)}
     prefix, weights = unwrapped(name for name in tensors if name not in left_behind)
     if not prefix:
         return tensors

@@ -65,7 +65,7 @@ def convert(
     to: Target,
     *,
     config: ViTConfig | None = None,
-    exempt: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Conversion:
     """Writes a checkpoint in another layout.
 
@@ -82,7 +82,7 @@ def convert(
       to: the layout.
       config: takes the place of the checkpoint's own, as in `from_pretrained`; also where other numerics, those that
         the layout's readers take for granted, are meant.
-      exempt: names or patterns of tensors in the source to leave behind on purpose.
+      ignore: names or patterns of tensors in the source to leave behind on purpose.
 
     Raises:
       CheckpointError: the source cannot be read, the destination not written, or the layout cannot hold the checkpoint.
@@ -95,9 +95,9 @@ def convert(
     destination = Path(destination)
     one_file = to in ("npz", "big_vision")
     _require_room(destination, one_file)
-    exempt = tuple(exempt)
-    found = checkpoint.read(source, exempt=exempt)
-    config, parameters, read = load(found, config=config, exempt=exempt)
+    ignore = tuple(ignore)
+    found = checkpoint.read(source, ignore=ignore)
+    config, parameters, read = load(found, config=config, ignore=ignore)
     try:
         tensors = mapping.export(parameters, config, mapping.LAYOUTS[to])
     except MappingError as error:

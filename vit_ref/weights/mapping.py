@@ -2,7 +2,7 @@
 
 A rule is one line, a source name <-> a destination path with an invertible transform; `{i}` stands for the block's
 number. Every destination is written exactly once and every source tensor is consumed exactly once, whole or in equal
-parts by as many rules, unless the caller names it as exempt; `MappingError` lists every fault at once. Values are
+parts by as many rules, unless the caller names it in `ignore`; `MappingError` lists every fault at once. Values are
 moved, never computed with: each tensor keeps its bits and its dtype.
 """
 
@@ -334,7 +334,7 @@ def detect(names: Iterable[str]) -> Layout:
         if prefix:
             said += (
                 f"; {prefix!r} would be stripped if all names began with it, and {len(others)} of {len(names)} begin"
-                f" otherwise, first {min(others)}: leave these behind with --ignore PATTERN, or exempt=[PATTERN] in"
+                f" otherwise, first {min(others)}: leave these behind with --ignore PATTERN, or ignore=[PATTERN] in"
                 " Python"
             )
         raise MappingError([Fault("unrecognised", "all tensors", said)], "unknown")
@@ -342,7 +342,7 @@ def detect(names: Iterable[str]) -> Layout:
 
 
 def port(
-    source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = (), finite: bool = True
+    source: Tensors, config: ViTConfig, layout: Layout, *, ignore: Iterable[str] = (), finite: bool = True
 ) -> dict[str, NDArray]:
     """Applies a layout's rules.
 
@@ -350,7 +350,7 @@ def port(
       source: tensors by their names in the layout.
       config: the model to fill.
       layout: the names' layout; `detect` finds it.
-      exempt: names or patterns (`*`, `?`) of source tensors to leave behind on purpose.
+      ignore: names or patterns (`*`, `?`) of source tensors to leave behind on purpose.
       finite: whether values have to be. Gradients, which have their parameters' names, may overflow.
 
     Returns:
@@ -358,13 +358,13 @@ def port(
 
     Raises:
       MappingError: with every missing, unexpected, misshapen and non-finite tensor, every one in a dtype that weights
-        cannot have, and every exemption that names nothing.
+        cannot have, and every pattern to ignore that names nothing.
     """
-    return dict(ported(source, config, layout, exempt=exempt, finite=finite))
+    return dict(ported(source, config, layout, ignore=ignore, finite=finite))
 
 
 def ported(
-    source: Tensors, config: ViTConfig, layout: Layout, *, exempt: Iterable[str] = (), finite: bool = True
+    source: Tensors, config: ViTConfig, layout: Layout, *, ignore: Iterable[str] = (), finite: bool = True
 ) -> Iterator[tuple[str, NDArray]]:
     """Applies a layout's rules to one tensor after the other, none of which is held while the next is read.
 
@@ -372,7 +372,7 @@ def ported(
       source: as `port` takes it. Of a `LazyTensors` nothing is read before names and shapes are known to fit.
       config: as there.
       layout: as there.
-      exempt: as there.
+      ignore: as there.
       finite: as there.
 
     Yields:
@@ -394,14 +394,14 @@ def ported(
             faults.append(Fault("misshapen", name, f"{wanted}, found {found}"))
         else:
             shaped[name] = rules
-    exempt = tuple(exempt)
+    ignore = tuple(ignore)
     left_over = source.keys() - by_source.keys()
     faults += [
         Fault("unexpected", name, f"shape {_shape(source, name)}, no rule takes it{_described(name)}")
         for name in sorted(left_over)
-        if not any(fnmatchcase(name, pattern) for pattern in exempt)
+        if not any(fnmatchcase(name, pattern) for pattern in ignore)
     ]
-    faults += _stale(exempt, left_over)
+    faults += _stale(ignore, left_over)
     for name, rules in shaped.items():
         tensor = np.asarray(source[name])
         if tensor.dtype not in _WEIGHT_DTYPES:
@@ -419,32 +419,32 @@ def ported(
         raise MappingError(faults, layout.name)
 
 
-def without(source: Tensors, config: ViTConfig, exempt: Iterable[str]) -> Tensors:
+def without(source: Tensors, config: ViTConfig, ignore: Iterable[str]) -> Tensors:
     """A checkpoint's tensors but those to leave behind, for whoever takes tensors by name.
 
     Args:
       source: tensors by their names in their layout.
       config: the model to fill; no tensor that it needs is left behind.
-      exempt: names or patterns (`*`, `?`).
+      ignore: names or patterns (`*`, `?`).
 
     Raises:
-      MappingError: an exemption names nothing, or the layout is unknown.
+      MappingError: a pattern to ignore names nothing, or the layout is unknown.
     """
-    exempt = tuple(exempt)
-    if not exempt:
+    ignore = tuple(ignore)
+    if not ignore:
         return source
     layout = detect(source)
     left_over = source.keys() - _by_source(layout.bind(config, prefixed=is_prefixed(source, layout))).keys()
-    if stale := _stale(exempt, left_over):
+    if stale := _stale(ignore, left_over):
         raise MappingError(stale, layout.name)
-    left_behind = {name for name in left_over if any(fnmatchcase(name, pattern) for pattern in exempt)}
+    left_behind = {name for name in left_over if any(fnmatchcase(name, pattern) for pattern in ignore)}
     return renamed(source, {name: name for name in source if name not in left_behind})
 
 
-def _stale(exempt: tuple[str, ...], left_over: Iterable[str]) -> list[Fault]:
+def _stale(ignore: tuple[str, ...], left_over: Iterable[str]) -> list[Fault]:
     return [
-        Fault("stale exemption", pattern, "matches no tensor that would be left over")
-        for pattern in exempt
+        Fault("stale ignore", pattern, "matches no tensor that would be left over")
+        for pattern in ignore
         if not any(fnmatchcase(name, pattern) for name in left_over)
     ]
 

@@ -35,7 +35,7 @@ def from_pretrained(
     revision: str | None = None,
     config: ViTConfig | None = None,
     dtype: DTypeLike | None = None,
-    exempt: Iterable[str] = (),
+    ignore: Iterable[str] = (),
     mesh: Mesh | None = None,
     sharding: Kind | Rules = "data",
     attention: Attend | None = None,
@@ -49,7 +49,7 @@ def from_pretrained(
       revision: a branch, a tag or a commit of the repository on the hub; None for what `path` says, or else the newest.
       config: takes the place of the checkpoint's own, class names included; needed for a lone file other than `.npz`.
       dtype: dtype of the computation, None to promote from pixels and parameters.
-      exempt: names or patterns of tensors in the checkpoint to leave behind on purpose.
+      ignore: names or patterns of tensors in the checkpoint to leave behind on purpose.
       mesh: many devices, on axes called "data" and "model". Each is given its own part of each parameter; safetensors
         are read tensor by tensor, of which the host holds one at a time. Divide the batch, too:
         `jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))`.
@@ -69,70 +69,70 @@ def from_pretrained(
         raise InputError(f"sharding is {sharding!r}: give the mesh, too")
     if mesh is not None and not isinstance(mesh, Mesh):
         raise InputError(f"mesh is of {type(mesh).__name__}, which has no devices: give one of jax.make_mesh's")
-    exempt = tuple(exempt)
-    source = checkpoint.read(path, revision=revision, lazy=mesh is not None, exempt=exempt)
+    ignore = tuple(ignore)
+    source = checkpoint.read(path, revision=revision, lazy=mesh is not None, ignore=ignore)
     with mapping.naming(source.path):
-        config, layout = described(source, config=config, exempt=exempt)
+        config, layout = described(source, config=config, ignore=ignore)
         shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
-        parameters = mapping.ported(source.tensors, config, layout, exempt=exempt)
+        parameters = mapping.ported(source.tensors, config, layout, ignore=ignore)
         return _built(config, parameters, dtype, shardings, attention)
 
 
 def opened(
-    path: str | os.PathLike[str], *, revision: str | None = None, exempt: Iterable[str] = (), lazy: bool = False
+    path: str | os.PathLike[str], *, revision: str | None = None, ignore: Iterable[str] = (), lazy: bool = False
 ) -> tuple[checkpoint.Checkpoint, ViTConfig]:
     """A checkpoint for whoever takes its tensors by name, and its configuration.
 
     Args:
       path: as in `from_pretrained`.
       revision: as in `from_pretrained`.
-      exempt: as in `from_pretrained`; these tensors are no longer in the checkpoint.
+      ignore: as in `from_pretrained`; these tensors are no longer in the checkpoint.
       lazy: as in `checkpoint.read`.
 
     Raises:
       CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
     """
-    exempt = tuple(exempt)
-    source = checkpoint.read(path, revision=revision, lazy=lazy, exempt=exempt)
+    ignore = tuple(ignore)
+    source = checkpoint.read(path, revision=revision, lazy=lazy, ignore=ignore)
     with mapping.naming(source.path):
-        config = configuration(source, exempt)
-        return dataclasses.replace(source, tensors=mapping.without(source.tensors, config, exempt)), config
+        config = configuration(source, ignore)
+        return dataclasses.replace(source, tensors=mapping.without(source.tensors, config, ignore)), config
 
 
 def load(
-    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, exempt: Iterable[str] = ()
+    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, ignore: Iterable[str] = ()
 ) -> tuple[ViTConfig, dict[str, NDArray], mapping.Layout]:
     """What `from_pretrained` makes a model of: its configuration, its parameters by path, and their former layout.
 
     Args:
       source: the checkpoint.
       config: as in `from_pretrained`.
-      exempt: as in `from_pretrained`.
+      ignore: as in `from_pretrained`.
 
     Raises:
       CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
     """
-    exempt = tuple(exempt)
+    ignore = tuple(ignore)
     with mapping.naming(source.path):
-        config, layout = described(source, config=config, exempt=exempt)
-        return config, mapping.port(source.tensors, config, layout, exempt=exempt), layout
+        config, layout = described(source, config=config, ignore=ignore)
+        return config, mapping.port(source.tensors, config, layout, ignore=ignore), layout
 
 
 def described(
-    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, exempt: Iterable[str] = ()
+    source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, ignore: Iterable[str] = ()
 ) -> tuple[ViTConfig, mapping.Layout]:
     """A checkpoint's configuration and layout, as `load` returns them, without its values.
 
     Args:
       source: the checkpoint.
       config: as in `from_pretrained`.
-      exempt: as in `from_pretrained`.
+      ignore: as in `from_pretrained`.
 
     Raises:
       CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
     """
     if config is None:
-        config = configuration(source, exempt)
+        config = configuration(source, ignore)
     else:
         read = {} if source.config is None or is_timm(source.config) else source.config
         extra, preprocessor = config.extra or read, config.preprocessor or source.preprocessor
@@ -140,18 +140,18 @@ def described(
     return config, mapping.detect(source.tensors)
 
 
-def configuration(source: checkpoint.Checkpoint, exempt: Iterable[str] = ()) -> ViTConfig:
+def configuration(source: checkpoint.Checkpoint, ignore: Iterable[str] = ()) -> ViTConfig:
     """The configuration of a checkpoint: its `config.json` where there is one, else what an `.npz`'s shapes say.
 
     Args:
       source: the checkpoint.
-      exempt: names or patterns of tensors that will be left behind.
+      ignore: names or patterns of tensors that will be left behind.
 
     Raises:
       CheckpointError: a lone file whose shapes do not tell.
       ConfigError: see `ViTConfig`.
     """
-    names = [name for name in source.tensors if not any(fnmatchcase(name, pattern) for pattern in exempt)]
+    names = [name for name in source.tensors if not any(fnmatchcase(name, pattern) for pattern in ignore)]
     if source.config is not None:
         try:
             if is_timm(source.config):
@@ -202,7 +202,7 @@ def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTCon
     if labels and pooled:
         raise CheckpointError(
             f"{path}: it has both a pre-logits layer and a head, and no Hugging Face ViT has: leave one behind with"
-            " exempt=['head/*'] or exempt=['pre_logits/*']"
+            " ignore=['head/*'] or ignore=['pre_logits/*']"
         )
     side = round(positions**0.5)
     if side * side != positions:

@@ -100,7 +100,7 @@ MUTANTS = (
         name="left-over-tensors-ignored",
         story="what no rule takes is left behind, and nothing is said",
         source="strict=False",
-        inject=lambda monkeypatch: monkeypatch.setattr(mapping, "port", functools.partial(mapping.port, exempt=["*"])),
+        inject=lambda monkeypatch: monkeypatch.setattr(mapping, "port", functools.partial(mapping.port, ignore=["*"])),
         killed_by="porting",
         # Nothing is computed: the test asks for a refusal and gets none.
         tests=("tests/porting/test_rules.py", "-k", "beyond_the_configuration and hf5"),

@@ -46,7 +46,7 @@ def _duplicated(monkeypatch: pytest.MonkeyPatch) -> None:
     port = own.port
     _layout(_FirstTwice(**{field.name: getattr(HF, field.name) for field in dataclasses.fields(HF)}))(monkeypatch)
     # A port that does not ask what was left over.
-    monkeypatch.setattr(own, "port", lambda *arguments: port(*arguments, exempt=["vit.encoder.layer.1.*"]))
+    monkeypatch.setattr(own, "port", lambda *arguments: port(*arguments, ignore=["vit.encoder.layer.1.*"]))
 
 
 def _blocks(order: Callable[[int], Sequence[int]]) -> Inject:
