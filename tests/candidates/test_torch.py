@@ -15,10 +15,10 @@ import pytest
 
 import vit_ref
 from vit_ref.errors import InputError
+from vit_ref.verify import session
 from vit_ref.verify.candidates.loading import find
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.compare import backward
 from vit_ref.verify.compare.behaviour import check_behaviour
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
@@ -331,7 +331,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
     assert report.passed
     assert max(result.ratio for result in report.results) > 20
     # One that shows its probabilities computes with them, and has no reason to err like that.
-    monkeypatch.setattr(backward, "_hides_probabilities", lambda *_: False)
+    monkeypatch.setattr(session, "with_fused_attention", None)
     assert max(result.ratio for result in judged("fused").numerical_failures) > 20
 
 
