@@ -17,7 +17,8 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.precision import precision_of
 from vit_ref.weights import pretrained
 from vit_ref.weights.mapping import Tensors, parameter_shapes
 
@@ -53,7 +54,7 @@ _skeleton = lru_cache(partial(skeleton, dtype=np.float64))
 
 
 def _traced(config: ViTConfig, parameters: Tensors, pixels: NDArray) -> Trace:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         graph, shapes = _skeleton(config)
         recorded = jax.device_get(
             _observe(graph, pretrained.with_arrays(shapes, parameters), jnp.asarray(pixels, np.float64))

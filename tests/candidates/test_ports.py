@@ -20,6 +20,7 @@ from vit_ref.verify.candidates.loading import find
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.behaviour import require_repeatable
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import CandidateReport
 from vit_ref.verify.session import check_port, prepare_candidate
@@ -170,7 +171,7 @@ def test_state_in_evaluation_mode_is_no_fault_under_a_transformation_of_nnx(
     made = prepare_candidate(candidate, config, source)
     require_repeatable(made, pixels[:1])
     right = NumpyOracle(config, source.tensors).trace(pixels)["logits"]
-    assert error(made.outputs([pixels], np.float64)[0], right).rms < SEMANTIC_RMS
+    assert error(made.outputs([pixels], FLOAT64)[0], right).rms < SEMANTIC_RMS
 
 
 def test_parameters_in_boxes_have_the_names_of_those_without(
@@ -190,8 +191,8 @@ def test_parameters_in_boxes_have_the_names_of_those_without(
     ]
     boxed, plain = (each.by_path(each.ready(np.float32)[0]) for each in made)
     assert boxed.keys() == plain.keys() and len(boxed) == 40
-    (found,) = made[0].outputs([CASES["rectangular"].images()], np.float64)
-    (expected,) = made[1].outputs([CASES["rectangular"].images()], np.float64)
+    (found,) = made[0].outputs([CASES["rectangular"].images()], FLOAT64)
+    (expected,) = made[1].outputs([CASES["rectangular"].images()], FLOAT64)
     np.testing.assert_array_equal(found, expected)
 
 

@@ -26,6 +26,7 @@ from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.table import gradients_by_path
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.proposals import proposal
 from vit_ref.verify.proposals.listing import Proposal
 from vit_ref.verify.proposals.matching import Search
@@ -230,7 +231,7 @@ def assert_can_be_pasted(proposal: Proposal, shape: tuple[int, ...] = (6, 6, 6, 
 def assert_shown_as_the_oracle_has_them(candidate: Candidate, directory: Path, sites: set[str]) -> None:
     source = checkpoint.read(directory)
     config, pixels = configuration(source), CASE.images()
-    seen = prepare_candidate(candidate, config, source).trace(pixels, np.float64)
+    seen = prepare_candidate(candidate, config, source).trace(pixels, FLOAT64)
     assert seen.keys() == {*sites, "logits"}
     truth = NumpyOracle(config, source.tensors).trace(pixels)
     for site, value in seen.items():

@@ -21,6 +21,7 @@ from vit_ref.verify.candidates.table import Table, bind, claimed, counted, fitte
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.mapping import parameter_shapes
@@ -225,7 +226,7 @@ def test_submodules_may_be_numbered_with_zeros(load: Callable[[], Any], key: str
     source = checkpoint.read(saved("one-block"))
     candidate = vit_ref.Candidate(load=lambda _: load(), sites={key: "block.{i}.norm1" if "{" in key else "norm"})
     port = prepare_candidate(candidate, configuration(source), source)
-    found = port.trace(CASES["rectangular"].images(), np.float64)
+    found = port.trace(CASES["rectangular"].images(), FLOAT64)
     assert found.keys() == {"block.0.norm1" if "{" in key else "norm", "logits"}
     assert any(name.startswith("block0.") for name in port.parameters())
 
@@ -301,11 +302,11 @@ def test_a_site_replaced_or_perturbed_through_a_selection_is_so_inside(
     values = {
         f"block.0.attn.{role}": rng.normal(size=(2, TOKENS, HEADS, WIDTH // HEADS)) for role in ("query", "value")
     }
-    expected = own.trace(pixels, np.float64, replace=values)["logits"]
-    found = theirs.trace(pixels, np.float64, replace=values)["logits"]
+    expected = own.trace(pixels, FLOAT64, replace=values)["logits"]
+    found = theirs.trace(pixels, FLOAT64, replace=values)["logits"]
     assert error(found, expected).rms < SEMANTIC_RMS
     objective = objectives_for((len(pixels), config.num_labels))[1]
-    pulled = own.gradients(pixels, np.float64)(objective).sites
-    back = theirs.gradients(pixels, np.float64)(objective).sites
+    pulled = own.gradients(pixels, FLOAT64)(objective).sites
+    back = theirs.gradients(pixels, FLOAT64)(objective).sites
     assert values.keys() <= back.keys() <= pulled.keys()
     assert max(error(back[site], pulled[site]).rms for site in back) < SEMANTIC_RMS

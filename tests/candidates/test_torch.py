@@ -15,13 +15,14 @@ import pytest
 
 import vit_ref
 from vit_ref.errors import InputError
+from vit_ref.verify import session
 from vit_ref.verify.candidates.loading import find
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.compare import backward
 from vit_ref.verify.compare.behaviour import check_behaviour
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.precision import FLOAT64, precision_of
 from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session, check_port, prepare_candidate
@@ -50,7 +51,7 @@ def made(candidate: vit_ref.Candidate, saved: Callable[[str], Path]) -> Any:
 
 
 def traced(candidate: vit_ref.Candidate, saved: Callable[[str], Path], dtype: Any = np.float64) -> dict[str, Any]:
-    return made(candidate, saved).trace(IMAGES, dtype)
+    return made(candidate, saved).trace(IMAGES, precision_of(dtype))
 
 
 def test_a_port_that_writes_into_its_images_is_seen(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
@@ -102,9 +103,8 @@ def test_frozen_parameters_have_gradients_all_the_same(timm: vit_ref.Candidate, 
         return loaded[-1]
 
     port = made(dataclasses.replace(timm, load=load), saved)
-    found = {
-        dtype: port.gradients(IMAGES, dtype)(objectives_for((5, port.config.num_labels))[0]) for dtype in ("f8", "f4")
-    }
+    objective = objectives_for((5, port.config.num_labels))[0]
+    found = {dtype: port.gradients(IMAGES, precision_of(dtype))(objective) for dtype in ("f8", "f4")}
     for path, value in found["f8"].parameters.items():
         # 4e-7 was seen: float32's rounding. That of the key's bias is all there is.
         assert path.endswith("key.bias") or error(found["f4"].parameters[path], value).rms < 1e-5
@@ -132,7 +132,7 @@ def test_bfloat16_comes_over_as_it_is(timm: vit_ref.Candidate, saved: Callable[[
 
 def test_a_port_with_a_tap_shows_its_values_itself(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("rectangular"))
-    own = OwnCandidate(configuration(source), source).trace(IMAGES, np.float64)
+    own = OwnCandidate(configuration(source), source).trace(IMAGES, FLOAT64)
     weight, bias = (torch.tensor(source.tensors[f"classifier.{leaf}"]) for leaf in ("weight", "bias"))
 
     class Head(torch.nn.Module):
@@ -145,7 +145,7 @@ def test_a_port_with_a_tap_shows_its_values_itself(saved: Callable[[str], Path])
             return self.linear(tap("norm", torch.zeros(len(images), 17, 33, dtype=images.dtype))[:, 0])
 
     port = prepare_candidate(vit_ref.Candidate(load=lambda _: Head()), configuration(source), source)
-    found = port.trace(IMAGES, np.float64, replace={"norm": own["norm"]})
+    found = port.trace(IMAGES, FLOAT64, replace={"norm": own["norm"]})
     assert not found["norm"].any()
     assert error(found["logits"], own["logits"]).rms < SEMANTIC_RMS
 
@@ -218,7 +218,7 @@ def test_a_port_that_holds_what_it_computed_is_judged_as_any_other(
     changed = dataclasses.replace(plain, load=load)
     assert error(traced(changed, saved)["logits"], traced(plain, saved)["logits"]).rms < SEMANTIC_RMS
     objective = objectives_for((5, made(plain, saved).config.num_labels))[0]
-    pixels = [made(each, saved).gradients(IMAGES, "f8")(objective).pixels for each in (changed, plain)]
+    pixels = [made(each, saved).gradients(IMAGES, precision_of("f8"))(objective).pixels for each in (changed, plain)]
     assert error(*pixels).rms < SEMANTIC_RMS
 
 
@@ -277,7 +277,7 @@ class Returning(torch.nn.Module):
 def test_whatever_is_done_to_a_module_that_cannot_be_used_is_one_line(what: str, saved: Callable[[str], Path]) -> None:
     module, message = UNUSABLE[what]
     with pytest.raises(InputError, match=message) as caught:
-        made(vit_ref.Candidate(load=lambda _: module(), name="mine"), saved).trace(IMAGES, np.float64)
+        made(vit_ref.Candidate(load=lambda _: module(), name="mine"), saved).trace(IMAGES, FLOAT64)
     assert "\n" not in str(caught.value)
 
 
@@ -299,7 +299,7 @@ def test_what_a_module_computes_in_float32_by_design_is_exact_in_float64(
         return IN_FLOAT32[what](x.flatten(2)).square().sum((1, 2))[:, None] * x.new_ones(23)
 
     port = made(vit_ref.Candidate(load=lambda _: Returning(forward)), saved)
-    found = port.trace(IMAGES, np.float64)["logits"]
+    found = port.trace(IMAGES, FLOAT64)["logits"]
     images = torch.tensor(IMAGES, dtype=torch.float64).permute(0, 3, 1, 2).flatten(2)
     exact = {"mean": lambda x: x - x.mean(-1, keepdim=True), "norm": lambda x: F.layer_norm(x, x.shape[-1:])}
     right = exact.get(what, lambda x: x.softmax(-1))(images).square().sum((1, 2))[:, None].numpy()
@@ -307,7 +307,7 @@ def test_what_a_module_computes_in_float32_by_design_is_exact_in_float64(
     (note,) = port.notes
     assert note.startswith("the candidate makes a cast of float64 to float32, the first before logits: undone")
     # In the tested precision nothing is undone.
-    assert port.trace(IMAGES, np.float32)["logits"].dtype == np.float32
+    assert port.trace(IMAGES, precision_of(np.float32))["logits"].dtype == np.float32
 
 
 def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_attention(
@@ -331,7 +331,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
     assert report.passed
     assert max(result.ratio for result in report.results) > 20
     # One that shows its probabilities computes with them, and has no reason to err like that.
-    monkeypatch.setattr(backward, "_hides_probabilities", lambda *_: False)
+    monkeypatch.setattr(session, "with_fused_attention", None)
     assert max(result.ratio for result in judged("fused").numerical_failures) > 20
 
 

@@ -26,8 +26,8 @@ from vit_ref.verify.candidates.jax_candidate import without_casts
 from vit_ref.verify.candidates.loading import find, is_torch
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
-from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.precision import FLOAT64, precision_of
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port, prepare_candidate
@@ -156,7 +156,7 @@ def test_a_candidate_that_cannot_be_run_or_seen_is_one_line(
 ) -> None:
     candidate = dataclasses.replace(find(port("nnx_tutorial.py")), name="mine")
     with pytest.raises(InputError, match=message) as caught:
-        made(change(candidate), saved).trace(IMAGES, np.float64)
+        made(change(candidate), saved).trace(IMAGES, FLOAT64)
     assert "\n" not in str(caught.value)
 
 
@@ -220,7 +220,7 @@ def test_a_port_that_changes_state_outside_itself_is_told_so(
 
     candidate = changed(draw)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
     with pytest.raises(InputError, match=r"^mine: the forward pass changes state that was made outside the port \("):
-        made(candidate, saved).trace(IMAGES, np.float64)
+        made(candidate, saved).trace(IMAGES, FLOAT64)
 
 
 def test_a_function_that_differs_from_run_to_run_is_said_first(
@@ -276,7 +276,7 @@ def test_a_value_that_is_shown_twice_is_one_value(saved: Callable[[str], Path]) 
 def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
     candidate = with_site("encoder_nrm")(find(port("linen_big_vision.py")))
     with pytest.raises(InputError, match=r"has no submodule 'encoder_nrm'.* did you mean 'encoder_norm'"):
-        made(candidate, saved).trace(IMAGES, np.float64)
+        made(candidate, saved).trace(IMAGES, FLOAT64)
 
 
 def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved: Callable[[str], Path]) -> None:
@@ -286,7 +286,7 @@ def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved:
         load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine", call=lambda port, x: port(x)
     )
     shown = prepare_candidate(dataclasses.replace(plain, sites={"norm": "norm"}), config, source)
-    assert set(shown.trace(CASES["headless"].images(), np.float64)) == {"norm", "cls"}
+    assert set(shown.trace(CASES["headless"].images(), FLOAT64)) == {"norm", "cls"}
     for call, failed in ((plain.call, []), (lambda port, x: 5 * port(x)[:, ::-1], ["forward/cls"])):
         report = check_port(dataclasses.replace(plain, call=call), source.path, backward=False)
         assert [check.name for check in report.checks if check.status == "failed"] == failed
@@ -302,9 +302,9 @@ def test_a_port_with_a_tap_is_observed_through_that_alone(saved: Callable[[str],
         load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), sites={"blocks.0.norm1": "block.0.norm1"}
     )
     with pytest.raises(InputError, match=r"has no submodule 'blocks.0.norm1'.* did you mean 'block.0.norm1'"):
-        made(candidate, saved).trace(IMAGES, np.float64)
+        made(candidate, saved).trace(IMAGES, FLOAT64)
     around = dataclasses.replace(candidate, call=lambda model, x: model(x))
-    assert set(made(around, saved).trace(IMAGES, np.float64)) == {"block.0.norm1", "logits"}
+    assert set(made(around, saved).trace(IMAGES, FLOAT64)) == {"block.0.norm1", "logits"}
 
 
 def test_submodules_and_returned_intermediates_go_together(
@@ -316,7 +316,7 @@ def test_submodules_and_returned_intermediates_go_together(
         call=lambda model, x: (model(x), {"squares": model.patch_embeddings(x)}),
     )
     shown = made(candidate, saved)
-    trace = shown.trace(IMAGES, np.float64)
+    trace = shown.trace(IMAGES, FLOAT64)
     assert {site: value.shape for site, value in trace.items()} == {
         "norm": (5, 17, 33),
         "patches": (5, 16, 33),
@@ -518,7 +518,7 @@ def test_a_loader_is_told_the_dtype_it_asks_for(saved: Callable[[str], Path]) ->
 
     port = made(vit_ref.Candidate(load=load), saved)
     for dtype in (np.float64, np.float64, np.float32):
-        assert port.trace(IMAGES, dtype)["logits"].dtype == dtype
+        assert port.trace(IMAGES, precision_of(dtype))["logits"].dtype == dtype
     # Once each, though asked for twice: reading a checkpoint takes seconds.
     assert told == [(saved("rectangular"), np.dtype(np.float64)), (saved("rectangular"), np.dtype(np.float32))]
 
@@ -526,7 +526,7 @@ def test_a_loader_is_told_the_dtype_it_asks_for(saved: Callable[[str], Path]) ->
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"mask": True}, {"bias": True}])
 def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         query, key, value = (jnp.asarray(rng.normal(size=(2, 5, 3, 7))) for _ in range(3))
         if "mask" in options:
             options = {"mask": jnp.asarray(rng.random((2, 3, 5, 5)) < 0.7).at[..., 0].set(True)}
@@ -592,9 +592,9 @@ def test_what_a_port_computes_in_float32_by_design_is_exact_in_float64(what: str
         return jnp.square(y + 1).sum((1, 2))[:, None] * jnp.ones(23, y.dtype)
 
     port = made(forward, saved)
-    (found,) = port.outputs([IMAGES], np.float64, tap=lambda site, value: value)
+    (found,) = port.outputs([IMAGES], FLOAT64, tap=lambda site, value: value)
     expected = np.square(1 + right(IMAGES.astype(np.float64).reshape(len(IMAGES), -1, 8))).sum((1, 2))[:, None]
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         rounded = np.asarray(forward(jnp.asarray(IMAGES, np.float64)))
     assert 1e-10 < error(rounded[:, :1], expected).rms < 1e-5
     assert error(found[:, :1], expected).rms < SEMANTIC_RMS
@@ -610,7 +610,7 @@ def test_a_port_that_needs_its_casts_is_judged_with_them(saved: Callable[[str], 
         return ones(23, total[:, None]).astype(x.dtype)
 
     port = made(scanning, saved)
-    (found,) = port.outputs([IMAGES], np.float64, tap=lambda site, value: value)
+    (found,) = port.outputs([IMAGES], FLOAT64, tap=lambda site, value: value)
     assert error(found[:, 0], IMAGES.sum((1, 2, 3))).rms < 1e-5
     assert port.notes == ()
 
@@ -619,7 +619,7 @@ def test_shapes_without_values_are_one_line(port: Callable[[str], str], saved: C
     tutorial = find(port("nnx_tutorial.py"))
     abstract = dataclasses.replace(tutorial, load=lambda path: nnx.eval_shape(lambda: tutorial.load(path)))
     with pytest.raises(InputError, match=r"nnx_tutorial: 'classifier.bias\S*' is a shape without values") as caught:
-        made(abstract, saved).trace(IMAGES, np.float64)
+        made(abstract, saved).trace(IMAGES, FLOAT64)
     assert "\n" not in str(caught.value)
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.precision import precision_of
 from vit_ref.weights.mapping import parameter_shapes
 
 pytestmark = pytest.mark.xdist_group("derivatives")
@@ -57,13 +57,13 @@ class Functions(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _float64() -> Iterator[None]:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         yield
 
 
 @pytest.fixture(scope="module")
 def functions(example, cross_entropy) -> Functions:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         model, pixels, labels, key = example(jnp.float64)
         graph, state = nnx.split(model)
     variables = nnx.to_flat_state(state)

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.precision import precision_of
 from vit_ref.weights.pretrained import build, parameters_of
 
 pytestmark = pytest.mark.xdist_group("extremes")
@@ -135,7 +136,7 @@ def differentiate() -> Callable[..., tuple]:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("extreme", EXTREMES.values(), ids=EXTREMES.keys())
 def test_values_and_gradients_are_finite(extreme: Extreme, dtype: DTypeLike, example, differentiate) -> None:
-    with precision_of(dtype), jax.debug_nans(True):
+    with precision_of(dtype).active(), jax.debug_nans(True):
         model, pixels, *_ = example(dtype)
         parameters = parameters_of(model)
         pixels = extreme.apply(parameters, np.asarray(pixels))

@@ -16,8 +16,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error, root_mean_square
+from vit_ref.verify.precision import precision_of
 
 # What compiled programs compute is the question.
 pytestmark = pytest.mark.optimised
@@ -192,7 +192,7 @@ class VariantsTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
     @parameterized.named_parameters(("float32", jnp.float32), ("float64", jnp.float64), ("bfloat16", jnp.bfloat16))
     def test_logits_are_those_of_eager_mode(self, dtype: DTypeLike) -> None:
-        with precision_of(dtype):
+        with precision_of(dtype).active():
             model, pixels, *_ = self.example(dtype)
             graph, state = nnx.split(model)
             logits = self.variant(lambda state, pixels: nnx.merge(graph, state)(pixels))(state, pixels)

@@ -12,7 +12,8 @@ from vit_ref.errors import InputError
 from vit_ref.finetune.attention import attention_maps
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.precision import precision_of
 from vit_ref.weights.pretrained import parameters_of
 
 
@@ -32,7 +33,7 @@ def test_maps_are_what_the_trace_has(
 ) -> None:
     case = CASES[name]
     config, pixels = case.config, case.images()
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         model = filled(config, dtype=np.float64)
         last = attention_maps(model, pixels.astype(np.float64))
         rollout = attention_maps(model, pixels.astype(np.float64), "rollout")
@@ -58,7 +59,7 @@ def test_a_model_in_training_mode_is_seen_as_in_evaluation_and_left_as_it_is(
 
 def test_maps_are_float32_under_bfloat16(filled: Callable[..., VisionTransformer]) -> None:
     case = CASES["rectangular"]
-    with precision_of(jnp.bfloat16):
+    with precision_of(jnp.bfloat16).active():
         found = attention_maps(filled(case.config, dtype=jnp.bfloat16), case.images(), "rollout")
     assert found.dtype == np.float32
     # In bfloat16 a row that is multiplied through the blocks would have no more than these 8 bits.

@@ -15,7 +15,7 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.step import classification_loss, train_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.precision import precision_of
 from vit_ref.weights.pretrained import parameters_of, parameters_of_state
 
 CONFIG = ViTConfig(
@@ -41,7 +41,7 @@ def images(count: int) -> tuple[jax.Array, jax.Array]:
 
 def stepped(recipe: Recipe, batches: list, updates: int = 10) -> dict[str, NDArray]:
     """The parameters' changes by path, in float64."""
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         model = made()
         before = parameters_of(model)
         optimizer = nnx.Optimizer(model, transformation(recipe, updates, 3), wrt=trained(recipe, 3))
@@ -52,12 +52,12 @@ def stepped(recipe: Recipe, batches: list, updates: int = 10) -> dict[str, NDArr
 
 @pytest.fixture
 def batch() -> tuple[jax.Array, jax.Array]:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         return images(6)
 
 
 def gradients(pixels: jax.Array, labels: jax.Array) -> dict[str, NDArray]:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         return parameters_of_state(nnx.grad(classification_loss)(made(), pixels, labels))
 
 
@@ -93,7 +93,7 @@ def test_kernels_decay_and_nothing_else(optimizer: str, batch: tuple) -> None:
         stepped(Recipe(learning_rate=0.1, optimizer=optimizer, momentum=0.0, weight_decay=decay), [batch])
         for decay in (0.0, 0.3)
     )
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         before = parameters_of(made())
     for path, value in before.items():
         if optimizer == "sgd" or not path.endswith("kernel"):
@@ -146,7 +146,7 @@ def test_more_frozen_blocks_than_there_are_are_refused() -> None:
 
 def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple) -> None:
     pixels, labels = batch
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         logits = np.asarray(made()(pixels))
         found = float(classification_loss(made(), pixels, labels, None, 0.1))
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -155,7 +155,7 @@ def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple
 
 
 def test_kernels_are_what_dense_layers_and_the_patches_multiply_by() -> None:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         chosen = nnx.to_flat_state(kernels(nnx.state(made(), nnx.Param)))
     decaying = {path[-1]: set() for path, _ in chosen}
     for path, value in chosen:

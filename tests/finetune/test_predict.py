@@ -22,7 +22,7 @@ from vit_ref.finetune.prediction import predict
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.precision import precision_of
 
 Filled = Callable[..., VisionTransformer]
 CONFIG = replace(CASES["rectangular"].config, num_channels=3, num_labels=6, labels=("a", "b", "c", "d", "e", "f & g"))
@@ -40,7 +40,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_predictions_are_the_models_own(batch_size: int, filled: Filled, photographs: list[Path]) -> None:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         model = filled(CONFIG, dtype=np.float64)
         found = predict(model, photographs, 6, batch_size=batch_size)
         logits = [np.asarray(model(jnp.asarray(preprocess([file], CONFIG), np.float64))[0]) for file in photographs]
@@ -65,7 +65,7 @@ def test_as_many_classes_as_are_asked_for_and_are_there(top: int, filled: Filled
 def test_labels_that_do_not_exclude_each_other_have_numbers_of_their_own(
     problem_type: str, filled: Filled, photographs: list[Path]
 ) -> None:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         model = filled(replace(CONFIG, extra={"problem_type": problem_type}), dtype=np.float64)
         found = predict(model, photographs[:1], 3)[0]
         logits = np.asarray(model(jnp.asarray(preprocess(photographs[:1], CONFIG), np.float64))[0])

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from tests.helpers.jaxprs import computed_in, equations
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.precision import precision_of
 
 CASE = CASES["rectangular"]
 FLOAT32 = np.dtype(np.float32)
@@ -30,7 +30,7 @@ def test_softmax_and_norms_are_computed_in_float32(
     dtype: DTypeLike, tapped: bool, filled: Callable[..., VisionTransformer]
 ) -> None:
     tap = {"tap": lambda site, value: value} if tapped else {}
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         vit = filled(CASE.config, dtype=dtype)
         traced = jax.make_jaxpr(lambda pixels: vit(pixels, **tap))(CASE.images()).jaxpr
     found = computed_in(traced, WIDE)

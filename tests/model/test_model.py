@@ -22,8 +22,8 @@ from vit_ref.model.config import ACTIVATION_NAMES, ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, Case, synthetic_images
-from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error
+from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.numpy_oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
 from vit_ref.weights.mapping import parameter_shapes
 
@@ -97,7 +97,7 @@ def test_probabilities_are_asked_for_by_a_tap_or_dropout_alone(
     monkeypatch.setattr(vit_module, "attend", lambda *qkv: (calls.append(qkv), attend(*qkv))[1])
     config = dataclasses.replace(CASES["rectangular"].config, attention_probs_dropout_prob=rate)
     tap = {"tap": lambda site, value: value} if observed else {}
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         vit = filled(config, dtype=dtype)
         if training:
             vit.train()
@@ -108,7 +108,7 @@ def test_probabilities_are_asked_for_by_a_tap_or_dropout_alone(
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_two_paths_agree_in_half_precision_too(dtype: type, filled: Filled) -> None:
     case = CASES["rectangular"]
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         vit, pixels = filled(case.config, dtype=dtype), jnp.asarray(case.images())
         plain, observed = vit(pixels), vit(pixels, tap=lambda site, value: value)
     off = error(np.asarray(plain), np.asarray(observed, np.float64)).rms
@@ -119,7 +119,7 @@ def test_the_two_paths_agree_in_half_precision_too(dtype: type, filled: Filled) 
 @pytest.mark.parametrize("spelling", [jnp.float64, "float64", np.dtype("float64")])
 def test_float64_takes_no_path_that_rounds_to_float32(spelling: DTypeLike) -> None:
     config = CASES["rectangular"].config
-    with precision_of(jnp.float64):
+    with precision_of(jnp.float64).active():
         vit = VisionTransformer(config, dtype=spelling, param_dtype=spelling, rngs=nnx.Rngs(0))
         seen: set[np.dtype] = set()
         pixels = jnp.asarray(CASES["rectangular"].images(), jnp.float64)
@@ -177,7 +177,7 @@ def test_half_precision_keeps_stream_and_norms_in_float32(dtype: type, filled: F
         seen[site] = value.dtype
         return value
 
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         filled(CASES["rectangular"].config, dtype=dtype)(jnp.asarray(CASES["rectangular"].images()), tap=tap)
     wide = {site for site, found in seen.items() if found == jnp.float32}
     assert wide == {site for site in seen if site == "embeddings" or "norm" in site or "residual" in site}
@@ -189,7 +189,7 @@ def test_half_precision_rounds_the_softmax_once(dtype: type, filled: Filled) -> 
     """From the very queries and keys. Parity cannot ask for that: FlaxViT takes its softmax in the half precision."""
     trace: dict[str, jax.Array] = {}
     case = CASES["rectangular"]
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         filled(case.config, dtype=dtype)(jnp.asarray(case.images()), tap=trace.setdefault)
     for i in range(case.config.num_hidden_layers):
         query, key = (np.asarray(trace[f"block.{i}.attn.{role}"], np.float64) for role in ("query", "key"))
@@ -203,7 +203,7 @@ def test_half_precision_rounds_the_softmax_once(dtype: type, filled: Filled) -> 
 
 @pytest.mark.parametrize("name", ACTIVATION_NAMES)
 def test_every_activation_is_the_oracles(name: str) -> None:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         x = jnp.linspace(-6, 6, 97)
         found = ACTIVATIONS[name](x)
     # A few roundings of values up to six. The two forms of GELU differ by 5e-4, quick_gelu from either by 2e-2.

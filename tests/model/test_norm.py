@@ -11,7 +11,7 @@ import pytest
 from jax import Array
 
 from vit_ref.model.norm import LayerNorm, layer_norm
-from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.precision import precision_of
 
 EPSILON = 0.3  # As large as the variance, so that a derivative without it shows.
 
@@ -48,7 +48,7 @@ def twice(norm: Callable[..., Array]) -> tuple[Array, ...]:
 
 @pytest.mark.parametrize("derivative", [forwards, backwards, twice])
 def test_the_derivative_is_the_formulas(derivative: Callable[[Callable[..., Array]], tuple[Array, ...]]) -> None:
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         for found, expected in zip(derivative(written_out), derivative(formula), strict=True):
             # Some roundings of float64 in values of ten and less; the smallest term is a hundredth of them.
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)

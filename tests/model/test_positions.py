@@ -14,8 +14,8 @@ import pytest
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.precision import precision_of
 from vit_ref.weights import mapping
 from vit_ref.weights.pretrained import build, parameters_of
 
@@ -61,7 +61,7 @@ def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tup
     parameters = {path: np.ones(shape) for path, shape in mapping.parameter_shapes(config).items()}
     parameters["position_embeddings"] = (np.append(7.0, GRID)[:, None] * [1.0, 2.0])[None]
     trace: dict[str, jax.Array] = {}
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         vit = build(config, parameters, dtype=jnp.float64)
         vit(jnp.ones((1, *target, 1)), tap=trace.setdefault, interpolate_pos_encoding=True)
     added = np.asarray(trace["embeddings"][0, 1:] - trace["patches"][0])
@@ -80,7 +80,7 @@ def test_positions_at_the_native_size_are_untouched() -> None:
 def test_the_gradient_of_a_resize_is_its_transpose(target: tuple[int, int]) -> None:
     """Resizing is linear, so positions that train at another size need no derivative but this."""
     rng = np.random.default_rng(0)
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         positions, moved = (jnp.asarray(rng.normal(size=(1, 13, 2))) for _ in range(2))
         resized, pull = jax.vjp(lambda positions: resize_positions(positions, (3, 4), target), positions)
         cotangent = jnp.asarray(rng.normal(size=resized.shape))
@@ -102,7 +102,7 @@ def test_positions_are_resized_in_the_dtype_of_the_computation(stored: type) -> 
         embeddings[site] = value
         return value
 
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         vit = build(case.config, parameters, dtype=jnp.float64)
         vit(jnp.asarray(pixels), tap=tap, interpolate_pos_encoding=True)
         exact = jnp.asarray(parameters["position_embeddings"].astype(np.float64))
@@ -122,7 +122,7 @@ def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
 
     config = replace(CASES["rectangular"].config, image_size=224, patch_size=14, num_channels=3)
     pixels = np.random.default_rng(0).normal(size=(2, *size, 3))
-    with precision_of(jnp.float64):
+    with precision_of(jnp.float64).active():
         vit = filled(config, dtype=jnp.float64)
         ours = vit(jnp.asarray(pixels), interpolate_pos_encoding=True)
     theirs = ViTForImageClassification(HFConfig(**config.hf_numerics())).double().eval()

@@ -14,8 +14,9 @@ import numpy as np
 
 from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.precision import FLOAT64, Precision
+from vit_ref.verify.references.choice import NumpyReference
 from vit_ref.verify.references.flax_vit import FlaxViTReference
-from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
 Differentiate = Callable[[Objective], Gradients]
 
@@ -25,7 +26,7 @@ def remembered_references() -> Iterator[None]:
     """What references say is kept from run to run: nearly half the time goes into compiling them, and no mutant may
     reach them. Other weights, images or objectives are another question."""
     with contextlib.ExitStack() as stack:
-        for owner in (FlaxViTReference, NumpyOracle):
+        for owner in (FlaxViTReference, NumpyReference):
             stack.enter_context(mock.patch.object(owner, "trace", _remembering(owner.trace)))
         gradients = _remembering_each(FlaxViTReference.gradients)
         stack.enter_context(mock.patch.object(FlaxViTReference, "gradients", gradients))
@@ -38,11 +39,11 @@ _ANSWERS: dict[str, Any] = {}
 
 def _remembering(trace: Callable[..., Trace]) -> Callable[..., Trace]:
     @functools.wraps(trace)
-    def answer(self: Any, pixels: Any, dtype: Any = np.float64) -> Trace:
+    def answer(self: Any, pixels: Any, precision: Precision = FLOAT64) -> Trace:
         weights = self.params if isinstance(self, FlaxViTReference) else self.tensors
-        key = digest(trace.__qualname__, repr(self.config), np.dtype(dtype).name, weights, pixels)
+        key = digest(trace.__qualname__, repr(self.config), repr(precision), weights, pixels)
         if key not in _ANSWERS:
-            _ANSWERS[key] = trace(self, pixels, dtype)
+            _ANSWERS[key] = trace(self, pixels, precision)
         return dict(_ANSWERS[key])
 
     return answer
@@ -50,9 +51,9 @@ def _remembering(trace: Callable[..., Trace]) -> Callable[..., Trace]:
 
 def _remembering_each(gradients: Callable[..., Differentiate]) -> Callable[..., Differentiate]:
     @functools.wraps(gradients)
-    def answer(self: FlaxViTReference, pixels: Any, dtype: Any) -> Differentiate:
-        key = digest("gradients", repr(self.config), np.dtype(dtype).name, self.params, pixels)
-        differentiate = functools.cache(lambda: gradients(self, pixels, dtype))
+    def answer(self: FlaxViTReference, pixels: Any, precision: Precision) -> Differentiate:
+        key = digest("gradients", repr(self.config), repr(precision), self.params, pixels)
+        differentiate = functools.cache(lambda: gradients(self, pixels, precision))
 
         def one(objective: Objective) -> Gradients:
             mine = key + digest(objective._asdict())

@@ -23,6 +23,7 @@ from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
+from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights.checkpoint import Checkpoint
@@ -82,7 +83,7 @@ def measure(mutant: Mutant, dose: float | None) -> Figures:
         warnings.simplefilter("ignore")
         inject(monkeypatch)
         try:
-            trace = OwnCandidate(case.config, source).trace(case.images(), np.float32)
+            trace = OwnCandidate(case.config, source).trace(case.images(), precision_of(np.float32))
         except (InputError, ValueError, TypeError):
             return Figures(math.inf, math.inf, agrees=False)
     found = trace.get(outputs.site, np.empty(0))
@@ -110,7 +111,7 @@ def _source(name: str) -> Checkpoint:
 def _reference(name: str) -> _Outputs:
     case = CASES[name]
     reference = FlaxViTReference(case.config, hf_tensors(case.config, _source(name)))
-    traces = [reference.trace(case.images(), dtype) for dtype in (np.float64, np.float32)]
+    traces = [reference.trace(case.images(), precision_of(dtype)) for dtype in (np.float64, np.float32)]
     site = "logits" if case.config.num_labels else "pooler" if case.config.pooler else "norm"
     return _Outputs(site, traces[0][site], traces[1][site])
 

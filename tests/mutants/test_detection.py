@@ -17,8 +17,9 @@ from vit_ref.model import vit
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.precision import Precision, precision_of
 from vit_ref.verify.references import flax_vit
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.results import ParityReport
@@ -35,8 +36,8 @@ class Faulty(OwnCandidate):
         super().__init__(config, source)
         self.fault = fault
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        return self.fault(super().trace(pixels, dtype, replace), np.dtype(dtype))
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        return self.fault(super().trace(pixels, precision, replace), precision.dtype)
 
 
 def check(name: str, fault) -> ParityReport:
@@ -182,7 +183,8 @@ def test_one_value_that_is_float32_is_wrong_there() -> None:
 
 
 def test_the_reference_in_float32_is_no_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flax_vit, "precision_of", lambda dtype: precision_of(np.float32))
+    active = Precision.active
+    monkeypatch.setattr(Precision, "active", lambda precision: active(precision_of(np.float32)))
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
     with (
         pytest.raises(TruncatedError, match="FlaxViT was to compute in float64"),

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.model.attention import Attend, weigh
-from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error
+from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.fused import fused
 
 # (batch, tokens, heads, head_dim): no two are equal.
@@ -29,7 +29,7 @@ def heads(sharp: float = 1.0) -> list[NDArray]:
 
 def pulled(attend: Attend, given: list[NDArray], dtype: DTypeLike) -> list[NDArray]:
     """The context, and the gradients of query, key and value."""
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         *arrays, cotangent = (jnp.asarray(x, dtype) for x in given)
         context, pull_back = jax.vjp(attend, *arrays)
         return [np.asarray(x) for x in (context, *pull_back(cotangent))]

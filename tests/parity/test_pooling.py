@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
 from vit_ref.verify.cases import CASES
@@ -15,6 +15,7 @@ from vit_ref.verify.compare.backward import truths_of
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import SETTLED, Pooled
 from vit_ref.verify.gates import Error, errors_of, numerical_gate
+from vit_ref.verify.precision import Precision
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session
 from vit_ref.verify.vit import gradient_names
@@ -150,11 +151,11 @@ class Erring:
         """errs: of a gradient's name and the objective's number."""
         self.name, self.errs, self.truth, self.asked = name, errs, truth, {np.dtype("f8"): 0, np.dtype("f4"): 0}
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
         def one(objective: Objective) -> Gradients:
-            k = self.asked[np.dtype(dtype)]
-            self.asked[np.dtype(dtype)] += 1
-            factor = {name: 1 + (self.errs(name, k) if np.dtype(dtype) == np.float32 else 0) for name in self.truth}
+            k = self.asked[precision.dtype]
+            self.asked[precision.dtype] += 1
+            factor = {name: 1 + (self.errs(name, k) if precision.dtype == np.float32 else 0) for name in self.truth}
             found = {name: value * factor[name] for name, value in self.truth.items()}
             return Gradients(found, {}, found.pop("pixels"))
 
@@ -217,9 +218,9 @@ def test_the_place_is_that_of_the_first_divergence_of_all_objectives(order: tupl
     changed[1]["norm"][0] = 1 + np.arange(7) ** 2
 
     class Changing(Erring):
-        def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+        def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
             found = [
-                Erring("", self.errs, values).gradients(pixels, dtype)
+                Erring("", self.errs, values).gradients(pixels, precision)
                 for values in [*(changed[k] for k in order), *[truth] * LOOKS[-1]]
             ]
             return lambda objective: found.pop(0)(objective)

@@ -27,7 +27,7 @@ from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.guesses import MULTIPLIED
 from vit_ref.verify.environment import notes, products
 from vit_ref.verify.gates import ALLOWANCES, SEMANTIC_RMS, error
-from vit_ref.verify.precision import PRECISIONS, Precision, resolve_precision
+from vit_ref.verify.precision import FLOAT64, PRECISIONS, Precision, resolve_precision
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.report import summary, table, to_json
 from vit_ref.verify.session import Session
@@ -70,10 +70,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, st
     def watch(kind: type, stored: Callable[[Any], Any]) -> None:
         trace = kind.trace
 
-        def watched(self: Any, pixels: Any, dtype: Any, *rest: Any, **named: Any) -> Trace:
-            asked = jax.config.jax_default_matmul_precision
-            runs.append((self.name, np.dtype(dtype).name, asked, str(np.dtype(stored(self)))))
-            return trace(self, pixels, dtype, *rest, **named)
+        def watched(self: Any, pixels: Any, precision: Precision, *rest: Any, **named: Any) -> Trace:
+            with precision.active():
+                asked = jax.config.jax_default_matmul_precision
+            runs.append((self.name, precision.dtype.name, asked, str(np.dtype(stored(self)))))
+            return trace(self, pixels, precision, *rest, **named)
 
         monkeypatch.setattr(kind, "trace", watched)
 
@@ -109,7 +110,7 @@ def test_reference_and_candidate_are_run_alike(
 def test_parameters_are_rounded_below_float64_alone() -> None:
     port, narrow = own(), own().storing(PRECISIONS["bfloat16"])
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow._ready(BFLOAT16)[0])} == {BFLOAT16}
-    exact, kept = port.trace(CASE.images(), np.float64), narrow.trace(CASE.images(), np.float64)
+    exact, kept = port.trace(CASE.images(), FLOAT64), narrow.trace(CASE.images(), FLOAT64)
     assert all((exact[site] == kept[site]).all() for site in exact)
     assert port.stored is None
 
@@ -127,10 +128,10 @@ def test_a_fault_of_the_formula_is_one_in_bfloat16_too() -> None:
 
 @pytest.mark.parametrize("implementation", [own, lambda: FlaxViTReference(CASE.config, CASE.checkpoint().tensors)])
 def test_products_of_float64_are_whole_whatever_the_setting(implementation: Callable[[], Any]) -> None:
-    plain = implementation().trace(CASE.images(), np.float64)
+    plain = implementation().trace(CASE.images(), FLOAT64)
     # The setting that a CPU heeds: it would be 4e-3 at the logits.
     with jax.default_matmul_precision("BF16_BF16_F32"):
-        found = implementation().trace(CASE.images(), np.float64)
+        found = implementation().trace(CASE.images(), FLOAT64)
     assert max(error(found[site], plain[site]).rms for site in plain) <= SEMANTIC_RMS
 
 
@@ -262,8 +263,7 @@ def test_a_backward_pass_compiled_for_one_precision_of_products_serves_no_other(
     monkeypatch.setattr(objectives, "beside", counted)
     implementation = build()
     for each in ("float32", "tensorfloat32", "float32"):
-        with jax.default_matmul_precision(each):
-            implementation.gradients(CASE.images(), np.float32)
+        implementation.gradients(CASE.images(), PRECISIONS[each])
     assert compiled == ["float32", "tensorfloat32"]
 
 

@@ -24,9 +24,8 @@ from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.precision import PRECISIONS
-from vit_ref.verify.references.choice import reference_for
-from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.precision import PRECISIONS, Precision, precision_of
+from vit_ref.verify.references.choice import NumpyReference, reference_for
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session, complete, judge_gradients
 from vit_ref.verify.vit import problem_of
@@ -45,11 +44,12 @@ class Changed:
 
     def __init__(self, name: str, site: str, by: float, dtype: DTypeLike):
         self.name, self.site, self.by, self.dtype = name, site, by, np.dtype(dtype)
-        self.oracle = NumpyOracle(CASE.config, CASE.checkpoint().tensors)
+        self.oracle = NumpyReference(CASE.config, CASE.checkpoint().tensors)
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        found = {site: value.astype(dtype) for site, value in self.oracle.trace(pixels, np.float64).items()}
-        if np.dtype(dtype) == self.dtype:
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        dtype = precision.dtype
+        found = {site: value.astype(dtype) for site, value in self.oracle.trace(pixels).items()}
+        if dtype == self.dtype:
             found[self.site] = found[self.site] * self.dtype.type(self.by)
         return found
 
@@ -136,7 +136,7 @@ def test_a_reference_whose_gradients_overflow_judges_none(reference: str) -> Non
     except ReferenceUnavailableError as error:
         pytest.skip(str(error))
     candidate = OwnCandidate(CASE.config, changed)
-    assert all(np.isfinite(value).all() for value in judge.trace(CASE.images(), np.float16).values())
+    assert all(np.isfinite(value).all() for value in judge.trace(CASE.images(), precision_of(np.float16)).values())
     with pytest.raises(
         ReferenceOverflowError,
         match=r"^(FlaxViT|PyTorch) itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:",

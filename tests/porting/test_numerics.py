@@ -17,6 +17,7 @@ from vit_ref.cli.group import main
 from vit_ref.errors import CheckpointError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.choice import Reference
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
@@ -59,7 +60,7 @@ FIELDS: dict[str, Any] = {
 def judged(reference: type[Reference], **fields: Any) -> dict[str, np.ndarray]:
     source = CASE.checkpoint()
     config = ViTConfig.from_hf({**CONFIG.to_hf(), **fields})
-    return reference(config, source.tensors).trace(CASE.images(), np.float64)
+    return reference(config, source.tensors).trace(CASE.images(), FLOAT64)
 
 
 def test_the_references_are_told_numerics_alone() -> None:

@@ -16,7 +16,7 @@ from tests.helpers.vit_strategies import configs, times
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import Site, sites
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.precision import precision_of
 
 batches = st.integers(1, 4)
 dtypes = st.sampled_from(("float32", "bfloat16", "float16", "float64"))
@@ -68,7 +68,7 @@ def test_an_abstract_run_shows_what_is_foretold(
         # Without a tap attention takes the fused path.
         return model(pixels, interpolate_pos_encoding=True)
 
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         untapped = jax.eval_shape(forward, pixels)
     foretold = foretell(config, batch, image_hw, dtype)
     assert shown == [foretold]
@@ -84,7 +84,7 @@ def test_a_real_run_shows_what_is_foretold(
     grid: tuple[int, int] | None,
 ) -> None:
     # Not under jit, where every value is abstract again.
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         pixels = jnp.ones((batch, *image_of(config, grid), config.num_channels), np.float32)
         shown = show(filled(config, dtype=dtype), pixels)
     assert shown == foretell(config, batch, image_of(config, grid), dtype)

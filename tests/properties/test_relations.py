@@ -19,8 +19,9 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import synthetic_images
-from vit_ref.verify.compare.trace import Trace, precision_of
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error
+from vit_ref.verify.precision import precision_of
 
 # Relative RMS error allowed at a site, in units of float64 rounding. Two runs that sum in another order were at most 5
 # apart in 200 draws. A LayerNorm multiplies that by its token's rms over its deviation, which at widths of five and
@@ -160,7 +161,7 @@ def test_positions_that_are_all_alike_are_so_at_any_size(
 ) -> None:
     cls, patch = np.random.default_rng(seed).normal(size=(2, 1, 1, width))
     alike = np.concatenate([cls, np.broadcast_to(patch, (1, grid[0] * grid[1], width))], axis=1)
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         resized = np.asarray(resize_positions(alike, grid, target))
     np.testing.assert_array_equal(resized[:, :1], cls)
     # Sixteen products with weights that add up to one.

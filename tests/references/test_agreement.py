@@ -19,6 +19,7 @@ from vit_ref.verify.compare.backward import truths_of
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, errors_of, numerical_gate
+from vit_ref.verify.precision import FLOAT64, precision_of
 from vit_ref.verify.references import torch_vit
 from vit_ref.verify.references.choice import REFERENCES, reference_for, require, with_fused_attention
 from vit_ref.verify.references.torch_vit import TorchViTReference
@@ -51,7 +52,7 @@ def needs(*references: str) -> None:
 def trace(reference: str, name: str, dtype: DTypeLike = np.float64) -> Trace:
     needs(reference)
     case = CASES[name]
-    return reference_for(case.config, case.checkpoint().tensors, reference).trace(case.images(), dtype)
+    return reference_for(case.config, case.checkpoint().tensors, reference).trace(case.images(), precision_of(dtype))
 
 
 def apart(found: Trace, truth: Trace) -> list[str]:
@@ -124,7 +125,7 @@ def test_a_site_seen_in_the_wrong_place_is_found(site: str, monkeypatch: pytest.
             wrong = torch_vit._Seen(blocks[site].module, lambda arguments, returned: returned[1].transpose(2, 3))
         monkeypatch.setitem(blocks, site, wrong)
     case = CASES["rectangular"]
-    found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
+    found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), FLOAT64)
     assert apart(found, trace("numpy", "rectangular")) == [f"block.{i}.{site}" for i in range(2)]
 
 
@@ -134,7 +135,7 @@ def test_a_value_that_the_model_does_not_go_on_with_has_no_gradient(monkeypatch:
         copy = torch_vit._Seen(blocks["attn.query"].module, lambda arguments, returned: returned.clone())
         monkeypatch.setitem(blocks, "attn.query", copy)
     case = CASES["rectangular"]
-    differentiate = TorchViTReference(case.config, case.checkpoint().tensors).gradients(case.images(), np.float64)
+    differentiate = TorchViTReference(case.config, case.checkpoint().tensors).gradients(case.images(), FLOAT64)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         differentiate(objectives_for((case.batch, case.config.num_labels))[0])
 
@@ -143,7 +144,7 @@ def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pyt
     needs("torch")
     monkeypatch.setattr(torch_vit, "_softmax_in_float64", contextlib.nullcontext)
     case = CASES["rectangular"]
-    found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
+    found = TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), FLOAT64)
     assert {value.dtype for value in found.values()} == {np.dtype(np.float64)}
     assert apart(found, trace("numpy", "rectangular"))[0] == "block.0.attn.probs"
 
@@ -183,7 +184,7 @@ def test_a_vit_of_unknown_structure_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch_vit, "_BLOCKS", {"transformer.blocks": torch_vit._BLOCKS["layers"]})
     case = CASES["rectangular"]
     with pytest.raises(ReferenceUnavailableError, match="ViT of unknown structure"):
-        TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), np.float64)
+        TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["flax", "torch"])
@@ -194,7 +195,7 @@ def test_a_reference_with_fused_attention_has_its_own_gradients_in_float64(name:
     judge = reference_for(case.config, case.checkpoint().tensors, name)
     objective = objectives_for((case.batch, case.config.num_labels))[1]
     own, fused = (
-        each.gradients(case.images(), np.float64)(objective).named() for each in (judge, with_fused_attention(judge))
+        each.gradients(case.images(), FLOAT64)(objective).named() for each in (judge, with_fused_attention(judge))
     )
     probabilities = {site.name for site in sites(case.config, 1) if site.name.endswith(".attn.probs")}
     assert own.keys() - fused.keys() == probabilities

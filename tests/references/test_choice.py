@@ -17,6 +17,7 @@ from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByR
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
+from vit_ref.verify.precision import FLOAT64, precision_of
 from vit_ref.verify.references import choice
 from vit_ref.verify.references.choice import REFERENCES, NumpyReference, reference_for, require
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
@@ -42,10 +43,10 @@ def test_numpy_rounds_every_product_as_the_device_does(kind: str, unit: float, m
     monkeypatch.setattr(choice, "products", lambda: kind)
     monkeypatch.setitem(choice._OPERANDS, kind, lambda x: (rounded.append(x), round_operand(x))[1])
     # A product's relative error is that of its operands, a unit of rounding at most and some tenths on average.
-    assert 0.1 * unit < error(judge.trace(pixels, np.float32)["patches"], truth["patches"]).rms < 2 * unit
+    assert 0.1 * unit < error(judge.trace(pixels, precision_of(np.float32))["patches"], truth["patches"]).rms < 2 * unit
     # Of the patches, six layers, scores and context of each block, and of the head.
     assert len(rounded) == 2 * (1 + 8 * case.config.num_hidden_layers + 1)
-    for site, value in judge.trace(pixels, np.float64).items():
+    for site, value in judge.trace(pixels, FLOAT64).items():
         np.testing.assert_array_equal(value, truth[site])
 
 

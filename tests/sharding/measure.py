@@ -36,6 +36,7 @@ from vit_ref.verify.candidates.tapped import Forward
 from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, numerical_gate
+from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session
 from vit_ref.weights import checkpoint
@@ -54,15 +55,15 @@ class OneDevice(OwnCandidate):
         self._traces: dict[np.dtype, Trace] = {}
         self._gradients: dict[np.dtype, Callable[[Objective], Gradients]] = {}
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        if np.dtype(dtype) not in self._traces:
-            self._traces[np.dtype(dtype)] = super().trace(pixels, dtype, replace)
-        return dict(self._traces[np.dtype(dtype)])
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        if precision.dtype not in self._traces:
+            self._traces[precision.dtype] = super().trace(pixels, precision, replace)
+        return dict(self._traces[precision.dtype])
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        if np.dtype(dtype) not in self._gradients:
+    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
+        if precision.dtype not in self._gradients:
             found: dict[float, Gradients] = {}
-            differentiate = super().gradients(pixels, dtype)
+            differentiate = super().gradients(pixels, precision)
 
             def remembered(objective: Objective) -> Gradients:
                 # No two objectives have the same brightness.
@@ -70,8 +71,8 @@ class OneDevice(OwnCandidate):
                     found[objective.brightness] = differentiate(objective)
                 return found[objective.brightness]
 
-            self._gradients[np.dtype(dtype)] = remembered
-        return self._gradients[np.dtype(dtype)]
+            self._gradients[precision.dtype] = remembered
+        return self._gradients[precision.dtype]
 
 
 class Sharded(OwnCandidate):
@@ -198,7 +199,7 @@ def main(directory: Path, out: Path) -> None:
     judge = OneDevice(source)
     alone = vit_ref.from_pretrained(directory)
     yardstick, _ = as_users_run_it(alone, images)
-    truth = judge.trace(images, np.float64)["logits"]
+    truth = judge.trace(images, FLOAT64)["logits"]
     own = error(yardstick, truth, carriers=True)
     vit_ref.save_pretrained(alone, out / "one", max_shard_size="100KB")
     found: dict[str, Any] = {"one": digests(out / "one")}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vit_ref.finetune.step import train_step
 from vit_ref.model.config import ViTConfig
-from vit_ref.verify.compare.trace import precision_of
+from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 def _train_ours(
     config: ViTConfig, source: Checkpoint, make: Transformation, batches: Batches, dtype: DTypeLike, keep: set[int]
 ) -> Run:
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         weights = mapping.port(source.tensors, config, mapping.detect(source.tensors))
         model = build(config, {path: value.astype(dtype) for path, value in weights.items()}, dtype=dtype)
         optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
@@ -56,7 +56,7 @@ def _train_flaxvit(
 ) -> Run:
     reference = FlaxViTReference(config, hf_tensors(config, source))
     transformation = make()
-    with precision_of(dtype):
+    with precision_of(dtype).active():
         module = reference.module(dtype)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), reference.params)
         state = transformation.init(params)

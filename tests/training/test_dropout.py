@@ -24,8 +24,8 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import error
+from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.weights.pretrained import build
 
@@ -185,7 +185,7 @@ def test_masks_are_independent_along_every_axis(axes: tuple[str, ...], axis: str
 
 def test_the_mean_over_many_seeds_is_the_value_in_evaluation(config: ViTConfig, filled: Filled) -> None:
     """At each site behind a dropout, fed what enters it in evaluation. Float64, so that no rounding counts."""
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         vit, pixels = filled(config, dtype=jnp.float64), jnp.asarray(CASE.images(), jnp.float64)
         evaluated = jax.jit(lambda pixels: trace(vit, pixels))(pixels)
 
@@ -239,7 +239,7 @@ def sites_of_the_references_dropouts() -> set[str]:
         module, params = reference.module(np.float32), {"params": reference.params}
         module.apply(params, CASE.images(), deterministic=deterministic, output_attentions=True, rngs=rngs)
 
-    with precision_of(np.float32), linen.intercept_methods(observe):
+    with precision_of(np.float32).active(), linen.intercept_methods(observe):
         # In post-order an outer module is recorded after the inner ones.
         run(deterministic=True)
         run(deterministic=False)
@@ -281,7 +281,7 @@ def test_with_the_references_masks_training_is_the_references(requested, filled:
     source, pixels = CASE.checkpoint(), CASE.images()
     reference = FlaxViTReference(CONFIG, source.tensors)
     shared = dataclasses.replace(CONFIG, broadcast_attention_dropout=True)
-    with precision_of(np.float64):
+    with precision_of(np.float64).active():
         evaluated, theirs = (
             reference.module(np.float64).apply(
                 {"params": reference.params},

@@ -18,9 +18,9 @@ from vit_ref.finetune.step import classification_loss, train_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, synthetic_images
-from vit_ref.verify.compare.trace import precision_of
 from vit_ref.verify.gates import ALLOWANCES, root_mean_square
 from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.precision import precision_of
 from vit_ref.weights import checkpoint, mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import configuration, parameters_of
@@ -155,7 +155,7 @@ def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., Visi
     is_head = nnx.All(nnx.Param, nnx.PathContains("head"))
     pixels, labels = jnp.asarray(synthetic_images(CONFIG, 4)), jnp.arange(4)
     step = nnx.jit(train_step)
-    with precision_of(np.float32):  # optax promotes silently
+    with precision_of(np.float32).active():  # optax promotes silently
         optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=is_head)
         losses = [float(step(model, optimizer, pixels, labels)) for _ in range(5)]
     assert losses[-1] < losses[0]
@@ -167,7 +167,7 @@ def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., Visi
 
 def test_the_loss_is_float32_under_bfloat16(filled: Callable[..., VisionTransformer]) -> None:
     pixels, labels = jnp.asarray(synthetic_images(CONFIG, 4)), jnp.arange(4)
-    with precision_of(jnp.bfloat16):
+    with precision_of(jnp.bfloat16).active():
         model = filled(CONFIG, dtype=jnp.bfloat16)
         loss = classification_loss(model, pixels, labels)
         logits = np.asarray(model(pixels)).astype(np.float64)
@@ -180,7 +180,7 @@ def test_the_loss_is_float32_under_bfloat16(filled: Callable[..., VisionTransfor
 def test_the_cotangent_of_bfloat16_logits_is_computed_in_float32() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 7)), jnp.bfloat16)
     labels = jnp.arange(6)
-    with precision_of(jnp.bfloat16):
+    with precision_of(jnp.bfloat16).active():
         found = jax.grad(lambda logits: classification_loss(lambda *_, **__: logits, logits, labels))(logits)
     exponentials = np.exp(np.asarray(logits, np.float64))
     expected = (exponentials / exponentials.sum(-1, keepdims=True) - np.eye(6, 7)) / 6

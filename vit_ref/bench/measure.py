@@ -99,7 +99,7 @@ def fitting(
     names = list(names)
     while True:
         try:
-            with workload.numerics.asked():
+            with workload.numerics.active():
                 contenders = []
                 for name in tuple(names):
                     try:

@@ -33,7 +33,7 @@ class Roofline:
 
     def __init__(self, precision: Precision):
         sides = _SIDES.get(jax.default_backend(), _ACCELERATOR)
-        with precision.asked():
+        with precision.active():
             self._products = {side: _product(side, precision.dtype) for side in sides}
         self._seconds: dict[int, list[float]] = {side: [] for side in sides}
 

@@ -64,7 +64,7 @@ def notes(precision: Precision) -> tuple[str, ...]:
     if asked is None:
         return ()
     said = []
-    with precision.asked():
+    with precision.active():
         here = products()
     if here != asked:
         said.append(f"{asked} products were asked for, and {jax.default_backend()} made {here} ones")

@@ -6,8 +6,8 @@ The device's own habits are no part of them: where GPUs and TPUs round the opera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ class Precision(NamedTuple):
 
     Attributes:
       name: how it is asked for and reported.
-      dtype: of the computation, as `Implementation.trace` takes it; its row of `gates.ALLOWANCES` is the gate.
+      dtype: of the computation; its row of `gates.ALLOWANCES` is the gate.
       stored: the dtype that the parameters are rounded to; None for that of the checkpoint, as a rule float32.
       products: `jax.default_matmul_precision`; None to leave it.
     """
@@ -34,9 +34,27 @@ class Precision(NamedTuple):
     stored: np.dtype | None = None
     products: str | None = None
 
-    def asked(self) -> AbstractContextManager[None]:
-        """Within it, jax traces float32 products of that precision. float64 has its own, see `trace.precision_of`."""
-        return jax.default_matmul_precision(self.products) if self.products else nullcontext()
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, jax computes in this precision: in float64 where it is that, and only there.
+
+        Products of float64 are whole ones, whatever jax_default_matmul_precision is: with "BF16_BF16_F32" a CPU makes
+        them of bfloat16, and an oracle would err by 2e-3.
+
+        Strictness about implicit promotion is lifted: the reference and flax's own layers rely on it, and what a
+        candidate computes is compared here, not how it is written.
+        """
+        products = jax.default_matmul_precision(self.products) if self.products else nullcontext()
+        promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+        # Under JAX_DISABLE_JIT nothing can be compiled ahead.
+        with (
+            jax.enable_x64(self.dtype == np.float64),
+            products,
+            promotion[0],
+            promotion[1],
+            jax.disable_jit(False),
+        ):
+            yield
 
     def rounded(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """A checkpoint's tensors as they are stored."""
@@ -66,6 +84,19 @@ PRECISIONS: dict[str, Precision] = {
         Precision("float16", np.dtype(np.float16)),
     )
 }
+
+
+# What formulas are compared in.
+FLOAT64 = Precision("float64", np.dtype(np.float64), products="highest")
+
+
+def precision_of(dtype: DTypeLike) -> Precision:
+    """The precision that computes in a dtype, float64 too, from parameters as they are and with the device's products.
+
+    A numerical gate is asked for by name, see `resolve_precision`.
+    """
+    dtype = np.dtype(dtype)
+    return FLOAT64 if dtype == np.float64 else Precision(dtype.name, dtype)
 
 
 def resolve_precision(given: str | DTypeLike | Precision) -> Precision:

@@ -29,10 +29,10 @@ from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.protocols import Reference, Runnable
-from vit_ref.verify.compare.trace import Progress, precision_of, silent
+from vit_ref.verify.compare.trace import Progress, silent
 from vit_ref.verify.environment import environment
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.precision import Precision, resolve_precision
+from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, require_expectations
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
@@ -298,7 +298,7 @@ def load_candidate(
     """Loads a declared candidate in float64; see `prepare_candidate`."""
     _require_fit(config, source)
     declaration = find_declaration(given)
-    with precision_of(np.float64):
+    with FLOAT64.active():
         loaded = load(declaration, source.path, np.float64)
     if is_torch(loaded):
         from vit_ref.verify.candidates.torch_candidate import TorchCandidate

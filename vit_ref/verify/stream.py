@@ -33,9 +33,8 @@ from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradie
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.trace import Progress, Trace, silent
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.precision import Precision, resolve_precision
+from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for
-from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session
 from vit_ref.verify.vit import ViTExplainer, gradient_names, hf_tensors, problem_of
@@ -168,39 +167,39 @@ class _Chained(Generic[One]):
         """Goes on to a block: with `trace` and `keep` from the first to the last, then with `gradients` back."""
         self._stage, self._into, self._out_of = stage, self._out_of, {}
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Observable.trace`: the values at the stage's sites and at those before the first block."""
-        key = np.dtype(dtype)
+        key = precision.dtype
         fed = {_INTO: self._into[key]} if self._stage.block else {}
-        trace = {**self.one.trace(pixels, dtype, {**fed, **(replace or {})}), **fed}
+        trace = {**self.one.trace(pixels, precision, {**fed, **(replace or {})}), **fed}
         if replace is None:
             self._out_of[key] = trace[_OUT_OF]
         return {site: value for site, value in trace.items() if site in self._stage.sites(trace)}
 
-    def keep(self, pixels: NDArray, dtype: DTypeLike, brightness: float) -> None:
+    def keep(self, pixels: NDArray, precision: Precision, brightness: float) -> None:
         """Keeps the stream of brighter images into this block, and finds the one out of it."""
-        key = np.dtype(dtype), brightness
+        key = precision.dtype, brightness
         if self._stage.block:
-            np.save(self._file(*key), self._into[key].astype(np.promote_types(dtype, np.float32)))
+            np.save(self._file(*key), self._into[key].astype(np.promote_types(precision.dtype, np.float32)))
         if not self._stage.last:
-            self._out_of[key] = self.one.trace(pixels * np.float32(brightness), dtype, self._fed(*key))[_OUT_OF]
+            self._out_of[key] = self.one.trace(pixels * np.float32(brightness), precision, self._fed(*key))[_OUT_OF]
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`: those that are the stage's."""
         stage = self._stage
 
         def of_this_block(objective: Objective) -> Objective:
-            key = np.dtype(dtype), objective.brightness
+            key = precision.dtype, objective.brightness
             pulled = {} if stage.last else {_OUT_OF: self._cotangents[key]}
             return objective._replace(fed=self._fed(*key), pulled=pulled)
 
         output = problem_of(self.config, pixels).output
         like = of_this_block(objectives_for(output)[0])
-        differentiate = self.one.gradients(pixels, dtype, like=like)
+        differentiate = self.one.gradients(pixels, precision, like=like)
 
         def gradients(objective: Objective) -> Gradients:
             found = differentiate(of_this_block(objective))
-            self._cotangents[np.dtype(dtype), objective.brightness] = found.sites[_INTO]
+            self._cotangents[precision.dtype, objective.brightness] = found.sites[_INTO]
             by_site, by_parameter = (
                 {name: value for name, value in part.items() if stage.answers_for(name)}
                 for part in (found.sites, found.parameters)
@@ -231,7 +230,7 @@ class _Blocks:
         self._prefixed = mapping.is_prefixed(source.tensors, mapping.detect(source.tensors))
         tensors = hf_tensors(self.config, self._numbered(0))
         self.reference: _Chained[Any] = _Chained(reference_for(self.config, tensors, reference), directory)
-        self.oracle = _Chained(NumpyOracle(self.config, tensors), directory)
+        self.oracle = _Chained(NumpyReference(self.config, tensors), directory)
         self.candidate = _Chained(OwnCandidate(self.config, self._mapped(0)), directory)
 
     @property
@@ -332,7 +331,7 @@ class _Streamed(Session):
         """See `Session.backward`."""
         blocks, pixels, precision = self._blocks, self.pixels[: self.images_backward], self._rounded
         if isinstance(blocks.reference.one, NumpyReference):
-            blocks.reference.one.gradients(pixels, precision.dtype)  # says why there are none
+            blocks.reference.one.gradients(pixels, precision)  # says why there are none
         problem = problem_of(blocks.config, pixels)
         explainer = ViTExplainer(blocks.config, {}, problem)
         objectives = objectives_for(problem.output)
@@ -344,9 +343,8 @@ class _Streamed(Session):
                 for k in range(start, stop):
                     for each in (blocks.reference, blocks.candidate):
                         if each is blocks.reference or k < SEMANTIC_OBJECTIVES:
-                            each.keep(pixels, np.float64, objectives[k].brightness)
-                        with precision.asked():
-                            each.keep(pixels, precision.dtype, objectives[k].brightness)
+                            each.keep(pixels, FLOAT64, objectives[k].brightness)
+                        each.keep(pixels, precision, objectives[k].brightness)
             for stage in blocks.stages(reversed(indices)):
                 self.progress(f"gradients, block {stage.block} of {stage.depth}")
                 own = [name for name in problem.gradients if stage.answers_for(name)]

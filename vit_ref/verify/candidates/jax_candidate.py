@@ -25,7 +25,8 @@ from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.loading import claims, in_one_line, load, observed, recognised
 from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.candidates.tapped import Tapped
-from vit_ref.verify.compare.trace import Forward, Tap, precision_of
+from vit_ref.verify.compare.trace import Forward, Tap
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.weights.pretrained import parameters_of_state
 
 
@@ -103,7 +104,7 @@ class JaxCandidate(Tapped):
 
     def parameters(self) -> dict[str, NDArray]:
         """The port's parameters in float64, on the host, by its own paths."""
-        with precision_of(np.float64), in_one_line(self.name, "reading its parameters"):
+        with FLOAT64.active(), in_one_line(self.name, "reading its parameters"):
             return {counted(name): value for name, value in _leaves(self.ready(np.float64)[0]).items()}
 
 

@@ -20,7 +20,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.adapters import is_float
 from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
-from vit_ref.verify.compare.trace import Forward, Tap, Trace, beside, precision_of, recorder, replacements
+from vit_ref.verify.compare.trace import Forward, Tap, Trace, beside, recorder, replacements
 from vit_ref.verify.precision import Precision
 
 
@@ -64,7 +64,7 @@ class Tapped(ABC):
 
     @abstractmethod
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
-        """Parameters, and the forward pass in `dtype` from them; called under `precision_of(dtype)`."""
+        """Parameters, and the forward pass in `dtype` from them; called where that precision is active."""
 
     @abstractmethod
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
@@ -86,22 +86,22 @@ class Tapped(ABC):
         """See `Runnable.path_of`."""
         return site
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Observable.trace`.
 
         Args:
           pixels: as there.
-          dtype: as there.
+          precision: as there.
           replace: values by site that take the place of the model's own, after those were recorded.
 
         Raises:
           InputError: a value is out of reach.
         """
-        with precision_of(dtype):
-            parameters, forward = self._ready(dtype)
+        with precision.active():
+            parameters, forward = self._ready(precision.dtype)
 
-            given = replacements(replace, dtype)
-            images = jnp.asarray(pixels, dtype)
+            given = replacements(replace, precision.dtype)
+            images = jnp.asarray(pixels, precision.dtype)
             try:
                 return jax.device_get(self._compiled_of(forward).recorder(parameters, images, given))
             except jax.errors.JAXTypeError:
@@ -120,20 +120,20 @@ class Tapped(ABC):
             return {site: np.asarray(value) for site, value in shown.items()}
 
     def outputs(
-        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap | None = None
+        self, batches: Sequence[NDArray], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
         """The outputs alone of several batches of images, compiled or operation by operation; by default without a tap.
 
         Raises:
           jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
         """
-        with precision_of(dtype):
-            parameters, forward = self._ready(dtype)
+        with precision.active():
+            parameters, forward = self._ready(precision.dtype)
 
             def run(parameters: Any, pixels: jax.Array) -> jax.Array:
                 return forward(parameters, pixels, tap)
 
-            images = [jnp.asarray(pixels, dtype) for pixels in batches]
+            images = [jnp.asarray(pixels, precision.dtype) for pixels in batches]
             if not jit:
                 return [np.asarray(run(parameters, given)) for given in images]
             sizes = {given.shape: given for given in images}
@@ -141,11 +141,11 @@ class Tapped(ABC):
             return [np.asarray(compiling[given.shape].result()(parameters, given)) for given in images]
 
     def gradients(
-        self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
+        self, pixels: NDArray, precision: Precision, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`, and `differentiator` for `like`."""
-        with precision_of(dtype):
-            parameters, forward = self._ready(dtype)
+        with precision.active():
+            parameters, forward = self._ready(precision.dtype)
         _, compiled, perturbed = self._compiled_of(forward)
 
         def keeping(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
@@ -163,7 +163,7 @@ class Tapped(ABC):
 
         try:
             shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
-            differentiate = differentiator(keeping, parameters, shapes, pixels, dtype, like=like, compiled=compiled)
+            differentiate = differentiator(keeping, parameters, shapes, pixels, precision, like=like, compiled=compiled)
         except CandidateError as error:
             # It ran forward: it calls what jax has no derivative of, such as a callback.
             raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error

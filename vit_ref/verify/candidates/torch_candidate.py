@@ -63,9 +63,9 @@ class TorchCandidate:
         self._checkpoint = checkpoint
         self._port = None if port is None else (np.dtype(np.float64), port)
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Tapped.trace`."""
-        module = self._ready(dtype)
+        module = self._ready(precision.dtype)
         given = {site: torch.tensor(value) for site, value in (replace or {}).items()}
         recorded: Trace = {}
 
@@ -74,30 +74,30 @@ class TorchCandidate:
             return given[site].to(value) if site in given else value
 
         with in_one_line(self.name, "the forward pass"), torch.no_grad():
-            self._forward(module, self._arranged(torch.tensor(pixels).to(_like(module, dtype))), tap)
+            self._forward(module, self._arranged(torch.tensor(pixels).to(_like(module, precision.dtype))), tap)
         return recorded
 
     def outputs(
-        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap | None = None
+        self, batches: Sequence[NDArray], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
         """See `Tapped.outputs`; `jit` has no meaning here."""
-        module = self._ready(dtype)
+        module = self._ready(precision.dtype)
         found = []
         for batch in batches:
             with in_one_line(self.name, "the forward pass"), torch.no_grad():
-                images = self._arranged(torch.tensor(batch).to(_like(module, dtype)))
+                images = self._arranged(torch.tensor(batch).to(_like(module, precision.dtype)))
                 found.append(_array(self._forward(module, images, tap)))
                 # Where the port wrote into its images, the caller is to see it in his.
                 batch[...] = _array(images.permute(0, 2, 3, 1) if self._channels_first else images)
         return found
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`; parameters are those that `torch.nn.Module.to` makes, in `dtype`."""
-        module = self._ready(dtype)
+    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
+        """See `Reference.gradients`; parameters are those that `torch.nn.Module.to` makes."""
+        module = self._ready(precision.dtype)
         with in_one_line(self.name, "asking its parameters for gradients"):
             # One by one: a ScriptModule has no `requires_grad_` of its own.
             parameters = {name: value.requires_grad_(True) for name, value in module.named_parameters()}
-        like = _like(module, dtype)
+        like = _like(module, precision.dtype)
         wide = torch.promote_types(like.dtype, torch.float32)
         last = output_site(self.config)
         shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
-import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.verify.compare.forward import require_finite
@@ -17,7 +16,7 @@ from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, require_float64, silent, widened
 from vit_ref.verify.gates import Truth, errors_of
-from vit_ref.verify.precision import Precision
+from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import ParityReport
 
@@ -98,17 +97,16 @@ class Comparison:
     ):
         self._pixels, self._precision, self._explainer = problem.pixels, precision, explainer
         self._reference, self._candidate = reference.name, candidate.name
-        self._truth = reference.gradients(self._pixels, np.float64)
-        self._exact = candidate.gradients(self._pixels, np.float64) if formula else None
+        self._truth = reference.gradients(self._pixels, FLOAT64)
+        self._exact = candidate.gradients(self._pixels, FLOAT64) if formula else None
         # Of the parameters as they are stored, which the semantic gate has nothing to do with.
         self._stored_truth = self._truth
         if precision.stored is not None:
             reference, candidate = reference.storing(precision), candidate.storing(precision)
-            self._stored_truth = reference.gradients(self._pixels, np.float64)
+            self._stored_truth = reference.gradients(self._pixels, FLOAT64)
         self._stored_reference = reference
-        with precision.asked():
-            self._own = reference.gradients(self._pixels, precision.dtype)
-            self._rounding = candidate.gradients(self._pixels, precision.dtype)
+        self._own = reference.gradients(self._pixels, precision)
+        self._rounding = candidate.gradients(self._pixels, precision)
 
     def measure(self, objective: Objective, pooled: Pooled) -> None:
         """Adds the errors of one objective's gradients: in float64 too, until `SEMANTIC_OBJECTIVES` have been.
@@ -146,9 +144,7 @@ class Comparison:
 
         This is done last, and only for a candidate that fails: the reference compiles once more for it.
         """
-        reference = fuse(self._stored_reference)
-        with self._precision.asked():
-            fused = reference.gradients(self._pixels, self._precision.dtype)
+        fused = fuse(self._stored_reference).gradients(self._pixels, self._precision)
         for objective in objectives:
             _, truths = self._in_float64(self._stored_truth, objective)
             pooled.fused.append(errors_of(fused(objective).named(), truths, carriers=True))

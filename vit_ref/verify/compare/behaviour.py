@@ -15,6 +15,7 @@ from vit_ref.errors import CandidateError, InputError
 from vit_ref.verify.compare.protocols import Runnable
 from vit_ref.verify.compare.trace import Progress, passing, silent
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.results import Behaviour
 
 
@@ -32,27 +33,27 @@ def check_behaviour(candidate: Runnable, pixels: NDArray, *, progress: Progress 
     jit = True
     try:
         try:
-            together, again, *alone = candidate.outputs(given, np.float64)
+            together, again, *alone = candidate.outputs(given, FLOAT64)
         except InputError as error:
             # Whether a tap is what it lacks: else this raises the same.
-            candidate.outputs(given, np.float64, tap=passing)
+            candidate.outputs(given, FLOAT64, tap=passing)
             return (Behaviour("untapped", None, f"without a tap {error}"),)
         if candidate.compiles:
             # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
-            eager = candidate.outputs([pixels[:1], pixels, pixels[-1:]], np.float64, jit=False)
+            eager = candidate.outputs([pixels[:1], pixels, pixels[-1:]], FLOAT64, jit=False)
             own = _behaviour("jit", [alone[0], together, alone[1]], eager, _JIT)
         else:
             own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
     except jax.errors.JAXTypeError as error:
         reason = f"jax cannot trace it ({type(error).__name__}), so nothing can compile or differentiate it"
         own, jit = Behaviour("jit", None, reason), False
-        together, again, *alone = candidate.outputs(given, np.float64, jit=False)
+        together, again, *alone = candidate.outputs(given, FLOAT64, jit=False)
     repeat = _behaviour("repeat", [together], [again], _REPEAT)
     batch = _behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)
     if not repeat.passed:
         return repeat, batch, own
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
-    tapped = candidate.outputs([pixels.copy()], np.float64, jit=jit, tap=passing)
+    tapped = candidate.outputs([pixels.copy()], FLOAT64, jit=jit, tap=passing)
     return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
 
 
@@ -80,8 +81,8 @@ def require_repeatable(candidate: Runnable, pixels: NDArray, *, progress: Progre
         return value
 
     try:
-        (once,) = candidate.outputs([pixels.copy()], np.float64, jit=False, tap=keep)
-        (again,) = candidate.outputs([pixels.copy()], np.float64, jit=False, tap=passing)
+        (once,) = candidate.outputs([pixels.copy()], FLOAT64, jit=False, tap=keep)
+        (again,) = candidate.outputs([pixels.copy()], FLOAT64, jit=False, tap=passing)
     except jax.errors.JAXTypeError as error:
         raise CandidateError.raised(candidate.name, "the forward pass", error) from error
     for site, digests in shown.items():

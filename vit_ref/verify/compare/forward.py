@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import numpy as np
-from jax.typing import DTypeLike
-
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError
 from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, beside, require_float64, silent, widened
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
-from vit_ref.verify.precision import Precision
+from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem, hidden_before
 from vit_ref.verify.results import Explanation, ParityReport, SiteResult
 
@@ -70,9 +67,9 @@ def compare_forward(
     """
     pixels, names = problem.pixels, problem.names
     # NumPy multiplies while the reference is traced and compiled.
-    numpy = beside(oracle.trace, pixels, np.float64)
+    numpy = beside(oracle.trace, pixels, FLOAT64)
     progress(f"{reference.name} in float64")
-    truth = reference.trace(pixels, np.float64)
+    truth = reference.trace(pixels, FLOAT64)
     require_float64(truth, reference.name)
     if set(truth) != set(names):
         raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
@@ -80,11 +77,11 @@ def compare_forward(
     # Their errors are kept of all traces but this one, which of a real model take a gigabyte.
     truths = {site: Truth(truth[site]) for site in names}
 
-    def each_alone(shown: set[str], dtype: DTypeLike) -> dict[str, Error]:
+    def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
         progress("each block alone")
         before = {site: problem.streams[site] for site in shown}
         fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
-        errors = errors_of(candidate.trace(pixels, dtype, replace=fed), truths)
+        errors = errors_of(candidate.trace(pixels, precision, replace=fed), truths)
         return {
             site: errors[site] for site, stream in before.items() if site in errors and (not stream or stream in fed)
         }
@@ -96,7 +93,7 @@ def compare_forward(
     require_agreement(oracles, reference.name, oracle.name)
     del oracle_trace, numpy
     progress(f"{candidate.name} in float64")
-    exact_trace = widened(candidate.trace(pixels, np.float64), candidate.name)
+    exact_trace = widened(candidate.trace(pixels, FLOAT64), candidate.name)
     exact = errors_of(exact_trace, truths)
     found, alone = Explanation(), dict[str, Error]()
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
@@ -105,20 +102,19 @@ def compare_forward(
         found = explainer.explain_formula(first, exact_trace, truth)
     del exact_trace
     if first:
-        alone = each_alone(set(exact), np.float64)
+        alone = each_alone(set(exact), FLOAT64)
     progress(f"{reference.name} in {precision.name}")
     if precision.stored is not None:
         # What rounding the parameters costs is no error of the candidate's: from here on the truth is of rounded ones.
         reference, candidate = reference.storing(precision), candidate.storing(precision)
-        truth = reference.trace(pixels, np.float64)
+        truth = reference.trace(pixels, FLOAT64)
         require_float64(truth, reference.name)
         truths = {site: Truth(truth[site]) for site in names}
-    with precision.asked():
-        yardsticks = errors_of(reference.trace(pixels, precision.dtype), truths, carriers=True)
-        if not first:  # else the verdict stands
-            require_finite(yardsticks, reference.name, precision.name)
-        progress(f"{candidate.name} in {precision.name}")
-        rounded_trace = candidate.trace(pixels, precision.dtype)
+    yardsticks = errors_of(reference.trace(pixels, precision), truths, carriers=True)
+    if not first:  # else the verdict stands
+        require_finite(yardsticks, reference.name, precision.name)
+    progress(f"{candidate.name} in {precision.name}")
+    rounded_trace = candidate.trace(pixels, precision)
     rounding = errors_of(rounded_trace, truths)
     foreign = reference.foreign or candidate.foreign
     gates = {
@@ -130,8 +126,7 @@ def compare_forward(
         found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
     del rounded_trace
     if coarse and not first:
-        with precision.asked():
-            alone = each_alone(set(rounding), precision.dtype)
+        alone = each_alone(set(rounding), precision)
     shown = {site for site in names if site in exact and site in rounding}
     claims = set(names) if candidate.claims is None else candidate.claims
     diverging = first or coarse

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import UndifferentiableError
-from vit_ref.verify.compare.trace import TappedForward, beside, precision_of
+from vit_ref.verify.compare.trace import TappedForward, beside
+from vit_ref.verify.precision import Precision
 
 # By how many 32nds each objective's images are darker, so that every look has seen bright ones and dark ones.
 #
@@ -92,7 +92,7 @@ def differentiator(
     parameters: Any,
     shapes: Mapping[str, tuple[int, ...]],
     pixels: NDArray,
-    dtype: DTypeLike,
+    precision: Precision,
     *,
     like: Objective | None = None,
     compiled: dict[Any, Future[Any]] | None = None,
@@ -108,7 +108,7 @@ def differentiator(
       parameters: any tree. What is not stored in the precision under test is widened to at least float32.
       shapes: every site with the shape of its value; the last one is the output.
       pixels: float32 images.
-      dtype: float64, or the precision under test.
+      precision: float64, or the one under test.
       like: an objective that is fed and pulled at the sites of those to come; by default at none.
       compiled: what earlier calls compiled for the same `forward`, which other parameters then share.
 
@@ -118,7 +118,8 @@ def differentiator(
     """
     compiled = {} if compiled is None else compiled
     like = like or objectives_for(list(shapes.values())[-1])[0]
-    wide = np.promote_types(np.dtype(dtype), np.float32)
+    dtype = precision.dtype
+    wide = np.promote_types(dtype, np.float32)
 
     def objective(
         parameters: Any,
@@ -163,21 +164,21 @@ def differentiator(
         return images, wide.type(o.loss_weight), o.labels.astype(np.int32), o.cotangent.astype(wide), *ends
 
     def stored(leaf: Any) -> np.dtype:
-        return leaf.dtype if leaf.dtype == np.dtype(dtype) else wide
+        return leaf.dtype if leaf.dtype == dtype else wide
 
     def cast() -> Any:
         return jax.tree.map(lambda leaf: jnp.array(leaf, stored(leaf), copy=True), parameters)
 
-    with precision_of(dtype):
+    with precision.active():
         products = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         dtypes = tuple(map(stored, jax.tree.leaves(parameters)))
-        key = np.dtype(dtype), products, dtypes, pixels.shape, tuple(like.fed), tuple(like.pulled)
+        key = dtype, products, dtypes, pixels.shape, tuple(like.fed), tuple(like.pulled)
         if key not in compiled:
             compiled[key] = beside(run.lower(cast(), *arguments(like)).compile)
     compiling = compiled[key]
 
     def differentiate(o: Objective) -> tuple[Any, dict[str, NDArray], NDArray]:
-        with precision_of(dtype):
+        with precision.active():
             return jax.device_get(compiling.result()(cast(), *arguments(o)))
 
     return differentiate

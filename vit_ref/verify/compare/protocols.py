@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.verify.compare.objectives import Gradients, Objective
@@ -25,12 +24,13 @@ class Reference(Protocol):
     name: str
     foreign: bool
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
+    def trace(self, pixels: NDArray, precision: Precision) -> Trace:
         """Runs one forward pass in evaluation mode.
 
         Args:
           pixels: float32 images (B, height, width, C).
-          dtype: dtype of the whole computation; parameters and pixels are converted to it exactly or by rounding once.
+          precision: of the whole computation; parameters and pixels are converted to its dtype, exactly or by rounding
+            once. How it stores parameters is asked for by `storing`.
 
         Returns:
           Values by site. In float64 each one is float64; at lower precision an implementation may keep some wider, as
@@ -38,10 +38,10 @@ class Reference(Protocol):
         """
         ...
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
-        """A function from an objective to its gradients, computed in `dtype`.
+    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
+        """A function from an objective to its gradients, computed in `precision`.
 
-        Parameters are stored in `dtype` itself or in at least float32.
+        Parameters are stored in its dtype or in at least float32.
 
         Raises:
           UnsupportedByReferenceError: a reference has no backward pass.
@@ -65,7 +65,7 @@ class Observable(Reference, Protocol):
     claims: frozenset[str] | None
     fixed: frozenset[str]
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Reference.trace`; values in `replace` take the place of the candidate's own at those sites."""
         ...
 
@@ -86,7 +86,7 @@ class Runnable(Observable, Protocol):
     notes: tuple[str, ...]
 
     def outputs(
-        self, batches: Sequence[NDArray], dtype: DTypeLike, *, jit: bool = True, tap: Tap | None = None
+        self, batches: Sequence[NDArray], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
         """Outputs of several batches of images, compiled where `jit` says so and the candidate compiles.
 

@@ -1,10 +1,9 @@
-"""Traces of one forward pass, the taps that make them, and the precision that they are made in."""
+"""Traces of one forward pass, and the taps that make them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import jax
@@ -57,24 +56,6 @@ def replacements(replace: Mapping[str, NDArray] | None, dtype: DTypeLike) -> dic
     """Values by site for `recorder`, wide enough for a token stream that is wider than `dtype`."""
     wide = np.promote_types(dtype, np.float32)
     return {site: jnp.asarray(value, wide) for site, value in (replace or {}).items()}
-
-
-@contextmanager
-def precision_of(dtype: DTypeLike) -> Iterator[None]:
-    """Lets jax compute in float64 where `dtype` is that, and only there; elsewhere it computes as users run it.
-
-    Products of float64 are whole ones, whatever jax_default_matmul_precision is: with "BF16_BF16_F32" a CPU makes them
-    of bfloat16, and an oracle would err by 2e-3.
-
-    Strictness about implicit promotion is lifted: the reference and flax's own layers rely on it, and what a candidate
-    computes is judged here, not how it is written.
-    """
-    wide = np.dtype(dtype) == np.float64
-    products = jax.default_matmul_precision("highest") if wide else nullcontext()
-    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    # Under JAX_DISABLE_JIT nothing can be compiled ahead.
-    with jax.enable_x64(wide), products, promotion[0], promotion[1], jax.disable_jit(False):
-        yield
 
 
 def narrowed(parameters: T, dtype: DTypeLike) -> T:

@@ -16,6 +16,7 @@ from vit_ref.model.sites import output_site
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.compare.behaviour import require_repeatable
 from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.proposals.listing import Proposal
 from vit_ref.verify.proposals.matching import EQUAL, Match, Search
 from vit_ref.verify.proposals.readings import Place
@@ -67,7 +68,7 @@ def propose(
     require_repeatable(port, pixels)
     recorder = Recorder(config, pixels.shape)
     port.tables = lambda images: recorder
-    port.outputs([pixels], np.float64, jit=False, tap=lambda site, value: value)
+    port.outputs([pixels], FLOAT64, jit=False, tap=lambda site, value: value)
     shown = {
         key: value for key, value in recorder.values.items() if re.split(r"[:\[]", key)[0] not in recorder.repeated
     }

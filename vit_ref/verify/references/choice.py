@@ -7,16 +7,16 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import InputError, UnsupportedByReferenceError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.protocols import Reference
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.guesses import MULTIPLIED
 from vit_ref.verify.environment import products
-from vit_ref.verify.precision import Precision
+from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, whole
 from vit_ref.verify.references.torch_vit import TorchViTReference, require_torch
@@ -50,11 +50,18 @@ class NumpyReference(NumpyOracle):
         """
         return _OPERANDS[products()] if dtype == np.float32 else super().operands(dtype)
 
+    def trace(  # type: ignore[override]  # the oracle takes a dtype
+        self, pixels: NDArray, precision: Precision = FLOAT64, replace: Mapping[str, NDArray] | None = None
+    ) -> Trace:
+        """See `Reference.trace`; values in `replace` take the place of its own at those sites."""
+        with precision.active():
+            return super().trace(pixels, precision.dtype, replace)
+
     def storing(self, precision: Precision) -> NumpyReference:
         """See `Reference.storing`."""
         return NumpyReference(self.config, precision.rounded(self.tensors), self.reason)
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
         """Raises `UnsupportedByReferenceError`."""
         if self.reason:
             raise UnsupportedByReferenceError(

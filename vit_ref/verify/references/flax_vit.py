@@ -25,8 +25,8 @@ from vit_ref.errors import ReferenceUnavailableError, UnsupportedByReferenceErro
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
-from vit_ref.verify.compare.trace import Tap, TappedForward, Trace, narrowed, precision_of, recorder, replacements
-from vit_ref.verify.precision import Precision
+from vit_ref.verify.compare.trace import Tap, TappedForward, Trace, narrowed, recorder, replacements
+from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.references.fused import fused as fused_attention
 from vit_ref.weights.mapping import FLAX, port
 
@@ -107,7 +107,7 @@ class FlaxViTReference:
             return
         from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
-        with precision_of(np.float64):  # so that float64 weights survive
+        with FLOAT64.active():  # so that float64 weights survive
             self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), self._stand_in))
 
     def storing(self, precision: Precision) -> FlaxViTReference:
@@ -121,24 +121,25 @@ class FlaxViTReference:
         """The linen module that computes in `dtype`; apply it to `params`."""
         return self._build(self._hf_config, dtype=dtype)
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Reference.trace`; values in `replace` take the place of its own at those sites."""
-        with precision_of(dtype):
-            if np.dtype(dtype) not in self._recorders:
-                self._recorders[np.dtype(dtype)] = jax.jit(recorder(self._forward_in(dtype)))
+        dtype = precision.dtype
+        with precision.active():
+            if dtype not in self._recorders:
+                self._recorders[dtype] = jax.jit(recorder(self._forward_in(dtype)))
             given = narrowed(self.params, dtype), pixels.astype(dtype), replacements(replace, dtype)
-            return jax.device_get(self._recorders[np.dtype(dtype)](*given))
+            return jax.device_get(self._recorders[dtype](*given))
 
     def gradients(
-        self, pixels: NDArray, dtype: DTypeLike, *, like: Objective | None = None
+        self, pixels: NDArray, precision: Precision, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`, and `differentiator` for `like`.
 
         Gradients of parameters get our paths by the weight map of FlaxViT's tree.
         """
-        forward, compiled = self._forward_in(dtype), self._differentiators[self.fused]
+        forward, compiled = self._forward_in(precision.dtype), self._differentiators[self.fused]
         shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
-        differentiate = differentiator(forward, self.params, shapes, pixels, dtype, like=like, compiled=compiled)
+        differentiate = differentiator(forward, self.params, shapes, pixels, precision, like=like, compiled=compiled)
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)

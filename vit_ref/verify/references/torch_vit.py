@@ -158,7 +158,7 @@ class TorchViTReference:
         """See `Reference.storing`."""
         return TorchViTReference(self.config, precision.rounded(self.tensors))
 
-    def trace(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
+    def trace(self, pixels: NDArray, precision: Precision) -> Trace:
         """See `Reference.trace`.
 
         Raises:
@@ -166,13 +166,14 @@ class TorchViTReference:
         """
         import torch
 
-        _require_whole_products(np.dtype(dtype))
-        wide = np.promote_types(np.dtype(dtype), np.float32)
+        _require_whole_products(precision)
+        dtype = precision.dtype
+        wide = np.promote_types(dtype, np.float32)
         with torch.no_grad():
             _, observed = self._forward(self._model(wide), torch.from_numpy(pixels.astype(wide)), dtype)
         return self._named(observed, len(pixels))
 
-    def gradients(self, pixels: NDArray, dtype: DTypeLike) -> Callable[[Objective], Gradients]:
+    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`. Those of parameters get our paths by the weight map of PyTorch's names.
 
         Raises:
@@ -180,8 +181,9 @@ class TorchViTReference:
         """
         import torch
 
-        _require_whole_products(np.dtype(dtype))
-        wide = np.promote_types(np.dtype(dtype), np.float32)
+        _require_whole_products(precision)
+        dtype = precision.dtype
+        wide = np.promote_types(dtype, np.float32)
         model = self._model(wide)
         parameters = dict(model.named_parameters())
 
@@ -284,9 +286,11 @@ def _array(tensor: Any) -> NDArray:
     return tensor.numpy()
 
 
-def _require_whole_products(dtype: np.dtype) -> None:
+def _require_whole_products(precision: Precision) -> None:
     # It computes on the CPU, with a thousandth of the error that a GPU makes of the same products in TF32.
-    if dtype == np.float32 and (here := products()) != "float32":
+    with precision.active():
+        here = products() if precision.dtype == np.float32 else "float32"
+    if here != "float32":
         # No UnsupportedByReferenceError, which is a reason to skip: nothing would have been judged.
         raise InputError(
             f"PyTorch makes whole float32 products, and this device {here} ones: take the reference flax, forward"
