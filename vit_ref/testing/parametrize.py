@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,18 +15,26 @@ from vit_ref.verify.session import check_port
 from vit_ref.verify.vit import gradient_names
 from vit_ref.weights.pretrained import opened
 
+Given = Candidate | Callable[..., Any] | str
+Expected = Mapping[str, str]
+
 
 def parametrize_with_checks(
-    candidate: Candidate | Callable[..., Any] | str, checkpoint: str | os.PathLike[str], **options: Any
+    candidate: Given,
+    checkpoint: str | os.PathLike[str],
+    *,
+    expected_failed_checks: Expected | Callable[[Given], Expected] | None = None,
+    **options: Any,
 ) -> Any:
     """Decorates a test that takes `check` and calls it: `def test_port(check): check()`.
 
-    The port is judged once, when the first case runs; each case then passes, fails with its reason and the report's
-    headline, is skipped where its site is not observed, or is an expected failure.
+    The first case that runs judges the candidate, once for all. Each case then passes, fails with its reason and the
+    report's headline, is skipped if nothing observes its site, or is an expected failure.
 
     Args:
       candidate: see `check_port`.
       checkpoint: see `check_port`; its configuration is read when tests are collected.
+      expected_failed_checks: see `check_port`; or a function from the candidate, as given, to such a mapping.
       **options: see `check_port`.
 
     Raises:
@@ -40,6 +48,9 @@ def parametrize_with_checks(
     if options.get("backward", True):
         names += [f"backward/{name}" for name in gradient_names(config)]
     names += [f"behaviour/{name}" for name in BEHAVIOURS]
+    if expected_failed_checks is not None:
+        given = expected_failed_checks
+        options["expected_failed_checks"] = given(candidate) if callable(given) else given
     report = cache(lambda: check_port(candidate, checkpoint, **options))
     # Under pytest-xdist one worker takes them all, so that the port is judged once.
     group = pytest.mark.xdist_group(f"{checkpoint} {getattr(candidate, 'name', candidate)}")

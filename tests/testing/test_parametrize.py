@@ -1,0 +1,46 @@
+"""Does `parametrize_with_checks` hand on what is expected to fail?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vit_ref
+from tests.helpers.synthetic_reports import REPORTS
+from vit_ref.testing import parametrize, parametrize_with_checks
+from vit_ref.verify.cases import CASES
+
+EXPECTED = {"block.*": "known"}
+
+
+@pytest.mark.parametrize("given", [EXPECTED, lambda candidate: EXPECTED if candidate == "port.py" else {}])
+def test_expected_failures_are_a_mapping_or_a_function_of_the_candidate(
+    given: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, filled
+) -> None:
+    asked = []
+
+    def judge(*arguments: Any, **options: Any) -> vit_ref.CandidateReport:
+        asked.append(options)
+        return REPORTS["right"]()
+
+    monkeypatch.setattr(parametrize, "check_port", judge)
+    vit_ref.save_pretrained(filled(CASES["one-head"].config), tmp_path)
+    mark = parametrize_with_checks("port.py", tmp_path, expected_failed_checks=given).mark
+    [check] = [param.values[0] for param in mark.args[1] if param.id == "forward/logits"]
+    check()
+    assert asked == [{"expected_failed_checks": EXPECTED}]
+
+
+def test_the_facade_is_light_until_it_is_used() -> None:
+    program = (
+        "import sys, vit_ref.testing\n"
+        "assert not {'jax', 'flax', 'pytest'} & set(sys.modules)\n"
+        "assert not hasattr(vit_ref.testing, 'no_such_name')\n"
+        "assert vit_ref.testing.parametrize_with_checks is vit_ref.parametrize_with_checks\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
