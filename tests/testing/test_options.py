@@ -18,6 +18,8 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.references.choice import REFERENCES
 
 ROOT = Path(__file__).parents[2]
+# A run collects the tests of the whole project in five seconds, and one file at once.
+FORWARD = "tests/parity/test_parity.py"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -88,7 +90,7 @@ def test_a_damaged_checkpoint_fails_with_its_reason(tmp_path: Path, filled) -> N
     directory = tmp_path / "given-vit"
     vit_ref.save_pretrained(filled(CASES["rectangular"].config), directory)
     (directory / "model.safetensors").write_bytes(b"nothing")
-    ended = run("--checkpoint", directory, "-k", "given-vit")
+    ended = run(FORWARD, "--checkpoint", directory, "-k", "given-vit")
     assert ended.returncode == 1
     assert f"{directory / 'model.safetensors'}: damaged or truncated, fetch it again" in ended.stdout
     assert "Traceback" not in ended.stdout
