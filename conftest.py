@@ -152,7 +152,7 @@ def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
     jax has no setting for it. Programs that tests start find the options in VIT_REF_QUICK_XLA_FLAGS: XLA_FLAGS itself
     would change what workers compile for parity.
     """
-    known = {name: value for name, value in QUICK.items() if _known(name, value)}
+    known = {name: value for name, value in QUICK.items() if _known(**{name: value})}
     flags = " ".join(f"--{name}={str(value).lower()}" for name, value in known.items())
     environment.setenv("VIT_REF_QUICK_XLA_FLAGS", flags)
     get_compile_options = compiler.get_compile_options
@@ -167,9 +167,9 @@ def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
     environment.setattr(compiler, "get_compile_options", options)
 
 
-def _known(name: str, value: Any) -> bool:
+def _known(**option: Any) -> bool:
     try:
-        jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+        jax.jit(lambda: 0).lower().compile(compiler_options=option)
     except jax.errors.JaxRuntimeError:
         return False
     return True

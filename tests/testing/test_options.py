@@ -19,7 +19,7 @@ from vit_ref.verify.references.choice import REFERENCES
 
 ROOT = Path(__file__).parents[2]
 # A run collects the tests of the whole project in five seconds, and one file at once.
-FORWARD = "tests/parity/test_parity.py"
+FORWARD = "vit_ref/testing/suite/test_parity.py"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
