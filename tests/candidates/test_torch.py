@@ -342,4 +342,4 @@ def test_a_candidate_in_pytorch_is_allowed_other_sums_than_the_references(
     port = made(timm, saved)
     report = Session(port.config, source, IMAGES, port, title="sums").forward()
     assert report.passed
-    assert min(result.gate / result.yardstick for result in report.results) >= 4
+    assert min(result.gate / result.reference_error for result in report.results) >= 4

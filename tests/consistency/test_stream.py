@@ -57,7 +57,9 @@ def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float
     for name in ("title", "reference", "precision", "unobserved", "unmapped", "what", "place", "hidden", "order"):
         assert getattr(streamed, name) == getattr(whole, name), name
     for a, b in zip(streamed.results, whole.results, strict=True):
-        assert (a.rounding, a.yardstick, a.gate) == pytest.approx((b.rounding, b.yardstick, b.gate), rel=rounding)
+        assert (a.rounding, a.reference_error, a.gate) == pytest.approx(
+            (b.rounding, b.reference_error, b.gate), rel=rounding
+        )
         for mine, theirs in ((a.exact, b.exact), (a.oracles, b.oracles)):
             assert mine[:2] == pytest.approx(theirs[:2], rel=1e-6, abs=4e-15), a.site
 

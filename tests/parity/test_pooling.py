@@ -30,7 +30,7 @@ def pooled(ratio: float, *, exact: float = 0.0, carriers: float = 1e3, objective
         np.float32,
         False,
         exacts=[{"pixels": Error(exact, exact)}] * SEMANTIC_OBJECTIVES,
-        yardsticks=[{"pixels": Error(1e-3, 1e-3, carriers)}] * objectives,
+        reference_errors=[{"pixels": Error(1e-3, 1e-3, carriers)}] * objectives,
         roundings=[{"pixels": Error(ratio * 1e-3, ratio * 1e-3)}] * objectives,
     )
 
@@ -55,13 +55,13 @@ def test_few_objectives_do_not_profit_from_the_luck_that_few_are_allowed() -> No
         assert pooled(1.0, carriers=1.0, objectives=objectives).results()[0].gate == pytest.approx(narrow, rel=1e-12)
 
 
-def test_the_parameters_of_a_layer_have_one_yardstick_and_other_gradients_their_own() -> None:
+def test_the_parameters_of_a_layer_have_one_reference_error_and_other_gradients_their_own() -> None:
     own = {"norm.bias": 1e-6, "norm.scale": 3e-6, "head.kernel": 5e-6, "norm": 7e-6, "cls_token": 2e-6}
     own |= {"attn.kernel": 4e-6, "patch.kernel": 8e-6}  # of other layers, before and after by name
     errors = {name: Error(rms, rms, 1e3) for name, rms in own.items()}
     found = Pooled(list(own), np.float32, False, [errors] * 3, [errors] * 3, [errors] * 3).results()
     shared = {**own, "norm.bias": 3e-6}
-    assert {result.site: result.yardstick for result in found} == pytest.approx(shared, rel=1e-12)
+    assert {result.site: result.reference_error for result in found} == pytest.approx(shared, rel=1e-12)
 
 
 def test_a_gradient_that_is_not_shown_has_no_result_and_the_others_have() -> None:
@@ -94,7 +94,7 @@ def test_fused_attention_widens_the_gate_to_a_multiple_of_its_own_error(fused: d
     (result,) = found.results()
     assert result.gate == pytest.approx(gate + 2**-23, rel=1e-12)
     # What is printed beside it stays the reference's own error, and the candidate's a multiple of that.
-    assert (result.yardstick, result.ratio) == pytest.approx((1e-3, 10.0))
+    assert (result.reference_error, result.ratio) == pytest.approx((1e-3, 10.0))
     assert found.passed == (gate > 10e-3)
 
 

@@ -78,10 +78,10 @@ def test_in_half_precision_pytorchs_stream_stays_wide(dtype: type) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("name", ["rectangular", "hard-tokens", "one-head"])
 def test_pytorch_passes_the_numerical_gate_as_a_candidate_would(name: str, dtype: type) -> None:
-    found, yardstick, truth = trace("torch", name, dtype), trace("flax", name, dtype), trace("numpy", name)
+    found, other, truth = trace("torch", name, dtype), trace("flax", name, dtype), trace("numpy", name)
     case = CASES[name]
     for site in sites(case.config, len(case.images())):
-        own = error(yardstick[site.name], truth[site.name])
+        own = error(other[site.name], truth[site.name])
         assert error(found[site.name], truth[site.name]).rms <= numerical_gate(own.rms, dtype, own.carriers), site.name
 
 
@@ -109,7 +109,7 @@ def test_pytorch_judges_the_gradients_of_rectangular_patches() -> None:
     report = Session(case.config, source, case.images(), candidate, reference="torch", title="patches").backward()
     assert report.passed, f"{headline(report)}\n\n{table(report)}"
     assert report.reference == "PyTorch"
-    assert all(result.gate > 6 * result.yardstick for result in report.results)
+    assert all(result.gate > 6 * result.reference_error for result in report.results)
     assert len(report.results) == len(sites(case.config, 1)) + len(parameter_shapes(case.config)) + 1
 
 

@@ -30,7 +30,7 @@ def test_numpy_judges_forward() -> None:
     report = Session(case.config, source, case.images(), candidate, reference="numpy", title="chosen").forward()
     assert report.passed and report.reference == "NumPy"
     # It sums in another order than jax.
-    assert all(result.gate > 4 * result.yardstick for result in report.results)
+    assert all(result.gate > 4 * result.reference_error for result in report.results)
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("float32", 2.0**-24), ("tensorfloat32", 2.0**-11), ("bfloat16", 2.0**-8)])

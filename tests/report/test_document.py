@@ -73,7 +73,7 @@ def test_what_is_no_finite_number_is_a_word_that_float_reads(value, written) -> 
 
 
 def test_numbers_are_those_that_were_measured() -> None:
-    result = measured("block.3.norm1", 3e-5, 2e-6, rounding=3.25e-5, yardstick=1e-7, gate=3e-7)
+    result = measured("block.3.norm1", 3e-5, 2e-6, rounding=3.25e-5, reference_error=1e-7, gate=3e-7)
     assert to_json(ported(parity(result)))["forward"]["checks"] == [
         {
             "name": "forward/block.3.norm1",
@@ -87,7 +87,7 @@ def test_numbers_are_those_that_were_measured() -> None:
                 "alone": {"rms": 2e-6, "max": 4e-6},
                 "oracles": {"rms": 1.5e-16, "max": 2.5e-16},
                 "rounding": 3.25e-5,
-                "yardstick": 1e-7,
+                "reference_error": 1e-7,
                 "gate": 3e-7,
                 "ratio": pytest.approx(325, rel=1e-12),  # a quotient of two rounded numbers
                 "margin": pytest.approx(3e-7 / 3.25e-5, rel=1e-12),

@@ -159,8 +159,11 @@ def test_the_semantic_gate_is_where_its_value_is_and_splits_the_marks() -> None:
     assert one_site(exact=1e-15).heights("logits", "ok")[0] > one_site(exact=1e-15).gate + 10
 
 
-def test_each_site_has_its_own_numerical_gate_and_yardstick() -> None:
-    sites = (measured("norm", rounding=4e-7, yardstick=1e-6, gate=4e-7), measured("logits", rounding=1e-6, gate=1e-7))
+def test_each_site_has_its_own_numerical_gate_and_reference_error() -> None:
+    sites = (
+        measured("norm", rounding=4e-7, reference_error=1e-6, gate=4e-7),
+        measured("logits", rounding=1e-6, gate=1e-7),
+    )
     panels = Panels(to_html(ported(parity(*sites))))
     gate, mark = panels.heights("norm", "gate")[0], panels.heights("norm", "ok")[1]
     assert gate == near(mark)

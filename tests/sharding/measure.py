@@ -198,9 +198,9 @@ def main(directory: Path, out: Path) -> None:
     source, images = checkpoint.read(directory), CASE.images()
     judge = OneDevice(source)
     alone = vit_ref.from_pretrained(directory)
-    yardstick, _ = as_users_run_it(alone, images)
+    own_logits, _ = as_users_run_it(alone, images)
     truth = judge.trace(images, FLOAT64)["logits"]
-    own = error(yardstick, truth, carriers=True)
+    own = error(own_logits, truth, carriers=True)
     vit_ref.save_pretrained(alone, out / "one", max_shard_size="100KB")
     found: dict[str, Any] = {"one": digests(out / "one")}
     models = {}

@@ -1,6 +1,6 @@
 """Do many devices compute what one computes, at every site and for every gradient?
 
-Judged by the gates of a port: in float64 against one device, in float32 with one device's own error as the yardstick.
+Judged by the gates of a port: in float64 against one device, in float32 with one device's own error as the measure.
 """
 
 from __future__ import annotations

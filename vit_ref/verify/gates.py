@@ -1,7 +1,7 @@
 """The gates: how far a candidate may be from the oracle, and why exactly that far.
 
 Semantic gate, float64 against float64: a wrong formula shows here whatever its size in float32, because float64's own
-rounding is ten thousand times smaller than the gate. Numerical gate, in the tested precision: the yardstick is the
+rounding is ten thousand times smaller than the gate. Numerical gate, in the tested precision: the measure is the
 reference's own rounding error against the same oracle, so the gate follows the checkpoint, the depth and the device
 instead of a guess.
 """

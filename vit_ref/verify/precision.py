@@ -70,7 +70,7 @@ PRECISIONS: dict[str, Precision] = {
     for precision in (
         # Whole products, which GPUs (TF32) and TPUs (bfloat16) do not make unless they are asked.
         Precision("float32", np.dtype(np.float32), products="float32"),
-        # The same arrays; operands of products have ten bits of mantissa. The yardstick rounds likewise, so the row is
+        # The same arrays; operands of products have ten bits of mantissa. The reference rounds likewise, so the row is
         # float32's: what is no product errs no more than there. A CPU has none, and `environment.notes` says so.
         Precision("tensorfloat32", np.dtype(np.float32), products="tensorfloat32"),
         # A model that was cast: parameters of eight bits. Their rounding is the checkpoint's loss and not the port's,

@@ -39,7 +39,7 @@ class SiteResult(NamedTuple):
         does not smear over all after it. Measured where something failed: in float64 if the semantic gate did, else in
         the tested precision; None elsewhere, and in a block whose token stream the candidate does not show.
       rounding: candidate in the tested precision, relative RMS.
-      yardstick: reference in the tested precision, relative RMS.
+      reference_error: reference in the tested precision, relative RMS.
       gate: the largest `rounding` that passes.
       incomparable: why the candidate has no `rounding` error to measure, see `Error.reason`.
     """
@@ -49,14 +49,14 @@ class SiteResult(NamedTuple):
     exact: Error
     alone: Error | None
     rounding: float
-    yardstick: float
+    reference_error: float
     gate: float
     incomparable: str = ""
 
     @property
     def ratio(self) -> float:
         """The candidate's rounding error as a multiple of the reference's."""
-        return self.rounding / self.yardstick if self.yardstick else (np.inf if self.rounding else 1.0)
+        return self.rounding / self.reference_error if self.reference_error else (np.inf if self.rounding else 1.0)
 
     @property
     def margin(self) -> float:
@@ -206,7 +206,7 @@ class Check(NamedTuple):
       status: "not observed" is neither passed nor failed; a "stale expectation" was to fail and passes, an error.
       exact: float64 relative RMS error, None where there is none.
       rounding: relative RMS error in the tested precision, likewise.
-      yardstick: the reference's own.
+      reference_error: the reference's own.
       gate: the largest `rounding` that passes.
       margin: gate over rounding.
       reason: why it is not "passed", in one line.
@@ -216,7 +216,7 @@ class Check(NamedTuple):
     status: Status
     exact: float | None = None
     rounding: float | None = None
-    yardstick: float | None = None
+    reference_error: float | None = None
     gate: float | None = None
     margin: float | None = None
     reason: str = ""
@@ -312,7 +312,7 @@ def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
             "failed" if (reason := result.failure(report.precision)) else "passed",
             exact=result.exact.rms,
             rounding=result.rounding,
-            yardstick=result.yardstick,
+            reference_error=result.reference_error,
             gate=result.gate,
             margin=result.margin,
             reason=reason,

@@ -109,7 +109,7 @@ MUTANTS = (
         story="E[x^2] - E[x]^2, nnx.LayerNorm's default, which cancels where the mean exceeds the deviation",
         source="nnx.LayerNorm's default",
         inject=_norms(lambda width, **options: nnx.LayerNorm(width, **options, rngs=nnx.Rngs(0))),
-        # FlaxViT has it too, so parity has no better yardstick; no site, a LayerNorm by itself.
+        # FlaxViT has it too, so parity has no better measure; no site, a LayerNorm by itself.
         killed_by="model",
         tests=("tests/model/test_model.py", "-k", "layer_norm_survives"),
     ),

@@ -130,11 +130,13 @@ class Comparison:
             del exact
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)
-        yardsticks = errors_of(self._own(objective).named(), truths, carriers=True)
+        reference_errors = errors_of(self._own(objective).named(), truths, carriers=True)
         if not pooled.wrong:  # else the verdict stands
             # In the order of the pass, which a compiled one's results have not.
-            require_finite({name: yardsticks[name] for name in pooled.names}, self._reference, self._precision.name)
-        pooled.yardsticks.append(yardsticks)
+            require_finite(
+                {name: reference_errors[name] for name in pooled.names}, self._reference, self._precision.name
+            )
+        pooled.reference_errors.append(reference_errors)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
 
     def measure_fused(

@@ -14,11 +14,11 @@ from vit_ref.verify.problem import Problem, hidden_before
 from vit_ref.verify.results import Explanation, ParityReport, SiteResult
 
 
-def require_finite(yardsticks: Mapping[str, Error], name: str, precision: str) -> None:
+def require_finite(reference_errors: Mapping[str, Error], name: str, precision: str) -> None:
     """Raises `ReferenceOverflowError` where one of the reference's errors is not finite."""
-    beyond = [site for site, error in yardsticks.items() if not math.isfinite(error.rms)]
+    beyond = [site for site, error in reference_errors.items() if not math.isfinite(error.rms)]
     if beyond:
-        places = f"{len(beyond)} of {len(yardsticks)} places"
+        places = f"{len(beyond)} of {len(reference_errors)} places"
         raise ReferenceOverflowError(
             f"{name} itself is not finite in {precision} at {places}, first {{place}}: judge another precision",
             beyond[0],
@@ -110,15 +110,17 @@ def compare_forward(
         truth = reference.trace(pixels, FLOAT64)
         require_float64(truth, reference.name)
         truths = {site: Truth(truth[site]) for site in names}
-    yardsticks = errors_of(reference.trace(pixels, precision), truths, carriers=True)
+    reference_errors = errors_of(reference.trace(pixels, precision), truths, carriers=True)
     if not first:  # else the verdict stands
-        require_finite(yardsticks, reference.name, precision.name)
+        require_finite(reference_errors, reference.name, precision.name)
     progress(f"{candidate.name} in {precision.name}")
     rounded_trace = candidate.trace(pixels, precision)
     rounding = errors_of(rounded_trace, truths)
     foreign = reference.foreign or candidate.foreign
     gates = {
-        site: numerical_gate(yardsticks[site].rms, precision.dtype, yardsticks[site].carriers, foreign=foreign)
+        site: numerical_gate(
+            reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
+        )
         for site in names
     }
     coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
@@ -141,7 +143,7 @@ def compare_forward(
                 exact[site],
                 alone.get(site),
                 rounding[site].rms,
-                yardsticks[site].rms,
+                reference_errors[site].rms,
                 gates[site],
                 rounding[site].reason,
             )

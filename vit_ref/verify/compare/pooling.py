@@ -31,7 +31,7 @@ class Pooled:
       dtype: the tested precision.
       foreign: whether the reference is, see `gates.ALLOWANCES`.
       exacts: the candidate's in float64, of the first objectives alone.
-      yardsticks: the reference's in the tested precision.
+      reference_errors: the reference's in the tested precision.
       roundings: the candidate's there.
       fused: the reference's there with fused attention; empty unless that widens the gate.
       explanation: of the first divergence.
@@ -41,7 +41,7 @@ class Pooled:
     dtype: DTypeLike
     foreign: bool
     exacts: list[Errors] = dataclasses.field(default_factory=list)
-    yardsticks: list[Errors] = dataclasses.field(default_factory=list)
+    reference_errors: list[Errors] = dataclasses.field(default_factory=list)
     roundings: list[Errors] = dataclasses.field(default_factory=list)
     fused: list[Errors] = dataclasses.field(default_factory=list)
     explanation: Explanation = dataclasses.field(default_factory=Explanation)
@@ -75,7 +75,7 @@ class Pooled:
 
     def results(self) -> tuple[SiteResult, ...]:
         """One a gradient that the candidate shows, with the gate of all objectives, however many were asked."""
-        gates = self._gates(self.yardsticks)
+        gates = self._gates(self.reference_errors)
         for name, gate in self._gates(self.fused).items():
             # An error that is not finite would allow any other.
             if math.isfinite(gate):
@@ -91,7 +91,7 @@ class Pooled:
                 ),
                 alone=None,
                 rounding=_rms(self.roundings, name),
-                yardstick=self._yardstick(self.yardsticks, name),
+                reference_error=self._reference_error(self.reference_errors, name),
                 gate=gates[name],
                 incomparable=next((found[name].reason for found in self.roundings if found[name].reason), ""),
             )
@@ -104,11 +104,11 @@ class Pooled:
         for name in found[0] if found else ():
             # Of few objectives fewer elements carry the error, and the gate would be wider for it.
             carriers = LOOKS[-1] / len(found) * sum(errors[name].carriers for errors in found)
-            yardstick = self._yardstick(found, name)
-            gates[name] = numerical_gate(yardstick, self.dtype, carriers, backward=True, foreign=self.foreign)
+            reference_error = self._reference_error(found, name)
+            gates[name] = numerical_gate(reference_error, self.dtype, carriers, backward=True, foreign=self.foreign)
         return gates
 
-    def _yardstick(self, found: Sequence[Errors], name: str) -> float:
+    def _reference_error(self, found: Sequence[Errors], name: str) -> float:
         return max(_rms(found, mate) for mate in _layer(name, self.names))
 
 
@@ -117,7 +117,7 @@ def _rms(found: Sequence[Errors], name: str) -> float:
 
 
 def _layer(name: str, names: Sequence[str]) -> list[str]:
-    """The gradients that one yardstick serves: all parameters of a layer, any other by itself.
+    """The gradients that one error of the reference serves: all parameters of a layer, any other by itself.
 
     A bias has too few elements to say what its own error typically is: over 33 of them the reference's was seen between
     half and twice its average. Its layer's kernel takes part in the same sums over all tokens.

@@ -108,7 +108,7 @@ class TorchViTReference:
 
     Half precision is autocast's: parameters, token stream and LayerNorm in float32, matrix products in `dtype`, as in
     FlaxViT. With `model.to(bfloat16)` the stream too would be rounded, twice a block, and what it errs would be no
-    yardstick for a port that does better.
+    measure for a port that does better.
 
     Args:
       config: the model's configuration.

@@ -98,7 +98,7 @@ def _measured(result: SiteResult | None, what: str, precision: str) -> dict[str,
         # Backward there is one oracle only.
         "oracles": _error(result.oracles if what == "sites" else None),
         "rounding": _number(result.rounding),
-        "yardstick": _number(result.yardstick),
+        "reference_error": _number(result.reference_error),
         "gate": _number(result.gate),
         "ratio": _number(result.ratio),
         "margin": _number(result.margin),

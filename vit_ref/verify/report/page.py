@@ -159,7 +159,7 @@ def _numbers(name: str, document: Fields) -> str:
         "float64": lambda measured: figure(measured["exact"]["rms"]),
         "its maximum": lambda measured: figure(measured["exact"]["max"]),
         document["precision"]: lambda measured: _beside(measured)[0] if measured["rounding"] else "0",
-        document["reference"]: lambda measured: figure(measured["yardstick"]),
+        document["reference"]: lambda measured: figure(measured["reference_error"]),
         "ratio": lambda measured: _multiple(measured["ratio"]),
         "gate": lambda measured: _beside(measured)[1],
         "margin": lambda measured: _margin(measured["margin"]),

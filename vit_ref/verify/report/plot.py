@@ -79,7 +79,7 @@ def plot(section: dict[str, Any], document: dict[str, Any], label: str) -> str:
         axis(
             TOPS[1],
             [epsilon / 10, 10 * epsilon, *rounding]
-            + [float(each[key]) for each in found for key in ("rounding", "yardstick", "gate")],
+            + [float(each[key]) for each in found for key in ("rounding", "reference_error", "gate")],
         ),
     )
     width = 100 / len(checks)
@@ -170,7 +170,7 @@ def _column(
         f'{opened}<rect class="hit" width="100%" height="100%"/>'
         f'<rect class="beyond" width="100%" y="{rounded.top}" height="{gate - rounded.top:.1f}"/>'
         f'<rect class="gate" width="100%" y="{gate - 0.75:.1f}" height="1.5"/>'
-        f'<circle class="own" cx="50%" cy="{rounded.y(float(measured["yardstick"])):.1f}" r="2"/>{alone}'
+        f'<circle class="own" cx="50%" cy="{rounded.y(float(measured["reference_error"])):.1f}" r="2"/>{alone}'
         f"{_mark(exact.y(float(measured['exact']['rms'])), measured['passes_semantic_gate'], check['status'])}"
         f"{_mark(rounded.y(float(measured['rounding'])), measured['passes_numerical_gate'], check['status'])}</svg>"
     )
@@ -193,7 +193,7 @@ def hover(check: dict[str, Any], section: dict[str, Any], document: dict[str, An
     return (
         f"{head}\nfloat64 {figure(measured['exact']['rms'])}, gate {document['gates']['float64_rms']:.0e}\n"
         f"{document['precision']} {figure(measured['rounding'])}, gate {figure(measured['gate'])},"
-        f" {document['reference']} {figure(measured['yardstick'])}{alone}"
+        f" {document['reference']} {figure(measured['reference_error'])}{alone}"
     )
 
 

@@ -215,7 +215,8 @@ def _row(result: SiteResult, width: int, with_alone: bool, column: int) -> str:
     mark = {(True, True): f" {both}", (True, False): f" {exact}", (False, True): f" {rounding}"}.get(failed, "")
     alone = (f"{result.alone.rms:>9.1e}" if result.alone else f"{'':>9}") if with_alone else ""
     return (
-        f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>{column}.1e}{result.yardstick:>9.1e}"
+        f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>{column}.1e}"
+        f"{result.reference_error:>9.1e}"
         f"{_multiple(result.ratio):>8}{apart(result.margin, 1.0, 2, 'g')[0]:>8}{mark}"
     )
 
