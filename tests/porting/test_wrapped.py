@@ -189,9 +189,9 @@ def test_predict_leaves_behind_what_is_ignored(leftovers: Path, tmp_path: Path) 
     image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install 'vit-ref[images]'")
     image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert run("predict", leftovers, tmp_path / "a.png")[0] == 2
-    code, said = run("predict", leftovers, tmp_path / "a.png", "--json", *ALL)
+    code, said = run("predict", leftovers, tmp_path / "a.png", "--json", tmp_path / "a.json", *ALL)
     assert code == 0, said
-    assert len(json.loads(said)[0]["predictions"]) == 3
+    assert len(json.loads((tmp_path / "a.json").read_text())[0]["predictions"]) == 3
 
 
 def test_a_pattern_to_ignore_that_names_nothing_is_said_to_verify_too(leftovers: Path) -> None:
