@@ -18,7 +18,7 @@ from vit_ref.config import ViTConfig
 from vit_ref.porting import Tensors
 from vit_ref.verify.gaps import across, hidden_before
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
-from vit_ref.verify.guesses import MULTIPLIED, ROUNDED, STORED, UNIT, Guess, in_another_order, of_the_value
+from vit_ref.verify.guesses import MULTIPLIED, STORED, UNIT, Guess, in_another_order, of_the_value
 from vit_ref.verify.hypotheses import Upstream
 from vit_ref.verify.oracle import NumpyOracle
 from vit_ref.verify.trace import Trace
@@ -41,17 +41,14 @@ class Cause(NamedTuple):
       site: the first diverging site.
       before: relative RMS error there.
       after: what is left of it against a reference with the same bug.
+      format: the format that the value was rounded to, where that is the bug; else "".
     """
 
     label: str
     site: str
     before: float
     after: float
-
-    @property
-    def format(self) -> str:
-        """The format that the value was rounded to, where that is the bug; else ""."""
-        return self.label.removeprefix(ROUNDED) if self.label.startswith(ROUNDED) else ""
+    format: str = ""
 
     def __str__(self) -> str:
         return f"{self.label}: with it the error at {self.site} falls from {self.before:.1e} to {self.after:.1e}"
@@ -152,17 +149,17 @@ def _fitting(
     part = np.ix_(*_wrong_indices(value, truth))
     everywhere, there_alone = [], []
     # One at a time: of a real model each guess is megabytes.
-    for label, guess in guesses:
+    for label, guess, *rounded in guesses:
         after = error(value, guess).rms
         if after <= bound and after < before / 4:
-            everywhere.append(Cause(label, site, before, after))
+            everywhere.append(Cause(label, site, before, after, *rounded))
             continue
         # One head, image or token alone may have the bug, which has to explain that one and no more.
         mixed = truth.copy()
         mixed[part] = guess[part]
         after = error(value, mixed).rms
         if after <= bound and after < before / 4:
-            there_alone.append(Cause(label, site, before, after))
+            there_alone.append(Cause(label, site, before, after, *rounded))
     causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
     # An epsilon of 1e-13 fits a port that has 1e-12, though a thousand times less well.
     return tuple(cause for cause in causes if cause.after <= 100 * max(causes[0].after, _EPS))[:3]
@@ -186,7 +183,7 @@ def diagnose_rounding(config: ViTConfig, tensors: Tensors, site: str, trace: Tra
         if name in ("float32", value.dtype.name):
             continue
         if np.array_equal(rounded(value), value):
-            return (Cause(f"{ROUNDED}{name}", site, before, 0.0),)
+            return (Cause(f"rounded to {name}", site, before, 0.0, name),)
     # Where the candidate does not show its own values, the right ones have to do.
     known = Upstream(config, tensors, np.empty(0), {**truth, **trace}, site)
     for name, rounded in MULTIPLIED.items():

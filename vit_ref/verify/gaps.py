@@ -61,7 +61,7 @@ def across(
         oracle = NumpyOracle(config, tensors)
         for hidden in gap:
             before = {name: truth[name] for name in names[: names.index(hidden)]}
-            for label, guess in Upstream(config, tensors, pixels, truth, hidden).guesses():
+            for label, guess, *_ in Upstream(config, tensors, pixels, truth, hidden).guesses():
                 if guess.shape == truth[hidden].shape:
                     yield f"{label}, at {hidden}", oracle.value(site, pixels, {**before, hidden: guess})
     known = {name: truth[name] for name in names[: names.index(gap[0])]}

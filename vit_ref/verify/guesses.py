@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 
 from vit_ref.verify.gates import error
 
-# What a bug is called, and what it would have made.
-Guess = tuple[str, NDArray]
+# What a bug is called, what it would have made, and of a value that was rounded the format.
+Guess = tuple[Any, ...]
 
 
 def _to(dtype: type) -> Callable[[NDArray], NDArray]:
@@ -30,8 +31,6 @@ STORED: dict[str, Callable[[NDArray], NDArray]] = {
     "float16": _to(np.float16),
     "float32": _to(np.float32),
 }
-# What a bug is called that rounds a value, before the format.
-ROUNDED = "rounded to "
 # One unit of each, and of how many an error may be where the site's own sums are in that format, too.
 UNIT = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
 _UNITS = 16
@@ -59,7 +58,7 @@ def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> I
         if np.array_equal(rounded(value), value):
             # It explains an error of its own size, and hides what is wrong besides where that is larger.
             if error(value, truth).rms <= _UNITS * UNIT[name]:
-                yield f"{ROUNDED}{name}", value
+                yield f"rounded to {name}", value, name
             return
 
 
