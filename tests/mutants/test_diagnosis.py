@@ -244,6 +244,21 @@ def test_one_wrong_head_is_placed_and_explained() -> None:
     assert where(wrong * np.nan, known.truth[site], site) == "as it is not finite"
 
 
+def test_a_bug_in_one_image_alone_is_named_and_not_if_another_image_has_another_bug() -> None:
+    known, site = Known(CASES["rectangular"]), "block.1.mlp.hidden"
+    tanh, relu = (
+        NumpyOracle(dataclasses.replace(known.config, hidden_act=name), known.tensors).value(
+            site, known.images, {"block.1.mlp.fc1": known.truth["block.1.mlp.fc1"]}
+        )
+        for name in ("gelu_new", "relu")
+    )
+    wrong = known.truth[site].copy()
+    wrong[2] = relu[2]
+    assert known.causes(site, wrong) == ["ReLU"]
+    wrong[3] = tanh[3]
+    assert known.causes(site, wrong) == []
+
+
 PRODUCTS = {
     "block.0.attn.out": ("block.0.attn.context", "encoder.layer.0.attention.output.dense"),
     "block.1.mlp.fc1": ("block.1.norm2", "encoder.layer.1.intermediate.dense"),

@@ -6,12 +6,13 @@ Hugging Face's PyTorch names and shapes. Sources: Dosovitskiy et al. (2021), eq.
 eq. 1 (attention); Ba et al. (2016), eq. 3-4 (LayerNorm); Hendrycks and Gimpel (2016), section 2 (GELU and its two
 approximations).
 
-`STEPS` is the model, a formula for each site.
+`STEPS` is the model, a formula for each site. The diagnosis edits one of them at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -47,17 +48,15 @@ ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
 }
 
 
-def layer_norm(x: NDArray, scale: NDArray, bias: NDArray, epsilon: float) -> NDArray:
-    """Ba et al. (2016), eq. 3-4, over the last axis, in x's dtype."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = np.square(centred).mean(axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + x.dtype.type(epsilon)) * scale + bias
+def centred(x: NDArray) -> NDArray:
+    """Without the mean over the last axis."""
+    return x - x.mean(axis=-1, keepdims=True)
 
 
-def softmax(scores: NDArray) -> NDArray:
-    """Over the last axis."""
-    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+def softmax(scores: NDArray, axis: int = -1) -> NDArray:
+    """Over one axis, by default the last."""
+    exponentials = np.exp(scores - scores.max(axis=axis, keepdims=True))
+    return exponentials / exponentials.sum(axis=axis, keepdims=True)
 
 
 def whole(operand: NDArray) -> NDArray:
@@ -99,15 +98,27 @@ def patches(layer: Layer, pixels: NDArray) -> NDArray:
     return layer.product(cut.reshape(len(pixels), rows * columns, -1), flat.T) + layer.tensors["bias"]
 
 
-def embeddings(layer: Layer, patches: NDArray) -> NDArray:
-    """The cls token, then the patches, with their positions: (B, N, D)."""
+def tokens(layer: Layer, patches: NDArray) -> NDArray:
+    """The cls token, then the patches: (B, N, D)."""
     cls_token = np.broadcast_to(layer.tensors["cls_token"], (len(patches), 1, patches.shape[-1]))
-    return np.concatenate([cls_token, patches], axis=1) + layer.tensors["position_embeddings"]
+    return np.concatenate([cls_token, patches], axis=1)
+
+
+def embeddings(layer: Layer, patches: NDArray) -> NDArray:
+    """Tokens and their positions."""
+    return tokens(layer, patches) + layer.tensors["position_embeddings"]
+
+
+def affine(layer: Layer, x: NDArray) -> NDArray:
+    """Scale and bias of a LayerNorm."""
+    return x * layer.tensors["weight"] + layer.tensors["bias"]
 
 
 def norm(layer: Layer, x: NDArray) -> NDArray:
-    """LayerNorm."""
-    return layer_norm(x, layer.tensors["weight"], layer.tensors["bias"], layer.config.layer_norm_eps)
+    """Ba et al. (2016), eq. 3-4, over the last axis, in x's dtype."""
+    apart = centred(x)
+    variance = np.square(apart).mean(axis=-1, keepdims=True)
+    return affine(layer, apart / np.sqrt(variance + x.dtype.type(layer.config.layer_norm_eps)))
 
 
 def linear(layer: Layer, x: NDArray) -> NDArray:
@@ -121,10 +132,15 @@ def heads(layer: Layer, x: NDArray) -> NDArray:
     return linear(layer, x).reshape(*x.shape[:2], layer.config.num_attention_heads, layer.config.head_dim)
 
 
-def probs(layer: Layer, query: NDArray, key: NDArray) -> NDArray:
-    """Vaswani et al. (2017), eq. 1, without the value: (B, H, N, N)."""
+def scores(layer: Layer, query: NDArray, key: NDArray) -> NDArray:
+    """Scaled products of each query with each key: (B, H, N, N)."""
     products = layer.product(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1))
-    return softmax(products / layer.dtype.type(np.sqrt(layer.config.head_dim)))
+    return products / layer.dtype.type(np.sqrt(layer.config.head_dim))
+
+
+def probs(layer: Layer, query: NDArray, key: NDArray) -> NDArray:
+    """Vaswani et al. (2017), eq. 1, without the value."""
+    return softmax(scores(layer, query, key))
 
 
 def context(layer: Layer, probs: NDArray, value: NDArray) -> NDArray:
@@ -210,6 +226,7 @@ class NumpyOracle:
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         self.config = config
         self.sites = [site.name for site in sites(config, 1)]
+        self._edits: dict[str, Step] = {}
         self.fill(tensors)
 
     def fill(self, tensors: Mapping[str, NDArray]) -> None:
@@ -254,9 +271,19 @@ class NumpyOracle:
             values[site] = shown[site].astype(dtype) if site in shown else made[site]
         return made
 
+    def edited(self, site: str, step: Step) -> NumpyOracle:
+        """An oracle that makes the value at one site in another way."""
+        other = copy(self)
+        other._edits = {site: step}
+        return other
+
+    def before(self, site: str, known: Mapping[str, NDArray]) -> Trace:
+        """What of some values comes before a site."""
+        return {name: known[name] for name in self.sites[: self.sites.index(site)] if name in known}
+
     def step(self, site: str) -> Step:
         """How the value at a site is made."""
-        return STEPS[split(site)[1]]
+        return self._edits.get(site) or STEPS[split(site)[1]]
 
     def reads(self, site: str) -> tuple[str, ...]:
         """The sites that a site's formula reads, or "pixels"."""
