@@ -223,11 +223,10 @@ def test_a_wrong_formula_behind_a_rounding_is_found(
 
 def test_what_is_not_finite_behind_a_rounding_is_found() -> None:
     known, site = Known(CASES["rectangular"]), "block.1.norm1"
-    rounded = Cause("rounded to float32", "patches", 1e-8, 0.0)
+    rounded = Cause("rounded to float32", "patches", 1e-8, 0.0, "float32")
     shown = {**known.truth, site: known.truth[site] * np.nan}
     found = beyond_rounding(known.config, known.tensors, known.images, list(known.truth), rounded, shown)
     assert found == (site, np.inf, ())
-    assert Cause("tanh GELU", site, 1.0, 0.0).format == ""
 
 
 def test_one_wrong_element_is_no_factor() -> None:
@@ -248,6 +247,21 @@ def test_one_wrong_head_is_placed_and_explained() -> None:
     assert where(known.truth[site], known.truth[site], site) == ""
     assert where(wrong[..., 0], known.truth[site], site) == f"as its shape is {wrong.shape[:-1]}, not {wrong.shape}"
     assert where(wrong * np.nan, known.truth[site], site) == "as it is not finite"
+
+
+def test_a_bug_in_one_image_alone_is_named_and_not_if_another_image_has_another_bug() -> None:
+    known, site = Known(CASES["rectangular"]), "block.1.mlp.hidden"
+    tanh, relu = (
+        NumpyOracle(dataclasses.replace(known.config, hidden_act=name), known.tensors).value(
+            site, known.images, {"block.1.mlp.fc1": known.truth["block.1.mlp.fc1"]}
+        )
+        for name in ("gelu_new", "relu")
+    )
+    wrong = known.truth[site].copy()
+    wrong[2] = relu[2]
+    assert known.causes(site, wrong) == ["ReLU"]
+    wrong[3] = tanh[3]
+    assert known.causes(site, wrong) == []
 
 
 PRODUCTS = {

@@ -130,7 +130,7 @@ def test_every_part_that_is_wrong_in_its_own_way_is_named(wrong: dict[str, float
 
 
 def test_rounding_is_told_from_a_wrong_formula_and_what_lies_behind_it_is_named() -> None:
-    rounding = Cause("rounded to float32", "patches", 2e-8, 0.0)
+    rounding = Cause("rounded to float32", "patches", 2e-8, 0.0, "float32")
     tanh = Cause("tanh GELU", "block.0.mlp.hidden", 1.9e-4, 1e-7)
     sites = measured("patches", 2e-8), measured("block.0.mlp.hidden", 1.9e-4)
     said = headline(parity(*sites, causes=(rounding, tanh), beyond="block.0.mlp.hidden by 1.9e-04")).splitlines()

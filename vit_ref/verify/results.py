@@ -23,7 +23,6 @@ Status = Literal["passed", "failed", "not observed", "expected failure", "stale 
 
 BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
 # How the label of a cause begins that rounds a value.
-_ROUNDED = "rounded to "
 # Why a claimed site or gradient is missing.
 NEVER_SHOWN = "not called, or under a transformation of its own (jit, remat, vmap, scan)"
 
@@ -97,17 +96,14 @@ class Cause(NamedTuple):
       site: the first diverging site.
       before: relative RMS error there.
       after: what is left of it against a reference with the same bug.
+      format: the format that the value was rounded to, where that is the bug; else "".
     """
 
     label: str
     site: str
     before: float
     after: float
-
-    @property
-    def format(self) -> str:
-        """The format that the value was rounded to, where that is the bug; else ""."""
-        return self.label.removeprefix(_ROUNDED) if self.label.startswith(_ROUNDED) else ""
+    format: str = ""
 
     def __str__(self) -> str:
         return f"{self.label}: with it the error at {self.site} falls from {self.before:.1e} to {self.after:.1e}"

@@ -1,23 +1,24 @@
 """What could have gone wrong: known porting bugs, each tried on the candidate's values at the first diverging site.
 
-Before the first divergence all values agree with the reference, so what a bug would have made of them is one NumPy
-formula. A bug is named only where that formula meets the candidate's values to within the gate: with random or trained
-weights no wrong formula does so by chance.
+Before the first divergence all values agree with the reference, so the oracle makes of them what a bug would have made.
+A bug is named only where that meets the candidate's values to within the gate: with random or trained weights no wrong
+formula does so by chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.diagnose.gaps import across
-from vit_ref.verify.diagnose.guesses import MULTIPLIED, ROUNDED, STORED, UNIT, Guess, in_another_order, of_the_value
-from vit_ref.verify.diagnose.hypotheses import Upstream
+from vit_ref.verify.diagnose.gaps import explain_across
+from vit_ref.verify.diagnose.guesses import MULTIPLIED, STORED, UNIT, Prediction, explain_by_order, explain_by_value
+from vit_ref.verify.diagnose.hypotheses import KnownBug, fit_bugs, list_bugs_at, list_roundings
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
@@ -57,26 +58,26 @@ def diagnose(
     Returns:
       Every bug that fits, the best first.
     """
-    value = exact[site]
-    if value.shape != truth[site].shape or not np.isfinite(value).all():
+    found = _Divergence(site, exact[site], truth[site])
+    if not found.comparable:
         return ()
-    upstream = Upstream(config, tensors, pixels, truth, site)
-    causes = _explaining(upstream.guesses(), site, value, truth[site])
+    oracle = NumpyOracle(config, tensors)
+    known = oracle.before(site, truth)
+    causes = found.causes(_explain(list_bugs_at(oracle, site, known), found, oracle, pixels, known), found.by_value())
     if not causes:
-        orders = in_another_order(truth[site], value, _axes(value, site))
-        causes = _fitting(chain(upstream.with_a_number(value), orders), site, value, truth[site])
+        numbered = fit_bugs(oracle, site, known, found.value, found.truth)
+        orders = explain_by_order(found.truth, found.value, _axes(found.value, site))
+        causes = found.causes(_explain(numbered, found, oracle, pixels, known), orders)
     gap = hidden_before(site, names, exact)
     if causes or not gap:
         return causes
-    # The oracle has to be run for each of these, so on one image, the one that is most wrong; and the first that fits
-    # is taken.
-    worst = int(np.argmax(np.abs(value - truth[site]).reshape(len(value), -1).max(axis=1)))
-    one = slice(worst, worst + 1)
-    there = {name: truth[name][one] for name in names}
-    for guess in across(config, tensors, pixels[one], there, names, site, gap):
-        causes = _fitting([guess], site, value[one], there[site])
-        if causes:
-            before = error(value, truth[site]).rms
+    # The oracle has to be run for each of these, so on one image, and the first that fits is taken.
+    image = found.worst
+    one = found._replace(value=found.value[image], truth=found.truth[image])
+    of_image = {name: value[image] for name, value in known.items()}
+    for explanation in explain_across(oracle, site, pixels[image], of_image, gap):
+        if causes := one.causes([explanation]):
+            before = error(found.value, found.truth).rms
             return tuple(cause._replace(before=before) for cause in causes)
     return ()
 
@@ -102,47 +103,76 @@ def beyond_rounding(
       The first site whose value is further from the right formula of the candidate's own values than that rounding
       allows, how far (relative RMS), and the bugs that explain it; ("", 0, ()) where there is none.
     """
-    right = NumpyOracle(config, tensors).formulas(pixels, shown)
+    oracle = NumpyOracle(config, tensors)
+    right = oracle.formulas(pixels, shown)
     bound = _UNITS * UNIT[after.format]
     for site in names[names.index(after.site) + 1 :]:
         value = shown.get(site)
         if value is None or (off := error(value, right[site]).rms) <= bound:
             continue
-        if not np.isfinite(off):
+        found = _Divergence(site, value, right[site], bound)
+        if not found.comparable:
             return site, off, ()
-        upstream = Upstream(config, tensors, pixels, {**right, **shown}, site)
-        return site, off, _explaining(upstream.guesses(), site, value, right[site], bound)
+        known = {**right, **shown}
+        bugs = _explain(list_bugs_at(oracle, site, known), found, oracle, pixels, known)
+        return site, off, found.causes(bugs, found.by_value())
     return "", 0.0, ()
 
 
-def _explaining(
-    guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray, bound: float = SEMANTIC_RMS
-) -> tuple[Cause, ...]:
-    part = np.ix_(*_wrong_indices(value, truth))
-    return _fitting(chain(guesses, of_the_value(truth, value, part)), site, value, truth, bound)
+class _Divergence(NamedTuple):
+    """A wrong value at a site, the right one, and the relative RMS error up to which a bug explains it."""
+
+    site: str
+    value: NDArray
+    truth: NDArray
+    bound: float = SEMANTIC_RMS
+
+    @property
+    def comparable(self) -> bool:
+        return self.value.shape == self.truth.shape and bool(np.isfinite(self.value).all())
+
+    @property
+    def worst(self) -> slice:
+        """The image that is most wrong."""
+        image = int(np.abs(self.value - self.truth).reshape(len(self.value), -1).max(axis=1).argmax())
+        return slice(image, image + 1)
+
+    def by_value(self) -> Iterator[Prediction]:
+        return explain_by_value(self.truth, self.value, np.ix_(*_wrong_indices(self.value, self.truth)))
+
+    def causes(self, *explanations: Iterable[Prediction]) -> tuple[Cause, ...]:
+        """The explanations that fit, the best first."""
+        before = error(self.value, self.truth).rms
+        wrong = np.ix_(*_wrong_indices(self.value, self.truth))
+        everywhere: list[Cause] = []
+        there_alone: list[Cause] = []
+        # One at a time: of a real model each value is megabytes.
+        for label, value, rounded_to in chain(*explanations):
+            # One head, image or token alone may have the bug, which has to explain that one and no more.
+            mixed = self.truth.copy()
+            mixed[wrong] = value[wrong]
+            for fitting, tried in ((everywhere, value), (there_alone, mixed)):
+                after = error(self.value, tried).rms
+                if after <= self.bound and after < before / 4:
+                    fitting.append(Cause(label, self.site, before, after, rounded_to))
+                    break
+        causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
+        # An epsilon of 1e-13 fits a port that has 1e-12, though a thousand times less well.
+        return tuple(cause for cause in causes if cause.after <= 100 * max(causes[0].after, _EPS))[:3]
 
 
-def _fitting(
-    guesses: Iterable[Guess], site: str, value: NDArray, truth: NDArray, bound: float = SEMANTIC_RMS
-) -> tuple[Cause, ...]:
-    before = error(value, truth).rms
-    part = np.ix_(*_wrong_indices(value, truth))
-    everywhere, there_alone = [], []
-    # One at a time: of a real model each guess is megabytes.
-    for label, guess in guesses:
-        after = error(value, guess).rms
-        if after <= bound and after < before / 4:
-            everywhere.append(Cause(label, site, before, after))
-            continue
-        # One head, image or token alone may have the bug, which has to explain that one and no more.
-        mixed = truth.copy()
-        mixed[part] = guess[part]
-        after = error(value, mixed).rms
-        if after <= bound and after < before / 4:
-            there_alone.append(Cause(label, site, before, after))
-    causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
-    # An epsilon of 1e-13 fits a port that has 1e-12, though a thousand times less well.
-    return tuple(cause for cause in causes if cause.after <= 100 * max(causes[0].after, _EPS))[:3]
+def _explain(
+    bugs: Iterable[KnownBug], found: _Divergence, oracle: NumpyOracle, pixels: NDArray, known: Trace
+) -> Iterator[Prediction]:
+    """Tries bugs on the image that is most wrong, and on all images those that explain this one."""
+    image = found.worst
+    one, of_image = found.value[image], {name: value[image] for name, value in known.items()}
+    wrong = np.ix_(np.zeros(1, int), *_wrong_indices(found.value, found.truth)[1:])
+    # The bound is relative to what the bug makes, which differs from the value by a quarter at most if it explains it.
+    allowed = 2 * found.bound * float(np.linalg.norm(found.value))
+    for bug in bugs:
+        if np.linalg.norm((bug.value(oracle, found.site, pixels[image], of_image) - one)[wrong]) <= allowed:
+            yield Prediction(bug.label, bug.value(oracle, found.site, pixels, known))
 
 
 def diagnose_rounding(config: ViTConfig, tensors: Tensors, site: str, trace: Trace, truth: Trace) -> tuple[Cause, ...]:
@@ -155,30 +185,29 @@ def diagnose_rounding(config: ViTConfig, tensors: Tensors, site: str, trace: Tra
       trace: the candidate's, in the tested precision.
       truth: the reference's trace in float64.
     """
-    value = trace[site]
-    if value.shape != truth[site].shape or not np.isfinite(value).all():
+    found = _Divergence(site, trace[site], truth[site])
+    if not found.comparable:
         return ()
-    before = error(value, truth[site]).rms
+    value, before = found.value, error(found.value, found.truth).rms
     for name, rounded in STORED.items():
         if name in ("float32", value.dtype.name):
             continue
         if np.array_equal(rounded(value), value):
-            return (Cause(f"{ROUNDED}{name}", site, before, 0.0),)
+            return (Cause(f"rounded to {name}", site, before, 0.0, name),)
     # Where the candidate does not show its own values, the right ones have to do.
-    known = Upstream(config, tensors, np.empty(0), {**truth, **trace}, site)
-    for name, rounded in MULTIPLIED.items():
-        for label, guess in known.in_format(rounded):
-            after = error(value, guess).rms
+    oracle, known = NumpyOracle(config, tensors), {**truth, **trace}
+    for name, rounded in MULTIPLIED.items() if "pixels" not in oracle.reads(site) else ():
+        for bug in list_roundings(site, rounded):
+            after = error(value, bug.value(oracle, site, np.empty(0), known)).rms
             if after < before / 10:
-                return (Cause(f"{label} rounded to {name}", site, before, after),)
+                return (Cause(f"{bug.label} rounded to {name}", site, before, after),)
     return ()
 
 
 def diagnose_gradient(truth: NDArray, name: str, value: NDArray) -> tuple[Cause, ...]:
     """Names the simple faults that explain a gradient: a factor, nothing at all, a precision."""
-    if value.shape != truth.shape or not np.isfinite(value).all():
-        return ()
-    return _explaining((), name, value, truth)
+    found = _Divergence(name, value, truth)
+    return found.causes(found.by_value()) if found.comparable else ()
 
 
 def where(value: NDArray, truth: NDArray, site: str) -> str:

@@ -1,66 +1,54 @@
-"""What known bugs at sites that a candidate does not show make of the first value that it shows after them.
+"""Sites before a divergence that a candidate does not show, and what bugs there make of the first that it shows.
 
-The bug's own site is hidden, so the oracle carries each guess on from there to the site that is seen.
+The oracle carries each bug on from the site where it is to the site that is seen.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from numpy.typing import NDArray
 
-from vit_ref.model.config import ViTConfig
-from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.diagnose.guesses import Guess
-from vit_ref.verify.diagnose.hypotheses import NAMED, Upstream
-from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.weights.mapping import Tensors
+from vit_ref.verify.diagnose.guesses import Prediction
+from vit_ref.verify.diagnose.hypotheses import NAMED, list_bugs_at
+from vit_ref.verify.references.numpy_oracle import NumpyOracle, split
 
 # What ports write into their LayerNorms whatever the checkpoint says: the defaults of flax and big_vision, of PyTorch,
 # and of Hugging Face's ViT.
 _EPSILONS = (1e-6, 1e-5, 1e-12)
 
 
-def across(
-    config: ViTConfig,
-    tensors: Tensors,
-    pixels: NDArray,
-    truth: Trace,
-    names: list[str],
-    site: str,
-    gap: tuple[str, ...],
-) -> Iterator[Guess]:
-    """Guesses at `site` that follow from a bug inside the gap before it, the cheap and likely ones first.
+def explain_across(
+    oracle: NumpyOracle, site: str, pixels: NDArray, known: Mapping[str, NDArray], gap: tuple[str, ...]
+) -> Iterator[Prediction]:
+    """Bugs inside a gap, and what each makes of the site after it, the cheap and likely ones first.
 
     Args:
-      config: the model's configuration.
-      tensors: the checkpoint's, under Hugging Face's names.
-      pixels: the images.
-      truth: the reference's trace in float64.
-      names: all sites in order.
+      oracle: the right one.
       site: the first site that diverges.
+      pixels: the images.
+      known: right values of the sites before it.
       gap: the sites right before it that are not shown.
 
     Yields:
-      Every guess at every hidden site, where the gap lies in one block; then whole models of another activation or
+      Every known bug of every hidden site, where the gap lies in one block; then whole models of another activation or
       epsilon, which have the same bug in every block of the gap.
     """
-    if len({".".join(name.split(".")[:2]) for name in gap}) == 1:
-        oracle = NumpyOracle(config, tensors)
+    if len({split(name)[0] for name in gap}) == 1:
         for hidden in gap:
-            before = {name: truth[name] for name in names[: names.index(hidden)]}
-            for label, guess in Upstream(config, tensors, pixels, truth, hidden).guesses():
-                if guess.shape == truth[hidden].shape:
-                    yield f"{label}, at {hidden}", oracle.value(site, pixels, {**before, hidden: guess})
-    known = {name: truth[name] for name in names[: names.index(gap[0])]}
+            for bug in list_bugs_at(oracle, hidden, known):
+                wrong = bug.value(oracle, hidden, pixels, known)
+                value = oracle.value(site, pixels, {**oracle.before(hidden, known), hidden: wrong})
+                yield Prediction(f"{bug.label}, at {hidden}", value)
+    config = oracle.config
     activations = dict.fromkeys([config.hidden_act, *NAMED])
     epsilons = dict.fromkeys([config.layer_norm_eps, *_EPSILONS])
     for epsilon, activation in itertools.product(epsilons, activations):
-        other = dataclasses.replace(config, hidden_act=activation, layer_norm_eps=epsilon)
-        if other == config:
-            continue
         said = [NAMED.get(activation, activation)] if activation != config.hidden_act else []
         said += [f"LayerNorm epsilon {epsilon:g}"] if epsilon != config.layer_norm_eps else []
-        yield f"{' and '.join(said)} throughout", NumpyOracle(other, tensors).value(site, pixels, known)
+        if said:
+            other = dataclasses.replace(config, hidden_act=activation, layer_norm_eps=epsilon)
+            value = NumpyOracle(other, oracle.tensors).value(site, pixels, oracle.before(gap[0], known))
+            yield Prediction(f"{' and '.join(said)} throughout", value)

@@ -1,8 +1,9 @@
-"""What a bug makes of a right value whatever the site is: a factor, a precision, an order."""
+"""Explanations that are read off a wrong value itself, whatever the site is: a factor, a precision, an order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -10,8 +11,19 @@ from numpy.typing import NDArray
 
 from vit_ref.verify.gates import error
 
-# What a bug is called, and what it would have made.
-Guess = tuple[str, NDArray]
+
+class Prediction(NamedTuple):
+    """What a bug would have made, to be compared with what a candidate shows.
+
+    Attributes:
+      label: what was done, or taken, instead.
+      value: the value at the diverging site.
+      format: the format that the value was rounded to, where that is the bug; else "".
+    """
+
+    label: str
+    value: NDArray
+    format: str = ""
 
 
 def _to(dtype: type) -> Callable[[NDArray], NDArray]:
@@ -30,8 +42,6 @@ STORED: dict[str, Callable[[NDArray], NDArray]] = {
     "float16": _to(np.float16),
     "float32": _to(np.float32),
 }
-# What a bug is called that rounds a value, before the format.
-ROUNDED = "rounded to "
 # One unit of each, and of how many an error may be where the site's own sums are in that format, too.
 UNIT = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
 _UNITS = 16
@@ -42,24 +52,30 @@ MULTIPLIED: dict[str, Callable[[NDArray], NDArray]] = {
 }
 
 
-def of_the_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> Iterator[Guess]:
-    """Bugs that need no more than the right value: a factor, an order, a precision."""
+def explain_by_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> Iterator[Prediction]:
+    """A factor, a shift along an axis, a precision.
+
+    Args:
+      truth: the right value.
+      value: the candidate's.
+      part: indices of what is wrong.
+    """
     if not value[part].any():
-        yield "zero", np.zeros_like(truth)
+        yield Prediction("zero", np.zeros_like(truth))
         return
     # One element is some factor of any other.
     if truth[part].any() and value[part].size > 1:
         factor = slope(truth[part], value[part])
         if (shown := f"{factor:.6g}") != "1":
-            yield f"{shown} x the reference", factor * truth
+            yield Prediction(f"{shown} x the reference", factor * truth)
     for shift in (1, -1):
         for axis, name in zip(range(truth.ndim), ("images", "tokens"), strict=False):
-            yield f"{name} shifted by {shift}", np.roll(truth, shift, axis)
+            yield Prediction(f"{name} shifted by {shift}", np.roll(truth, shift, axis))
     for name, rounded in STORED.items():
         if np.array_equal(rounded(value), value):
             # It explains an error of its own size, and hides what is wrong besides where that is larger.
             if error(value, truth).rms <= _UNITS * UNIT[name]:
-                yield f"{ROUNDED}{name}", value
+                yield Prediction(f"rounded to {name}", value, format=name)
             return
 
 
@@ -73,7 +89,7 @@ def slope(x: NDArray, y: NDArray) -> float:
 _LONGEST = 8192
 
 
-def in_another_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> Iterator[Guess]:
+def explain_by_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> Iterator[Prediction]:
     """Everything right, but along one axis not in its place: heads, channels, classes, tokens or images.
 
     Args:
@@ -89,4 +105,4 @@ def in_another_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> I
         order = np.argmin(np.square(right).sum(axis=1) - 2 * theirs @ right.T, axis=1)
         if len(set(order)) == size and (order != np.arange(size)).any():
             first = ", ".join(map(str, order[:4])) + (", ..." if size > 4 else "")
-            yield f"another order along the {name} axis ({first})", np.take(truth, order, axis)
+            yield Prediction(f"another order along the {name} axis ({first})", np.take(truth, order, axis))

@@ -1,25 +1,111 @@
-"""What known porting bugs make of right values: one formula each, for every kind of site.
+"""The known porting bugs: each is one edit of the NumPy oracle, which then makes what a port with that bug makes.
 
-The formulas are the NumPy oracle's own with one thing changed. `diagnosis` compares them with what a candidate shows.
+`list_known_bugs` is the table. A bug that is not in it yet is one more line there, its label and one edit of how a
+site's value is made: another configuration, other tensors, other values read, or another formula.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import starmap
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import stream_before
-from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.diagnose.guesses import STORED, Guess, slope
-from vit_ref.verify.references.numpy_oracle import ACTIVATIONS, layer_norm, softmax
+from vit_ref.model.sites import BLOCK_SITES
+from vit_ref.verify.diagnose.guesses import STORED, slope
+from vit_ref.verify.references import numpy_oracle as right
+from vit_ref.verify.references.numpy_oracle import Formula, Layer, NumpyOracle, Step, centred, split
 from vit_ref.weights.mapping import Tensors
 
-_EPSILONS = (0.0, *(10.0**-k for k in range(1, 17)))
-# How an activation is called where it is guessed; names that mean the same function are left out.
+# Makes of the right way to a site's value a wrong one.
+Edit = Callable[[Step], Step]
+
+
+class KnownBug(NamedTuple):
+    """A bug that ports are known to have.
+
+    Attributes:
+      label: what was done, or taken, instead.
+      edit: puts it into the oracle.
+      at: the site that is edited, where that is one before the site at which the bug shows.
+    """
+
+    label: str
+    edit: Edit
+    at: str = ""
+
+    def value(self, oracle: NumpyOracle, site: str, pixels: NDArray, known: Mapping[str, NDArray]) -> NDArray:
+        """The float64 value that a port with this bug, and no other, has at a site.
+
+        Args:
+          oracle: the right one.
+          site: which.
+          pixels: the images.
+          known: right values by site. Those before the bug are taken as they are.
+        """
+        at = self.at or site
+        wrong = oracle.edited(at, self.edit(oracle.step(at)))
+        return wrong.value(site, pixels, oracle.before(at, known))
+
+
+def read(*names: str) -> Edit:
+    """Values of other sites, named as in `Step.reads`."""
+    return lambda step: step._replace(reads=names)
+
+
+def compute(formula: Formula) -> Edit:
+    """Another formula."""
+    return lambda step: step._replace(formula=formula)
+
+
+def finish(change: Callable[[NDArray], NDArray]) -> Edit:
+    """The right value, changed."""
+    return lambda step: compute(lambda layer, *values: change(step.formula(layer, *values)))(step)
+
+
+def feed(change: Callable[..., Any]) -> Edit:
+    """The right formula of other values, made of those that it reads: of one value one, of several a tuple."""
+
+    def changed(*values: NDArray) -> tuple[NDArray, ...]:
+        found = change(*values)
+        return found if isinstance(found, tuple) else (found,)
+
+    return lambda step: compute(lambda layer, *values: step.formula(layer, *changed(*values)))(step)
+
+
+def multiply(*factors: float) -> Edit:
+    """The right formula of multiples of the values that it reads."""
+    return feed(lambda *values: tuple(factor * value for factor, value in zip(factors, values, strict=True)))
+
+
+def equip(change: Callable[[Layer], Mapping[str, Any]]) -> Edit:
+    """The right formula in a layer some of whose fields are others."""
+    return lambda step: compute(lambda layer, *values: step.formula(layer._replace(**change(layer)), *values))(step)
+
+
+def configure(**fields: Any) -> Edit:
+    """Another configuration."""
+    return equip(lambda layer: {"config": dataclasses.replace(layer.config, **fields)})
+
+
+def load(every: Callable[[NDArray], NDArray] = np.asarray, **by_name: Callable[[NDArray], NDArray]) -> Edit:
+    """The site's own tensors, every one or some by name, changed. One that would not fit then stays as it is."""
+
+    def changed(leaf: str, tensor: NDArray) -> NDArray:
+        other = by_name.get(leaf, every)(tensor)
+        return other if other.shape == tensor.shape else tensor
+
+    return equip(lambda layer: {"tensors": {leaf: changed(leaf, tensor) for leaf, tensor in layer.tensors.items()}})
+
+
+# How a cause calls an activation. Other names of the same functions are left out.
 NAMED = {
     "gelu": "erf GELU",
     "gelu_new": "tanh GELU",
@@ -28,38 +114,236 @@ NAMED = {
     "silu": "SiLU",
     "tanh": "tanh",
 }
+# No configuration has an epsilon of zero, and the least number does the same.
+_EPSILONS = {"0e+00": float(np.finfo(np.float64).tiny)} | {f"1e-{k:02}": 10.0**-k for k in range(1, 17)}
 
 
-# Hugging Face's names -> paths of this package's parameters. Not by the weight map, which may be what is wrong.
-_RENAMED = (
-    ("vit.", ""),
-    ("encoder.layer.", "blocks."),
-    ("layernorm_before", "norm1"),
-    ("layernorm_after", "norm2"),
-    ("layernorm", "norm"),
-    ("attention.attention.", "attn."),
-    ("attention.output.dense", "attn.out"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-    ("embeddings.patch_embeddings.projection", "patch"),
-    ("embeddings.", ""),
-    ("pooler.dense", "pooler"),
-    ("classifier", "head"),
-)
+def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
+    """The table: what makes up each `KnownBug`, by the kind of site where the bug shows."""
+    heads, width = config.num_attention_heads, config.head_dim
+    grids = config.grid(), config.grid()[::-1]
+
+    def regroup(*axes: int) -> Callable[[NDArray], NDArray]:
+        """Makes of merged heads (B, N, H, K) such as were merged in another order of the axes."""
+        return lambda x: x.reshape(*x.shape[:2], heads, width).transpose(axes).reshape(x.shape)
+
+    rounded = [(f"parameters rounded to {name}", load(to)) for name, to in STORED.items()]
+    dense = [
+        ("bias left out", load(bias=np.zeros_like)),
+        ("kernel not transposed", load(weight=np.transpose)),
+        *rounded,
+    ]
+    norm = [
+        *((f"LayerNorm epsilon {label}", configure(layer_norm_eps=epsilon)) for label, epsilon in _EPSILONS.items()),
+        ("no norm", compute(lambda layer, x: x)),
+        ("norm without scale and bias", load(weight=np.ones_like, bias=np.zeros_like)),
+        ("norm without scale", load(weight=np.ones_like)),
+        ("norm without bias", load(bias=np.zeros_like)),
+        ("norm's scale counted from one", load(weight=lambda scale: 1 + scale)),
+        *rounded,
+        (
+            "variance over D - 1",
+            _normalise(lambda x, eps: centred(x) / np.sqrt(x.var(-1, ddof=1, keepdims=True) + eps)),
+        ),
+        ("epsilon added to the deviation", _normalise(lambda x, eps: centred(x) / (x.std(-1, keepdims=True) + eps))),
+        ("mean not taken away", _normalise(lambda x, eps: x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps))),
+    ]
+    projection = [
+        *dense,
+        ("heads split in the wrong order", finish(lambda x: x.reshape(*x.shape[:2], width, heads).swapaxes(2, 3))),
+    ]
+    residual = [
+        ("residual left out", multiply(1, 0)),
+        ("branch left out", multiply(0, 1)),
+        ("residual added twice", multiply(1, 2)),
+        ("branch added twice", multiply(2, 1)),
+        ("branch subtracted", multiply(-1, 1)),
+    ]
+    # The right formulas take the first of the tokens that they are fed.
+    pooled = [
+        ("mean of the tokens pooled", feed(lambda norm: norm.mean(axis=1, keepdims=True))),
+        ("mean of the patches pooled", feed(lambda norm: norm[:, 1:].mean(axis=1, keepdims=True))),
+        ("last token pooled", feed(lambda norm: norm[:, -1:])),
+        ("first patch pooled", feed(lambda norm: norm[:, 1:])),
+        ("sum of the tokens pooled", feed(lambda norm: norm.sum(axis=1, keepdims=True))),
+        ("tanh added", feed(np.tanh)),
+        ("cls token pooled before the norm", read("stream")),
+        ("norm after the mean of the tokens", feed(lambda x: x.mean(axis=1, keepdims=True)), "norm"),
+        ("norm after the mean of the patches", feed(lambda x: x[:, 1:].mean(axis=1, keepdims=True)), "norm"),
+    ]
+    return {
+        "patches": [
+            ("patch kernel's height and width exchanged", load(weight=lambda w: w.swapaxes(2, 3))),
+            ("patch kernel's channels mixed with its pixels", load(weight=_mix_channels)),
+            ("patch kernel upside down", load(weight=lambda w: w[:, :, ::-1])),
+            ("patch kernel mirrored", load(weight=lambda w: w[:, :, :, ::-1])),
+            ("patch kernel turned by 180 degrees", load(weight=lambda w: w[:, :, ::-1, ::-1])),
+            ("channels in reverse order", load(weight=lambda w: w[:, ::-1])),
+            ("bias left out", load(bias=np.zeros_like)),
+            *rounded,
+            *(("patches column by column", finish(partial(_transpose, grid=grid))) for grid in grids),
+            ("images read as NCHW", feed(lambda x: np.moveaxis(x, -1, 1).reshape(x.shape))),
+            ("images read as NCHW", feed(lambda x: np.moveaxis(x.reshape(len(x), -1, *x.shape[1:3]), 1, -1))),
+            ("images upside down", feed(lambda x: x[:, ::-1])),
+            ("images mirrored", feed(lambda x: x[:, :, ::-1])),
+            ("images transposed", feed(lambda x: x.swapaxes(1, 2) if x.shape[1] == x.shape[2] else x)),
+        ],
+        "embeddings": [
+            ("no position embedding", load(position_embeddings=np.zeros_like)),
+            ("cls token without its position", load(position_embeddings=lambda p: _multiply_first(0, p))),
+            ("cls token's position added twice", load(position_embeddings=lambda p: _multiply_first(2, p))),
+            ("position rows shifted by one", load(position_embeddings=lambda p: np.roll(p, 1, axis=1))),
+            *(("position grid transposed", load(position_embeddings=partial(_transpose, grid=grid))) for grid in grids),
+            ("cls token left out", load(cls_token=np.zeros_like)),
+            ("cls token last", compute(_put_cls_token_last)),
+            ("cls token and its position last", finish(lambda x: np.roll(x, -1, axis=1))),
+        ],
+        **dict.fromkeys(("norm1", "norm2", "norm"), norm),
+        **dict.fromkeys(("attn.query", "attn.key", "attn.value"), projection),
+        "attn.probs": [
+            ("attention scale left out", multiply(math.sqrt(width), 1)),
+            ("attention scale applied twice", multiply(1 / math.sqrt(width), 1)),
+            ("attention scale inverted", multiply(width, 1)),
+            ("attention scale 1/sqrt(heads)", multiply(math.sqrt(width / heads), 1)),
+            ("attention scale 1/sqrt(hidden_size)", multiply(math.sqrt(width / config.hidden_size), 1)),
+            ("attention scale 1/sqrt(64)", multiply(math.sqrt(width / 64), 1)),
+            ("attention scale head_dim ** -0.25", multiply(width**0.25, 1)),
+            ("query and key exchanged", feed(lambda query, key: (key, query))),
+            ("softmax over the queries", compute(lambda *args: right.softmax(right.scores(*args), axis=2))),
+            ("softmax over the heads", compute(lambda *args: right.softmax(right.scores(*args), axis=1))),
+            ("softmax left out", compute(right.scores)),
+            ("causal mask", compute(lambda *args: right.softmax(_mask_later(right.scores(*args))))),
+        ],
+        "attn.context": [
+            ("heads merged without moving the axis", finish(regroup(0, 2, 1, 3))),
+            ("heads merged in the wrong order", finish(regroup(0, 1, 3, 2))),
+            ("attention over the queries", feed(lambda probs, value: (probs.swapaxes(2, 3), value))),
+            ("keys attended to", read("attn.probs", "attn.key")),
+        ],
+        "attn.out": [*dense, ("heads merged in the wrong order", feed(regroup(0, 1, 3, 2)))],
+        "attn.residual": [*residual, ("residual taken after the norm", read("attn.out", "norm1"))],
+        **dict.fromkeys(("mlp.fc1", "mlp.out"), dense),
+        "mlp.hidden": [
+            ("no activation", compute(lambda layer, x: x)),
+            ("activation applied twice", finish(right.ACTIVATIONS[config.hidden_act])),
+            *((label, configure(hidden_act=name)) for name, label in NAMED.items()),
+        ],
+        "mlp.residual": [
+            *residual,
+            ("residual taken after the norm", read("mlp.out", "norm2")),
+            ("residual taken from before the attention", read("mlp.out", "stream")),
+        ],
+        "logits": [
+            *dense,
+            ("softmax taken of the logits", finish(right.softmax)),
+            ("log_softmax taken of the logits", finish(partial(special.log_softmax, axis=-1))),
+            *pooled,
+        ],
+        "pooler": [
+            *dense,
+            ("no activation", compute(right.logits)),
+            *((label, configure(pooler_act=name)) for name, label in NAMED.items()),
+            *pooled,
+        ],
+        "cls": pooled,
+    }
 
 
-def _by_path(tensors: Tensors) -> dict[str, NDArray]:
-    found = {}
-    for name, tensor in tensors.items():
-        for theirs, ours in _RENAMED:
-            name = name.replace(theirs, ours)
-        tensor = np.asarray(tensor)
-        if name.endswith("weight"):
-            name = name.replace("weight", "scale" if tensor.ndim == 1 else "kernel")
-            # PyTorch's Linear keeps (out, in), its Conv2d (out, in, height, width).
-            tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-        found[name] = tensor
-    return found
+def _normalise(normalise: Callable[[NDArray, float], NDArray]) -> Edit:
+    """A LayerNorm that normalises otherwise, with its scale and bias."""
+    return compute(lambda layer, x: right.affine(layer, normalise(x, layer.config.layer_norm_eps)))
+
+
+def _mix_channels(weight: NDArray) -> NDArray:
+    """A patch kernel (D, C, height, width) whose numbers lie as in one with the channels last."""
+    return np.moveaxis(weight.reshape(len(weight), *weight.shape[2:], -1), -1, 1)
+
+
+def _transpose(x: NDArray, grid: tuple[int, int]) -> NDArray:
+    """A grid of patches column by column. A cls token before it stays."""
+    cls, patches = np.split(x, [x.shape[1] - math.prod(grid)], axis=1)
+    turned = patches.reshape(len(x), *grid, -1).swapaxes(1, 2)
+    return np.concatenate([cls, turned.reshape(patches.shape)], axis=1)
+
+
+def _multiply_first(factor: float, x: NDArray) -> NDArray:
+    return np.concatenate([factor * x[:, :1], x[:, 1:]], axis=1)
+
+
+def _put_cls_token_last(layer: Layer, patches: NDArray) -> NDArray:
+    return np.roll(right.tokens(layer, patches), -1, axis=1) + layer.tensors["position_embeddings"]
+
+
+def _mask_later(scores: NDArray) -> NDArray:
+    return np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
+
+
+def list_bugs_at(oracle: NumpyOracle, site: str, known: Mapping[str, NDArray]) -> Iterator[KnownBug]:
+    """The known bugs of one site: those in the table, other layers' tensors, and other sites' values.
+
+    Args:
+      oracle: the right one.
+      site: which.
+      known: right values of the sites before it.
+    """
+    (block, kind), own = split(site), oracle.own(site)
+    yield from starmap(KnownBug, list_known_bugs(oracle.config)[kind])
+    for other in oracle.sites if "weight" in own else ():
+        theirs = oracle.own(other)
+        if other != site and "weight" in theirs and theirs["weight"].shape == own["weight"].shape:
+            yield KnownBug(f"parameters of {other}", _take(theirs, "weight", "bias"))
+            yield KnownBug(f"{'kernel' if own['weight'].ndim > 1 else 'scale'} of {other}", _take(theirs, "weight"))
+            yield KnownBug(f"bias of {other}", _take(theirs, "bias"))
+    if kind in _FUSED:
+        three = [oracle.own(block + each) for each in _FUSED]
+        heads, width = oracle.config.num_attention_heads, oracle.config.head_dim
+        for shape, axis in (((heads, 3, width), 1), ((heads, width, 3), 2)):
+            features = np.arange(math.prod(shape)).reshape(shape).take(_FUSED.index(kind), axis).ravel()
+            mixed = {leaf: np.concatenate([each[leaf] for each in three])[features] for leaf in own}
+            yield KnownBug("fused query, key and value split in the wrong order", _take(mixed, *mixed))
+    right_one, *more = oracle.reads(site)
+    for name in ("stream", *(name for name, _ in BLOCK_SITES)) if block and not more else ():
+        other = oracle.read(site, name)
+        if name == kind:
+            break
+        if other != right_one and known[other].shape == known[right_one].shape:
+            skips_norm = ".norm" in right_one and oracle.reads(right_one) == (other,)
+            yield KnownBug("input not normalised" if skips_norm else f"input taken from {other}", read(name))
+
+
+_FUSED = ("attn.query", "attn.key", "attn.value")
+
+
+def _take(theirs: Tensors, *leaves: str) -> Edit:
+    """Some tensors of another layer."""
+
+    def taken(layer: Layer) -> Mapping[str, Any]:
+        kept = {leaf: tensor for leaf, tensor in layer.tensors.items() if leaf not in leaves}
+        return {"tensors": kept | {leaf: theirs[leaf].astype(layer.dtype) for leaf in leaves if leaf in theirs}}
+
+    return equip(taken)
+
+
+def fit_bugs(
+    oracle: NumpyOracle, site: str, known: Mapping[str, NDArray], value: NDArray, truth: NDArray
+) -> Iterator[KnownBug]:
+    """Bugs with a number that the candidate's value tells: an epsilon, a scale, a branch's factor."""
+    kind = split(site)[1]
+    if kind.startswith("norm"):
+        own, apart = oracle.own(site), centred(known[oracle.reads(site)[0]])
+        variance = np.square(apart).mean(axis=-1)
+        # In the row with the least variance epsilon weighs most.
+        row = np.unravel_index(np.argmin(np.where(variance > 0, variance, np.inf)), variance.shape)
+        reciprocal = slope(apart[row] * own["weight"], value[row] - own["bias"])
+        if reciprocal and (epsilon := float(1 / reciprocal**2 - variance[row])) > 0:
+            yield KnownBug(f"LayerNorm epsilon {epsilon:.6g}", configure(layer_norm_eps=epsilon))
+    if kind == "attn.probs" and (value > 0).all() and (truth > 0).all():
+        times = slope(centred(np.log(truth)), centred(np.log(value)))
+        yield KnownBug(f"attention scale {_told(times)} x the right one", multiply(times, 1))
+    if kind.endswith("residual"):
+        branch, stream = (known[name] for name in oracle.reads(site))
+        factor = slope(branch, value - stream)
+        yield KnownBug(f"{_told(factor)} x the branch added", multiply(factor, 1))
 
 
 def _told(factor: float) -> str:
@@ -67,350 +351,11 @@ def _told(factor: float) -> str:
     return f"{factor:.6g}" if abs(factor - 1) > 1e-5 else f"{factor:.12g}"
 
 
-class Upstream:
-    """What is known upstream of one site, and what each bug would make of it."""
-
-    def __init__(self, config: ViTConfig, tensors: Tensors, pixels: NDArray, trace: Trace, site: str):
-        self.config, self.pixels, self.trace, self.site = config, pixels, trace, site
-        self.parameters = _by_path(tensors)
-        # "block.3.attn.query" is "attn.query" in "block.3"; outside the blocks no name has a dot.
-        parts = site.split(".")
-        self.block, self.kind = (".".join(parts[:2]), ".".join(parts[2:])) if len(parts) > 1 else ("", site)
-        before = stream_before(site, config.num_hidden_layers)
-        self.stream = trace[before] if before else None
-
-    def guesses(self) -> Iterator[Guess]:
-        """(what a bug is called, what it would have made) for every bug that is known at this kind of site.
-
-        The right formula may be among them: it explains no divergence.
-        """
-        kinds: dict[str, Callable[[], Iterator[Guess]]] = {
-            "patches": self._patches,
-            "embeddings": self._embeddings,
-            "attn.probs": self._probs,
-            "attn.context": self._context,
-            "attn.residual": self._residual,
-            "mlp.hidden": self._hidden,
-            "mlp.residual": self._residual,
-            "pooler": self._pooler,
-            "cls": self._pooled,
-        }
-        if self.kind in kinds:
-            yield from kinds[self.kind]()
-        elif self.kind.startswith("norm"):
-            yield from self._norm()
-        else:
-            yield from self._dense()
-
-    def in_format(self, rounded: Callable[[NDArray], NDArray]) -> Iterator[Guess]:
-        """What the site's own computation makes of inputs that were rounded first, where it is a matrix product."""
-        if self.kind in _INPUTS or self.kind == "logits":
-            kernel, bias = self._layer(self._path())
-            yield "inputs of the product", self._shaped(rounded(self._input()) @ rounded(kernel) + bias)
-        if self.kind == "attn.context":
-            probs, value = rounded(self._at("attn.probs")), rounded(self._at("attn.value"))
-            yield "inputs of the product", np.einsum("bhqm,bmhk->bqhk", probs, value).reshape(self._shape())
-        if self.kind == "attn.probs":
-            query, key = rounded(self._at("attn.query")), rounded(self._at("attn.key"))
-            scores = np.einsum("bqhk,bmhk->bhqm", query, key) / math.sqrt(self.config.head_dim)
-            yield "inputs of the scores", softmax(scores)
-            yield "scores", softmax(rounded(self._scores() / math.sqrt(self.config.head_dim)))
-
-    def with_a_number(self, value: NDArray) -> Iterator[Guess]:
-        """Bugs that have a number of their own, which the candidate's value tells: an epsilon, a scale."""
-        if self.kind.startswith("norm"):
-            x, scale, bias = self._norm_arguments()
-            centred = x - x.mean(axis=-1, keepdims=True)
-            variance = np.square(centred).mean(axis=-1)
-            # In the row with the least variance epsilon weighs most.
-            row = np.unravel_index(np.argmin(np.where(variance > 0, variance, np.inf)), variance.shape)
-            reciprocal = slope(centred[row] * scale, value[row] - bias)
-            if reciprocal and (epsilon := 1 / reciprocal**2 - float(variance[row])) > 0:
-                yield f"LayerNorm epsilon {epsilon:.6g}", layer_norm(x, scale, bias, epsilon)
-        if self.kind == "attn.probs" and (value > 0).all():
-            scores = self._scores()
-            apart, shown = (each - each.mean(axis=-1, keepdims=True) for each in (scores, np.log(value)))
-            factor = slope(apart, shown)
-            times = _told(factor * math.sqrt(self.config.head_dim))
-            yield f"attention scale {times} x the right one", softmax(factor * scores)
-        if self.kind in _BRANCHES:
-            stream, branch = self._entering(), self._at(_BRANCHES[self.kind])
-            factor = slope(branch, value - stream)
-            yield f"{_told(factor)} x the branch added", stream + factor * branch
-
-    def _at(self, kind: str) -> NDArray:
-        return np.asarray(self.trace[f"{self.block}.{kind}"], np.float64)
-
-    def _shape(self) -> tuple[int, ...]:
-        return self.trace[self.site].shape
-
-    def _shaped(self, y: NDArray) -> NDArray:
-        return y.reshape(self._shape())
-
-    def _path(self) -> str:
-        """The path of the parameters that write this site."""
-        if self.site == "logits":
-            return "head"
-        return self.site.replace("block.", "blocks.").replace("mlp.out", "mlp.fc2")
-
-    def _layer(self, path: str) -> tuple[NDArray, NDArray]:
-        kernel, bias = self._parameter(f"{path}.kernel"), f"{path}.bias"
-        return kernel, self._parameter(bias) if bias in self.parameters else np.zeros(kernel.shape[-1])
-
-    def _parameter(self, path: str) -> NDArray:
-        return np.asarray(self.parameters[path], np.float64)
-
-    def _input(self) -> NDArray:
-        if self.site in ("logits", "pooler"):
-            return np.asarray(self.trace["norm"][:, 0], np.float64)
-        return self._at(_INPUTS[self.kind])
-
-    def _patches(self) -> Iterator[Guess]:
-        config, kernel = self.config, self._parameter("patch.kernel")
-        bias = self._parameter("patch.bias")
-        (height, width), channels, size = config.patch_hw, config.num_channels, config.hidden_size
-        batch = len(self.pixels)
-        rows, columns = config.grid(self.pixels.shape[1:3])
-
-        def cut(pixels: NDArray) -> NDArray:
-            apart = pixels.reshape(batch, rows, height, columns, width, channels).transpose(0, 1, 3, 2, 4, 5)
-            return apart.reshape(batch, rows * columns, -1).astype(np.float64)
-
-        patches = cut(self.pixels)
-        flat = kernel.reshape(-1, size)
-        if height == width:
-            yield "patch kernel's height and width exchanged", patches @ kernel.swapaxes(0, 1).reshape(-1, size) + bias
-        channels_first = kernel.transpose(2, 0, 1, 3).reshape(-1, size)
-        yield "patch kernel's channels mixed with its pixels", patches @ channels_first + bias
-        yield "patch kernel upside down", patches @ kernel[::-1].reshape(-1, size) + bias
-        yield "patch kernel mirrored", patches @ kernel[:, ::-1].reshape(-1, size) + bias
-        yield "patch kernel turned by 180 degrees", patches @ kernel[::-1, ::-1].reshape(-1, size) + bias
-        yield "channels in reverse order", patches @ kernel[:, :, ::-1].reshape(-1, size) + bias
-        yield "bias left out", patches @ flat
-        right = patches @ flat + bias
-        for sides in ((rows, columns), (columns, rows)):
-            turned = right.reshape(batch, *sides, size).swapaxes(1, 2)
-            yield "patches column by column", turned.reshape(batch, -1, size)
-        shape = self.pixels.shape
-        planes = self.pixels.reshape(batch, channels, *shape[1:3]).transpose(0, 2, 3, 1)
-        yield "images read as NCHW", cut(planes) @ flat + bias
-        yield "images read as NCHW", cut(self.pixels.transpose(0, 3, 1, 2).reshape(shape)) @ flat + bias
-        for name, rounded in STORED.items():
-            yield f"parameters rounded to {name}", patches @ rounded(flat) + rounded(bias)
-        yield "images upside down", cut(self.pixels[:, ::-1]) @ flat + bias
-        yield "images mirrored", cut(self.pixels[:, :, ::-1]) @ flat + bias
-        if self.pixels.shape[1] == self.pixels.shape[2]:
-            yield "images transposed", cut(self.pixels.swapaxes(1, 2)) @ flat + bias
-
-    def _embeddings(self) -> Iterator[Guess]:
-        patches, config = self.trace["patches"], self.config
-        cls = np.broadcast_to(self._parameter("cls_token"), (len(patches), 1, patches.shape[-1]))
-        positions = self._parameter("position_embeddings")
-        tokens = np.concatenate([cls, patches], axis=1)
-        yield "no position embedding", tokens
-        only_cls, only_patches = positions.copy(), positions.copy()
-        only_cls[:, 1:], only_patches[:, :1] = 0, 0
-        yield "cls token without its position", tokens + only_patches
-        yield "cls token's position added twice", tokens + positions + only_cls
-        yield "cls token left out", np.concatenate([np.zeros_like(cls), patches], axis=1) + positions
-        yield "cls token last", np.concatenate([patches, cls], axis=1) + positions
-        yield "cls token and its position last", np.roll(tokens + positions, -1, axis=1)
-        yield "position rows shifted by one", tokens + np.roll(positions, 1, axis=1)
-        rows, columns = config.grid(self.pixels.shape[1:3])
-        grid = positions[:, 1:].reshape(1, rows, columns, -1)
-        turned = grid.swapaxes(1, 2).reshape(1, rows * columns, -1)
-        yield "position grid transposed", tokens + np.concatenate([positions[:, :1], turned], axis=1)
-        swapped = positions[:, 1:].reshape(1, columns, rows, -1).swapaxes(1, 2).reshape(1, rows * columns, -1)
-        yield "position grid transposed", tokens + np.concatenate([positions[:, :1], swapped], axis=1)
-
-    def _norm_arguments(self) -> tuple[NDArray, NDArray, NDArray]:
-        return self._entering(), self._parameter(f"{self._path()}.scale"), self._parameter(f"{self._path()}.bias")
-
-    def _norm(self) -> Iterator[Guess]:
-        x, scale, bias = self._norm_arguments()
-        path, epsilon = self._path(), self.config.layer_norm_eps
-        one, none = np.ones_like(scale), np.zeros_like(bias)
-        for power in _EPSILONS:
-            yield f"LayerNorm epsilon {power:.0e}", layer_norm(x, scale, bias, power)
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = np.square(centred).mean(axis=-1, keepdims=True)
-        width = x.shape[-1]
-        yield "no norm", x
-        yield "norm without scale and bias", layer_norm(x, one, none, epsilon)
-        yield "norm without scale", layer_norm(x, one, bias, epsilon)
-        yield "norm without bias", layer_norm(x, scale, none, epsilon)
-        yield "norm's scale counted from one", layer_norm(x, 1 + scale, bias, epsilon)
-        for name, rounded in STORED.items():
-            yield f"parameters rounded to {name}", layer_norm(x, rounded(scale), rounded(bias), epsilon)
-        unbiased = variance * width / max(width - 1, 1)
-        yield "variance over D - 1", centred / np.sqrt(unbiased + epsilon) * scale + bias
-        yield "epsilon added to the deviation", centred / (np.sqrt(variance) + epsilon) * scale + bias
-        yield "mean not taken away", x / np.sqrt(np.square(x).mean(-1, keepdims=True) + epsilon) * scale + bias
-        for other in self._paths(".scale"):
-            if other != path:
-                pair = self._parameter(f"{other}.scale"), self._parameter(f"{other}.bias")
-                yield f"parameters of {_named(other)}", layer_norm(x, *pair, epsilon)
-                yield f"scale of {_named(other)}", layer_norm(x, pair[0], bias, epsilon)
-        yield from (
-            (f"input taken from {site}", layer_norm(np.asarray(value, np.float64), scale, bias, epsilon))
-            for site, value in self._like(x)
-        )
-
-    def _dense(self) -> Iterator[Guess]:
-        path, x = self._path(), self._input()
-        kernel, bias = self._layer(path)
-        straight = x @ kernel
-        yield "bias left out", self._shaped(straight)
-        if kernel.shape[0] == kernel.shape[1]:
-            yield "kernel not transposed", self._shaped(x @ kernel.T + bias)
-        for other in self._paths(".kernel"):
-            if other != path and self.parameters[f"{other}.kernel"].shape == kernel.shape:
-                their_kernel, their_bias = self._layer(other)
-                product = x @ their_kernel
-                yield f"parameters of {_named(other)}", self._shaped(product + their_bias)
-                yield f"kernel of {_named(other)}", self._shaped(product + bias)
-                yield f"bias of {_named(other)}", self._shaped(straight + their_bias)
-        for name, rounded in STORED.items():
-            yield f"parameters rounded to {name}", self._shaped(x @ rounded(kernel) + rounded(bias))
-        for site, value in self._like(x):
-            label = "input not normalised" if site == self._not_normalised() else f"input taken from {site}"
-            yield label, self._shaped(np.asarray(value, np.float64) @ kernel + bias)
-        if len(self._shape()) == 4:
-            batch, tokens, heads, width = self._shape()
-            y = (straight + bias).reshape(batch, tokens, width, heads)
-            yield "heads split in the wrong order", y.swapaxes(2, 3)
-            own = path.rpartition(".")[0]
-            fused = np.concatenate([x @ k + b for k, b in (self._layer(f"{own}.{role}") for role in _ROLES)], axis=-1)
-            by_head = fused.reshape(batch, tokens, heads, len(_ROLES), width)
-            mine = _ROLES.index(path.removeprefix(f"{own}."))
-            yield "fused query, key and value split in the wrong order", by_head[:, :, :, mine]
-            innermost = fused.reshape(batch, tokens, heads, width, len(_ROLES))
-            yield "fused query, key and value split in the wrong order", innermost[..., mine]
-        if self.kind == "attn.out":
-            by_head = kernel.reshape(-1, self.config.num_attention_heads, len(kernel)).swapaxes(0, 1)
-            yield "heads merged in the wrong order", x @ by_head.reshape(kernel.shape) + bias
-        if self.site == "logits":
-            shifted = straight + bias - (straight + bias).max(axis=-1, keepdims=True)
-            yield "softmax taken of the logits", softmax(shifted)
-            yield "log_softmax taken of the logits", shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-            yield from ((label, pooled @ kernel + bias) for label, pooled in self._pooled())
-
-    def _pooled(self) -> Iterator[Guess]:
-        norm = np.asarray(self.trace["norm"], np.float64)
-        yield "mean of the tokens pooled", norm.mean(axis=1)
-        yield "mean of the patches pooled", norm[:, 1:].mean(axis=1)
-        yield "last token pooled", norm[:, -1]
-        yield "first patch pooled", norm[:, 1]
-        yield "sum of the tokens pooled", norm.sum(axis=1)
-        yield "tanh added", np.tanh(norm[:, 0])
-        stream = np.asarray(self.stream, np.float64)
-        yield "cls token pooled before the norm", stream[:, 0]
-        scale, bias = self._parameter("norm.scale"), self._parameter("norm.bias")
-        for label, kept in (("tokens", stream), ("patches", stream[:, 1:])):
-            pooled = layer_norm(kept.mean(axis=1), scale, bias, self.config.layer_norm_eps)
-            yield f"norm after the mean of the {label}", pooled
-
-    def _pooler(self) -> Iterator[Guess]:
-        kernel, bias = self._layer("pooler")
-        right = ACTIVATIONS[self.config.pooler_act]
-        yield "no activation", self._input() @ kernel + bias
-        yield "bias left out", right(self._input() @ kernel)
-        if kernel.shape[0] == kernel.shape[1]:
-            yield "kernel not transposed", right(self._input() @ kernel.T + bias)
-        for name, label in NAMED.items():
-            yield label, ACTIVATIONS[name](self._input() @ kernel + bias)
-        yield from ((label, right(pooled @ kernel + bias)) for label, pooled in self._pooled())
-
-    def _scores(self) -> NDArray:
-        """Products of queries and keys, (B, H, N, N), not scaled."""
-        return np.einsum("bqhk,bmhk->bhqm", self._at("attn.query"), self._at("attn.key"))
-
-    def _probs(self) -> Iterator[Guess]:
-        config, scores = self.config, self._scores()
-        right = 1 / math.sqrt(config.head_dim)
-        scales = {
-            "attention scale left out": 1.0,
-            "attention scale applied twice": right**2,
-            "attention scale inverted": 1 / right,
-            "attention scale 1/sqrt(heads)": 1 / math.sqrt(config.num_attention_heads),
-            "attention scale 1/sqrt(hidden_size)": 1 / math.sqrt(config.hidden_size),
-            "attention scale 1/sqrt(64)": 1 / 8,
-            "attention scale head_dim ** -0.25": math.sqrt(right),
-        }
-        yield from ((label, softmax(scale * scores)) for label, scale in scales.items())
-        yield "query and key exchanged", softmax(right * scores.swapaxes(2, 3))
-        yield "softmax over the queries", softmax(right * scores.swapaxes(2, 3)).swapaxes(2, 3)
-        yield "softmax left out", right * scores
-        causal = np.tril(np.ones(scores.shape[-2:], bool))
-        yield "causal mask", softmax(np.where(causal, right * scores, -np.inf))
-        by_head = scores.swapaxes(0, 1)
-        yield "softmax over the heads", softmax((right * by_head).transpose(1, 2, 3, 0)).transpose(0, 3, 1, 2)
-
-    def _context(self) -> Iterator[Guess]:
-        probs, value = self._at("attn.probs"), self._at("attn.value")
-        apart = np.einsum("bhqm,bmhk->bhqk", probs, value)
-        yield "heads merged without moving the axis", self._shaped(apart)
-        yield "heads merged in the wrong order", self._shaped(apart.transpose(0, 2, 3, 1))
-        yield "attention over the queries", self._shaped(np.einsum("bhmq,bmhk->bqhk", probs, value))
-        yield "keys attended to", self._shaped(np.einsum("bhqm,bmhk->bqhk", probs, self._at("attn.key")))
-
-    def _hidden(self) -> Iterator[Guess]:
-        before, right = self._at("mlp.fc1"), ACTIVATIONS[self.config.hidden_act]
-        yield "no activation", before
-        yield "activation applied twice", right(right(before))
-        for name, label in NAMED.items():
-            yield label, ACTIVATIONS[name](before)
-
-    def _entering(self) -> NDArray:
-        """The stream that is normalised, or added to."""
-        halfway = self.kind in ("norm2", "mlp.residual")
-        return self._at("attn.residual") if halfway else np.asarray(self.stream, np.float64)
-
-    def _residual(self) -> Iterator[Guess]:
-        stream, out = self._entering(), self._at(_BRANCHES[self.kind])
-        normed = self._at("norm2" if self.kind == "mlp.residual" else "norm1")
-        yield "residual left out", out
-        yield "branch left out", stream
-        yield "residual taken after the norm", normed + out
-        yield "residual added twice", 2 * stream + out
-        yield "branch added twice", stream + 2 * out
-        yield "branch subtracted", stream - out
-        if self.kind == "mlp.residual":
-            yield "residual taken from before the attention", np.asarray(self.stream, np.float64) + out
-
-    def _paths(self, leaf: str) -> list[str]:
-        return [path.removesuffix(leaf) for path in self.parameters if path.endswith(leaf)]
-
-    def _not_normalised(self) -> str | None:
-        if self.kind == "mlp.fc1":
-            return f"{self.block}.attn.residual"
-        return stream_before(self.site, self.config.num_hidden_layers) if self.kind in _AFTER_NORM1 else None
-
-    def _like(self, x: NDArray) -> Iterator[tuple[str, NDArray]]:
-        """The values of x's shape that came before this site in its own block or right before it."""
-        stream = stream_before(self.site, self.config.num_hidden_layers)
-        for site, value in self.trace.items():
-            if site == self.site:
-                continue
-            if value.shape == x.shape and (site == stream or (self.block and site.startswith(f"{self.block}."))):
-                yield site, value
-
-
-_AFTER_NORM1 = ("attn.query", "attn.key", "attn.value")
-_ROLES = ("query", "key", "value")
-# What is added to the stream.
-_BRANCHES = {"attn.residual": "attn.out", "mlp.residual": "mlp.out"}
-# Where a matrix product in a block takes its input from.
-_INPUTS = {
-    "attn.query": "norm1",
-    "attn.key": "norm1",
-    "attn.value": "norm1",
-    "attn.out": "attn.context",
-    "mlp.fc1": "norm2",
-    "mlp.out": "mlp.hidden",
-}
-
-
-def _named(path: str) -> str:
-    """A parameter path as its site."""
-    return path.replace("blocks.", "block.").replace("mlp.fc2", "mlp.out")
+def list_roundings(site: str, rounded: Callable[[NDArray], NDArray]) -> Iterator[KnownBug]:
+    """Products whose operands were rounded first; at a site without a product this changes nothing."""
+    operands = equip(lambda layer: {"operand": rounded})
+    if split(site)[1] != "attn.probs":
+        yield KnownBug("inputs of the product", operands)
+    else:
+        yield KnownBug("inputs of the scores", operands)
+        yield KnownBug("scores", compute(lambda *args: right.softmax(rounded(right.scores(*args)))))

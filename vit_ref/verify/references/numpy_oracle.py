@@ -1,15 +1,19 @@
 """The NumPy oracle: a ViT written from the papers, in float64, on a checkpoint's own tensors and names.
 
 Independent on purpose: it shares no code with the model, the weight map or jax, so what both get wrong in the same way
-has to be wrong twice. Tensors carry Hugging Face's PyTorch names and shapes. Sources: Dosovitskiy et al. (2021), eq.
-1-4 (the model); Vaswani et al. (2017), eq. 1 (attention); Ba et al. (2016), eq. 3-4 (LayerNorm); Hendrycks and Gimpel
-(2016), section 2 (GELU and its two approximations).
+has to be wrong twice; the names of the sites and their order are all that it takes from elsewhere. Tensors carry
+Hugging Face's PyTorch names and shapes. Sources: Dosovitskiy et al. (2021), eq. 1-4 (the model); Vaswani et al. (2017),
+eq. 1 (attention); Ba et al. (2016), eq. 3-4 (LayerNorm); Hendrycks and Gimpel (2016), section 2 (GELU and its two
+approximations).
+
+`STEPS` is the model, a formula for each site. The diagnosis edits one of them at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from copy import copy
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import sites, stream_before
 from vit_ref.verify.compare.trace import Trace
 
 
@@ -43,22 +48,166 @@ ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
 }
 
 
-def layer_norm(x: NDArray, scale: NDArray, bias: NDArray, epsilon: float) -> NDArray:
-    """Ba et al. (2016), eq. 3-4, over the last axis, in x's dtype."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = np.square(centred).mean(axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + x.dtype.type(epsilon)) * scale + bias
+def centred(x: NDArray) -> NDArray:
+    """Without the mean over the last axis."""
+    return x - x.mean(axis=-1, keepdims=True)
 
 
-def softmax(scores: NDArray) -> NDArray:
-    """Over the last axis."""
-    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+def softmax(scores: NDArray, axis: int = -1) -> NDArray:
+    """Over one axis, by default the last."""
+    exponentials = np.exp(scores - scores.max(axis=axis, keepdims=True))
+    return exponentials / exponentials.sum(axis=axis, keepdims=True)
 
 
 def whole(operand: NDArray) -> NDArray:
     """An operand of a product as it is, not rounded."""
     return operand
+
+
+class Layer(NamedTuple):
+    """What a site's formula is given besides the values that it reads.
+
+    Attributes:
+      config: the model's configuration.
+      dtype: the dtype of the computation.
+      tensors: the site's own, by the last part of their names, in that dtype.
+      operand: what is done to each operand of a product before they are multiplied.
+    """
+
+    config: ViTConfig
+    dtype: np.dtype
+    tensors: Mapping[str, NDArray]
+    operand: Callable[[NDArray], NDArray] = whole
+
+    def product(self, left: NDArray, right: NDArray) -> NDArray:
+        """The matrix product."""
+        return self.operand(left) @ self.operand(right)
+
+
+# Makes a site's value of its layer and of the values that it reads. Letters in the shapes are those of `vit_ref.sites`.
+Formula = Callable[..., NDArray]
+
+
+def patches(layer: Layer, pixels: NDArray) -> NDArray:
+    """Pixels (B, height, width, C) -> (B, P, D)."""
+    config, kernel = layer.config, layer.tensors["weight"]
+    (height, width), (rows, columns) = config.patch_hw, config.grid(pixels.shape[1:3])
+    # Patches row by row; inside one, channel first, then row, then column, as PyTorch's kernel is laid out.
+    cut = pixels.reshape(-1, rows, height, columns, width, config.num_channels).transpose(0, 1, 3, 5, 2, 4)
+    flat = kernel.reshape(config.hidden_size, -1)
+    return layer.product(cut.reshape(len(pixels), rows * columns, -1), flat.T) + layer.tensors["bias"]
+
+
+def tokens(layer: Layer, patches: NDArray) -> NDArray:
+    """The cls token, then the patches: (B, N, D)."""
+    cls_token = np.broadcast_to(layer.tensors["cls_token"], (len(patches), 1, patches.shape[-1]))
+    return np.concatenate([cls_token, patches], axis=1)
+
+
+def embeddings(layer: Layer, patches: NDArray) -> NDArray:
+    """Tokens and their positions."""
+    return tokens(layer, patches) + layer.tensors["position_embeddings"]
+
+
+def affine(layer: Layer, x: NDArray) -> NDArray:
+    """Scale and bias of a LayerNorm."""
+    return x * layer.tensors["weight"] + layer.tensors["bias"]
+
+
+def norm(layer: Layer, x: NDArray) -> NDArray:
+    """Ba et al. (2016), eq. 3-4, over the last axis, in x's dtype."""
+    apart = centred(x)
+    variance = np.square(apart).mean(axis=-1, keepdims=True)
+    return affine(layer, apart / np.sqrt(variance + x.dtype.type(layer.config.layer_norm_eps)))
+
+
+def linear(layer: Layer, x: NDArray) -> NDArray:
+    """A kernel, and a bias where there is one."""
+    y = layer.product(x, layer.tensors["weight"].T)
+    return y + layer.tensors["bias"] if "bias" in layer.tensors else y
+
+
+def heads(layer: Layer, x: NDArray) -> NDArray:
+    """A projection for each head: (B, N, H, K)."""
+    return linear(layer, x).reshape(*x.shape[:2], layer.config.num_attention_heads, layer.config.head_dim)
+
+
+def scores(layer: Layer, query: NDArray, key: NDArray) -> NDArray:
+    """Scaled products of each query with each key: (B, H, N, N)."""
+    products = layer.product(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1))
+    return products / layer.dtype.type(np.sqrt(layer.config.head_dim))
+
+
+def probs(layer: Layer, query: NDArray, key: NDArray) -> NDArray:
+    """Vaswani et al. (2017), eq. 1, without the value."""
+    return softmax(scores(layer, query, key))
+
+
+def context(layer: Layer, probs: NDArray, value: NDArray) -> NDArray:
+    """What each query gathers, the heads beside each other again: (B, N, D)."""
+    gathered = layer.product(probs, value.transpose(0, 2, 1, 3))
+    return gathered.transpose(0, 2, 1, 3).reshape(*value.shape[:2], -1)
+
+
+def logits(layer: Layer, norm: NDArray) -> NDArray:
+    """The head on the cls token: (B, L)."""
+    return linear(layer, norm[:, 0])
+
+
+def pooler(layer: Layer, norm: NDArray) -> NDArray:
+    """The pooler on the cls token: (B, O)."""
+    return ACTIVATIONS[layer.config.pooler_act](logits(layer, norm))
+
+
+def _add(layer: Layer, branch: NDArray, stream: NDArray) -> NDArray:
+    return branch + stream
+
+
+class Step(NamedTuple):
+    """How the value at a kind of site is made.
+
+    Attributes:
+      formula: makes it.
+      reads: the values that the formula takes: "pixels", sites of the same block or outside all blocks, or "stream",
+        which is what enters the block.
+      layer: Hugging Face's name of its parameters, inside a block without the block's.
+    """
+
+    formula: Formula
+    reads: tuple[str, ...]
+    layer: str = ""
+
+
+# The whole model.
+STEPS: dict[str, Step] = {
+    "patches": Step(patches, ("pixels",), "embeddings.patch_embeddings.projection"),
+    "embeddings": Step(embeddings, ("patches",), "embeddings"),
+    "norm1": Step(norm, ("stream",), "layernorm_before"),
+    "attn.query": Step(heads, ("norm1",), "attention.attention.query"),
+    "attn.key": Step(heads, ("norm1",), "attention.attention.key"),
+    "attn.value": Step(heads, ("norm1",), "attention.attention.value"),
+    "attn.probs": Step(probs, ("attn.query", "attn.key")),
+    "attn.context": Step(context, ("attn.probs", "attn.value")),
+    "attn.out": Step(linear, ("attn.context",), "attention.output.dense"),
+    "attn.residual": Step(_add, ("attn.out", "stream")),
+    "norm2": Step(norm, ("attn.residual",), "layernorm_after"),
+    "mlp.fc1": Step(linear, ("norm2",), "intermediate.dense"),
+    "mlp.hidden": Step(lambda layer, x: ACTIVATIONS[layer.config.hidden_act](x), ("mlp.fc1",)),
+    "mlp.out": Step(linear, ("mlp.hidden",), "output.dense"),
+    "mlp.residual": Step(_add, ("mlp.out", "attn.residual")),
+    "norm": Step(norm, ("stream",), "layernorm"),
+    "pooler": Step(pooler, ("norm",), "pooler.dense"),
+    "logits": Step(logits, ("norm",), "classifier"),
+    "cls": Step(lambda layer, norm: norm[:, 0], ("norm",)),
+}
+
+_LEAVES = ("weight", "bias", "cls_token", "position_embeddings")
+
+
+def split(site: str) -> tuple[str, str]:
+    """A site's block and kind: of "block.3.attn.query" "block.3." and "attn.query", outside the blocks "" and all."""
+    parts = site.split(".", 2)
+    return (f"{parts[0]}.{parts[1]}.", parts[2]) if len(parts) > 1 else ("", site)
 
 
 class NumpyOracle:
@@ -67,12 +216,17 @@ class NumpyOracle:
     Args:
       config: the model's configuration.
       tensors: Hugging Face's names (with or without "vit.") and shapes, any float dtype.
+
+    Attributes:
+      sites: all sites in order.
     """
 
     name = "NumPy"
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, NDArray]):
         self.config = config
+        self.sites = [site.name for site in sites(config, 1)]
+        self._edits: dict[str, Step] = {}
         self.fill(tensors)
 
     def fill(self, tensors: Mapping[str, NDArray]) -> None:
@@ -83,8 +237,7 @@ class NumpyOracle:
         self, pixels: NDArray, dtype: DTypeLike = np.float64, replace: Mapping[str, NDArray] | None = None
     ) -> Trace:
         """See `Port.trace`; what is replaced is not computed, and its replacement recorded."""
-        operand = self.operands(np.dtype(dtype))
-        return _Pass(self.config, self.tensors, np.dtype(dtype), replace, operand=operand).run(pixels)
+        return self._run(pixels, np.dtype(dtype), replace or {}, self.sites)
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
         """What is done to each operand of a product before they are multiplied: here nothing."""
@@ -98,7 +251,11 @@ class NumpyOracle:
           pixels: as in `trace`.
           known: values by site, taken as they are.
         """
-        return _Pass(self.config, self.tensors, np.dtype(np.float64), known, until=site).run(pixels)[site]
+        needed = {site}
+        for name in reversed(self.sites):
+            if name in needed and name not in known:
+                needed.update(self.reads(name))
+        return self._run(pixels, np.dtype(np.float64), known, needed)[site]
 
     def formulas(self, pixels: NDArray, shown: Mapping[str, NDArray]) -> Trace:
         """What the right formula of each site makes, in float64, of the values that somebody shows before it.
@@ -107,115 +264,55 @@ class NumpyOracle:
           pixels: as in `trace`.
           shown: somebody's values by site; a site that is not among them has the right formula's own.
         """
-        right = _Formulas(self.config, self.tensors, np.dtype(np.float64), shown)
-        right.run(pixels)
-        return right.made
+        dtype, made = np.dtype(np.float64), Trace()
+        values = {"pixels": pixels.astype(dtype)}
+        for site in self.sites:
+            made[site] = self._make(site, values, dtype)
+            values[site] = shown[site].astype(dtype) if site in shown else made[site]
+        return made
 
+    def edited(self, site: str, step: Step) -> NumpyOracle:
+        """An oracle that makes the value at one site in another way."""
+        other = copy(self)
+        other._edits = {site: step}
+        return other
 
-class _ReachedError(Exception):
-    """The last site that was asked for has its value."""
+    def before(self, site: str, known: Mapping[str, NDArray]) -> Trace:
+        """What of some values comes before a site."""
+        return {name: known[name] for name in self.sites[: self.sites.index(site)] if name in known}
 
+    def step(self, site: str) -> Step:
+        """How the value at a site is made."""
+        return self._edits.get(site) or STEPS[split(site)[1]]
 
-class _Pass:
-    """One forward pass, in one dtype, that stops at a site where it is told to, from products of rounded operands."""
+    def reads(self, site: str) -> tuple[str, ...]:
+        """The sites that a site's formula reads, or "pixels"."""
+        return tuple(self.read(site, name) for name in self.step(site).reads)
 
-    def __init__(
-        self,
-        config: ViTConfig,
-        tensors: Mapping[str, NDArray],
-        dtype: np.dtype,
-        known: Mapping[str, NDArray] | None = None,
-        until: str | None = None,
-        operand: Callable[[NDArray], NDArray] = whole,
-    ):
-        self.config, self.tensors, self.dtype = config, tensors, dtype
-        self.known, self.until, self.operand = known or {}, until, operand
-        self.trace: Trace = {}
+    def read(self, site: str, name: str) -> str:
+        """The site that a name among `Step.reads` means."""
+        if name == "stream":
+            return stream_before(site, self.config.num_hidden_layers) or ""
+        return f"{split(site)[0]}{name}"
 
-    def run(self, pixels: NDArray) -> Trace:
-        with contextlib.suppress(_ReachedError):
-            self.forward(pixels.astype(self.dtype))
-        return self.trace
+    def own(self, site: str) -> dict[str, NDArray]:
+        """A site's tensors, by the last part of their names."""
+        block, _ = split(site)
+        prefix = f"{block.replace('block.', 'encoder.layer.')}{self.step(site).layer}."
+        return {leaf: self.tensors[prefix + leaf] for leaf in _LEAVES if prefix + leaf in self.tensors}
 
-    def at(self, site: str, compute: Callable[[], NDArray]) -> NDArray:
+    def _run(self, pixels: NDArray, dtype: np.dtype, known: Mapping[str, NDArray], needed: Collection[str]) -> Trace:
+        values = {"pixels": pixels.astype(dtype)}
         # In half precision the token stream is wider than the products: what takes its place may be, too.
-        wide = np.promote_types(self.dtype, np.float32)
-        self.trace[site] = self.known[site].astype(wide) if site in self.known else compute()
-        if site == self.until:
-            raise _ReachedError
-        return self.trace[site]
+        wide = np.promote_types(dtype, np.float32)
+        for site in self.sites:
+            if site in needed:
+                values[site] = known[site].astype(wide) if site in known else self._make(site, values, dtype)
+        del values["pixels"]
+        return values
 
-    def weight(self, name: str) -> NDArray:
-        return self.tensors[name].astype(self.dtype)
-
-    def product(self, left: NDArray, right: NDArray) -> NDArray:
-        return self.operand(left) @ self.operand(right)
-
-    def linear(self, name: str, x: NDArray) -> NDArray:
-        y = self.product(x, self.weight(f"{name}.weight").T)
-        return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
-
-    def norm(self, name: str, x: NDArray) -> NDArray:
-        return layer_norm(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"), self.config.layer_norm_eps)
-
-    def patches(self, pixels: NDArray) -> NDArray:
-        (height, width), (rows, columns) = self.config.patch_hw, self.config.grid(pixels.shape[1:3])
-        batch, channels = len(pixels), self.config.num_channels
-        # Patches row by row; inside one, channel first, then row, then column, as PyTorch's kernel is laid out.
-        cut = pixels.reshape(batch, rows, height, columns, width, channels).transpose(0, 1, 3, 5, 2, 4)
-        projection = "embeddings.patch_embeddings.projection"
-        kernel = self.weight(f"{projection}.weight").reshape(self.config.hidden_size, -1)
-        return self.product(cut.reshape(batch, rows * columns, -1), kernel.T) + self.weight(f"{projection}.bias")
-
-    def embeddings(self, patches: NDArray) -> NDArray:
-        cls_token = np.broadcast_to(self.weight("embeddings.cls_token"), (len(patches), 1, patches.shape[-1]))
-        return np.concatenate([cls_token, patches], axis=1) + self.weight("embeddings.position_embeddings")
-
-    def forward(self, pixels: NDArray) -> None:
-        config, at = self.config, self.at
-        patches = at("patches", lambda: self.patches(pixels))
-        x = at("embeddings", lambda: self.embeddings(patches))
-        for i in range(config.num_hidden_layers):
-            x = self.block(f"block.{i}", f"encoder.layer.{i}", x)
-        cls = at("norm", lambda: self.norm("layernorm", x))[:, 0]
-        if config.pooler:
-            at("pooler", lambda: ACTIVATIONS[config.pooler_act](self.linear("pooler.dense", cls)))
-        if config.num_labels:
-            at("logits", lambda: self.linear("classifier", cls))
-        if not (config.pooler or config.num_labels):
-            at("cls", lambda: cls)
-
-    def block(self, site: str, layer: str, x: NDArray) -> NDArray:
-        at = self.at
-        normed = at(f"{site}.norm1", lambda: self.norm(f"{layer}.layernorm_before", x))
-        heads = (*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
-
-        def projected(role: str) -> NDArray:
-            name = f"{layer}.attention.attention.{role}"
-            return at(f"{site}.attn.{role}", lambda: self.linear(name, normed).reshape(heads)).transpose(0, 2, 1, 3)
-
-        query, key, value = projected("query"), projected("key"), projected("value")
-        scale = self.dtype.type(np.sqrt(self.config.head_dim))
-        probs = at(f"{site}.attn.probs", lambda: softmax(self.product(query, key.transpose(0, 1, 3, 2)) / scale))
-        context = at(f"{site}.attn.context", lambda: self.product(probs, value).transpose(0, 2, 1, 3).reshape(x.shape))
-        attended = at(f"{site}.attn.out", lambda: self.linear(f"{layer}.attention.output.dense", context))
-        middle = at(f"{site}.attn.residual", lambda: attended + x)
-        normed_middle = at(f"{site}.norm2", lambda: self.norm(f"{layer}.layernorm_after", middle))
-        before = at(f"{site}.mlp.fc1", lambda: self.linear(f"{layer}.intermediate.dense", normed_middle))
-        hidden = at(f"{site}.mlp.hidden", lambda: ACTIVATIONS[self.config.hidden_act](before))
-        transformed = at(f"{site}.mlp.out", lambda: self.linear(f"{layer}.output.dense", hidden))
-        return at(f"{site}.mlp.residual", lambda: transformed + middle)
-
-
-class _Formulas(_Pass):
-    """A pass that makes its own value at every site, and goes on from what is known there."""
-
-    made: Trace
-
-    def run(self, pixels: NDArray) -> Trace:
-        self.made = {}
-        return super().run(pixels)
-
-    def at(self, site: str, compute: Callable[[], NDArray]) -> NDArray:
-        self.made[site] = compute()
-        return super().at(site, lambda: self.made[site])
+    def _make(self, site: str, values: Mapping[str, NDArray], dtype: np.dtype) -> NDArray:
+        step = self.step(site)
+        own = {name: tensor.astype(dtype) for name, tensor in self.own(site).items()}
+        layer = Layer(self.config, dtype, own, self.operands(dtype))
+        return step.formula(layer, *(values[name] for name in self.reads(site)))

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from vit_ref.model.sites import OUTPUTS
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
 from vit_ref.verify.report.text import met, wrong_alone
-from vit_ref.verify.results import CandidateReport, Check, ParityReport, SiteResult, Status
+from vit_ref.verify.results import CandidateReport, Cause, Check, ParityReport, SiteResult, Status
 
 SCHEMA = Path(__file__).with_name("schema.json")
 _SITES = ("patches", "embeddings", "norm", *OUTPUTS)
@@ -70,7 +70,7 @@ def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
         "objectives": report.objectives,
         "passed": all(check.status in ("passed", "not observed", "expected failure") for check in checks),
         "first_divergence": failures[0].site if failures else None,
-        "causes": [{"text": str(cause), **_numbers(cause._asdict())} for cause in report.causes],
+        "causes": [_cause(cause) for cause in report.causes],
         "beyond_rounding": report.beyond,
         "place": report.place,
         "hidden": list(report.hidden),
@@ -113,8 +113,9 @@ def _error(error: Error | None) -> dict[str, Any] | None:
     return error and {"rms": _number(error.rms), "max": _number(error.max)}
 
 
-def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: _number(value) if isinstance(value, float) else value for name, value in fields.items()}
+def _cause(cause: Cause) -> dict[str, Any]:
+    errors = {"before": _number(cause.before), "after": _number(cause.after)}
+    return {"text": str(cause), "label": cause.label, "site": cause.site, **errors}
 
 
 def _number(value: float | None) -> float | str | None:
