@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from vit_ref.bench.session import able, implementations, workloads
+from vit_ref.bench.session import list_implementations, list_workloads, select_able
 from vit_ref.errors import InputError
 
 
@@ -16,11 +16,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     asked = (metafunc.config.getoption(name) for name in ("size", "batch", "bench_precision"))
     try:
-        found = workloads(*asked, [])
+        found = list_workloads(*asked, [])
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
-    names = implementations([])
-    metafunc.parametrize(("workload", "name"), [(each, name) for each in found for name in able(each, names)], ids=str)
+    names = list_implementations([])
+    metafunc.parametrize(
+        ("workload", "name"), [(each, name) for each in found for name in select_able(each, names)], ids=str
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from vit_ref.bench.contenders import stepping
+from vit_ref.bench.contenders import chain_steps
 from vit_ref.bench.workload import Workload
 from vit_ref.finetune.step import split_step, train_step
 from vit_ref.verify.candidates.own import OwnCandidate
@@ -38,14 +38,14 @@ def _bare() -> Callable[..., Any]:
         return jax.tree.leaves(after), loss
 
     images = tuple(map(jax.device_put, WORK.inputs()))
-    return stepping(jax.jit(flat, donate_argnums=0).lower(leaves, *images).compile(), leaves, *images)
+    return chain_steps(jax.jit(flat, donate_argnums=0).lower(leaves, *images).compile(), leaves, *images)
 
 
 def _split_once() -> Callable[..., Any]:
     """As `vit_ref.finetune` steps: a jitted function of the state, which is split once."""
     graph, state = nnx.split(_pair())
     step = jax.jit(partial(split_step, graph), donate_argnums=0)
-    return stepping(step, state, *map(jax.device_put, WORK.inputs()))
+    return chain_steps(step, state, *map(jax.device_put, WORK.inputs()))
 
 
 def _nnx_jit() -> Callable[..., Any]:

@@ -13,11 +13,11 @@ from flax import nnx
 
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import open_dataset
-from vit_ref.finetune.loading import Batches, batches
-from vit_ref.finetune.mesh import divided, mesh_for, shardings
-from vit_ref.finetune.optimizer import transformation
+from vit_ref.finetune.loading import Batches, load_batches
+from vit_ref.finetune.mesh import choose_shardings, divide_batch, make_mesh
+from vit_ref.finetune.optimizer import make_transformation
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.run import learner
+from vit_ref.finetune.run import compile_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 
@@ -32,20 +32,20 @@ RECIPE = Recipe(batch_size=16)
 def _loader() -> Batches:
     training = open_dataset(None, "train")
     options: dict[str, Any] = {"batch_size": RECIPE.batch_size, "seed": 0, "epochs": 100}
-    return batches(training, CONFIG, augment=Augmentation(), **options)
+    return load_batches(training, CONFIG, augment=Augmentation(), **options)
 
 
 def _step() -> Callable[[dict[str, np.ndarray]], jax.Array]:
     model = VisionTransformer(CONFIG, rngs=nnx.Rngs(0))
     model.train()
-    optimizer = nnx.Optimizer(model, transformation(RECIPE, 1000, CONFIG.num_hidden_layers), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, make_transformation(RECIPE, 1000, CONFIG.num_hidden_layers), wrt=nnx.Param)
     graph, state = nnx.split((model, optimizer))
-    mesh = mesh_for(RECIPE.batch_size)
-    learn = learner(graph, shardings(state, CONFIG, mesh, "data"), mesh, RECIPE)
+    mesh = make_mesh(RECIPE.batch_size)
+    learn = compile_step(graph, choose_shardings(state, CONFIG, mesh, "data"), mesh, RECIPE)
     held = [state]
 
     def step(batch: dict[str, np.ndarray]) -> jax.Array:
-        pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
+        pixels, labels = divide_batch(batch["pixels"], mesh), divide_batch(batch["label"], mesh)
         held[0], loss = learn(held[0], pixels, labels, np.int32(1))
         return loss
 

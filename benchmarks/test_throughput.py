@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vit_ref.bench.measure import Timing, fitting
+from vit_ref.bench.measure import Timing, build_fitting
 from vit_ref.bench.queueing import passes_at_once
 from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
@@ -23,7 +23,7 @@ def test_throughput(benchmark: Any, workload: Workload, name: str) -> None:
     notes: list[str] = []
     roofline = Roofline(workload.numerics)  # before the contender: what fits has to fit beside it
     try:
-        fitted, (contender,) = fitting(workload, [name], notes.append)
+        fitted, (contender,) = build_fitting(workload, [name], notes.append)
     except UnbuildableError as error:
         pytest.skip(str(error))
     benchmark.group = str(fitted)

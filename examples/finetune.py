@@ -35,11 +35,11 @@ from vit_ref.finetune import (
     draw,
     finetune,
     illustrate,
+    make_starting_model,
     open_dataset,
     plots,
     predict,
-    starting_model,
-    summary,
+    summarise,
 )
 
 CHECKPOINT = None
@@ -61,12 +61,12 @@ training = open_dataset(DATA, SPLITS[0], classes=CLASSES)
 validation = open_dataset(DATA, SPLITS[1], classes=training.classes)
 print(f"{len(training)} + {len(validation)} images of {len(training.classes)} classes: {', '.join(training.classes)}")
 
-model = starting_model(CHECKPOINT, training.classes, recipe)
+model = make_starting_model(CHECKPOINT, training.classes, recipe)
 augmented = np.stack([draw(training, model.config, Augmentation(), seed=0, epoch=0, index=i) for i in range(8)])
-plots.batches(
+plots.plot_batches(
     OUT / "before-and-after.png",
     [training[i].image for i in range(8)],
-    plots.visible(augmented, model.config),
+    plots.make_visible(augmented, model.config),
     [training.classes[training[i].label] for i in range(8)],
 )
 
@@ -89,7 +89,7 @@ if importlib.util.find_spec("transformers"):
 
 # %%
 outcome = finetune(CHECKPOINT, training, validation, OUT / "run", recipe, Conduct(quiet=True))
-print(summary(outcome))
+print(summarise(outcome))
 for name, accuracy in zip(validation.classes, outcome.evaluation.per_class, strict=True):
     print(f"  {accuracy:6.1%}  {name}")
 

@@ -20,12 +20,12 @@ from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import precision_of
 from vit_ref.weights import pretrained
-from vit_ref.weights.mapping import Tensors, parameter_shapes
+from vit_ref.weights.mapping import Tensors, list_parameters
 
 
 def _filled(config: ViTConfig, dtype: DTypeLike | None = None) -> VisionTransformer:
     rng = np.random.default_rng(0)
-    shapes = parameter_shapes(config).items()
+    shapes = list_parameters(config).items()
     return pretrained.build(
         config, {path: rng.normal(size=shape).astype(np.float32) / 4 for path, shape in shapes}, dtype=dtype
     )
@@ -57,7 +57,7 @@ def _traced(config: ViTConfig, parameters: Tensors, pixels: NDArray) -> Trace:
     with precision_of(np.float64).active():
         graph, shapes = _skeleton(config)
         recorded = jax.device_get(
-            _observe(graph, pretrained.with_arrays(shapes, parameters), jnp.asarray(pixels, np.float64))
+            _observe(graph, pretrained.replace_arrays(shapes, parameters), jnp.asarray(pixels, np.float64))
         )
     # jit returns a dictionary's entries in alphabetical order.
     return {site.name: recorded[site.name] for site in sites(config, len(pixels))}

@@ -17,10 +17,10 @@ import pytest
 from vit_ref.bench import contenders, measure, queueing, roofline, session
 from vit_ref.bench.compiling import Cost, compile_twice
 from vit_ref.bench.contenders import Contender, Entry
-from vit_ref.bench.measure import Timing, fitting, race
+from vit_ref.bench.measure import Timing, build_fitting, race
 from vit_ref.bench.report import table
 from vit_ref.bench.roofline import Roofline
-from vit_ref.bench.session import implementations, workloads
+from vit_ref.bench.session import list_implementations, list_workloads
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError, OutOfMemoryError
 from vit_ref.model import attention
@@ -87,7 +87,7 @@ def test_passes_are_queued_and_the_last_one_is_waited_for(monkeypatch: pytest.Mo
     done: list[Any] = []
     monkeypatch.setattr(queueing.jax, "block_until_ready", lambda result: (done.append(result), result)[1])
     launches = iter(range(9))
-    run = queueing.queued(lambda: next(launches))
+    run = queueing.queue_passes(lambda: next(launches))
     assert (run(), run(3), done) == (0, 3, [0, 3])
 
 
@@ -107,7 +107,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(error: Exception, monkeypatc
 
     monkeypatch.setitem(measure.CONTENDERS, "greedy", Entry(build))
     said: list[str] = []
-    fitted, (contender,) = fitting(WORK, ["greedy"], said.append)
+    fitted, (contender,) = build_fitting(WORK, ["greedy"], said.append)
     assert (fitted.batch, contender.name) == (2, "greedy")
     assert said == [
         "forward, Ti/16, batch 8, float32: out of memory, going on with batch 4",
@@ -124,10 +124,10 @@ def test_what_does_not_fit_at_all_is_an_error_and_other_errors_stay_themselves(m
 
     monkeypatch.setitem(measure.CONTENDERS, "greedy", Entry(failing("RESOURCE_EXHAUSTED")))
     with pytest.raises(OutOfMemoryError, match="batch 1, float32: one image does not fit"):
-        fitting(WORK, ["greedy"], lambda line: None)
+        build_fitting(WORK, ["greedy"], lambda line: None)
     monkeypatch.setitem(measure.CONTENDERS, "greedy", Entry(failing("no such layer")))
     with pytest.raises(RuntimeError, match=r"^no such layer$"):
-        fitting(WORK, ["greedy"], lambda line: None)
+        build_fitting(WORK, ["greedy"], lambda line: None)
 
 
 def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_path: Any) -> None:
@@ -213,15 +213,15 @@ def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypat
     monkeypatch.setitem(measure.CONTENDERS, "one", Entry(build))
     monkeypatch.setattr(roofline, "_product", product)
     workload = WORK._replace(precision="tensorfloat32")
-    fitting(workload, ["one"], lambda line: None)
+    build_fitting(workload, ["one"], lambda line: None)
     Roofline(workload.numerics)
     assert set(seen) == {"tensorfloat32"}
 
 
 def test_what_was_not_said_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert workloads([], [], [], []) == [WORK, WORK._replace(what="train")]
+    assert list_workloads([], [], [], []) == [WORK, WORK._replace(what="train")]
     monkeypatch.setattr(session.jax, "default_backend", lambda: "gpu")
-    assert [str(work) for work in workloads([], [], [], ["train"])] == [
+    assert [str(work) for work in list_workloads([], [], [], ["train"])] == [
         "train, B/16, batch 128, float32",
         "train, B/16, batch 128, mixed",
     ]
@@ -238,7 +238,7 @@ def test_what_was_not_said_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_what_is_not_known_is_said(arguments: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        workloads(*arguments)
+        list_workloads(*arguments)
 
 
 def hidden(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -249,12 +249,12 @@ def hidden(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_an_implementation_has_to_be_known_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"implementation is 'timm': give one of vit_ref, vit_ref-cudnn, FlaxViT, "):
-        implementations(["timm"])
+        list_implementations(["timm"])
     hidden(monkeypatch, "torch")
     said = r"^PyTorch's ViT needs torch: pip install 'vit-ref\[suite,torch\]'$"
     for name in ("PyTorch", "torch.compile"):
         with pytest.raises(InputError, match=said):
-            implementations(["vit_ref", name])
+            list_implementations(["vit_ref", name])
 
 
 @pytest.mark.parametrize(("flax", "torch"), [(True, False), (False, True)])
@@ -266,7 +266,7 @@ def test_what_is_installed_is_found(flax: bool, torch: bool, monkeypatch: pytest
     for name, require in fake.items():
         monkeypatch.setitem(measure.CONTENDERS, name, measure.CONTENDERS[name]._replace(require=require))
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: torch or name != "torch" or None)
-    assert implementations([]) == ["vit_ref", *["FlaxViT"] * flax, *["PyTorch", "torch.compile"] * torch]
+    assert list_implementations([]) == ["vit_ref", *["FlaxViT"] * flax, *["PyTorch", "torch.compile"] * torch]
 
 
 def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,8 +282,8 @@ def test_pytorchs_first_call_stands_for_its_compilation(monkeypatch: pytest.Monk
 
 
 def test_what_is_asked_for_twice_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert workloads(["Ti/16"] * 2, [8, 8], ["float32"] * 2, ["forward"] * 2) == [WORK]
-    assert implementations(["vit_ref", "vit_ref"]) == ["vit_ref"]
+    assert list_workloads(["Ti/16"] * 2, [8, 8], ["float32"] * 2, ["forward"] * 2) == [WORK]
+    assert list_implementations(["vit_ref", "vit_ref"]) == ["vit_ref"]
 
     def build(workload: Workload) -> Contender:
         if workload.batch > 2:
@@ -293,7 +293,7 @@ def test_what_is_asked_for_twice_is_done_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     stand_in(monkeypatch)
     # The larger batch comes down to the smaller one.
-    found = session.session(["Ti/16"], [4, 2], ["float32"], ["forward"], ["vit_ref"], 2, lambda line: None)
+    found = session.time_workloads(["Ti/16"], [4, 2], ["float32"], ["forward"], ["vit_ref"], 2, lambda line: None)
     assert [timing.workload.batch for group in found for timing in group] == [2]
 
 
@@ -302,7 +302,7 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     ready = Entry(lambda workload: Contender("vit_ref", lambda times=1: None, Cost(0.0)))
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", ready)
     said: list[str] = []
-    list(session.session(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
+    list(session.time_workloads(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
     assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]
 
 
@@ -322,17 +322,17 @@ def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypat
 
 def test_cudnns_attention_is_a_contender_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_capability", lambda: 0.0)
-    assert FUSED not in implementations([])
+    assert FUSED not in list_implementations([])
     with pytest.raises(InputError, match="cuDNN's attention needs one of NVIDIA's GPUs"):
-        implementations([FUSED])
+        list_implementations([FUSED])
     monkeypatch.setattr(attention, "_capability", lambda: 8.0)
-    assert FUSED in implementations([])
-    assert implementations([FUSED]) == [FUSED]
+    assert FUSED in list_implementations([])
+    assert list_implementations([FUSED]) == [FUSED]
 
 
 def test_cudnns_attention_is_timed_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     named = ["vit_ref", FUSED]
-    half, full = (session.able(WORK._replace(precision=name), named) for name in ("mixed", "float32"))
+    half, full = (session.select_able(WORK._replace(precision=name), named) for name in ("mixed", "float32"))
     assert (half, full) == (named, ["vit_ref"])
     monkeypatch.setattr(attention, "_capability", lambda: 8.0)
     stand_in(monkeypatch)
@@ -341,9 +341,9 @@ def test_cudnns_attention_is_timed_in_half_precision_alone(monkeypatch: pytest.M
         build = measure.CONTENDERS[name]._replace(build=lambda workload, ready=ready: ready)
         monkeypatch.setitem(measure.CONTENDERS, name, build)
     said: list[str] = []
-    found = session.session(["Ti/16"], [8], ["float32", "mixed"], ["forward"], named, 2, said.append)
+    found = session.time_workloads(["Ti/16"], [8], ["float32", "mixed"], ["forward"], named, 2, said.append)
     assert [[timing.name for timing in timings] for timings in found] == [["vit_ref"], named]
     why = "cuDNN's attention is for half precision: give --precision mixed"
     assert f"{WORK}: vit_ref-cudnn is not timed: {why}" in said
     with pytest.raises(InputError, match=f"^{why}$"):
-        next(session.session(["Ti/16"], [8], ["float32"], ["forward"], [FUSED], 2, said.append))
+        next(session.time_workloads(["Ti/16"], [8], ["float32"], ["forward"], [FUSED], 2, said.append))

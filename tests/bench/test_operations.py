@@ -9,7 +9,7 @@ import pytest
 
 from vit_ref.bench import contenders
 from vit_ref.bench.compiling import Cost
-from vit_ref.bench.workload import PASSES, Pass, Workload, operations
+from vit_ref.bench.workload import PASSES, Pass, Workload, count_operations
 from vit_ref.model.config import ViTConfig
 
 
@@ -41,7 +41,7 @@ def test_the_closed_form_is_that_of_the_papers() -> None:
     # He et al. 2022 (https://arxiv.org/abs/2111.06377) and the field count multiply-adds: 17.6 G for ViT-B/16,
     # 61.6 G for L/16, 4.6 G for S/16 and 1.26 G for Ti/16 at 224 pixels (timm's tables).
     for size, multiply_adds in (("Ti/16", 1.26e9), ("S/16", 4.6e9), ("B/16", 17.6e9), ("L/16", 61.6e9)):
-        found = sum(operations(ViTConfig.variant(size, num_labels=1000)).values()) / 2
+        found = sum(count_operations(ViTConfig.variant(size, num_labels=1000)).values()) / 2
         assert found == pytest.approx(multiply_adds, rel=0.01)  # they are given to three digits
 
 

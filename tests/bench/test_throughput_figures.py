@@ -38,7 +38,7 @@ def test_a_pass_is_what_is_timed(times: int, monkeypatch: pytest.MonkeyPatch) ->
     roofline = SimpleNamespace(measure=lambda: None, flops=lambda: 1e12)
     monkeypatch.setattr(throughput, "passes_at_once", lambda: times)
     monkeypatch.setattr(throughput, "Roofline", lambda numerics: roofline)
-    monkeypatch.setattr(throughput, "fitting", lambda workload, names, say: (workload, (contender,)))
+    monkeypatch.setattr(throughput, "build_fitting", lambda workload, names, say: (workload, (contender,)))
     benchmark = Benchmark()
     throughput.test_throughput(benchmark, WORK, "vit_ref")
     assert benchmark.stats.stats.data == [0.25] * 3

@@ -41,11 +41,11 @@ def functional(around: Callable[[Callable, dict[str, Any], Any], Any], **others:
     def load(path: Path, dtype: Any) -> tuple[Callable, dict[str, Any]]:
         model = vit_ref.from_pretrained(path, dtype=dtype)
         graph, shapes = skeleton(model.config, dtype)
-        parameters = {name: jnp.asarray(value, dtype) for name, value in pretrained.parameters_of(model).items()}
+        parameters = {name: jnp.asarray(value, dtype) for name, value in pretrained.get_parameters(model).items()}
 
         def forward(parameters: dict[str, Any], images: Any, **options: Any) -> Any:
             known = {name: value for name, value in parameters.items() if name not in others}
-            return nnx.merge(graph, pretrained.with_arrays(shapes, known))(images, **options)
+            return nnx.merge(graph, pretrained.replace_arrays(shapes, known))(images, **options)
 
         return (lambda parameters, images: around(forward, parameters, images)), {**parameters, **others}
 
@@ -68,11 +68,11 @@ def failures(*arguments: Any, **options: Any) -> list[str]:
 @pytest.mark.parametrize("layout", [mapping.HF, mapping.FLAX, mapping.TIMM], ids=lambda layout: layout.name)
 def test_one_gradient_that_is_not_finite_does_not_hide_the_others(layout: mapping.Layout, saved: Saved) -> None:
     model = vit_ref.from_pretrained(saved("one-block"))
-    named = mapping.export(pretrained.parameters_of(model), model.config, layout)
+    named = mapping.export(pretrained.get_parameters(model), model.config, layout)
     name = next(name for name in named if named[name].ndim == 1)
     named[name] = np.full_like(named[name], np.inf)
     found = recognised(vit_ref.Candidate(load=print, name="mine"), model.config, named)
-    assert found.keys() == mapping.parameter_shapes(model.config).keys()
+    assert found.keys() == mapping.list_parameters(model.config).keys()
     assert sum(not np.isfinite(value).all() for value in found.values()) >= 1
 
 

@@ -25,7 +25,7 @@ from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import CandidateReport
 from vit_ref.verify.session import check_port, prepare_candidate
 from vit_ref.weights import checkpoint
-from vit_ref.weights.pretrained import configuration
+from vit_ref.weights.pretrained import read_configuration
 
 ONLY_TORCH = pytest.mark.torch
 
@@ -167,7 +167,7 @@ def test_state_in_evaluation_mode_is_no_fault_under_a_transformation_of_nnx(
     worked = find(port(file))
     candidate = vit_ref.Candidate(load=partial(load, **{"linen_port" if load is bridged else "tutorial": worked}))
     source = checkpoint.read(saved("rectangular"))
-    config, pixels = configuration(source), CASES["rectangular"].images()
+    config, pixels = read_configuration(source), CASES["rectangular"].images()
     made = prepare_candidate(candidate, config, source)
     require_repeatable(made, pixels[:1])
     right = NumpyOracle(config, source.tensors).trace(pixels)["logits"]
@@ -186,7 +186,7 @@ def test_parameters_in_boxes_have_the_names_of_those_without(
 
     source = checkpoint.read(saved("rectangular"))
     made = [
-        prepare_candidate(each, configuration(source), source)
+        prepare_candidate(each, read_configuration(source), source)
         for each in (dataclasses.replace(worked, load=load), worked)
     ]
     boxed, plain = (each.by_path(each.ready(np.float32)[0]) for each in made)
@@ -204,7 +204,7 @@ def test_the_tutorials_port_is_right_on_the_given_checkpoints_once_it_is_correct
     if not paths:
         pytest.skip("needs real weights: --checkpoint DIR_OR_HUB_ID")
     for path in paths:
-        config = configuration(checkpoint.read(path))
+        config = read_configuration(checkpoint.read(path))
         if (config.hidden_act, config.layer_norm_eps, config.num_labels > 0) != ("gelu", 1e-6, True):
             pytest.skip(f"{path}: the tutorial's epsilon is 1e-6, its activation GELU, and it has a head")
         wrong = check_port(port("nnx_tutorial.py:wrong"), path, images=images, backward=False)

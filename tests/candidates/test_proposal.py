@@ -33,7 +33,7 @@ from vit_ref.verify.proposals.matching import Search
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint, mapping
-from vit_ref.weights.pretrained import configuration
+from vit_ref.weights.pretrained import read_configuration
 
 CASE = CASES["rectangular"]
 D, HEADS, DEPTH = CASE.config.hidden_size, CASE.config.num_attention_heads, CASE.config.num_hidden_layers
@@ -130,7 +130,7 @@ TUTORIAL_PARAMETERS = {
 
 def _ported(directory: Path) -> tuple[ViTConfig, dict[str, NDArray]]:
     source = checkpoint.read(directory)
-    config = configuration(source)
+    config = read_configuration(source)
     return config, mapping.port(source.tensors, config, mapping.detect(source.tensors))
 
 
@@ -170,7 +170,7 @@ def showing(
 
     def load(directory: Path) -> Any:
         source = checkpoint.read(directory)
-        oracle = NumpyOracle(dataclasses.replace(configuration(source), **fields), source.tensors)
+        oracle = NumpyOracle(dataclasses.replace(read_configuration(source), **fields), source.tensors)
 
         def forward(pixels: Any) -> tuple[NDArray, Mapping[str, Any]]:
             trace = oracle.trace(np.asarray(pixels))
@@ -230,7 +230,7 @@ def assert_can_be_pasted(proposal: Proposal, shape: tuple[int, ...] = (6, 6, 6, 
 
 def assert_shown_as_the_oracle_has_them(candidate: Candidate, directory: Path, sites: set[str]) -> None:
     source = checkpoint.read(directory)
-    config, pixels = configuration(source), CASE.images()
+    config, pixels = read_configuration(source), CASE.images()
     seen = prepare_candidate(candidate, config, source).trace(pixels, FLOAT64)
     assert seen.keys() == {*sites, "logits"}
     truth = NumpyOracle(config, source.tensors).trace(pixels)

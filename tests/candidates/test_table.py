@@ -24,8 +24,8 @@ from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint
-from vit_ref.weights.mapping import parameter_shapes
-from vit_ref.weights.pretrained import configuration
+from vit_ref.weights.mapping import list_parameters
+from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config
 BATCH, TOKENS, HEADS, WIDTH = 2, 17, 3, 33
@@ -225,7 +225,7 @@ def of_torch() -> Any:
 def test_submodules_may_be_numbered_with_zeros(load: Callable[[], Any], key: str, saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("one-block"))
     candidate = vit_ref.Candidate(load=lambda _: load(), sites={key: "block.{i}.norm1" if "{" in key else "norm"})
-    port = prepare_candidate(candidate, configuration(source), source)
+    port = prepare_candidate(candidate, read_configuration(source), source)
     found = port.trace(CASES["rectangular"].images(), FLOAT64)
     assert found.keys() == {"block.0.norm1" if "{" in key else "norm", "logits"}
     assert any(name.startswith("block0.") for name in port.parameters())
@@ -272,7 +272,7 @@ def test_one_table_serves_models_with_a_head_and_biases_and_without() -> None:
 
 def test_gradients_need_no_table_under_names_that_are_known() -> None:
     nothing = vit_ref.Candidate(load=print)
-    shapes = parameter_shapes(CONFIG)
+    shapes = list_parameters(CONFIG)
     assert recognised(nothing, CONFIG, CASES["rectangular"].checkpoint().tensors).keys() == shapes.keys()
     own = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     assert recognised(nothing, CONFIG, own).keys() == shapes.keys()
@@ -294,7 +294,7 @@ def test_a_site_replaced_or_perturbed_through_a_selection_is_so_inside(
     file: str, changed: Callable[[str], vit_ref.Candidate], port: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     source = checkpoint.read(saved("one-block"))
-    config = configuration(source)
+    config = read_configuration(source)
     pixels = CASES["rectangular"].images()[:2]
     own = OwnCandidate(config, source)
     theirs = prepare_candidate(changed(port(file)), config, source)

@@ -27,7 +27,7 @@ from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session, check_port, prepare_candidate
 from vit_ref.weights import checkpoint
-from vit_ref.weights.pretrained import configuration
+from vit_ref.weights.pretrained import read_configuration
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
 
@@ -47,7 +47,7 @@ def calling(candidate: vit_ref.Candidate, call: Callable) -> vit_ref.Candidate:
 
 def made(candidate: vit_ref.Candidate, saved: Callable[[str], Path]) -> Any:
     source = checkpoint.read(saved("rectangular"))
-    return prepare_candidate(candidate, configuration(source), source)
+    return prepare_candidate(candidate, read_configuration(source), source)
 
 
 def traced(candidate: vit_ref.Candidate, saved: Callable[[str], Path], dtype: Any = np.float64) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_bfloat16_comes_over_as_it_is(timm: vit_ref.Candidate, saved: Callable[[
 
 def test_a_port_with_a_tap_shows_its_values_itself(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("rectangular"))
-    own = OwnCandidate(configuration(source), source).trace(IMAGES, FLOAT64)
+    own = OwnCandidate(read_configuration(source), source).trace(IMAGES, FLOAT64)
     weight, bias = (torch.tensor(source.tensors[f"classifier.{leaf}"]) for leaf in ("weight", "bias"))
 
     class Head(torch.nn.Module):
@@ -144,7 +144,7 @@ def test_a_port_with_a_tap_shows_its_values_itself(saved: Callable[[str], Path])
         def forward(self, images: Any, tap: Callable) -> Any:
             return self.linear(tap("norm", torch.zeros(len(images), 17, 33, dtype=images.dtype))[:, 0])
 
-    port = prepare_candidate(vit_ref.Candidate(load=lambda _: Head()), configuration(source), source)
+    port = prepare_candidate(vit_ref.Candidate(load=lambda _: Head()), read_configuration(source), source)
     found = port.trace(IMAGES, FLOAT64, replace={"norm": own["norm"]})
     assert not found["norm"].any()
     assert error(found["logits"], own["logits"]).rms < SEMANTIC_RMS

@@ -32,7 +32,7 @@ from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port, prepare_candidate
 from vit_ref.weights import checkpoint
-from vit_ref.weights.pretrained import configuration
+from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config
 IMAGES = CASES["rectangular"].images()
@@ -82,7 +82,7 @@ def test_candidates_are_found_by_file_module_and_attribute(tmp_path: Path, monke
 
 def made(candidate: Any, saved: Callable[[str], Path]) -> Any:
     source = checkpoint.read(saved("rectangular"))
-    return prepare_candidate(candidate, configuration(source), source)
+    return prepare_candidate(candidate, read_configuration(source), source)
 
 
 def failing(_: Any) -> Any:
@@ -281,7 +281,7 @@ def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], save
 
 def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("headless"))
-    config = configuration(source)
+    config = read_configuration(source)
     plain = vit_ref.Candidate(
         load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine", call=lambda port, x: port(x)
     )
@@ -354,7 +354,7 @@ def test_a_port_that_is_float32_in_one_place_is_judged_there(saved: Callable[[st
 
 def test_a_right_port_in_numpy_passes_and_cannot_be_compiled(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("one-block"))
-    oracle = NumpyOracle(configuration(source), source.tensors)
+    oracle = NumpyOracle(read_configuration(source), source.tensors)
     checks = checks_of(lambda x: oracle.trace(np.asarray(x))["logits"], saved, backward=True)
     assert checks["forward/logits"].status == "passed"
     assert checks["behaviour/jit"].status == "failed"

@@ -20,7 +20,7 @@ from jax import Array
 
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.precision import precision_of
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 
 pytestmark = pytest.mark.xdist_group("derivatives")
 
@@ -33,7 +33,7 @@ def _group(path: str) -> str:
     return path.rpartition(".")[0] if path.endswith(LEAVES) else path
 
 
-GROUPS = sorted({_group(path) for path in parameter_shapes(CASES["rectangular"].config)} | {"pixels"})
+GROUPS = sorted({_group(path) for path in list_parameters(CASES["rectangular"].config)} | {"pixels"})
 Point = dict[str, Array]
 
 

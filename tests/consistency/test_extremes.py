@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import precision_of
-from vit_ref.weights.pretrained import build, parameters_of
+from vit_ref.weights.pretrained import build, get_parameters
 
 pytestmark = pytest.mark.xdist_group("extremes")
 
@@ -138,7 +138,7 @@ def differentiate() -> Callable[..., tuple]:
 def test_values_and_gradients_are_finite(extreme: Extreme, dtype: DTypeLike, example, differentiate) -> None:
     with precision_of(dtype).active(), jax.debug_nans(True):
         model, pixels, *_ = example(dtype)
-        parameters = parameters_of(model)
+        parameters = get_parameters(model)
         pixels = extreme.apply(parameters, np.asarray(pixels))
         graph, state = nnx.split(build(CONFIG, parameters, dtype=dtype))
         (loss, trace), gradients = differentiate(graph, state, pixels)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from vit_ref.errors import InputError
-from vit_ref.finetune.attention import attention_maps
+from vit_ref.finetune.attention import compute_attention_maps
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import precision_of
-from vit_ref.weights.pretrained import parameters_of
+from vit_ref.weights.pretrained import get_parameters
 
 
 def rolled_out(trace: Trace, depth: int) -> np.ndarray:
@@ -35,9 +35,9 @@ def test_maps_are_what_the_trace_has(
     config, pixels = case.config, case.images()
     with precision_of(np.float64).active():
         model = filled(config, dtype=np.float64)
-        last = attention_maps(model, pixels.astype(np.float64))
-        rollout = attention_maps(model, pixels.astype(np.float64), "rollout")
-    trace, depth = traced(config, parameters_of(model), pixels), config.num_hidden_layers
+        last = compute_attention_maps(model, pixels.astype(np.float64))
+        rollout = compute_attention_maps(model, pixels.astype(np.float64), "rollout")
+    trace, depth = traced(config, get_parameters(model), pixels), config.num_hidden_layers
     expected = trace[f"block.{depth - 1}.attn.probs"][:, :, 0, 1:]
     for found, truth in ((last, expected), (rollout, rolled_out(trace, depth))):
         assert found.dtype == np.float32
@@ -51,16 +51,16 @@ def test_a_model_in_training_mode_is_seen_as_in_evaluation_and_left_as_it_is(
     filled: Callable[..., VisionTransformer],
 ) -> None:
     model, pixels = filled(CASES["rectangular"].config), CASES["rectangular"].images()
-    expected = attention_maps(model, pixels)
+    expected = compute_attention_maps(model, pixels)
     model.train()
-    assert (attention_maps(model, pixels) == expected).all()
+    assert (compute_attention_maps(model, pixels) == expected).all()
     assert not model.blocks[0].attn.dropout.deterministic
 
 
 def test_maps_are_float32_under_bfloat16(filled: Callable[..., VisionTransformer]) -> None:
     case = CASES["rectangular"]
     with precision_of(jnp.bfloat16).active():
-        found = attention_maps(filled(case.config, dtype=jnp.bfloat16), case.images(), "rollout")
+        found = compute_attention_maps(filled(case.config, dtype=jnp.bfloat16), case.images(), "rollout")
     assert found.dtype == np.float32
     # In bfloat16 a row that is multiplied through the blocks would have no more than these 8 bits.
     assert (found != found.astype(jnp.bfloat16).astype(np.float32)).any()
@@ -68,4 +68,4 @@ def test_maps_are_float32_under_bfloat16(filled: Callable[..., VisionTransformer
 
 def test_images_of_another_size_are_refused(filled: Callable[..., VisionTransformer]) -> None:
     with pytest.raises(InputError, match=r"images of \[5, 5\] pixels, the model takes \[10, 40\]"):
-        attention_maps(filled(CASES["rectangular"].config), np.zeros((1, 5, 5, 2), np.float32))
+        compute_attention_maps(filled(CASES["rectangular"].config), np.zeros((1, 5, 5, 2), np.float32))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from vit_ref.errors import InputError
-from vit_ref.finetune.augmentation import Augmentation, augmented
+from vit_ref.finetune.augmentation import Augmentation, augment_image
 
 DRAWS = 4000
 NOTHING = Augmentation(scale=(1, 1), ratio=(1, 1), flip=0, brightness=0, contrast=0, saturation=0)
@@ -156,7 +156,7 @@ def test_numbers_out_of_range_are_refused(fields: dict[str, Any], said: str) -> 
 
 def by_anybody(transform: Callable[[Any], Any], seed: int = 0) -> Image.Image:
     # 1020 values, so that all of 0 to 255 are there but a few.
-    return augmented(transform, picture(17, 20), np.random.default_rng(seed), (17, 20))
+    return augment_image(transform, picture(17, 20), np.random.default_rng(seed), (17, 20))
 
 
 @pytest.mark.parametrize(

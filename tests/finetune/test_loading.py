@@ -18,7 +18,7 @@ from PIL import Image
 from vit_ref.errors import InputError
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset, open_dataset
-from vit_ref.finetune.loading import PADDING, Batch, batches, batches_per_epoch, draw, throughput
+from vit_ref.finetune.loading import PADDING, Batch, count_batches, draw, load_batches, measure_throughput
 from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 
@@ -40,7 +40,7 @@ def dataset() -> ImageDataset:
 
 def loader(dataset: ImageDataset, **arguments: Any) -> Any:
     defaults = {"batch_size": BATCH, "seed": 5, "epochs": EPOCHS, "augment": AUGMENT}
-    return batches(dataset, CONFIG, **{**defaults, **arguments})
+    return load_batches(dataset, CONFIG, **{**defaults, **arguments})
 
 
 def indices(loaded: Iterable[Batch]) -> list[list[int]]:
@@ -130,7 +130,7 @@ def test_for_evaluation_every_image_comes_once_and_the_last_batch_is_filled_up(
 ) -> None:
     arguments = {"shuffle": shuffle, "drop_remainder": False, "augment": None}
     each = [list(loader(dataset, shard=(k, shards), **arguments)) for k in range(shards)]
-    per_epoch = batches_per_epoch(COUNT, BATCH, shards=shards, drop_remainder=False)
+    per_epoch = count_batches(COUNT, BATCH, shards=shards, drop_remainder=False)
     assert [len(loaded) for loaded in each] == [EPOCHS * per_epoch] * shards
     assert {batch["pixels"].shape for loaded in each for batch in loaded} == {(BATCH, 6, 9, 3)}
     for epoch in range(EPOCHS):
@@ -251,4 +251,4 @@ def test_the_throughput_counts_the_images_after_the_first_batch(monkeypatch: pyt
     clock = iter([10.0, 14.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     once = iter([{"label": np.zeros(size)} for size in (99, 4, 4, 4, 3, 3)])
-    assert throughput(once, 5) == 18 / 4
+    assert measure_throughput(once, 5) == 18 / 4

@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from vit_ref.errors import InputError
-from vit_ref.finetune.mesh import mesh_for, shardings
-from vit_ref.finetune.optimizer import trained, transformation
+from vit_ref.finetune.mesh import choose_shardings, make_mesh
+from vit_ref.finetune.optimizer import make_transformation, select_trained
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
@@ -31,10 +31,10 @@ def placed(kind: str, devices: int) -> dict[str, PartitionSpec]:
     def training() -> tuple[VisionTransformer, nnx.Optimizer]:
         model = VisionTransformer(CONFIG, rngs=nnx.Rngs(0))
         blocks = CONFIG.num_hidden_layers
-        return model, nnx.Optimizer(model, transformation(RECIPE, 8, blocks), wrt=trained(RECIPE, blocks))
+        return model, nnx.Optimizer(model, make_transformation(RECIPE, 8, blocks), wrt=select_trained(RECIPE, blocks))
 
     state = nnx.state(nnx.eval_shape(training))
-    found = shardings(state, CONFIG, AbstractMesh((devices,), ("data",)), kind)
+    found = choose_shardings(state, CONFIG, AbstractMesh((devices,), ("data",)), kind)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     return {".".join(map(str, path)): variable.get_value().spec for path, variable in nnx.to_flat_state(found)}
 
@@ -75,4 +75,4 @@ def test_else_everything_is_on_every_device(kind: str, devices: int) -> None:
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [None] * 8)
     with pytest.raises(InputError, match="batch_size is 36: give a multiple of the 8 devices"):
-        mesh_for(36)
+        make_mesh(36)

@@ -10,13 +10,13 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
-from vit_ref.finetune.optimizer import kernels, layer_of, schedule, trained, transformation
+from vit_ref.finetune.optimizer import find_layer, make_schedule, make_transformation, select_kernels, select_trained
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.step import classification_loss, train_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.precision import precision_of
-from vit_ref.weights.pretrained import parameters_of, parameters_of_state
+from vit_ref.weights.pretrained import get_parameters, get_state_parameters
 
 CONFIG = ViTConfig(
     hidden_size=12,
@@ -43,11 +43,11 @@ def stepped(recipe: Recipe, batches: list, updates: int = 10) -> dict[str, NDArr
     """The parameters' changes by path, in float64."""
     with precision_of(np.float64).active():
         model = made()
-        before = parameters_of(model)
-        optimizer = nnx.Optimizer(model, transformation(recipe, updates, 3), wrt=trained(recipe, 3))
+        before = get_parameters(model)
+        optimizer = nnx.Optimizer(model, make_transformation(recipe, updates, 3), wrt=select_trained(recipe, 3))
         for pixels, labels in batches:
             train_step(model, optimizer, pixels, labels, None, recipe.label_smoothing)
-        return {path: value - before[path] for path, value in parameters_of(model).items()}
+        return {path: value - before[path] for path, value in get_parameters(model).items()}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def batch() -> tuple[jax.Array, jax.Array]:
 
 def gradients(pixels: jax.Array, labels: jax.Array) -> dict[str, NDArray]:
     with precision_of(np.float64).active():
-        return parameters_of_state(nnx.grad(classification_loss)(made(), pixels, labels))
+        return get_state_parameters(nnx.grad(classification_loss)(made(), pixels, labels))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def gradients(pixels: jax.Array, labels: jax.Array) -> dict[str, NDArray]:
     ],
 )
 def test_the_rate_rises_and_falls(recipe: Recipe, rates: dict[int, float]) -> None:
-    rate = schedule(recipe, 10)
+    rate = make_schedule(recipe, 10)
     # jax computes it in float32.
     assert {update: float(rate(update)) for update in rates} == pytest.approx(rates, abs=1e-6)
 
@@ -94,7 +94,7 @@ def test_kernels_decay_and_nothing_else(optimizer: str, batch: tuple) -> None:
         for decay in (0.0, 0.3)
     )
     with precision_of(np.float64).active():
-        before = parameters_of(made())
+        before = get_parameters(made())
     for path, value in before.items():
         if optimizer == "sgd" or not path.endswith("kernel"):
             expected = plain[path] - (0.1 * 0.3 * value if path.endswith("kernel") else 0)
@@ -141,7 +141,7 @@ def test_frozen_blocks_stay_as_they_are(frozen: int, moved: set[str], batch: tup
 
 def test_more_frozen_blocks_than_there_are_are_refused() -> None:
     with pytest.raises(InputError, match="freeze_blocks is 4: the model has 3 blocks"):
-        trained(Recipe(freeze_blocks=4), 3)
+        select_trained(Recipe(freeze_blocks=4), 3)
 
 
 def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple) -> None:
@@ -156,7 +156,7 @@ def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple
 
 def test_kernels_are_what_dense_layers_and_the_patches_multiply_by() -> None:
     with precision_of(np.float64).active():
-        chosen = nnx.to_flat_state(kernels(nnx.state(made(), nnx.Param)))
+        chosen = nnx.to_flat_state(select_kernels(nnx.state(made(), nnx.Param)))
     decaying = {path[-1]: set() for path, _ in chosen}
     for path, value in chosen:
         decaying[path[-1]].add(value.get_value())
@@ -165,7 +165,7 @@ def test_kernels_are_what_dense_layers_and_the_patches_multiply_by() -> None:
 
 
 def test_layers_are_counted_from_the_embeddings() -> None:
-    assert [layer_of(path, 12) for path in (("patch",), ("blocks", 0), ("blocks", 11), ("norm",), ("head",))] == [
+    assert [find_layer(path, 12) for path in (("patch",), ("blocks", 0), ("blocks", 11), ("norm",), ("head",))] == [
         0,
         1,
         12,

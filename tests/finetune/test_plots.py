@@ -66,18 +66,18 @@ def predicted(count: int, classes: int = 10) -> tuple[Any, ...]:
 
 MAPS = np.random.default_rng(0).random((3, 4, 3, 4), np.float32)
 PLOTS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
-    "schedule": (plots.schedule, (np.linspace(0, 1e-4, 50),)),
-    "schedules": (plots.schedule, ({"backbone": np.linspace(0, 1e-4, 50), "head": np.linspace(1e-3, 0, 50)},)),
-    "curves": (plots.curves, (log(200, 20),)),
-    "curves of one epoch": (plots.curves, (log(3, 3),)),
-    "curves of nothing": (plots.curves, ([],)),
-    "batches": (plots.batches, (photographs(11), photographs(11), names(11))),
-    "one batch": (plots.batches, ([Image.fromarray(photographs(1)[0])], photographs(1), names(1))),
-    "predictions": (plots.predictions, predicted(11)),
-    "one prediction": (plots.predictions, predicted(1)),
-    "attention": (plots.attention_maps, (photographs(3), MAPS, names(3))),
-    "rollout": (plots.attention_maps, (photographs(3), MAPS[:, :1])),
-    **{f"confusion {n}": (plots.confusion, (evaluated(n), names(n))) for n in (2, 10, 25, 101, 150, 151)},
+    "schedule": (plots.plot_schedule, (np.linspace(0, 1e-4, 50),)),
+    "schedules": (plots.plot_schedule, ({"backbone": np.linspace(0, 1e-4, 50), "head": np.linspace(1e-3, 0, 50)},)),
+    "curves": (plots.plot_curves, (log(200, 20),)),
+    "curves of one epoch": (plots.plot_curves, (log(3, 3),)),
+    "curves of nothing": (plots.plot_curves, ([],)),
+    "batches": (plots.plot_batches, (photographs(11), photographs(11), names(11))),
+    "one batch": (plots.plot_batches, ([Image.fromarray(photographs(1)[0])], photographs(1), names(1))),
+    "predictions": (plots.plot_predictions, predicted(11)),
+    "one prediction": (plots.plot_predictions, predicted(1)),
+    "attention": (plots.plot_attention_maps, (photographs(3), MAPS, names(3))),
+    "rollout": (plots.plot_attention_maps, (photographs(3), MAPS[:, :1])),
+    **{f"confusion {n}": (plots.plot_confusion, (evaluated(n), names(n))) for n in (2, 10, 25, 101, 150, 151)},
 }
 
 
@@ -135,7 +135,7 @@ def test_a_plot_is_a_png_in_which_no_text_runs_over_another(name: str, drawn: Dr
 
 def test_a_schedule_shows_every_rate_under_its_name(drawn: Drawn, tmp_path: Path) -> None:
     rates = {"backbone": np.linspace(0, 1e-4, 50), "head": np.linspace(1e-3, 0, 50)}
-    plots.schedule(tmp_path / "plot.png", rates)
+    plots.plot_schedule(tmp_path / "plot.png", rates)
     (axes,) = drawn.axes
     for line, (name, values) in zip(axes.lines, rates.items(), strict=True):
         assert (line.get_ydata() == values).all()
@@ -147,7 +147,7 @@ def test_a_schedule_shows_every_rate_under_its_name(drawn: Drawn, tmp_path: Path
 def test_curves_show_the_log(drawn: Drawn, tmp_path: Path) -> None:
     lines = log(200, 20)
     lines[30] |= {"loss": None}
-    plots.curves(tmp_path / "plot.png", lines)
+    plots.plot_curves(tmp_path / "plot.png", lines)
     training, loss, accuracy = drawn.axes
     steps, losses = training.lines[0].get_data()
     assert list(steps) == list(range(1, 201))
@@ -166,13 +166,13 @@ def test_curves_show_the_log(drawn: Drawn, tmp_path: Path) -> None:
 def test_losses_that_span_more_than_a_factor_of_thirty_are_on_a_logarithmic_scale(
     rate: float, scale: str, drawn: Drawn, tmp_path: Path
 ) -> None:
-    plots.curves(tmp_path / "plot.png", [{"step": step, "loss": rate**step} for step in range(100)])
+    plots.plot_curves(tmp_path / "plot.png", [{"step": step, "loss": rate**step} for step in range(100)])
     assert drawn.axes[0].get_yscale() == scale
 
 
 def test_batches_show_each_image_above_its_augmentation(drawn: Drawn, tmp_path: Path) -> None:
     before, after = photographs(11), [255 - image for image in photographs(11)]
-    plots.batches(tmp_path / "plot.png", before, after, names(11))
+    plots.plot_batches(tmp_path / "plot.png", before, after, names(11))
     grid = np.array(drawn.axes).reshape(4, 8)
     for i in range(11):
         row, column = 2 * (i // 8), i % 8
@@ -184,7 +184,7 @@ def test_batches_show_each_image_above_its_augmentation(drawn: Drawn, tmp_path: 
 
 def test_predictions_say_what_is_wrong_in_words_too(drawn: Drawn, tmp_path: Path) -> None:
     images, _, _, _, labels = predicted(3)
-    plots.predictions(tmp_path / "plot.png", images, [1, 4, 3], [1, 0, 3], [0.984, 0.5, 1], labels)
+    plots.plot_predictions(tmp_path / "plot.png", images, [1, 4, 3], [1, 0, 3], [0.984, 0.5, 1], labels)
     assert drawn.titles == [
         "✓ 98% ph\U0001f34f1",
         "✗ 50% strawberry_shortcake0\nis strawberry_shortcake4",
@@ -198,7 +198,7 @@ def test_predictions_say_what_is_wrong_in_words_too(drawn: Drawn, tmp_path: Path
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_lies_over_its_own_image(heads: int, drawn: Drawn, tmp_path: Path) -> None:
     images, maps = photographs(3), MAPS[:, :heads]
-    plots.attention_maps(tmp_path / "plot.png", images, maps)
+    plots.plot_attention_maps(tmp_path / "plot.png", images, maps)
     grid = np.array(drawn.axes).reshape(3, -1)
     assert grid.shape[1] == (2 if heads == 1 else 6)
     for image, each, row in zip(images, maps, grid, strict=True):
@@ -221,13 +221,13 @@ def test_attention_lies_over_its_own_image(heads: int, drawn: Drawn, tmp_path: P
 
 
 def test_a_map_that_is_the_same_everywhere_shows_nothing(drawn: Drawn, tmp_path: Path) -> None:
-    plots.attention_maps(tmp_path / "plot.png", photographs(1), np.full((1, 1, 3, 4), 0.1, np.float32))
+    plots.plot_attention_maps(tmp_path / "plot.png", photographs(1), np.full((1, 1, 3, 4), 0.1, np.float32))
     assert not drawn.axes[1].images[1].get_alpha().any()
 
 
 def test_a_confusion_matrix_has_the_truth_in_rows_and_counts_in_its_cells(drawn: Drawn, tmp_path: Path) -> None:
     evaluation = Evaluation(np.array([[7, 0, 1], [0, 0, 0], [3, 1, 0]]), 1.0)
-    plots.confusion(tmp_path / "plot.png", evaluation, ["a", "b", "c"])
+    plots.plot_confusion(tmp_path / "plot.png", evaluation, ["a", "b", "c"])
     axes = drawn.axes[0]
     counts = {tuple(map(int, text.get_position())): text.get_text() for text in axes.texts}
     assert counts == {(0, 0): "7", (2, 0): "1", (0, 2): "3", (1, 2): "1"}
@@ -252,7 +252,7 @@ def test_a_confusion_matrix_has_the_truth_in_rows_and_counts_in_its_cells(drawn:
 def test_preprocessed_images_become_visible_as_they_were(preprocessor: dict[str, Any] | None) -> None:
     images = np.stack(photographs(2))
     config = ViTConfig(image_size=(24, 32), patch_size=8, preprocessor=preprocessor)
-    shown = plots.visible(preprocess([Image.fromarray(image) for image in images], config), config)
+    shown = plots.make_visible(preprocess([Image.fromarray(image) for image in images], config), config)
     assert shown.dtype == np.uint8
     assert (shown == images).all()
 
@@ -262,7 +262,7 @@ def test_a_plot_that_cannot_be_written_leaves_the_earlier_one(
     owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "plot.png"
-    plots.schedule(path, [1, 0])
+    plots.plot_schedule(path, [1, 0])
     before = path.read_bytes()
 
     def half(_: Any, file: Path, **options: Any) -> None:
@@ -272,7 +272,7 @@ def test_a_plot_that_cannot_be_written_leaves_the_earlier_one(
 
     monkeypatch.setattr(owner, name, half)
     with pytest.raises(InputError, match=r"plot.png: cannot be written \(No space left on device\)$"):
-        plots.schedule(path, [0, 1])
+        plots.plot_schedule(path, [0, 1])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["plot.png"]
 

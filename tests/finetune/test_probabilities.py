@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vit_ref.errors import ConfigError
-from vit_ref.finetune.probabilities import scores, unit
+from vit_ref.finetune.probabilities import compute_scores, name_unit
 from vit_ref.model.config import ViTConfig
 
 LOGITS = np.array([-1.5, 0.25, 3.0])
@@ -39,11 +39,11 @@ def test_problem_type_and_number_of_labels_decide(
     problem_type: str | None, labels: int, expected: np.ndarray, kind: str
 ) -> None:
     config = config_of(problem_type, labels)
-    assert unit(config) == kind
+    assert name_unit(config) == kind
     # float64 throughout, and a handful of operations
-    np.testing.assert_allclose(scores(LOGITS[:labels], config), expected, rtol=1e-15)
+    np.testing.assert_allclose(compute_scores(LOGITS[:labels], config), expected, rtol=1e-15)
     batch = np.stack([LOGITS[:labels], np.zeros(labels)])
-    np.testing.assert_allclose(scores(batch, config)[0], expected, rtol=1e-15)
+    np.testing.assert_allclose(compute_scores(batch, config)[0], expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize(("problem_type", "labels", "expected", "kind"), MEANINGS)
@@ -63,7 +63,7 @@ def test_the_pipeline_of_transformers_agrees_on_all_but_regressions(
 @pytest.mark.parametrize("problem_type", ["something_else", "", 3, ["regression"]])
 def test_an_unknown_problem_type_is_refused(problem_type: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        scores(LOGITS, config_of(problem_type, 3))
+        compute_scores(LOGITS, config_of(problem_type, 3))
     assert str(caught.value) == (
         f"config.json: problem_type is {problem_type!r}, so the logits mean nothing known: give one of"
         " single_label_classification, multi_label_classification, regression, or leave it out"

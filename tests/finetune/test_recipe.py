@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from vit_ref.cli.group import main
 from vit_ref.errors import InputError
 from vit_ref.finetune import run
-from vit_ref.finetune.options import recipe_from
+from vit_ref.finetune.options import make_recipe
 from vit_ref.finetune.recipe import Recipe
 
 
@@ -67,8 +67,8 @@ def test_the_defaults_are_the_tutorials() -> None:
 
 def test_options_that_are_not_given_leave_the_defaults() -> None:
     nothing = {field.name: None for field in dataclasses.fields(Recipe)}
-    assert recipe_from(nothing) == Recipe()
-    assert recipe_from({**nothing, "augment": False, "seed": 0, "epochs": 9}) == Recipe(augment=False, epochs=9)
+    assert make_recipe(nothing) == Recipe()
+    assert make_recipe({**nothing, "augment": False, "seed": 0, "epochs": 9}) == Recipe(augment=False, epochs=9)
 
 
 def test_what_is_asked_for_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

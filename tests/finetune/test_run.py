@@ -23,18 +23,18 @@ from vit_ref.errors import InputError
 from vit_ref.finetune import run
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset, open_dataset
-from vit_ref.finetune.loading import batches
+from vit_ref.finetune.loading import load_batches
 from vit_ref.finetune.metrics import Evaluation, read_metrics
-from vit_ref.finetune.optimizer import schedule, trained, transformation
+from vit_ref.finetune.optimizer import make_schedule, make_transformation, select_trained
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.run import Conduct, _require_same_run, finetune
-from vit_ref.finetune.start import starting_model
+from vit_ref.finetune.start import make_starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
 from vit_ref.verify.report import summary
-from vit_ref.weights.pretrained import parameters_of, parameters_of_state
+from vit_ref.weights.pretrained import get_parameters, get_state_parameters
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -47,7 +47,7 @@ def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whol
     found = sum(
         (
             Evaluation.of_logits(model(batch["pixels"]), batch["label"])
-            for batch in batches(validation, model.config, batch_size=64, seed=0, epochs=1, shuffle=False)
+            for batch in load_batches(validation, model.config, batch_size=64, seed=0, epochs=1, shuffle=False)
         ),
         start=Evaluation.empty(4),
     )
@@ -240,7 +240,7 @@ def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
     seen: list[dict[str, np.ndarray]] = []
 
     def look(self: Any, state: Any, dataset: ImageDataset, *_: Any) -> Evaluation:
-        seen.append(parameters_of_state(state))
+        seen.append(get_state_parameters(state))
         right = np.eye(len(dataset.classes))[dataset.labels]
         # All right after the first epoch, all wrong from then on.
         return Evaluation.of_logits(right if len(seen) == 1 else -right, dataset.labels)
@@ -250,8 +250,8 @@ def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
         start, training, validation, tmp_path / "run", Recipe(epochs=3, batch_size=4), Conduct(quiet=True)
     )
     assert (outcome.epoch, outcome.evaluation.accuracy) == (1, 1.0)
-    found = parameters_of(outcome.model)
-    saved = parameters_of(vit_ref.from_pretrained(outcome.directory))
+    found = get_parameters(outcome.model)
+    saved = get_parameters(vit_ref.from_pretrained(outcome.directory))
     assert all(np.array_equal(found[path], seen[0][path]) for path in seen[0])
     assert all(np.array_equal(saved[path], seen[0][path]) for path in seen[0])
     assert not np.array_equal(seen[2]["head.kernel"], seen[0]["head.kernel"])
@@ -276,16 +276,16 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
     )
     outcome = finetune(start, training, validation, tmp_path / "run", recipe, Conduct(quiet=True))
 
-    model = starting_model(start, training.classes, recipe)
-    optimizer = nnx.Optimizer(model, transformation(recipe, 3, 2), wrt=trained(recipe, 2))
+    model = make_starting_model(start, training.classes, recipe)
+    optimizer = nnx.Optimizer(model, make_transformation(recipe, 3, 2), wrt=select_trained(recipe, 2))
     model.train()
     arguments = {"batch_size": 4, "seed": 3, "epochs": 2, "augment": Augmentation()}
     learn = nnx.jit(train_step, static_argnums=5)
     expected, found = [], []
-    for step, batch in enumerate(batches(training, model.config, **arguments), start=1):
+    for step, batch in enumerate(load_batches(training, model.config, **arguments), start=1):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(jax.random.key(3), step))
         loss = learn(model, optimizer, jnp.array(batch["pixels"]), jnp.array(batch["label"]), rngs, 0.2)
-        rate = float(schedule(recipe, 3)((step - 1) // 2))
+        rate = float(make_schedule(recipe, 3)((step - 1) // 2))
         expected.append({"step": step, "epoch": 1 + (step > 3), "loss": float(loss), "learning_rate": rate})
         if step % 3 == 0:
             model.eval()

@@ -18,13 +18,13 @@ import vit_ref
 from tests.helpers.jaxprs import computed_in
 from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.start import SCRATCH, starting_model
+from vit_ref.finetune.start import SCRATCH, make_starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model import attention
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.preprocessing import steps
-from vit_ref.weights.pretrained import parameters_of
+from vit_ref.weights.pretrained import get_parameters
 
 CONFIG = ViTConfig(
     hidden_size=12,
@@ -48,8 +48,8 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_fresh_head_is_of_zeros_and_the_backbone_the_checkpoints(saved: Path) -> None:
-    model = starting_model(saved, ["a", "b", "c", "d", "e"], Recipe())
-    found, before = parameters_of(model), parameters_of(vit_ref.from_pretrained(saved))
+    model = make_starting_model(saved, ["a", "b", "c", "d", "e"], Recipe())
+    found, before = get_parameters(model), get_parameters(vit_ref.from_pretrained(saved))
     assert found["head.kernel"].shape == (12, 5) and not found["head.kernel"].any()
     assert found["head.bias"].shape == (5,) and not found["head.bias"].any()
     backbone = [path for path in before if not path.startswith("head")]
@@ -60,7 +60,7 @@ def test_a_fresh_head_is_of_zeros_and_the_backbone_the_checkpoints(saved: Path) 
 
 
 def test_the_new_classes_are_what_is_saved(saved: Path, tmp_path: Path) -> None:
-    vit_ref.save_pretrained(starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
+    vit_ref.save_pretrained(make_starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
     config = vit_ref.from_pretrained(tmp_path / "new").config
     assert (config.labels, config.num_labels) == (("a", "b"), 2)
 
@@ -68,17 +68,17 @@ def test_the_new_classes_are_what_is_saved(saved: Path, tmp_path: Path) -> None:
 def test_a_backbone_without_head_loses_its_pooler(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, num_labels=0, labels=(), pooler=True)
     vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path)
-    model = starting_model(tmp_path, ["a", "b"], Recipe())
-    assert not any(path.startswith("pooler") for path in parameters_of(model))
+    model = make_starting_model(tmp_path, ["a", "b"], Recipe())
+    assert not any(path.startswith("pooler") for path in get_parameters(model))
     assert model(jnp.ones((1, 12, 12, 3))).shape == (1, 2)
 
 
 def test_a_kept_head_needs_its_own_classes(saved: Path) -> None:
-    model = starting_model(saved, ("cat", "dog", "owl"), Recipe(head="keep"))
-    kept, before = parameters_of(model), parameters_of(vit_ref.from_pretrained(saved))
+    model = make_starting_model(saved, ("cat", "dog", "owl"), Recipe(head="keep"))
+    kept, before = get_parameters(model), get_parameters(vit_ref.from_pretrained(saved))
     assert all(kept[path].tobytes() == before[path].tobytes() for path in before)
     with pytest.raises(InputError, match=r"its head knows the classes cat, dog, owl \(3\), the data has dog, cat"):
-        starting_model(saved, ("dog", "cat", "owl"), Recipe(head="keep"))
+        make_starting_model(saved, ("dog", "cat", "owl"), Recipe(head="keep"))
 
 
 def described(directory: Path, **fields: Any) -> Path:
@@ -104,7 +104,7 @@ OF_THE_OLD_HEAD = {
 def test_nothing_that_described_the_old_head_is_saved_with_a_fresh_one(
     classes: tuple[str, ...], saved: Path, tmp_path: Path
 ) -> None:
-    model = starting_model(described(saved, **OF_THE_OLD_HEAD, license="x"), classes, Recipe())
+    model = make_starting_model(described(saved, **OF_THE_OLD_HEAD, license="x"), classes, Recipe())
     vit_ref.save_pretrained(model, tmp_path / "new")
     config = json.loads((tmp_path / "new" / "config.json").read_bytes())
     assert config["license"] == "x"
@@ -116,7 +116,7 @@ def test_nothing_that_described_the_old_head_is_saved_with_a_fresh_one(
 
 def test_a_kept_head_keeps_its_description(saved: Path) -> None:
     source = described(saved, problem_type="single_label_classification", finetuning_task="which animal")
-    config = starting_model(source, ("cat", "dog", "owl"), Recipe(head="keep")).config.to_hf()
+    config = make_starting_model(source, ("cat", "dog", "owl"), Recipe(head="keep")).config.to_hf()
     assert (config["problem_type"], config["finetuning_task"]) == ("single_label_classification", "which animal")
 
 
@@ -134,19 +134,19 @@ def test_a_head_that_cross_entropy_cannot_train_is_not_kept(
     config = dataclasses.replace(CONFIG, num_labels=len(classes), labels=classes, extra={"problem_type": problem_type})
     vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path)
     with pytest.raises(InputError) as caught:
-        starting_model(tmp_path, classes, Recipe(head="keep"))
+        make_starting_model(tmp_path, classes, Recipe(head="keep"))
     assert str(caught.value) == (
         f"{tmp_path}: cross-entropy trains a head with one right class of several, and the head that is kept is none"
         f" ({said}): take a fresh head (--head fresh)"
     )
-    assert starting_model(tmp_path, classes, Recipe()).config.extra.get("problem_type") is None
+    assert make_starting_model(tmp_path, classes, Recipe()).config.extra.get("problem_type") is None
 
 
 def test_another_image_size_resizes_positions_and_preprocessing(saved: Path) -> None:
-    model = starting_model(saved, ["a", "b"], Recipe(image_size=20))
-    before = parameters_of(vit_ref.from_pretrained(saved))["position_embeddings"]
+    model = make_starting_model(saved, ["a", "b"], Recipe(image_size=20))
+    before = get_parameters(vit_ref.from_pretrained(saved))["position_embeddings"]
     resized = np.asarray(resize_positions(jnp.asarray(before), (3, 3), (5, 5)))
-    np.testing.assert_array_equal(parameters_of(model)["position_embeddings"], resized)
+    np.testing.assert_array_equal(get_parameters(model)["position_embeddings"], resized)
     assert resized.shape == (1, 26, 12)
     assert model.config.image_hw == (20, 20)
     assert model.config.preprocessor == {**CONFIG.preprocessor, "size": {"height": 20, "width": 20}}
@@ -155,7 +155,7 @@ def test_another_image_size_resizes_positions_and_preprocessing(saved: Path) -> 
 def test_another_image_size_keeps_the_part_that_is_cropped(saved: Path) -> None:
     settings = {"size": 16, "do_center_crop": True, "crop_size": 12}
     (saved / "preprocessor_config.json").write_text(json.dumps(settings))
-    found = starting_model(saved, ["a", "b"], Recipe(image_size=20)).config.preprocessor
+    found = make_starting_model(saved, ["a", "b"], Recipe(image_size=20)).config.preprocessor
     assert found == {
         "do_center_crop": True,
         "size": {"height": 27, "width": 27},
@@ -172,7 +172,7 @@ def test_preprocessing_that_is_not_written_down_is_saved_in_full(
     config = dataclasses.replace(CONFIG, preprocessor=preprocessor)
     vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "source")
     # With a size of its own the recipe writes one, too.
-    model = starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe())
+    model = make_starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe())
     side = model.config.image_hw[0]
     vit_ref.save_pretrained(model, tmp_path / "new")
     written = json.loads((tmp_path / "new" / "preprocessor_config.json").read_bytes())
@@ -188,8 +188,8 @@ def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, 
     model = vit_ref.from_pretrained(saved)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
     vit_ref.save_pretrained(model, tmp_path)
-    found = starting_model(tmp_path, ["a", "b"], Recipe(image_size=20)).position_embeddings[...]
-    stored = parameters_of(model)["position_embeddings"].astype(np.float32)
+    found = make_starting_model(tmp_path, ["a", "b"], Recipe(image_size=20)).position_embeddings[...]
+    stored = get_parameters(model)["position_embeddings"].astype(np.float32)
     expected = resize_positions(jnp.asarray(stored), model.config.grid(), (5, 5))
     # The same operations on the same values. In bfloat16 they would be off by some 1e-3.
     np.testing.assert_array_equal(found, expected)
@@ -198,13 +198,13 @@ def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, 
 def test_what_is_saved_of_a_bfloat16_checkpoint_says_that_it_is_float32(saved: Path, tmp_path: Path) -> None:
     config = json.loads((saved / "config.json").read_bytes())
     (saved / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
-    vit_ref.save_pretrained(starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
+    vit_ref.save_pretrained(make_starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
     assert json.loads((tmp_path / "new" / "config.json").read_bytes())["torch_dtype"] == "float32"
 
 
 def test_dropout_is_the_checkpoints_unless_the_recipe_has_its_own(saved: Path) -> None:
-    assert starting_model(saved, ["a", "b"], Recipe()).config.hidden_dropout_prob == 0.1
-    config = starting_model(saved, ["a", "b"], Recipe(dropout=0.2)).config
+    assert make_starting_model(saved, ["a", "b"], Recipe()).config.hidden_dropout_prob == 0.1
+    config = make_starting_model(saved, ["a", "b"], Recipe(dropout=0.2)).config
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.2, 0.2)
 
 
@@ -215,40 +215,40 @@ def test_the_recipes_attention_is_the_models(scratch: bool, tmp_path: Path, monk
     vit_ref.save_pretrained(wide, tmp_path)
     monkeypatch.setattr(attention, "_capability", lambda: 0.0)
     with pytest.raises(InputError, match=r"^cuDNN's attention needs one of NVIDIA's GPUs, "):
-        starting_model(source, ["a", "b"], fused)
+        make_starting_model(source, ["a", "b"], fused)
     monkeypatch.setattr(attention, "_capability", lambda: 8.0)
     with pytest.raises(
         InputError, match=r"^cuDNN's attention drops no probabilities out, and the model's dropout is 0.1"
     ):
-        starting_model(source, ["a", "b"], dataclasses.replace(fused, dropout=0.1))
-    taken = [starting_model(source, ["a", "b"], recipe).blocks[1].attn.attend for recipe in (fused, Recipe())]
+        make_starting_model(source, ["a", "b"], dataclasses.replace(fused, dropout=0.1))
+    taken = [make_starting_model(source, ["a", "b"], recipe).blocks[1].attn.attend for recipe in (fused, Recipe())]
     assert taken == [attention.cudnn, attention.attend]
 
 
 def test_heads_that_cudnn_does_not_take_are_said_before_training(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_capability", lambda: 8.0)
     with pytest.raises(InputError, match="heads a multiple of 8 and here at most 128 wide, and not 4:"):
-        starting_model(saved, ["a", "b"], Recipe(attention="cudnn", precision="mixed"))
+        make_starting_model(saved, ["a", "b"], Recipe(attention="cudnn", precision="mixed"))
 
 
 def test_from_scratch_the_seed_decides() -> None:
     first, again, other = (
-        parameters_of(starting_model(None, ["a", "b"], Recipe(seed=seed)))["patch.kernel"] for seed in (0, 0, 1)
+        get_parameters(make_starting_model(None, ["a", "b"], Recipe(seed=seed)))["patch.kernel"] for seed in (0, 0, 1)
     )
     assert first.tobytes() == again.tobytes() != other.tobytes()
-    assert starting_model(None, ["a", "b"], Recipe(image_size=16)).config == dataclasses.replace(
+    assert make_starting_model(None, ["a", "b"], Recipe(image_size=16)).config == dataclasses.replace(
         SCRATCH, image_size=16, num_labels=2
     )
 
 
 def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path) -> None:
-    half = {path: value.astype(jnp.bfloat16) for path, value in parameters_of(vit_ref.from_pretrained(saved)).items()}
+    half = {path: value.astype(jnp.bfloat16) for path, value in get_parameters(vit_ref.from_pretrained(saved)).items()}
     model = vit_ref.from_pretrained(saved)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
     vit_ref.save_pretrained(model, saved.parent / "half")
-    model = starting_model(saved.parent / "half", ["a", "b"], Recipe(precision="mixed"))
-    assert {value.dtype for value in parameters_of(model).values()} == {np.dtype(np.float32)}
-    assert (parameters_of(model)["patch.kernel"] == half["patch.kernel"].astype(np.float32)).all()
+    model = make_starting_model(saved.parent / "half", ["a", "b"], Recipe(precision="mixed"))
+    assert {value.dtype for value in get_parameters(model).values()} == {np.dtype(np.float32)}
+    assert (get_parameters(model)["patch.kernel"] == half["patch.kernel"].astype(np.float32)).all()
     dtypes: dict[str, np.dtype] = {}
     model(jnp.ones((1, 12, 12, 3)), tap=lambda site, value: dtypes.setdefault(site, value.dtype) is None or value)
     assert dtypes["block.0.mlp.hidden"] == jnp.bfloat16
@@ -259,12 +259,12 @@ def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path)
     moments = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.ndim]
     assert loss.dtype == jnp.float32
     assert set(moments) == {np.dtype(np.float32)}
-    assert {value.dtype for value in parameters_of(model).values()} == {np.dtype(np.float32)}
+    assert {value.dtype for value in get_parameters(model).values()} == {np.dtype(np.float32)}
 
 
 def test_gradients_are_float32_and_masters_keep_updates_below_bfloat16s_resolution(saved: Path) -> None:
-    model = starting_model(saved, ["a", "b"], Recipe(precision="mixed", head="fresh", dropout=0.0))
-    before, seen = parameters_of(model), set()
+    model = make_starting_model(saved, ["a", "b"], Recipe(precision="mixed", head="fresh", dropout=0.0))
+    before, seen = get_parameters(model), set()
 
     def see(gradients: Any, _: Any) -> Any:
         seen.update(leaf.dtype for leaf in jax.tree.leaves(gradients))
@@ -280,7 +280,7 @@ def test_gradients_are_float32_and_masters_keep_updates_below_bfloat16s_resoluti
             step(model, optimizer, pixels, jnp.array([0, 1]))
     assert seen == {np.dtype(np.float32)}
     kernel = "blocks.0.mlp.fc1.kernel"
-    moved = np.abs(parameters_of(model)[kernel] - before[kernel])
+    moved = np.abs(get_parameters(model)[kernel] - before[kernel])
     # All that bfloat16 tells apart, at the parameters' size, is larger.
     resolution = np.sqrt(np.square(before[kernel]).mean()) * float(jnp.finfo(jnp.bfloat16).eps)
     assert (moved > 0).mean() > 0.9

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from vit_ref.model.config import ACTIVATION_NAMES, ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.weights.mapping import BIG_VISION, HF, TIMM, Layout, Tensors, parameter_shapes, port
+from vit_ref.weights.mapping import BIG_VISION, HF, TIMM, Layout, Tensors, list_parameters, port
 
 seeds = st.integers(0, 2**16)
 indices = st.integers(0, 255)
@@ -202,7 +202,7 @@ def random_bits(config: ViTConfig, dtype: DTypeLike, seed: int = 0) -> dict[str,
     """Parameters by path: random finite bit patterns, denormal numbers and negative zeros among them."""
     rng, dtype = np.random.default_rng(seed), np.dtype(dtype)
     values = {}
-    for path, shape in parameter_shapes(config).items():
+    for path, shape in list_parameters(config).items():
         value = rng.integers(0, 2 ** (8 * dtype.itemsize), shape, dtype=f"u{dtype.itemsize}").view(dtype)
         with np.errstate(invalid="ignore"):
             values[path] = np.where(np.isfinite(value), value, dtype.type(-0.0))

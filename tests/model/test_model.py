@@ -25,7 +25,7 @@ from vit_ref.verify.cases import CASES, Case, synthetic_images
 from vit_ref.verify.gates import error
 from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.numpy_oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 
 SMALL = [case for case in CASES.values() if case.name != "vit-b16"]
 
@@ -46,7 +46,7 @@ Filled = Callable[..., VisionTransformer]
     ],
 )
 def test_variants_have_the_published_parameter_counts(variant: str, parameters: int) -> None:
-    shapes = parameter_shapes(ViTConfig.variant(variant))
+    shapes = list_parameters(ViTConfig.variant(variant))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
 
 

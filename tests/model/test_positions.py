@@ -17,7 +17,7 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.precision import precision_of
 from vit_ref.weights import mapping
-from vit_ref.weights.pretrained import build, parameters_of
+from vit_ref.weights.pretrained import build, get_parameters
 
 # A 3 x 4 grid, and what torch 2.13.0 makes of it in float64:
 # torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False)
@@ -58,7 +58,7 @@ def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tup
         num_channels=1,
         num_labels=1,
     )
-    parameters = {path: np.ones(shape) for path, shape in mapping.parameter_shapes(config).items()}
+    parameters = {path: np.ones(shape) for path, shape in mapping.list_parameters(config).items()}
     parameters["position_embeddings"] = (np.append(7.0, GRID)[:, None] * [1.0, 2.0])[None]
     trace: dict[str, jax.Array] = {}
     with precision_of(np.float64).active():
@@ -126,7 +126,7 @@ def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
         vit = filled(config, dtype=jnp.float64)
         ours = vit(jnp.asarray(pixels), interpolate_pos_encoding=True)
     theirs = ViTForImageClassification(HFConfig(**config.hf_numerics())).double().eval()
-    tensors = mapping.export(parameters_of(vit), config, mapping.HF)
+    tensors = mapping.export(get_parameters(vit), config, mapping.HF)
     theirs.load_state_dict({name: torch.tensor(tensor).double() for name, tensor in tensors.items()}, strict=True)
     with torch.no_grad():
         expected = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True).logits.numpy()

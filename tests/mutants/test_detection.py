@@ -26,7 +26,7 @@ from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.pretrained import configuration
+from vit_ref.weights.pretrained import read_configuration
 
 
 class Faulty(OwnCandidate):
@@ -81,7 +81,7 @@ def test_tanh_gelu_is_named_on_the_given_checkpoints(pytestconfig: pytest.Config
         pytest.skip("needs real weights: --checkpoint DIR_OR_HUB_ID")
     for path in paths:
         source = checkpoint.read(path)
-        config = configuration(source)
+        config = read_configuration(source)
         if config.hidden_act != "gelu":
             pytest.skip(f"{path} uses {config.hidden_act}")
         pixels = pixels_for(config, images, 1)

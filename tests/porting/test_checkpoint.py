@@ -95,13 +95,13 @@ def test_flax_msgpack_is_read(directory: Path) -> None:
     tree = traverse_util.unflatten_dict(
         {
             tuple(name.split("/")): value
-            for name, value in mapping.export(pretrained.parameters_of(model), CONFIG, mapping.FLAX).items()
+            for name, value in mapping.export(pretrained.get_parameters(model), CONFIG, mapping.FLAX).items()
         }
     )
     (directory / checkpoint.WEIGHTS).unlink()
     (directory / checkpoint.FLAX_WEIGHTS).write_bytes(serialization.to_bytes(tree))
-    again = pretrained.parameters_of(vit_ref.from_pretrained(directory))
-    assert all((again[path] == value).all() for path, value in pretrained.parameters_of(model).items())
+    again = pretrained.get_parameters(vit_ref.from_pretrained(directory))
+    assert all((again[path] == value).all() for path, value in pretrained.get_parameters(model).items())
 
 
 google_layouts = pytest.mark.parametrize("layout", [mapping.NPZ, mapping.BIG_VISION], ids=lambda layout: layout.name)
@@ -121,7 +121,7 @@ def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: m
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
     expected = {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "labels": ()}
     assert model.config == ViTConfig(**{**CONFIG.__dict__, **expected})
-    found = pretrained.parameters_of(model)
+    found = pretrained.get_parameters(model)
     assert all((found[path] == value).all() for path, value in parameters.items())
 
 
@@ -192,7 +192,7 @@ def test_the_model_does_not_share_memory_with_the_tensors_it_was_made_from() -> 
     model = pretrained.build(CONFIG, parameters)
     for value in parameters.values():
         value[...] = 0
-    found = pretrained.parameters_of(model)
+    found = pretrained.get_parameters(model)
     assert {path for path in ported if not (found[path] == ported[path]).all()} == set()
 
 
@@ -592,7 +592,7 @@ def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Pat
 def test_npz_of_bfloat16(tmp_path: Path) -> None:
     parameters = mapping.port(Case("npz", CONFIG, stored=ml_dtypes.bfloat16).checkpoint().tensors, CONFIG, mapping.HF)
     np.savez(tmp_path / "ViT.npz", **mapping.export(parameters, CONFIG, mapping.NPZ))
-    found = pretrained.parameters_of(vit_ref.from_pretrained(tmp_path / "ViT.npz"))
+    found = pretrained.get_parameters(vit_ref.from_pretrained(tmp_path / "ViT.npz"))
     assert all(found[path].tobytes() == value.tobytes() for path, value in parameters.items())
 
 

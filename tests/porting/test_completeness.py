@@ -91,7 +91,7 @@ def test_nothing_is_handed_over_once_a_tensor_is_known_not_to_fit_and_all_else_i
     del source[late]
     handed: list[str] = []
     with pytest.raises(MappingError) as caught:
-        handed.extend(path for path, _ in mapping.ported(source, config, mapping.HF))
+        handed.extend(path for path, _ in mapping.port_each(source, config, mapping.HF))
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {("not finite", last), ("missing", late)}
     assert handed == []
 
@@ -106,7 +106,7 @@ def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, pref
     patterns = [re.compile(prefix + re.escape(source).replace(r"\{i\}", r"\d+")) for source in sources]
     bound = layout.bind(config, prefixed)
     names = [rule.source for rule in bound]
-    assert len({(rule.source, rule.part) for rule in bound}) == len(bound) == len(mapping.parameter_shapes(config))
+    assert len({(rule.source, rule.part) for rule in bound}) == len(bound) == len(mapping.list_parameters(config))
     assert {name: sum(bool(pattern.fullmatch(name)) for pattern in patterns) for name in names} == dict.fromkeys(
         names, 1
     )
@@ -192,7 +192,7 @@ def transposed(rule: Rule) -> Rule:
 
 
 def shapes_by_template(config: ViTConfig) -> dict[str, tuple[int, ...]]:
-    return {re.sub(r"^blocks\.\d+", "blocks.{i}", path): s for path, s in mapping.parameter_shapes(config).items()}
+    return {re.sub(r"^blocks\.\d+", "blocks.{i}", path): s for path, s in mapping.list_parameters(config).items()}
 
 
 @layouts

@@ -152,7 +152,7 @@ def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, 
     source = write(tmp_path / "source", config, with_room(mapping.BIG_VISION, random_bits(config, np.float32)))
     done = convert(source, place(tmp_path, to), to)
     assert done.left_behind == left_behind
-    again = pretrained.configuration(checkpoint.read(done.destination))
+    again = pretrained.read_configuration(checkpoint.read(done.destination))
     assert again.labels == (() if "class names" in left_behind else LABELS)
     line = str(done)
     assert line.startswith(f"{source} (hf) -> {place(tmp_path, to)} ({to}): {done.tensors} tensors, read back, every")
@@ -266,7 +266,7 @@ def test_other_numerics_are_written_where_they_are_stated(tmp_path: Path) -> Non
     source = write(tmp_path / "source", config, random_bits(config, np.float32))
     assert "layer_norm_eps 1e-06 for 1e-12" in refusal(source, tmp_path / "timm", "timm")
     convert(source, tmp_path / "timm", "timm", config=replace(config, layer_norm_eps=1e-6))
-    assert pretrained.configuration(checkpoint.read(tmp_path / "timm")).layer_norm_eps == 1e-6
+    assert pretrained.read_configuration(checkpoint.read(tmp_path / "timm")).layer_norm_eps == 1e-6
 
 
 @targets
@@ -393,7 +393,7 @@ def test_flaxvit_loads_what_is_converted(tmp_path: Path, filled: Callable[..., V
     from flax.traverse_util import flatten_dict
 
     config = replace(CASES["rectangular"].config, image_size=20)
-    parameters = pretrained.parameters_of(filled(config))
+    parameters = pretrained.get_parameters(filled(config))
     convert(write(tmp_path / "hf", config, parameters), tmp_path / "flax", "flax")
     # Without its own initialisation, which takes longer than all the rest.
     _, params = transformers.FlaxViTForImageClassification.from_pretrained(tmp_path / "flax", _do_init=False)

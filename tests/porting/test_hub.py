@@ -15,7 +15,7 @@ from vit_ref.verify.cases import Case
 from vit_ref.verify.stream import check_streamed
 from vit_ref.weights import checkpoint, hub
 from vit_ref.weights.hub import Name
-from vit_ref.weights.origin import origin
+from vit_ref.weights.origin import find_origin
 
 CONFIG = ViTConfig(
     hidden_size=6,
@@ -44,7 +44,7 @@ OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
     ],
 )
 def test_a_name_is_a_repository_and_perhaps_a_revision(name: str, found: Name) -> None:
-    assert hub.named(name) == found
+    assert hub.parse_name(name) == found
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def sha256(*files: Path) -> str:
 
 
 def test_a_checkpoint_of_the_hub_is_named_by_its_commit(cached: Path) -> None:
-    found = origin(checkpoint.read("someone/vit@v1"))
+    found = find_origin(checkpoint.read("someone/vit@v1"))
     assert found.name == f"someone/vit@{OLD[:7]}" and found.revision == OLD
     assert found.sha256 == sha256(cached / OLD / checkpoint.WEIGHTS)
-    assert found.sha256 != origin(checkpoint.read("someone/vit")).sha256
+    assert found.sha256 != find_origin(checkpoint.read("someone/vit")).sha256
     assert found.said == f"sha256 {found.sha256}, commit {OLD}"
 
 
@@ -132,12 +132,12 @@ def test_neighbours_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.
     source = Case("neighbour", CONFIG).checkpoint()
     for name in ("a", "b"):
         checkpoint.write_directory(tmp_path / name / "model", source.tensors, CONFIG.to_hf())
-    names = [origin(checkpoint.read(tmp_path / name / "model")).name for name in ("a", "b")]
+    names = [find_origin(checkpoint.read(tmp_path / name / "model")).name for name in ("a", "b")]
     assert names == ["a/model", "b/model"]
     monkeypatch.chdir(tmp_path / "a" / "model")
-    found = origin(checkpoint.read("."))
+    found = find_origin(checkpoint.read("."))
     assert (found.name, found.path, found.revision) == ("a/model", str(tmp_path / "a" / "model"), None)
-    assert origin(checkpoint.read(checkpoint.WEIGHTS)).name == f"model/{checkpoint.WEIGHTS}"
+    assert find_origin(checkpoint.read(checkpoint.WEIGHTS)).name == f"model/{checkpoint.WEIGHTS}"
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -146,7 +146,7 @@ def test_shards_have_one_digest_together(lazy: bool, tmp_path: Path) -> None:
     checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf(), max_shard_size=900)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
-    assert origin(checkpoint.read(tmp_path, lazy=lazy)).sha256 == sha256(*shards)
+    assert find_origin(checkpoint.read(tmp_path, lazy=lazy)).sha256 == sha256(*shards)
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     found = checkpoint.read(tmp_path)
     (tmp_path / checkpoint.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read any more \(No such file or dir"):
-        origin(found)
+        find_origin(found)
 
 
 def test_an_error_that_nobody_foresaw_is_no_missing_network(monkeypatch: pytest.MonkeyPatch) -> None:

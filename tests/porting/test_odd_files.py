@@ -196,10 +196,10 @@ def asked(directory: Path, out: Path, image: Path, seen: set[str]) -> bool:
         # Nothing is half-written, and who loads the checkpoint is told as much.
         assert not out.exists()
         refused(lambda: predict(pretrained.from_pretrained(directory), [image]))
-        return refused(lambda: prepare_candidate(None, *reversed(pretrained.opened(directory))))
-    refused(lambda: pixels_for(pretrained.opened(directory)[1], image.parent, 1))
+        return refused(lambda: prepare_candidate(None, *reversed(pretrained.open_checkpoint(directory))))
+    refused(lambda: pixels_for(pretrained.open_checkpoint(directory)[1], image.parent, 1))
     refused(lambda: predict(pretrained.from_pretrained(directory), [image]))
-    source, config = pretrained.opened(directory)
+    source, config = pretrained.open_checkpoint(directory)
     prepare_candidate(None, config, source)
     # FlaxViT takes its time, and is asked once a configuration; PyTorch's ViT says most about odd fields.
     told = json.dumps(config.hf_numerics())

@@ -21,7 +21,7 @@ from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import LAYOUTS, Layout
-from vit_ref.weights.pretrained import parameters_of
+from vit_ref.weights.pretrained import get_parameters
 
 # Square where kernels allow it, so that a transposed kernel has the right shape; eleven blocks and more, so that
 # numeric and lexicographic order differ.
@@ -46,7 +46,7 @@ def exported(layout: Layout, config: ViTConfig) -> dict[str, NDArray]:
 def parameters(config: ViTConfig, dtype: type = np.float32) -> dict[str, NDArray]:
     """Every element of every parameter is another number, exactly representable in float32."""
     values, start = {}, 0
-    for path, shape in mapping.parameter_shapes(config).items():
+    for path, shape in mapping.list_parameters(config).items():
         size = int(np.prod(shape))
         values[path] = np.arange(start, start + size).reshape(shape).astype(dtype)
         start += size
@@ -315,7 +315,7 @@ def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionT
     from flax import linen
 
     vit = filled(CONFIG)
-    tensors = mapping.export(parameters_of(vit), CONFIG, mapping.NPZ)
+    tensors = mapping.export(get_parameters(vit), CONFIG, mapping.NPZ)
     stem = "Transformer/encoderblock_3/MultiHeadDotProductAttention_1"
     params = {
         part: {leaf: tensors[f"{stem}/{part}/{leaf}"] for leaf in ("kernel", "bias")}

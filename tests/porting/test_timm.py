@@ -229,7 +229,7 @@ def test_a_directory_of_timms_is_loaded_and_its_tensors_are_those_it_came_from(t
     for path in (tmp_path, tmp_path / checkpoint.WEIGHTS):
         model = vit_ref.from_pretrained(path)
         assert replace(model.config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2) == config
-        found = pretrained.parameters_of(model)
+        found = pretrained.get_parameters(model)
         assert {name: value.tobytes() for name, value in found.items()} == {
             name: np.ascontiguousarray(value).tobytes() for name, value in parameters.items()
         }

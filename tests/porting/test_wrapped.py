@@ -46,7 +46,7 @@ def directory(path: Path, tensors: mapping.Tensors, config: ViTConfig = CONFIG) 
 
 
 def same(path: Path, **options: object) -> bool:
-    found = pretrained.parameters_of(vit_ref.from_pretrained(path, **options))
+    found = pretrained.get_parameters(vit_ref.from_pretrained(path, **options))
     return found.keys() == PARAMETERS.keys() and all((found[name] == value).all() for name, value in PARAMETERS.items())
 
 
@@ -76,7 +76,7 @@ def test_an_npz_of_a_training_loop_is_read(
     tensors = mapping.export(parameters, CONFIG, layout)
     np.savez(tmp_path / "ViT.npz", **{f"{prefix}{name}": value for name, value in tensors.items()}, **state)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
-    found = pretrained.parameters_of(model)
+    found = pretrained.get_parameters(model)
     assert model.config == CONFIG
     assert all((found[name] == value).all() for name, value in parameters.items())
     (said,) = caplog.messages
@@ -105,7 +105,7 @@ def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_what_all_have_in_common_and_nothing_else_is_a_prefix(names: list[str], prefix: str, weights: int) -> None:
-    found, kept = wrappers.unwrapped(names)
+    found, kept = wrappers.find_wrapper(names)
     assert (found, len(kept)) == (prefix, weights)
 
 
@@ -203,14 +203,14 @@ def test_a_pattern_to_ignore_that_names_nothing_is_said_to_verify_too(leftovers:
 
 def test_a_needed_tensor_is_never_left_behind() -> None:
     source = {**TENSORS, "x": np.ones(1, "f4")}
-    assert mapping.without(source, CONFIG, ["*"]).keys() == TENSORS.keys()
+    assert mapping.drop_ignored(source, CONFIG, ["*"]).keys() == TENSORS.keys()
 
 
 def starting(path: Path, ignore: list[str]) -> ViTConfig:
     from vit_ref.finetune.recipe import Recipe
-    from vit_ref.finetune.start import starting_model
+    from vit_ref.finetune.start import make_starting_model
 
-    return starting_model(path, ["a", "b"], Recipe(), ignore).config
+    return make_starting_model(path, ["a", "b"], Recipe(), ignore).config
 
 
 def test_finetune_starts_from_what_is_not_ignored(leftovers: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.helpers.vit_strategies import INVALID, configs, times
 from vit_ref.errors import ConfigError
 from vit_ref.model.config import ViTConfig
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 
 # "\u00b2", a raised two, is a digit and yet no number.
 names_of_no_variant = st.one_of(
@@ -69,4 +69,4 @@ def test_the_number_of_parameters_has_a_closed_form(config: ViTConfig) -> None:
     blocks = config.num_hidden_layers * (4 * width + attention + mlp)
     outputs = (config.pooler_output_size or width) if config.pooler else config.num_labels
     foretold = patch + width + tokens * width + blocks + 2 * width + (width + 1) * outputs
-    assert sum(int(np.prod(shape)) for shape in parameter_shapes(config).values()) == foretold
+    assert sum(int(np.prod(shape)) for shape in list_parameters(config).values()) == foretold

@@ -25,7 +25,7 @@ from vit_ref.verify.references.choice import REFERENCES, reference_for, require,
 from vit_ref.verify.references.torch_vit import TorchViTReference
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.session import Session
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 
 pytestmark = pytest.mark.torch
 
@@ -110,7 +110,7 @@ def test_pytorch_judges_the_gradients_of_rectangular_patches() -> None:
     assert report.passed, f"{headline(report)}\n\n{table(report)}"
     assert report.reference == "PyTorch"
     assert all(result.gate > 6 * result.reference_error for result in report.results)
-    assert len(report.results) == len(sites(case.config, 1)) + len(parameter_shapes(case.config)) + 1
+    assert len(report.results) == len(sites(case.config, 1)) + len(list_parameters(case.config)) + 1
 
 
 @pytest.mark.parametrize("site", [site for site, _ in BLOCK_SITES])

@@ -41,7 +41,7 @@ from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.pretrained import arrays_of
+from vit_ref.weights.pretrained import get_arrays
 
 
 class OneDevice(OwnCandidate):
@@ -88,7 +88,7 @@ class Sharded(OwnCandidate):
         graph, _ = skeleton(CASE.config, dtype)
         # As differentiation has them.
         state = jax.tree.map(lambda x: jnp.asarray(x, np.promote_types(dtype, np.float32)), self._state)
-        before, after = arrays_of(self._state), arrays_of(state)
+        before, after = get_arrays(self._state), get_arrays(state)
         moved = [
             path
             for path in before
@@ -160,7 +160,7 @@ def loaded(directory: Path, mesh: Mesh, way: Way) -> tuple[vit_ref.VisionTransfo
     ):
         model = vit_ref.from_pretrained(directory, mesh=mesh, sharding=way.sharding)
     peak |= held() - before
-    arrays = arrays_of(nnx.state(model))
+    arrays = get_arrays(nnx.state(model))
     return model, {
         "asked": Watched.last.asked,
         "alive": Watched.last.most,

@@ -25,7 +25,7 @@ from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import errors_of
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import CheckpointError
-from vit_ref.weights.pretrained import arrays_of
+from vit_ref.weights.pretrained import get_arrays
 
 
 def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Array]:
@@ -43,7 +43,7 @@ def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Arr
         return logits, gradients
 
     logits, gradients = run(jax.tree.map(lambda x: x.astype(np.float64), state), images)
-    return {"logits": logits, **arrays_of(gradients)}
+    return {"logits": logits, **get_arrays(gradients)}
 
 
 def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> str:
@@ -88,7 +88,7 @@ def main(directory: Path, out: Path, coordinator: str, number: int) -> None:
     alone = observed(vit_ref.from_pretrained(directory, dtype=np.float64), images)
     # The scale of a gradient is its layer's: the key's bias has none but rounding.
     errors = errors_of(together, truths_of({name: np.asarray(value) for name, value in alone.items()}))
-    spans = [path for path, array in arrays_of(nnx.state(model)).items() if not array.is_fully_replicated]
+    spans = [path for path, array in get_arrays(nnx.state(model)).items() if not array.is_fully_replicated]
     found = {
         "devices": [jax.local_device_count(), jax.device_count()],
         "divided": spans,

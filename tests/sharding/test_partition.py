@@ -12,8 +12,8 @@ import vit_ref
 from tests.sharding.ways import CASE
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
-from vit_ref.weights.mapping import parameter_shapes, templated
-from vit_ref.weights.partition import RULES, shardings
+from vit_ref.weights.mapping import list_parameters, split_block_number
+from vit_ref.weights.partition import RULES, choose_shardings
 
 # Of ViT-B/16, on two dimensions as the papers have it: columns are a kernel's second. Whatever is not named is whole.
 COLUMNS = ("attn.query", "attn.key", "attn.value", "mlp.fc1")
@@ -48,8 +48,8 @@ def mesh(**axes: int) -> AbstractMesh:
     ("kind", "expected"), [("data", {}), ("tensor", TENSOR), ("fsdp", FSDP), ("fsdp+tensor", BOTH)]
 )
 def test_parameters_of_vit_b16_are_divided_as_published(kind: str, expected: dict[str, P]) -> None:
-    found = {path: where.spec for path, where in shardings(BASE, mesh(data=2, model=4), kind).items()}
-    assert list(found) == list(parameter_shapes(BASE))
+    found = {path: where.spec for path, where in choose_shardings(BASE, mesh(data=2, model=4), kind).items()}
+    assert list(found) == list(list_parameters(BASE))
     divided = {path: spec for path, spec in found.items() if any(spec)}
     assert divided == {path: expected[path.split(".", 2)[-1] if "blocks" in path else path] for path in divided}
     assert {path.split(".", 2)[-1] if "blocks" in path else path for path in divided} == expected.keys()
@@ -58,22 +58,22 @@ def test_parameters_of_vit_b16_are_divided_as_published(kind: str, expected: dic
 @pytest.mark.parametrize("kind", RULES)
 def test_each_rule_is_some_parameters_and_each_parameter_has_one(kind: str) -> None:
     headless = replace(CASE.config, num_labels=0, pooler=True)
-    assert {templated(path)[0] for config in (CASE.config, headless) for path in parameter_shapes(config)} == set(
-        RULES[kind]
-    )
+    assert {
+        split_block_number(path)[0] for config in (CASE.config, headless) for path in list_parameters(config)
+    } == set(RULES[kind])
 
 
 @pytest.mark.parametrize(("width", "divided"), [(56, 0), (64, 4)])
 def test_small_parameters_are_whole_and_need_not_be_divisible(width: int, divided: int) -> None:
     # 64 x 64 elements are enough, in query, key, value and out; 56 is no multiple of 5, and nobody asks.
     config = replace(CASE.config, hidden_size=width, intermediate_size=57)
-    found = shardings(config, mesh(data=8 if divided else 5), "fsdp")
+    found = choose_shardings(config, mesh(data=8 if divided else 5), "fsdp")
     assert sum(any(where.spec) for where in found.values()) == divided
 
 
 def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
     with pytest.raises(InputError) as caught:
-        shardings(config, on, sharding)  # type: ignore[arg-type]
+        choose_shardings(config, on, sharding)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 def test_rules_of_ones_own_are_followed_to_the_letter() -> None:
     rules = {**RULES["data"], "norm.bias": P("x"), "head.kernel": P(("x", "y"))}
-    found = shardings(BASE, mesh(x=2, y=4), rules)
+    found = choose_shardings(BASE, mesh(x=2, y=4), rules)
     assert {path: where.spec for path, where in found.items() if any(where.spec)} == {
         "norm.bias": P("x"),
         "head.kernel": P(("x", "y")),

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from tests.sharding.ways import CASE, WAYS, Way
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 from vit_ref.weights.partition import LEAST
 
 pytestmark = pytest.mark.xdist_group("devices")
 
-SHAPES = parameter_shapes(CASE.config)
+SHAPES = list_parameters(CASE.config)
 TENSORS = CASE.checkpoint().tensors
 
 

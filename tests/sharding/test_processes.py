@@ -13,7 +13,7 @@ import pytest
 
 from tests.sharding.ways import CASE, digests
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 
 pytestmark = pytest.mark.xdist_group("devices")
 
@@ -42,7 +42,7 @@ def test_the_model_lies_on_both(found: dict[str, Any]) -> None:
 
 
 def test_logits_and_gradients_are_the_same_formula(found: dict[str, Any]) -> None:
-    assert found["errors"].keys() == {"logits", *parameter_shapes(CASE.config)}
+    assert found["errors"].keys() == {"logits", *list_parameters(CASE.config)}
     assert not {
         name: rms for name, (rms, largest) in found["errors"].items() if rms > SEMANTIC_RMS or largest > SEMANTIC_MAX
     }

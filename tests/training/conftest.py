@@ -22,7 +22,7 @@ from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.pretrained import build, parameters_of
+from vit_ref.weights.pretrained import build, get_parameters
 
 Batches = list[tuple[NDArray, NDArray]]
 Transformation = Callable[[], optax.GradientTransformation]
@@ -47,7 +47,7 @@ def _train_ours(
         for number, (pixels, labels) in enumerate(batches, start=1):
             losses.append(step(model, optimizer, jnp.asarray(pixels, dtype), jnp.asarray(labels)))
             if number in keep:
-                kept[number] = parameters_of(model)
+                kept[number] = get_parameters(model)
         return Run(np.array(losses, np.float64), kept)
 
 

@@ -23,7 +23,7 @@ from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import precision_of
 from vit_ref.weights import checkpoint, mapping
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.pretrained import configuration, parameters_of
+from vit_ref.weights.pretrained import get_parameters, read_configuration
 
 CONFIG = replace(CASES["rectangular"].config, hidden_size=48, intermediate_size=96, num_labels=7, initializer_range=0.1)
 
@@ -36,7 +36,7 @@ READS_BIASES = ("query.bias", "key.bias", "value.bias", "fc1.bias", "head.bias")
 def fresh(config: ViTConfig) -> Checkpoint:
     """A randomly initialised model's weights, as a checkpoint."""
     model = VisionTransformer(config, rngs=nnx.Rngs(0))
-    return Checkpoint(Path("fresh"), mapping.export(parameters_of(model), config, mapping.HF), config.to_hf())
+    return Checkpoint(Path("fresh"), mapping.export(get_parameters(model), config, mapping.HF), config.to_hf())
 
 
 def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
@@ -135,8 +135,8 @@ def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
         pytest.skip("needs real weights: --checkpoint DIR_OR_HUB_ID")
     for path in paths:
         given = checkpoint.read(path)
-        config = replace(configuration(given), num_labels=3, labels=())
-        parameters = mapping.port(given.tensors, configuration(given), mapping.detect(given.tensors))
+        config = replace(read_configuration(given), num_labels=3, labels=())
+        parameters = mapping.port(given.tensors, read_configuration(given), mapping.detect(given.tensors))
         draw = np.random.default_rng(0).normal(0, 0.02, (config.hidden_size, 3)).astype(np.float32)
         parameters |= {"head.kernel": draw, "head.bias": np.zeros(3, np.float32)}
         source = Checkpoint(given.path, mapping.export(parameters, config, mapping.HF), config.to_hf())
@@ -151,7 +151,7 @@ def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
 
 def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., VisionTransformer]) -> None:
     model = filled(CONFIG)
-    before = parameters_of(model)
+    before = get_parameters(model)
     is_head = nnx.All(nnx.Param, nnx.PathContains("head"))
     pixels, labels = jnp.asarray(synthetic_images(CONFIG, 4)), jnp.arange(4)
     step = nnx.jit(train_step)
@@ -159,7 +159,7 @@ def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., Visi
         optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=is_head)
         losses = [float(step(model, optimizer, pixels, labels)) for _ in range(5)]
     assert losses[-1] < losses[0]
-    after = parameters_of(model)
+    after = get_parameters(model)
     changed = {path for path in before if before[path].tobytes() != after[path].tobytes()}
     assert changed == {"head.kernel", "head.bias"}
     assert (after["head.kernel"] != before["head.kernel"]).all()

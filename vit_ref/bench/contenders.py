@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from vit_ref.bench.compiling import Cost, compile_twice
-from vit_ref.bench.queueing import queued
+from vit_ref.bench.queueing import queue_passes
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import InputError
 from vit_ref.finetune.step import split_step
@@ -33,7 +33,7 @@ RATE = 1e-4
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory")
 
 
-def out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether that is what an error means, of Python, XLA or PyTorch."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
 
@@ -166,8 +166,8 @@ def _random(shapes: Any) -> Any:
     )
 
 
-def stepping(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Callable[..., Any]:
-    """A function, see `queued`, that takes steps on from the last, and returns the state and its loss.
+def chain_steps(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Callable[..., Any]:
+    """A function, see `queue_passes`, that takes steps on from the last, and returns the state and its loss.
 
     Args:
       step: (state, pixels, labels) -> (state, loss); it may overwrite the state that it is given.
@@ -181,17 +181,17 @@ def stepping(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: ja
         state, loss = step(state, pixels, labels)
         return state, loss
 
-    return queued(launch)
+    return queue_passes(launch)
 
 
 def _forward(name: str, forward: Callable[..., jax.Array], parameters: Any, pixels: jax.Array) -> Contender:
     call, cost = compile_twice(forward, parameters, pixels)
-    return _warm(name, queued(lambda: call(parameters, pixels)), cost)
+    return _warm(name, queue_passes(lambda: call(parameters, pixels)), cost)
 
 
 def _stepping(name: str, step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Contender:
     call, cost = compile_twice(step, state, pixels, labels, donate=(0,))
-    return _warm(name, stepping(call, state, pixels, labels), cost)
+    return _warm(name, chain_steps(call, state, pixels, labels), cost)
 
 
 def _warm(name: str, run: Callable[..., Any], cost: Cost) -> Contender:

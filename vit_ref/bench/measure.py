@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vit_ref.bench.compiling import Cost
-from vit_ref.bench.contenders import CONTENDERS, Contender, out_of_memory
+from vit_ref.bench.contenders import CONTENDERS, Contender, is_out_of_memory
 from vit_ref.bench.queueing import passes_at_once
 from vit_ref.bench.roofline import Roofline
 from vit_ref.bench.workload import Workload
@@ -82,7 +82,7 @@ class Timing:
         return {"implementation": self.name, **self.workload._asdict(), **rounds, **self.facts()}
 
 
-def fitting(
+def build_fitting(
     workload: Workload, names: Sequence[str], say: Callable[[str], None]
 ) -> tuple[Workload, tuple[Contender, ...]]:
     """The contenders on the largest batch, this one or a half, a quarter, … of it, that fits in memory for all.
@@ -111,7 +111,7 @@ def fitting(
                         say(f"{workload}: {name} is not timed: {error}")
                 return workload, tuple(contenders)
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if workload.batch == 1:
             raise OutOfMemoryError(f"{workload}: one image does not fit in the device's memory: take a smaller size")

@@ -16,7 +16,7 @@ def passes_at_once() -> int:
     return 1 if jax.default_backend() == "cpu" else 8
 
 
-def queued(
+def queue_passes(
     launch: Callable[[], Any], wait: Callable[[Any], Any] = lambda result: jax.block_until_ready(result)
 ) -> Callable[..., Any]:
     """A function `(times=1)` that launches so often, waits until the device is done, and returns the last result.

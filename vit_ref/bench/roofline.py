@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from vit_ref.bench.queueing import passes_at_once, queued
+from vit_ref.bench.queueing import passes_at_once, queue_passes
 from vit_ref.verify.precision import Precision
 
 # Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
@@ -55,8 +55,8 @@ class Roofline:
 
 
 def _product(side: int, dtype: DTypeLike) -> Callable[..., Any]:
-    """One product, compiled, as `queued` has it."""
+    """One product, compiled, as `queue_passes` has it."""
     values = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
     x = jax.device_put(jnp.asarray(values, dtype))
     multiply = jax.jit(jnp.matmul).lower(x, x).compile()
-    return queued(lambda: multiply(x, x))
+    return queue_passes(lambda: multiply(x, x))

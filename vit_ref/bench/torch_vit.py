@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import transformers
 
-from vit_ref.bench.contenders import out_of_memory
-from vit_ref.bench.queueing import queued
+from vit_ref.bench.contenders import is_out_of_memory
+from vit_ref.bench.queueing import queue_passes
 from vit_ref.bench.workload import Workload
 from vit_ref.errors import UnbuildableError
 
 
 def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[..., Any], float]:
-    """The pass as `bench.queueing.queued` has it, warm, and the seconds of its first call.
+    """The pass as `bench.queueing.queue_passes` has it, warm, and the seconds of its first call.
 
     Args:
       workload: what it does.
@@ -62,7 +62,7 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
             torch.cuda.synchronize()
         return result
 
-    run = queued(launch, wait)
+    run = queue_passes(launch, wait)
 
     start = time.perf_counter()
     with _compiling() if compiles else nullcontext():
@@ -78,7 +78,7 @@ def _compiling() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise UnbuildableError(
             f"torch.compile fails ({str(error).strip().splitlines()[0]}): install what it needs, as a rule a C++"

@@ -51,7 +51,7 @@ class Workload(NamedTuple):
 
         A linear layer's backward pass is two products as large as its own, the patches' one: pixels get no gradient.
         """
-        once = operations(self.config)
+        once = count_operations(self.config)
         if self.what == "forward":
             return self.batch * sum(once.values())
         return self.batch * (3 * sum(once.values()) - once["patches"])
@@ -63,7 +63,7 @@ class Workload(NamedTuple):
         return pixels, rng.integers(CLASSES, size=self.batch).astype(np.int32)
 
 
-def operations(config: ViTConfig) -> dict[str, int]:
+def count_operations(config: ViTConfig) -> dict[str, int]:
     """Operations of one image's forward pass, by layer, over all blocks."""
     rows, columns = config.grid()
     patches, tokens, width = rows * columns, rows * columns + 1, config.hidden_size
@@ -78,7 +78,7 @@ def operations(config: ViTConfig) -> dict[str, int]:
     }
 
 
-def workload(size: str, batch: int, precision: str, what: str) -> Workload:
+def parse_workload(size: str, batch: int, precision: str, what: str) -> Workload:
     """A workload of what a person typed.
 
     Raises:

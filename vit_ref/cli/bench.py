@@ -43,7 +43,7 @@ def bench(
     require_outputs(plot=picture, json=json_file)
     with leave_when_interrupted():
         from vit_ref.bench.report import plot, table
-        from vit_ref.bench.session import session
+        from vit_ref.bench.session import time_workloads
         from vit_ref.verify.environment import environment
 
     console = Output(stderr=json_file == STDOUT, soft_wrap=False)
@@ -51,7 +51,7 @@ def bench(
     if picture:
         extra("matplotlib.figure", "a plot of throughput")
     try:
-        for group in session(sizes, batches, precisions, passes, names, rounds, say):
+        for group in time_workloads(sizes, batches, precisions, passes, names, rounds, say):
             console.print(table(group))
             console.print()
             timings += group

@@ -12,7 +12,7 @@ from vit_ref.cli.console import say, say_left_out
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.options import LOCAL, ignore_option
 from vit_ref.errors import InputError
-from vit_ref.finetune.options import recipe_from, recipe_options
+from vit_ref.finetune.options import add_recipe_options, make_recipe
 
 
 @click.command()
@@ -27,7 +27,7 @@ from vit_ref.finetune.options import recipe_from, recipe_options
 @click.option("--output-dir", type=LOCAL, default=Path("run"), show_default=True, help="The run's place.")
 @click.option("--resume", is_flag=True, help="Go on where the run in --output-dir was stopped, or begin it.")
 @ignore_option
-@recipe_options
+@add_recipe_options
 @click.option("--num-workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that load images.")
 @click.option("--save-steps", type=click.IntRange(1), metavar="N", help="Checkpoint every N steps, too.")
 @click.option(
@@ -72,7 +72,7 @@ def finetune(
     in OUTPUT_DIR/model, which transformers, `vit-ref predict` and `vit-ref verify` load. Defaults are those of Flax's
     ViT tutorial.
     """
-    chosen = recipe_from(recipe)
+    chosen = make_recipe(recipe)
     _join_processes(coordinator, num_processes, process_id)
     # If the disk is full, Orbax and tensorstore fill pages there with what becomes one line here.
     for name in ("absl", "asyncio"):
@@ -97,7 +97,7 @@ def finetune(
     if outcome.writes:
         if plots:
             illustrate(outcome, training, validation, chosen)
-        click.echo(run.summary(outcome))
+        click.echo(run.summarise(outcome))
 
 
 def _join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

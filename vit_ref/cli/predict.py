@@ -30,16 +30,16 @@ def predict(
     require_outputs(json=json_file)
     with show_progress(len(images)) as progress:
         with leave_when_interrupted():
-            from vit_ref.finetune.prediction import predictions
-            from vit_ref.finetune.probabilities import unit
+            from vit_ref.finetune.prediction import predict_each
+            from vit_ref.finetune.probabilities import name_unit
             from vit_ref.weights.pretrained import from_pretrained
 
         model = from_pretrained(checkpoint, ignore=ignore)
-        results, found = predictions(model, images, top), []
+        results, found = predict_each(model, images, top), []
         for number in range(1, len(images) + 1):
             progress(f"image {number} of {len(images)}")
             found.append(next(results))
-    kind = unit(model.config)
+    kind = name_unit(model.config)
     lines, content = [], []
     for file, each in zip(images, found, strict=True):
         content.append({"image": str(file), "predictions": [{"label": label, kind: value} for label, value in each]})

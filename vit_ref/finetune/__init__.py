@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from vit_ref.finetune.loading import draw
     from vit_ref.finetune.prediction import predict
     from vit_ref.finetune.recipe import Recipe
-    from vit_ref.finetune.run import Conduct, Outcome, finetune, summary
-    from vit_ref.finetune.start import starting_model
+    from vit_ref.finetune.run import Conduct, Outcome, finetune, summarise
+    from vit_ref.finetune.start import make_starting_model
 
 _HOME = {
     "Augmentation": "vit_ref.finetune.augmentation",
@@ -25,8 +25,8 @@ _HOME = {
     "illustrate": "vit_ref.finetune.illustration",
     "open_dataset": "vit_ref.finetune.data",
     "predict": "vit_ref.finetune.prediction",
-    "starting_model": "vit_ref.finetune.start",
-    "summary": "vit_ref.finetune.run",
+    "make_starting_model": "vit_ref.finetune.start",
+    "summarise": "vit_ref.finetune.run",
 }
 
 __all__ = [
@@ -38,10 +38,10 @@ __all__ = [
     "draw",
     "finetune",
     "illustrate",
+    "make_starting_model",
     "open_dataset",
     "predict",
-    "starting_model",
-    "summary",
+    "summarise",
 ]
 
 __getattr__ = import_on_use(__name__, _HOME)

@@ -18,7 +18,7 @@ from vit_ref.model.vit import VisionTransformer
 Method = Literal["last", "rollout"]
 
 
-def attention_maps(model: VisionTransformer, pixels: ArrayLike, method: Method = "last") -> NDArray:
+def compute_attention_maps(model: VisionTransformer, pixels: ArrayLike, method: Method = "last") -> NDArray:
     """How much of what the cls token reads comes from each patch.
 
     Args:

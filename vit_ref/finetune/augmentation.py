@@ -123,7 +123,7 @@ class Augmentation:
 Transform = Callable[[Any], Any]
 
 
-def augmented(
+def augment_image(
     augment: Augmentation | Transform, image: Image.Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Image.Image:
     """One random version of an image, by this package's augmentation or by anybody's transform.

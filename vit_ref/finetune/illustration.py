@@ -13,13 +13,13 @@ from flax import nnx
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
 from vit_ref.finetune import plots
-from vit_ref.finetune.attention import attention_maps
+from vit_ref.finetune.attention import compute_attention_maps
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset
 from vit_ref.finetune.loading import draw
 from vit_ref.finetune.metrics import read_metrics
-from vit_ref.finetune.prediction import logits_of
-from vit_ref.finetune.probabilities import scores
+from vit_ref.finetune.prediction import compute_logits
+from vit_ref.finetune.probabilities import compute_scores
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS
 from vit_ref.finetune.run import Outcome
@@ -68,26 +68,28 @@ def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDatase
         raise InputError(f"{directory}: cannot be made ({error.strerror}): mend that and go on with --resume") from None
     config, names = outcome.model.config, validation.classes
     lines = read_metrics(run / METRICS)
-    plots.schedule(directory / "schedule.png", [line["learning_rate"] for line in lines if "learning_rate" in line])
-    plots.curves(directory / "curves.png", lines)
-    plots.confusion(directory / "confusion.png", outcome.evaluation, names)
+    plots.plot_schedule(
+        directory / "schedule.png", [line["learning_rate"] for line in lines if "learning_rate" in line]
+    )
+    plots.plot_curves(directory / "curves.png", lines)
+    plots.plot_confusion(directory / "confusion.png", outcome.evaluation, names)
 
     chosen = _spread(len(training), 8)
     augment = Augmentation() if recipe.augment else None
     after = np.stack([draw(training, config, augment, recipe.seed, 0, index) for index in chosen])
     photographs = [training[index] for index in chosen]
-    plots.batches(
+    plots.plot_batches(
         directory / "batches.png",
         [photograph.image for photograph in photographs],
-        plots.visible(after, config),
+        plots.make_visible(after, config),
         [names[photograph.label] for photograph in photographs],
     )
 
     chosen = _spread(len(validation), _SHOWN)
     pixels = np.stack([draw(validation, config, None, recipe.seed, 0, index) for index in chosen])
-    probabilities = scores(logits_of(*nnx.split(outcome.model), jnp.asarray(pixels)), config)
-    seen = plots.visible(pixels, config)
-    plots.predictions(
+    probabilities = compute_scores(compute_logits(*nnx.split(outcome.model), jnp.asarray(pixels)), config)
+    seen = plots.make_visible(pixels, config)
+    plots.plot_predictions(
         directory / "predictions.png",
         seen,
         [validation[index].label for index in chosen],
@@ -95,8 +97,8 @@ def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDatase
         probabilities.max(-1).tolist(),
         names,
     )
-    maps = attention_maps(outcome.model, pixels[:_ATTENDED])
-    plots.attention_maps(directory / "attention.png", seen[:_ATTENDED], maps)
+    maps = compute_attention_maps(outcome.model, pixels[:_ATTENDED])
+    plots.plot_attention_maps(directory / "attention.png", seen[:_ATTENDED], maps)
 
 
 def _spread(length: int, count: int) -> list[int]:

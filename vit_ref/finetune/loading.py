@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
 from vit_ref.extras import extra
-from vit_ref.finetune.augmentation import Augmentation, Transform, augmented
+from vit_ref.finetune.augmentation import Augmentation, Transform, augment_image
 from vit_ref.finetune.data import ImageDataset, Photograph
 from vit_ref.finetune.metrics import PADDING
 from vit_ref.model.config import ViTConfig
@@ -48,8 +48,8 @@ def draw(
     Args:
       dataset: where it is from.
       config: the model's configuration, with the checkpoint's `preprocessor` if it has one.
-      augment: see `batches`.
-      seed: see `batches`.
+      augment: see `load_batches`.
+      seed: see `load_batches`.
       epoch: from 0.
       index: of the image in the data set.
 
@@ -68,7 +68,7 @@ def _pixels(
     todo = steps(config)
     image, size = photograph.image, todo.output or config.image_hw
     if augment is not None:
-        image = augmented(augment, image, rng, size)
+        image = augment_image(augment, image, rng, size)
         if todo.crop is not None and image.size == size[::-1]:
             # A random crop takes the place of the one in the middle: a second one would cut more away.
             uncut = {**(config.preprocessor or {}), "do_resize": False, "do_center_crop": False}
@@ -82,7 +82,7 @@ def _pixels(
 
 
 class Batches(Iterator[Batch]):
-    """An iterator of batches that can go on from any batch; made by `batches`.
+    """An iterator of batches that can go on from any batch; made by `load_batches`.
 
     A batch is a dictionary: "pixels", (B, height, width, 3) float32; "label", "index" of the image in the data set and
     "epoch", each (B,) int32. Neither it nor the state depends on `num_workers`; grain's own state does. If there are
@@ -147,7 +147,7 @@ def _started(source: grain.MapDataset[Batch], num_workers: int) -> grain.Dataset
     return iter(loaded)
 
 
-def batches(
+def load_batches(
     dataset: ImageDataset,
     config: ViTConfig,
     *,
@@ -168,8 +168,8 @@ def batches(
       batch_size: images in a batch of this process.
       seed: of order and augmentation, from 0 to 2**32 - 1.
       epochs: how often every image comes.
-      augment: `Augmentation`, or any function from Pillow's image to an image, see `augmentation.augmented`; None to
-        leave images as they are.
+      augment: `Augmentation`, or any function from Pillow's image to an image, see `augmentation.augment_image`; None
+        to leave images as they are.
       num_workers: processes that load; 0 for threads of this one.
       shard: (index, count) of this process among those that share the data set: every image goes to one of them alone,
         and all have the same number of batches.
@@ -190,7 +190,7 @@ def batches(
         raise InputError(f"shard is {here} of {shards}: give one from 0 to {shards - 1}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}: give one from 0 to 2**32 - 1")
-    each = batches_per_epoch(len(dataset), batch_size, shards=shards, drop_remainder=drop_remainder) * batch_size
+    each = count_batches(len(dataset), batch_size, shards=shards, drop_remainder=drop_remainder) * batch_size
     if not each:
         raise InputError(f"{len(dataset)} images make no batch of {batch_size} for each of {shards}: give less")
 
@@ -238,24 +238,24 @@ def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch, count)).permutation(count)
 
 
-def batches_per_epoch(images: int, batch_size: int, *, shards: int = 1, drop_remainder: bool = True) -> int:
+def count_batches(images: int, batch_size: int, *, shards: int = 1, drop_remainder: bool = True) -> int:
     """How many batches each of `shards` processes has in one epoch.
 
     Args:
       images: in the data set.
-      batch_size: see `batches`.
+      batch_size: see `load_batches`.
       shards: processes that share the data set.
-      drop_remainder: see `batches`.
+      drop_remainder: see `load_batches`.
     """
     whole, rest = divmod(images, batch_size * shards)
     return whole + bool(rest and not drop_remainder)
 
 
-def throughput(iterator: Iterator[Batch], batches: int) -> float:
+def measure_throughput(iterator: Iterator[Batch], batches: int) -> float:
     """Images per second of the loader alone, after a first batch that starts it up.
 
     Args:
-      iterator: of `batches`, with at least one more than that.
+      iterator: of `load_batches`, with at least one more than that.
       batches: how many to time.
     """
     next(iterator)

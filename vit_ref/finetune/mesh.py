@@ -14,12 +14,12 @@ from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
 from vit_ref.weights import partition
 from vit_ref.weights.partition import DATA
-from vit_ref.weights.pretrained import with_arrays
+from vit_ref.weights.pretrained import replace_arrays
 
 Sharding = Literal["data", "fsdp"]
 
 
-def mesh_for(batch_size: int) -> Mesh:
+def make_mesh(batch_size: int) -> Mesh:
     """All devices of all processes in one row, over which a batch is divided.
 
     Raises:
@@ -31,35 +31,35 @@ def mesh_for(batch_size: int) -> Mesh:
     return Mesh(np.array(devices), (DATA,))
 
 
-def shardings(state: nnx.State, config: ViTConfig, mesh: Mesh | AbstractMesh, kind: Sharding) -> nnx.State:
+def choose_shardings(state: nnx.State, config: ViTConfig, mesh: Mesh | AbstractMesh, kind: Sharding) -> nnx.State:
     """Where each array of a training state lies, by `vit_ref.weights.partition`.
 
     Args:
       state: parameters, and an optimizer's moments, each of which lies as the parameter does whose path ends its own.
       config: the model's.
-      mesh: from `mesh_for`.
+      mesh: from `make_mesh`.
       kind: "data": every device has all of it. "fsdp": large arrays are divided over the devices, where these divide
         the model's width.
 
     Returns:
       The state with a `NamedSharding` in the place of each array; what belongs to no parameter is on every device.
     """
-    placed = partition.shardings(config, mesh, kind, lenient=True)
+    placed = partition.choose_shardings(config, mesh, kind, lenient=True)
 
     def of(path: str) -> NamedSharding:
         parts = path.split(".")
         names = (".".join(parts[k:]) for k in range(len(parts)))
-        return next((placed[name] for name in names if name in placed), whole(mesh))
+        return next((placed[name] for name in names if name in placed), replicate(mesh))
 
     paths = (".".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
-    return with_arrays(state, {path: of(path) for path in paths})
+    return replace_arrays(state, {path: of(path) for path in paths})
 
 
-def whole(mesh: Mesh | AbstractMesh) -> NamedSharding:
+def replicate(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """On every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def divided(batch: NDArray, mesh: Mesh) -> jax.Array:
+def divide_batch(batch: NDArray, mesh: Mesh) -> jax.Array:
     """This process's part of a batch, as its part of the one array that all processes share."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(DATA)), batch)

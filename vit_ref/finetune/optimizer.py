@@ -12,7 +12,7 @@ from vit_ref.errors import InputError
 from vit_ref.finetune.recipe import Recipe
 
 
-def schedule(recipe: Recipe, updates: int) -> optax.Schedule:
+def make_schedule(recipe: Recipe, updates: int) -> optax.Schedule:
     """The learning rate by update: a linear rise, then the recipe's fall, which is at zero once the last one is made.
 
     So every update moves: of a rise over r updates the first has 1 / (r + 1) of the peak, of a linear fall over f the
@@ -35,7 +35,7 @@ def schedule(recipe: Recipe, updates: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / (rise + 1), peak, rise), fall], [rise])
 
 
-def transformation(recipe: Recipe, updates: int, blocks: int) -> optax.GradientTransformation:
+def make_transformation(recipe: Recipe, updates: int, blocks: int) -> optax.GradientTransformation:
     """Clipping, the optimizer, its schedule and the decay by layer.
 
     Args:
@@ -43,13 +43,13 @@ def transformation(recipe: Recipe, updates: int, blocks: int) -> optax.GradientT
       updates: of the whole run.
       blocks: of the model.
     """
-    rate = schedule(recipe, updates)
+    rate = make_schedule(recipe, updates)
     parts = [] if recipe.grad_clip is None else [optax.clip_by_global_norm(recipe.grad_clip)]
     if recipe.optimizer == "adamw":
-        parts.append(optax.adamw(rate, weight_decay=recipe.weight_decay, mask=kernels))
+        parts.append(optax.adamw(rate, weight_decay=recipe.weight_decay, mask=select_kernels))
     else:
         if recipe.weight_decay:
-            parts.append(optax.add_decayed_weights(recipe.weight_decay, kernels))
+            parts.append(optax.add_decayed_weights(recipe.weight_decay, select_kernels))
         parts.append(optax.sgd(rate, momentum=recipe.momentum, nesterov=True))
     if recipe.layer_decay != 1:
         parts.append(_by_layer(recipe.layer_decay, blocks))
@@ -59,7 +59,7 @@ def transformation(recipe: Recipe, updates: int, blocks: int) -> optax.GradientT
     return optax.MultiSteps(chained, recipe.grad_accum_steps).gradient_transformation()
 
 
-def trained(recipe: Recipe, blocks: int) -> Any:
+def select_trained(recipe: Recipe, blocks: int) -> Any:
     """The filter for `nnx.Optimizer`'s `wrt`: the parameters that the recipe trains.
 
     Raises:
@@ -72,17 +72,17 @@ def trained(recipe: Recipe, blocks: int) -> Any:
     if recipe.freeze_blocks == 0:
         return nnx.Param
     lowest = blocks + 2 if recipe.freeze_blocks == -1 else recipe.freeze_blocks + 1
-    return nnx.All(nnx.Param, lambda path, value: layer_of(path, blocks) >= lowest)
+    return nnx.All(nnx.Param, lambda path, value: find_layer(path, blocks) >= lowest)
 
 
-def layer_of(path: tuple[Any, ...], blocks: int) -> int:
+def find_layer(path: tuple[Any, ...], blocks: int) -> int:
     """Where in the model a parameter is: 0 the embeddings, 1 the first block, then the last norm, then the head."""
     if path[0] == "blocks":
         return int(path[1]) + 1
     return {"norm": blocks + 1, "head": blocks + 2}.get(path[0], 0)
 
 
-def kernels(parameters: Any) -> Any:
+def select_kernels(parameters: Any) -> Any:
     """Which parameters decay: kernels. Biases, norms, cls token and positions would be drawn to zero for nothing."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in _names(path), parameters)
 
@@ -91,7 +91,7 @@ def _by_layer(decay: float, blocks: int) -> optax.GradientTransformation:
     def scaled(updates: Any, parameters: Any = None) -> Any:
         return jax.tree_util.tree_map_with_path(
             # Norm and head are of one height.
-            lambda path, u: u * decay ** max(blocks + 1 - layer_of(_names(path), blocks), 0),
+            lambda path, u: u * decay ** max(blocks + 1 - find_layer(_names(path), blocks), 0),
             updates,
         )
 

@@ -33,7 +33,7 @@ _HELP = {
 }
 
 
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def add_recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for each field of `Recipe`; one that is not given is None, which is no recipe's default."""
     hints = get_type_hints(Recipe)
     for field in reversed(dataclasses.fields(Recipe)):
@@ -50,6 +50,6 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def recipe_from(given: dict[str, Any]) -> Recipe:
+def make_recipe(given: dict[str, Any]) -> Recipe:
     """The recipe of the options that were given, defaults for the rest."""
     return Recipe(**{name: value for name, value in given.items() if value is not None})

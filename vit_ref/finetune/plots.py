@@ -35,7 +35,7 @@ _DIMMED, _OPAQUE = 0.6, 0.8  # brightness of a photograph below a map of attenti
 _COUNTED, _NAMED = 25, 150  # classes up to which a confusion matrix shows numbers, and every name
 
 
-def visible(pixels: ArrayLike, config: ViTConfig) -> NDArray:
+def make_visible(pixels: ArrayLike, config: ViTConfig) -> NDArray:
     """Preprocessed images as they look: (B, height, width, 3) of uint8, from what `preprocess` made for this model."""
     todo = steps(config)
     values = np.asarray(pixels).astype(np.float64)
@@ -45,7 +45,7 @@ def visible(pixels: ArrayLike, config: ViTConfig) -> NDArray:
     return np.clip(np.rint(values / (todo.scale or 1.0)), 0, 255).astype(np.uint8)
 
 
-def schedule(path: str | os.PathLike[str], rates: ArrayLike | Mapping[str, ArrayLike]) -> None:
+def plot_schedule(path: str | os.PathLike[str], rates: ArrayLike | Mapping[str, ArrayLike]) -> None:
     """The learning rate at each step: one line, or several by name.
 
     Raises:
@@ -63,7 +63,7 @@ def schedule(path: str | os.PathLike[str], rates: ArrayLike | Mapping[str, Array
     _save(figure, path)
 
 
-def curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> None:
+def plot_curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> None:
     """The training loss by step, and the validation's loss and accuracy by epoch.
 
     Args:
@@ -98,13 +98,13 @@ def curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> 
     _save(figure, path)
 
 
-def batches(path: str | os.PathLike[str], before: Images, after: Images, names: Sequence[str]) -> None:
+def plot_batches(path: str | os.PathLike[str], before: Images, after: Images, names: Sequence[str]) -> None:
     """Images above what the augmentation made of them.
 
     Args:
       path: the file.
       before: Pillow's images, or arrays (height, width, 3) of uint8 or of floats from 0 to 1.
-      after: the same, one for each; `visible` makes them from a batch.
+      after: the same, one for each; `make_visible` makes them from a batch.
       names: a name for each.
     """
     bands, across = math.ceil(len(before) / _ACROSS), min(len(before), _ACROSS)
@@ -121,7 +121,7 @@ def batches(path: str | os.PathLike[str], before: Images, after: Images, names: 
     _save(figure, path)
 
 
-def predictions(
+def plot_predictions(
     path: str | os.PathLike[str],
     images: Images,
     expected: Sequence[int],
@@ -133,7 +133,7 @@ def predictions(
 
     Args:
       path: the file.
-      images: see `batches`.
+      images: see `plot_batches`.
       expected: class ids.
       predicted: class ids.
       probabilities: of the predicted class.
@@ -153,7 +153,7 @@ def predictions(
     _save(figure, path)
 
 
-def attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, names: Sequence[str] = ()) -> None:
+def plot_attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, names: Sequence[str] = ()) -> None:
     """Each image, the attention laid over it, and where there are several heads each head's own.
 
     The photograph below is grey and dark. Colours run from the least to the largest value of each map, and are the
@@ -161,7 +161,7 @@ def attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, 
 
     Args:
       path: the file.
-      images: see `batches`.
+      images: see `plot_batches`.
       maps: (images, heads, rows, columns), see `vit_ref.finetune.attention`.
       names: of the images, where they are to be shown.
     """
@@ -188,7 +188,7 @@ def attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, 
     _save(figure, path)
 
 
-def confusion(path: str | os.PathLike[str], evaluation: Evaluation, names: Sequence[str]) -> None:
+def plot_confusion(path: str | os.PathLike[str], evaluation: Evaluation, names: Sequence[str]) -> None:
     """The confusion matrix: each row one true class, coloured by the share of its images taken for each class.
 
     Numbers of images stand in it up to 25 classes, and names up to 150. A class without an image is grey.

@@ -13,14 +13,14 @@ from flax import nnx
 from jax import Array
 
 from vit_ref.errors import InputError
-from vit_ref.finetune.probabilities import scores, unit
+from vit_ref.finetune.probabilities import compute_scores, name_unit
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# (name of the class, its probability or value), see `predictions`.
+# (name of the class, its probability or value), see `predict_each`.
 Prediction = list[tuple[str, float]]
 
 
@@ -31,11 +31,11 @@ def predict(
     *,
     batch_size: int = 8,
 ) -> list[Prediction]:
-    """The likeliest classes of each image; see `predictions`."""
-    return list(predictions(model, files, top, batch_size=batch_size))
+    """The likeliest classes of each image; see `predict_each`."""
+    return list(predict_each(model, files, top, batch_size=batch_size))
 
 
-def predictions(
+def predict_each(
     model: VisionTransformer,
     files: Sequence[str | os.PathLike[str] | Image.Image],
     top: int = 5,
@@ -53,7 +53,7 @@ def predictions(
 
     Yields:
       (name, number) of classes, by image. Names are `config.class_names`. The numbers are probabilities, the likeliest
-      first, or the values of a regression in the order of its labels: `probabilities.unit` says which.
+      first, or the values of a regression in the order of its labels: `probabilities.name_unit` says which.
 
     Raises:
       ConfigError: `problem_type` is unknown.
@@ -66,7 +66,7 @@ def predictions(
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} is {value}: give at least 1")
-    ranked = unit(config) == "probability"
+    ranked = name_unit(config) == "probability"
     graph, state = nnx.split(model)
     batch_size = max(1, min(batch_size, len(files)))
     for start in range(0, len(files), batch_size):
@@ -78,18 +78,18 @@ def predictions(
                 f" takes {list(config.image_hw)}: correct preprocessor_config.json"
             )
         pixels = np.pad(pixels, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-        logits = np.asarray(logits_of(graph, state, jnp.asarray(pixels))).astype(np.float64)[: len(batch)]
+        logits = np.asarray(compute_logits(graph, state, jnp.asarray(pixels))).astype(np.float64)[: len(batch)]
         for file, row in zip(batch, logits, strict=True):
             if not np.isfinite(row).all():
                 raise InputError(f"{file}: the model's logits are not all finite: its weights are damaged")
-            found = scores(row, config)
+            found = compute_scores(row, config)
             # By logit, because far from zero several probabilities round to one.
             shown = np.argsort(-row, kind="stable")[:top] if ranked else range(len(row))
             yield [(config.class_names[i], float(found[i])) for i in shown]
 
 
 @jax.jit(static_argnums=0)
-def logits_of(graph: nnx.GraphDef, state: nnx.State, pixels: Array) -> Array:
+def compute_logits(graph: nnx.GraphDef, state: nnx.State, pixels: Array) -> Array:
     """Logits (B, classes) of a split model in evaluation mode, whichever mode it was split in; compiled."""
     model = nnx.merge(graph, state)
     model.eval()

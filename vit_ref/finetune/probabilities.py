@@ -25,7 +25,7 @@ _MEANINGS: dict[str, Meaning] = {
 }
 
 
-def meaning(config: ViTConfig) -> Meaning:
+def read_meaning(config: ViTConfig) -> Meaning:
     """What the logits of this model mean.
 
     Returns:
@@ -49,16 +49,16 @@ def meaning(config: ViTConfig) -> Meaning:
     return found
 
 
-def unit(config: ViTConfig) -> Literal["probability", "value"]:
-    """What `scores` returns for this model.
+def name_unit(config: ViTConfig) -> Literal["probability", "value"]:
+    """What `compute_scores` returns for this model.
 
     Raises:
-      ConfigError: see `meaning`.
+      ConfigError: see `read_meaning`.
     """
-    return "value" if meaning(config) == "values" else "probability"
+    return "value" if read_meaning(config) == "values" else "probability"
 
 
-def scores(logits: ArrayLike, config: ViTConfig) -> NDArray[np.float64]:
+def compute_scores(logits: ArrayLike, config: ViTConfig) -> NDArray[np.float64]:
     """The probabilities of the classes, or the values of a regression.
 
     Args:
@@ -69,10 +69,10 @@ def scores(logits: ArrayLike, config: ViTConfig) -> NDArray[np.float64]:
       The same shape, float64.
 
     Raises:
-      ConfigError: see `meaning`.
+      ConfigError: see `read_meaning`.
     """
     values = np.asarray(logits).astype(np.float64)
-    match meaning(config):
+    match read_meaning(config):
         case "exclusive":
             return softmax(values, axis=-1)
         case "independent":
@@ -89,9 +89,9 @@ def require_exclusive(config: ViTConfig, where: str) -> None:
 
     Raises:
       InputError: its classes do not exclude each other.
-      ConfigError: see `meaning`.
+      ConfigError: see `read_meaning`.
     """
-    if meaning(config) != "exclusive":
+    if read_meaning(config) != "exclusive":
         described = "it has one label" if config.num_labels == 1 else f"problem_type is {config.extra['problem_type']}"
         raise InputError(
             f"{where}: cross-entropy trains a head with one right class of several, and the head that is kept is none"

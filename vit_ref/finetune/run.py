@@ -21,19 +21,19 @@ from vit_ref.errors import InputError
 from vit_ref.files import replacing, require_local
 from vit_ref.finetune.augmentation import Augmentation, Transform
 from vit_ref.finetune.data import ImageDataset
-from vit_ref.finetune.loading import batches, batches_per_epoch, draw
-from vit_ref.finetune.mesh import Sharding, divided, mesh_for, shardings, whole
+from vit_ref.finetune.loading import count_batches, draw, load_batches
+from vit_ref.finetune.mesh import Sharding, choose_shardings, divide_batch, make_mesh, replicate
 from vit_ref.finetune.metrics import Evaluation
-from vit_ref.finetune.optimizer import schedule, trained, transformation
-from vit_ref.finetune.prediction import logits_of
+from vit_ref.finetune.optimizer import make_schedule, make_transformation, select_trained
+from vit_ref.finetune.prediction import compute_logits
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import METRICS, TIMING, Record
 from vit_ref.finetune.saves import Progress, Saves
-from vit_ref.finetune.start import starting_model
+from vit_ref.finetune.start import make_starting_model
 from vit_ref.finetune.step import split_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.weights.pretrained import arrays_of, save_pretrained, with_arrays
+from vit_ref.weights.pretrained import get_arrays, replace_arrays, save_pretrained
 
 RECIPE, CHECKPOINTS, MODEL = "run.json", "checkpoints", "model"
 
@@ -46,7 +46,7 @@ class Conduct:
       num_workers: processes that load images; 0 for threads of this one.
       save_steps: steps between two checkpoints, besides one after every epoch; None for those alone.
       save_total_limit: how many of the last checkpoints to keep, besides the best.
-      sharding: where the parameters lie when there are several devices, see `mesh.shardings`.
+      sharding: where the parameters lie when there are several devices, see `mesh.choose_shardings`.
       tensorboard: whether to write TensorBoard's files too.
       quiet: no bars.
     """
@@ -100,7 +100,7 @@ def finetune(
       conduct: what does not.
       resume: go on from the last checkpoint in `output_dir`, if there is one: parameters and metrics become, bit for
         bit, those of a run that was never stopped.
-      augment: takes the place of `Augmentation()`, see `loading.batches`.
+      augment: takes the place of `Augmentation()`, see `loading.load_batches`.
       ignore: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`.
 
     Returns:
@@ -111,10 +111,10 @@ def finetune(
     """
     require_local(output_dir, "output_dir")
     out = Path(output_dir)
-    mesh = mesh_for(recipe.batch_size)
+    mesh = make_mesh(recipe.batch_size)
     if training.classes != validation.classes:
         raise InputError("the training and the validation images have other classes: give both the same folders")
-    per_epoch = batches_per_epoch(len(training), recipe.batch_size)
+    per_epoch = count_batches(len(training), recipe.batch_size)
     if not per_epoch:
         raise InputError(f"batch_size is {recipe.batch_size}: there are only {len(training)} training images")
     if not len(validation):
@@ -127,22 +127,22 @@ def finetune(
         raise InputError(
             f"grad_accum_steps is {recipe.grad_accum_steps}: there are only {steps} steps, so nothing would be learnt"
         )
-    model = starting_model(source, training.classes, recipe, ignore)
+    model = make_starting_model(source, training.classes, recipe, ignore)
     config, blocks = model.config, model.config.num_hidden_layers
     augment = (augment or Augmentation()) if recipe.augment else None
     _require_images(config, recipe, (training, augment), (validation, None))
-    optimizer = nnx.Optimizer(model, transformation(recipe, updates, blocks), wrt=trained(recipe, blocks))
+    optimizer = nnx.Optimizer(model, make_transformation(recipe, updates, blocks), wrt=select_trained(recipe, blocks))
     model.train()
     graph, state = nnx.split((model, optimizer))
-    layout = shardings(state, model.config, mesh, conduct.sharding)
+    layout = choose_shardings(state, model.config, mesh, conduct.sharding)
     state = jax.device_put(state, layout)
-    learn = learner(graph, layout, mesh, recipe)
+    learn = compile_step(graph, layout, mesh, recipe)
     look = Examiner(model, mesh)
     # Where parameters and moments are divided over devices, these are the only whole ones, on the first.
     del model, optimizer
 
     shard = (jax.process_index(), jax.process_count())
-    loader = batches(
+    loader = load_batches(
         training,
         config,
         batch_size=recipe.batch_size // shard[1],
@@ -156,14 +156,14 @@ def finetune(
     saves = Saves(out / CHECKPOINTS, conduct.save_total_limit)
     done = saves.latest() if resume else None
     if done is not None:
-        state = with_arrays(state, saves.restore(done, arrays_of(state)))
+        state = replace_arrays(state, saves.restore(done, get_arrays(state)))
         loader.set_state(saves.progress(done).loader)
     done = done or 0
     first = jax.process_index() == 0
     record = Record(
         out,
         recipe,
-        schedule(recipe, updates),
+        make_schedule(recipe, updates),
         per_epoch,
         done,
         writes=first,
@@ -174,7 +174,7 @@ def finetune(
     with contextlib.closing(loader), contextlib.closing(record):
         for step in range(done + 1, steps + 1):
             batch = next(loader)
-            pixels, labels = divided(batch["pixels"], mesh), divided(batch["label"], mesh)
+            pixels, labels = divide_batch(batch["pixels"], mesh), divide_batch(batch["label"], mesh)
             state, loss = learn(state, pixels, labels, np.int32(step))
             record.step(step, loss)
             epoch_ends = step % per_epoch == 0
@@ -183,26 +183,26 @@ def finetune(
             record.flush()
             accuracy = None
             if epoch_ends:
-                evaluation = evaluations[step] = look(state_of_model(state), validation, recipe, conduct)
+                evaluation = evaluations[step] = look(get_model_state(state), validation, recipe, conduct)
                 accuracy = evaluation.accuracy, evaluation.loss
                 record.validated(step, evaluation)
-            saves.save(arrays_of(state), Progress(step, loader.get_state(), accuracy))
+            saves.save(get_arrays(state), Progress(step, loader.get_state(), accuracy))
     saves.wait()
     best = saves.best()
     if best is None:
         raise InputError(f"{out / CHECKPOINTS}: no checkpoint with an accuracy in it: start anew in another directory")
-    state = with_arrays(state, saves.restore(best, arrays_of(state)))
+    state = replace_arrays(state, saves.restore(best, get_arrays(state)))
     saves.close()
     # Of an epoch before a resume only the figures are known, and not the confusions.
-    evaluation = evaluations.get(best) or look(state_of_model(state), validation, recipe, conduct)
-    model = nnx.merge(graph, gathered(state, mesh))[0]
+    evaluation = evaluations.get(best) or look(get_model_state(state), validation, recipe, conduct)
+    model = nnx.merge(graph, gather(state, mesh))[0]
     model.eval()
     if first:
         save_pretrained(model, out / MODEL)
     return Outcome(model, out / MODEL, evaluation, best // per_epoch, first)
 
 
-def summary(outcome: Outcome) -> str:
+def summarise(outcome: Outcome) -> str:
     """What a person wants to know of a finished run."""
     evaluation, names = outcome.evaluation, outcome.model.config.class_names
     rows, columns = np.nonzero(evaluation.confusion)
@@ -220,7 +220,7 @@ def summary(outcome: Outcome) -> str:
     )
 
 
-def learner(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[..., tuple[Any, jax.Array]]:
+def compile_step(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[..., tuple[Any, jax.Array]]:
     """(state, pixels, labels, step) -> (state, loss), compiled; the state is split once and not at every step."""
     key = jax.random.key(recipe.seed)
 
@@ -228,7 +228,7 @@ def learner(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[...
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, step))
         return split_step(graph, state, pixels, labels, rngs, recipe.label_smoothing)
 
-    return jax.jit(learn, donate_argnums=0, out_shardings=(layout, whole(mesh)))
+    return jax.jit(learn, donate_argnums=0, out_shardings=(layout, replicate(mesh)))
 
 
 class Examiner:
@@ -244,17 +244,17 @@ class Examiner:
         graph = nnx.graphdef(model)
 
         def run(state: Any, pixels: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return logits_of(graph, state, pixels).astype(np.float32), labels
+            return compute_logits(graph, state, pixels).astype(np.float32), labels
 
         # Every process sees all, so that all agree on which epoch was the best.
-        self._run = jax.jit(run, out_shardings=whole(mesh))
+        self._run = jax.jit(run, out_shardings=replicate(mesh))
 
     def __call__(self, state: Any, dataset: ImageDataset, recipe: Recipe, conduct: Conduct) -> Evaluation:
         """The evaluation of one state of the model."""
         shard = (jax.process_index(), jax.process_count())
         seen = [
-            self._run(state, divided(batch["pixels"], self._mesh), divided(batch["label"], self._mesh))
-            for batch in batches(
+            self._run(state, divide_batch(batch["pixels"], self._mesh), divide_batch(batch["label"], self._mesh))
+            for batch in load_batches(
                 dataset,
                 self._config,
                 batch_size=recipe.batch_size // shard[1],
@@ -271,14 +271,14 @@ class Examiner:
         return Evaluation.of_logits(logits, labels)
 
 
-def state_of_model(state: Any) -> Any:
+def get_model_state(state: Any) -> Any:
     """The model's part of (model, optimizer)."""
     return state[0]
 
 
-def gathered(state: Any, mesh: Mesh) -> Any:
+def gather(state: Any, mesh: Mesh) -> Any:
     """The state with every array whole on every device."""
-    return jax.jit(lambda tree: tree, out_shardings=whole(mesh))(state)
+    return jax.jit(lambda tree: tree, out_shardings=replicate(mesh))(state)
 
 
 def _require_images(

@@ -51,7 +51,7 @@ SCRATCH = ViTConfig(
 )
 
 
-def starting_model(
+def make_starting_model(
     source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe, ignore: Iterable[str] = ()
 ) -> VisionTransformer:
     """The model that a run starts from, in evaluation mode.

@@ -13,7 +13,7 @@ from vit_ref.verify.report import headline
 from vit_ref.verify.results import BEHAVIOURS, CandidateReport
 from vit_ref.verify.session import check_port
 from vit_ref.verify.vit import gradient_names
-from vit_ref.weights.pretrained import opened
+from vit_ref.weights.pretrained import open_checkpoint
 
 Given = Candidate | Callable[..., Any] | str
 Expected = Mapping[str, str]
@@ -43,7 +43,7 @@ def parametrize_with_checks(
     import pytest
 
     selection = {name: options[name] for name in ("revision", "ignore") if name in options}
-    _, config = opened(checkpoint, **selection)
+    _, config = open_checkpoint(checkpoint, **selection)
     names = [f"forward/{site.name}" for site in sites(config, 1)]
     if options.get("backward", True):
         names += [f"backward/{name}" for name in gradient_names(config)]

@@ -57,7 +57,7 @@ class Case:
         """Random weights under Hugging Face's names, as a file would hold them."""
         rng = np.random.default_rng(self.seed)
         rules = mapping.HF.bind(self.config, prefixed=bool(self.config.num_labels))
-        shapes = mapping.parameter_shapes(self.config)
+        shapes = mapping.list_parameters(self.config)
         tensors = {}
         for rule in rules:
             value = _parameter(rng, rule.destination, shapes[rule.destination])

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 Status = Literal["passed", "failed", "not observed", "expected failure", "stale expectation"]
 
-
 BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
-# How the label of a cause begins that rounds a value.
 # Why a claimed site or gradient is missing.
 NEVER_SHOWN = "not called, or under a transformation of its own (jit, remat, vmap, scan)"
 

@@ -38,9 +38,9 @@ from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, req
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.mapping import naming
-from vit_ref.weights.origin import Origin, origin
-from vit_ref.weights.pretrained import opened
+from vit_ref.weights.mapping import name_checkpoint_in_errors
+from vit_ref.weights.origin import Origin, find_origin
+from vit_ref.weights.pretrained import open_checkpoint
 
 if TYPE_CHECKING:
     from vit_ref.verify.candidates.torch_candidate import TorchCandidate
@@ -157,8 +157,8 @@ class Session:
     ) -> Self:
         """Prepares what `check_port` is given; the arguments are described there."""
         asked = resolve_precision(precision)
-        source, config = opened(checkpoint, revision=revision, ignore=ignore)
-        with naming(source.path):
+        source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore)
+        with name_checkpoint_in_errors(source.path):
             candidate = prepare_candidate(given, config, source)
         pixels = pixels_for(config, images, FORWARD)
         if given is not None:
@@ -169,7 +169,7 @@ class Session:
     @cached_property
     def origin(self) -> Origin:
         """Which checkpoint that is, and the digest of its weights."""
-        return origin(self.source)
+        return find_origin(self.source)
 
     @cached_property
     def tensors(self) -> dict[str, NDArray]:
@@ -315,7 +315,7 @@ def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
     """Says of the checkpoint what would else be blamed on the candidate, or on the references."""
     layout = mapping.detect(source.tensors)
     try:
-        for _ in mapping.ported(source.tensors, config, layout):
+        for _ in mapping.port_each(source.tensors, config, layout):
             pass
     except MappingError as error:
         # What is left over outside the blocks, such as a pooler beside a head, nobody need load.

@@ -40,7 +40,7 @@ from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session
 from vit_ref.verify.vit import ViTExplainer, gradient_names, hf_tensors, problem_of
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
-from vit_ref.weights.pretrained import opened
+from vit_ref.weights.pretrained import open_checkpoint
 
 # The token stream into a model of one block, and out of its block.
 _INTO, _OUT_OF = "embeddings", "block.0.mlp.residual"
@@ -85,15 +85,15 @@ def check_streamed(
     asked = resolve_precision(precision)
     if reference == "torch":
         raise InputError("the reference torch runs whole models only: with --stream take flax or numpy")
-    source, config = opened(checkpoint, revision=revision, ignore=ignore, lazy=True)
+    source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore, lazy=True)
     if not isinstance(source.tensors, LazyTensors):
         raise InputError(
             f"{source.path}: only safetensors can be read block by block: convert it first, with"
             " vit-ref convert SRC DST --to hf"
         )
     progress("reading every tensor once")
-    with mapping.naming(source.path):
-        for _ in mapping.ported(source.tensors, config, mapping.detect(source.tensors)):
+    with mapping.name_checkpoint_in_errors(source.path):
+        for _ in mapping.port_each(source.tensors, config, mapping.detect(source.tensors)):
             pass  # what is missing, left over, misshapen or not finite is said here, all at once
     pixels = pixels_for(config, images, FORWARD)
     with tempfile.TemporaryDirectory() as directory:

@@ -15,7 +15,7 @@ from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Cause, Explanation
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 
 
 class ViTExplainer:
@@ -72,7 +72,7 @@ def gradient_names(config: ViTConfig) -> list[str]:
     """Every gradient: sites, then parameters, both in the order in which backpropagation meets them; and pixels."""
     return [
         *(site.name for site in reversed(sites(config, 1))),
-        *sorted(parameter_shapes(config), key=_from_the_output),
+        *sorted(list_parameters(config), key=_from_the_output),
         "pixels",
     ]
 

@@ -35,7 +35,7 @@ from safetensors.numpy import load_file
 from vit_ref.errors import CheckpointError
 from vit_ref.weights import hub
 from vit_ref.weights.stored_dtypes import require_readable
-from vit_ref.weights.wrappers import is_state, unwrapped
+from vit_ref.weights.wrappers import find_wrapper, is_state
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -123,7 +123,7 @@ class LazyTensors(Mapping[str, NDArray]):
             return tuple(stored.get_slice(inner).get_shape())
 
 
-def renamed(tensors: Mapping[str, NDArray], names: Mapping[str, str]) -> Mapping[str, NDArray]:
+def rename_tensors(tensors: Mapping[str, NDArray], names: Mapping[str, str]) -> Mapping[str, NDArray]:
     """Some of these tensors under other names, new name -> name in `tensors`; of `LazyTensors` nothing is read."""
     if isinstance(tensors, LazyTensors):
         return tensors.renamed(names)
@@ -157,8 +157,8 @@ def locate(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) 
     """The local directory or file of a checkpoint, fetched from the Hugging Face hub where the name is one of its.
 
     Args:
-      path_or_hub_id: a directory, a file, or whatever `hub.named` takes.
-      revision: see `hub.fetched`.
+      path_or_hub_id: a directory, a file, or whatever `hub.parse_name` takes.
+      revision: see `hub.fetch`.
 
     Raises:
       CheckpointError: there is no such directory or file, and no such repository on the hub, or no way to it.
@@ -170,7 +170,7 @@ def locate(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) 
         if revision is not None:
             raise CheckpointError(f"{name}: is no hub id, so it has no revision {revision!r}: leave revision out")
         return Path(name)
-    return hub.fetched(hub.named(name, revision), _wanted)
+    return hub.fetch(hub.parse_name(name, revision), _wanted)
 
 
 def _wanted(name: str, files: Iterable[str] | None) -> list[str]:
@@ -205,7 +205,7 @@ def read(
 
     Args:
       path_or_hub_id: which.
-      revision: see `hub.fetched`.
+      revision: see `hub.fetch`.
       lazy: read headers only, and each tensor when it is asked for. Of safetensors; other files are read whole.
       ignore: names or patterns of tensors that the caller will leave behind; they need not have the prefix.
 
@@ -224,7 +224,7 @@ def read(
 def _unwrapped(tensors: Mapping[str, NDArray], path: Path, ignore: tuple[str, ...]) -> Mapping[str, NDArray]:
     """The weights under the names that they have without what a training loop puts before them all."""
     left_behind = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in ignore)}
-    prefix, weights = unwrapped(name for name in tensors if name not in left_behind)
+    prefix, weights = find_wrapper(name for name in tensors if name not in left_behind)
     if not prefix:
         return tensors
     state = len(tensors) - len(left_behind) - len(weights)
@@ -232,7 +232,7 @@ def _unwrapped(tensors: Mapping[str, NDArray], path: Path, ignore: tuple[str, ..
     _LOG.warning("%s: all weights' names begin with %r, which is stripped%s", path, prefix, beside)
     # Those to be left behind stay until it is seen that every pattern names one.
     kept = [name for name in tensors if name.startswith(prefix) or name in left_behind]
-    return renamed(tensors, {name.removeprefix(prefix): name for name in kept})
+    return rename_tensors(tensors, {name.removeprefix(prefix): name for name in kept})
 
 
 def read_tensors(file: Path) -> dict[str, NDArray]:
@@ -437,7 +437,7 @@ def write_directory(
         raise CheckpointError(f"{directory}: cannot be written ({error})") from None
 
 
-def in_order(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> list[str]:
+def order_names(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> list[str]:
     """The names, in the order in which `write_directory` makes these tensors.
 
     Raises:

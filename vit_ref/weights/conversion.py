@@ -15,7 +15,7 @@ from vit_ref.files import require_local
 from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import Steps, steps
 from vit_ref.weights import checkpoint, mapping
-from vit_ref.weights.pretrained import configuration, hf_config, load
+from vit_ref.weights.pretrained import hf_config, load, read_configuration
 from vit_ref.weights.timm import to_timm
 
 Target = Literal["hf", "flax", "npz", "big_vision", "timm"]
@@ -186,7 +186,7 @@ _WRITERS: dict[str, Callable[[Path, mapping.Tensors, ViTConfig], None]] = {
 def _read_back(staged: Path, to: Target, config: ViTConfig, parameters: mapping.Tensors) -> ViTConfig:
     """The configuration of what was written, compared, as its parameters are, with what should have been."""
     found = checkpoint.read(staged)
-    again = configuration(found)
+    again = read_configuration(found)
     meant, said = _numerics(config), _numerics(again)
     changed = [f"{name} {said[name]!r} for {meant[name]!r}" for name in meant if said[name] != meant[name]]
     if changed:

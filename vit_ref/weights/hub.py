@@ -29,11 +29,11 @@ class Name(NamedTuple):
     revision: str | None = None
 
     def __str__(self) -> str:
-        """As `named` takes it."""
+        """As `parse_name` takes it."""
         return self.id if self.revision is None else f"{self.id}@{self.revision}"
 
 
-def named(name: str, revision: str | None = None) -> Name:
+def parse_name(name: str, revision: str | None = None) -> Name:
     """The repository that a person names, as ID, ID@REVISION, https://huggingface.co/ID or .../ID/tree/REVISION.
 
     Args:
@@ -67,7 +67,7 @@ def _of_url(url: str) -> Name:
     return Name(match[1], unquote(match[2]) if match[2] else None)
 
 
-def fetched(name: Name, wanted: Callable[[str, Iterable[str] | None], list[str]]) -> Path:
+def fetch(name: Name, wanted: Callable[[str, Iterable[str] | None], list[str]]) -> Path:
     """The directory of a repository's files in the local cache, where they are fetched to if need be.
 
     Args:
@@ -103,7 +103,7 @@ def _listed(name: Name) -> list[str] | None:
         return None
 
 
-def in_cache(path: Path) -> Name | None:
+def find_in_cache(path: Path) -> Name | None:
     """The repository and the commit whose files a directory of the local cache holds; None of any other directory."""
     folder = path.parent.parent.name
     if path.parent.name != "snapshots" or not folder.startswith("models--"):

@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from vit_ref.errors import Fault, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import skeleton
-from vit_ref.weights.checkpoint import LazyTensors, renamed
-from vit_ref.weights.wrappers import almost
+from vit_ref.weights.checkpoint import LazyTensors, rename_tensors
+from vit_ref.weights.wrappers import guess_wrapper
 
 Tensors = Mapping[str, NDArray]
 _WEIGHT_DTYPES = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_checkpoint_in_errors(path: Path) -> Iterator[None]:
     """Says of a `MappingError` from within which checkpoint has the faults."""
     try:
         yield
@@ -120,8 +120,8 @@ class Layout:
         """
         rules = {rule.destination: rule for rule in self.rules}
         bound, nameless = [], []
-        for destination in parameter_shapes(config):
-            template, block = templated(destination)
+        for destination in list_parameters(config):
+            template, block = split_block_number(destination)
             if template not in rules:
                 nameless.append(Fault("no rule", destination, "the layout has no name for it"))
                 continue
@@ -137,10 +137,10 @@ class Layout:
     def recognises(self, names: Iterable[str]) -> int:
         """How many of `names` could be this layout's, whatever the configuration."""
         known = {rule.source for rule in self.rules}
-        return sum(templated(name.removeprefix(self.prefix))[0] in known for name in names)
+        return sum(split_block_number(name.removeprefix(self.prefix))[0] in known for name in names)
 
 
-def templated(name: str) -> tuple[str, str]:
+def split_block_number(name: str) -> tuple[str, str]:
     """A name with its block number replaced by `{i}`, and that number ("" without one)."""
     for separator in "./":
         parts = name.split(separator)
@@ -312,7 +312,7 @@ LAYOUTS = {layout.name: layout for layout in (HF, HF5, FLAX, NPZ, BIG_VISION, TI
 
 
 @lru_cache(maxsize=64)
-def parameter_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+def list_parameters(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's path and shape, in the model's order, found without allocating any."""
     _, shapes = skeleton(config)
     return {".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(shapes)}
@@ -330,7 +330,7 @@ def detect(names: Iterable[str]) -> Layout:
     if not scores[best]:
         shown = ", ".join(sorted(names)[:3]) or "none at all"
         said = f"no known layout ({', '.join(LAYOUTS)}) has such names: {shown}"
-        prefix, others = almost(names)
+        prefix, others = guess_wrapper(names)
         if prefix:
             said += (
                 f"; {prefix!r} would be stripped if all names began with it, and {len(others)} of {len(names)} begin"
@@ -360,10 +360,10 @@ def port(
       MappingError: with every missing, unexpected, misshapen and non-finite tensor, every one in a dtype that weights
         cannot have, and every pattern to ignore that names nothing.
     """
-    return dict(ported(source, config, layout, ignore=ignore, finite=finite))
+    return dict(port_each(source, config, layout, ignore=ignore, finite=finite))
 
 
-def ported(
+def port_each(
     source: Tensors, config: ViTConfig, layout: Layout, *, ignore: Iterable[str] = (), finite: bool = True
 ) -> Iterator[tuple[str, NDArray]]:
     """Applies a layout's rules to one tensor after the other, none of which is held while the next is read.
@@ -382,11 +382,11 @@ def ported(
       MappingError: as `port` does.
     """
     by_source = _by_source(layout.bind(config, prefixed=is_prefixed(source, layout)))
-    shapes = parameter_shapes(config)
+    shapes = list_parameters(config)
     faults = []
     shaped = {}
     for name, rules in by_source.items():
-        shape = source_shape(rules[0], shapes[rules[0].destination], config)
+        shape = compute_source_shape(rules[0], shapes[rules[0].destination], config)
         wanted = f"expected {shape} for {', '.join(rule.destination for rule in rules)}"
         if name not in source:
             faults.append(Fault("missing", name, wanted))
@@ -419,7 +419,7 @@ def ported(
         raise MappingError(faults, layout.name)
 
 
-def without(source: Tensors, config: ViTConfig, ignore: Iterable[str]) -> Tensors:
+def drop_ignored(source: Tensors, config: ViTConfig, ignore: Iterable[str]) -> Tensors:
     """A checkpoint's tensors but those to leave behind, for whoever takes tensors by name.
 
     Args:
@@ -438,7 +438,7 @@ def without(source: Tensors, config: ViTConfig, ignore: Iterable[str]) -> Tensor
     if stale := _stale(ignore, left_over):
         raise MappingError(stale, layout.name)
     left_behind = {name for name in left_over if any(fnmatchcase(name, pattern) for pattern in ignore)}
-    return renamed(source, {name: name for name in source if name not in left_behind})
+    return rename_tensors(source, {name: name for name in source if name not in left_behind})
 
 
 def _stale(ignore: tuple[str, ...], left_over: Iterable[str]) -> list[Fault]:
@@ -520,7 +520,7 @@ def _shape(source: Tensors, name: str) -> tuple[int, ...]:
     return source.shape(name) if isinstance(source, LazyTensors) else np.shape(source[name])
 
 
-def source_shape(rule: Rule, shape: tuple[int, ...], config: ViTConfig) -> tuple[int, ...]:
+def compute_source_shape(rule: Rule, shape: tuple[int, ...], config: ViTConfig) -> tuple[int, ...]:
     """The shape in the layout of what becomes, whole or with its like, a parameter of this shape."""
     # One byte broadcast to the shape: the transform itself says what shape it comes from.
     part = rule.transform.to_source(np.broadcast_to(np.zeros((), np.int8), shape), config).shape

@@ -33,7 +33,7 @@ class Origin(NamedTuple):
         return f"sha256 {self.sha256}" + (f", commit {self.revision}" if self.revision else "")
 
 
-def origin(source: Checkpoint) -> Origin:
+def find_origin(source: Checkpoint) -> Origin:
     """The origin of a checkpoint that was read from files.
 
     Raises:
@@ -42,7 +42,7 @@ def origin(source: Checkpoint) -> Origin:
     directory = source.path if source.path.is_dir() else source.path.parent
     directory = directory.resolve()
     path = directory if source.path.is_dir() else directory / source.path.name
-    cached = hub.in_cache(directory)
+    cached = hub.find_in_cache(directory)
     if cached is not None:
         name = f"{cached.id}@{str(cached.revision)[:7]}" + (f"/{path.name}" if path != directory else "")
     else:

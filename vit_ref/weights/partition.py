@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P  # as jax's own documentation calls 
 
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
-from vit_ref.weights.mapping import parameter_shapes, templated
+from vit_ref.weights.mapping import list_parameters, split_block_number
 
 Kind = Literal["data", "fsdp", "tensor", "fsdp+tensor"]
 Rules = Mapping[str, P]
@@ -72,7 +72,7 @@ RULES: dict[Kind, Rules] = {
 LEAST = 2**12
 
 
-def shardings(
+def choose_shardings(
     config: ViTConfig, mesh: Mesh | AbstractMesh, sharding: Kind | Rules, *, lenient: bool = False
 ) -> dict[str, NamedSharding]:
     """Where each parameter of a model lies.
@@ -106,8 +106,8 @@ def shardings(
     if unknown := [path for path in rules if path not in _ALL]:
         raise InputError(f"{unknown[0]}: a rule for a parameter that no model has: write it as in partition.RULES")
     found = {}
-    for path, shape in parameter_shapes(config).items():
-        template = templated(path)[0]
+    for path, shape in list_parameters(config).items():
+        template = split_block_number(path)[0]
         if template not in rules:
             raise InputError(f"{path}: no rule says where it lies: add one for {template!r}")
         spec = rules[template]
@@ -143,8 +143,8 @@ def _divides(
             f"{path}: its rule divides it over the axis {missing[0]!r}, and the mesh has only"
             f" {', '.join(map(repr, mesh.axis_names))}"
         )
-    length, devices = parameter_shapes(config)[path][dimension], math.prod(mesh.shape[name] for name in names)
-    template = templated(path)[0]
+    length, devices = list_parameters(config)[path][dimension], math.prod(mesh.shape[name] for name in names)
+    template = split_block_number(path)[0]
     # The dimension that Megatron divides in attention is one of heads, and half a head attends to nothing.
     heads = ".attn." in template and _ALL[template][dimension] == MODEL
     if (config.num_attention_heads if heads else length) % devices == 0:

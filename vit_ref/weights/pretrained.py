@@ -71,14 +71,14 @@ def from_pretrained(
         raise InputError(f"mesh is of {type(mesh).__name__}, which has no devices: give one of jax.make_mesh's")
     ignore = tuple(ignore)
     source = checkpoint.read(path, revision=revision, lazy=mesh is not None, ignore=ignore)
-    with mapping.naming(source.path):
-        config, layout = described(source, config=config, ignore=ignore)
-        shardings = {} if mesh is None else partition.shardings(config, mesh, sharding)
-        parameters = mapping.ported(source.tensors, config, layout, ignore=ignore)
+    with mapping.name_checkpoint_in_errors(source.path):
+        config, layout = describe_checkpoint(source, config=config, ignore=ignore)
+        shardings = {} if mesh is None else partition.choose_shardings(config, mesh, sharding)
+        parameters = mapping.port_each(source.tensors, config, layout, ignore=ignore)
         return _built(config, parameters, dtype, shardings, attention)
 
 
-def opened(
+def open_checkpoint(
     path: str | os.PathLike[str], *, revision: str | None = None, ignore: Iterable[str] = (), lazy: bool = False
 ) -> tuple[checkpoint.Checkpoint, ViTConfig]:
     """A checkpoint for whoever takes its tensors by name, and its configuration.
@@ -94,9 +94,9 @@ def opened(
     """
     ignore = tuple(ignore)
     source = checkpoint.read(path, revision=revision, lazy=lazy, ignore=ignore)
-    with mapping.naming(source.path):
-        config = configuration(source, ignore)
-        return dataclasses.replace(source, tensors=mapping.without(source.tensors, config, ignore)), config
+    with mapping.name_checkpoint_in_errors(source.path):
+        config = read_configuration(source, ignore)
+        return dataclasses.replace(source, tensors=mapping.drop_ignored(source.tensors, config, ignore)), config
 
 
 def load(
@@ -113,12 +113,12 @@ def load(
       CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
     """
     ignore = tuple(ignore)
-    with mapping.naming(source.path):
-        config, layout = described(source, config=config, ignore=ignore)
+    with mapping.name_checkpoint_in_errors(source.path):
+        config, layout = describe_checkpoint(source, config=config, ignore=ignore)
         return config, mapping.port(source.tensors, config, layout, ignore=ignore), layout
 
 
-def described(
+def describe_checkpoint(
     source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, ignore: Iterable[str] = ()
 ) -> tuple[ViTConfig, mapping.Layout]:
     """A checkpoint's configuration and layout, as `load` returns them, without its values.
@@ -132,7 +132,7 @@ def described(
       CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
     """
     if config is None:
-        config = configuration(source, ignore)
+        config = read_configuration(source, ignore)
     else:
         read = {} if source.config is None or is_timm(source.config) else source.config
         extra, preprocessor = config.extra or read, config.preprocessor or source.preprocessor
@@ -140,7 +140,7 @@ def described(
     return config, mapping.detect(source.tensors)
 
 
-def configuration(source: checkpoint.Checkpoint, ignore: Iterable[str] = ()) -> ViTConfig:
+def read_configuration(source: checkpoint.Checkpoint, ignore: Iterable[str] = ()) -> ViTConfig:
     """The configuration of a checkpoint: its `config.json` where there is one, else what an `.npz`'s shapes say.
 
     Args:
@@ -258,7 +258,7 @@ def _built(
         arrays[path] = _placed(value, shardings.get(path))
         del value  # before the next one is made
     graph, shapes = skeleton(config, dtype, attention)
-    model = nnx.merge(graph, with_arrays(shapes, arrays))
+    model = nnx.merge(graph, replace_arrays(shapes, arrays))
     model.eval()
     return model
 
@@ -270,26 +270,26 @@ def _placed(value: NDArray, sharding: NamedSharding | None = None) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
 
 
-def with_arrays(like: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+def replace_arrays(like: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
     """A state with these arrays, by path, in the place of its own; or with what there is to say of each, its place."""
     return nnx.from_flat_state(
         [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)]
     )
 
 
-def arrays_of(state: nnx.State) -> dict[str, jax.Array]:
+def get_arrays(state: nnx.State) -> dict[str, jax.Array]:
     """A state's arrays, by path, where they are."""
     return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
-def parameters_of(model: VisionTransformer) -> dict[str, NDArray]:
+def get_parameters(model: VisionTransformer) -> dict[str, NDArray]:
     """A model's parameters by path, on the host."""
-    return parameters_of_state(nnx.state(model, nnx.Param))
+    return get_state_parameters(nnx.state(model, nnx.Param))
 
 
-def parameters_of_state(state: nnx.State) -> dict[str, NDArray]:
+def get_state_parameters(state: nnx.State) -> dict[str, NDArray]:
     """The arrays of a state, such as a gradient, by path, on the host."""
-    return {path: np.asarray(array) for path, array in arrays_of(state).items()}
+    return {path: np.asarray(array) for path, array in get_arrays(state).items()}
 
 
 def save_pretrained(
@@ -316,11 +316,11 @@ def save_pretrained(
     """
     require_local(directory, "directory")
     config, layout = model.config, mapping.HF
-    arrays = arrays_of(nnx.state(model, nnx.Param))
+    arrays = get_arrays(nnx.state(model, nnx.Param))
 
     def tensor(rule: mapping.Rule) -> checkpoint.Deferred:
         array = arrays[rule.destination]
-        shape = mapping.source_shape(rule, array.shape, config)
+        shape = mapping.compute_source_shape(rule, array.shape, config)
         return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
 
     tensors = {rule.source: tensor(rule) for rule in layout.bind(config, prefixed=bool(config.num_labels))}
@@ -330,7 +330,7 @@ def save_pretrained(
         checkpoint.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
 
     if not all(_is_here(array) for array in arrays.values()):
-        _write_together(tensors, checkpoint.in_order(tensors, max_shard_size), write, directory)
+        _write_together(tensors, checkpoint.order_names(tensors, max_shard_size), write, directory)
     elif jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values()):
         write(tensors)
 

@@ -11,7 +11,7 @@ PREFIXES = ("_orig_mod.", "module.", "model.", "params/", "opt/target/", "optimi
 _STATE = frozenset({"opt", "opt_state", "optimizer", "state", "step", "rng", "extra", "chrono"})
 
 
-def unwrapped(names: Iterable[str]) -> tuple[str, list[str]]:
+def find_wrapper(names: Iterable[str]) -> tuple[str, list[str]]:
     """The prefix that all weights have in common, and the names of those weights.
 
     Args:
@@ -27,7 +27,7 @@ def unwrapped(names: Iterable[str]) -> tuple[str, list[str]]:
     return prefix, weights
 
 
-def almost(names: Iterable[str]) -> tuple[str, list[str]]:
+def guess_wrapper(names: Iterable[str]) -> tuple[str, list[str]]:
     """The first of `PREFIXES` that more than half of the names begin with, or "", and the names that do not."""
     names = list(names)
     for prefix in PREFIXES:

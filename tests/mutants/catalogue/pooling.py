@@ -26,10 +26,10 @@ def _missing_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     port = mapping.port
 
     def lenient(source: mapping.Tensors, config: ViTConfig, layout: Layout, **options: Any) -> dict:
-        shapes = mapping.parameter_shapes(config)
+        shapes = mapping.list_parameters(config)
         made_up = {
             rule.source: np.random.default_rng(0)
-            .normal(0, 0.02, mapping.source_shape(rule, shapes[rule.destination], config))
+            .normal(0, 0.02, mapping.compute_source_shape(rule, shapes[rule.destination], config))
             .astype(np.float32)
             for rule in layout.bind(config, prefixed=mapping.is_prefixed(source, layout))
         }

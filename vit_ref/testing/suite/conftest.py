@@ -31,8 +31,8 @@ from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
 from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session, prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.origin import origin
-from vit_ref.weights.pretrained import configuration
+from vit_ref.weights.origin import find_origin
+from vit_ref.weights.pretrained import read_configuration
 
 # A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
 # derivative. "rectangular-patch" is beyond FlaxViT, and the NumPy oracle goes forward only.
@@ -79,7 +79,7 @@ def _subjects(
 
     def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
         source = checkpoint.read(path)
-        vit_config = configuration(source)
+        vit_config = read_configuration(source)
         return vit_config, source, pixels_for(vit_config, images, FORWARD)
 
     embedded = [Subject(name, partial(embed, case), name in BACKWARD, reference) for name, case in CASES.items()]
@@ -234,7 +234,7 @@ def _checked(request: pytest.FixtureRequest) -> Any:
 def _weights(subject: Subject) -> str:
     """A line that names the bytes that were judged; "" for an embedded case, which has no file."""
     source = subject.load()[1]
-    return f"\n  weights: {origin(source).said}" if source.files else ""
+    return f"\n  weights: {find_origin(source).said}" if source.files else ""
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.candidates.tapped import Tapped
 from vit_ref.verify.compare.trace import Forward, Tap
 from vit_ref.verify.precision import FLOAT64
-from vit_ref.weights.pretrained import parameters_of_state
+from vit_ref.weights.pretrained import get_state_parameters
 
 
 class JaxCandidate(Tapped):
@@ -119,7 +119,7 @@ def _require_values(parameters: Any, name: str) -> None:
 
 def _leaves(tree: Any) -> dict[str, NDArray]:
     if isinstance(tree, nnx.State):
-        return parameters_of_state(tree)
+        return get_state_parameters(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

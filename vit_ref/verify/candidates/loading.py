@@ -235,7 +235,7 @@ def recognised(candidate: Candidate, config: ViTConfig, gradients: Mapping[str, 
     """A port's gradients by this package's paths: by its table, or by those or a layout's names; else none."""
     if candidate.parameters is not None:
         return gradients_by_path(candidate.parameters, config, gradients)
-    if gradients.keys() == mapping.parameter_shapes(config).keys():
+    if gradients.keys() == mapping.list_parameters(config).keys():
         return dict(gradients)
     for separator in "./":
         named = {name.replace(".", separator): value for name, value in gradients.items()}

@@ -17,7 +17,7 @@ from vit_ref.verify.candidates.tapped import Tapped
 from vit_ref.verify.compare.trace import Forward, Tap, narrowed
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.mapping import detect, port
-from vit_ref.weights.pretrained import parameters_of_state, with_arrays
+from vit_ref.weights.pretrained import get_state_parameters, replace_arrays
 
 
 class OwnCandidate(Tapped):
@@ -50,8 +50,8 @@ class OwnCandidate(Tapped):
             self._by_dtype[np.dtype(dtype)] = shapes, forward
         shapes, same = self._by_dtype[np.dtype(dtype)]
         # On the host, as they are, for as long as nobody runs them: a real model's are large.
-        return with_arrays(shapes, narrowed(self.parameters, dtype)), same
+        return replace_arrays(shapes, narrowed(self.parameters, dtype)), same
 
     def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""
-        return parameters_of_state(gradients)
+        return get_state_parameters(gradients)

@@ -17,7 +17,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import OUTPUTS, sites
 from vit_ref.verify.candidates.declaration import Mapped, hint
 from vit_ref.verify.compare.trace import Tap
-from vit_ref.weights.mapping import parameter_shapes
+from vit_ref.weights.mapping import list_parameters
 
 # (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
 Vjp = Callable[[Callable[[Any], Any], Any], tuple[Any, Callable[[Any], Any]]]
@@ -233,7 +233,7 @@ def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str,
     Raises:
       CandidateError: the table names a parameter that the port or this package's model has not.
     """
-    shapes, gradients = parameter_shapes(config), {counted(name): value for name, value in gradients.items()}
+    shapes, gradients = list_parameters(config), {counted(name): value for name, value in gradients.items()}
     found = {}
     for source, entries in bind(mapped, "parameters", config, shapes).items():
         if source not in gradients:

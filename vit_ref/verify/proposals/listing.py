@@ -10,7 +10,7 @@ from typing import Any
 
 from vit_ref.verify.candidates.declaration import Mapped, Target
 from vit_ref.verify.proposals.matching import CLOSE, EQUAL, Match
-from vit_ref.verify.proposals.readings import evaluated
+from vit_ref.verify.proposals.readings import evaluate
 
 # The width of the printed lines, and how many keys with the same value are named.
 _WIDTH, _NAMED = 120, 3
@@ -110,7 +110,7 @@ def _by_key(matches: Sequence[Match]) -> dict[str, list[Match]]:
 def _table(matches: Sequence[Match]) -> Mapped:
     def target(match: Match) -> Target:
         select = match.reading.select
-        return (match.target, evaluated(select)) if select else match.target
+        return (match.target, evaluate(select)) if select else match.target
 
     grouped = {key: [target(match) for match in group] for key, group in _by_key(matches).items()}
     return {key: targets if len(targets) > 1 else targets[0] for key, targets in grouped.items()}

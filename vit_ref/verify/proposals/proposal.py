@@ -25,8 +25,8 @@ from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import find_declaration, load_candidate
 from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
-from vit_ref.weights.origin import origin
-from vit_ref.weights.pretrained import opened
+from vit_ref.weights.origin import find_origin
+from vit_ref.weights.pretrained import open_checkpoint
 
 # More than one, so that what is the same for all images is not taken for what is each image's.
 IMAGES = 2
@@ -60,9 +60,9 @@ def propose(
     Raises:
       InputError: checkpoint, candidate or images cannot be used, or nothing of the port can be seen from outside.
     """
-    source, config = opened(checkpoint)
+    source, config = open_checkpoint(checkpoint)
     declared = dataclasses.replace(find_declaration(candidate), sites=None, parameters=None)
-    with mapping.naming(source.path):
+    with mapping.name_checkpoint_in_errors(source.path):
         port = load_candidate(declared, config, source)
     pixels = pixels_for(config, images, IMAGES)
     require_repeatable(port, pixels)
@@ -96,7 +96,7 @@ def propose(
     unequal = [name for match in matched for name in _unequal(match)]
     return Proposal(
         candidate=port.name,
-        checkpoint=origin(source).name,
+        checkpoint=find_origin(source).name,
         site_matches=matched,
         parameter_matches=_sorted(parameters.matches.values(), order),
         unshown=tuple(name for name in sites.unmatched if name != output),

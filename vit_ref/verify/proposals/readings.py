@@ -115,10 +115,10 @@ def _ways(value: NDArray, shape: Shape, heads: int) -> Iterator[tuple[str, tuple
     if rest or parts not in (1, 2, 3):
         return
     for piece, part in _pieces(value.shape, parts, heads):
-        rank = evaluated(f"x{piece}")(value).ndim
+        rank = evaluate(f"x{piece}")(value).ndim
         for move in _MOVES.get(rank, ("",)):
             select = f"x{piece}{move}" if piece or move else ""
-            picked = fitted(evaluated(select)(value) if select else value, shape)
+            picked = fitted(evaluate(select)(value) if select else value, shape)
             if picked.shape == shape:
                 yield select, part, picked
 
@@ -144,7 +144,7 @@ def _pieces(shape: Shape, parts: int, heads: int) -> Iterator[tuple[str, tuple[i
             yield f".reshape(*x.shape[:-1], {heads}, {parts}, -1)[..., {which}, :]", part
 
 
-def evaluated(select: str) -> Callable[[Any], Any]:
+def evaluate(select: str) -> Callable[[Any], Any]:
     """The selection that a text means, which is built here and nowhere else."""
     return eval(f"lambda x: {select}")
 
