@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
-from vit_ref.model.skeleton import skeleton
+from vit_ref.model.skeleton import list_parameters, skeleton
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import precision_of
 from vit_ref.weights import pretrained
-from vit_ref.weights.mapping import Tensors, list_parameters
+from vit_ref.weights.mapping import Tensors
 
 
 def _filled(config: ViTConfig, dtype: DTypeLike | None = None) -> VisionTransformer:

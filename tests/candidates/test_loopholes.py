@@ -21,13 +21,13 @@ from PIL import Image
 import vit_ref
 from vit_ref.errors import InputError
 from vit_ref.model import vit as model_of_ours
-from vit_ref.model.skeleton import skeleton
+from vit_ref.model.skeleton import list_parameters, skeleton
 from vit_ref.verify.candidates.loading import beside_it, find, load, recognised
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port
-from vit_ref.weights import mapping, pretrained
+from vit_ref.weights import layouts, mapping, pretrained
 
 ROOT = Path(__file__).parents[2]
 SUITE = Path("vit_ref/testing/suite")
@@ -65,14 +65,14 @@ def failures(*arguments: Any, **options: Any) -> list[str]:
     return [check.name for check in checks(*arguments, **options) if check.status == "failed"]
 
 
-@pytest.mark.parametrize("layout", [mapping.HF, mapping.FLAX, mapping.TIMM], ids=lambda layout: layout.name)
-def test_one_gradient_that_is_not_finite_does_not_hide_the_others(layout: mapping.Layout, saved: Saved) -> None:
+@pytest.mark.parametrize("layout", [layouts.HF, layouts.FLAX, layouts.TIMM], ids=lambda layout: layout.name)
+def test_one_gradient_that_is_not_finite_does_not_hide_the_others(layout: layouts.Layout, saved: Saved) -> None:
     model = vit_ref.from_pretrained(saved("one-block"))
     named = mapping.export(pretrained.get_parameters(model), model.config, layout)
     name = next(name for name in named if named[name].ndim == 1)
     named[name] = np.full_like(named[name], np.inf)
     found = recognised(vit_ref.Candidate(load=print, name="mine"), model.config, named)
-    assert found.keys() == mapping.list_parameters(model.config).keys()
+    assert found.keys() == list_parameters(model.config).keys()
     assert sum(not np.isfinite(value).all() for value in found.values()) >= 1
 
 

@@ -15,6 +15,7 @@ from flax import linen, nnx
 
 import vit_ref
 from vit_ref.errors import InputError
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.loading import find, recognised
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.candidates.table import Table, bind, claimed, counted, fitted, flat, gradients_by_path
@@ -24,7 +25,6 @@ from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint
-from vit_ref.weights.mapping import list_parameters
 from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.weights.mapping import HF, port
+from vit_ref.weights.layouts import HF
+from vit_ref.weights.mapping import port
 from vit_ref.weights.pretrained import build
 
 

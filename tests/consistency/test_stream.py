@@ -33,7 +33,7 @@ from vit_ref.verify.report.document import SCHEMA
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import check_port
 from vit_ref.verify.stream import check_streamed
-from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights import checkpoint, layouts, mapping
 from vit_ref.weights.checkpoint import LazyTensors
 from vit_ref.weights.conversion import convert
 
@@ -111,16 +111,16 @@ def changed(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[NDArra
 
 def exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight map takes the second block for the third and the other way round."""
-    bind = mapping.Layout.bind
+    bind = layouts.Layout.bind
 
-    def wrong(self: mapping.Layout, *arguments: object, **options: object) -> tuple[mapping.Rule, ...]:
+    def wrong(self: layouts.Layout, *arguments: object, **options: object) -> tuple[layouts.Rule, ...]:
         other = {"layer.1.": "layer.2.", "layer.2.": "layer.1."}
         return tuple(
             rule._replace(source=re.sub(r"layer\.[12]\.", lambda found: other[found[0]], rule.source))
             for rule in bind(self, *arguments, **options)
         )
 
-    monkeypatch.setattr(mapping.Layout, "bind", wrong)
+    monkeypatch.setattr(layouts.Layout, "bind", wrong)
 
 
 FAULTS = {

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
 
 from vit_ref.model.config import ACTIVATION_NAMES, ViTConfig
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.cases import Case
-from vit_ref.weights.mapping import BIG_VISION, HF, TIMM, Layout, Tensors, list_parameters, port
+from vit_ref.weights.layouts import BIG_VISION, HF, TIMM, Layout
+from vit_ref.weights.mapping import Tensors, port
 
 seeds = st.integers(0, 2**16)
 indices = st.integers(0, 255)

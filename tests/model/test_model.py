@@ -20,12 +20,12 @@ from vit_ref.model import vit as vit_module
 from vit_ref.model.activations import ACTIVATIONS
 from vit_ref.model.config import ACTIVATION_NAMES, ViTConfig
 from vit_ref.model.sites import sites
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, Case, synthetic_images
 from vit_ref.verify.gates import error
 from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.numpy_oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
-from vit_ref.weights.mapping import list_parameters
 
 SMALL = [case for case in CASES.values() if case.name != "vit-b16"]
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from vit_ref.model.config import ViTConfig
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.verify.precision import precision_of
-from vit_ref.weights import mapping
+from vit_ref.weights import layouts, mapping
 from vit_ref.weights.pretrained import build, get_parameters
 
 # A 3 x 4 grid, and what torch 2.13.0 makes of it in float64:
@@ -58,7 +59,7 @@ def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tup
         num_channels=1,
         num_labels=1,
     )
-    parameters = {path: np.ones(shape) for path, shape in mapping.list_parameters(config).items()}
+    parameters = {path: np.ones(shape) for path, shape in list_parameters(config).items()}
     parameters["position_embeddings"] = (np.append(7.0, GRID)[:, None] * [1.0, 2.0])[None]
     trace: dict[str, jax.Array] = {}
     with precision_of(np.float64).active():
@@ -95,7 +96,7 @@ def test_the_gradient_of_a_resize_is_its_transpose(target: tuple[int, int]) -> N
 def test_positions_are_resized_in_the_dtype_of_the_computation(stored: type) -> None:
     """Whatever they are stored in: resized as bfloat16 they would be off by 1e-3."""
     case = replace(CASES["rectangular"], stored=stored)
-    parameters = mapping.port(case.checkpoint().tensors, case.config, mapping.HF)
+    parameters = mapping.port(case.checkpoint().tensors, case.config, layouts.HF)
     pixels, embeddings = np.ones((1, 15, 30, 2)), {}
 
     def tap(site: str, value: jax.Array) -> jax.Array:
@@ -126,7 +127,7 @@ def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
         vit = filled(config, dtype=jnp.float64)
         ours = vit(jnp.asarray(pixels), interpolate_pos_encoding=True)
     theirs = ViTForImageClassification(HFConfig(**config.hf_numerics())).double().eval()
-    tensors = mapping.export(get_parameters(vit), config, mapping.HF)
+    tensors = mapping.export(get_parameters(vit), config, layouts.HF)
     theirs.load_state_dict({name: torch.tensor(tensor).double() for name, tensor in tensors.items()}, strict=True)
     with torch.no_grad():
         expected = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True).logits.numpy()

@@ -22,7 +22,7 @@ from tests.helpers.vit_strategies import random_bits, with_room
 from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.weights import checkpoint, mapping, pretrained
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained
 from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
 
 LABELS = ("cat", "dog", "dog")  # ImageNet too has one name twice
@@ -95,7 +95,7 @@ def test_flax_msgpack_is_read(directory: Path) -> None:
     tree = traverse_util.unflatten_dict(
         {
             tuple(name.split("/")): value
-            for name, value in mapping.export(pretrained.get_parameters(model), CONFIG, mapping.FLAX).items()
+            for name, value in mapping.export(pretrained.get_parameters(model), CONFIG, layouts.FLAX).items()
         }
     )
     (directory / checkpoint.WEIGHTS).unlink()
@@ -104,19 +104,19 @@ def test_flax_msgpack_is_read(directory: Path) -> None:
     assert all((again[path] == value).all() for path, value in pretrained.get_parameters(model).items())
 
 
-google_layouts = pytest.mark.parametrize("layout", [mapping.NPZ, mapping.BIG_VISION], ids=lambda layout: layout.name)
+google_layouts = pytest.mark.parametrize("layout", [layouts.NPZ, layouts.BIG_VISION], ids=lambda layout: layout.name)
 
 
-def google_npz(path: Path, layout: mapping.Layout, config: ViTConfig = CONFIG, **extra: np.ndarray) -> mapping.Tensors:
+def google_npz(path: Path, layout: layouts.Layout, config: ViTConfig = CONFIG, **extra: np.ndarray) -> mapping.Tensors:
     """Writes an `.npz` in one of google-research's layouts, and returns the parameters in it."""
     source = Case("npz", config).checkpoint()
-    parameters = with_room(layout, mapping.port(source.tensors, config, mapping.HF))
+    parameters = with_room(layout, mapping.port(source.tensors, config, layouts.HF))
     np.savez(path, **mapping.export(parameters, config, layout), **extra)
     return parameters
 
 
 @google_layouts
-def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: mapping.Layout) -> None:
+def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: layouts.Layout) -> None:
     parameters = google_npz(tmp_path / "ViT.npz", layout)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
     expected = {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "labels": ()}
@@ -126,7 +126,7 @@ def test_npz_is_read_with_the_numerics_of_its_own_code(tmp_path: Path, layout: m
 
 
 @google_layouts
-def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path, layout: mapping.Layout) -> None:
+def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path, layout: layouts.Layout) -> None:
     config = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "labels": (), "pooler": True, "pooler_output_size": 5})
     google_npz(tmp_path / "ViT.npz", layout, config)
     model = vit_ref.from_pretrained(tmp_path / "ViT.npz")
@@ -139,7 +139,7 @@ def test_npz_with_pre_logits_and_no_head_has_a_pooler(tmp_path: Path, layout: ma
     [({}, "the mean of the patches, 'gap'"), ({"MAPHead_0/probe": 1.0}, "attention, pool_type 'map'")],
 )
 def test_npz_without_a_cls_token_pools_in_another_way(
-    tmp_path: Path, layout: mapping.Layout, extra: dict, pooling: str
+    tmp_path: Path, layout: layouts.Layout, extra: dict, pooling: str
 ) -> None:
     tensors = mapping.export(with_room(layout, random_bits(CONFIG, np.float32)), CONFIG, layout)
     del tensors["cls"]
@@ -186,7 +186,7 @@ def aligned(value: np.ndarray) -> np.ndarray:
 
 
 def test_the_model_does_not_share_memory_with_the_tensors_it_was_made_from() -> None:
-    ported = mapping.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, mapping.HF)
+    ported = mapping.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, layouts.HF)
     # Where an array begins is chance; files that are mapped into memory, and large arrays, begin at such places.
     parameters = {path: aligned(value) for path, value in ported.items()}
     model = pretrained.build(CONFIG, parameters)
@@ -459,8 +459,8 @@ def test_npz_that_is_no_vit(tmp_path: Path) -> None:
 
 def test_npz_of_a_rectangle_does_not_say_which(tmp_path: Path) -> None:
     config = replace(CONFIG, image_size=(8, 12))
-    tensors = mapping.port(Case("rectangle", config).checkpoint().tensors, config, mapping.HF)
-    np.savez(tmp_path / "wide.npz", **mapping.export(tensors, config, mapping.NPZ))
+    tensors = mapping.port(Case("rectangle", config).checkpoint().tensors, config, layouts.HF)
+    np.savez(tmp_path / "wide.npz", **mapping.export(tensors, config, layouts.NPZ))
     assert refusal(tmp_path / "wide.npz").endswith("wide.npz: 6 positions are no square grid: pass config=")
     assert vit_ref.from_pretrained(tmp_path / "wide.npz", config=config).config == config
 
@@ -581,7 +581,7 @@ def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
 
 
 @google_layouts
-def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: mapping.Layout) -> None:
+def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: layouts.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
     google_npz(tmp_path / "ViT.npz", layout, **extra)
     assert "leave one behind with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
@@ -590,8 +590,8 @@ def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Pat
 
 
 def test_npz_of_bfloat16(tmp_path: Path) -> None:
-    parameters = mapping.port(Case("npz", CONFIG, stored=ml_dtypes.bfloat16).checkpoint().tensors, CONFIG, mapping.HF)
-    np.savez(tmp_path / "ViT.npz", **mapping.export(parameters, CONFIG, mapping.NPZ))
+    parameters = mapping.port(Case("npz", CONFIG, stored=ml_dtypes.bfloat16).checkpoint().tensors, CONFIG, layouts.HF)
+    np.savez(tmp_path / "ViT.npz", **mapping.export(parameters, CONFIG, layouts.NPZ))
     found = pretrained.get_parameters(vit_ref.from_pretrained(tmp_path / "ViT.npz"))
     assert all(found[path].tobytes() == value.tobytes() for path, value in parameters.items())
 

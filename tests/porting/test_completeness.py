@@ -16,16 +16,18 @@ from tests.helpers.vit_strategies import configs, indices, random_bits, seeds, s
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.weights import mapping
-from vit_ref.weights.mapping import LAYOUTS, Layout, Rule, Tensors, Transform
+from vit_ref.weights import layouts, mapping
+from vit_ref.weights.layouts import LAYOUTS, Layout, Rule, Transform
+from vit_ref.weights.mapping import Tensors
 
 Traced = Callable[..., Trace]
 
-layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 # Each picks a tensor by its index.
 faults = st.lists(
     st.tuples(indices, st.sampled_from(("dropped", "added", "renamed", "duplicated", "reshaped"))),
@@ -52,7 +54,7 @@ def misshapen(tensor: NDArray, choice: int) -> NDArray:
     return others[choice % len(others)]
 
 
-@layouts
+@each_layout
 @times(4)
 @given(config=configs(), seed=seeds, faults=faults)
 def test_all_faults_are_reported_and_nothing_else(
@@ -91,12 +93,12 @@ def test_nothing_is_handed_over_once_a_tensor_is_known_not_to_fit_and_all_else_i
     del source[late]
     handed: list[str] = []
     with pytest.raises(MappingError) as caught:
-        handed.extend(path for path, _ in mapping.port_each(source, config, mapping.HF))
+        handed.extend(path for path, _ in mapping.port_each(source, config, layouts.HF))
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {("not finite", last), ("missing", late)}
     assert handed == []
 
 
-@layouts
+@each_layout
 @given(config=configs(max_blocks=12), prefixed=st.booleans())
 def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, prefixed: bool) -> None:
     config = within(layout, config)
@@ -106,13 +108,13 @@ def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, pref
     patterns = [re.compile(prefix + re.escape(source).replace(r"\{i\}", r"\d+")) for source in sources]
     bound = layout.bind(config, prefixed)
     names = [rule.source for rule in bound]
-    assert len({(rule.source, rule.part) for rule in bound}) == len(bound) == len(mapping.list_parameters(config))
+    assert len({(rule.source, rule.part) for rule in bound}) == len(bound) == len(list_parameters(config))
     assert {name: sum(bool(pattern.fullmatch(name)) for pattern in patterns) for name in names} == dict.fromkeys(
         names, 1
     )
 
 
-@layouts
+@each_layout
 @given(config=configs(), depth=st.integers(11, 14), seed=seeds)
 def test_blocks_are_in_numeric_order_whatever_the_order_of_the_tensors(
     layout: Layout, config: ViTConfig, depth: int, seed: int
@@ -166,8 +168,8 @@ class Probe:
 def probe(traced: Traced) -> Callable[[ViTConfig, Layout, int], Probe]:
     def make(config: ViTConfig, layout: Layout, seed: int) -> Probe:
         case = Case("random", config, batch=2, seed=seed)
-        parameters = with_room(layout, mapping.port(case.checkpoint().tensors, config, mapping.HF))
-        tensors, images = mapping.export(parameters, config, mapping.HF), case.images()
+        parameters = with_room(layout, mapping.port(case.checkpoint().tensors, config, layouts.HF))
+        tensors, images = mapping.export(parameters, config, layouts.HF), case.images()
         source = mapping.export(parameters, config, layout)
         return Probe(config, source, images, NumpyOracle(config, tensors).trace(images), traced)
 
@@ -192,10 +194,10 @@ def transposed(rule: Rule) -> Rule:
 
 
 def shapes_by_template(config: ViTConfig) -> dict[str, tuple[int, ...]]:
-    return {re.sub(r"^blocks\.\d+", "blocks.{i}", path): s for path, s in mapping.list_parameters(config).items()}
+    return {re.sub(r"^blocks\.\d+", "blocks.{i}", path): s for path, s in list_parameters(config).items()}
 
 
-@layouts
+@each_layout
 @given(config=square_configs(), seed=seeds)
 def test_a_transposed_square_kernel_is_seen_at_its_own_site(
     probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int
@@ -210,7 +212,7 @@ def test_a_transposed_square_kernel_is_seen_at_its_own_site(
     assert seen == {rule.destination: site_of(rule.destination) for rule in kernels}
 
 
-@layouts
+@each_layout
 @given(config=square_configs(), seed=seeds, pair=indices)
 def test_two_exchanged_layers_are_seen_at_the_earlier_one(
     probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int, pair: int
@@ -233,7 +235,7 @@ def test_two_exchanged_layers_are_seen_at_the_earlier_one(
     assert probe(config, layout, seed).first_divergence(wrong) == earlier
 
 
-@layouts
+@each_layout
 @given(config=square_configs(), seed=seeds, block=indices, step=indices)
 def test_two_exchanged_blocks_are_seen_at_the_earlier_one(
     probe: Callable[..., Probe], layout: Layout, config: ViTConfig, seed: int, block: int, step: int

@@ -20,9 +20,9 @@ from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.weights import checkpoint, conversion, mapping, pretrained
+from vit_ref.weights import checkpoint, conversion, layouts, mapping, pretrained
 from vit_ref.weights.conversion import Target, convert
-from vit_ref.weights.mapping import LAYOUTS
+from vit_ref.weights.layouts import LAYOUTS
 
 LABELS = ("cat", "dog", "dog")
 PREPROCESSOR = {"image_mean": [0.4, 0.5, 0.6], "image_std": 0.25, "resample": 3}
@@ -46,7 +46,7 @@ targets = pytest.mark.parametrize("to", TARGETS)
 
 def write(place: Path, config: ViTConfig, parameters: dict[str, NDArray]) -> Path:
     checkpoint.write_directory(
-        place, mapping.export(parameters, config, mapping.HF), config.to_hf(), config.preprocessor
+        place, mapping.export(parameters, config, layouts.HF), config.to_hf(), config.preprocessor
     )
     return place
 
@@ -58,7 +58,7 @@ def place(folder: Path, to: str) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A checkpoint that every layout can hold."""
-    return write(tmp_path / "source", CONFIG, with_room(mapping.BIG_VISION, random_bits(CONFIG, np.float32)))
+    return write(tmp_path / "source", CONFIG, with_room(layouts.BIG_VISION, random_bits(CONFIG, np.float32)))
 
 
 def refusal(source: Path, destination: Path, to: Any, error: type[Exception] = CheckpointError, **options: Any) -> str:
@@ -149,7 +149,7 @@ def test_any_layout_becomes_any_other(tmp_path: Path, source: Path, read: Target
 )
 def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, left_behind: tuple[str, ...]) -> None:
     config = replace(CONFIG, hidden_dropout_prob=0.1, extra={"problem_type": "multi_label_classification"})
-    source = write(tmp_path / "source", config, with_room(mapping.BIG_VISION, random_bits(config, np.float32)))
+    source = write(tmp_path / "source", config, with_room(layouts.BIG_VISION, random_bits(config, np.float32)))
     done = convert(source, place(tmp_path, to), to)
     assert done.left_behind == left_behind
     again = pretrained.read_configuration(checkpoint.read(done.destination))
@@ -244,7 +244,7 @@ def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: P
     config = replace(CONFIG, **SPECIAL[special])
     parameters = random_bits(config, np.float32)
     if special != "cls position":
-        parameters = with_room(mapping.BIG_VISION, parameters)
+        parameters = with_room(layouts.BIG_VISION, parameters)
     source = write(tmp_path / "source", config, parameters)
     destination = place(tmp_path, to)
     if special in REFUSES[to]:
@@ -355,7 +355,7 @@ def _dropped(tensors: dict[str, NDArray]) -> None:
 def test_what_comes_back_otherwise_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Target, damage: Callable[..., None], message: str
 ) -> None:
-    parameters = with_room(mapping.BIG_VISION, random_bits(CONFIG, ml_dtypes.bfloat16))
+    parameters = with_room(layouts.BIG_VISION, random_bits(CONFIG, ml_dtypes.bfloat16))
     # Ones of bfloat16, as bits of float16, are finite too.
     parameters["cls_token"] = np.ones_like(parameters["cls_token"])
     source = write(tmp_path / "source", CONFIG, parameters)
@@ -398,5 +398,5 @@ def test_flaxvit_loads_what_is_converted(tmp_path: Path, filled: Callable[..., V
     # Without its own initialisation, which takes longer than all the rest.
     _, params = transformers.FlaxViTForImageClassification.from_pretrained(tmp_path / "flax", _do_init=False)
     found = flatten_dict(jax.device_get(params), sep="/")
-    meant = mapping.export(parameters, config, mapping.FLAX)
+    meant = mapping.export(parameters, config, layouts.FLAX)
     assert bits({name: np.asarray(value) for name, value in found.items()}) == bits(meant)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from tests.helpers.vit_strategies import random_bits, with_room, within
 from vit_ref.errors import Fault, MappingError
 from vit_ref.model.config import ViTConfig
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.vit import hf_tensors
-from vit_ref.weights import mapping
+from vit_ref.weights import layouts, mapping
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.mapping import LAYOUTS, Layout
+from vit_ref.weights.layouts import LAYOUTS, Layout
 from vit_ref.weights.pretrained import get_parameters
 
 # Square where kernels allow it, so that a transposed kernel has the right shape; eleven blocks and more, so that
@@ -46,18 +47,18 @@ def exported(layout: Layout, config: ViTConfig) -> dict[str, NDArray]:
 def parameters(config: ViTConfig, dtype: type = np.float32) -> dict[str, NDArray]:
     """Every element of every parameter is another number, exactly representable in float32."""
     values, start = {}, 0
-    for path, shape in mapping.list_parameters(config).items():
+    for path, shape in list_parameters(config).items():
         size = int(np.prod(shape))
         values[path] = np.arange(start, start + size).reshape(shape).astype(dtype)
         start += size
     return values
 
 
-layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 configs = pytest.mark.parametrize("config", [CONFIG, HEADLESS], ids=["classifier", "headless"])
 
 
-@layouts
+@each_layout
 @configs
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
 def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtype: type) -> None:
@@ -65,7 +66,7 @@ def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtyp
     ours = with_room(layout, random_bits(config, dtype))
     source = mapping.export(ours, config, layout)
     # big_vision leaves out the zeros at the cls token's position.
-    left_out = config.hidden_size if layout is mapping.BIG_VISION else 0
+    left_out = config.hidden_size if layout is layouts.BIG_VISION else 0
     assert sum(value.size for value in source.values()) == sum(value.size for value in ours.values()) - left_out
     assert layout.recognises(source) == len(source)
     assert mapping.detect(source) is layout
@@ -78,7 +79,7 @@ def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtyp
             assert after[name].tobytes() == np.ascontiguousarray(value).tobytes(), name
 
 
-@layouts
+@each_layout
 def test_rules_share_no_destination_and_a_source_in_all_its_parts(layout: Layout) -> None:
     assert len({rule.destination for rule in layout.rules}) == len(layout.rules)
     parts: dict[str, list[int]] = {}
@@ -88,7 +89,7 @@ def test_rules_share_no_destination_and_a_source_in_all_its_parts(layout: Layout
         assert sorted(parts[rule.source]) == list(range(rule.parts)), rule.source
 
 
-@layouts
+@each_layout
 @configs
 def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config: ViTConfig) -> None:
     config = within(layout, config)
@@ -119,7 +120,7 @@ def test_every_fault_is_reported_by_name_and_all_at_once(layout: Layout, config:
     assert all(name in text for name in (gone, bent, poisoned, counted, "something/else.weight", "(2, 3)"))
 
 
-@layouts
+@each_layout
 @configs
 def test_any_one_tensor_dropped_renamed_or_reshaped_is_reported(layout: Layout, config: ViTConfig) -> None:
     config = within(layout, config)
@@ -139,26 +140,26 @@ def faults(source: mapping.Tensors, config: ViTConfig, layout: Layout) -> set[tu
     return {(fault.kind, fault.name) for fault in caught.value.faults}
 
 
-@layouts
+@each_layout
 def test_a_tensor_ignored_by_name_is_left_behind(layout: Layout) -> None:
     extra = {**exported(layout, CONFIG), "mask_token": np.zeros((1, 1, 6), np.float32)}
     ported = mapping.port(extra, CONFIG, layout, ignore=["mask_*"])
     assert all((ported[path] == value).all() for path, value in with_room(layout, parameters(CONFIG)).items())
 
 
-@layouts
+@each_layout
 def test_blocks_beyond_the_configuration_are_unexpected(layout: Layout) -> None:
     deeper = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 13})
     found = faults(exported(layout, deeper), CONFIG, layout)
     # Query, key and value are one layer of timm's.
-    assert {kind for kind, _ in found} == {"unexpected"} and len(found) == (12 if layout is mapping.TIMM else 16)
+    assert {kind for kind, _ in found} == {"unexpected"} and len(found) == (12 if layout is layouts.TIMM else 16)
     assert all("12" in name for _, name in found)
 
 
 def test_a_checkpoint_with_half_its_prefix_is_reported() -> None:
-    source = mapping.export(parameters(CONFIG), CONFIG, mapping.HF)
+    source = mapping.export(parameters(CONFIG), CONFIG, layouts.HF)
     source["layernorm.weight"] = source.pop("vit.layernorm.weight")
-    assert faults(source, CONFIG, mapping.HF) == {
+    assert faults(source, CONFIG, layouts.HF) == {
         ("missing", "vit.layernorm.weight"),
         ("unexpected", "layernorm.weight"),
     }
@@ -168,7 +169,7 @@ def test_a_checkpoint_with_half_its_prefix_is_reported() -> None:
 def test_the_reference_gets_the_same_tensors_whatever_the_layout(layout: Layout) -> None:
     ported = with_room(layout, parameters(CONFIG))
     source = Checkpoint(Path("any"), mapping.export(ported, CONFIG, layout), CONFIG.to_hf())
-    expected, found = mapping.export(ported, CONFIG, mapping.HF), hf_tensors(CONFIG, source)
+    expected, found = mapping.export(ported, CONFIG, layouts.HF), hf_tensors(CONFIG, source)
     assert {name: value.tobytes() for name, value in found.items()} == {
         name: value.tobytes() for name, value in expected.items()
     }
@@ -205,26 +206,26 @@ def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> 
 def test_names_are_prefixed_where_more_than_half_of_the_bodys_are(carrying: int, bare: int, expected: bool) -> None:
     names = [f"vit.{k}" for k in range(carrying)] + [f"{k}" for k in range(bare)]
     # However many tensors a head has, they say nothing.
-    assert mapping.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], mapping.HF) is expected
+    assert mapping.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], layouts.HF) is expected
 
 
 def test_the_first_element_that_is_not_finite_is_reported_with_its_place() -> None:
-    source = mapping.export(parameters(CONFIG), CONFIG, mapping.HF)
+    source = mapping.export(parameters(CONFIG), CONFIG, layouts.HF)
     kernel = source["classifier.weight"]
     kernel[1, 2], kernel[3, 0], kernel[4, 4] = -np.inf, np.nan, np.inf
     with pytest.raises(MappingError) as caught:
-        mapping.port(source, CONFIG, mapping.HF)
+        mapping.port(source, CONFIG, layouts.HF)
     assert caught.value.faults == (Fault("not finite", "classifier.weight", "-inf at (1, 2)"),)
 
 
-@layouts
+@each_layout
 def test_a_layout_is_shared_and_cannot_be_changed(layout: Layout) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout.prefix = "model."  # type: ignore[misc]
 
 
 def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
-    incomplete = Layout("incomplete", tuple(rule for rule in mapping.HF.rules if rule.destination != "norm.bias"))
+    incomplete = Layout("incomplete", tuple(rule for rule in layouts.HF.rules if rule.destination != "norm.bias"))
     with pytest.raises(
         MappingError, match=r"layout incomplete\): 1 no rule\n  no rule: norm\.bias: the layout has no name"
     ):
@@ -234,7 +235,7 @@ def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
 def test_timm_has_no_pooler() -> None:
     for act in (mapping.port, mapping.export):
         with pytest.raises(MappingError) as caught:
-            act(parameters(HEADLESS), HEADLESS, mapping.TIMM)
+            act(parameters(HEADLESS), HEADLESS, layouts.TIMM)
         found = {(fault.kind, fault.name) for fault in caught.value.faults}
         assert found == {("no rule", "pooler.kernel"), ("no rule", "pooler.bias")}
 
@@ -242,10 +243,10 @@ def test_timm_has_no_pooler() -> None:
 @pytest.mark.parametrize("position", [1e-45, -0.0])
 @pytest.mark.parametrize("element", [0, 5])
 def test_a_position_of_the_cls_token_is_not_dropped_for_big_vision(position: float, element: int) -> None:
-    ours = with_room(mapping.BIG_VISION, parameters(CONFIG))
+    ours = with_room(layouts.BIG_VISION, parameters(CONFIG))
     ours["position_embeddings"][0, 0, element] = position
     with pytest.raises(MappingError) as caught:
-        mapping.export(ours, CONFIG, mapping.BIG_VISION)
+        mapping.export(ours, CONFIG, layouts.BIG_VISION)
     detail = "the cls token's position is not zero, and pos_embedding has no room for it"
     assert caught.value.faults == (Fault("unfit", "position_embeddings", detail),)
 
@@ -315,7 +316,7 @@ def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionT
     from flax import linen
 
     vit = filled(CONFIG)
-    tensors = mapping.export(get_parameters(vit), CONFIG, mapping.NPZ)
+    tensors = mapping.export(get_parameters(vit), CONFIG, layouts.NPZ)
     stem = "Transformer/encoderblock_3/MultiHeadDotProductAttention_1"
     params = {
         part: {leaf: tensors[f"{stem}/{part}/{leaf}"] for leaf in ("kernel", "bias")}
@@ -331,7 +332,7 @@ def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionT
 def test_names_of_transformers_5() -> None:
     """As `ViTForImageClassification(...).state_dict()` has them in transformers 5.23.0."""
     one_block = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 1})
-    assert set(mapping.export(parameters(one_block), one_block, mapping.HF5)) == {
+    assert set(mapping.export(parameters(one_block), one_block, layouts.HF5)) == {
         "classifier.bias",
         "classifier.weight",
         "vit.embeddings.cls_token",
@@ -469,7 +470,7 @@ def pytorch_to_flax(name: str, tensor: NDArray) -> tuple[str, NDArray]:
 def test_every_layout_is_hugging_faces_under_other_names(layout: str) -> None:
     config = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 1})
     ours = with_room(LAYOUTS[layout], parameters(config))
-    theirs = mapping.export(ours, config, mapping.HF)
+    theirs = mapping.export(ours, config, layouts.HF)
     separator = "/" if layout in ("flax", "npz", "big_vision") else "."
     prefix = {"flax": "vit/", "hf5": "vit."}.get(layout, "")
     expected: dict[str, list[NDArray]] = {}

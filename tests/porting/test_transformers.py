@@ -16,7 +16,7 @@ import vit_ref
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
-from vit_ref.weights import mapping
+from vit_ref.weights import layouts, mapping
 
 
 @pytest.mark.parametrize("name", ["deep", "hard-tokens", "pooler"])
@@ -74,7 +74,7 @@ def test_the_flax_layout_is_flaxvits_own_tree(name: str) -> None:
     """As transformers' converter makes it of the PyTorch tensors, every parameter drawn at random."""
     config, tensors = CASES[name].config, CASES[name].checkpoint().tensors
     theirs = flatten_dict(FlaxViTReference(config, tensors).params, sep="/")
-    found = mapping.export(mapping.port(tensors, config, mapping.HF), config, mapping.FLAX)
+    found = mapping.export(mapping.port(tensors, config, layouts.HF), config, layouts.FLAX)
     assert found.keys() == theirs.keys()
     for path, tensor in theirs.items():
         np.testing.assert_array_equal(found[path], tensor, err_msg=path)

@@ -20,7 +20,7 @@ from vit_ref.cli.group import main
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.weights import checkpoint, mapping, pretrained, wrappers
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained, wrappers
 
 CONFIG = ViTConfig(
     hidden_size=6,
@@ -34,7 +34,7 @@ CONFIG = ViTConfig(
     num_labels=3,
 )
 TENSORS = Case("wrapped", CONFIG).checkpoint().tensors
-PARAMETERS = mapping.port(TENSORS, CONFIG, mapping.HF)
+PARAMETERS = mapping.port(TENSORS, CONFIG, layouts.HF)
 # Beside the weights, in the two ways of flax's optimizers.
 STATE = {"opt/state/step": np.int32(7), "opt/state/param_states/head/bias/grad_ema": np.zeros(3, "f4")}
 
@@ -66,11 +66,11 @@ def test_a_prefix_of_pytorchs_wrappers_is_stripped_and_said(
     assert same(path)
 
 
-@pytest.mark.parametrize("layout", [mapping.NPZ, mapping.BIG_VISION], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [layouts.NPZ, layouts.BIG_VISION], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("prefix", ["params/", "opt/target/", "optimizer/target/", "opt/target/params/"])
 @pytest.mark.parametrize("state", [{}, STATE], ids=["weights alone", "with state"])
 def test_an_npz_of_a_training_loop_is_read(
-    layout: mapping.Layout, prefix: str, state: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    layout: layouts.Layout, prefix: str, state: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parameters = with_room(layout, dict(PARAMETERS))
     tensors = mapping.export(parameters, CONFIG, layout)
@@ -85,7 +85,7 @@ def test_an_npz_of_a_training_loop_is_read(
 
 def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
     """Its step is a number, which no weight may be."""
-    weights = traverse_util.unflatten_dict(mapping.export(PARAMETERS, CONFIG, mapping.FLAX), sep="/")
+    weights = traverse_util.unflatten_dict(mapping.export(PARAMETERS, CONFIG, layouts.FLAX), sep="/")
     tree = {"step": 7, "params": weights, "opt_state": {"0": {"count": np.int32(7), "mu": weights}, "1": {}}}
     checkpoint.write_directory(tmp_path, {}, CONFIG.to_hf())
     (tmp_path / checkpoint.FLAX_WEIGHTS).write_bytes(serialization.msgpack_serialize(tree))

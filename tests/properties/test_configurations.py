@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.helpers.vit_strategies import INVALID, configs, times
 from vit_ref.errors import ConfigError
 from vit_ref.model.config import ViTConfig
-from vit_ref.weights.mapping import list_parameters
+from vit_ref.model.skeleton import list_parameters
 
 # "\u00b2", a raised two, is a digit and yet no number.
 names_of_no_variant = st.one_of(

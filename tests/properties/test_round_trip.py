@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers.vit_strategies import configs, random_bits, seeds, times, with_room, within
 from vit_ref.model.config import ViTConfig
 from vit_ref.weights import mapping
-from vit_ref.weights.mapping import LAYOUTS
+from vit_ref.weights.layouts import LAYOUTS
 
 dtypes = st.sampled_from((np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 

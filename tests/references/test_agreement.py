@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByReferenceError
 from vit_ref.model.sites import BLOCK_SITES, sites
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.backward import truths_of
@@ -25,7 +26,6 @@ from vit_ref.verify.references.choice import REFERENCES, reference_for, require,
 from vit_ref.verify.references.torch_vit import TorchViTReference
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.session import Session
-from vit_ref.weights.mapping import list_parameters
 
 pytestmark = pytest.mark.torch
 

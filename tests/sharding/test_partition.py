@@ -12,7 +12,8 @@ import vit_ref
 from tests.sharding.ways import CASE
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
-from vit_ref.weights.mapping import list_parameters, split_block_number
+from vit_ref.model.skeleton import list_parameters
+from vit_ref.weights.layouts import split_block_number
 from vit_ref.weights.partition import RULES, choose_shardings
 
 # Of ViT-B/16, on two dimensions as the papers have it: columns are a kernel's second. Whatever is not named is whole.

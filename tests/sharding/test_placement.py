@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.sharding.ways import CASE, WAYS, Way
-from vit_ref.weights.mapping import list_parameters
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.weights.partition import LEAST
 
 pytestmark = pytest.mark.xdist_group("devices")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.sharding.ways import CASE, digests
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS
-from vit_ref.weights.mapping import list_parameters
 
 pytestmark = pytest.mark.xdist_group("devices")
 

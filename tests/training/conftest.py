@@ -20,7 +20,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.vit import hf_tensors
-from vit_ref.weights import mapping
+from vit_ref.weights import layouts, mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import build, get_parameters
 
@@ -77,7 +77,7 @@ def _train_flaxvit(
             losses.append(loss)
             if number in keep:
                 tree = flatten_dict(jax.device_get(params), sep="/")
-                kept[number] = mapping.port(tree, config, mapping.FLAX)
+                kept[number] = mapping.port(tree, config, layouts.FLAX)
         return Run(np.array(losses, np.float64), kept)
 
 

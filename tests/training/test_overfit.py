@@ -21,7 +21,7 @@ from vit_ref.verify.cases import CASES, synthetic_images
 from vit_ref.verify.gates import ALLOWANCES, root_mean_square
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import precision_of
-from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights import checkpoint, layouts, mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import get_parameters, read_configuration
 
@@ -36,7 +36,7 @@ READS_BIASES = ("query.bias", "key.bias", "value.bias", "fc1.bias", "head.bias")
 def fresh(config: ViTConfig) -> Checkpoint:
     """A randomly initialised model's weights, as a checkpoint."""
     model = VisionTransformer(config, rngs=nnx.Rngs(0))
-    return Checkpoint(Path("fresh"), mapping.export(get_parameters(model), config, mapping.HF), config.to_hf())
+    return Checkpoint(Path("fresh"), mapping.export(get_parameters(model), config, layouts.HF), config.to_hf())
 
 
 def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
@@ -64,7 +64,7 @@ def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
         elif ".attn." in path and ".out." not in path:
             value = value[..., heads]
         parameters[path] = np.ascontiguousarray(value)
-    return Checkpoint(source.path, mapping.export(parameters, config, mapping.HF), source.config)
+    return Checkpoint(source.path, mapping.export(parameters, config, layouts.HF), source.config)
 
 
 def assert_same_curve(
@@ -139,7 +139,7 @@ def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
         parameters = mapping.port(given.tensors, read_configuration(given), mapping.detect(given.tensors))
         draw = np.random.default_rng(0).normal(0, 0.02, (config.hidden_size, 3)).astype(np.float32)
         parameters |= {"head.kernel": draw, "head.bias": np.zeros(3, np.float32)}
-        source = Checkpoint(given.path, mapping.export(parameters, config, mapping.HF), config.to_hf())
+        source = Checkpoint(given.path, mapping.export(parameters, config, layouts.HF), config.to_hf())
         pixels = pixels_for(config, images, 3)
         arguments = config, source, clipped_momentum, [(pixels, np.arange(3))] * 18
         truth = train_flaxvit(*arguments, np.float64, set()).losses

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
-from vit_ref.weights import mapping
+from vit_ref.model.skeleton import list_parameters
+from vit_ref.weights import layouts
 from vit_ref.weights.checkpoint import Checkpoint
 
 _TINY = ViTConfig(
@@ -56,8 +57,8 @@ class Case:
     def checkpoint(self) -> Checkpoint:
         """Random weights under Hugging Face's names, as a file would hold them."""
         rng = np.random.default_rng(self.seed)
-        rules = mapping.HF.bind(self.config, prefixed=bool(self.config.num_labels))
-        shapes = mapping.list_parameters(self.config)
+        rules = layouts.HF.bind(self.config, prefixed=bool(self.config.num_labels))
+        shapes = list_parameters(self.config)
         tensors = {}
         for rule in rules:
             value = _parameter(rng, rule.destination, shapes[rule.destination])

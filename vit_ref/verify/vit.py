@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites, stream_before
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.diagnosis import beyond_rounding, diagnose, diagnose_gradient, diagnose_rounding, where
 from vit_ref.verify.precision import Precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Cause, Explanation
-from vit_ref.weights import mapping
+from vit_ref.weights import layouts, mapping
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.mapping import list_parameters
 
 
 class ViTExplainer:
@@ -97,6 +97,6 @@ def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
     renamed by the weight map, and `-m porting` vouches for that.
     """
     layout = mapping.detect(source.tensors)
-    if layout is mapping.HF:
+    if layout is layouts.HF:
         return dict(source.tensors)
-    return mapping.export(mapping.port(source.tensors, config, layout), config, mapping.HF)
+    return mapping.export(mapping.port(source.tensors, config, layout), config, layouts.HF)

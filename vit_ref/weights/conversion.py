@@ -14,7 +14,7 @@ from vit_ref.errors import CheckpointError, ConfigError, InputError, MappingErro
 from vit_ref.files import require_local
 from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import Steps, steps
-from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights import checkpoint, layouts, mapping
 from vit_ref.weights.pretrained import hf_config, load, read_configuration
 from vit_ref.weights.timm import to_timm
 
@@ -99,7 +99,7 @@ def convert(
     found = checkpoint.read(source, ignore=ignore)
     config, parameters, read = load(found, config=config, ignore=ignore)
     try:
-        tensors = mapping.export(parameters, config, mapping.LAYOUTS[to])
+        tensors = mapping.export(parameters, config, layouts.LAYOUTS[to])
     except MappingError as error:
         reasons = [f"{fault.name}: {fault.detail}" for fault in error.faults]
         raise _unfit(destination, to, "; ".join(reasons)) from None

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P  # as jax's own documentation calls 
 
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
-from vit_ref.weights.mapping import list_parameters, split_block_number
+from vit_ref.model.skeleton import list_parameters
+from vit_ref.weights.layouts import split_block_number
 
 Kind = Literal["data", "fsdp", "tensor", "fsdp+tensor"]
 Rules = Mapping[str, P]

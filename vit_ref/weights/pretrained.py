@@ -24,7 +24,7 @@ from vit_ref.model.attention import Attend
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.weights import checkpoint, mapping, partition
+from vit_ref.weights import checkpoint, layouts, mapping, partition
 from vit_ref.weights.partition import Kind, Rules
 from vit_ref.weights.timm import from_timm, is_timm
 
@@ -101,7 +101,7 @@ def open_checkpoint(
 
 def load(
     source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, ignore: Iterable[str] = ()
-) -> tuple[ViTConfig, dict[str, NDArray], mapping.Layout]:
+) -> tuple[ViTConfig, dict[str, NDArray], layouts.Layout]:
     """What `from_pretrained` makes a model of: its configuration, its parameters by path, and their former layout.
 
     Args:
@@ -120,7 +120,7 @@ def load(
 
 def describe_checkpoint(
     source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, ignore: Iterable[str] = ()
-) -> tuple[ViTConfig, mapping.Layout]:
+) -> tuple[ViTConfig, layouts.Layout]:
     """A checkpoint's configuration and layout, as `load` returns them, without its values.
 
     Args:
@@ -185,7 +185,7 @@ def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTCon
         )
     try:
         patch_height, patch_width, channels, width = shapes["embedding/kernel"]
-        if mapping.detect(shapes) is mapping.BIG_VISION:
+        if mapping.detect(shapes) is layouts.BIG_VISION:
             positions = shapes["pos_embedding"][1]
             attention, mlp = "MultiHeadDotProductAttention_0", "MlpBlock_0"
         else:
@@ -315,10 +315,10 @@ def save_pretrained(
       InputError: the directory is a URL.
     """
     require_local(directory, "directory")
-    config, layout = model.config, mapping.HF
+    config, layout = model.config, layouts.HF
     arrays = get_arrays(nnx.state(model, nnx.Param))
 
-    def tensor(rule: mapping.Rule) -> checkpoint.Deferred:
+    def tensor(rule: layouts.Rule) -> checkpoint.Deferred:
         array = arrays[rule.destination]
         shape = mapping.compute_source_shape(rule, array.shape, config)
         return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))

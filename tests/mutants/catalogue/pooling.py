@@ -13,8 +13,9 @@ from jax import Array
 from tests.mutants.injection import Inject, Pass, at, loaded
 from tests.mutants.mutant import Mutant, forward
 from vit_ref.model.config import ViTConfig
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.weights import mapping
-from vit_ref.weights.mapping import Layout
+from vit_ref.weights.layouts import Layout
 
 
 def _head_reads(pool: Any) -> Inject:
@@ -26,7 +27,7 @@ def _missing_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     port = mapping.port
 
     def lenient(source: mapping.Tensors, config: ViTConfig, layout: Layout, **options: Any) -> dict:
-        shapes = mapping.list_parameters(config)
+        shapes = list_parameters(config)
         made_up = {
             rule.source: np.random.default_rng(0)
             .normal(0, 0.02, mapping.compute_source_shape(rule, shapes[rule.destination], config))

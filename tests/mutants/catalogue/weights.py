@@ -19,7 +19,7 @@ from vit_ref.verify.candidates import own
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.weights import pretrained
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.mapping import HF, SAME, Layout
+from vit_ref.weights.layouts import HF, SAME, Layout
 
 
 def _layout(layout: Layout) -> Inject:

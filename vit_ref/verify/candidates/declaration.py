@@ -45,7 +45,7 @@ class Candidate:
         Intermediates in mappings of mappings have one name each, as "encoder.block{i}.norm". None: intermediates bear
         the sites' own names.
       parameters: the same for gradients of parameters: the port's paths to this package's (see
-        `mapping.list_parameters`). None: recognised by a known layout's names, or else not observed.
+        `list_parameters`). None: recognised by a known layout's names, or else not observed.
       call: `call(port, pixels)` where the port wants other arguments than the images.
       channels_first: whether the images are handed over as (B, C, height, width); None: to PyTorch alone.
       name: how reports call it.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vit_ref.errors import CandidateError, InputError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import output_site
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.declaration import Candidate, declared, takes
 from vit_ref.verify.candidates.table import Table, claimed, described, flat, gradients_by_path
 from vit_ref.verify.compare.trace import Tap
@@ -235,7 +236,7 @@ def recognised(candidate: Candidate, config: ViTConfig, gradients: Mapping[str, 
     """A port's gradients by this package's paths: by its table, or by those or a layout's names; else none."""
     if candidate.parameters is not None:
         return gradients_by_path(candidate.parameters, config, gradients)
-    if gradients.keys() == mapping.list_parameters(config).keys():
+    if gradients.keys() == list_parameters(config).keys():
         return dict(gradients)
     for separator in "./":
         named = {name.replace(".", separator): value for name, value in gradients.items()}

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from vit_ref.errors import CandidateError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import OUTPUTS, sites
+from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.declaration import Mapped, hint
 from vit_ref.verify.compare.trace import Tap
-from vit_ref.weights.mapping import list_parameters
 
 # (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
 Vjp = Callable[[Callable[[Any], Any], Any], tuple[Any, Callable[[Any], Any]]]

@@ -28,7 +28,8 @@ from vit_ref.verify.compare.objectives import Gradients, Objective, differentiat
 from vit_ref.verify.compare.trace import Tap, TappedForward, Trace, narrowed, recorder, replacements
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.references.fused import fused as fused_attention
-from vit_ref.weights.mapping import FLAX, port
+from vit_ref.weights.layouts import FLAX
+from vit_ref.weights.mapping import port
 
 # Submodule path -> site of its output, outside the blocks and inside one.
 _OUTSIDE = {
