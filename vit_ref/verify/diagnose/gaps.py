@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 from numpy.typing import NDArray
 
-from vit_ref.verify.diagnose.guesses import Prediction
-from vit_ref.verify.diagnose.hypotheses import NAMED, list_bugs_at
+from vit_ref.verify.diagnose.known_bugs import NAMED, list_bugs_at
+from vit_ref.verify.diagnose.predictions import Prediction
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, split
 
 # What ports write into their LayerNorms whatever the checkpoint says: the defaults of flax and big_vision, of PyTorch,
