@@ -311,9 +311,9 @@ def test_a_run_whose_plots_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatc
 def test_importing_stays_light_and_pyplot_is_never_loaded(tmp_path: Path) -> None:
     code = """
 import sys
-from vit_ref.finetune import attention, metrics, plots, predict
+from vit_ref.finetune import attention, metrics, plots, prediction
 print(sorted({"matplotlib", "PIL", "tensorboardX", "transformers"} & set(sys.modules)))
-plots.schedule(sys.argv[1], [0, 1])
+plots.plot_schedule(sys.argv[1], [0, 1])
 print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "plot.png")]

@@ -154,10 +154,10 @@ def test_pytorch_judges_no_products_that_a_device_rounds(ask: str, monkeypatch: 
     needs("torch")
     monkeypatch.setattr(torch_vit, "products", lambda: "tensorfloat32")
     case = CASES["rectangular"]
-    judge = getattr(TorchViTReference(case.config, case.checkpoint().tensors), ask)
-    judge(case.images(), np.float64)
+    run = getattr(TorchViTReference(case.config, case.checkpoint().tensors), ask)
+    run(case.images(), FLOAT64)
     with pytest.raises(InputError, match="whole float32 products, and this device tensorfloat32 ones") as caught:
-        judge(case.images(), np.float32)
+        run(case.images(), precision_of(np.float32))
     # Which a suite would skip.
     assert not isinstance(caught.value, UnsupportedByReferenceError)
 

@@ -2,5 +2,4 @@
 
 from vit_ref.cli.entry import main
 
-if __name__ == "__main__":
-    main()
+main()

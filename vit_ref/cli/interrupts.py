@@ -28,7 +28,7 @@ def leave_when_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _leave(number: int, frame: FrameType | None) -> None:  # pragma: no cover  # os._exit leaves without its coverage
     # An exception could end in an `except` of the module that is being imported. And Python's own end crashes while
     # jaxlib compiles.
     sys.stderr.write(f"{MESSAGE}\n")
