@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,85 +17,52 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError
-from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.adapters import adapted, is_float
 from vit_ref.verify.candidates.casts import Casts
-from vit_ref.verify.candidates.declaration import Candidate
-from vit_ref.verify.candidates.loading import claims, in_one_line, load, observed, recognised
-from vit_ref.verify.candidates.table import Table, counted
+from vit_ref.verify.candidates.declared import Declared
+from vit_ref.verify.candidates.loading import in_one_line, load, observed, recognised
+from vit_ref.verify.candidates.table import counted
 from vit_ref.verify.candidates.tapped import Tapped
 from vit_ref.verify.compare.trace import Forward, Tap
 from vit_ref.verify.precision import FLOAT64
 from vit_ref.weights.pretrained import get_state_parameters
 
 
-class JaxCandidate(Tapped):
-    """A candidate of any kind but PyTorch's.
-
-    Args:
-      candidate: the declaration.
-      config: the checkpoint's configuration.
-      checkpoint: the path that its loader is given.
-      port: what the loader returned for float64, where it was asked already.
-
-    Raises:
-      CandidateError: its table does not fit the configuration.
-    """
-
-    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: Any = None):
-        self.name = candidate.name
-        self.config = config
-        self.claims = claims(candidate, config)
-        # From the images' shape to what observes the port; a proposal puts one in its place that asks for everything.
-        self.tables: Callable[[tuple[int, ...]], Table] = lambda images: Table(candidate.sites, config, images, _vjp)
-        self._candidate = candidate
-        self._checkpoint = checkpoint
-        # The last one loaded, and its dtype: reading a checkpoint takes seconds.
-        self._port = None if port is None else (np.dtype(np.float64), port)
+class JaxCandidate(Declared, Tapped):
+    """A declared candidate of any kind but PyTorch's."""
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         """See `Tapped.ready`."""
         candidate = self._candidate
-        if self._port is None or self._port[0] != np.dtype(dtype):
-            self._port = np.dtype(dtype), load(candidate, self._checkpoint, dtype)
+        if self._loaded is None or self._loaded[0] != np.dtype(dtype):
+            self._loaded = np.dtype(dtype), load(candidate, self._checkpoint, dtype)
         with in_one_line(self.name, "taking its parameters"):
-            parameters, run = adapted(self._port[1], candidate.call, self.name)
+            parameters, run = adapted(self._loaded[1], candidate.call, self.name)
             _require_values(parameters, self.name)
             if np.dtype(dtype) == np.float64:
                 parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 
         def forward(parameters: Any, pixels: jax.Array, tap: Tap | None) -> jax.Array:
-            table = self.tables(pixels.shape) if tap else Table({}, self.config, pixels.shape, _vjp)
+            table = self.tables(pixels.shape) if tap else self._table({}, pixels.shape)
             images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
 
             def passed(tap: Tap | None) -> jax.Array:
                 return observed(candidate, self.config, partial(run, parameters, images), table, tap)
 
-            output = self._in(dtype, passed, tap)
+            output = self._in_float64(passed, tap) if np.dtype(dtype) == np.float64 else passed(tap)
             if tap:
                 self.fixed = frozenset(table.fixed)
             return output
 
         return parameters, forward
 
-    def _in(self, dtype: DTypeLike, forward: Callable[[Tap | None], jax.Array], tap: Tap | None) -> jax.Array:
-        """One forward pass, in float64 without its casts to float32 where it bears that."""
-        casts = Casts()
-        try:
-            with without_casts(dtype, casts):
-                output = forward(casts.watching(tap) if tap else None)
-        except CandidateError:
-            # A scan whose carry is float32 refuses float64, for one.
-            if not casts.number:
-                raise
-            return forward(tap)
-        if tap and np.dtype(dtype) == np.float64:
-            self.notes = casts.notes
-        return output
+    @staticmethod
+    def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
+        picked, pull_back = jax.vjp(function, value)
+        return picked, lambda cotangent: pull_back(cotangent)[0]
 
-    def path_of(self, site: str) -> str:
-        """See `Runnable.path_of`."""
-        return self.tables((1, *self.config.image_hw)).path_of(site)
+    def _undoing(self, casts: Casts) -> contextlib.AbstractContextManager[None]:
+        return without_casts(np.float64, casts)
 
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""
@@ -194,8 +160,3 @@ _MIXED = {np.dtype(np.float32), np.dtype(np.float64)}
 # Not public: a test holds that they are there.
 _FUSED = "_dot_product_attention_xla"
 _CUDNN = "cudnn_dot_product_attention"
-
-
-def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
-    picked, pull_back = jax.vjp(function, value)
-    return picked, lambda cotangent: pull_back(cotangent)[0]

@@ -8,7 +8,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,48 +19,27 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_ref.errors import CandidateError, UndifferentiableError, first_line
-from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import output_site, sites
 from vit_ref.verify.candidates.adapters import require_known, tapping
 from vit_ref.verify.candidates.casts import Casts
-from vit_ref.verify.candidates.declaration import Candidate, takes
-from vit_ref.verify.candidates.loading import RAISED, claims, in_one_line, load, observed, recognised
+from vit_ref.verify.candidates.declaration import takes
+from vit_ref.verify.candidates.declared import Declared
+from vit_ref.verify.candidates.loading import RAISED, in_one_line, load, observed, recognised
 from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.compare.objectives import Gradients, Objective, require_shape
 from vit_ref.verify.compare.trace import Tap, Trace
 from vit_ref.verify.precision import Precision
 
 
-class TorchCandidate:
+class TorchCandidate(Declared):
     """A candidate whose loader returns a `torch.nn.Module`; as `Runnable` has it.
 
     It runs as it was loaded, on the device of its parameters: whether it is in evaluation mode is part of what is
     judged.
-
-    Args:
-      candidate: the declaration.
-      config: the checkpoint's configuration.
-      checkpoint: the path that its loader is given.
-      port: what the loader returned for float64, where it was asked already.
-
-    Raises:
-      CandidateError: its table does not fit the configuration.
     """
 
     compiles = False
     foreign = True
-
-    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, port: torch.nn.Module | None = None):
-        self.name = candidate.name
-        self.config = config
-        self.claims: frozenset[str] | None = claims(candidate, config)
-        self.fixed: frozenset[str] = frozenset()
-        self.notes: tuple[str, ...] = ()
-        # See `JaxCandidate`.
-        self.tables: Callable[[tuple[int, ...]], Table] = lambda images: Table(candidate.sites, config, images, _vjp)
-        self._candidate = candidate
-        self._checkpoint = checkpoint
-        self._port = None if port is None else (np.dtype(np.float64), port)
 
     def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Tapped.trace`."""
@@ -139,10 +117,6 @@ class TorchCandidate:
         """See `Reference.storing`: itself, because `torch.nn.Module.to` rounds its parameters to every dtype."""
         return self
 
-    def path_of(self, site: str) -> str:
-        """See `Runnable.path_of`."""
-        return self.tables((1, *self.config.image_hw)).path_of(site)
-
     def parameters(self) -> dict[str, NDArray]:
         """The port's parameters in float64, on the host, by its own paths."""
         module = self._ready(np.float64)
@@ -156,12 +130,12 @@ class TorchCandidate:
     def _ready(self, dtype: DTypeLike) -> torch.nn.Module:
         """A module of its own, which nobody else sees changed, that computes in `dtype`."""
         converts = takes(self._candidate.load, "dtype")
-        if self._port is None or (converts and self._port[0] != np.dtype(dtype)):
-            self._port = np.dtype(dtype), load(self._candidate, self._checkpoint, dtype)
-        self._require_values(self._port[1])
+        if self._loaded is None or (converts and self._loaded[0] != np.dtype(dtype)):
+            self._loaded = np.dtype(dtype), load(self._candidate, self._checkpoint, dtype)
+        self._require_values(self._loaded[1])
         # Without gradients, or a ScriptModule's copy has parameters that were computed.
         with in_one_line(self.name, "copying it"), torch.no_grad(), _results_copied():
-            module = copy.deepcopy(self._port[1])
+            module = copy.deepcopy(self._loaded[1])
         with in_one_line(self.name, f".to(torch.{np.dtype(dtype).name})"):
             return module if converts else _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
 
@@ -181,7 +155,7 @@ class TorchCandidate:
         batch, *rest = images.shape
         height, width = rest[1:] if self._channels_first else rest[:2]
         shape = batch, height, width
-        table = self.tables(shape) if tap else Table({}, self.config, shape, _vjp)
+        table = self.tables(shape) if tap else self._table({}, shape)
 
         def run(table: Table, tap: Tap | None) -> Any:
             named = tapping(call or module.forward, table, tap)
@@ -195,26 +169,20 @@ class TorchCandidate:
         def passed(tap: Tap | None) -> torch.Tensor:
             return observed(self._candidate, self.config, run, table, tap)
 
-        output = self._in(images.dtype, passed, tap)
+        output = self._in_float64(passed, tap) if images.dtype == torch.float64 else passed(tap)
         if tap:
             self.fixed = frozenset(table.fixed)
         return output
 
-    def _in(self, dtype: torch.dtype, forward: Callable[[Tap | None], torch.Tensor], tap: Tap | None) -> torch.Tensor:
-        """See `JaxCandidate._in`."""
-        if dtype != torch.float64:
-            return forward(tap)
-        casts = Casts()
-        try:
-            with _WithoutCasts(casts):
-                output = forward(casts.watching(tap) if tap else None)
-        except CandidateError:
-            if not casts.number:
-                raise
-            return forward(tap)
-        if tap:
-            self.notes = casts.notes
-        return output
+    @staticmethod
+    def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
+        # torch types it with a third value, which it returns on request.
+        both: Any = torch.func.vjp(function, value)
+        picked, pull_back = both
+        return picked, lambda cotangent: pull_back(cotangent)[0]
+
+    def _undoing(self, casts: Casts) -> contextlib.AbstractContextManager[Any]:
+        return _WithoutCasts(casts)
 
 
 class _WithoutCasts(TorchDispatchMode):
@@ -311,10 +279,3 @@ def _array(value: torch.Tensor) -> NDArray:
     """A copy on the host: a port may add to the tensor in place later. NumPy has no name for bfloat16, but a type."""
     value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
-
-
-def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
-    # torch types it with a third value, which it returns on request.
-    both: Any = torch.func.vjp(function, value)
-    picked, pull_back = both
-    return picked, lambda cotangent: pull_back(cotangent)[0]
