@@ -18,7 +18,8 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.gaps import explain_across
 from vit_ref.verify.diagnose.known_bugs import KnownBug, fit_bugs, list_bugs_at, list_roundings
-from vit_ref.verify.diagnose.predictions import MULTIPLIED, STORED, UNIT, Prediction, explain_by_order, explain_by_value
+from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order, explain_by_value
+from vit_ref.verify.formats import MULTIPLIED, STORED, UNIT
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vit_ref.verify.formats import STORED, UNIT
 from vit_ref.verify.gates import error
 
 
@@ -26,30 +26,8 @@ class Prediction(NamedTuple):
     format: str = ""
 
 
-def _to(dtype: type) -> Callable[[NDArray], NDArray]:
-    return lambda x: x.astype(dtype).astype(x.dtype)
-
-
-def _tf32(x: NDArray) -> NDArray:
-    """The ten bits of mantissa with which NVIDIA's matrix units multiply float32 by default."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32).astype(x.dtype)
-
-
-# What values are stored in, the coarsest first: what is exact in bfloat16 is so in float32.
-STORED: dict[str, Callable[[NDArray], NDArray]] = {
-    "bfloat16": _to(ml_dtypes.bfloat16),
-    "float16": _to(np.float16),
-    "float32": _to(np.float32),
-}
-# One unit of each, and of how many an error may be where the site's own sums are in that format, too.
-UNIT = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
+# Of how many units an error may be where the site's own sums are in that format, too.
 _UNITS = 16
-# What matrix units multiply. TF32 and float16 have the same ten bits.
-MULTIPLIED: dict[str, Callable[[NDArray], NDArray]] = {
-    "bfloat16": _to(ml_dtypes.bfloat16),
-    "ten bits of mantissa (TF32, float16)": _tf32,
-}
 
 
 def explain_by_value(truth: NDArray, value: NDArray, part: tuple[NDArray, ...]) -> Iterator[Prediction]:
