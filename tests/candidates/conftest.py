@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from vit_ref.verify.cases import CASES, Case
-from vit_ref.weights import checkpoint
 
 PORTS = Path(__file__).parent / "worked"
 # What a port needs that the extra `test` does not bring everywhere, and how it is had.
@@ -42,8 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def written(name: str) -> Path:
         if not (root / name).exists():
-            source = {**CASES, ONE_BLOCK.name: ONE_BLOCK}[name].checkpoint()
-            checkpoint.write_directory(root / name, source.tensors, source.config or {})
+            {**CASES, ONE_BLOCK.name: ONE_BLOCK}[name].write(root / name)
         return root / name
 
     return written

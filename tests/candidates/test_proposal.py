@@ -42,10 +42,7 @@ NAMES = ["patches", "embeddings", *(f"block.{{i}}.{site}" for site, _ in BLOCK_S
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = CASE.checkpoint()
-    path = tmp_path_factory.mktemp("candidates") / "rectangular"
-    checkpoint.write_directory(path, source.tensors, source.config or {})
-    return path
+    return CASE.write(tmp_path_factory.mktemp("candidates") / "rectangular").path
 
 
 # A port in the manner of tutorials: nnx's own attention, an MLP in a Sequential, an encoder in another.

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.sharding.ways import CASE
-from vit_ref.weights import checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,10 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of the case, as a directory."""
-    directory = tmp_path_factory.mktemp("sharding") / "checkpoint"
-    source = CASE.checkpoint()
-    checkpoint.write_directory(directory, source.tensors, source.config or {})
-    return directory
+    return CASE.write(tmp_path_factory.mktemp("sharding") / "checkpoint").path
 
 
 @pytest.fixture(scope="session")

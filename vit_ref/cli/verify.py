@@ -132,10 +132,6 @@ def _place(checkpoint: str | None) -> Iterator[str | Path]:
         yield checkpoint
         return
     from vit_ref.verify.cases import CASES
-    from vit_ref.weights.checkpoint import write_directory
 
     with tempfile.TemporaryDirectory(prefix="vit-ref-") as scratch:
-        source = CASES[CASE].checkpoint()
-        directory = Path(scratch, "embedded", CASE)
-        write_directory(directory, source.tensors, source.config or {})
-        yield directory
+        yield CASES[CASE].write(Path(scratch, "embedded", CASE)).path

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import list_parameters
 from vit_ref.weights import layouts
-from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.checkpoint import Checkpoint, write_directory
 
 _TINY = ViTConfig(
     hidden_size=33,
@@ -71,6 +71,12 @@ class Case:
                 self.stored
             )
         return Checkpoint(Path(self.name), tensors, self.config.to_hf())
+
+    def write(self, directory: Path) -> Checkpoint:
+        """Writes the checkpoint to a directory that is made for it, from which a candidate can load it."""
+        source = self.checkpoint()
+        write_directory(directory, source.tensors, source.config or {})
+        return dataclasses.replace(source, path=directory)
 
     def images(self) -> NDArray:
         """Structured images (batch, height, width, C), float32."""
