@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -92,16 +92,15 @@ def check_port(
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
       TruncatedError: nothing of the candidate is in float64 when asked to be.
     """
-    session = Session.open(
-        candidate,
-        checkpoint,
-        images=images,
-        revision=revision,
-        ignore=ignore,
-        precision=precision,
-        reference=reference,
-        progress=progress,
-    )
+    resolved = resolve_precision(precision)
+    source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore)
+    with name_checkpoint_in_errors(source.path):
+        prepared = prepare_candidate(candidate, config, source)
+    pixels = pixels_for(config, images, FORWARD)
+    if candidate is not None:
+        require_repeatable(prepared, pixels[:1], progress=progress)
+    several = BACKWARD_OWN if candidate is None else BACKWARD
+    session = Session(config, source, pixels, prepared, resolved, reference, images_backward=several, progress=progress)
     return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
 
@@ -114,7 +113,7 @@ class Session:
       pixels: float32 images (B, height, width, C).
       candidate: the implementation under test.
       precision: the precision whose rounding is measured, see `precision.resolve_precision`.
-      reference: what decides: one of `references.REFERENCES` by name, or one that is filled already.
+      reference: what decides: one of `choice.REFERENCES` by name, or one that is filled already.
       title: which checkpoint or case, for reports; by default the name of the checkpoint's files.
       images_backward: how many of the images go backward; None for all.
       progress: told what is being done next.
@@ -141,30 +140,6 @@ class Session:
         self.title = self.origin.name if title is None else title
         self.images_backward, self.progress = images_backward, progress
         self._reference = reference
-
-    @classmethod
-    def open(
-        cls,
-        given: Given,
-        checkpoint: str | os.PathLike[str],
-        *,
-        images: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        ignore: Iterable[str] = (),
-        precision: str | DTypeLike | Precision = "float32",
-        reference: str = "flax",
-        progress: Progress = silent,
-    ) -> Self:
-        """Prepares what `check_port` is given; the arguments are described there."""
-        asked = resolve_precision(precision)
-        source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore)
-        with name_checkpoint_in_errors(source.path):
-            candidate = prepare_candidate(given, config, source)
-        pixels = pixels_for(config, images, FORWARD)
-        if given is not None:
-            require_repeatable(candidate, pixels[:1], progress=progress)
-        several = BACKWARD_OWN if given is None else BACKWARD
-        return cls(config, source, pixels, candidate, asked, reference, images_backward=several, progress=progress)
 
     @cached_property
     def origin(self) -> Origin:
