@@ -1,7 +1,6 @@
 """The subjects of parity: embedded cases and the checkpoints given with --checkpoint, each checked once a session.
 
-The port under test is this package's own model, or what was given with --candidate. The wheel brings this file and the
-tests beside it as `vit_ref.testing.suite`.
+The candidate is this package's own model, or what was given with --candidate.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from numpy.typing import NDArray
@@ -31,7 +30,6 @@ from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
 from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session, prepare_candidate
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
-from vit_ref.weights.origin import find_origin
 from vit_ref.weights.pretrained import read_configuration
 
 # A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
@@ -110,10 +108,7 @@ def _subjects(
 @cache
 def _written(case: Case) -> Checkpoint:
     """An embedded case's checkpoint in a directory of its own, from which a candidate can load it."""
-    directory = Path(_scratch().name) / case.name
-    source = case.checkpoint()
-    checkpoint.write_directory(directory, source.tensors, source.config or {})
-    return dataclasses.replace(source, path=directory)
+    return case.write(Path(_scratch().name) / case.name)
 
 
 @cache
@@ -177,19 +172,35 @@ def _prepared(subject: Subject, precision: str) -> Iterator[Session]:
         pytest.fail(f"{subject.name}: the candidate changed {changed[0]} in place: it has to copy it", pytrace=False)
 
 
-def _forward(subject: Subject, precision: str) -> ParityReport:
+class Judged(NamedTuple):
+    """What a check found.
+
+    Attributes:
+      found: one report, or the behaviours.
+      weights: a line that names the bytes that were judged; "" for an embedded case, which has no file.
+    """
+
+    found: Any
+    weights: str = ""
+
+
+def _forward(subject: Subject, precision: str) -> Judged:
     with _prepared(subject, precision) as session:
-        return session.forward()
+        return Judged(session.forward(), _weights(session))
 
 
-def _backward(subject: Subject, precision: str) -> ParityReport:
+def _backward(subject: Subject, precision: str) -> Judged:
     with _prepared(subject, precision) as session:
-        return session.backward()
+        return Judged(session.backward(), _weights(session))
 
 
-def _behaves(subject: Subject, precision: str) -> tuple[Behaviour, ...]:
+def _behaves(subject: Subject, precision: str) -> Judged:
     with _prepared(subject, "float32") as session:
-        return session.behaviour()
+        return Judged(session.behaviour())
+
+
+def _weights(session: Session) -> str:
+    return f"\n  weights: {session.origin.said}" if session.source.files else ""
 
 
 def _checksums(source: Checkpoint, pixels: NDArray) -> dict[str, int]:
@@ -200,9 +211,7 @@ CHECKS = {"parity": _forward, "gradients": _backward, "behaviour": _behaves}
 
 
 @cache  # reports are small, and in a shuffled run a subject's tests are far apart
-def _outcome(
-    check: Callable[[Subject, str], Any], subject: Subject, precision: str
-) -> ParityReport | tuple[Behaviour, ...] | BaseException:
+def _outcome(check: Callable[[Subject, str], Judged], subject: Subject, precision: str) -> Judged | BaseException:
     try:
         return check(subject, precision)
     except (UnsupportedByReferenceError, UndifferentiableError) as error:
@@ -220,21 +229,12 @@ def _checked(request: pytest.FixtureRequest) -> Any:
     outcome = _outcome(*request.param)
     if isinstance(outcome, BaseException):
         raise outcome
-    if isinstance(outcome, tuple):
-        return outcome
-    directory = request.config.getoption("parity_report", None)
-    if directory:
+    report, directory = outcome.found, request.config.getoption("parity_report", None)
+    if directory and isinstance(report, ParityReport):
         Path(directory).mkdir(parents=True, exist_ok=True)
-        text = f"{headline(outcome)}{_weights(subject)}\n\n{table(outcome)}\n"
-        (Path(directory) / f"{subject.name}-{precision}-{outcome.what}.txt").write_text(text, encoding="utf-8")
-    return outcome
-
-
-@cache
-def _weights(subject: Subject) -> str:
-    """A line that names the bytes that were judged; "" for an embedded case, which has no file."""
-    source = subject.load()[1]
-    return f"\n  weights: {find_origin(source).said}" if source.files else ""
+        text = f"{headline(report)}{outcome.weights}\n\n{table(report)}\n"
+        (Path(directory) / f"{subject.name}-{precision}-{report.what}.txt").write_text(text, encoding="utf-8")
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -259,8 +259,10 @@ def behaviour(request: pytest.FixtureRequest) -> tuple[Behaviour, ...]:
 def _summary(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
     """Hands the outcome to the summary at the end of the run, across worker processes too."""
     for fixture in {"parity", "gradients"} & set(request.fixturenames):
-        _, subject, precision = request.node.callspec.params[fixture]
-        outcome = request.getfixturevalue(fixture)
-        text = headline(outcome) + (f"{_weights(subject)}\n\n{table(outcome)}\n" if subject.given else "")
-        name = f"{outcome.what == 'gradients'} {subject.name} {precision}"
+        check, subject, precision = request.node.callspec.params[fixture]
+        report = request.getfixturevalue(fixture)
+        outcome = _outcome(check, subject, precision)
+        assert isinstance(outcome, Judged)  # else the fixture has raised
+        text = headline(report) + (f"{outcome.weights}\n\n{table(report)}\n" if subject.given else "")
+        name = f"{report.what == 'gradients'} {subject.name} {precision}"
         record_property(*summarise(name, text, given=subject.given))
