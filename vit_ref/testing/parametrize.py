@@ -62,7 +62,7 @@ class SiteCheck:
     """One check of a port that is judged when it is first asked for.
 
     Args:
-      name: as in `port_report.Check`.
+      name: as in `results.Check`.
       report: makes the report, or returns it again.
     """
 

@@ -29,7 +29,7 @@ class _Compiled(NamedTuple):
 
     Attributes:
       recorder: see `trace.recorder`, compiled when it is called.
-      differentiators: see `backward.differentiator`.
+      differentiators: see `objectives.differentiator`.
       perturbed: the sites that were met when those were traced.
     """
 

@@ -84,7 +84,7 @@ class Layer(NamedTuple):
         return self.operand(left) @ self.operand(right)
 
 
-# Makes a site's value of its layer and of the values that it reads. Letters in the shapes are those of `vit_ref.sites`.
+# Makes a site's value of its layer and of the values that it reads. Letters in the shapes are those of `model.sites`.
 Formula = Callable[..., NDArray]
 
 
@@ -236,7 +236,7 @@ class NumpyOracle:
     def trace(
         self, pixels: NDArray, dtype: DTypeLike = np.float64, replace: Mapping[str, NDArray] | None = None
     ) -> Trace:
-        """See `Port.trace`; what is replaced is not computed, and its replacement recorded."""
+        """See `Observable.trace`; what is replaced is not computed, and its replacement recorded."""
         return self._run(pixels, np.dtype(dtype), replace or {}, self.sites)
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
