@@ -229,6 +229,18 @@ def test_what_is_not_finite_behind_a_rounding_is_found() -> None:
     assert found == (site, np.inf, ())
 
 
+def test_a_wrong_shape_behind_a_rounding_is_found_and_fed_to_no_formula() -> None:
+    known, site = Known(CASES["rectangular"]), "block.0.mlp.hidden"
+    rounded = Cause("rounded to float32", "patches", 1e-8, 0.0, "float32")
+    names, shown = list(known.truth), {**known.truth, site: known.truth[site][..., :-1]}
+    found = beyond_rounding(known.config, known.tensors, known.images, names, rounded, shown)
+    assert found == (site, np.inf, ())
+    # Further back than what is wrong before it.
+    shown["block.0.attn.query"] = shown["block.0.attn.query"] * 1.5
+    found = beyond_rounding(known.config, known.tensors, known.images, names, rounded, shown)
+    assert (found[0], [cause.label for cause in found[2]]) == ("block.0.attn.query", ["1.5 x the reference"])
+
+
 def test_one_wrong_element_is_no_factor() -> None:
     known = Known(CASES["rectangular"])
     for count, causes in ((1, []), (2, ["1.5 x the reference"])):

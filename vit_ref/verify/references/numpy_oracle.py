@@ -262,13 +262,15 @@ class NumpyOracle:
 
         Args:
           pixels: as in `trace`.
-          shown: somebody's values by site; a site that is not among them has the right formula's own.
+          shown: somebody's values by site. A site that is not among them, or there in another shape, which no formula
+            could take, has the right formula's own.
         """
         dtype, made = np.dtype(np.float64), Trace()
         values = {"pixels": pixels.astype(dtype)}
         for site in self.sites:
             made[site] = self._make(site, values, dtype)
-            values[site] = shown[site].astype(dtype) if site in shown else made[site]
+            fits = site in shown and shown[site].shape == made[site].shape
+            values[site] = shown[site].astype(dtype) if fits else made[site]
         return made
 
     def edited(self, site: str, step: Step) -> NumpyOracle:
