@@ -28,6 +28,7 @@ _HOME = {
     "check_port": "vit_ref.verify.session",
     "from_pretrained": "vit_ref.weights.pretrained",
     "parametrize_with_checks": "vit_ref.testing.parametrize",
+    "preprocessing": "vit_ref.preprocessing",
     "propose": "vit_ref.verify.proposals.proposal",
     "save_pretrained": "vit_ref.weights.pretrained",
 }
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 
-_find = import_on_use(__name__, _HOME)
+_find, __dir__ = import_on_use(__name__, _HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,17 +7,21 @@ from importlib import import_module
 from typing import Any
 
 
-def import_on_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Makes the `__getattr__` of a package.
+def import_on_use(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Makes the `__getattr__` and the `__dir__` of a package.
 
     Args:
       package: its name.
-      homes: public name -> the module that defines it.
+      homes: public name -> the module that defines it, or that it is.
     """
 
     def find(name: str) -> Any:
-        if name in homes:
-            return getattr(import_module(homes[name]), name)
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = import_module(homes[name])
+        return module if module.__name__ == f"{package}.{name}" else getattr(module, name)
 
-    return find
+    def names() -> list[str]:
+        return sorted(homes)
+
+    return find, names

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-PACKAGES = ("vit_ref", "vit_ref.verify", "vit_ref.finetune")
+PACKAGES = ("vit_ref", "vit_ref.verify", "vit_ref.finetune", "vit_ref.testing")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -18,8 +18,14 @@ def test_every_public_name_is_what_its_module_defines(package: str) -> None:
     module = import_module(package)
     assert module.__all__ == sorted(module.__all__) and module.__all__
     for name in module.__all__:
-        assert getattr(module, name).__name__ == name
+        assert getattr(module, name).__name__ == name and name in dir(module)
     assert not hasattr(module, "nothing")
+
+
+def test_preprocessing_is_there_after_importing_the_package_alone() -> None:
+    program = "import vit_ref; print(vit_ref.preprocessing.preprocess.__name__)"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed == "preprocess\n"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -44,4 +44,4 @@ __all__ = [
     "summarise",
 ]
 
-__getattr__ = import_on_use(__name__, _HOME)
+__getattr__, __dir__ = import_on_use(__name__, _HOME)

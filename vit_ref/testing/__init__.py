@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 __all__ = ["parametrize_with_checks"]
 
 # pytest loads the plugin in every project, and with it this file: neither may wait for jax.
-__getattr__ = import_on_use(__name__, {"parametrize_with_checks": "vit_ref.testing.parametrize"})
+__getattr__, __dir__ = import_on_use(__name__, {"parametrize_with_checks": "vit_ref.testing.parametrize"})

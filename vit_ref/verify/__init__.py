@@ -39,4 +39,4 @@ __all__ = [
     "to_json",
 ]
 
-__getattr__ = import_on_use(__name__, _HOME)
+__getattr__, __dir__ = import_on_use(__name__, _HOME)
