@@ -35,6 +35,23 @@ def test_expected_failures_are_a_mapping_or_a_function_of_the_candidate(
     assert asked == [{"expected_failed_checks": EXPECTED}]
 
 
+def test_a_candidate_that_cannot_be_judged_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, filled
+) -> None:
+    asked = []
+
+    def judge(*arguments: Any, **options: Any) -> vit_ref.CandidateReport:
+        asked.append(options)
+        raise vit_ref.InputError("port.py: nothing to judge")
+
+    monkeypatch.setattr(parametrize, "check_port", judge)
+    vit_ref.save_pretrained(filled(CASES["one-head"].config), tmp_path)
+    for param in parametrize_with_checks("port.py", tmp_path).mark.args[1][:3]:
+        with pytest.raises(vit_ref.InputError, match=r"^port\.py: nothing to judge$"):
+            param.values[0]()
+    assert len(asked) == 1
+
+
 def test_the_facade_is_light_until_it_is_used() -> None:
     program = (
         "import sys, vit_ref.testing\n"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from vit_ref.errors import InputError
 from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.report import headline
@@ -51,10 +52,17 @@ def parametrize_with_checks(
     if expected_failed_checks is not None:
         given = expected_failed_checks
         options["expected_failed_checks"] = given(candidate) if callable(given) else given
-    report = cache(lambda: check_port(candidate, checkpoint, **options))
+
+    @cache  # which keeps no error that is raised
+    def judge() -> CandidateReport | InputError:
+        try:
+            return check_port(candidate, checkpoint, **options)
+        except InputError as error:
+            return error
+
     # Under pytest-xdist one worker takes them all, so that the port is judged once.
     group = pytest.mark.xdist_group(f"{checkpoint} {getattr(candidate, 'name', candidate)}")
-    params = [pytest.param(SiteCheck(name, report), id=name, marks=group) for name in names]
+    params = [pytest.param(SiteCheck(name, judge), id=name, marks=group) for name in names]
     return pytest.mark.parametrize("check", params)
 
 
@@ -63,18 +71,20 @@ class SiteCheck:
 
     Args:
       name: as in `results.Check`.
-      report: makes the report, or returns it again.
+      judge: makes the report, or returns it again; or the error that leaves none.
     """
 
-    def __init__(self, name: str, report: Callable[[], CandidateReport]):
+    def __init__(self, name: str, judge: Callable[[], CandidateReport | InputError]):
         self.name = name
-        self._report = report
+        self._judge = judge
 
     def __call__(self) -> None:
         """Passes, fails, skips or is an expected failure."""
         import pytest
 
-        report = self._report()
+        report = self._judge()
+        if isinstance(report, InputError):
+            raise report
         check = {check.name: check for check in report.checks}.get(self.name)
         if check is None:
             backward = self.name.startswith("backward/")
