@@ -24,7 +24,26 @@ LEVELS = (
 )
 # What a room may not import, even inside a function or for types alone.
 FORBIDDEN = {
-    "verify/compare": ("model", "weights", "verify.candidates", "verify.references", "verify.diagnose", "verify.vit"),
+    "verify/compare": (
+        "model",
+        "weights",
+        "verify.candidates",
+        "verify.cases",
+        "verify.diagnose",
+        "verify.proposals",
+        "verify.references",
+        "verify.session",
+        "verify.stream",
+        "verify.vit",
+    ),
+    # Diagnosis edits the oracle; the oracle, which decides, knows no diagnosis.
+    "verify/references": (
+        "verify.candidates",
+        "verify.diagnose",
+        "verify.proposals",
+        "verify.session",
+        "verify.stream",
+    ),
     "verify/report": (
         "verify.candidates",
         "verify.compare",
