@@ -65,7 +65,7 @@ def test_files_below_images_that_are_none_are_counted_in_the_header(tmp_path: Pa
     for name in ("a.gif", "b.heic", "notes.txt"):
         (tmp_path / name).touch()
     given = {"precision": None, "images": str(tmp_path)}
-    config: Any = SimpleNamespace(option=SimpleNamespace(parity_report=None), getoption=given.get)
+    config: Any = SimpleNamespace(getoption=given.get)
     line = "warning: left out, no image by its suffix: 2 files (1 .heic, 1 .txt)"
     assert line in vit_ref.testing.plugin.pytest_report_header(config)
     given["images"] = None

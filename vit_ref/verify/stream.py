@@ -174,7 +174,7 @@ class _Chained(Generic[One]):
         trace = {**self.one.trace(pixels, precision, {**fed, **(replace or {})}), **fed}
         if replace is None:
             self._out_of[key] = trace[_OUT_OF]
-        return {site: value for site, value in trace.items() if site in self._stage.sites(trace)}
+        return {site: trace[site] for site in self._stage.sites(trace)}
 
     def keep(self, pixels: NDArray, precision: Precision, brightness: float) -> None:
         """Keeps the stream of brighter images into this block, and finds the one out of it."""

@@ -1,4 +1,4 @@
-"""Checkpoints as files: found, read and written whole or not at all. What the tensors mean is `porting`'s business.
+"""Checkpoints as files: found, read and written whole or not at all. What the tensors mean is `mapping`'s business.
 
 Formats: safetensors (also sharded, with an index), flax msgpack, npz. Pickle is refused: unpickling runs whatever code
 the file holds.

@@ -72,7 +72,7 @@ def port(
       finite: whether values have to be. Gradients, which have their parameters' names, may overflow.
 
     Returns:
-      Parameters by path, as many and as shaped as `parameter_shapes(config)`; dtypes and bits are the source's.
+      Parameters by path, as many and as shaped as `list_parameters(config)`; dtypes and bits are the source's.
 
     Raises:
       MappingError: with every missing, unexpected, misshapen and non-finite tensor, every one in a dtype that weights

@@ -1,4 +1,4 @@
-"""This package's own model as the port under test."""
+"""This package's own model as the candidate."""
 
 from __future__ import annotations
 
