@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, wrong
+from vit_ref.verify.precision import PRECISIONS
 from vit_ref.verify.report import page, to_html, to_json
 from vit_ref.verify.results import Behaviour, Cause
 
@@ -185,6 +186,12 @@ def test_what_a_log_axis_has_no_room_for_is_drawn_beside_it(error, label) -> Non
         # Twelve pixels are the height of a label.
         assert ticks["∞"] + 12 <= min(decades)
         assert max(decades) + 12 <= ticks["0"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_report_of_each_precision_has_a_page(precision) -> None:
+    page = to_html(ported(parity(measured("embeddings"), measured("logits"), precision=precision)))
+    assert f"judged in float64 and {precision} against" in page
 
 
 def test_all_heights_are_inside_the_plot() -> None:

@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import ml_dtypes
-import numpy as np
+
+from vit_ref.verify.precision import PRECISIONS
 
 # In pixels. A panel's first and last `LANE` hold what a log axis has no room for: no number, and zero.
 HEAD, TITLE, PANEL, LANE, FOOT = 16, 30, 200, 26, 40
@@ -70,7 +71,7 @@ def plot(section: dict[str, Any], document: dict[str, Any], label: str) -> str:
     """
     checks, precision = section["checks"], document["precision"]
     gate = document["gates"]["float64_rms"]
-    epsilon = float(ml_dtypes.finfo(np.dtype(precision)).eps)
+    epsilon = float(ml_dtypes.finfo(PRECISIONS[precision].dtype).eps)
     found = [check["measured"] for check in checks if check["measured"]]
     alone = [float(each["alone"]["rms"]) for each in found if each["alone"]]
     exact, rounding = (alone, []) if section["alone_precision"] == "float64" else ([], alone)
