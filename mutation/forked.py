@@ -40,7 +40,9 @@ def passes(stages: list[list[str]], timeout: float) -> tuple[bool, str]:
                 os.dup2(written.fileno(), 1)
                 os.dup2(written.fileno(), 2)
                 signal.alarm(int(timeout))  # ends the child
-                os._exit(pytest.main(arguments))
+                outcome = pytest.main(arguments)
+                sys.stdout.flush()  # os._exit leaves the summary, which names the test, in the buffer
+                os._exit(outcome)
             status = os.waitpid(child, 0)[1]
             written.seek(0)
             output = written.read().decode(errors="replace")[-4000:]
