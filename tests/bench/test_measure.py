@@ -303,7 +303,7 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", ready)
     said: list[str] = []
     list(session.time_workloads(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
-    assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]
+    assert said == ["tensorfloat32: this run requires tensorfloat32 products, but cpu computes float32 products"]
 
 
 def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,15 +188,14 @@ def test_a_model_of_other_channels_is_refused(asks_for, tmp_path: Path) -> None:
     message = refusal(lambda: preprocess([Image.new("L", (5, 4))], config))
     assert message == "images have 3 channels once they are RGB, the model takes 1"
     message = refusal(lambda: photographs.load([tmp_path / "any.png"], config))
-    assert message == "photographs have 3 channels, the model takes 1: leave --images away"
+    assert message == "photographs have 3 channels, but the model takes 1: omit --images"
 
 
 def test_photographs_that_do_not_fit_the_model_are_refused(asks_for, tmp_path: Path) -> None:
     Image.new("RGB", (5, 4)).save(tmp_path / "small.png")
     message = refusal(lambda: photographs.load([tmp_path / "small.png"], asks_for({"size": 8}, (8, 9))))
     assert message == (
-        "photographs come out of the checkpoint's preprocessing with [8, 8] pixels, the model takes [8, 9]:"
-        " leave --images away"
+        "the checkpoint's preprocessing gives photographs of [8, 8] pixels, but the model takes [8, 9]: omit --images"
     )
 
 

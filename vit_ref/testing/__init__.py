@@ -1,4 +1,4 @@
-"""For pytest: the plugin, the parity suite, and checks as test cases of your own."""
+"""For pytest: the plugin, the parity suite, and checks as test cases in your own suite."""
 
 from typing import TYPE_CHECKING
 
@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 __all__ = ["parametrize_with_checks"]
 
-# pytest loads the plugin in every project, and with it this file: neither may wait for jax.
+# pytest loads the plugin in every project, and with it this file. So neither may import jax.
 __getattr__, __dir__ = import_on_use(__name__, {"parametrize_with_checks": "vit_ref.testing.parametrize"})

@@ -266,7 +266,7 @@ MUTANTS = (
         tests=backward("rectangular"),
         # The gradient at the probabilities themselves is right; queries and keys get none.
         first_site="block.1.attn.key",
-        cause="zero",
+        cause="all zero",
     ),
     Mutant(
         name="untapped-attention-off-in-half-precision",

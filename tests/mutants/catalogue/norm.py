@@ -130,7 +130,7 @@ MUTANTS = (
         source="kornia #2786",
         inject=at("norm", lambda value, here: here.stream),
         first_site="norm",
-        cause="no norm",
+        cause="LayerNorm left out",
     ),
     Mutant(
         number=32,
@@ -159,7 +159,7 @@ MUTANTS = (
         # At a variance of one the two differ by 5e-13, under the gate: only faint tokens tell them apart.
         tests=forward("hard-tokens"),
         first_site="block.0.norm1",
-        cause="epsilon added to the deviation",
+        cause="epsilon added to the standard deviation",
     ),
     Mutant(
         name="unbiased-variance",
@@ -175,7 +175,7 @@ MUTANTS = (
         source="Zhang and Sennrich (2019); a block reused from a Llama port",
         inject=_formula(_not_centred),
         first_site="block.0.norm1",
-        cause="mean not taken away",
+        cause="mean not subtracted",
     ),
     Mutant(
         name="norm-without-scale-and-bias",
@@ -187,7 +187,7 @@ MUTANTS = (
             }
         ),
         first_site="block.0.norm1",
-        cause="norm without scale and bias",
+        cause="LayerNorm without scale and bias",
     ),
     Mutant(
         name="one-norm-for-two",

@@ -42,7 +42,7 @@ MUTANTS = (
         source="zero initialisation of residual branches",
         inject=at("block.*.mlp.out", lambda value, here: 0 * value),
         first_site="block.0.mlp.out",
-        cause="zero",
+        cause="all zero",
     ),
     Mutant(
         number=50,
