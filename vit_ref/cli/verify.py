@@ -80,7 +80,7 @@ def verify(
                 raise InputError(f"--{option} needs a CHECKPOINT: name one, or leave --{option} away")
     require_outputs(html=html, json=json_file)
     with leave_when_interrupted():
-        from vit_ref.verify.report import summary, table, to_html, to_json
+        from vit_ref.verify.report import in_full, summary, to_html, to_json
         from vit_ref.verify.session import check_port, count_steps
         from vit_ref.verify.stream import check_streamed
 
@@ -108,14 +108,11 @@ def verify(
             if checkpoint is None:
                 # The directory is gone when the report is read.
                 report = dataclasses.replace(report, checkpoint=report.checkpoint._replace(path=""))
-            if html:
-                write_output(html, to_html(report))
             if json_file:
                 write_json(json_file, to_json(report))
-            if whole:
-                for part in (report.forward, report.backward):
-                    console.print(f"{table(part)}\n" if part else "")
-            console.print(summary(report))
+            if html:
+                write_output(html, to_html(report))
+            console.print(in_full(report) if whole else summary(report))
             passed &= report.passed
     if passed and unjudged:
         raise unjudged
