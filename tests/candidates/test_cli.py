@@ -47,7 +47,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one block."""
     source = CASES["stored-float64"].checkpoint()
     directory = tmp_path_factory.mktemp("given") / "tiny"
-    vit_ref.weights.checkpoint.write_directory(
+    vit_ref.weights.writing.write_directory(
         directory, {name: tensor.astype("f4") for name, tensor in source.tensors.items()}, source.config
     )
     return directory

@@ -31,7 +31,7 @@ from vit_ref.verify.precision import FLOAT64, precision_of
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port, prepare_candidate
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config
@@ -468,7 +468,7 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
     source, changes = CASES["rectangular"].checkpoint(), FAULTY[fault]
     tensors = {name: changes.get(name, lambda x: x)(tensor) for name, tensor in source.tensors.items()}
     numbers = {name: value for name, value in changes.items() if isinstance(value, int)}
-    checkpoint.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
+    writing.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
     with pytest.raises(MappingError, match=re.escape(fault)):
         check_port(lambda x: ones(23, x), tmp_path, backward=False)
 
@@ -476,7 +476,7 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
 def test_what_is_left_over_outside_the_blocks_is_nobodys_fault(tmp_path: Path) -> None:
     source = CASES["rectangular"].checkpoint()
     tensors = {**source.tensors, "vit.pooler.dense.bias": np.zeros(33, np.float32)}
-    checkpoint.write_directory(tmp_path, tensors, source.config or {})
+    writing.write_directory(tmp_path, tensors, source.config or {})
     assert check_port(lambda x: ones(23, x), tmp_path, backward=False).forward.semantic_failures
 
 
