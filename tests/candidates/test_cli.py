@@ -21,7 +21,7 @@ import vit_ref
 from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli.console import show_progress
 from vit_ref.cli.group import main
-from vit_ref.errors import TruncatedError
+from vit_ref.errors import InputError, TruncatedError
 from vit_ref.verify import session, stream
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.environment import environment
@@ -238,12 +238,28 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
         (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
         (["propose", "--candidate", "a.py"], "Missing argument 'CHECKPOINT'"),
         (["propose", "a"], "Missing option '--candidate'"),
+        (["verify", "--json"], "Option '--json' requires an argument."),
+        (["finetun"], "No such command 'finetun'"),
     ],
 )
-def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
+def test_a_wrong_call_is_one_line_and_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
     ended = invoke(*arguments)
     assert ended.exit_code == 2
-    assert message in ended.stderr
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("vit-ref: ") and message in line and line.endswith(" --help")
+
+
+def test_json_is_written_though_the_page_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
+) -> None:
+    def unwritable(*arguments: Any) -> str:
+        raise InputError("no page")
+
+    monkeypatch.setattr(session, "check_port", lambda *arguments, **options: REPORTS["wrong"]())
+    monkeypatch.setattr("vit_ref.verify.report.to_html", unwritable)
+    ended = invoke("verify", "anywhere", "--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: no page\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_port_that_does_not_compute_in_float64_cannot_be_judged(

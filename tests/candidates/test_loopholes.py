@@ -268,6 +268,6 @@ def test_a_port_is_judged_where_jax_is_told_not_to_compile(saved: Saved) -> None
 
 
 def test_the_command_line_is_a_module_too() -> None:
-    command = [sys.executable, "-m", "vit_ref.cli", "verify", "nowhere/at/all"]
+    command = [sys.executable, "-m", "vit_ref", "verify", "nowhere/at/all"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "vit-ref: nowhere/at/all: no such directory or file\n")
