@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.verify import session
 from vit_ref.verify.candidates.loading import find
@@ -22,7 +23,7 @@ from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare.behaviour import check_behaviour
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session, check_port, prepare_candidate

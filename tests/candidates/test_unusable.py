@@ -19,6 +19,7 @@ from flax import nnx
 from jax.nn import dot_product_attention as attention_by_name
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError, MappingError, TruncatedError
 from vit_ref.model import attention
 from vit_ref.verify.candidates.casts import Casts
@@ -27,7 +28,7 @@ from vit_ref.verify.candidates.loading import find, is_torch
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port, prepare_candidate
