@@ -45,7 +45,10 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
             ["--collect-only", "--parity-report", "gs://bucket/reports"],
             "--parity-report is gs://bucket/reports: a URL is no path",
         ),
-        (["--collect-only", "--parity-report", "tox.ini"], "--parity-report is tox.ini: cannot be made (File exists)"),
+        (
+            ["--collect-only", "--parity-report", "tox.ini"],
+            "--parity-report is tox.ini: nothing can be written there (File exists)",
+        ),
         (["--collect-only", "-n", "2", "--parity-report", "reports"], "give --dist loadgroup, too"),
     ],
 )

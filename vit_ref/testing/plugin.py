@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,11 @@ def _require_reports(config: pytest.Config, directory: Path) -> None:
         raise InputError("--parity-report needs every case in one process: give --dist loadgroup, too")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         raise InputError(
-            f"--parity-report is {directory}: cannot be made ({error.strerror}): name a directory of yours"
+            f"--parity-report is {directory}: nothing can be written there ({error.strerror}): name another"
         ) from None
 
 
