@@ -123,9 +123,9 @@ def test_what_was_timed_is_saved_though_the_next_does_not_fit(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--json", "none/a.json"), "none/a.json: no such directory: make it first"),
-        (("--plot", "."), ".: is a directory: name a file"),
-        (("--plot", "a", "--json", "./a"), "a: --plot and --json are the same file: give two"),
+        (("--json", "none/a.json"), "none/a.json: its directory does not exist: make it first"),
+        (("--plot", "."), ".: it is a directory: give the name of a file"),
+        (("--plot", "a", "--json", "./a"), "a: --plot and --json name the same file: give two different files"),
     ],
 )
 def test_places_that_cannot_be_are_said_before_anything_is_timed(

@@ -312,14 +312,14 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
         (("--freeze-blocks", "9"), "freeze_blocks is 9: the model has 4 blocks"),
         (("nowhere",), "nowhere: "),
         (("--data", "/nowhere/images"), "/nowhere/images (train): no directory"),
-        (("--coordinator", "127.0.0.1:1"), "--coordinator, --num-processes and --process-id belong together"),
+        (("--coordinator", "127.0.0.1:1"), "only some of --coordinator, --num-processes and --process-id were given"),
         (
             ("--coordinator", "here", "--num-processes", "2", "--process-id", "0"),
             "--coordinator here --num-processes 2",
         ),
         (
             ("--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"),
-            "--process-id 2: they cannot be",
+            "--process-id 2: jax cannot join",
         ),
     ],
 )
@@ -411,8 +411,8 @@ def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_pat
         (tmp_path / place / "0" / "far.heic").touch()
     (tmp_path / "train" / "0" / "notes.txt").touch()
     said = runner.run("folder", "--data", str(tmp_path), "--bad-images", "skip", "--epochs", "1", "--plots")
-    assert f"vit-ref: left out: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
-    assert "vit-ref: left out, no image by its suffix: 3 files (2 .heic, 1 .txt)\n" in said
+    assert f"vit-ref: skipped: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
+    assert "vit-ref: left out, because the suffix is not that of an image: 3 files (2 .heic, 1 .txt)\n" in said
     assert "of 32 validation images" in said
     assert len(list((runner.directory / "folder" / "plots").glob("*.png"))) == 6
 
