@@ -1,4 +1,4 @@
-"""Names that a package imports when they are first used: importing the package waits for neither jax nor flax."""
+"""Import of a package's names on first use, so that importing the package loads neither jax nor flax."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ def import_on_use(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str
     """Makes the `__getattr__` and the `__dir__` of a package.
 
     Args:
-      package: its name.
-      homes: public name -> the module that defines it, or that it is.
+      package: name of the package.
+      homes: public name -> module that defines it, or that has this name.
+
+    Returns:
+      The two functions.
     """
 
     def find(name: str) -> Any:
