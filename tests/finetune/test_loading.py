@@ -207,7 +207,7 @@ def test_an_image_that_becomes_unreadable_on_the_way_is_named(tmp_path: Path, wo
 def test_images_of_another_size_are_refused_where_nothing_resizes_them(dataset: ImageDataset) -> None:
     config = dataclasses.replace(CONFIG, preprocessor={"do_resize": False})
     assert draw(dataset, config, AUGMENT, 0, 0, 0).shape == (6, 9, 3)
-    with pytest.raises(InputError, match="image 3: 10x12 pixels, the model takes 6x9, and do_resize is false"):
+    with pytest.raises(InputError, match="image 3: it has 10x12 pixels, the model takes 6x9, and do_resize is false"):
         draw(dataset, config, None, 0, 0, 3)
 
 
@@ -243,5 +243,5 @@ def test_arguments_out_of_range_are_refused(dataset: ImageDataset, arguments: di
 
 @pytest.mark.parametrize("state", [{"batches": 16}, {"batches": -1}, {"next_index": 3}])
 def test_a_state_of_something_else_is_refused(dataset: ImageDataset, state: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="is no state of a loader of 15 batches"):
+    with pytest.raises(InputError, match="is not a state of a loader of 15 batches"):
         loader(dataset).set_state(state)

@@ -147,7 +147,7 @@ def test_npz_without_a_cls_token_pools_in_another_way(
     del tensors["cls"]
     np.savez(tmp_path / "ViT.npz", **tensors, **extra)
     assert refusal(tmp_path / "ViT.npz") == (
-        f"{tmp_path / 'ViT.npz'}: no cls token, so it pools in another way ({pooling}), which this model does not"
+        f"{tmp_path / 'ViT.npz'}: it has no cls token, so it pools by {pooling}: give a checkpoint with pool_type 'tok'"
     )
 
 
@@ -216,7 +216,8 @@ def test_a_hub_id_while_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert refusal("someone/no-such-vit") == (
-        "someone/no-such-vit: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
+        "someone/no-such-vit: no such directory exists. As a hub id it is not in the cache, and the hub cannot be"
+        " reached:"
         " give a directory, or go online"
     )
 
@@ -289,7 +290,7 @@ def test_one_format_is_fetched_from_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert refusal("someone/vit").endswith("the hub refuses it as an id: stop here")
+    assert refusal("someone/vit").endswith("As a hub id it was refused: stop here: correct the name, or log in")
     assert asked == ["config.json", "preprocessor_config.json", *fetched]
 
 
@@ -313,9 +314,9 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "swin", "model_type is 'swin': only 'vit' is supported"),
-        ("model_type", "deit", "model_type is 'deit': that is with a second class token, for distillation, and this "),
-        ("hidden_act", "mish", "hidden_act is 'mish': known are gelu, gelu_new, "),
+        ("model_type", "swin", "model_type is 'swin': give a checkpoint whose model_type is 'vit'"),
+        ("model_type", "deit", "model_type is 'deit', which has a second class token for distillation, and this "),
+        ("hidden_act", "mish", "hidden_act is 'mish': give one of gelu, gelu_new, "),
         ("num_attention_heads", 4, "hidden_size 6 is not a multiple of num_attention_heads 4"),
         ("image_size", 10, "image height 10 is not a multiple of the patch height 4"),
         ("image_size", [8, 9], "image width 9 is not a multiple of the patch width 4"),
@@ -328,8 +329,8 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
         ("image_size", 2**40, "image_size is 1099511627776: give a positive integer of at most 1048576, or "),
         ("qkv_bias", "yes", "qkv_bias is 'yes': give true or false"),
         ("architectures", "ViTModel", "architectures is 'ViTModel': give a list of class names"),
-        ("id2label", ["a", "b"], "id2label is not a mapping from class ids to names: "),
-        ("id2label", {"cat": 0}, "id2label is not a mapping from class ids to names: "),
+        ("id2label", ["a", "b"], "id2label is not a mapping from class ids to names ("),
+        ("id2label", {"cat": 0}, "id2label is not a mapping from class ids to names ("),
     ],
 )
 def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: object, message: str) -> None:
@@ -454,14 +455,14 @@ def test_npz_whose_header_cannot_be(tmp_path: Path, descr: str, shape: str, said
 
 def test_npz_that_is_no_vit(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", cls=np.zeros((1, 1, 6)))
-    assert "other.npz: not an .npz of google-research/vision_transformer" in refusal(tmp_path / "other.npz")
+    assert "other.npz: it is not an .npz of google-research/vision_transformer" in refusal(tmp_path / "other.npz")
 
 
 def test_npz_of_a_rectangle_does_not_say_which(tmp_path: Path) -> None:
     config = replace(CONFIG, image_size=(8, 12))
     tensors = mapping.port(Case("rectangle", config).checkpoint().tensors, config, layouts.HF)
     np.savez(tmp_path / "wide.npz", **mapping.export(tensors, config, layouts.NPZ))
-    assert refusal(tmp_path / "wide.npz").endswith("wide.npz: 6 positions are no square grid: pass config=")
+    assert refusal(tmp_path / "wide.npz").endswith("wide.npz: its 6 positions are no square grid: give config=")
     assert vit_ref.from_pretrained(tmp_path / "wide.npz", config=config).config == config
 
 
@@ -503,7 +504,7 @@ def test_a_lone_file_reads_the_config_beside_it_or_asks_for_one(directory: Path,
     assert vit_ref.from_pretrained(directory / checkpoint.WEIGHTS).config == CONFIG
     lone = tmp_path / "lone.safetensors"
     lone.write_bytes((directory / checkpoint.WEIGHTS).read_bytes())
-    assert refusal(lone) == f"{lone}: no configuration beside a lone file: give its directory, or config="
+    assert refusal(lone) == f"{lone}: it has no configuration beside it: give its directory, or config="
     assert vit_ref.from_pretrained(lone, config=CONFIG).config == CONFIG
 
 
@@ -517,12 +518,13 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
     text = refusal(directory, MappingError)
     assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 unexpected, 1 not finite")
     for line in (
-        "missing: vit.layernorm.bias: expected (6,) for norm.bias",
-        "missing: classifier.weight: expected (3, 6) for head.kernel",
-        "unexpected: vit.pooler.dense.bias: shape (6,), no rule takes it: it belongs to a pooler, and a classifier's"
+        "missing: vit.layernorm.bias: it should have shape (6,) for norm.bias",
+        "missing: classifier.weight: it should have shape (3, 6) for head.kernel",
+        "unexpected: vit.pooler.dense.bias: it has shape (6,), and no rule takes it: it belongs to a pooler, and a"
+        " classifier's"
         " head reads the cls token without one",
-        "misshapen: vit.embeddings.cls_token: expected (1, 1, 6) for cls_token, found (1, 6)",
-        "not finite: vit.layernorm.weight: -inf at (4,)",
+        "misshapen: vit.embeddings.cls_token: it should have shape (1, 1, 6) for cls_token, and has (1, 6)",
+        "not finite: vit.layernorm.weight: it has -inf at (4,)",
     ):
         assert f"  {line}" in text.splitlines()
 
@@ -584,7 +586,7 @@ def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
 def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: layouts.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
     google_npz(tmp_path / "ViT.npz", layout, **extra)
-    assert "leave one behind with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
+    assert "leave one out with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
     assert vit_ref.from_pretrained(tmp_path / "ViT.npz", ignore=["head/*"]).config.pooler
     assert vit_ref.from_pretrained(tmp_path / "ViT.npz", ignore=["pre_logits/*"]).config.num_labels == 3
 

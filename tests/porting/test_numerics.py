@@ -157,9 +157,9 @@ def test_a_dtype_that_numpy_cannot_read_is_named(dtype: str, bits: int, kind: st
     with pytest.raises(CheckpointError) as caught:
         checkpoint.read(path, lazy=lazy)
     assert str(caught.value) == (
-        f"{path / checkpoint.WEIGHTS}: {next(iter(tensors))} is stored as {dtype} ({len(tensors)} of {len(tensors)}"
-        f" tensors are like it), {kind}: save the weights as float32 or bfloat16 with the library that quantised them,"
-        " or take the checkpoint from before it was quantised"
+        f"{path / checkpoint.WEIGHTS}: {next(iter(tensors))} is stored as {dtype} (and so are"
+        f" others: {len(tensors)} of {len(tensors)} tensors), {kind}: save the weights as float32 or bfloat16 with"
+        " the library that quantised them, or give the checkpoint from before that"
     )
 
 
@@ -191,7 +191,9 @@ def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
         vit_ref.from_pretrained(path)
     assert caught.value.path == path
     assert {fault.kind for fault in caught.value.faults} == {"unusable dtype"}
-    assert f"classifier.bias: {name}: weights have to be float64, float32, float16 or bfloat16" in str(caught.value)
+    assert f"classifier.bias: it is {name}: convert the weights to float64, float32, float16 or bfloat16" in str(
+        caught.value
+    )
 
 
 def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
             ask(tmp_path)
         assert str(caught.value).splitlines() == [
             f"{tmp_path}: the weights do not fit the configuration (layout hf): 1 not finite",
-            "  not finite: classifier.bias: nan at (0,)",
+            "  not finite: classifier.bias: it has nan at (0,)",
         ]
 
 

@@ -153,7 +153,7 @@ def test_a_file_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_pat
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "kept").touch()
     for path in (tmp_path / "missing" / "report.html", tmp_path / "taken"):
-        with pytest.raises(InputError, match=f"^{path}: cannot be written .*: name a file") as raised:
+        with pytest.raises(InputError, match=f"^{path}: it cannot be written .*: give another place") as raised:
             write(path, "text")
         assert "\n" not in str(raised.value)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "taken", tmp_path / "taken" / "kept"]

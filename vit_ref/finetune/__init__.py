@@ -1,4 +1,4 @@
-"""Fine-tuning: a classifier from images, and what it says of others."""
+"""Fine-tuning: trains a classifier on images, and predicts the classes of others."""
 
 import lazy_loader
 
