@@ -468,7 +468,7 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     name = f"{tiny.parent.name}/tiny"
-    assert ended.stdout.startswith(f"{name}: 17 sites pass; float64 at most ")
+    assert ended.stdout.startswith(f"{name}: 17 sites pass: largest float64 error ")
     assert ended.stdout.splitlines()[-1] == f"PASSED: vit_ref on {name} against FlaxViT, float32"
     digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
     assert f"weights: sha256 {digest}" in ended.stdout.splitlines()

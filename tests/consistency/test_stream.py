@@ -164,7 +164,9 @@ def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkey
     assert not streamed.forward.semantic_failures and streamed.backward
     # The last LayerNorm has the output's only way back, so that nothing before it has any gradient.
     assert streamed.backward.semantic_failures[0].site == "block.2.mlp.residual"
-    assert str(streamed.backward.causes[0]).startswith("zero: with it the error at block.2.mlp.residual falls from 1")
+    assert str(streamed.backward.causes[0]).startswith(
+        "zero: the same bug in the oracle lowers the error at block.2.mlp.residual from 1"
+    )
 
 
 def test_where_the_reference_overflows_is_said_of_the_whole_model(tmp_path: Path) -> None:

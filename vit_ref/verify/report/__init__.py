@@ -1,4 +1,4 @@
-"""What was found, for every reader: a terminal and pytest (`text`), machines (`document`), a browser (`page`)."""
+"""Reports for every reader: text for the terminal and pytest, JSON for machines, one HTML page for a browser."""
 
 from vit_ref.files import write as write
 from vit_ref.verify.report.document import SCHEMA as SCHEMA
