@@ -134,4 +134,6 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(_template())
 
 
-pytest_collect_file = Sybil([Reasons(), Blocks()], pattern="*.md", path=str(ROOT), setup=_enter, teardown=_leave).pytest()
+pytest_collect_file = Sybil(
+    [Reasons(), Blocks()], pattern="*.md", path=str(ROOT), setup=_enter, teardown=_leave
+).pytest()
