@@ -57,7 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = CASES["stored-float64"].checkpoint()
     root = tmp_path_factory.mktemp("given")
     tensors = {name: tensor.astype(np.float32) for name, tensor in source.tensors.items()}
-    vit_ref.weights.checkpoint.write_directory(root / "tiny", tensors, source.config)
+    vit_ref.weights.writing.write_directory(root / "tiny", tensors, source.config)
     (root / "port.py").write_text(PORT)
     return root / "tiny"
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.nn import dot_product_attention as attention_by_name
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError, MappingError, TruncatedError
 from vit_ref.model import attention
 from vit_ref.verify.candidates.casts import Casts
@@ -27,11 +28,11 @@ from vit_ref.verify.candidates.loading import find, is_torch
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port, prepare_candidate
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config
@@ -466,7 +467,7 @@ def test_a_contradictory_checkpoint_is_not_the_candidates_fault(fault: str, tmp_
     source, changes = CASES["rectangular"].checkpoint(), FAULTY[fault]
     tensors = {name: changes.get(name, lambda x: x)(tensor) for name, tensor in source.tensors.items()}
     numbers = {name: value for name, value in changes.items() if isinstance(value, int)}
-    checkpoint.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
+    writing.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
     with pytest.raises(MappingError, match=re.escape(fault)):
         check_port(lambda x: ones(23, x), tmp_path, backward=False)
 
@@ -474,7 +475,7 @@ def test_a_contradictory_checkpoint_is_not_the_candidates_fault(fault: str, tmp_
 def test_unexpected_tensors_outside_the_blocks_are_allowed(tmp_path: Path) -> None:
     source = CASES["rectangular"].checkpoint()
     tensors = {**source.tensors, "vit.pooler.dense.bias": np.zeros(33, np.float32)}
-    checkpoint.write_directory(tmp_path, tensors, source.config or {})
+    writing.write_directory(tmp_path, tensors, source.config or {})
     assert check_port(lambda x: ones(23, x), tmp_path, backward=False).forward.semantic_failures
 
 

@@ -33,9 +33,9 @@ from vit_ref.verify.report.document import SCHEMA
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import check_port
 from vit_ref.verify.stream import check_streamed
-from vit_ref.weights import checkpoint, layouts, mapping
-from vit_ref.weights.checkpoint import LazyTensors
+from vit_ref.weights import layouts, mapping, writing
 from vit_ref.weights.conversion import convert
+from vit_ref.weights.tensor_files import LazyTensors
 
 # A first, a middle and a last block.
 THREE = Case("three", dataclasses.replace(CASES["hard-tokens"].config, num_hidden_layers=3), seed=12)
@@ -43,7 +43,7 @@ THREE = Case("three", dataclasses.replace(CASES["hard-tokens"].config, num_hidde
 
 def written(case: Case, directory: Path, **options: object) -> Path:
     source = case.checkpoint()
-    checkpoint.write_directory(directory / case.name, source.tensors, source.config or {}, **options)
+    writing.write_directory(directory / case.name, source.tensors, source.config or {}, **options)
     return directory / case.name
 
 
@@ -176,7 +176,7 @@ def test_where_the_reference_overflows_is_said_of_the_whole_model(tmp_path: Path
 
     def refused(**changes: float) -> InputError:
         changed = {f"{layer}.{name}": tensors[f"{layer}.{name}"] * np.float32(by) for name, by in changes.items()}
-        checkpoint.write_directory(tmp_path, tensors | changed, source.config or {})
+        writing.write_directory(tmp_path, tensors | changed, source.config or {})
         with pytest.raises(InputError) as caught:
             check_streamed(tmp_path, precision="float16")
         return caught.value
@@ -282,7 +282,7 @@ def test_all_that_is_wrong_with_a_checkpoint_is_said_before_anything_runs(tmp_pa
     tensors["vit.encoder.layer.3.layernorm_after.bias"] = np.ones(33, np.float32)
     tensors["vit.layernorm.bias"] = np.full(33, np.nan, np.float32)
     tensors["vit.encoder.layer.1.intermediate.dense.bias"] = np.ones(46, np.float32)
-    checkpoint.write_directory(tmp_path, tensors, source.config or {})
+    writing.write_directory(tmp_path, tensors, source.config or {})
     steps: list[str] = []
     with pytest.raises(MappingError) as caught:
         check_streamed(tmp_path, progress=steps.append)

@@ -12,6 +12,7 @@ import pytest
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import TruncatedError
 from vit_ref.model import vit
 from vit_ref.model.config import ViTConfig
@@ -19,7 +20,7 @@ from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.precision import Precision, precision_of
+from vit_ref.verify.precision import Precision
 from vit_ref.verify.references import flax_vit
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.results import ParityReport

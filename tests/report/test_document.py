@@ -153,7 +153,7 @@ def test_an_unwritable_file_is_named_and_keeps_its_content(tmp_path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "kept").touch()
     for path in (tmp_path / "missing" / "report.html", tmp_path / "taken"):
-        with pytest.raises(InputError, match=f"^{path}: cannot be written .*: name a file") as raised:
+        with pytest.raises(InputError, match=f"^{path}: it cannot be written .*: give another place") as raised:
             write(path, "text")
         assert "\n" not in str(raised.value)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "taken", tmp_path / "taken" / "kept"]

@@ -1,11 +1,13 @@
 """The part that pytest loads in every project where `vit_ref` is installed. It is light and adds no option there.
 
-Its entry point loads it before any conftest, for two reasons:
+`vit_ref.testing.plugin` has the options. It is registered only in runs of the parity suite. Such a run has arguments
+that name the suite, or starts in the checkout. Other ways lose more:
 
-- pytest takes the value of an unknown option for a directory of tests;
-- another project's conftest may define an option with the same name, such as `--images`.
-
-So `vit_ref.testing.plugin`, which has the options, is registered only in a run of the parity suite.
+- Options in every run: pytest refuses the whole run of a project that has its own `--images`.
+- A prefix, `--vit-images`: every project's `--help` shows it, and users type a longer name.
+- `-p vit_ref.testing.plugin` from the user: if it is forgotten, `--checkpoint DIR` means "collect tests in DIR".
+- `-p` in the checkout's pyproject.toml: with `--checkpoint DIR` pytest looks for that file from DIR up.
+- A conftest: pytest loads it after it took DIR for a directory of tests.
 """
 
 from __future__ import annotations

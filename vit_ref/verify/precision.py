@@ -94,18 +94,6 @@ PRECISIONS: dict[str, Precision] = {
 FLOAT64 = Precision("float64", np.dtype(np.float64), products="highest")
 
 
-def precision_of(dtype: DTypeLike) -> Precision:
-    """Returns the precision that computes in a dtype, with parameters and the device's products as they are.
-
-    To choose a numerical gate by name, use `resolve_precision`.
-
-    Args:
-      dtype: any float dtype, float64 included.
-    """
-    dtype = np.dtype(dtype)
-    return FLOAT64 if dtype == np.float64 else Precision(dtype.name, dtype)
-
-
 def resolve_precision(given: str | DTypeLike | Precision) -> Precision:
     """Returns a precision by its name, or by the dtype of that name.
 

@@ -164,6 +164,12 @@ def summary(report: CandidateReport) -> str:
     return "\n".join([*lines, f"{verdict}: {subject}"])
 
 
+def in_full(report: CandidateReport) -> str:
+    """The tables of both passes, and the summary below them."""
+    parts = [part for part in (report.forward, report.backward) if part]
+    return "\n".join([*(f"{table(part)}\n" for part in parts), summary(report)])
+
+
 def _paragraphs(report: CandidateReport) -> Iterator[str]:
     yield from headline(report.forward).splitlines()
     if report.backward is not None:
