@@ -61,7 +61,7 @@ def test_an_unusable_input_is_one_line_and_exit_code_2(arguments: list[str], mes
 
 def test_a_checkpoint_outside_has_the_report_of_the_command(tmp_path: Path, filled) -> None:
     directory = tmp_path / "given-vit"
-    # One block: another one would take half the time again, and is written down as the first is.
+    # One block, because a second one takes time and its report has the same form.
     vit_ref.save_pretrained(filled(CASES["stored-float64"].config), directory)
     ended = run(SUITE, "--checkpoint", directory, "--parity-report", tmp_path / "reports", "-k", "given-vit")
     assert ended.returncode == 0, ended.stdout
@@ -88,7 +88,7 @@ def test_a_part_that_no_test_judges_is_named_in_the_report(judged: str, tmp_path
     jsonschema.validate(report, json.loads(SCHEMA.read_text()))
     assert (report["title"], report["checkpoint"]["path"]) == ("one-head", "")
     assert report["passed"] and report["forward"]["passed"]
-    reason = "no test that judges it has run"
+    reason = "no selected test covers it"
     assert report["not_backward"] == reason
     behaviour = {"forward": {("not observed", reason)}, "behaviour": {("passed", "")}}[judged]
     assert {(each["status"], each["reason"]) for each in report["behaviour"]} == behaviour

@@ -83,11 +83,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _require_reports(config: pytest.Config, directory: Path) -> None:
-    """Makes the directory of reports. A case's report takes all tests of the case in one process."""
+    """Makes the directory of reports, and checks that each case runs in one process, where its report is made."""
     from vit_ref.errors import InputError
 
     if config.getoption("dist", "no") not in ("no", "loadgroup"):
-        raise InputError("--parity-report needs every case in one process: give --dist loadgroup, too")
+        raise InputError("--parity-report needs all tests of a case in one process: give --dist loadgroup, too")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
