@@ -20,7 +20,7 @@ from vit_ref.errors import InputError
 
 
 class Precision(NamedTuple):
-    """What is computed in which dtype.
+    """The dtypes of one computation.
 
     Attributes:
       name: the precision's name in options and reports.
