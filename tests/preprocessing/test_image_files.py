@@ -68,7 +68,9 @@ def test_a_directory_without_images_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
     with pytest.raises(InputError) as caught:
         photographs.find(tmp_path, 4)
-    assert str(caught.value) == f"{tmp_path}: no image in it, but 1 file (1 .heic): give one with photographs"
+    assert (
+        str(caught.value) == f"{tmp_path}: it holds no image, but 1 file (1 .heic): give a directory with photographs"
+    )
 
 
 def test_without_pillow_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
