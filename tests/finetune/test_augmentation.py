@@ -245,7 +245,7 @@ def test_pytorchs_generator_is_seeded_and_left_as_it_was() -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("seed", range(5))
 def test_crop_flip_and_jitter_are_torchvisions_to_the_last_bit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's operations on Pillow's images, with the parameters drawn here."""
+    """Applies torchvision's operations to Pillow's images, with the parameters drawn here."""
     functional = pytest.importorskip("torchvision.transforms.functional")
     augmentation, image = Augmentation(flip=1.0), picture(37, 53)
     rng = np.random.default_rng(seed)

@@ -222,7 +222,7 @@ def test_gelu_in_half_precision_is_rounded_once(dtype: type) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(ACTIVATION_NAMES) - {"relu", "tanh"}))
 def test_an_activation_keeps_its_argument_alone_for_the_way_back(name: str) -> None:
-    """relu and tanh need no more than their own result, which the layer after them keeps."""
+    """Leaves out relu and tanh, which need only their result, and the next layer keeps that."""
     x = jnp.linspace(-6, 6, 97)
     (kept,) = jax.tree.leaves(jax.vjp(ACTIVATIONS[name], x)[1])
     np.testing.assert_array_equal(kept, x)

@@ -312,7 +312,7 @@ def test_single_elements_land_where_the_layer_says(
 
 
 def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionTransformer]) -> None:
-    """flax's own MultiHeadDotProductAttention, on the tensors as the .npz has them, against our attention."""
+    """Compares flax's MultiHeadDotProductAttention, with the tensors of the .npz, with our attention."""
     from flax import linen
 
     vit = filled(CONFIG)

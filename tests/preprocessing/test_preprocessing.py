@@ -276,8 +276,7 @@ UPRIGHT: dict[int, Callable[[NDArray], NDArray]] = {
 def test_images_are_turned_upright_where_the_reference_ignores_exif(
     orientation: int, suffix: str, picture: Picture, asks_for, by_reference, tmp_path: Path
 ) -> None:
-    """The difference is the turn and nothing else: the reference has our bits for the upright pixels, and we have its
-    bits for the pixels as they are stored."""
+    """The reference has our bits for the upright pixels, and we have its bits for the stored pixels."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{suffix}"
