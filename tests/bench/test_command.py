@@ -81,9 +81,7 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.torch
 @pytest.mark.parametrize("when", ["asked to", "called"])
-def test_where_there_is_no_compiler_torch_compile_is_left_out_and_the_others_are_timed(
-    when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_compile_is_left_out_without_a_compiler(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
 
     def fail(*_: object) -> None:

@@ -57,7 +57,7 @@ def test_implementations_are_compared_round_by_round() -> None:
     assert [list(column.cells) for column in columns if column.header == "x FlaxViT"] == [["1.05", "1.00"]]
 
 
-def test_contenders_and_products_run_in_turns_and_each_has_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_and_products_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     stand_in(monkeypatch, lambda side: order.append(str(side)))
 
@@ -115,7 +115,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(error: Exception, monkeypatc
     ]
 
 
-def test_what_does_not_fit_at_all_is_an_error_and_other_errors_stay_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_that_does_not_fit_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(message: str) -> Any:
         def build(workload: Workload) -> Contender:
             raise RuntimeError(message)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_at_all_is_an_error_and_other_errors_stay_themselves(m
         build_fitting(WORK, ["greedy"], lambda line: None)
 
 
-def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_path: Any) -> None:
+def test_a_compilation_is_cold_then_cached_in_any_process(tmp_path: Any) -> None:
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     reads: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: reads.append(event))
@@ -185,7 +185,7 @@ def test_the_roofline_is_the_median_of_the_best_side(
     assert timed.flops() == (2 * large**3 / 3.0 if best == "large" else 2 * small**3 / 2.0)
 
 
-def test_a_product_is_computed_and_waited_for_whenever_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_is_computed_and_awaited_when_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[jax.Array] = []
     wait = jax.block_until_ready
     monkeypatch.setattr(roofline, "_SIDES", {jax.default_backend(): (16,)})
@@ -199,7 +199,7 @@ def test_a_product_is_computed_and_waited_for_whenever_it_is_timed(monkeypatch: 
     np.testing.assert_allclose(waited[-1], x @ x, rtol=1e-4, atol=1e-4)  # sums of 16 in single precision, in some order
 
 
-def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_and_roofline_are_traced_in_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     def build(workload: Workload) -> Contender:
@@ -306,7 +306,7 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]
 
 
-def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_own_model_is_timed_with_both_kinds_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def stop(config: object, dtype: object, attention: object) -> None:

@@ -16,7 +16,7 @@ from vit_ref.model.config import ViTConfig
 @pytest.mark.parametrize("build", [contenders.vit_ref, contenders.flaxvit], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("what", PASSES)
 @pytest.mark.parametrize("size", ["Ti/32", "S/16"])
-def test_xla_counts_the_products_and_a_dozen_operations_a_channel_besides(
+def test_xla_counts_the_products_and_few_operations_besides(
     size: str, what: Pass, build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = []

@@ -273,7 +273,7 @@ def test_what_cannot_be_read_block_by_block_is_refused(layout: str, tmp_path: Pa
     assert str(caught.value).count("\n") == 0
 
 
-def test_all_that_is_wrong_with_a_checkpoint_is_said_before_anything_runs(tmp_path: Path) -> None:
+def test_all_faults_of_a_checkpoint_are_said_before_any_run(tmp_path: Path) -> None:
     source = THREE.checkpoint()
     tensors = dict(source.tensors)
     del tensors["vit.encoder.layer.2.layernorm_after.bias"]
@@ -289,7 +289,7 @@ def test_all_that_is_wrong_with_a_checkpoint_is_said_before_anything_runs(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["rectangular", "stored-bfloat16"])
-def test_parameters_are_rounded_for_bfloat16_as_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_bfloat16_rounds_parameters_as_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     """NumPy judges: FlaxViT's own error differs, see `check_streamed`."""
     options = {"precision": "bfloat16", "reference": "numpy", "backward": False}
     path = written(CASES[name], tmp_path)

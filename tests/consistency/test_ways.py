@@ -169,7 +169,7 @@ def test_what_is_compiled_asks_nothing_of_the_host(prepared: Prepared) -> None:
         jax.block_until_ready(prepared.run(*arguments))
 
 
-def test_a_stream_of_dropout_advances_under_jit_as_it_does_eagerly(example) -> None:
+def test_the_dropout_stream_advances_under_jit_as_eagerly(example) -> None:
     model, pixels, *_ = example(training=True)
     eager_rngs, rngs = nnx.Rngs(dropout=3), nnx.Rngs(dropout=3)
     forward = nnx.jit(lambda model, pixels, rngs: model(pixels, rngs=rngs))

@@ -47,7 +47,7 @@ def test_maps_are_what_the_trace_has(
     assert np.ptp(last, axis=(2, 3)).min() > 1e-3 and np.ptp(rollout, axis=(2, 3)).min() > 1e-3
 
 
-def test_a_model_in_training_mode_is_seen_as_in_evaluation_and_left_as_it_is(
+def test_attention_maps_are_of_evaluation_mode_and_keep_the_mode(
     filled: Callable[..., VisionTransformer],
 ) -> None:
     model, pixels = filled(CASES["rectangular"].config), CASES["rectangular"].images()

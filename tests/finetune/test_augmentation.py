@@ -73,7 +73,7 @@ def test_crops_lie_anywhere_in_the_image() -> None:
     ("size", "box"),
     [((400, 100), (133, 0, 266, 100)), ((100, 400), (0, 133, 100, 266)), ((1, 1), (0, 0, 1, 1))],
 )
-def test_an_image_too_long_for_any_crop_gets_the_largest_in_its_middle(
+def test_a_too_long_image_gets_the_largest_crop_in_its_middle(
     size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
     augmentation = Augmentation(scale=(0.9, 1.0))
@@ -197,7 +197,7 @@ def global_draws() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python's", "NumPy's"])
-def test_a_transform_that_draws_from_a_global_generator_depends_on_the_images_seed_alone(
+def test_a_transform_with_global_randomness_depends_on_the_seed(
     draw: Callable[[], float],
 ) -> None:
     def grey(image: Image.Image) -> NDArray:
@@ -211,7 +211,7 @@ def test_a_transform_that_draws_from_a_global_generator_depends_on_the_images_se
     assert found[0] == found[1] != found[2]
 
 
-def test_global_generators_are_left_as_they_were_even_by_a_transform_that_fails() -> None:
+def test_global_generators_are_restored_after_a_failure() -> None:
     def fails(image: Image.Image) -> Any:
         global_draws()
         raise KeyError("its own fault")

@@ -67,7 +67,7 @@ def test_a_class_without_validation_images_keeps_its_label(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("below", [".", "train"])
-def test_without_validation_images_a_fifth_of_each_class_is_held_out(tmp_path: Path, below: str) -> None:
+def test_a_fifth_of_each_class_is_held_out_without_validation(tmp_path: Path, below: str) -> None:
     counts = {"ant": 20, "bee": 11, "cat": 2}
     fill(tmp_path / below, counts)
     training, validation = (seen(open_dataset(tmp_path, split)) for split in ("train", "validation"))
@@ -130,7 +130,7 @@ def spoil(directory: Path) -> list[str]:
     return [os.fspath(file) for file in files]
 
 
-def test_images_that_cannot_be_read_are_counted_and_named_up_front(tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_and_named_up_front(tmp_path: Path) -> None:
     fill(tmp_path / "val", {"ant": 1})
     names = spoil(fill(tmp_path / "train", {"ant": 3}))
     message = refusal(lambda: open_dataset(tmp_path, "train"))
@@ -183,7 +183,7 @@ def test_folders_that_make_no_data_set_are_refused(
     assert said.format(root=tmp_path) in refusal(lambda: open_dataset(tmp_path, split))
 
 
-def test_names_that_are_no_text_are_refused_of_classes_and_taken_of_files(tmp_path: Path) -> None:
+def test_names_that_are_no_text_are_refused_only_for_classes(tmp_path: Path) -> None:
     fill(tmp_path, {"ant": 3, "bee": 3})
     os.rename(tmp_path / "ant" / "0.png", os.fsencode(tmp_path / "ant") + b"/caf\xe9.png")
     assert len(open_dataset(tmp_path, "train")) == 4
@@ -218,7 +218,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], sai
     assert said in refusal(lambda: open_dataset(None, **{"split": "train", **arguments}))
 
 
-def test_the_built_in_images_are_the_same_every_time_and_none_is_in_both_splits() -> None:
+def test_built_in_images_are_reproducible_and_in_one_split_only() -> None:
     training, again, validation = (open_dataset(None, split) for split in ("train", "train", "validation"))
     pixels = [[photograph.image.tobytes() for photograph in dataset] for dataset in (training, again, validation)]
     assert pixels[0] == pixels[1]

@@ -70,7 +70,7 @@ def test_a_batch_has_the_shapes_and_dtypes_that_a_model_takes(dataset: ImageData
     assert found == {"pixels": ((BATCH, 6, 9, 3), "float32"), "label": each, "index": each, "epoch": each}
 
 
-def test_every_image_is_the_one_that_is_drawn_for_its_seed_epoch_and_index(dataset: ImageDataset) -> None:
+def test_every_image_depends_on_seed_epoch_and_index_alone(dataset: ImageDataset) -> None:
     for batch in loader(dataset):
         for k in range(BATCH):
             index, epoch = int(batch["index"][k]), int(batch["epoch"][k])
@@ -87,7 +87,7 @@ def test_an_image_changes_with_seed_epoch_and_index(dataset: ImageDataset, other
     assert (first != second).any()
 
 
-def test_an_epoch_is_a_permutation_and_leaves_out_others_each_time(dataset: ImageDataset) -> None:
+def test_an_epoch_is_a_permutation_that_drops_different_images(dataset: ImageDataset) -> None:
     epochs = by_epoch(loader(dataset))
     for order in epochs:
         assert len(set(order)) == len(order) == COUNT - COUNT % BATCH
@@ -125,7 +125,7 @@ def test_shards_have_different_images_and_as_many_batches(dataset: ImageDataset,
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_for_evaluation_every_image_comes_once_and_the_last_batch_is_filled_up(
+def test_evaluation_has_each_image_once_and_pads_the_last_batch(
     dataset: ImageDataset, shards: int, shuffle: bool
 ) -> None:
     arguments = {"shuffle": shuffle, "drop_remainder": False, "augment": None}
@@ -143,7 +143,7 @@ def test_for_evaluation_every_image_comes_once_and_the_last_batch_is_filled_up(
         assert not batch["pixels"][filled].any()
 
 
-def test_without_shuffle_the_images_come_in_order_as_the_checkpoint_asks(dataset: ImageDataset) -> None:
+def test_without_shuffle_images_come_in_order_and_preprocessed(dataset: ImageDataset) -> None:
     (first, *_) = loader(dataset, shuffle=False, augment=None, epochs=1)
     assert first["index"].tolist() == [0, 1, 2, 3]
     expected = preprocess([dataset[k].image for k in range(4)], CONFIG)
@@ -204,7 +204,7 @@ def test_an_image_that_becomes_unreadable_on_the_way_is_named(tmp_path: Path, wo
     assert str(caught.value).startswith(dataset.names[1]) and "\n" not in str(caught.value)
 
 
-def test_images_of_another_size_are_refused_where_nothing_resizes_them(dataset: ImageDataset) -> None:
+def test_images_of_another_size_are_refused_without_a_resize(dataset: ImageDataset) -> None:
     config = dataclasses.replace(CONFIG, preprocessor={"do_resize": False})
     assert draw(dataset, config, AUGMENT, 0, 0, 0).shape == (6, 9, 3)
     with pytest.raises(InputError, match="image 3: it has 10x12 pixels, the model takes 6x9, and do_resize is false"):

@@ -74,7 +74,7 @@ def test_batches_add_up_to_the_whole(size: int) -> None:
     assert abs(summed.loss - whole.loss) <= 4 * ROUNDING * whole.loss
 
 
-def test_predicted_classes_alone_are_counted_alike_and_have_no_loss() -> None:
+def test_predicted_classes_alone_give_the_counts_and_no_loss() -> None:
     logits, labels = batch()
     found = Evaluation.of_predicted(logits.argmax(-1), labels, CLASSES)
     assert (found.confusion == Evaluation.of_logits(logits, labels).confusion).all()
@@ -129,7 +129,7 @@ def test_what_is_written_is_there_at_once_and_reads_back(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 8, "lo', '{"step": 8, "loss": 1.0}', '{"name": "f\udcc3'])
-def test_a_run_that_is_resumed_leaves_the_log_of_one_that_was_not_interrupted(torn: str, tmp_path: Path) -> None:
+def test_a_resumed_run_leaves_the_log_of_an_uninterrupted_one(torn: str, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     write(whole, *range(1, 10))
     write(resumed, *range(1, 8))
@@ -204,7 +204,7 @@ def events(directory: Path) -> list:
     return found
 
 
-def test_tensorboard_gets_the_numbers_and_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_numbers_and_forgets_repeated_steps(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     for first, last in ((1, 3), (2, 4)):
         with MetricsLog(tmp_path / "log", tensorboard=tmp_path / str(first)) as log:

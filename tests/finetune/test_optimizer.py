@@ -144,7 +144,7 @@ def test_more_frozen_blocks_than_there_are_are_refused() -> None:
         select_trained(Recipe(freeze_blocks=4), 3)
 
 
-def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple) -> None:
+def test_smoothed_labels_are_a_mean_with_uniform_ones(batch: tuple) -> None:
     pixels, labels = batch
     with precision_of(np.float64).active():
         logits = np.asarray(made()(pixels))
@@ -154,7 +154,7 @@ def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple
     assert found == pytest.approx(-(target * log_probabilities).sum(-1).mean(), rel=1e-12)
 
 
-def test_kernels_are_what_dense_layers_and_the_patches_multiply_by() -> None:
+def test_kernels_are_the_matrices_of_dense_layers_and_patches() -> None:
     with precision_of(np.float64).active():
         chosen = nnx.to_flat_state(select_kernels(nnx.state(made(), nnx.Param)))
     decaying = {path[-1]: set() for path, _ in chosen}

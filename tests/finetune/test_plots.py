@@ -163,7 +163,7 @@ def test_curves_show_the_log(drawn: Drawn, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rate", "scale"), [(0.99, "linear"), (0.95, "log")])
-def test_losses_that_span_more_than_a_factor_of_thirty_are_on_a_logarithmic_scale(
+def test_losses_over_a_factor_of_thirty_have_a_logarithmic_scale(
     rate: float, scale: str, drawn: Drawn, tmp_path: Path
 ) -> None:
     plots.plot_curves(tmp_path / "plot.png", [{"step": step, "loss": rate**step} for step in range(100)])
@@ -225,7 +225,7 @@ def test_a_map_that_is_the_same_everywhere_shows_nothing(drawn: Drawn, tmp_path:
     assert not drawn.axes[1].images[1].get_alpha().any()
 
 
-def test_a_confusion_matrix_has_the_truth_in_rows_and_counts_in_its_cells(drawn: Drawn, tmp_path: Path) -> None:
+def test_a_confusion_matrix_has_truth_in_rows_counts_in_cells(drawn: Drawn, tmp_path: Path) -> None:
     evaluation = Evaluation(np.array([[7, 0, 1], [0, 0, 0], [3, 1, 0]]), 1.0)
     plots.plot_confusion(tmp_path / "plot.png", evaluation, ["a", "b", "c"])
     axes = drawn.axes[0]

@@ -62,7 +62,7 @@ def test_as_many_classes_as_are_asked_for_and_are_there(top: int, filled: Filled
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
-def test_labels_that_do_not_exclude_each_other_have_numbers_of_their_own(
+def test_labels_that_are_not_exclusive_have_independent_numbers(
     problem_type: str, filled: Filled, photographs: list[Path]
 ) -> None:
     with precision_of(np.float64).active():
@@ -94,7 +94,7 @@ def test_classes_without_names_have_hugging_faces() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "computed"), [(2, 2), (8, 5)])
-def test_images_are_compiled_for_once_and_no_more_are_computed_than_there_are(
+def test_prediction_compiles_once_and_computes_no_surplus_images(
     batch_size: int, computed: int, filled: Filled, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced, call = [], VisionTransformer.__call__
@@ -107,9 +107,7 @@ def test_images_are_compiled_for_once_and_no_more_are_computed_than_there_are(
     assert traced == [(computed, 10, 40, 3)]
 
 
-def test_a_model_in_training_mode_predicts_as_in_evaluation_and_is_left_as_it_is(
-    filled: Filled, photographs: list[Path]
-) -> None:
+def test_predictions_are_of_evaluation_mode_and_keep_the_mode(filled: Filled, photographs: list[Path]) -> None:
     model = filled(CONFIG)
     expected = predict(model, photographs)
     model.train()

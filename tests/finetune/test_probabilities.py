@@ -47,7 +47,7 @@ def test_problem_type_and_number_of_labels_decide(
 
 
 @pytest.mark.parametrize(("problem_type", "labels", "expected", "kind"), MEANINGS)
-def test_the_pipeline_of_transformers_agrees_on_all_but_regressions(
+def test_the_pipeline_of_transformers_agrees_except_regressions(
     problem_type: str | None, labels: int, expected: np.ndarray, kind: str
 ) -> None:
     torch = pytest.importorskip("torch")

@@ -83,7 +83,7 @@ def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> N
     assert flax.config.id2label == dict(enumerate(open_dataset(None, "train").classes))
 
 
-def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runner, whole_run: tuple) -> None:
+def test_transformers_reads_the_pixels_of_a_run_from_scratch(runner: Runner, whole_run: tuple) -> None:
     directory = runner.directory / "whole" / "model"
     image = open_dataset(None, "validation")[0].image
     processor = transformers.AutoImageProcessor.from_pretrained(directory, use_fast=False)
@@ -92,7 +92,7 @@ def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runne
     assert theirs.tobytes() == preprocess([image.convert("L")], vit_ref.from_pretrained(directory).config).tobytes()
 
 
-def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
     """It is killed, and then its disk fills up."""
     out, options = "stopped", ("--save-steps", "3")
     # Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice.
@@ -112,7 +112,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runner: R
     assert len(list(checkpoints.iterdir())) <= 3
 
 
-def test_a_finished_run_that_is_resumed_only_saves_its_model_again(runner: Runner, whole_run: tuple) -> None:
+def test_a_finished_run_only_saves_its_model_when_resumed(runner: Runner, whole_run: tuple) -> None:
     (runner.directory / "whole" / "model" / "model.safetensors").unlink()
     runner.run("whole", "--resume")
     assert runner.result("whole") == whole_run[1]
@@ -225,7 +225,7 @@ def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
     ],
 )
-def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
+def test_unusable_preprocessing_is_refused_before_any_write(
     preprocessor: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     start, training, validation = _tiny(tmp_path)
@@ -236,9 +236,7 @@ def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_epoch_is_saved_even_if_it_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, training, validation = _tiny(tmp_path)
     seen: list[dict[str, np.ndarray]] = []
 
@@ -363,7 +361,7 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
             begin("there", change)
 
 
-def test_a_run_from_before_a_field_was_added_goes_on_with_its_default(tmp_path: Path) -> None:
+def test_a_run_older_than_a_field_continues_with_its_default(tmp_path: Path) -> None:
     training = open_dataset(None, "train")
     _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=False)
     description = json.loads((tmp_path / "run.json").read_text())

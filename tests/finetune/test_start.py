@@ -47,7 +47,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_a_fresh_head_is_of_zeros_and_the_backbone_the_checkpoints(saved: Path) -> None:
+def test_a_fresh_head_is_zero_and_the_backbone_the_checkpoints(saved: Path) -> None:
     model = make_starting_model(saved, ["a", "b", "c", "d", "e"], Recipe())
     found, before = get_parameters(model), get_parameters(vit_ref.from_pretrained(saved))
     assert found["head.kernel"].shape == (12, 5) and not found["head.kernel"].any()
@@ -101,7 +101,7 @@ OF_THE_OLD_HEAD = {
 
 # Other classes, and the same ones: their names alone would keep the old mapping.
 @pytest.mark.parametrize("classes", [("a", "b"), ("cat", "dog", "owl")])
-def test_nothing_that_described_the_old_head_is_saved_with_a_fresh_one(
+def test_a_fresh_head_drops_the_description_of_the_old_one(
     classes: tuple[str, ...], saved: Path, tmp_path: Path
 ) -> None:
     model = make_starting_model(described(saved, **OF_THE_OLD_HEAD, license="x"), classes, Recipe())
@@ -184,7 +184,7 @@ def test_preprocessing_that_is_not_written_down_is_saved_in_full(
     )
 
 
-def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, tmp_path: Path) -> None:
+def test_positions_in_bfloat16_are_resized_in_float32(saved: Path, tmp_path: Path) -> None:
     model = vit_ref.from_pretrained(saved)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
     vit_ref.save_pretrained(model, tmp_path)
@@ -195,7 +195,7 @@ def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, 
     np.testing.assert_array_equal(found, expected)
 
 
-def test_what_is_saved_of_a_bfloat16_checkpoint_says_that_it_is_float32(saved: Path, tmp_path: Path) -> None:
+def test_a_run_from_a_bfloat16_checkpoint_is_saved_as_float32(saved: Path, tmp_path: Path) -> None:
     config = json.loads((saved / "config.json").read_bytes())
     (saved / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     vit_ref.save_pretrained(make_starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
@@ -241,7 +241,7 @@ def test_from_scratch_the_seed_decides() -> None:
     )
 
 
-def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path) -> None:
+def test_parameters_moments_and_loss_are_float32_in_mixed(saved: Path) -> None:
     half = {path: value.astype(jnp.bfloat16) for path, value in get_parameters(vit_ref.from_pretrained(saved)).items()}
     model = vit_ref.from_pretrained(saved)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
@@ -262,7 +262,7 @@ def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path)
     assert {value.dtype for value in get_parameters(model).values()} == {np.dtype(np.float32)}
 
 
-def test_gradients_are_float32_and_masters_keep_updates_below_bfloat16s_resolution(saved: Path) -> None:
+def test_float32_parameters_keep_updates_too_small_for_bfloat16(saved: Path) -> None:
     model = make_starting_model(saved, ["a", "b"], Recipe(precision="mixed", head="fresh", dropout=0.0))
     before, seen = get_parameters(model), set()
 

@@ -243,7 +243,7 @@ def test_a_model_starts_in_evaluation() -> None:
         jax.eval_shape(partial(output, True), pixels)
 
 
-def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> None:
+def test_initialisation_has_the_deviation_and_is_reproducible() -> None:
     config = ViTConfig.variant("Ti/16", num_hidden_layers=1, initializer_range=0.05)
     vit, again = (VisionTransformer(config, rngs=nnx.Rngs(7)) for _ in range(2))
     other = VisionTransformer(config, rngs=nnx.Rngs(8))
@@ -290,12 +290,12 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str
     assert str(caught.value) == message
 
 
-def test_an_image_that_is_no_multiple_of_the_patch_is_refused_where_all_sizes_are_welcome_too(filled: Filled) -> None:
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(filled: Filled) -> None:
     with pytest.raises(ValueError, match=r"images have \[12, 40\] pixels, not a multiple of the patch \[5, 5\]"):
         filled(CASES["rectangular"].config)(jnp.ones((2, 12, 40, 2)), interpolate_pos_encoding=True)
 
 
-def test_synthetic_images_differ_in_every_way_that_could_hide_a_bug() -> None:
+def test_synthetic_images_differ_in_every_way_that_hides_bugs() -> None:
     images = synthetic_images(CASES["rectangular"].config, batch=3)
     assert images.std(axis=(1, 2)).min() > 0.1
     assert np.abs(np.corrcoef(images.reshape(3, -1)) - np.eye(3)).max() < 0.9

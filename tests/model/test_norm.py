@@ -73,7 +73,7 @@ def test_half_precision_is_rounded_once(dtype: type, mean: float, deviation: flo
     assert (np.abs(np.asarray(found, np.float64) - exact) <= bound).all()
 
 
-def test_the_result_has_the_dtype_it_is_asked_for_and_else_the_widest() -> None:
+def test_the_result_has_the_given_dtype_or_else_the_widest() -> None:
     x = jnp.ones((2, 3), jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
         assert LayerNorm(3, epsilon=1e-6)(x).dtype == jnp.float32

@@ -48,7 +48,7 @@ def test_resized_positions_are_pytorchs(target: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("target", BY_TORCH)
-def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tuple[int, int]) -> None:
+def test_a_model_at_another_size_adds_resized_positions(target: tuple[int, int]) -> None:
     config = ViTConfig(
         hidden_size=2,
         num_attention_heads=1,
@@ -113,7 +113,7 @@ def test_positions_are_resized_in_the_dtype_of_the_computation(stored: type) -> 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("size", [(602, 546), (546, 602), (224, 238), (112, 98)])
-def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
+def test_a_square_checkpoint_at_another_size_equals_pytorch(
     size: tuple[int, int], filled: Callable[..., VisionTransformer]
 ) -> None:
     """`ViTForImageClassification(..., interpolate_pos_encoding=True)`, in float64, end to end."""

@@ -156,9 +156,7 @@ def test_a_model_that_shows_or_drops_probabilities_does_not_pad(lengths: list[Ar
     assert jnp.isfinite(model(pixels, rngs=nnx.Rngs(dropout=0))).all() and not lengths
 
 
-def test_one_block_that_drops_probabilities_leaves_cudnn_to_the_others(
-    lengths: list[Array], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_with_dropout_leaves_cudnn_to_the_others(lengths: list[Array], monkeypatch: pytest.MonkeyPatch) -> None:
     weighed: list[int] = []
     weigh = attention.weigh
     monkeypatch.setattr(
@@ -199,7 +197,7 @@ def test_without_an_nvidia_gpu_cudnn_is_refused_in_one_line(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("capability", "widest"), [(8.0, 128), (8.9, 128), (9.0, 256), (12.0, 256)])
-def test_heads_of_another_width_than_cudnns_are_refused_in_one_line(
+def test_heads_too_wide_for_cudnn_are_refused_in_one_line(
     capability: float, widest: int, lengths: list[Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_capability", lambda: capability)

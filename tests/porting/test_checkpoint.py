@@ -185,7 +185,7 @@ def aligned(value: np.ndarray) -> np.ndarray:
     return copy
 
 
-def test_the_model_does_not_share_memory_with_the_tensors_it_was_made_from() -> None:
+def test_a_model_does_not_share_memory_with_its_source() -> None:
     ported = mapping.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, layouts.HF)
     # Where an array begins is chance; files that are mapped into memory, and large arrays, begin at such places.
     parameters = {path: aligned(value) for path, value in ported.items()}
@@ -254,7 +254,7 @@ def test_a_hub_id_from_the_cache_without_a_network(
     assert {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.SHARDS} <= set(asked)
 
 
-def test_a_hub_repository_of_pickles_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_repository_of_pickles_is_refused_before_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         checkpoint.huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"]
     )
@@ -362,9 +362,7 @@ def test_json_that_is_nested_without_end(directory: Path, name: str) -> None:
     assert refusal(directory).startswith(f"{directory / name}: not readable as JSON (maximum recursion depth exceeded")
 
 
-def test_weights_that_cannot_be_opened_are_not_called_missing_or_damaged(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unopenable_weights_are_not_called_missing_or_damaged(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = directory / checkpoint.WEIGHTS
 
     def forbidden(*arguments: object, **options: object) -> None:
@@ -551,7 +549,7 @@ def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message
     assert re.search(re.escape(message), refusal_when_opened(tmp_path))
 
 
-def test_safetensors_are_written_with_the_bytes_of_their_own_library(tmp_path: Path) -> None:
+def test_safetensors_have_the_bytes_of_their_own_library(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     kinds = (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)
     tensors = {f"é.{n}.{np.dtype(kind)}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
@@ -583,7 +581,7 @@ def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
 
 
 @google_layouts
-def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: layouts.Layout) -> None:
+def test_npz_with_pre_logits_and_head_asks_which_to_leave_out(tmp_path: Path, layout: layouts.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
     google_npz(tmp_path / "ViT.npz", layout, **extra)
     assert "leave one out with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
@@ -598,7 +596,7 @@ def test_npz_of_bfloat16(tmp_path: Path) -> None:
     assert all(found[path].tobytes() == value.tobytes() for path, value in parameters.items())
 
 
-def test_another_configuration_keeps_what_travels_with_the_checkpoint(directory: Path, tmp_path: Path) -> None:
+def test_another_configuration_keeps_the_other_json_fields(directory: Path, tmp_path: Path) -> None:
     other = ViTConfig(**{**CONFIG.__dict__, "layer_norm_eps": 1e-3, "extra": {}, "preprocessor": None})
     model = vit_ref.from_pretrained(directory, config=other)
     assert model.config.layer_norm_eps == 1e-3

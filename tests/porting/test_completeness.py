@@ -85,7 +85,7 @@ def test_all_faults_are_reported_and_nothing_else(
         assert [line for line in lines if line.startswith(f"  {kind}: {name}: ") and str(shape) in line]
 
 
-def test_nothing_is_handed_over_once_a_tensor_is_known_not_to_fit_and_all_else_is_still_looked_at() -> None:
+def test_after_a_fault_no_tensor_is_returned_but_all_are_checked() -> None:
     config = CASES["rectangular"].config
     source = dict(CASES["rectangular"].checkpoint().tensors)
     last, late = "vit.embeddings.cls_token", "vit.layernorm.weight"
@@ -116,7 +116,7 @@ def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, pref
 
 @each_layout
 @given(config=configs(), depth=st.integers(11, 14), seed=seeds)
-def test_blocks_are_in_numeric_order_whatever_the_order_of_the_tensors(
+def test_blocks_are_in_numeric_order_for_any_order_of_tensors(
     layout: Layout, config: ViTConfig, depth: int, seed: int
 ) -> None:
     config = dataclasses.replace(within(layout, config), num_hidden_layers=depth)

@@ -76,7 +76,7 @@ def bits(parameters: mapping.Tensors) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("keys", [(), ("torch_dtype",), ("dtype",), ("torch_dtype", "dtype")])
-def test_the_configuration_says_the_dtype_of_the_tensors_beside_it(tmp_path: Path, keys: tuple[str, ...]) -> None:
+def test_the_configuration_states_the_dtype_of_the_tensors(tmp_path: Path, keys: tuple[str, ...]) -> None:
     """And not the one that it was read with: transformers rounds to whatever it says."""
     config = replace(CONFIG, extra=dict.fromkeys(keys, "bfloat16"))
     source = write(tmp_path / "source", config, random_bits(config, np.float32))
@@ -95,7 +95,7 @@ def test_the_configuration_says_the_dtype_of_the_tensors_beside_it(tmp_path: Pat
         ((ml_dtypes.bfloat16, np.float16), "float32"),
     ],
 )
-def test_of_several_dtypes_the_configuration_says_one_that_holds_all(dtypes: tuple[type, type], said: str) -> None:
+def test_the_configuration_states_a_dtype_that_holds_all_tensors(dtypes: tuple[type, type], said: str) -> None:
     tensors = {str(i): np.zeros(1, dtype) for i, dtype in enumerate(dtypes)}
     assert pretrained.hf_config(CONFIG, tensors)["torch_dtype"] == said
 
@@ -240,7 +240,7 @@ REFUSES: dict[str, dict[str, str]] = {
 
 @targets
 @pytest.mark.parametrize("special", SPECIAL)
-def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: Path, to: Target, special: str) -> None:
+def test_a_layout_that_reads_as_another_model_is_not_written(tmp_path: Path, to: Target, special: str) -> None:
     config = replace(CONFIG, **SPECIAL[special])
     parameters = random_bits(config, np.float32)
     if special != "cls position":
@@ -305,7 +305,7 @@ def test_a_directory_that_is_not_there_is_made(tmp_path: Path, source: Path, to:
     assert list(destination.parent.iterdir()) == [destination]
 
 
-def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_path: Path, source: Path) -> None:
+def test_an_unusable_source_is_refused_as_by_from_pretrained(tmp_path: Path, source: Path) -> None:
     config = checkpoint.read(source).config or {}
     checkpoint.write_json(source / "config.json", {**config, "model_type": "deit"})
     message = refusal(source, tmp_path / "timm", "timm", ConfigError)
@@ -317,7 +317,7 @@ def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_pa
 
 
 @pytest.mark.parametrize(("to", "is_sharded"), [("hf", True), ("timm", False)])
-def test_large_weights_are_sharded_but_for_timm_which_reads_no_shards(
+def test_large_weights_are_sharded_except_for_timm(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, to: Target, is_sharded: bool
 ) -> None:
     small = functools.partial(checkpoint.write_directory, max_shard_size=900)

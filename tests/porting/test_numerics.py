@@ -183,7 +183,7 @@ def test_float8_is_one_line_and_no_verdict(command: list[str], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("dtype", "bits", "name"), [("I8", 8, "int8"), ("BOOL", 8, "bool"), ("C64", 64, "complex64")])
-def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
+def test_a_readable_dtype_that_weights_may_not_have_is_a_fault(
     dtype: str, bits: int, name: str, tmp_path: Path
 ) -> None:
     path = stored_as(tmp_path / "vit", dtype, bits, CASE.checkpoint().tensors)
@@ -221,7 +221,7 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
         ]
 
 
-def test_a_saved_config_says_nothing_of_tensors_that_are_stored_otherwise(tmp_path: Path) -> None:
+def test_a_saved_config_does_not_mention_quantised_tensors(tmp_path: Path) -> None:
     source = CASE.checkpoint()
     checkpoint.write_directory(tmp_path / "given", source.tensors, {**(source.config or {}), **FIELDS})
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "given"), tmp_path / "saved")

@@ -209,7 +209,7 @@ def test_names_are_prefixed_where_more_than_half_of_the_bodys_are(carrying: int,
     assert mapping.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], layouts.HF) is expected
 
 
-def test_the_first_element_that_is_not_finite_is_reported_with_its_place() -> None:
+def test_the_first_non_finite_element_is_reported_with_its_place() -> None:
     source = mapping.export(parameters(CONFIG), CONFIG, layouts.HF)
     kernel = source["classifier.weight"]
     kernel[1, 2], kernel[3, 0], kernel[4, 4] = -np.inf, np.nan, np.inf
@@ -224,7 +224,7 @@ def test_a_layout_is_shared_and_cannot_be_changed(layout: Layout) -> None:
         layout.prefix = "model."  # type: ignore[misc]
 
 
-def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
+def test_a_layout_without_a_rule_for_a_parameter_is_refused() -> None:
     incomplete = Layout("incomplete", tuple(rule for rule in layouts.HF.rules if rule.destination != "norm.bias"))
     with pytest.raises(
         MappingError, match=r"layout incomplete\): 1 no rule\n  no rule: norm\.bias: the layout has no name"
@@ -242,7 +242,7 @@ def test_timm_has_no_pooler() -> None:
 
 @pytest.mark.parametrize("position", [1e-45, -0.0])
 @pytest.mark.parametrize("element", [0, 5])
-def test_a_position_of_the_cls_token_is_not_dropped_for_big_vision(position: float, element: int) -> None:
+def test_big_vision_refuses_a_position_of_the_cls_token(position: float, element: int) -> None:
     ours = with_room(layouts.BIG_VISION, parameters(CONFIG))
     ours["position_embeddings"][0, 0, element] = position
     with pytest.raises(MappingError) as caught:

@@ -228,7 +228,7 @@ def test_a_published_architecture_is_named_and_needs_no_arguments() -> None:
             assert written["pretrained_cfg"]["input_size"] == [3, side, side]
 
 
-def test_a_directory_of_timms_is_loaded_and_its_tensors_are_those_it_came_from(tmp_path: Path) -> None:
+def test_a_timm_directory_is_loaded_with_its_own_tensors(tmp_path: Path) -> None:
     config = replace(CASES["rectangular"].config, layer_norm_eps=1e-6)
     parameters = mapping.port(CASES["rectangular"].checkpoint().tensors, config, layouts.HF)
     checkpoint.write_directory(tmp_path, mapping.export(parameters, config, layouts.TIMM), to_timm(config))

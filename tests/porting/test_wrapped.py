@@ -109,7 +109,7 @@ def test_what_all_have_in_common_and_nothing_else_is_a_prefix(names: list[str], 
     assert (found, len(kept)) == (prefix, weights)
 
 
-def test_a_prefix_that_not_all_names_have_is_named_and_can_be_had_without_the_others(tmp_path: Path) -> None:
+def test_a_prefix_of_most_names_is_named_with_a_way_out(tmp_path: Path) -> None:
     wrapped = {f"model.{name}": value for name, value in TENSORS.items()}
     path = directory(tmp_path / "vit", {**wrapped, "criterion.weight": np.ones(3, "f4")})
     with pytest.raises(MappingError) as caught:
@@ -194,7 +194,7 @@ def test_predict_leaves_behind_what_is_ignored(leftovers: Path, tmp_path: Path) 
     assert len(json.loads((tmp_path / "a.json").read_text())[0]["predictions"]) == 3
 
 
-def test_a_pattern_to_ignore_that_names_nothing_is_said_to_verify_too(leftovers: Path) -> None:
+def test_verify_also_refuses_a_pattern_that_matches_nothing(leftovers: Path) -> None:
     for options in ([], ["--stream"]):
         code, said = run("verify", leftovers, "--forward-only", *options, *ALL, "--ignore", "nothing.*")
         assert code == 2

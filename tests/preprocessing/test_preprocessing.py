@@ -167,7 +167,7 @@ def test_a_crop_has_the_bits_of_deits_own_processor(
     ],
     ids=str,
 )
-def test_sizes_that_a_cropping_file_leaves_out_follow_from_the_model(
+def test_sizes_missing_from_a_cropping_file_are_the_models(
     settings: dict[str, Any], written_out: dict[str, Any], picture: Picture, asks_for, by_reference
 ) -> None:
     image = Image.fromarray(picture(*SOURCE)).convert("RGB")
@@ -207,7 +207,7 @@ def test_null_is_the_default_in_the_file_of_a_fast_processor(picture: Picture, a
     ("preprocessor", "processor"),
     [(None, "ViTImageProcessor"), ({"resample": 3}, "ViTImageProcessor"), ({"image_processor_type": DEIT}, DEIT)],
 )
-def test_preprocessing_written_out_in_full_is_the_same_to_the_reference(
+def test_explicit_preprocessing_is_the_same_to_the_reference(
     preprocessor: dict[str, Any] | None, processor: str, picture: Picture, asks_for, by_reference
 ) -> None:
     image, config = Image.fromarray(picture(*SOURCE)).convert("RGB"), asks_for(preprocessor, (19, 8))
@@ -273,7 +273,7 @@ UPRIGHT: dict[int, Callable[[NDArray], NDArray]] = {
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_images_are_turned_upright_where_the_reference_ignores_exif(
+def test_images_are_turned_upright_where_reference_ignores_exif(
     orientation: int, suffix: str, picture: Picture, asks_for, by_reference, tmp_path: Path
 ) -> None:
     """The reference has our bits for the upright pixels, and we have its bits for the stored pixels."""
@@ -304,7 +304,7 @@ def test_a_tiff_which_pillow_itself_turns_is_turned_once(
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK"])
-def test_what_is_not_rgb_becomes_so_where_the_reference_must_be_told(mode: str, picture: Picture, by_reference) -> None:
+def test_every_image_becomes_rgb_without_the_references_flag(mode: str, picture: Picture, by_reference) -> None:
     image = Image.fromarray(picture(*SOURCE)).convert("RGB" if mode == "P" else "RGBA").convert(mode)
     with pytest.raises(ValueError, match=r"Unable to infer channel dimension|Unsupported number of image dimensions"):
         by_reference([image], {"do_convert_rgb": None})
@@ -330,7 +330,7 @@ def _png_16_bit(path: Path, values: NDArray) -> None:
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("RGB", "png")])
-def test_16_bits_keep_their_high_byte_where_the_reference_saturates(
+def test_16_bits_keep_the_high_byte_where_the_reference_clips(
     mode: str, suffix: str, picture: Picture, asks_for, by_reference, tmp_path: Path
 ) -> None:
     """The difference is the conversion of 16-bit grey and nothing else: Pillow clips at 255, we shift by eight bits."""
@@ -364,7 +364,7 @@ def test_16_bits_are_turned_upright_too(picture: Picture, asks_for, tmp_path: Pa
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_few_rows_are_an_image_where_the_reference_takes_them_for_channels(
+def test_few_rows_are_an_image_where_the_reference_sees_channels(
     rows: int, picture: Picture, asks_for, by_reference
 ) -> None:
     """The difference is that guess and nothing else: told where the channels are, it has our bits."""

@@ -26,7 +26,7 @@ names_of_no_variant = st.one_of(
 @pytest.mark.parametrize("fault", INVALID)
 @times(4)
 @given(data=st.data())
-def test_an_invalid_configuration_is_refused_with_its_exact_reason(fault: str, data: st.DataObject) -> None:
+def test_an_invalid_configuration_is_refused_with_its_reason(fault: str, data: st.DataObject) -> None:
     fields, message = data.draw(INVALID[fault], label="ViTConfig(**fields), message")
     with pytest.raises(ConfigError) as caught:
         ViTConfig(**fields)

@@ -47,7 +47,7 @@ def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Arr
 
 
 def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> str:
-    """Returns the error if the first process cannot write anything, or the second of three files, or fails otherwise."""
+    """Returns the error if the first process cannot write anything or the second of three files, or fails otherwise."""
     (out / "a-file").touch()
     write, files = checkpoint.write_safetensors, 0
 

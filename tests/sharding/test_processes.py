@@ -48,9 +48,7 @@ def test_logits_and_gradients_are_the_same_formula(found: dict[str, Any]) -> Non
     }
 
 
-def test_the_first_process_saves_the_bytes_of_one_device_and_the_other_nothing(
-    together: Path, measured: dict[str, Any]
-) -> None:
+def test_only_the_first_process_saves_with_the_bytes_of_one(together: Path, measured: dict[str, Any]) -> None:
     assert digests(together / "process-0") == measured["one"]
     assert not (together / "process-1").exists()
 

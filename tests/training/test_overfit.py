@@ -127,7 +127,7 @@ def clipped_momentum() -> optax.GradientTransformation:
 
 
 @pytest.mark.optimised
-def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
+def test_one_batch_is_learnt_from_given_checkpoints_and_new_head(
     pytestconfig: pytest.Config, train_ours: Callable, train_flaxvit: Callable
 ) -> None:
     paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)
