@@ -1,4 +1,4 @@
-"""Is an evaluation what counting gives, and does the log of a run survive a kill and a resume?"""
+"""Does an evaluation equal counting, and does the log of a run survive a kill and a resume?"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROUNDING = 16 * 2**-53
 
 
 def batch(seed: int = 0, images: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of six of the seven classes, a tenth of which stand for no image."""
+    """Returns logits and labels of six of the seven classes. A tenth of the labels is padding."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES - 1, images)
     logits = rng.normal(scale=2, size=(images, CLASSES))
@@ -191,7 +191,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def events(directory: Path) -> list:
-    """The events of all files, in order: length (8 bytes) and its checksum (4), the event, its checksum (4)."""
+    """Returns the events of all files in order: length (8 bytes), its checksum (4), the event, its checksum (4)."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -215,7 +215,7 @@ def test_tensorboard_gets_the_numbers_and_forgets_repeated_steps(tmp_path: Path)
     before, after = events(tmp_path / "1"), events(tmp_path / "2")
     scalars = [(e.step, v.tag, v.simple_value) for e in before + after for v in e.summary.value]
     assert scalars == [(1, "loss", 0.25), (2, "loss", 0.5), (2, "loss", 0.5), (3, "loss", 0.75)]
-    # TensorBoard drops what is at or after the step of a start of a session.
+    # TensorBoard drops events at or after the step at which a session starts.
     assert [event.step for event in after if event.HasField("session_log")] == [2]
 
 

@@ -1,4 +1,4 @@
-"""Does `predict` say what the model says, and is what cannot be predicted one line and exit code 2?"""
+"""Does `predict` print what the model computes, and is unusable input one line with exit code 2?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_predictions_are_the_models_own(batch_size: int, filled: Filled, photogr
         expected = np.exp(row) / np.exp(row).sum()
         names, probabilities = zip(*each, strict=True)
         assert list(names) == [CONFIG.labels[i] for i in sorted(range(6), key=lambda i: -expected[i])]
-        # float64 throughout; a batch of another size may add up in another order.
+        # float64 throughout. A batch of another size may add in another order.
         np.testing.assert_allclose(probabilities, sorted(expected, reverse=True), rtol=1e-12)
 
 
@@ -70,7 +70,7 @@ def test_labels_that_are_not_exclusive_have_independent_numbers(
         found = predict(model, photographs[:1], 3)[0]
         logits = np.asarray(model(jnp.asarray(preprocess(photographs[:1], CONFIG), np.float64))[0])
     if problem_type == "regression":
-        # All of them, in their own order: no value is likelier than another.
+        # All values, in their own order, because no value is likelier than another.
         expected = zip(CONFIG.labels, logits, strict=True)
         assert found == [(name, pytest.approx(value, rel=1e-12)) for name, value in expected]
     else:

@@ -1,4 +1,4 @@
-"""Does a run start from the checkpoint's backbone, with the head, size and precision that the recipe asks for?"""
+"""Does a run start from the checkpoint's backbone, with the recipe's head, size and precision?"""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ OF_THE_OLD_HEAD = {
 }
 
 
-# Other classes, and the same ones: their names alone would keep the old mapping.
+# Other classes, and the same ones, whose names alone would keep the old mapping.
 @pytest.mark.parametrize("classes", [("a", "b"), ("cat", "dog", "owl")])
 def test_a_fresh_head_drops_the_description_of_the_old_one(
     classes: tuple[str, ...], saved: Path, tmp_path: Path
@@ -171,12 +171,12 @@ def test_preprocessing_that_is_not_written_down_is_saved_in_full(
 ) -> None:
     config = dataclasses.replace(CONFIG, preprocessor=preprocessor)
     vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "source")
-    # With a size of its own the recipe writes one, too.
+    # A recipe with an image size writes one, too.
     model = make_starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe())
     side = model.config.image_hw[0]
     vit_ref.save_pretrained(model, tmp_path / "new")
     written = json.loads((tmp_path / "new" / "preprocessor_config.json").read_bytes())
-    # transformers' own would be 224.
+    # transformers' own default would be 224.
     assert written["size"] == {"height": side, "width": side}
     assert written["image_mean"] == (0.25 if preprocessor else [0.5, 0.5, 0.5])
     assert steps(vit_ref.from_pretrained(tmp_path / "new").config) == steps(
@@ -281,11 +281,12 @@ def test_float32_parameters_keep_updates_too_small_for_bfloat16(saved: Path) -> 
     assert seen == {np.dtype(np.float32)}
     kernel = "blocks.0.mlp.fc1.kernel"
     moved = np.abs(get_parameters(model)[kernel] - before[kernel])
-    # All that bfloat16 tells apart, at the parameters' size, is larger.
+    # All steps that bfloat16 can represent at the parameters' size are larger.
     resolution = np.sqrt(np.square(before[kernel]).mean()) * float(jnp.finfo(jnp.bfloat16).eps)
     assert (moved > 0).mean() > 0.9
     assert moved.max() <= 1.1 * steps * rate < resolution / 10
-    # The softmaxes, the norms, the logarithm of the loss, Adam's root. Not exp: GELU's derivative has one in bfloat16.
+    # The softmaxes, the norms, the logarithm of the loss, and Adam's root. Not exp: GELU's derivative has one in
+    # bfloat16.
     needs_float32 = {"reduce_max", "rsqrt", "log", "sqrt"}
     graph, state = nnx.split((model, optimizer))
 

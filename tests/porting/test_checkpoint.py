@@ -55,7 +55,7 @@ def refusal(path: Path | str, error: type[Exception] = CheckpointError) -> str:
 
 
 def refusal_when_opened(path: Path) -> str:
-    """The refusal of a damaged file, which has to be the same where no tensor is read."""
+    """Returns the error for a damaged file, which has to be the same if no tensor is read."""
     with pytest.raises(CheckpointError) as caught:
         checkpoint.read(path, lazy=True)
     assert str(caught.value) == refusal(path)
@@ -150,15 +150,15 @@ def test_npz_without_a_cls_token_pools_in_another_way(
 
 
 def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
-    """As facebook/deit-base-patch16-224 is published: the model type is ViT's, the preprocessing DeiT's."""
-    # transformers' convert_vit_timm_to_pytorch.py made it, and writes of its configuration what deviates from B/16.
+    """Reads a configuration like that of facebook/deit-base-patch16-224: a ViT's model type, DeiT's preprocessing."""
+    # transformers' convert_vit_timm_to_pytorch.py made it. It writes only the values that deviate from B/16.
     config = {**CONFIG.to_hf(), "model_type": "vit", "architectures": ["ViTForImageClassification"]}
     preprocessor = {"feature_extractor_type": "DeiTFeatureExtractor", "do_center_crop": True, "crop_size": 8, "size": 9}
     source = Case("deit", CONFIG).checkpoint()
     checkpoint.write_directory(tmp_path, source.tensors, config, preprocessor)
     model = vit_ref.from_pretrained(tmp_path)
     assert model.config == CONFIG and model.config.preprocessor == preprocessor
-    # With the distillation token under either model type it is another model.
+    # With a distillation token it is another model under either model type.
     token = {"vit.embeddings.distillation_token": np.zeros((1, 1, 6), np.float32)}
     checkpoint.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
     assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, MappingError)
@@ -177,7 +177,7 @@ def test_a_headless_checkpoint_makes_a_headless_model(tmp_path: Path, architectu
 
 
 def aligned(value: np.ndarray) -> np.ndarray:
-    """A copy that begins at a multiple of 64 bytes, where jax takes NumPy's memory for its own."""
+    """Returns a copy that begins at a multiple of 64 bytes, where jax uses NumPy's memory as its own."""
     memory = np.empty(value.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
@@ -187,7 +187,7 @@ def aligned(value: np.ndarray) -> np.ndarray:
 
 def test_a_model_does_not_share_memory_with_its_source() -> None:
     ported = mapping.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, layouts.HF)
-    # Where an array begins is chance; files that are mapped into memory, and large arrays, begin at such places.
+    # Chance decides where an array begins. Memory-mapped files and large arrays begin at such addresses.
     parameters = {path: aligned(value) for path, value in ported.items()}
     model = pretrained.build(CONFIG, parameters)
     for value in parameters.values():
@@ -237,7 +237,7 @@ def test_a_hub_id_from_the_cache_while_offline(
 def test_a_hub_id_from_the_cache_without_a_network(
     package: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the two ways that huggingface_hub's releases take to the network."""
+    """Covers both ways in which releases of huggingface_hub use the network."""
     kind: Any = type("ConnectError", (OSError if package == "requests" else Exception,), {"__module__": package})
     asked = []
 
@@ -366,7 +366,7 @@ def test_unopenable_weights_are_not_called_missing_or_damaged(directory: Path, m
     weights = directory / checkpoint.WEIGHTS
 
     def forbidden(*arguments: object, **options: object) -> None:
-        raise FileNotFoundError  # what safetensors makes of any file that it cannot open
+        raise FileNotFoundError  # safetensors raises this for any file that it cannot open
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "load_file", forbidden)
@@ -465,7 +465,7 @@ def test_npz_of_a_rectangle_does_not_say_which(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Creates a file where it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -556,7 +556,7 @@ def test_safetensors_have_the_bytes_of_their_own_library(tmp_path: Path) -> None
     tensors["scalar"] = np.full((), 3, np.float32)
     tensors["turned"] = np.asfortranarray(tensors["é.11.float32"])
     checkpoint.write_safetensors(tmp_path / "ours", tensors)
-    # It writes memory as it lies.
+    # It writes memory in its own byte order.
     save_file({**tensors, "turned": tensors["é.11.float32"]}, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Does what is no numerics in config.json reach nobody who judges, and is what transformers loads loaded?"""
+"""Are entries of config.json that are no numerics ignored, and is every checkpoint that transformers loads loaded?"""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_gelu_python_is_the_erf_form_to_all_who_compute_it(tmp_path: Path) -> No
         NumpyOracle(spelt, source.tensors).trace(CASE.images()),
     ):
         np.testing.assert_allclose(theirs["logits"], trace["logits"], rtol=0, atol=1e-13)
-    # The name comes back as it was.
+    # The name is written back unchanged.
     assert spelt.to_hf()["hidden_act"] == "gelu_python"
 
 
@@ -126,7 +126,7 @@ def test_class_ids_with_gaps_are_read_as_transformers_reads_them(
 
 
 def stored_as(path: Path, dtype: str, bits: int, tensors: mapping.Tensors) -> Path:
-    """A directory whose safetensors file stores all weights in another dtype; their values do not matter."""
+    """Makes a directory whose safetensors file stores all weights in another dtype. The values do not matter."""
     header, end = {}, 0
     for name, value in tensors.items():
         size = -(-value.size * bits // 8)
@@ -197,7 +197,7 @@ def test_a_readable_dtype_that_weights_may_not_have_is_a_fault(
 
 
 def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
-    """Whoever finds it: the loader, the judge of this package's model or of a candidate's, block by block or whole."""
+    """Covers every finder of a fault: the loader, and the check of a model or candidate, block by block or whole."""
     from vit_ref.verify.proposals.proposal import propose
     from vit_ref.verify.session import check_port
     from vit_ref.verify.stream import check_streamed
@@ -227,5 +227,5 @@ def test_a_saved_config_does_not_mention_quantised_tensors(tmp_path: Path) -> No
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "given"), tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert not {"quantization_config", "pruned_heads"} & saved.keys()
-    # The rest travels along.
+    # All other entries are kept.
     assert saved["return_dict"] is False

@@ -1,4 +1,4 @@
-"""Are weights found under whatever a training loop writes before their names, and tensors left behind when asked?"""
+"""Are weights found under the prefixes of training loops, and are the tensors left behind that the caller names?"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIG = ViTConfig(
 )
 TENSORS = Case("wrapped", CONFIG).checkpoint().tensors
 PARAMETERS = mapping.port(TENSORS, CONFIG, layouts.HF)
-# Beside the weights, in the two ways of flax's optimizers.
+# State beside the weights, in the two forms of flax's optimizers.
 STATE = {"opt/state/step": np.int32(7), "opt/state/param_states/head/bias/grad_ema": np.zeros(3, "f4")}
 
 
@@ -84,7 +84,7 @@ def test_an_npz_of_a_training_loop_is_read(
 
 
 def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
-    """Its step is a number, which no weight may be."""
+    """Reads a state whose step is a plain number, which no weight may be."""
     weights = traverse_util.unflatten_dict(mapping.export(PARAMETERS, CONFIG, layouts.FLAX), sep="/")
     tree = {"step": 7, "params": weights, "opt_state": {"0": {"count": np.int32(7), "mu": weights}, "1": {}}}
     checkpoint.write_directory(tmp_path, {}, CONFIG.to_hf())

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("devices")
 
 @pytest.fixture(scope="module")
 def together(start: Callable[..., subprocess.Popen], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both wrote."""
+    """The directory to which both processes wrote."""
     out = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
