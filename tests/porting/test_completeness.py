@@ -137,8 +137,7 @@ _SITES = {"patch": "patches", "cls_token": "embeddings", "position_embeddings": 
 
 
 def site_of(path: str) -> str:
-    """Returns the site that the parameters of a destination write. For a block's parameters it is in the first
-    block."""
+    """Returns the first site that the parameters of a destination write, in the first block if they are a block's."""
     layer = path.removesuffix(".kernel").removesuffix(".bias").removesuffix(".scale")
     layer = layer.replace("blocks.{i}.", "block.0.").replace("mlp.fc2", "mlp.out")
     return _SITES.get(layer, layer)

@@ -459,8 +459,7 @@ NAMES = {
 
 
 def pytorch_to_flax(name: str, tensor: NDArray) -> tuple[str, NDArray]:
-    """Returns the leaf name and value that flax has for a PyTorch tensor: kernels (in, out), (height, width, in,
-    out)."""
+    """Returns the leaf name and value in flax of a PyTorch tensor: kernels (in, out), (height, width, in, out)."""
     if "norm" in name:
         return ("scale" if name.endswith("weight") else "bias"), tensor
     if tensor.ndim == 4:

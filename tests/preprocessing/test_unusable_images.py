@@ -66,8 +66,7 @@ def test_damaged_files_are_named_with_the_reason(
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
 def test_no_damage_ends_in_another_error(kind: str, picture: Picture, asks_for, tmp_path: Path) -> None:
-    """Damages files, for which Pillow's decoders raise OSError, SyntaxError, ValueError, TypeError, struct.error,
-    ..."""
+    """Damages files. Pillow's decoders then raise OSError, SyntaxError, ValueError, TypeError and others."""
     rng, config = np.random.default_rng(0), asks_for({})
     exif = Image.Exif()
     exif[0x0112] = 6

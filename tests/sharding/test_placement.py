@@ -18,8 +18,7 @@ TENSORS = CASE.checkpoint().tensors
 
 
 def part(path: str, way: Way) -> tuple[int, ...]:
-    """Returns the shape of a device's part of a parameter by Megatron's and FSDP's rule, written apart from the
-    table."""
+    """Returns the shape of a device's part by Megatron's and FSDP's rule, written apart from the package's table."""
     shape = list(SHAPES[path])
     layer = path.split(".")[-2] if "." in path else path
     if "tensor" in way.sharding:
