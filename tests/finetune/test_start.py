@@ -136,8 +136,8 @@ def test_a_head_that_cross_entropy_cannot_train_is_not_kept(
     with pytest.raises(InputError) as caught:
         make_starting_model(tmp_path, classes, Recipe(head="keep"))
     assert str(caught.value) == (
-        f"{tmp_path}: cross-entropy trains a head with one right class of several, and the head that is kept is none"
-        f" ({said}): take a fresh head (--head fresh)"
+        f"{tmp_path}: its head does not choose one of several classes ({said}), and cross-entropy needs that: take a"
+        " fresh head (--head fresh)"
     )
     assert make_starting_model(tmp_path, classes, Recipe()).config.extra.get("problem_type") is None
 
