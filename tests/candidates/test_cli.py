@@ -21,7 +21,7 @@ import vit_ref
 from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli.console import show_progress
 from vit_ref.cli.group import main
-from vit_ref.errors import TruncatedError
+from vit_ref.errors import InputError, TruncatedError
 from vit_ref.verify import session, stream
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.environment import environment
@@ -47,7 +47,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one block."""
     source = CASES["stored-float64"].checkpoint()
     directory = tmp_path_factory.mktemp("given") / "tiny"
-    vit_ref.weights.checkpoint.write_directory(
+    vit_ref.weights.writing.write_directory(
         directory, {name: tensor.astype("f4") for name, tensor in source.tensors.items()}, source.config
     )
     return directory
@@ -250,12 +250,28 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
         (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
         (["propose", "--candidate", "a.py"], "Missing argument 'CHECKPOINT'"),
         (["propose", "a"], "Missing option '--candidate'"),
+        (["verify", "--json"], "Option '--json' requires an argument."),
+        (["finetun"], "No such command 'finetun'"),
     ],
 )
-def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
+def test_a_wrong_call_is_one_line_and_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
     ended = invoke(*arguments)
     assert ended.exit_code == 2
-    assert message in ended.stderr
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("vit-ref: ") and message in line and line.endswith(" --help")
+
+
+def test_json_is_written_though_the_page_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
+) -> None:
+    def unwritable(*arguments: Any) -> str:
+        raise InputError("no page")
+
+    monkeypatch.setattr(session, "check_port", lambda *arguments, **options: REPORTS["wrong"]())
+    monkeypatch.setattr("vit_ref.verify.report.to_html", unwritable)
+    ended = invoke("verify", "anywhere", "--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: no page\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_port_that_does_not_compute_in_float64_cannot_be_judged(
@@ -452,7 +468,7 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     name = f"{tiny.parent.name}/tiny"
-    assert ended.stdout.startswith(f"{name}: 17 sites pass; float64 at most ")
+    assert ended.stdout.startswith(f"{name}: 17 sites pass: largest float64 error ")
     assert ended.stdout.splitlines()[-1] == f"PASSED: vit_ref on {name} against FlaxViT, float32"
     digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
     assert f"weights: sha256 {digest}" in ended.stdout.splitlines()

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.finetune.attention import compute_attention_maps
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights.pretrained import get_parameters
 
 

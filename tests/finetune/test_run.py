@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,13 +347,27 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, 
     assert "run.json: training_images was '512 (" in refused("whole", "--resume", "--classes", "3")
 
 
+def test_an_earlier_run_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    program = (
+        "import sys\n"
+        "from vit_ref.cli.entry import main\n"
+        f"sys.argv = ['vit-ref', 'finetune', '--output-dir', {str(tmp_path)!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n    print({'jax', 'flax', 'numpy'} & set(sys.modules))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    line = f"vit-ref: {tmp_path}: there is a run in it: go on with --resume, or give another directory\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "set()\n", line)
+
+
 def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> None:
     def begin(below: str, change: Callable[[ImageDataset], ImageDataset] = lambda dataset: dataset) -> None:
         shapes = (open_dataset(None, split) for split in ("train", "validation"))
         training, validation = (
             dataclasses.replace(each, names=tuple(f"{below}/{name}" for name in each.names)) for each in shapes
         )
-        _require_same_run(tmp_path, Recipe(), None, training, change(validation), resume=below != "here")
+        _require_same_run(tmp_path, Recipe(), None, training, change(validation))
 
     begin("here")
     begin("there")
@@ -365,13 +381,13 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
 
 def test_a_run_older_than_a_field_continues_with_its_default(tmp_path: Path) -> None:
     training = open_dataset(None, "train")
-    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=False)
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training)
     description = json.loads((tmp_path / "run.json").read_text())
     del description["recipe"]["attention"]
     (tmp_path / "run.json").write_text(json.dumps(description))
-    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=True)
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training)
     with pytest.raises(InputError, match=r"run.json: attention was 'xla' and is now 'cudnn'"):
-        _require_same_run(tmp_path, Recipe(attention="cudnn", precision="mixed"), None, training, training, resume=True)
+        _require_same_run(tmp_path, Recipe(attention="cudnn", precision="mixed"), None, training, training)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"recipe": 3}', b"\xff"])

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from jax.typing import DTypeLike
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.model import vit as vit_module
 from vit_ref.model.activations import ACTIVATIONS
@@ -24,7 +25,6 @@ from vit_ref.model.skeleton import list_parameters
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, Case, synthetic_images
 from vit_ref.verify.gates import error
-from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.numpy_oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
 
 SMALL = [case for case in CASES.values() if case.name != "vit-b16"]

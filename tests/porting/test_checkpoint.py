@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from tests.helpers.vit_strategies import random_bits, with_room
 from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.weights import checkpoint, layouts, mapping, pretrained
-from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained, tensor_files, writing
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.tensor_files import LazyTensors
 
 LABELS = ("cat", "dog", "dog")  # ImageNet too has one name twice
 PREPROCESSOR = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4, 0.5, 0.6], "resample": 3}
@@ -44,7 +46,7 @@ CONFIG = ViTConfig(
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     source = Case("directory", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path / "vit", source.tensors, CONFIG.to_hf(), PREPROCESSOR)
+    writing.write_directory(tmp_path / "vit", source.tensors, CONFIG.to_hf(), PREPROCESSOR)
     return tmp_path / "vit"
 
 
@@ -73,7 +75,7 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
 @pytest.mark.parametrize("shards", ["5GB", 900])
 def test_a_round_trip_keeps_every_byte_and_everything_else(tmp_path: Path, dtype: type, shards: int | str) -> None:
     source = Case("source", CONFIG, stored=dtype).checkpoint()
-    checkpoint.write_directory(tmp_path / "a", source.tensors, CONFIG.to_hf(), PREPROCESSOR, max_shard_size=shards)
+    writing.write_directory(tmp_path / "a", source.tensors, CONFIG.to_hf(), PREPROCESSOR, max_shard_size=shards)
     assert (tmp_path / "a" / checkpoint.INDEX).exists() == (shards == 900)
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "a"), tmp_path / "b", max_shard_size=shards)
     before, after = checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "b")
@@ -155,12 +157,12 @@ def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
     config = {**CONFIG.to_hf(), "model_type": "vit", "architectures": ["ViTForImageClassification"]}
     preprocessor = {"feature_extractor_type": "DeiTFeatureExtractor", "do_center_crop": True, "crop_size": 8, "size": 9}
     source = Case("deit", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, config, preprocessor)
+    writing.write_directory(tmp_path, source.tensors, config, preprocessor)
     model = vit_ref.from_pretrained(tmp_path)
     assert model.config == CONFIG and model.config.preprocessor == preprocessor
     # With a distillation token it is another model under either model type.
     token = {"vit.embeddings.distillation_token": np.zeros((1, 1, 6), np.float32)}
-    checkpoint.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
+    writing.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
     assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, MappingError)
 
 
@@ -169,7 +171,7 @@ def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
 def test_a_headless_checkpoint_makes_a_headless_model(tmp_path: Path, architectures: list | None, pooler: bool) -> None:
     config = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "labels": (), "pooler": pooler})
     source = Case("headless", config).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, {**config.to_hf(), "architectures": architectures})
+    writing.write_directory(tmp_path, source.tensors, {**config.to_hf(), "architectures": architectures})
     model = vit_ref.from_pretrained(tmp_path)
     assert (model.config.num_labels, model.config.pooler) == (0, pooler)
     vit_ref.save_pretrained(model, tmp_path / "again")
@@ -198,7 +200,7 @@ def test_a_model_does_not_share_memory_with_its_source() -> None:
 
 def test_float64_weights_are_not_silently_truncated(tmp_path: Path) -> None:
     source = Case("double", CONFIG, stored=np.float64).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
+    writing.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
     assert "float64, which jax would truncate: set jax_enable_x64" in refusal(tmp_path)
 
 
@@ -248,16 +250,14 @@ def test_a_hub_id_from_the_cache_without_a_network(
         asked.extend(allow_patterns)
         return str(directory)
 
-    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", unreachable)
-    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", cached)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     assert vit_ref.from_pretrained("someone/vit").config == CONFIG
     assert {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.SHARDS} <= set(asked)
 
 
 def test_a_hub_repository_of_pickles_is_refused_before_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        checkpoint.huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"]
-    )
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"])
     assert refusal("someone/vit") == (
         "someone/vit/pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
     )
@@ -265,7 +265,7 @@ def test_a_hub_repository_of_pickles_is_refused_before_fetching(monkeypatch: pyt
 
 def test_a_hub_repository_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     files = ["README.md", "model.onnx"]
-    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", lambda name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
     assert refusal("someone/vit") == (
         "someone/vit: no weights: expected model.safetensors, model.safetensors.index.json or flax_model.msgpack"
     )
@@ -288,8 +288,8 @@ def test_one_format_is_fetched_from_the_hub(
         asked.extend(allow_patterns)
         raise OSError("stop here")
 
-    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", lambda name, revision: files)
-    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert refusal("someone/vit").endswith("As a hub id it was refused: stop here: correct the name, or log in")
     assert asked == ["config.json", "preprocessor_config.json", *fetched]
 
@@ -369,13 +369,13 @@ def test_unopenable_weights_are_not_called_missing_or_damaged(directory: Path, m
         raise FileNotFoundError  # safetensors raises this for any file that it cannot open
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "load_file", forbidden)
-        patched.setattr(checkpoint.safetensors, "safe_open", forbidden)
+        patched.setattr(tensor_files, "load_file", forbidden)
+        patched.setattr(tensor_files.safetensors, "safe_open", forbidden)
         assert refusal_when_opened(directory) == f"{weights}: may not be read: change its permissions"
     weights.unlink()
     weights.symlink_to("gone")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: a link to no file: fetch it again$"):
-        checkpoint.read_tensors(weights)
+        tensor_files.read_tensors(weights)
     weights.unlink()
     weights.mkdir()
     assert refusal_when_opened(directory) == f"{weights}: is a directory, and was to be a file of weights"
@@ -412,7 +412,7 @@ def test_tensors_read_one_by_one_are_those_in_the_file_now(directory: Path) -> N
 @pytest.mark.parametrize("layout", [".npz", ".msgpack"])
 def test_files_that_cannot_be_read_one_by_one_are_read_whole(tmp_path: Path, layout: str) -> None:
     tensors = {"a/b": np.arange(3.0), "c": np.ones((2, 1), np.float32)}
-    checkpoint.write_tensors(tmp_path / f"some{layout}", tensors)
+    writing.write_tensors(tmp_path / f"some{layout}", tensors)
     found = checkpoint.read(tmp_path / f"some{layout}", lazy=True)
     assert not isinstance(found.tensors, LazyTensors) and same(found, Checkpoint(tmp_path, tensors))
 
@@ -538,7 +538,7 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
 )
 def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message: str) -> None:
     tensors = Case("shards", CONFIG).checkpoint().tensors
-    checkpoint.write_directory(tmp_path, tensors, CONFIG.to_hf(), max_shard_size=900)
+    writing.write_directory(tmp_path, tensors, CONFIG.to_hf(), max_shard_size=900)
     shards = sorted(tmp_path.glob("*.safetensors"))
     index = json.loads(
         (tmp_path / checkpoint.INDEX).read_text().replace(shards[0].name, "model-00001-of-00004.safetensors")
@@ -555,7 +555,7 @@ def test_safetensors_have_the_bytes_of_their_own_library(tmp_path: Path) -> None
     tensors = {f"é.{n}.{np.dtype(kind)}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
     tensors["scalar"] = np.full((), 3, np.float32)
     tensors["turned"] = np.asfortranarray(tensors["é.11.float32"])
-    checkpoint.write_safetensors(tmp_path / "ours", tensors)
+    writing.write_safetensors(tmp_path / "ours", tensors)
     # It writes memory in its own byte order.
     save_file({**tensors, "turned": tensors["é.11.float32"]}, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -568,7 +568,7 @@ def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytes
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", full_disk)
+    monkeypatch.setattr(writing, "write_safetensors", full_disk)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         vit_ref.save_pretrained(model, directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

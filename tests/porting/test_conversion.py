@@ -20,7 +20,7 @@ from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.weights import checkpoint, conversion, layouts, mapping, pretrained
+from vit_ref.weights import checkpoint, conversion, layouts, mapping, pretrained, writing
 from vit_ref.weights.conversion import Target, convert
 from vit_ref.weights.layouts import LAYOUTS
 
@@ -45,9 +45,7 @@ targets = pytest.mark.parametrize("to", TARGETS)
 
 
 def write(place: Path, config: ViTConfig, parameters: dict[str, NDArray]) -> Path:
-    checkpoint.write_directory(
-        place, mapping.export(parameters, config, layouts.HF), config.to_hf(), config.preprocessor
-    )
+    writing.write_directory(place, mapping.export(parameters, config, layouts.HF), config.to_hf(), config.preprocessor)
     return place
 
 
@@ -283,15 +281,14 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, source: Path, to: Target
 def test_a_file_is_not_put_beside_the_configuration_of_another(tmp_path: Path, source: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     assert refusal(source, tmp_path / "vit.npz", "npz") == (
-        f"{tmp_path / 'vit.npz'}: a reader would take the {name} in this directory for this file's:"
-        " give another directory"
+        f"{tmp_path / 'vit.npz'}: a reader would take the {name} in this directory for this file's: name a file"
+        " in a directory without one"
     )
 
 
 def test_a_destination_or_layout_that_is_none(tmp_path: Path, source: Path) -> None:
-    assert refusal(source, tmp_path / "vit", "npz").endswith(
-        "vit: this layout is one file: give a name that ends in .npz"
-    )
+    given = tmp_path / "vit"
+    assert refusal(source, given, "npz") == f"{given}: the layout npz is one file: name it {given}.npz"
     assert refusal(source, tmp_path / "vit", "torch") == (
         "layout is 'torch': give one of hf, flax, npz, big_vision, timm"
     )
@@ -307,10 +304,10 @@ def test_a_directory_that_is_not_there_is_made(tmp_path: Path, source: Path, to:
 
 def test_an_unusable_source_is_refused_as_by_from_pretrained(tmp_path: Path, source: Path) -> None:
     config = checkpoint.read(source).config or {}
-    checkpoint.write_json(source / "config.json", {**config, "model_type": "deit"})
+    writing.write_json(source / "config.json", {**config, "model_type": "deit"})
     message = refusal(source, tmp_path / "timm", "timm", ConfigError)
     assert message.startswith(f"{source / 'config.json'}: model_type is 'deit', ")
-    checkpoint.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
+    writing.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
     assert "16 unexpected" in refusal(source, tmp_path / "timm", "timm", MappingError)
     convert(source, tmp_path / "shorter", "timm", ignore=["vit.encoder.layer.1.*"])
     assert len(checkpoint.read(tmp_path / "shorter").tensors) == 8 + 12
@@ -320,8 +317,8 @@ def test_an_unusable_source_is_refused_as_by_from_pretrained(tmp_path: Path, sou
 def test_large_weights_are_sharded_except_for_timm(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, to: Target, is_sharded: bool
 ) -> None:
-    small = functools.partial(checkpoint.write_directory, max_shard_size=900)
-    monkeypatch.setattr(checkpoint, "write_directory", small)
+    small = functools.partial(writing.write_directory, max_shard_size=900)
+    monkeypatch.setattr(writing, "write_directory", small)
     written = convert(source, tmp_path / to, to).destination
     assert ((written / checkpoint.INDEX).exists(), (written / checkpoint.WEIGHTS).exists()) == (
         is_sharded,

@@ -13,7 +13,7 @@ from vit_ref.errors import CheckpointError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
 from vit_ref.verify.stream import check_streamed
-from vit_ref.weights import checkpoint, hub
+from vit_ref.weights import checkpoint, hub, writing
 from vit_ref.weights.hub import Name
 from vit_ref.weights.origin import find_origin
 
@@ -85,7 +85,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     repository = tmp_path / "models--someone--vit"
     for seed, (name, commit) in enumerate({"v1": OLD, "main": NEW}.items()):
         source = Case("cached", CONFIG, seed=seed).checkpoint()
-        checkpoint.write_directory(repository / "snapshots" / commit, source.tensors, CONFIG.to_hf())
+        writing.write_directory(repository / "snapshots" / commit, source.tensors, CONFIG.to_hf())
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / name).write_text(commit)
     return repository / "snapshots"
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_the_hub_is_named_by_its_commit(cached: Path) -> None:
 def test_neighbours_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Case("neighbour", CONFIG).checkpoint()
     for name in ("a", "b"):
-        checkpoint.write_directory(tmp_path / name / "model", source.tensors, CONFIG.to_hf())
+        writing.write_directory(tmp_path / name / "model", source.tensors, CONFIG.to_hf())
     names = [find_origin(checkpoint.read(tmp_path / name / "model")).name for name in ("a", "b")]
     assert names == ["a/model", "b/model"]
     monkeypatch.chdir(tmp_path / "a" / "model")
@@ -146,7 +146,7 @@ def test_neighbours_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("lazy", [False, True])
 def test_shards_have_one_digest_together(lazy: bool, tmp_path: Path) -> None:
     source = Case("shards", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf(), max_shard_size=900)
+    writing.write_directory(tmp_path, source.tensors, CONFIG.to_hf(), max_shard_size=900)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
     assert find_origin(checkpoint.read(tmp_path, lazy=lazy)).sha256 == sha256(*shards)
@@ -154,7 +154,7 @@ def test_shards_have_one_digest_together(lazy: bool, tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     source = Case("gone", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
+    writing.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
     found = checkpoint.read(tmp_path)
     (tmp_path / checkpoint.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: it cannot be read any more \(No such file or dir"):

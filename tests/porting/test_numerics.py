@@ -21,7 +21,7 @@ from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.choice import Reference
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights import checkpoint, mapping, writing
 from vit_ref.weights.conversion import convert
 
 CONFIG = ViTConfig(
@@ -133,7 +133,7 @@ def stored_as(path: Path, dtype: str, bits: int, tensors: mapping.Tensors) -> Pa
         header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [end, end + size]}
         end += size
     encoded = json.dumps(header).encode()
-    checkpoint.write_directory(path, {}, CONFIG.to_hf())
+    writing.write_directory(path, {}, CONFIG.to_hf())
     (path / checkpoint.WEIGHTS).write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(end))
     return path
 
@@ -204,7 +204,7 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
 
     source = CASE.checkpoint()
     tensors = {**source.tensors, "classifier.bias": np.full(3, np.nan, "f4")}
-    checkpoint.write_directory(tmp_path, tensors, CONFIG.to_hf())
+    writing.write_directory(tmp_path, tensors, CONFIG.to_hf())
     for ask in (
         vit_ref.from_pretrained,
         lambda path: check_port(None, path),
@@ -223,7 +223,7 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
 
 def test_a_saved_config_does_not_mention_quantised_tensors(tmp_path: Path) -> None:
     source = CASE.checkpoint()
-    checkpoint.write_directory(tmp_path / "given", source.tensors, {**(source.config or {}), **FIELDS})
+    writing.write_directory(tmp_path / "given", source.tensors, {**(source.config or {}), **FIELDS})
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "given"), tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert not {"quantization_config", "pruned_heads"} & saved.keys()

@@ -14,7 +14,7 @@ import vit_ref
 from vit_ref.errors import ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import CASES
-from vit_ref.weights import checkpoint, layouts, mapping, pretrained
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained, writing
 from vit_ref.weights.timm import from_timm, to_timm
 
 # timm 1.0.31 writes this for vit_base_patch16_224.
@@ -231,7 +231,7 @@ def test_a_published_architecture_is_named_and_needs_no_arguments() -> None:
 def test_a_timm_directory_is_loaded_with_its_own_tensors(tmp_path: Path) -> None:
     config = replace(CASES["rectangular"].config, layer_norm_eps=1e-6)
     parameters = mapping.port(CASES["rectangular"].checkpoint().tensors, config, layouts.HF)
-    checkpoint.write_directory(tmp_path, mapping.export(parameters, config, layouts.TIMM), to_timm(config))
+    writing.write_directory(tmp_path, mapping.export(parameters, config, layouts.TIMM), to_timm(config))
     for path in (tmp_path, tmp_path / checkpoint.WEIGHTS):
         model = vit_ref.from_pretrained(path)
         assert replace(model.config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2) == config
@@ -252,7 +252,7 @@ def test_a_block_that_is_missing_is_missed(tmp_path: Path) -> None:
     parameters = mapping.port(CASES["rectangular"].checkpoint().tensors, config, layouts.HF)
     tensors = mapping.export(parameters, config, layouts.TIMM)
     kept = {name: value for name, value in tensors.items() if not name.startswith("blocks.1.")}
-    checkpoint.write_directory(tmp_path, kept, to_timm(config))
+    writing.write_directory(tmp_path, kept, to_timm(config))
     with pytest.raises(MappingError) as caught:
         vit_ref.from_pretrained(tmp_path)
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {

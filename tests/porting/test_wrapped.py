@@ -20,7 +20,7 @@ from vit_ref.cli.group import main
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.weights import checkpoint, layouts, mapping, pretrained, wrappers
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained, tensor_files, wrappers, writing
 
 CONFIG = ViTConfig(
     hidden_size=6,
@@ -40,7 +40,7 @@ STATE = {"opt/state/step": np.int32(7), "opt/state/param_states/head/bias/grad_e
 
 
 def directory(path: Path, tensors: mapping.Tensors, config: ViTConfig = CONFIG) -> Path:
-    checkpoint.write_directory(path, {}, config.to_hf())
+    writing.write_directory(path, {}, config.to_hf())
     save_file(dict(tensors), path / checkpoint.WEIGHTS)
     return path
 
@@ -61,7 +61,7 @@ def test_a_prefix_of_pytorchs_wrappers_is_stripped_and_said(
     assert caplog.messages == [f"{path}: all weights' names begin with {prefix!r}, which is stripped"]
     assert found.keys() == TENSORS.keys()
     assert all((found[name] == value).all() for name, value in TENSORS.items())
-    if isinstance(found, checkpoint.LazyTensors):
+    if isinstance(found, tensor_files.LazyTensors):
         assert all(found.shape(name) == value.shape for name, value in TENSORS.items())
     assert same(path)
 
@@ -87,7 +87,7 @@ def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
     """Reads a state whose step is a plain number, which no weight may be."""
     weights = traverse_util.unflatten_dict(mapping.export(PARAMETERS, CONFIG, layouts.FLAX), sep="/")
     tree = {"step": 7, "params": weights, "opt_state": {"0": {"count": np.int32(7), "mu": weights}, "1": {}}}
-    checkpoint.write_directory(tmp_path, {}, CONFIG.to_hf())
+    writing.write_directory(tmp_path, {}, CONFIG.to_hf())
     (tmp_path / checkpoint.FLAX_WEIGHTS).write_bytes(serialization.msgpack_serialize(tree))
     assert same(tmp_path)
 

@@ -12,6 +12,7 @@ from vit_ref.cli.console import say, say_left_out
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.options import LOCAL, ignore_option
 from vit_ref.errors import InputError
+from vit_ref.finetune.directory import require_free
 from vit_ref.finetune.options import add_recipe_options, make_recipe
 
 
@@ -83,6 +84,8 @@ def finetune(
     defaults are those of Flax's ViT tutorial.
     """
     chosen = make_recipe(recipe)
+    if not process_id:  # the first of several processes begins the run for all
+        require_free(output_dir, resume=resume)
     _join_processes(coordinator, num_processes, process_id)
     # On a full disk Orbax and tensorstore log pages to these two. This command prints one line instead.
     for name in ("absl", "asyncio"):

@@ -36,7 +36,7 @@ UNUSABLE, UNREAD = 2, 141
 
 
 class _Group(click.Group):
-    """Group of commands that report unusable input in one line with exit code 2."""
+    """Group of commands that report unusable input, and click's own usage errors, in one line with exit code 2."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the installed command."""
@@ -69,8 +69,11 @@ def _exit_codes() -> Iterator[None]:
     try:
         try:
             yield
-        except click.ClickException as error:
+        except click.exceptions.NoArgsIsHelpError as error:
             error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            say(" ".join(f"{error.format_message()}{_help_of(error)}".split()))
             sys.exit(error.exit_code)
         except InputError as error:
             say(str(error))
@@ -84,6 +87,14 @@ def _exit_codes() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         sys.exit(UNREAD)
+
+
+def _help_of(error: click.ClickException) -> str:
+    """Says how to get help on the command that refused what it was given."""
+    if not isinstance(error, click.UsageError):
+        return ""
+    end = "" if error.format_message().rstrip().endswith((".", "?")) else "."
+    return f"{end} Help: {error.ctx.command_path if error.ctx else 'vit-ref'} --help"
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

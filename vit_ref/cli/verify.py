@@ -86,7 +86,7 @@ def verify(
                 raise InputError(f"--{option} needs a CHECKPOINT, and there is none: give one, or leave out --{option}")
     require_outputs(html=html, json=json_file)
     with leave_when_interrupted():
-        from vit_ref.verify.report import summary, table, to_html, to_json
+        from vit_ref.verify.report import in_full, summary, to_html, to_json
         from vit_ref.verify.session import check_port, count_steps
         from vit_ref.verify.stream import check_streamed
 
@@ -114,14 +114,11 @@ def verify(
             if checkpoint is None:
                 # The temporary directory no longer exists when somebody reads the report.
                 report = dataclasses.replace(report, checkpoint=report.checkpoint._replace(path=""))
-            if html:
-                write_output(html, to_html(report))
             if json_file:
                 write_json(json_file, to_json(report))
-            if whole:
-                for part in (report.forward, report.backward):
-                    console.print(f"{table(part)}\n" if part else "")
-            console.print(summary(report))
+            if html:
+                write_output(html, to_html(report))
+            console.print(in_full(report) if whole else summary(report))
             passed &= report.passed
     if passed and unjudged:
         raise unjudged

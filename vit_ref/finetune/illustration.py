@@ -16,12 +16,12 @@ from vit_ref.finetune import plots
 from vit_ref.finetune.attention import compute_attention_maps
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset
+from vit_ref.finetune.directory import METRICS
 from vit_ref.finetune.loading import draw
 from vit_ref.finetune.metrics import read_metrics
 from vit_ref.finetune.prediction import compute_logits
 from vit_ref.finetune.probabilities import compute_scores
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.record import METRICS
 from vit_ref.finetune.run import Outcome
 
 PLOTS = "plots"

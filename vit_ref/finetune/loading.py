@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -257,16 +256,3 @@ def count_batches(images: int, batch_size: int, *, shards: int = 1, drop_remaind
     """
     whole, rest = divmod(images, batch_size * shards)
     return whole + bool(rest and not drop_remainder)
-
-
-def measure_throughput(iterator: Iterator[Batch], batches: int) -> float:
-    """Measures the loader alone, in images per second, after a first batch that starts it up.
-
-    Args:
-      iterator: the result of `load_batches`, with at least `batches + 1` batches left.
-      batches: number of batches to time.
-    """
-    next(iterator)
-    start = time.perf_counter()
-    images = sum(len(next(iterator)["label"]) for _ in range(batches))
-    return images / (time.perf_counter() - start)

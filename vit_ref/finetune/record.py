@@ -11,10 +11,9 @@ import optax
 from tqdm import tqdm
 
 from vit_ref.errors import InputError
+from vit_ref.finetune.directory import METRICS, TENSORBOARD, TIMING
 from vit_ref.finetune.metrics import Evaluation, MetricsLog
 from vit_ref.finetune.recipe import Recipe
-
-METRICS, TIMING, TENSORBOARD = "metrics.jsonl", "timing.jsonl", "tensorboard"
 
 
 class Record:

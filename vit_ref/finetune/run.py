@@ -21,21 +21,20 @@ from vit_ref.errors import InputError
 from vit_ref.files import replacing, require_local
 from vit_ref.finetune.augmentation import Augmentation, Transform
 from vit_ref.finetune.data import ImageDataset
+from vit_ref.finetune.directory import CHECKPOINTS, MODEL, RECIPE, require_free
 from vit_ref.finetune.loading import count_batches, draw, load_batches
 from vit_ref.finetune.mesh import Sharding, choose_shardings, divide_batch, make_mesh, replicate
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import make_schedule, make_transformation, select_trained
 from vit_ref.finetune.prediction import compute_logits
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.record import METRICS, TIMING, Record
+from vit_ref.finetune.record import Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import make_starting_model
 from vit_ref.finetune.step import split_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.weights.pretrained import get_arrays, replace_arrays, save_pretrained
-
-RECIPE, CHECKPOINTS, MODEL = "run.json", "checkpoints", "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +110,8 @@ def finetune(
     """
     require_local(output_dir, "output_dir")
     out = Path(output_dir)
+    if jax.process_index() == 0:
+        require_free(out, resume=resume)
     mesh = make_mesh(recipe.batch_size)
     if training.classes != validation.classes:
         raise InputError("the training and the validation images have different classes: give both the same folders")
@@ -157,7 +158,7 @@ def finetune(
         num_workers=conduct.num_workers,
         shard=shard,
     )
-    _require_same_run(out, recipe, source, training, validation, resume)
+    _require_same_run(out, recipe, source, training, validation)
     saves = Saves(out / CHECKPOINTS, conduct.save_total_limit)
     done = saves.latest() if resume else None
     if done is not None:
@@ -308,10 +309,8 @@ def _require_same_run(
     source: str | os.PathLike[str] | None,
     training: ImageDataset,
     validation: ImageDataset,
-    resume: bool,
 ) -> None:
     """Writes the choices that decide the result, or compares them with those that the directory holds."""
-    is_first = jax.process_index() == 0
     file = out / RECIPE
     described: dict[str, Any] = {
         "checkpoint": None if source is None else os.fspath(source),
@@ -328,17 +327,12 @@ def _require_same_run(
             {**each, **default, **each["recipe"]} for each in (described if before is None else before, described)
         )
         changed = [name for name in now if name != "recipe" and now[name] != was[name]]
-        if before is None and is_first:
-            foreign = [out / name for name in (CHECKPOINTS, MODEL, METRICS, TIMING) if (out / name).exists()]
-            if foreign:
-                raise FileExistsError(f"{foreign[0]} exists and would be overwritten")
+        if before is None and jax.process_index() == 0:
             out.mkdir(parents=True, exist_ok=True)
             with replacing(file) as staged:
                 staged.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: it cannot be written or read ({error}): give another directory") from None
-    if before is not None and not resume and is_first:
-        raise InputError(f"{out}: it holds a run already: continue with --resume, or give another directory")
     for name in changed:
         raise InputError(
             f"{file}: {name} was {was[name]!r} and is now {now[name]!r}: resume with the old value, or give another"

@@ -14,7 +14,7 @@ from vit_ref.errors import CheckpointError, ConfigError, InputError, MappingErro
 from vit_ref.files import require_local
 from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import Steps, steps
-from vit_ref.weights import checkpoint, layouts, mapping
+from vit_ref.weights import checkpoint, layouts, mapping, writing
 from vit_ref.weights.pretrained import hf_config, load, read_configuration
 from vit_ref.weights.timm import to_timm
 
@@ -102,7 +102,7 @@ def convert(
     require_local(destination, "destination")
     destination = Path(destination)
     one_file = to in ("npz", "big_vision")
-    _require_room(destination, one_file)
+    _require_room(destination, to, one_file)
     ignore = tuple(ignore)
     opened = checkpoint.read(source, ignore=ignore)
     config, parameters, read = load(opened, config=config, ignore=ignore)
@@ -146,41 +146,41 @@ def _unfit(destination: Path, to: Target, reason: str) -> CheckpointError:
     )
 
 
-def _require_room(destination: Path, one_file: bool) -> None:
+def _require_room(destination: Path, to: Target, one_file: bool) -> None:
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination}: it exists already, and is not overwritten: give another name")
     if not one_file:
         return
     if destination.suffix != ".npz":
-        raise CheckpointError(f"{destination}: this layout is one file: give a name that ends in .npz")
+        raise CheckpointError(f"{destination}: the layout {to} is one file: name it {destination}.npz")
     for name in (checkpoint.CONFIG, checkpoint.PREPROCESSOR):
         if os.path.exists(destination.parent / name):  # Path.exists would raise for a name that is too long
             raise CheckpointError(
-                f"{destination}: a reader would take the {name} in this directory for this file's: give another"
-                " directory"
+                f"{destination}: a reader would take the {name} in this directory for this file's: name a file in a"
+                " directory without one"
             )
 
 
 def _write_npz(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
-    checkpoint.write_tensors(place, tensors)
+    writing.write_tensors(place, tensors)
 
 
 def _write_hf(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
-    checkpoint.write_directory(place, tensors, hf_config(config, tensors), config.preprocessor)
+    writing.write_directory(place, tensors, hf_config(config, tensors), config.preprocessor)
 
 
 def _write_flax(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
     place.mkdir()
-    checkpoint.write_tensors(place / checkpoint.FLAX_WEIGHTS, tensors)
-    checkpoint.write_json(place / checkpoint.CONFIG, hf_config(config, tensors))
+    writing.write_tensors(place / checkpoint.FLAX_WEIGHTS, tensors)
+    writing.write_json(place / checkpoint.CONFIG, hf_config(config, tensors))
     if config.preprocessor is not None:
-        checkpoint.write_json(place / checkpoint.PREPROCESSOR, config.preprocessor)
+        writing.write_json(place / checkpoint.PREPROCESSOR, config.preprocessor)
 
 
 def _write_timm(place: Path, tensors: mapping.Tensors, config: ViTConfig) -> None:
     # timm does not read shards.
     size = sum(tensor.nbytes for tensor in tensors.values())
-    checkpoint.write_directory(place, tensors, to_timm(config), max_shard_size=size)
+    writing.write_directory(place, tensors, to_timm(config), max_shard_size=size)
 
 
 _WRITERS: dict[str, Callable[[Path, mapping.Tensors, ViTConfig], None]] = {

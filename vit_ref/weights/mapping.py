@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from vit_ref.errors import Fault, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import list_parameters
-from vit_ref.weights.checkpoint import LazyTensors, rename_tensors
 from vit_ref.weights.layouts import LAYOUTS, Layout, Rule
+from vit_ref.weights.tensor_files import LazyTensors, rename_tensors
 from vit_ref.weights.wrappers import guess_wrapper
 
 Tensors = Mapping[str, NDArray]

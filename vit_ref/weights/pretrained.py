@@ -24,7 +24,7 @@ from vit_ref.model.attention import Attend
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.weights import checkpoint, layouts, mapping, partition
+from vit_ref.weights import checkpoint, layouts, mapping, partition, writing
 from vit_ref.weights.partition import Kind, Rules
 from vit_ref.weights.timm import from_timm, is_timm
 
@@ -336,34 +336,34 @@ def save_pretrained(
     config, layout = model.config, layouts.HF
     arrays = get_arrays(nnx.state(model, nnx.Param))
 
-    def tensor(rule: layouts.Rule) -> checkpoint.Deferred:
+    def tensor(rule: layouts.Rule) -> writing.Deferred:
         array = arrays[rule.destination]
         shape = mapping.compute_source_shape(rule, array.shape, config)
-        return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
+        return writing.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
 
     tensors = {rule.source: tensor(rule) for rule in layout.bind(config, prefixed=bool(config.num_labels))}
 
-    def write(tensors: Mapping[str, checkpoint.Deferred]) -> None:
+    def write(tensors: Mapping[str, writing.Deferred]) -> None:
         content = hf_config(config, tensors)
-        checkpoint.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
+        writing.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
 
     if not all(_is_here(array) for array in arrays.values()):
-        _write_together(tensors, checkpoint.order_names(tensors, max_shard_size), write, directory)
+        _write_together(tensors, writing.order_names(tensors, max_shard_size), write, directory)
     elif jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values()):
         write(tensors)
 
 
 def _write_together(
-    tensors: Mapping[str, checkpoint.Deferred],
+    tensors: Mapping[str, writing.Deferred],
     order: Sequence[str],
-    write: Callable[[Mapping[str, checkpoint.Deferred]], None],
+    write: Callable[[Mapping[str, writing.Deferred]], None],
     directory: str | os.PathLike[str],
 ) -> None:
     """Lets the first process write what all make together. If it cannot, the others do not wait for it."""
     made: set[str] = set()
     fault: Exception | None = None
 
-    def noted(name: str) -> checkpoint.Deferred:
+    def noted(name: str) -> writing.Deferred:
         def make() -> NDArray:
             made.add(name)
             return tensors[name].make()
@@ -402,7 +402,7 @@ def _on_host(array: jax.Array) -> NDArray:
 _OF_OTHER_TENSORS = frozenset({"quantization_config", "pruned_heads"})
 
 
-def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | checkpoint.Deferred]) -> dict[str, Any]:
+def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | writing.Deferred]) -> dict[str, Any]:
     """Returns the Hugging Face `config.json` for these tensors.
 
     It states their dtype, or for several the one that holds them all. Otherwise transformers may cast every tensor to a
