@@ -10,7 +10,13 @@ import vit_ref
 
 ROOT = Path(vit_ref.__file__).parent
 # Rooms whose docstrings do not follow the rule yet.
-UNFINISHED = ("vit_ref/testing", "vit_ref/verify", "vit_ref/weights/checkpoint.py")
+UNFINISHED = (
+    "vit_ref/testing",
+    "vit_ref/verify",
+    "vit_ref/weights/checkpoint.py",
+    "vit_ref/weights/tensor_files.py",
+    "vit_ref/weights/writing.py",
+)
 # A word in -s before one of these is a plural noun, as in "Images of a batch".
 AFTER_A_NOUN = frozenset({"and", "are", "as", "by", "in", "is", "of", "or", "that", "to", "which", "with"})
 # Verbs that one of these may follow.
@@ -27,9 +33,9 @@ def documented() -> Iterator[tuple[str, Documented, list[str]]]:
     for file in sorted(ROOT.rglob("*.py")):
         for node in public(ast.parse(file.read_text(encoding="utf-8"))):
             text = ast.get_docstring(node)
-            place = file.relative_to(ROOT.parent).as_posix()
-            if text and not place.startswith(UNFINISHED):
-                yield f"{place}:{getattr(node, 'lineno', 1)}", node, text.splitlines()[0].split()
+            if text:
+                place = f"{file.relative_to(ROOT.parent).as_posix()}:{getattr(node, 'lineno', 1)}"
+                yield place, node, text.splitlines()[0].split()
 
 
 def public(node: Documented) -> Iterator[Documented]:
@@ -65,14 +71,17 @@ def test_docstrings_of_functions_begin_with_a_verb() -> None:
         for place, node, words in documented()
         if is_function(node) and not begins_with_a_verb(words)
     ]
-    assert not wrong, "\n".join(wrong)
+    strict = [each for each in wrong if not each.startswith(UNFINISHED)]
+    assert not strict, "\n".join(strict)
+    stale = [room for room in UNFINISHED if not any(each.startswith(room) for each in wrong)]
+    assert not stale, f"remove {stale} from UNFINISHED: the docstrings there follow the rule"
 
 
 def test_docstrings_of_classes_begin_with_a_noun() -> None:
-    verbs = {words[0] for _, node, words in documented() if is_function(node)}
+    verbs = {words[0] for _, node, words in documented() if is_function(node) and begins_with_a_verb(words)}
     wrong = [
         f"{place}: {' '.join(words)}"
         for place, node, words in documented()
-        if isinstance(node, ast.ClassDef) and words[0] in verbs
+        if isinstance(node, ast.ClassDef) and words[0] in verbs and not place.startswith(UNFINISHED)
     ]
     assert not wrong, "\n".join(wrong)
