@@ -49,14 +49,14 @@ INNER = "PYTEST_CURRENT_TEST" in os.environ
 TESTS = Path(__file__).parent / "tests"
 # The folder of a test is its marker.
 FOLDERS = {
-    "bench": "what is timed is what was asked for; nothing asserts a time",
-    "candidates": "ports that are not ours are judged, and a wrong one is reported",
-    "consistency": "every way of running and differentiating the model agrees with every other",
+    "bench": "benchmarks time what their options say; no test asserts a time",
+    "candidates": "candidates of others are verified, and a wrong one is reported",
+    "consistency": "all ways of running and differentiating the model agree",
     "finetune": "a run does what its recipe says, whatever stops it",
-    "house": "imports point down, and each room imports no more than it needs",
-    "model": "the model by itself",
-    "mutants": "a deliberate fault is seen, and named where it is",
-    "parity": "the gates, the precisions and the traces do what the suite says of them",
+    "house": "imports point down, rooms import no more than they need, docstrings begin as they should",
+    "model": "the model alone does what its configuration says",
+    "mutants": "a deliberate bug is detected, and named where it is",
+    "parity": "gates, precisions and traces do what the suite says",
     "porting": "the weight map, checkpoints and bad input",
     "preprocessing": "images become what the reference's image processor makes of them",
     "properties": "what holds for every valid configuration",
@@ -68,7 +68,7 @@ FOLDERS = {
 }
 # Markers that a test has because of its file.
 MARKERS = {
-    "optimised": "jax compiles as users have it; elsewhere it leaves LLVM's optimisations out, but for parity",
+    "optimised": "jax compiles what users run; most other tests leave out LLVM's optimisations",
     "torch": "needs PyTorch, which the extra of that name installs",
     "hub": "needs the Hugging Face hub",
 }
@@ -77,8 +77,14 @@ MARKERS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Not for benchmarks/: pytest would take the value of an option that it does not know yet for a path.
     group = parser.getgroup("vit_ref benchmarks")
-    group.addoption("--size", metavar="SIZE", action="append", default=[], help="as Ti/16 or B/16; repeatable")
-    group.addoption("--batch", type=int, metavar="N", action="append", default=[], help="images; repeatable")
+    group.addoption(
+        "--size",
+        metavar="SIZE",
+        action="append",
+        default=[],
+        help="size of the model, such as Ti/16 or B/16; repeatable",
+    )
+    group.addoption("--batch", type=int, metavar="N", action="append", default=[], help="images in a batch; repeatable")
     group.addoption(
         "--bench-precision", metavar="NAME", action="append", default=[], help="float32, mixed, ...; repeatable"
     )

@@ -57,7 +57,7 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def judged(reference: type[Reference], **fields: Any) -> dict[str, np.ndarray]:
+def traced_by(reference: type[Reference], **fields: Any) -> dict[str, np.ndarray]:
     source = CASE.checkpoint()
     config = ViTConfig.from_hf({**CONFIG.to_hf(), **fields})
     return reference(config, source.tensors).trace(CASE.images(), FLOAT64)
@@ -73,7 +73,7 @@ def test_the_references_are_told_numerics_alone() -> None:
 
 def test_flaxvit_judges_whatever_else_the_config_holds() -> None:
     require_flaxvit()
-    plain, found = judged(FlaxViTReference), judged(FlaxViTReference, **FIELDS)
+    plain, found = traced_by(FlaxViTReference), traced_by(FlaxViTReference, **FIELDS)
     assert plain.keys() == found.keys()
     assert all((plain[site] == found[site]).all() for site in plain)
 
@@ -83,18 +83,18 @@ def test_pytorchs_vit_judges_whatever_else_the_config_holds() -> None:
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
     from vit_ref.verify.references.torch_vit import TorchViTReference
 
-    plain, found = judged(TorchViTReference), judged(TorchViTReference, **FIELDS)
+    plain, found = traced_by(TorchViTReference), traced_by(TorchViTReference, **FIELDS)
     assert plain.keys() == found.keys()
     assert all((plain[site] == found[site]).all() for site in plain)
 
 
 def test_gelu_python_is_the_erf_form_to_all_who_compute_it(tmp_path: Path) -> None:
     require_flaxvit()
-    trace = judged(FlaxViTReference)
+    trace = traced_by(FlaxViTReference)
     spelt = ViTConfig.from_hf({**CONFIG.to_hf(), "hidden_act": "gelu_python"})
     source = CASE.checkpoint()
     for theirs in (
-        judged(FlaxViTReference, hidden_act="gelu_python"),
+        traced_by(FlaxViTReference, hidden_act="gelu_python"),
         NumpyOracle(spelt, source.tensors).trace(CASE.images()),
     ):
         np.testing.assert_allclose(theirs["logits"], trace["logits"], rtol=0, atol=1e-13)

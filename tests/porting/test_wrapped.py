@@ -157,10 +157,10 @@ ALL = [word for name in LEFT_OVER for word in ("--ignore", name)]
 
 @pytest.mark.parametrize("options", [[], ["--stream"]], ids=["whole", "streamed"])
 def test_verify_judges_what_is_not_ignored(options: list[str], leftovers: Path) -> None:
-    judged = ["verify", leftovers, "--forward-only", "--reference", "numpy", *options]
-    code, said = run(*judged, *ALL)
+    verify = ["verify", leftovers, "--forward-only", "--reference", "numpy", *options]
+    code, said = run(*verify, *ALL)
     assert code == 0, said
-    code, said = run(*judged, *ALL[2:])
+    code, said = run(*verify, *ALL[2:])
     assert code == 2 and "1 unexpected" in said and "mask_token" in said
 
 

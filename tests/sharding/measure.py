@@ -197,10 +197,10 @@ def as_users_run_it(model: vit_ref.VisionTransformer, pixels: Any) -> tuple[NDAr
 
 def main(directory: Path, out: Path) -> None:
     source, images = checkpoint.read(directory), CASE.images()
-    judge = OneDevice(source)
+    one_device = OneDevice(source)
     alone = vit_ref.from_pretrained(directory)
     own_logits, _ = as_users_run_it(alone, images)
-    truth = judge.trace(images, FLOAT64)["logits"]
+    truth = one_device.trace(images, FLOAT64)["logits"]
     own = error(own_logits, truth, carriers=True)
     vit_ref.save_pretrained(alone, out / "one", max_shard_size="100KB")
     found: dict[str, Any] = {"one": digests(out / "one")}
@@ -211,7 +211,7 @@ def main(directory: Path, out: Path) -> None:
         vit_ref.save_pretrained(models[name], out / name, max_shard_size="100KB")
         found[name] = {"load": load, "saved": digests(out / name)}
 
-    def judged(name: str) -> None:
+    def measure_way(name: str) -> None:
         model = models[name]
         mesh = model.norm.scale[...].sharding.mesh
         logits, program = as_users_run_it(model, jax.device_put(images, NamedSharding(mesh, PartitionSpec("data"))))
@@ -221,7 +221,7 @@ def main(directory: Path, out: Path) -> None:
         }
         if name in JUDGED:
             candidate = Sharded(source, model, mesh)
-            session = Session(CASE.config, source, images, candidate, np.float32, judge, title=name)
+            session = Session(CASE.config, source, images, candidate, np.float32, one_device, title=name)
             found[name] |= {
                 "forward": observed(session.forward()),
                 "backward": observed(session.backward()),
@@ -229,9 +229,9 @@ def main(directory: Path, out: Path) -> None:
 
     # The first way compiles the reference. After that one way is traced while another is compiled.
     first, *others = WAYS
-    judged(first)
+    measure_way(first)
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(judged, others))
+        list(threads.map(measure_way, others))
     (out / "measured.json").write_text(json.dumps(found), encoding="utf-8")
 
 
