@@ -181,7 +181,7 @@ def test_whatever_a_transform_makes_of_an_image_is_an_image(transform: Callable[
         (lambda image: None, "returned NoneType of shape []"),
         (lambda image: np.asarray(image)[..., 0], "returned ndarray of shape [17, 20]"),
         (lambda image: np.asarray(image)[None], "returned ndarray of shape [1, 17, 20, 3]"),
-        (lambda image: np.asarray(image) / 127.5 - 1, "without normalisation"),
+        (lambda image: np.asarray(image) / 127.5 - 1, "do not normalise"),
         (lambda image: np.asarray(image) * np.nan, "returned values from nan"),
         (lambda image: np.asarray(image, np.int64), "returned int64"),
     ],

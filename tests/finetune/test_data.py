@@ -188,12 +188,14 @@ def test_names_that_are_no_text_are_refused_only_for_classes(tmp_path: Path) -> 
     os.rename(tmp_path / "ant" / "0.png", os.fsencode(tmp_path / "ant") + b"/caf\xe9.png")
     assert len(open_dataset(tmp_path, "train")) == 4
     os.rename(tmp_path / "bee", os.fsencode(tmp_path) + b"/caf\xe9")
-    assert r"'caf\udce9' is not: rename the folder" in refusal(lambda: open_dataset(tmp_path, "train"))
+    assert r"the class 'caf\udce9' is not valid text: rename the folder" in refusal(
+        lambda: open_dataset(tmp_path, "train")
+    )
 
 
 def test_a_directory_without_folders_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "0.png", 1, 1)
-    assert f"{tmp_path}: no folders in it" in refusal(lambda: open_dataset(tmp_path, "train"))
+    assert f"{tmp_path}: it holds no folders" in refusal(lambda: open_dataset(tmp_path, "train"))
 
 
 def test_a_url_is_no_data_set() -> None:
@@ -337,7 +339,7 @@ def test_what_save_to_disk_wrote_is_read(
 def test_a_split_that_save_to_disk_did_not_write_is_one_line(tmp_path: Path, datasets: Any, rows: Any) -> None:
     table_of(datasets, rows).save_to_disk(tmp_path / "saved")
     assert refusal(lambda: open_dataset(tmp_path / "saved", "validation")) == (
-        f"{tmp_path / 'saved'}: split is 'validation', and it has train: give another split, or a slice of one, such as"
+        f"{tmp_path / 'saved'}: split is 'validation', and it has only train: give one of these, or a slice of one, such as"
         " train[:80%] to train and train[80%:] to validate (--train-split, --validation-split)"
     )
 

@@ -74,5 +74,5 @@ def test_else_everything_is_on_every_device(kind: str, devices: int) -> None:
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [None] * 8)
-    with pytest.raises(InputError, match="batch_size is 36: give a multiple of the 8 devices"):
+    with pytest.raises(InputError, match="batch_size is 36: give a multiple of 8, the number of devices"):
         make_mesh(36)

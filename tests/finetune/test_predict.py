@@ -123,12 +123,20 @@ def _without_numbers(model: VisionTransformer) -> VisionTransformer:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"num_labels": 0, "labels": ()}, {}, "the model has no head, so it knows no classes: "),
+        ({"num_labels": 0, "labels": ()}, {}, "the model has no head, so it has no classes: "),
         ({}, {"top": 0}, "top is 0: give at least 1"),
         ({}, {"batch_size": -1}, "batch_size is -1: give at least 1"),
-        ({"preprocessor": {"size": [20, 40]}}, {}, r"preprocessing with \[20, 40\] pixels, the model takes \[10, 40\]"),
+        (
+            {"preprocessor": {"size": [20, 40]}},
+            {},
+            r"preprocessing makes images of \[20, 40\] pixels, and the model takes \[10, 40\]",
+        ),
         ({"num_channels": 2}, {}, "the model takes 2"),
-        ({"extra": {"problem_type": "other"}}, {}, "^config.json: problem_type is 'other', so the logits mean nothing"),
+        (
+            {"extra": {"problem_type": "other"}},
+            {},
+            "^config.json: problem_type is 'other', which is unknown: give one of",
+        ),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(

@@ -65,6 +65,6 @@ def test_an_unknown_problem_type_is_refused(problem_type: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         compute_scores(LOGITS, config_of(problem_type, 3))
     assert str(caught.value) == (
-        f"config.json: problem_type is {problem_type!r}, so the logits mean nothing known: give one of"
+        f"config.json: problem_type is {problem_type!r}, which is unknown: give one of"
         " single_label_classification, multi_label_classification, regression, or leave it out"
     )

@@ -188,7 +188,7 @@ def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"classes": ("other", "b", "c", "d")}, "have other classes: give both the same folders"),
+        ({"classes": ("other", "b", "c", "d")}, "have different classes: give both the same folders"),
         ({"names": (), "labels": np.zeros(0, int), "rows": np.zeros(0, int)}, "there are no validation images: give"),
     ],
 )
@@ -220,7 +220,10 @@ def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("preprocessor", "said"),
     [
         ({"size": {"shortest_edge": 8}}, r"^preprocessor_config\.json: size is {'shortest_edge': 8}: give a height"),
-        ({"size": 9}, r"^images come .* with \[9, 9\] pixels, the model takes \[8, 8\]: correct preprocessor_config"),
+        (
+            {"size": 9},
+            r"^preprocessing makes images of \[9, 9\] pixels, and the model takes \[8, 8\]: correct pre",
+        ),
         ({"resample": 9}, r"^preprocessor_config\.json: resample is 9: give one of"),
         (
             {"do_resize": False},

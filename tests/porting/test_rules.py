@@ -182,7 +182,7 @@ def test_unknown_names_are_no_layout() -> None:
 
 @pytest.mark.parametrize(
     ("names", "shown"),
-    [(["d", "b", "c", "a"], "a, b, c"), (["b", "a"], "a, b"), ([], "none at all")],
+    [(["d", "b", "c", "a"], "a, b, c"), (["b", "a"], "a, b"), ([], "there are none")],
 )
 def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> None:
     with pytest.raises(MappingError, match=f"has such names: {shown}$"):
