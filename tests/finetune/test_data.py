@@ -339,8 +339,8 @@ def test_what_save_to_disk_wrote_is_read(
 def test_a_split_that_save_to_disk_did_not_write_is_one_line(tmp_path: Path, datasets: Any, rows: Any) -> None:
     table_of(datasets, rows).save_to_disk(tmp_path / "saved")
     assert refusal(lambda: open_dataset(tmp_path / "saved", "validation")) == (
-        f"{tmp_path / 'saved'}: split is 'validation', and it has only train: give one of these, or a slice of one, such as"
-        " train[:80%] to train and train[80%:] to validate (--train-split, --validation-split)"
+        f"{tmp_path / 'saved'}: split is 'validation', and it has only train: give one of these, or a slice of one,"
+        " such as train[:80%] to train and train[80%:] to validate (--train-split, --validation-split)"
     )
 
 

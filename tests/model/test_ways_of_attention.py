@@ -224,9 +224,7 @@ def test_cudnns_attention_is_there_on_ampere_and_later(
     device = SimpleNamespace(client=client, compute_capability=capability, device_kind="some")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     with (
-        nullcontext()
-        if there
-        else pytest.raises(InputError, match="^jax's device is some, and cuDNN's attention needs an NVIDIA GPU")
+        nullcontext() if there else pytest.raises(InputError, match="jax's device is some, and cuDNN's attention needs")
     ):
         attention.require_cudnn()
 
