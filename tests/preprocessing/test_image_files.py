@@ -1,4 +1,4 @@
-"""Is every image that Pillow reads found in a directory, and is what is left out counted?"""
+"""Is every image that Pillow reads found in a directory, and are the other files counted?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = ("a.gif", "b.JFIF", "c.jpg", "d.png", "e.ppm", "f.tga", "g.webp", "belo
 def fill(directory: Path) -> None:
     (directory / "below").mkdir()
     for name in IMAGES:
-        # Pillow saves by the suffix, in whatever case.
+        # Pillow chooses the format by the suffix, in upper or lower case.
         Image.new("RGB", (4, 4), (200, 0, 0)).save(directory / name)
     for name in ("notes.txt", "photograph.heic", "film.mpg", "rows.h5", "LICENSE", "below/paper.pdf", ".d.png"):
         (directory / name).write_bytes(b"no image")
