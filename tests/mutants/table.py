@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from tests.mutants.catalogue import MUTANTS
 from tests.mutants.direct import operation_by_operation
 from tests.mutants.mutant import Mutant, Parity
@@ -23,7 +24,6 @@ from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
-from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights.checkpoint import Checkpoint
