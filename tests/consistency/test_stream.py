@@ -270,7 +270,9 @@ def test_what_cannot_be_read_block_by_block_is_refused(layout: str, tmp_path: Pa
         dataclasses.replace(CASES["hard-tokens"].config, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
     )
     convert(written(case, tmp_path), converted, layout)
-    with pytest.raises(InputError, match=r"only safetensors can be read block by block: convert it first") as caught:
+    with pytest.raises(
+        InputError, match=r"only safetensors can be read block by block: convert the checkpoint first"
+    ) as caught:
         check_streamed(converted)
     assert str(caught.value).count("\n") == 0
 
