@@ -162,7 +162,7 @@ def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkey
     monkeypatch.setattr(LayerNorm, "__call__", lambda self, x: norm(self, jax.lax.stop_gradient(x)))
     streamed = check_streamed(path)
     assert not streamed.forward.semantic_failures and streamed.backward
-    # The last LayerNorm has the output's only way back, so that nothing before it has any gradient.
+    # The last LayerNorm is the only path back from the output, so nothing before it has a gradient.
     assert streamed.backward.semantic_failures[0].site == "block.2.mlp.residual"
     assert str(streamed.backward.causes[0]).startswith(
         "all zero: the same bug in the oracle lowers the error at block.2.mlp.residual from 1"
