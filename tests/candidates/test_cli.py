@@ -221,7 +221,7 @@ def test_forward_findings_are_printed_without_gradients(
         ),
         (
             ["verify", "{tiny}", "--stream", "--reference", "torch"],
-            "the reference torch runs whole models only: with --stream take flax or numpy",
+            "the reference torch runs whole models only: with --stream use flax or numpy",
         ),
         (["convert", "no/such/place", "out", "--to", "hf"], "no/such/place: no such directory or file"),
         (["propose", "{tiny}", "--candidate", "gone.py"], "gone.py: this file does not exist"),

@@ -163,7 +163,7 @@ def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkey
     monkeypatch.setattr(LayerNorm, "__call__", lambda self, x: norm(self, jax.lax.stop_gradient(x)))
     streamed = check_streamed(path)
     assert not streamed.forward.semantic_failures and streamed.backward
-    # The gradient of everything before the last LayerNorm passes through it, so none of that has any.
+    # The last LayerNorm is the only path back from the output, so nothing before it has a gradient.
     assert streamed.backward.semantic_failures[0].site == "block.2.mlp.residual"
     assert str(streamed.backward.causes[0]).startswith(
         "all zero: the same bug in the oracle lowers the error at block.2.mlp.residual from 1"
@@ -271,7 +271,9 @@ def test_what_cannot_be_read_block_by_block_is_refused(layout: str, tmp_path: Pa
         dataclasses.replace(CASES["hard-tokens"].config, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
     )
     convert(written(case, tmp_path), converted, layout)
-    with pytest.raises(InputError, match=r"only safetensors can be read block by block: convert it first") as caught:
+    with pytest.raises(
+        InputError, match=r"only safetensors can be read block by block: convert the checkpoint first"
+    ) as caught:
         check_streamed(converted)
     assert str(caught.value).count("\n") == 0
 

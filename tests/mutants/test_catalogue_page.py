@@ -1,4 +1,4 @@
-"""Does docs/evidence/mutants.md say what becomes of each mutant?"""
+"""Does docs/evidence/mutants.md agree with the catalogue and its outcomes?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_table_is_not_stale(mutant: Mutant, dose: float | None) -> None:
     [found] = [row for row in rows if f"**{table.label(mutant, dose)}**" in row[0]]
     column = table.COLUMNS.index(table.MULTIPLE)
     multiple, shown = expected[column], found[column]
-    # Another processor or jax rounds otherwise; what is right stays about 1, what is wrong far from it.
+    # Another processor or jax rounds differently. A right model stays near 1, and a wrong one far from it.
     assert shown == multiple or 0.5 < float(shown.replace(",", "")) / float(multiple.replace(",", "")) < 2
     assert found[:column] + found[column + 1 :] == expected[:column] + expected[column + 1 :]
 
