@@ -68,6 +68,7 @@ FOLDERS = {
 # A test has these markers because its file says so.
 MARKERS = {
     "optimised": "jax compiles as users have it; elsewhere it leaves LLVM's optimisations out, but for parity",
+    "no_cover": "pytest-cov does not measure it: it runs the package with a fault in it",
     "torch": "needs PyTorch, which the extra of that name installs",
     "hub": "needs the Hugging Face hub",
 }
