@@ -43,8 +43,11 @@ settings.load_profile("quick")
 # XLA compiles a small model on a CPU in half the time with these, if LLVM's optimisations are left out, too. jax 0.12
 # no longer has the first.
 QUICK: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+QUICKLY = "jax_disable_most_optimizations"
 # A test started this run, in its own process or in another one.
 INNER = "PYTEST_CURRENT_TEST" in os.environ
+# Beginnings of the ids of embedded cases whose gradients are asked for their formula alone.
+GRADIENTS_FOR_THEIR_FORMULA = ("no-qkv-bias-", "one-head-", "pooler-")
 TESTS = Path(__file__).parent / "tests"
 # A test has the name of its folder as a marker.
 FOLDERS = {
@@ -119,14 +122,24 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Settles how jax compiles, before any fixture of any scope does.
+    """Settles how jax compiles, before any fixture of any scope does."""
+    quickly = not _compiles_as_users_do(item)
+    if not item.config.getoption("benchmark_only", False) and jax.config.values[QUICKLY] != quickly:
+        jax.config.update(QUICKLY, quickly)
+
+
+def _compiles_as_users_do(item: pytest.Item) -> bool:
+    """Whether this test asks how what users run rounds: parity does, and tests that say so.
 
     LLVM's optimisations are two fifths of the time that compiling a small model takes, and most tests compare what two
-    programs compute. Parity, and tests that say so, compile what users run.
+    programs compute. A run that a test started asks what is said of a fault, and not how rounding goes. A gradient
+    takes three times as long to compile as a forward pass: that of two cases is asked how it rounds. The others differ
+    from them in a formula, which float64 sees however it is compiled.
     """
-    if not item.config.getoption("benchmark_only", False):
-        optimised = any(item.get_closest_marker(name) for name in ("parity", "optimised"))
-        jax.config.update("jax_disable_most_optimizations", not optimised)
+    case = item.name.partition("[")[2]
+    if INNER or ("gradients" in getattr(item, "fixturenames", ()) and case.startswith(GRADIENTS_FOR_THEIR_FORMULA)):
+        return False
+    return any(item.get_closest_marker(name) for name in ("parity", "optimised"))
 
 
 @pytest.hookimpl(trylast=True)  # after the module's fixtures have ended
@@ -160,7 +173,7 @@ def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
 
     def options(*arguments: Any, **named: Any) -> Any:
         found = get_compile_options(*arguments, **named)
-        if jax.config.values["jax_disable_most_optimizations"]:
+        if jax.config.values[QUICKLY]:
             # An inner run in this process wraps the wrapped function again.
             found.env_option_overrides = list({**dict(found.env_option_overrides), **known}.items())
         return found
