@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -46,6 +47,9 @@ QUICK: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel
 QUICKLY = "jax_disable_most_optimizations"
 # A test started this run, in its own process or in another one.
 INNER = "PYTEST_CURRENT_TEST" in os.environ
+# A worker lets go of what it compiled where it holds more. Single operations serve module after module until then: to
+# trace them anew and to load what was compiled of them takes seconds.
+MOST_BYTES = 3 * 2**29
 # Beginnings of the ids of embedded cases whose gradients are asked for their formula alone.
 GRADIENTS_FOR_THEIR_FORMULA = ("no-qkv-bias-", "one-head-", "pooler-")
 TESTS = Path(__file__).parent / "tests"
@@ -126,6 +130,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     quickly = not _compiles_as_users_do(item)
     if not item.config.getoption("benchmark_only", False) and jax.config.values[QUICKLY] != quickly:
         jax.config.update(QUICKLY, quickly)
+        jax.clear_caches()  # jax would go on with what it compiled the other way
 
 
 def _compiles_as_users_do(item: pytest.Item) -> bool:
@@ -144,11 +149,19 @@ def _compiles_as_users_do(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)  # after the module's fixtures have ended
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """What a module's tests compiled serves few others, and adds up to gigabytes in each process."""
-    if nextitem is not None and nextitem.path != item.path:
+    """Lets go of what was compiled, between modules, once it has added up: in each process it comes to gigabytes."""
+    if nextitem is not None and nextitem.path != item.path and _resident_bytes() > MOST_BYTES:
         jax.clear_caches()
         gc.collect()
         _set_aside_what_lives()
+
+
+def _resident_bytes() -> float:
+    """What this process holds of the memory; infinite where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return math.inf
 
 
 def _set_aside_what_lives() -> None:
