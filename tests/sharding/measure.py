@@ -227,7 +227,7 @@ def main(directory: Path, out: Path) -> None:
             }
 
     # The first has the judge compiled; then one is traced while another is compiled.
-    first, *others = WAYS
+    first, *others = sorted(WAYS, key=lambda name: name not in JUDGED)
     judged(first)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(judged, others))
