@@ -20,6 +20,7 @@ from tests.mutants.catalogue import MUTANTS
 from tests.mutants.direct import operation_by_operation
 from tests.mutants.mutant import Mutant, Parity
 from tests.mutants.nested import fresh_compiler
+from tests.mutants.remembered import remembered_references
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
@@ -110,7 +111,8 @@ def _source(name: str) -> Checkpoint:
 def _reference(name: str) -> _Outputs:
     case = CASES[name]
     reference = FlaxViTReference(case.config, hf_tensors(case.config, _source(name)))
-    traces = [reference.trace(case.images(), precision_of(dtype)) for dtype in (np.float64, np.float32)]
+    with remembered_references():
+        traces = [reference.trace(case.images(), precision_of(dtype)) for dtype in (np.float64, np.float32)]
     site = "logits" if case.config.num_labels else "pooler" if case.config.pooler else "norm"
     return _Outputs(site, traces[0][site], traces[1][site])
 
