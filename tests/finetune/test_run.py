@@ -99,8 +99,8 @@ def test_transformers_reads_the_pixels_of_a_run_from_scratch(runner: Runner, who
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
     """Kills the run several times, and then lets its disk fill up."""
     out, options = "stopped", ("--save-steps", "3")
-    # Before the first checkpoint; then in the second epoch, while the run writes a checkpoint, which it does after every
-    # third step: the tenth line is the ninth step, because each epoch has eight and a line of its own.
+    # Before the first checkpoint; then in the second epoch, while the run writes a checkpoint, as after every third
+    # step: the tenth line is the ninth step, because each epoch has eight steps and a line of its own.
     for lines in (1, 10):
         runner.killed(out, *options, *(["--resume"] if lines > 1 else []), lines=lines)
     checkpoints = runner.directory / out / "checkpoints"
