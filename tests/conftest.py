@@ -1,4 +1,4 @@
-"""Fixtures that more than one folder of tests needs."""
+"""Fixtures that several folders of tests use."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.model.skeleton import list_parameters, skeleton
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights import pretrained
 from vit_ref.weights.mapping import Tensors
 
@@ -37,7 +37,7 @@ def filled() -> Callable[..., VisionTransformer]:
     return _filled
 
 
-# Compiled once a configuration and batch size, whatever the weights.
+# Compiled once for each configuration and batch size, whatever the weights.
 @partial(jax.jit, static_argnums=0)
 def _observe(graph: nnx.GraphDef, state: nnx.State, pixels: jax.Array) -> dict[str, jax.Array]:
     recorded: dict[str, jax.Array] = {}
@@ -59,7 +59,7 @@ def _traced(config: ViTConfig, parameters: Tensors, pixels: NDArray) -> Trace:
         recorded = jax.device_get(
             _observe(graph, pretrained.replace_arrays(shapes, parameters), jnp.asarray(pixels, np.float64))
         )
-    # jit returns a dictionary's entries in alphabetical order.
+    # jit returns the entries of a dictionary in alphabetical order.
     return {site.name: recorded[site.name] for site in sites(config, len(pixels))}
 
 

@@ -1,10 +1,12 @@
-"""Does a run end with the model that it says, whatever stops it on the way, and on however many devices?"""
+"""Does a run end with the right model, whatever stops it on the way, and on any number of devices?"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,10 @@ def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whol
     measured = [line for line in lines if "validation_accuracy" in line]
     best = max(measured, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
     assert found.images == 128
-    # Better than chance by far: what is measured is not noise.
+    # Far better than chance, so the run learnt something.
     assert found.accuracy == best["validation_accuracy"] > 0.4
     assert found.per_class.tolist() == best["validation_accuracy_by_class"]
-    assert found.loss == pytest.approx(best["validation_loss"], rel=1e-5)  # another batch size sums otherwise
+    assert found.loss == pytest.approx(best["validation_loss"], rel=1e-5)  # another batch size sums in another order
     assert f"best after epoch {best['epoch']}: {found.accuracy:.1%} of 128" in printed
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
@@ -78,12 +80,12 @@ def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> N
     ours = vit_ref.from_pretrained(directory)
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     logits = np.asarray(flax(images.transpose(0, 3, 1, 2)).logits)
-    # Both round float32 sums of 64 terms through four blocks; another formula is 1e-3 off.
+    # Both round float32 sums of 64 terms through four blocks. Another formula is 1e-3 off.
     np.testing.assert_allclose(ours(images), logits, atol=2e-5)
     assert flax.config.id2label == dict(enumerate(open_dataset(None, "train").classes))
 
 
-def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runner, whole_run: tuple) -> None:
+def test_transformers_reads_the_pixels_of_a_run_from_scratch(runner: Runner, whole_run: tuple) -> None:
     directory = runner.directory / "whole" / "model"
     image = open_dataset(None, "validation")[0].image
     processor = transformers.AutoImageProcessor.from_pretrained(directory, use_fast=False)
@@ -92,27 +94,28 @@ def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runne
     assert theirs.tobytes() == preprocess([image.convert("L")], vit_ref.from_pretrained(directory).config).tobytes()
 
 
-def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
-    """It is killed, and then its disk fills up."""
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
+    """Kills the run several times, and then lets its disk fill up."""
     out, options = "stopped", ("--save-steps", "3")
     # Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice.
-    # The last three of its 18 lines are written within the time that this process may have to wait for its turn.
+    # The
+    # last three of its 18 lines are written within the time that this process may have to wait for the processor.
     for lines in (1, 3, 10, 13):
         runner.killed(out, *options, *(["--resume"] if lines > 1 else []), lines=lines)
     checkpoints = runner.directory / out / "checkpoints"
     good = sorted(path.name for path in checkpoints.iterdir() if path.name.isdigit())
-    # The file that no disk holds is a checkpoint's: its largest ones are larger.
+    # The file that does not fit on the disk is one of a checkpoint, because those are the largest.
     said = runner.run(out, *options, "--resume", code=2, blocks=40)
-    # tensorstore's threads may print more after it.
-    assert "/checkpoints: checkpoint cannot be written or read (File too large)\n" in said
+    # Threads of tensorstore may print more after it.
+    assert "/checkpoints: the checkpoint cannot be written or read (File too large)\n" in said
     assert good[-1] in {path.name for path in checkpoints.iterdir()}
     runner.run(out, *options, "--resume")
     assert runner.result(out) == whole_run[1]
-    # What the run was killed while writing is gone, and so is all but the last two checkpoints and the best.
+    # The checkpoint that was being written is gone. Of the others, the last two and the best remain.
     assert len(list(checkpoints.iterdir())) <= 3
 
 
-def test_a_finished_run_that_is_resumed_only_saves_its_model_again(runner: Runner, whole_run: tuple) -> None:
+def test_a_finished_run_only_saves_its_model_when_resumed(runner: Runner, whole_run: tuple) -> None:
     (runner.directory / "whole" / "model" / "model.safetensors").unlink()
     runner.run("whole", "--resume")
     assert runner.result("whole") == whole_run[1]
@@ -123,13 +126,13 @@ def losses(runner: Runner, out: str) -> np.ndarray:
     return np.array([line.get("loss", line.get("validation_loss")) for line in lines])
 
 
-# Sums of float32 in another order, over sixteen steps of Adam: 3e-6 was seen. Another image in one batch is 1e-3.
+# Sums of float32 in another order, over sixteen steps of Adam. Another image in one batch makes 1e-3.
 CLOSE = 5e-5
 
 
 @pytest.fixture(scope="module")
 def steady(runner: Runner) -> np.ndarray:
-    """The losses of one device without dropout, whose masks depend on how arrays are laid out."""
+    """Returns the losses of one device without dropout, because masks depend on the layout of arrays."""
     runner.run("steady", "--dropout", "0")
     return losses(runner, "steady")
 
@@ -145,7 +148,7 @@ def test_two_processes_learn_what_one_learns(runner: Runner, steady: np.ndarray)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    # With "data" the processes share less: the batch alone is divided.
+    # "data" divides only the batch, so the processes share less.
     out = "two"
     together = ("--dropout", "0", "--sharding", "fsdp", "--coordinator", coordinator, "--num-processes", "2")
     processes = [runner.start(out, *together, "--process-id", str(k), devices=2) for k in (0, 1)]
@@ -158,13 +161,13 @@ def test_two_processes_learn_what_one_learns(runner: Runner, steady: np.ndarray)
 
 
 def divided(runner: Runner, out: str) -> bool:
-    """Whether devices shared any array that was saved, as Orbax noted beside it: losses are the same either way."""
+    """Tells whether devices shared a saved array, from Orbax's notes. The losses are the same either way."""
     noted = json.loads(next((runner.directory / out / "checkpoints").rglob("_sharding")).read_text())
     return any(any(json.loads(each)["partition_spec"]) for each in noted.values())
 
 
 def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
-    """A checkpoint of two narrow blocks, 14 training images and 6 to validate with."""
+    """Makes a checkpoint of two narrow blocks, 14 training images and 6 validation images."""
     config = ViTConfig(
         hidden_size=8,
         num_hidden_layers=2,
@@ -185,7 +188,7 @@ def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"classes": ("other", "b", "c", "d")}, "have other classes: give both the same folders"),
+        ({"classes": ("other", "b", "c", "d")}, "have different classes: give both the same folders"),
         ({"names": (), "labels": np.zeros(0, int), "rows": np.zeros(0, int)}, "there are no validation images: give"),
     ],
 )
@@ -217,12 +220,18 @@ def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("preprocessor", "said"),
     [
         ({"size": {"shortest_edge": 8}}, r"^preprocessor_config\.json: size is {'shortest_edge': 8}: give a height"),
-        ({"size": 9}, r"^images come .* with \[9, 9\] pixels, the model takes \[8, 8\]: correct preprocessor_config"),
-        ({"resample": 9}, r"^preprocessor_config\.json: resample is 9: known are"),
-        ({"do_resize": False}, r"^validation image 0: 64x64 pixels, the model takes 8x8, and do_resize is false"),
+        (
+            {"size": 9},
+            r"^preprocessing makes images of \[9, 9\] pixels, and the model takes \[8, 8\]: correct pre",
+        ),
+        ({"resample": 9}, r"^preprocessor_config\.json: resample is 9: give one of"),
+        (
+            {"do_resize": False},
+            r"^validation image 0: it has 64x64 pixels, the model takes 8x8, and do_resize is false",
+        ),
     ],
 )
-def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
+def test_unusable_preprocessing_is_refused_before_any_write(
     preprocessor: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     start, training, validation = _tiny(tmp_path)
@@ -233,16 +242,14 @@ def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_epoch_is_saved_even_if_it_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, training, validation = _tiny(tmp_path)
     seen: list[dict[str, np.ndarray]] = []
 
     def look(self: Any, state: Any, dataset: ImageDataset, *_: Any) -> Evaluation:
         seen.append(get_state_parameters(state))
         right = np.eye(len(dataset.classes))[dataset.labels]
-        # All right after the first epoch, all wrong from then on.
+        # All right after the first epoch, and all wrong from then on.
         return Evaluation.of_logits(right if len(seen) == 1 else -right, dataset.labels)
 
     monkeypatch.setattr(run.Examiner, "__call__", look)
@@ -260,7 +267,7 @@ def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
 # optax counts in integers.
 @jax.numpy_dtype_promotion("standard")
 def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
-    # Two images of an epoch fill no batch; of the validation images two are left for a last one.
+    # Two images of an epoch fill no batch. Two validation images remain for a last one.
     start, training, validation = _tiny(tmp_path)
     recipe = Recipe(
         epochs=2,
@@ -295,7 +302,8 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
             model.train()
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for line, wanted in zip(lines, expected, strict=True):
-        # Another compilation sums otherwise, over six steps; another mask, image or rate is seen in the third digit.
+        # Another compilation sums in another order, over six steps. Another mask, image or rate shows in the third
+        # digit.
         assert {name: line[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
     best = max((0, 1), key=lambda epoch: (found[epoch].accuracy, -found[epoch].loss))
     assert outcome.epoch == best + 1
@@ -311,15 +319,15 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
         (("--grad-accum-steps", "17"), "grad_accum_steps is 17: there are only 16 steps"),
         (("--freeze-blocks", "9"), "freeze_blocks is 9: the model has 4 blocks"),
         (("nowhere",), "nowhere: "),
-        (("--data", "/nowhere/images"), "/nowhere/images (train): no directory"),
-        (("--coordinator", "127.0.0.1:1"), "--coordinator, --num-processes and --process-id belong together"),
+        (("--data", "/nowhere/images"), "/nowhere/images (train): it is not a directory"),
+        (("--coordinator", "127.0.0.1:1"), "only some of --coordinator, --num-processes and --process-id were given"),
         (
             ("--coordinator", "here", "--num-processes", "2", "--process-id", "0"),
             "--coordinator here --num-processes 2",
         ),
         (
             ("--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"),
-            "--process-id 2: they cannot be",
+            "--process-id 2: jax cannot join",
         ),
     ],
 )
@@ -329,17 +337,31 @@ def test_what_cannot_be_used_is_said_in_one_line(options: tuple[str, ...], said:
 
 def test_a_loss_that_is_not_finite_ends_the_run(refused: Callable, whole_run: tuple, runner: Runner) -> None:
     model = vit_ref.from_pretrained(runner.directory / "whole" / "model")
-    model.position_embeddings[...] = model.position_embeddings[...] * 0 + 3e38  # whose sum is no float32
+    model.position_embeddings[...] = model.position_embeddings[...] * 0 + 3e38  # their sum overflows float32
     vit_ref.save_pretrained(model, runner.directory / "large")
     line = refused("diverged", str(runner.directory / "large"), apart=True)
     assert "the loss at step 1 is nan: lower learning_rate" in line
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, whole_run: tuple) -> None:
-    assert "whole: there is a run in it: go on with --resume" in refused("whole")
+    assert "whole: it holds a run already: continue with --resume" in refused("whole")
     line = refused("whole", "--resume", "--epochs", "3")
-    assert "run.json: epochs was 2 and is 3 now" in line
+    assert "run.json: epochs was 2 and is now 3" in line
     assert "run.json: training_images was '512 (" in refused("whole", "--resume", "--classes", "3")
+
+
+def test_an_earlier_run_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    program = (
+        "import sys\n"
+        "from vit_ref.cli.entry import main\n"
+        f"sys.argv = ['vit-ref', 'finetune', '--output-dir', {str(tmp_path)!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n    print({'jax', 'flax', 'numpy'} & set(sys.modules))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    line = f"vit-ref: {tmp_path}: there is a run in it: go on with --resume, or give another directory\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "set()\n", line)
 
 
 def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> None:
@@ -348,7 +370,7 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
         training, validation = (
             dataclasses.replace(each, names=tuple(f"{below}/{name}" for name in each.names)) for each in shapes
         )
-        _require_same_run(tmp_path, Recipe(), None, training, change(validation), resume=below != "here")
+        _require_same_run(tmp_path, Recipe(), None, training, change(validation))
 
     begin("here")
     begin("there")
@@ -356,26 +378,26 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
         lambda images: dataclasses.replace(images, labels=images.labels[::-1]),
         lambda images: dataclasses.replace(images, names=("another", *images.names[1:])),
     ):
-        with pytest.raises(InputError, match=r"run\.json: validation_images was '128 \(.{8}\)' and is '128 \("):
+        with pytest.raises(InputError, match=r"run\.json: validation_images was '128 \(.{8}\)' and is now '128 \("):
             begin("there", change)
 
 
-def test_a_run_from_before_a_field_was_added_goes_on_with_its_default(tmp_path: Path) -> None:
+def test_a_run_older_than_a_field_continues_with_its_default(tmp_path: Path) -> None:
     training = open_dataset(None, "train")
-    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=False)
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training)
     description = json.loads((tmp_path / "run.json").read_text())
     del description["recipe"]["attention"]
     (tmp_path / "run.json").write_text(json.dumps(description))
-    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=True)
-    with pytest.raises(InputError, match=r"run.json: attention was 'xla' and is 'cudnn' now"):
-        _require_same_run(tmp_path, Recipe(attention="cudnn", precision="mixed"), None, training, training, resume=True)
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training)
+    with pytest.raises(InputError, match=r"run.json: attention was 'xla' and is now 'cudnn'"):
+        _require_same_run(tmp_path, Recipe(attention="cudnn", precision="mixed"), None, training, training)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"recipe": 3}', b"\xff"])
 def test_a_damaged_description_of_a_run_is_said(content: bytes, refused: Callable, runner: Runner) -> None:
     (runner.directory / "damaged").mkdir(exist_ok=True)
     (runner.directory / "damaged" / "run.json").write_bytes(content)
-    assert "damaged/run.json: cannot be written or read (" in refused("damaged", "--resume")
+    assert "damaged/run.json: it cannot be written or read (" in refused("damaged", "--resume")
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "timing.jsonl"])
@@ -388,7 +410,7 @@ def test_a_directory_of_somebody_elses_is_left_alone(name: str, refused: Callabl
 def test_plots_that_would_have_no_place_are_said_before_training(refused: Callable, runner: Runner) -> None:
     (runner.directory / "no-place").mkdir()
     (runner.directory / "no-place" / "plots").touch()
-    assert "no-place/plots: is there and is no directory" in refused("no-place", "--plots")
+    assert "no-place/plots: it is not a directory" in refused("no-place", "--plots")
     assert [path.name for path in (runner.directory / "no-place").iterdir()] == ["plots"]
 
 
@@ -396,7 +418,7 @@ def test_one_class_is_refused(refused: Callable, tmp_path: Path) -> None:
     for index in range(64):
         (tmp_path / "cat").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "cat" / f"{index}.png")
-    assert "there is one class, cat" in refused("one", "--data", str(tmp_path), "--batch-size", "8")
+    assert "there is only one class, cat" in refused("one", "--data", str(tmp_path), "--batch-size", "8")
 
 
 def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_path: Path) -> None:
@@ -411,8 +433,8 @@ def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_pat
         (tmp_path / place / "0" / "far.heic").touch()
     (tmp_path / "train" / "0" / "notes.txt").touch()
     said = runner.run("folder", "--data", str(tmp_path), "--bad-images", "skip", "--epochs", "1", "--plots")
-    assert f"vit-ref: left out: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
-    assert "vit-ref: left out, no image by its suffix: 3 files (2 .heic, 1 .txt)\n" in said
+    assert f"vit-ref: skipped: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
+    assert "vit-ref: left out, because the suffix is not that of an image: 3 files (2 .heic, 1 .txt)\n" in said
     assert "of 32 validation images" in said
     assert len(list((runner.directory / "folder" / "plots").glob("*.png"))) == 6
 

@@ -1,4 +1,4 @@
-"""Is what was saved what is read, only the last and the best kept, and a full disk seen before anything is written?"""
+"""Is what was saved also read, only the last few and the best kept, and a full disk seen before a write?"""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def arrays(step: int) -> dict[str, jax.Array]:
     return {"a.kernel": jnp.full((3, 2), step, jnp.float32), "count": jnp.array(step, jnp.int32)}
 
 
-# In one process, or in two, of which the second has to know which was the best of the first.
+# In one process, or in two. The second then has to know the best checkpoint of the first.
 @pytest.mark.parametrize("stopped", [None, 4, 6])
 def test_the_last_and_the_best_are_kept_and_read_back(stopped: int | None, tmp_path: Path) -> None:
     saves = Saves(tmp_path, keep=2)
-    # By accuracy, and among equals by loss: step 3.
+    # The best by accuracy and, among equals, by loss: step 3.
     found = {1: (0.5, 0.9), 2: (0.8, 0.7), 3: (0.8, 0.6), 4: None, 5: (0.7, 0.1), 6: None}
     for step, accuracy in found.items():
         if step == stopped:
             saves.close()
-            # As the first one leaves it that is killed while it writes.
+            # A process that is killed while it writes its first checkpoint leaves this.
             (tmp_path / "99.orbax-checkpoint-tmp").mkdir()
             saves = Saves(tmp_path, keep=2)
         saves.save(arrays(step), Progress(step, {"batches": step}, accuracy))
@@ -55,7 +55,7 @@ def test_what_was_being_deleted_is_gone_and_the_last_one_is_not(gone: str, tmp_p
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 10] and saves.latest() == 10
     saves.close()
     shutil.rmtree(tmp_path / "10" / "progress")
-    with pytest.raises(InputError, match=r"/10: checkpoint cannot be written or read .* remove it, and --resume"):
+    with pytest.raises(InputError, match=r"/10: the checkpoint cannot be written or read .* remove it, and --resume"):
         Saves(tmp_path, keep=3)
 
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     saves.wait()
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(16))
-    with pytest.raises(InputError, match=r"a checkpoint takes .* MiB, the disk has .* left: make room"):
+    with pytest.raises(InputError, match=r"a checkpoint takes .* MiB, and the disk has .* left: make room"):
         saves.save(arrays(2), Progress(2, None))
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     saves.close()
@@ -102,12 +102,12 @@ def test_the_arrays_of_another_model_are_refused(tmp_path: Path) -> None:
     ],
     ids=["no progress", "another progress", "no object", "no arrays", "torn arrays"],
 )
-# Of several arrays the first to fail ends Orbax' event loop, and tensorstore may come too late to it with the next.
+# The first array to fail ends the event loop of Orbax, and tensorstore may fail later with the next array.
 @pytest.mark.filterwarnings("ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_with_the_way_on(damage: Callable[[Path], object], tmp_path: Path) -> None:
     saves = Saves(tmp_path, keep=1)
     saves.save(arrays(1), Progress(1, {"batches": 1}))
     saves.close()
     damage(tmp_path / "1")
-    with pytest.raises(InputError, match=r"/1: checkpoint cannot be .*: remove it, and --resume goes on from the one"):
+    with pytest.raises(InputError, match=r"/1: the checkpoint cannot be .*: remove it, and --resume continues from"):
         Saves(tmp_path, keep=1).restore(1, arrays(1))

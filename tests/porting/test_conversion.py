@@ -1,4 +1,4 @@
-"""Is a converted checkpoint the same model to the last bit, and is what cannot be the same never written?"""
+"""Is a converted checkpoint the same model to the last bit, and one that cannot be the same never written?"""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.weights import checkpoint, conversion, layouts, mapping, pretrained
+from vit_ref.weights import checkpoint, conversion, layouts, mapping, pretrained, writing
 from vit_ref.weights.conversion import Target, convert
 from vit_ref.weights.layouts import LAYOUTS
 
 LABELS = ("cat", "dog", "dog")
 PREPROCESSOR = {"image_mean": [0.4, 0.5, 0.6], "image_std": 0.25, "resample": 3}
-# What every layout's readers take for granted: epsilon 1e-6, tanh GELU, biases, squares.
+# The numerics that the readers of every layout assume: epsilon 1e-6, tanh GELU, biases, squares.
 CONFIG = ViTConfig(
     hidden_size=6,
     num_attention_heads=3,
@@ -45,9 +45,7 @@ targets = pytest.mark.parametrize("to", TARGETS)
 
 
 def write(place: Path, config: ViTConfig, parameters: dict[str, NDArray]) -> Path:
-    checkpoint.write_directory(
-        place, mapping.export(parameters, config, layouts.HF), config.to_hf(), config.preprocessor
-    )
+    writing.write_directory(place, mapping.export(parameters, config, layouts.HF), config.to_hf(), config.preprocessor)
     return place
 
 
@@ -57,12 +55,12 @@ def place(folder: Path, to: str) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A checkpoint that every layout can hold."""
+    """A checkpoint that every layout can store."""
     return write(tmp_path / "source", CONFIG, with_room(layouts.BIG_VISION, random_bits(CONFIG, np.float32)))
 
 
 def refusal(source: Path, destination: Path, to: Any, error: type[Exception] = CheckpointError, **options: Any) -> str:
-    """The message; and nothing was written."""
+    """Returns the error, and checks that nothing was written."""
     folder = destination.parent
     before = sorted(folder.iterdir())
     with pytest.raises(error) as caught:
@@ -76,8 +74,8 @@ def bits(parameters: mapping.Tensors) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("keys", [(), ("torch_dtype",), ("dtype",), ("torch_dtype", "dtype")])
-def test_the_configuration_says_the_dtype_of_the_tensors_beside_it(tmp_path: Path, keys: tuple[str, ...]) -> None:
-    """And not the one that it was read with: transformers rounds to whatever it says."""
+def test_the_configuration_states_the_dtype_of_the_tensors(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """Checks the dtype, because transformers rounds to the one that the configuration states."""
     config = replace(CONFIG, extra=dict.fromkeys(keys, "bfloat16"))
     source = write(tmp_path / "source", config, random_bits(config, np.float32))
     for to in ("hf", "flax"):
@@ -95,7 +93,7 @@ def test_the_configuration_says_the_dtype_of_the_tensors_beside_it(tmp_path: Pat
         ((ml_dtypes.bfloat16, np.float16), "float32"),
     ],
 )
-def test_of_several_dtypes_the_configuration_says_one_that_holds_all(dtypes: tuple[type, type], said: str) -> None:
+def test_the_configuration_states_a_dtype_that_holds_all_tensors(dtypes: tuple[type, type], said: str) -> None:
     tensors = {str(i): np.zeros(1, dtype) for i, dtype in enumerate(dtypes)}
     assert pretrained.hf_config(CONFIG, tensors)["torch_dtype"] == said
 
@@ -121,7 +119,7 @@ def test_every_bit_survives_there_and_back(tmp_path: Path, to: Target, dtype: ty
     assert (back.read, back.written) == (to, "hf")
     again, values, _ = pretrained.load(checkpoint.read(tmp_path / "back"))
     assert bits(values) == bits(parameters)
-    # gelu_new is the tanh form by another name; a pooler that is not there has neither width nor activation.
+    # gelu_new is another name of the tanh form. A model without a pooler has neither its width nor its activation.
     absent = {} if config.pooler else {"pooler_output_size": config.pooler_output_size, "pooler_act": config.pooler_act}
     assert replace(again, hidden_act="gelu_new", **absent) == config
 
@@ -156,7 +154,7 @@ def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, 
     assert again.labels == (() if "class names" in left_behind else LABELS)
     line = str(done)
     assert line.startswith(f"{source} (hf) -> {place(tmp_path, to)} ({to}): {done.tensors} tensors, read back, every")
-    assert line.endswith(f"; left behind: {', '.join(left_behind)}" if left_behind else "to the last bit")
+    assert line.endswith(f"; the layout cannot store: {', '.join(left_behind)}" if left_behind else "to the last bit")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +187,7 @@ def test_a_crop_is_written_for_timm_though_it_is_not_read_back(tmp_path: Path) -
     config = replace(CONFIG, preprocessor=preprocessor)
     done = convert(write(tmp_path / "source", config, random_bits(config, np.float32)), tmp_path / "timm", "timm")
     written = json.loads((tmp_path / "timm" / "config.json").read_bytes())["pretrained_cfg"]
-    # timm resizes to the image's size over crop_pct.
+    # timm resizes to the image's size divided by crop_pct.
     assert (written["crop_pct"], written["crop_mode"]) == (0.5, "squash")
     assert done.left_behind == ("preprocessing",)
 
@@ -199,7 +197,7 @@ SPECIAL = {
     "layer_norm_eps": {"layer_norm_eps": 1e-12},
     "qkv_bias": {"qkv_bias": False},
     "rectangle": {"image_size": (8, 12)},
-    # As many patches as a square has.
+    # The number of patches is that of a square.
     "disguised rectangle": {"image_size": (4, 16)},
     "patches": {"patch_size": (4, 2)},
     "pooler": {"num_labels": 0, "labels": (), "pooler": True},
@@ -207,31 +205,31 @@ SPECIAL = {
     "cls position": {},
 }
 NPZ_REFUSES = {
-    "hidden_act": "its readers take hidden_act 'gelu_pytorch_tanh' for 'gelu'",
-    "layer_norm_eps": "its readers take layer_norm_eps 1e-06 for 1e-12",
-    "qkv_bias": "its readers take qkv_bias True for False",
-    "rectangle": "read back: 6 positions are no square grid: pass config=",
-    "disguised rectangle": "its readers take image_size (8, 8) for (4, 16)",
-    "patches": "read back: 8 positions are no square grid: pass config=",
-    "pooler_act": "its readers take pooler_act 'tanh' for 'gelu'",
+    "hidden_act": "its readers assume hidden_act 'gelu_pytorch_tanh' for 'gelu'",
+    "layer_norm_eps": "its readers assume layer_norm_eps 1e-06 for 1e-12",
+    "qkv_bias": "its readers assume qkv_bias True for False",
+    "rectangle": "read back: its 6 positions are no square grid: give config=",
+    "disguised rectangle": "its readers assume image_size (8, 8) for (4, 16)",
+    "patches": "read back: its 8 positions are no square grid: give config=",
+    "pooler_act": "its readers assume pooler_act 'tanh' for 'gelu'",
 }
 NO_POOLER = "pooler.bias: the layout has no name for it; pooler.kernel: the layout has no name for it"
 REFUSES: dict[str, dict[str, str]] = {
     "hf": {},
     "flax": {
-        "rectangle": "FlaxViT takes squares only, not (8, 12) and patches of (4, 4)",
-        "disguised rectangle": "FlaxViT takes squares only, not (4, 16) and patches of (4, 4)",
-        "patches": "FlaxViT takes squares only, not (8, 8) and patches of (4, 2)",
+        "rectangle": "FlaxViT takes only squares, not (8, 12) and patches of (4, 4)",
+        "disguised rectangle": "FlaxViT takes only squares, not (4, 16) and patches of (4, 4)",
+        "patches": "FlaxViT takes only squares, not (8, 8) and patches of (4, 2)",
     },
     "npz": NPZ_REFUSES,
     "big_vision": {
         **NPZ_REFUSES,
         "cls position": (
-            "position_embeddings: the cls token's position is not zero, and pos_embedding has no room for it"
+            "position_embeddings: the cls token's position is not zero, and pos_embedding cannot store it"
         ),
     },
     "timm": {
-        "layer_norm_eps": "its readers take layer_norm_eps 1e-06 for 1e-12",
+        "layer_norm_eps": "its readers assume layer_norm_eps 1e-06 for 1e-12",
         "pooler": NO_POOLER,
         "pooler_act": NO_POOLER,
     },
@@ -240,7 +238,7 @@ REFUSES: dict[str, dict[str, str]] = {
 
 @targets
 @pytest.mark.parametrize("special", SPECIAL)
-def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: Path, to: Target, special: str) -> None:
+def test_a_layout_that_reads_as_another_model_is_not_written(tmp_path: Path, to: Target, special: str) -> None:
     config = replace(CONFIG, **SPECIAL[special])
     parameters = random_bits(config, np.float32)
     if special != "cls position":
@@ -250,13 +248,13 @@ def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: P
     if special in REFUSES[to]:
         assert refusal(source, destination, to) == (
             f"{destination}: layout {to} cannot hold this checkpoint: {REFUSES[to][special]}:"
-            " write hf, which has room for all"
+            " write layout hf, which can hold all"
         )
     else:
         convert(source, destination, to)
         again, values, _ = pretrained.load(checkpoint.read(destination))
         assert bits(values) == bits(parameters)
-        # An activation has two names, and the width of a pooler may be left to the default.
+        # An activation has two names, and the width of a pooler may have its default.
         assert replace(again, hidden_act=config.hidden_act, pooler_output_size=None) == config
         assert again.hidden_act in (config.hidden_act, "gelu_pytorch_tanh")
 
@@ -274,7 +272,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, source: Path, to: Target
     destination = place(tmp_path, to)
     destination.mkdir()
     assert refusal(source, destination, to) == (
-        f"{destination}: is there already, and is not overwritten: give another name"
+        f"{destination}: it exists already, and is not overwritten: give another name"
     )
     assert not list(destination.iterdir())
 
@@ -283,18 +281,18 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, source: Path, to: Target
 def test_a_file_is_not_put_beside_the_configuration_of_another(tmp_path: Path, source: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     assert refusal(source, tmp_path / "vit.npz", "npz") == (
-        f"{tmp_path / 'vit.npz'}: the {name} in this directory would be read as this file's: give another directory"
+        f"{tmp_path / 'vit.npz'}: a reader would take the {name} in this directory for this file's: name a file"
+        " in a directory without one"
     )
 
 
 def test_a_destination_or_layout_that_is_none(tmp_path: Path, source: Path) -> None:
-    assert refusal(source, tmp_path / "vit", "npz").endswith(
-        "vit: this layout is one file: give a name that ends in .npz"
-    )
+    given = tmp_path / "vit"
+    assert refusal(source, given, "npz") == f"{given}: the layout npz is one file: name it {given}.npz"
     assert refusal(source, tmp_path / "vit", "torch") == (
-        "layout 'torch' is unknown: give one of hf, flax, npz, big_vision, timm"
+        "layout is 'torch': give one of hf, flax, npz, big_vision, timm"
     )
-    assert ": cannot be written ([Errno 36] File name too long: " in refusal(source, tmp_path / ("v" * 300), "hf")
+    assert ": it cannot be written ([Errno 36] File name too long: " in refusal(source, tmp_path / ("v" * 300), "hf")
 
 
 @targets
@@ -304,23 +302,23 @@ def test_a_directory_that_is_not_there_is_made(tmp_path: Path, source: Path, to:
     assert list(destination.parent.iterdir()) == [destination]
 
 
-def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_path: Path, source: Path) -> None:
+def test_an_unusable_source_is_refused_as_by_from_pretrained(tmp_path: Path, source: Path) -> None:
     config = checkpoint.read(source).config or {}
-    checkpoint.write_json(source / "config.json", {**config, "model_type": "deit"})
+    writing.write_json(source / "config.json", {**config, "model_type": "deit"})
     message = refusal(source, tmp_path / "timm", "timm", ConfigError)
-    assert message.startswith(f"{source / 'config.json'}: model_type is 'deit': ")
-    checkpoint.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
+    assert message.startswith(f"{source / 'config.json'}: model_type is 'deit', ")
+    writing.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
     assert "16 unexpected" in refusal(source, tmp_path / "timm", "timm", MappingError)
     convert(source, tmp_path / "shorter", "timm", ignore=["vit.encoder.layer.1.*"])
     assert len(checkpoint.read(tmp_path / "shorter").tensors) == 8 + 12
 
 
 @pytest.mark.parametrize(("to", "is_sharded"), [("hf", True), ("timm", False)])
-def test_large_weights_are_sharded_but_for_timm_which_reads_no_shards(
+def test_large_weights_are_sharded_except_for_timm(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, to: Target, is_sharded: bool
 ) -> None:
-    small = functools.partial(checkpoint.write_directory, max_shard_size=900)
-    monkeypatch.setattr(checkpoint, "write_directory", small)
+    small = functools.partial(writing.write_directory, max_shard_size=900)
+    monkeypatch.setattr(writing, "write_directory", small)
     written = convert(source, tmp_path / to, to).destination
     assert ((written / checkpoint.INDEX).exists(), (written / checkpoint.WEIGHTS).exists()) == (
         is_sharded,
@@ -347,8 +345,8 @@ def _dropped(tensors: dict[str, NDArray]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_first_bit_turned, "cannot be written (cls_token came back with other bits)"),
-        (_of_another_dtype, "cannot be written (cls_token came back with other bits)"),
+        (_first_bit_turned, "it cannot be written (cls_token came back with other bits)"),
+        (_of_another_dtype, "it cannot be written (cls_token came back with other bits)"),
         (_dropped, "1 missing"),
     ],
 )
@@ -356,7 +354,7 @@ def test_what_comes_back_otherwise_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Target, damage: Callable[..., None], message: str
 ) -> None:
     parameters = with_room(layouts.BIG_VISION, random_bits(CONFIG, ml_dtypes.bfloat16))
-    # Ones of bfloat16, as bits of float16, are finite too.
+    # Ones in bfloat16 are finite as float16, too.
     parameters["cls_token"] = np.ones_like(parameters["cls_token"])
     source = write(tmp_path / "source", CONFIG, parameters)
     right = conversion._WRITERS[to]
@@ -378,10 +376,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
     for name in ("write_safetensors", "write_tensors"):
         monkeypatch.setattr(checkpoint, name, full_disk)
     message = refusal(source, place(tmp_path, to), to)
-    assert message == f"{place(tmp_path, to)}: cannot be written ([Errno 28] No space left on device)"
+    assert message.startswith(f"{place(tmp_path, to)}: ")
+    assert "cannot be written ([Errno 28] No space left on device)" in message
     with pytest.raises(CheckpointError, match="File name too long"):
         convert(source, place(tmp_path / ("y" * 300), to), to)
-    # Nor the directories that were to hold it; one that was there stays.
+    # The directories made for it are gone, and one that existed before stays.
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="No space left"):
         convert(source, place(tmp_path / "there" / "not" / "yet", to), to)
@@ -395,7 +394,7 @@ def test_flaxvit_loads_what_is_converted(tmp_path: Path, filled: Callable[..., V
     config = replace(CASES["rectangular"].config, image_size=20)
     parameters = pretrained.get_parameters(filled(config))
     convert(write(tmp_path / "hf", config, parameters), tmp_path / "flax", "flax")
-    # Without its own initialisation, which takes longer than all the rest.
+    # Leave out its own initialisation, which takes longer than all the rest.
     _, params = transformers.FlaxViTForImageClassification.from_pretrained(tmp_path / "flax", _do_init=False)
     found = flatten_dict(jax.device_get(params), sep="/")
     meant = mapping.export(parameters, config, layouts.FLAX)

@@ -1,4 +1,4 @@
-"""Does what cannot be preprocessed end in one clear line, whatever is wrong with it?"""
+"""Does an image that cannot be preprocessed end in one clear line, whatever is wrong with it?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Picture = Callable[..., NDArray]
 
 
 def refusal(call: Callable[[], object], error: type[Exception] = InputError) -> str:
-    """The message of the refusal, which has to be one line."""
+    """Returns the message of the error, which has to be one line."""
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
@@ -39,7 +39,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def _bomb(bmp: bytes) -> bytes:
-    """The header says 60,000 by 60,000 pixels."""
+    """Makes a file whose header says 60,000 by 60,000 pixels."""
     return bmp[:18] + (60_000).to_bytes(4, "little") * 2 + bmp[26:]
 
 
@@ -50,7 +50,7 @@ def _bomb(bmp: bytes) -> bytes:
         ("PNG", lambda raw: b"no image", "cannot identify image file"),
         ("PNG", lambda raw: raw[: len(raw) // 2], "truncated"),
         ("JPEG", lambda raw: raw[: len(raw) // 2], "truncated"),
-        # The length of the image data, which leaves Pillow as a SyntaxError
+        # The length of the image data. Pillow raises a SyntaxError for it.
         ("PNG", lambda raw: raw.replace(b"IDAT", b"ID\0T"), ""),
         ("BMP", _bomb, "3600000000 pixels"),
     ],
@@ -66,7 +66,7 @@ def test_damaged_files_are_named_with_the_reason(
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
 def test_no_damage_ends_in_another_error(kind: str, picture: Picture, asks_for, tmp_path: Path) -> None:
-    """Pillow's decoders let out OSError, SyntaxError, ValueError, TypeError, struct.error and more."""
+    """Damages files. Pillow's decoders then raise OSError, SyntaxError, ValueError, TypeError and others."""
     rng, config = np.random.default_rng(0), asks_for({})
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -103,17 +103,20 @@ def test_32_bit_grey_is_refused(mode: str, asks_for, tmp_path: Path) -> None:
 def test_images_of_two_sizes_need_resizing(asks_for) -> None:
     images = [Image.new("RGB", (5, 4)), Image.new("RGB", (4, 5))]
     message = refusal(lambda: preprocess(images, asks_for({"do_resize": False})))
-    assert message == "image 1: 5x4 pixels, but the first image has 4x5, and do_resize is false"
+    assert (
+        message
+        == "image 1: it has 5x4 pixels, the first image has 4x5, and do_resize is false: give images of one size"
+    )
 
 
 def test_no_images_are_refused(asks_for) -> None:
-    assert refusal(lambda: preprocess([], asks_for({}))) == "no images: give at least one"
+    assert refusal(lambda: preprocess([], asks_for({}))) == "there are no images: give at least one"
 
 
-UNKNOWN_RESAMPLE = "known are 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming"
-INCOMPLETE_SIZE = "give a height and a width in pixels; a ViT's images have both, no shortest_edge"
+UNKNOWN_RESAMPLE = "give one of 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming"
+INCOMPLETE_SIZE = "give a height and a width in pixels; shortest_edge does not fit a ViT"
 THREE_NUMBERS = "give a number, or one for each of red, green and blue"
-NO_PADDING = "a ViT's images are resized, cropped, rescaled and normalised, not padded"
+NO_PADDING = "remove it, because a ViT's images are never padded"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ NO_PADDING = "a ViT's images are resized, cropped, rescaled and normalised, not 
         ("image_mean", 1e39, THREE_NUMBERS, None),
         ("image_std", [1e300, 1, 1], THREE_NUMBERS, None),
         ("rescale_factor", 10**400, "give a number", None),
-        ("image_std", [0.5, 0, 0.5], "it divides, so it cannot be zero", False),
+        ("image_std", [0.5, 0, 0.5], "give no zero, because pixels are divided by it", False),
         ("rescale_factor", None, "give a number", True),
         ("rescale_factor", "1/255", "give a number", True),
         ("do_resize", "yes", "give true or false", False),
@@ -158,9 +161,9 @@ def test_settings_that_mean_nothing_are_refused(
 ) -> None:
     image, settings = Image.new("RGB", (5, 4)), {"size": 8, name: value}
     message = refusal(lambda: preprocess([image], asks_for(settings)), ConfigError)
-    # Of filters a newer Pillow knows more.
+    # A newer Pillow has more filters.
     assert re.match(re.escape(f"preprocessor_config.json: {name} is {value!r}: {advice}") + r"(, \d \w+)*$", message)
-    if reference_too is None:  # it takes gigabytes, or makes what is not finite
+    if reference_too is None:  # the reference takes gigabytes, or returns values that are not finite
         return
     if reference_too:
         with pytest.raises((ValueError, TypeError, IndexError, KeyError)):
@@ -186,17 +189,16 @@ def test_a_setting_of_a_step_that_is_left_out_does_not_matter(asks_for) -> None:
 def test_a_model_of_other_channels_is_refused(asks_for, tmp_path: Path) -> None:
     config = dataclasses.replace(asks_for({}), num_channels=1)
     message = refusal(lambda: preprocess([Image.new("L", (5, 4))], config))
-    assert message == "images have 3 channels once they are RGB, the model takes 1"
+    assert message == "the model takes 1 channels, and RGB images have 3: give a model of colour images"
     message = refusal(lambda: photographs.load([tmp_path / "any.png"], config))
-    assert message == "photographs have 3 channels, the model takes 1: leave --images away"
+    assert message == "photographs have 3 channels, but the model takes 1: omit --images"
 
 
 def test_photographs_that_do_not_fit_the_model_are_refused(asks_for, tmp_path: Path) -> None:
     Image.new("RGB", (5, 4)).save(tmp_path / "small.png")
     message = refusal(lambda: photographs.load([tmp_path / "small.png"], asks_for({"size": 8}, (8, 9))))
     assert message == (
-        "photographs come out of the checkpoint's preprocessing with [8, 8] pixels, the model takes [8, 9]:"
-        " leave --images away"
+        "the checkpoint's preprocessing gives photographs of [8, 8] pixels, but the model takes [8, 9]: omit --images"
     )
 
 

@@ -1,4 +1,4 @@
-"""Does a rule say of each parameter where it lies, and is what cannot be divided refused?"""
+"""Does a rule give the sharding of each parameter, and is an impossible division refused?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_ref.model.skeleton import list_parameters
 from vit_ref.weights.layouts import split_block_number
 from vit_ref.weights.partition import RULES, choose_shardings
 
-# Of ViT-B/16, on two dimensions as the papers have it: columns are a kernel's second. Whatever is not named is whole.
+# ViT-B/16 on two axes as in the papers: columns are the second dimension of a kernel. All others are whole.
 COLUMNS = ("attn.query", "attn.key", "attn.value", "mlp.fc1")
 ROWS = ("attn.out", "mlp.fc2")
 WIDTH = {"position_embeddings": P(None, None, "data"), "patch.kernel": P(None, None, None, "data")}
@@ -66,7 +66,7 @@ def test_each_rule_is_some_parameters_and_each_parameter_has_one(kind: str) -> N
 
 @pytest.mark.parametrize(("width", "divided"), [(56, 0), (64, 4)])
 def test_small_parameters_are_whole_and_need_not_be_divisible(width: int, divided: int) -> None:
-    # 64 x 64 elements are enough, in query, key, value and out; 56 is no multiple of 5, and nobody asks.
+    # 64 x 64 elements are enough, in query, key, value and out. 56 is no multiple of 5, which does not matter here.
     config = replace(CASE.config, hidden_size=width, intermediate_size=57)
     found = choose_shardings(config, mesh(data=8 if divided else 5), "fsdp")
     assert sum(any(where.spec) for where in found.values()) == divided
@@ -82,7 +82,7 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
 @pytest.mark.parametrize(
     ("config", "on", "sharding", "message"),
     [
-        # 768 columns can be divided over eight devices, twelve heads cannot.
+        # Eight devices divide 768 columns, but not twelve heads.
         (
             BASE,
             mesh(model=8),
@@ -96,14 +96,14 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
             "fsdp+tensor",
             "blocks.0.mlp.fc1.bias: dimension 0 (length 3073) cannot be divided over the 4 devices of the axis 'model'",
         ),
-        (BASE, mesh(data=4), "tensor", "divides it over the axis 'model', and the mesh has only 'data'"),
-        (BASE, mesh(data=4), "zero", "sharding is 'zero': known are data, fsdp, tensor, fsdp+tensor"),
-        (BASE, mesh(data=4), {}, "blocks.0.attn.key.bias: no rule says where it lies: add one for 'blocks.{i}.attn"),
+        (BASE, mesh(data=4), "tensor", "its rule uses the axis 'model', and the mesh has only 'data'"),
+        (BASE, mesh(data=4), "zero", "sharding is 'zero': give one of data, fsdp, tensor, fsdp+tensor"),
+        (BASE, mesh(data=4), {}, "blocks.0.attn.key.bias: it has no rule: add one for 'blocks.{i}.attn"),
         (
             BASE,
             mesh(x=2),
             {**RULES["data"], "norm.bias": P(None, "x")},
-            "norm.bias: the rule (None, 'x') has more dimensions than its shape (768,)",
+            "norm.bias: the rule (None, 'x') has more dimensions than the shape (768,): give at most 1",
         ),
         (
             BASE,
@@ -115,29 +115,27 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
             BASE,
             mesh(x=2),
             {**RULES["data"], "head.kernel": P("x", "x")},
-            "head.kernel: the rule ('x', 'x') divides more than one dimension over the same axis",
+            "head.kernel: the rule ('x', 'x') uses an axis more than once: use each at most once",
         ),
         (
             BASE,
             mesh(x=2),
             {**RULES["data"], "blocks.{i}.typo": P("x")},
-            "blocks.{i}.typo: a rule for a parameter that no model has: write it as in partition.RULES",
+            "blocks.{i}.typo: no model has a parameter of this name: use the names in partition.RULES",
         ),
         (
             BASE,
             AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,)),
             "data",
-            "the mesh's axes are Explicit, and here the compiler divides the work (jax.make_mesh's default, Explicit,"
-            " wants every operation's sharding spelt out, Manual every device's part): give jax.make_mesh(...,"
-            " axis_types=(jax.sharding.AxisType.Auto,) * 1)",
+            "the mesh's axes are Explicit, and this package leaves the division to the compiler: give"
+            " jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 1)",
         ),
         (
             BASE,
             AbstractMesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Manual)),
             "data",
-            "the mesh's axes are Manual, and here the compiler divides the work (jax.make_mesh's default, Explicit,"
-            " wants every operation's sharding spelt out, Manual every device's part): give jax.make_mesh(...,"
-            " axis_types=(jax.sharding.AxisType.Auto,) * 2)",
+            "the mesh's axes are Manual, and this package leaves the division to the compiler: give"
+            " jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 2)",
         ),
         (
             BASE,
@@ -169,7 +167,7 @@ def test_rules_of_ones_own_are_followed_to_the_letter() -> None:
 
 
 def test_a_sharding_wants_a_mesh() -> None:
-    with pytest.raises(InputError, match=r"^mesh is of AbstractMesh, which has no devices: give"):
+    with pytest.raises(InputError, match=r"^mesh is of type AbstractMesh, which has no devices: give"):
         vit_ref.from_pretrained("anywhere", mesh=mesh(data=2))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="sharding is 'tensor': give the mesh, too"):
+    with pytest.raises(InputError, match="sharding is 'tensor' and mesh is None: give the mesh, too"):
         vit_ref.from_pretrained("anywhere", sharding="tensor")

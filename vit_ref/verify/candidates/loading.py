@@ -1,4 +1,4 @@
-"""From `FILE.py` or `module:attribute` to a candidate, and from its loader to a port, of whatever kind."""
+"""Finds a candidate by `FILE.py` or `module:attribute`, and calls its loader."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ from vit_ref.verify.candidates.table import Table, claimed, described, flat, gra
 from vit_ref.verify.compare.trace import Tap
 from vit_ref.weights import mapping
 
-# A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
+# Includes SystemExit: a file that ends with sys.exit(0) would end this process with the exit code of a right candidate.
 RAISED = (Exception, SystemExit)
 
 
 def find(spec: str) -> Candidate:
-    """The candidate that `--candidate` names.
+    """Returns the candidate that `--candidate` names.
 
     Args:
-      spec: `FILE.py` or `module`, whose attribute `candidate` is meant, or `FILE.py:attribute` or `module:attribute`.
+      spec: `FILE.py:attribute` or `module:attribute`. Without an attribute, the attribute `candidate` is meant.
 
     Raises:
-      CandidateError: there is no such file, module or attribute, or importing it failed.
+      CandidateError: the file, module or attribute does not exist, or importing it failed.
     """
     place, _, attribute = spec.partition(":")
     attribute = attribute or "candidate"
     directory = str(Path(place).parent.resolve()) if place.endswith(".py") else None
     with beside_it(directory):
-        found = _file(Path(place)) if directory else _module(place)
+        value = _file(Path(place)) if directory else _module(place)
     for name in attribute.split("."):
-        if not hasattr(found, name):
-            raise CandidateError(f"{place}: it has no {attribute!r}: name one as {place}:NAME")
-        found = getattr(found, name)
+        if not hasattr(value, name):
+            raise CandidateError(f"{place}: it has no {attribute!r}: name the candidate as {place}:NAME")
+        value = getattr(value, name)
     name = Path(place).stem if attribute == "candidate" else f"{Path(place).stem}-{attribute}"
-    return dataclasses.replace(declared(found, name), directory=directory)
+    return dataclasses.replace(declared(value, name), directory=directory)
 
 
 def _file(path: Path) -> Any:
     if not path.is_file():
-        raise CandidateError(f"{path}: no such file")
-    # A name of its own: a port in a file jax.py is not to stand for jax.
+        raise CandidateError(f"{path}: this file does not exist: check the path")
+    # It needs a name of its own: a candidate in a file jax.py must not replace jax.
     name = f"vit_ref_candidate_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise CandidateError(f"{path}: not a Python file")
+        raise CandidateError(f"{path}: this is not a Python file: give one")
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look a class's module up by its name.
+    # dataclasses look up a class's module by its name.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -72,15 +72,18 @@ def _file(path: Path) -> Any:
     return module
 
 
-# What was imported from beside a file, by the file's directory: nobody else is to meet it.
+# Modules that were imported from beside a file, by the file's directory. No other code may meet them.
 _imported: dict[str, dict[str, ModuleType]] = {}
 
 
 @contextlib.contextmanager
 def beside_it(directory: str | None) -> Iterator[None]:
-    """Lets the neighbours of a candidate's file be imported, as when Python runs the file, and hides them afterwards.
+    """Lets a candidate's file import its neighbours, as when Python runs the file, and hides them afterwards.
 
-    Two ports may have a model.py each, and the second would be judged with the first's.
+    Two candidates may each have a model.py. Without this, the second one would import the first one's.
+
+    Args:
+      directory: the directory of the candidate's file; None does nothing.
     """
     if directory is None:
         yield
@@ -94,7 +97,7 @@ def beside_it(directory: str | None) -> Iterator[None]:
     finally:
         if directory in sys.path:
             sys.path.remove(directory)
-        # Of a package that was there before, what is new is everybody's.
+        # New modules of a package that was imported before stay visible to all code.
         tops = {name: name.partition(".")[0] for name in sys.modules.keys() - before.keys()}
         own = {top for top in set(tops.values()) - before.keys() if _is_neighbour(top, directory)} | known.keys()
         known |= {name: sys.modules[name] for name, top in tops.items() if top in own}
@@ -106,7 +109,7 @@ def beside_it(directory: str | None) -> Iterator[None]:
 
 
 def _is_neighbour(name: str, directory: str) -> bool:
-    """Whether a module was found in this very directory, and not in an environment below it, say."""
+    """Returns whether a module lies in this very directory, and not below it, for example in an environment."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
     # A package is a directory itself.
@@ -116,7 +119,7 @@ def _is_neighbour(name: str, directory: str) -> bool:
 
 def _module(name: str) -> Any:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise CandidateError(f"{name}: neither a Python file nor the name of a module")
+        raise CandidateError(f"{name}: this is neither a Python file nor the name of a module: give FILE.py or module")
     try:
         return importlib.import_module(name)
     except RAISED as error:
@@ -124,10 +127,15 @@ def _module(name: str) -> Any:
 
 
 def load(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
-    """What the candidate's loader returns.
+    """Calls the candidate's loader and returns the model.
+
+    Args:
+      candidate: the declaration.
+      checkpoint: the checkpoint's directory or file.
+      dtype: the dtype for a loader that takes one.
 
     Raises:
-      CandidateError: it raised something.
+      CandidateError: the loader raised an exception.
     """
     try:
         with beside_it(candidate.directory):
@@ -139,7 +147,11 @@ def load(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
 
 
 def is_torch(port: Any) -> bool:
-    """Whether a port is a PyTorch module, found out without importing PyTorch: who made one has."""
+    """Returns whether a model is a PyTorch module, without importing PyTorch: the loader of one has imported it.
+
+    Args:
+      port: what a loader returned.
+    """
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(port, torch.nn.Module)
 
@@ -147,20 +159,23 @@ def is_torch(port: Any) -> bool:
 def observed(
     candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap | None], Any], table: Table, tap: Tap | None
 ) -> Any:
-    """The output of one forward pass, every value that the port shows passed through a tap.
+    """Runs one forward pass and passes every value that the candidate shows through a tap.
 
-    The output's own site is what is returned, whatever the port shows under its name: a port that shows logits and
-    returns their softmax has to fail.
+    The output's own site is the returned value, whatever the candidate shows under that name. So a candidate that
+    shows logits but returns their softmax fails.
 
     Args:
       candidate: the declaration.
       config: the checkpoint's configuration.
       run: the forward pass.
-      table: the candidate's, for these images; an empty one without a tap.
-      tap: called with every site that the candidate shows; None to run it as its users do.
+      table: the candidate's table for these images; an empty one without a tap.
+      tap: called with every site that the candidate shows; None to run the candidate as its users do.
+
+    Returns:
+      The output (B, width).
 
     Raises:
-      CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
+      CandidateError: the forward pass raised an exception, its values do not fit the table, or there is no output.
     """
     last = output_site(config)
 
@@ -172,8 +187,8 @@ def observed(
     output, named = split_output(returned, candidate.name)
     if last == "cls" and len(output.shape) == 3:
         raise CandidateError(
-            f"{candidate.name}: it returned a value of shape {tuple(output.shape)}: without a head the cls token (B, D)"
-            " is expected: give call=lambda port, images: port(images)[:, 0]"
+            f"{candidate.name}: it returned shape {tuple(output.shape)}, but a model without a head must return the"
+            " cls token (B, D): give call=lambda model, images: model(images)[:, 0]"
         )
     if tap is None:
         return output
@@ -184,18 +199,18 @@ def observed(
 
 @contextlib.contextmanager
 def in_one_line(name: str, what: str) -> Iterator[None]:
-    """Turns what a person's object raises into one line.
+    """Turns an exception from the candidate's own code into a message of one line.
 
     Args:
-      name: the candidate's.
-      what: what was done with the object, for the message.
+      name: the candidate's name.
+      what: what the candidate was doing, for the message.
 
     Raises:
-      CandidateError: it raised something. Errors of this package say more already, and pass.
+      CandidateError: the candidate's code raised an exception. Errors of this package pass unchanged.
     """
     try:
         yield
-    # The caller acts on jax's own word that a function cannot be traced.
+    # The caller handles jax's own errors, which mean that a function cannot be traced.
     except (InputError, jax.errors.JAXTypeError):
         raise
     except RAISED as error:
@@ -203,7 +218,11 @@ def in_one_line(name: str, what: str) -> Iterator[None]:
 
 
 def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
-    """The sites that a candidate promises to show: those of its table, and its output.
+    """Returns the sites that a candidate promises to show: those of its table, and its output.
+
+    Args:
+      candidate: the declaration.
+      config: the checkpoint's configuration.
 
     Raises:
       CandidateError: the table does not fit the configuration.
@@ -212,28 +231,45 @@ def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
 
 
 def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
-    """What a port returned, and the intermediates with it by flat names, of which there may be none."""
+    """Splits what a model returned into its output and its intermediates by flat names, if there are any.
+
+    Args:
+      returned: what the model returned.
+    """
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
         return returned[0], flat(returned[1])
     return returned, {}
 
 
 def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
-    """A port's output, and the intermediates that it returned with it.
+    """Returns a model's output, and the intermediates that it returned with it.
+
+    Args:
+      returned: what the model returned.
+      name: the candidate's name.
 
     Raises:
-      CandidateError: there is no array in it.
+      CandidateError: the output is not an array.
     """
     returned, named = split_named(returned)
     output = getattr(returned, "logits", returned)
     output = output[0] if isinstance(output, tuple) else output
     if not getattr(output, "shape", ()):
-        raise CandidateError(f"{name}: it returned a {described(output)}: logits (B, classes) are expected")
+        raise CandidateError(f"{name}: it returned a {described(output)}, but must return logits (B, classes)")
     return output, named
 
 
 def recognised(candidate: Candidate, config: ViTConfig, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-    """A port's gradients by this package's paths: by its table, or by those or a layout's names; else none."""
+    """Returns a candidate's gradients by this package's paths.
+
+    Args:
+      candidate: the declaration.
+      config: the checkpoint's configuration.
+      gradients: gradients by the candidate's own paths.
+
+    Returns:
+      Gradients that the candidate's table names, or whose names are this package's or a known layout's; else none.
+    """
     if candidate.parameters is not None:
         return gradients_by_path(candidate.parameters, config, gradients)
     if gradients.keys() == list_parameters(config).keys():
