@@ -2,7 +2,7 @@
 # Guess: `optax.cosine_onecycle_schedule(100, 1.0)` gives PyTorch's OneCycleLR with the same peak and number of steps,
 #   to rounding.
 # Seen: 2026-11-30, optax 0.2.8, torch 2.13.0: both rise from 0.04 for 30 % of the steps, but PyTorch peaks at step 29
-#   and ends at 4e-6, optax peaks at step 30 and ends above 5e-4. They differ by 0.02 on the way.
+#   and ends at 4e-6, optax peaks at step 30 and ends above 5e-4. They differ by up to 0.03 on the way.
 # It hurts: a training curve that has to match is off from the second step on.
 set -euo pipefail
 folder=$(mktemp -d)
