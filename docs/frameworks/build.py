@@ -25,7 +25,7 @@ from page import write_page
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "reference" / "framework-defaults.md"
 JAX_NEW = ("jax==0.12.0.1", "flax==0.12.12")
-# Title: (interpreter, packages, adapters). What one environment can hold is one environment.
+# Interpreter, packages, and the adapter of each title: one environment a line.
 FRAMEWORKS: tuple[tuple[str, tuple[str, ...], dict[str, str]], ...] = (
     ("python3.11", ("jax==0.10.2", "flax==0.12.8"), {"jax 0.10": "jax_", "flax (nnx) on jax 0.10": "flax_nnx"}),
     ("python3.12", JAX_NEW, {"jax 0.12": "jax_", "flax (nnx) on jax 0.12": "flax_nnx"}),

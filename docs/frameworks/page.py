@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from surprises import read_findings
+
 Cell = Callable[[dict[str, Any]], str]
 
 
@@ -27,7 +29,23 @@ def write_page(measured: dict[str, Any]) -> str:
         rows = [row for row in rows if set(row[1:]) != {"-"}]
         parts += [f"## {title}", text, _write_table(["framework", *columns], rows)]
     releases = [[name, figure["version"], figure["python"]] for name, figure in figures.items()]
-    parts += ["## Releases", _write_table(["framework", "release", "Python"], releases)]
+    parts += [
+        "## Releases",
+        "In an environment with the release, `python docs/frameworks/measure.py ADAPTER` prints its figures.",
+        _write_table(["framework", "release", "Python"], releases),
+        "## Surprises",
+        "We wrote down a guess before each measurement, and kept those where the guess was wrong. Each script installs"
+        " the pinned releases and shows the behaviour; `findings/run` runs all of them.",
+    ]
+    for finding in read_findings():
+        parts += [
+            f"### {finding['name']}",
+            f"`findings/{finding['name']}.sh`",
+            "\n".join(
+                f"- {label}: {finding[key]}"
+                for label, key in (("Guess", "guess"), ("Seen", "seen"), ("It hurts", "hurts"))
+            ),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -54,6 +54,9 @@ def resize_matrix(size: int, new_size: int, a: float, border: str, antialias: bo
     """Returns the (new_size, size) matrix of a one-dimensional resize.
 
     Args:
+        size: number of samples.
+        new_size: number of samples of the result.
+        a: the kernel's coefficient.
         border: "clamp" takes the edge's value for what lies outside; "renormalise" leaves it out and divides by the
             weights that remain.
         antialias: widens the kernel by the factor of a reduction.
