@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Guess: softmax of bfloat16 values is computed in float32 inside and rounded once, as in PyTorch: 0.4 units of
 #   rounding.
-# Seen: 2026-11-30, jax 0.12.0.1, torch 2.13.0 on a CPU: jax errs by 2.3 units of bfloat16's rounding (RMS), PyTorch
-#   by 0.4. jax rounds exponentials and their sum. Keras 3 on jax and MindSpore (float16) do the same, MLX errs by 5.
+# Seen: 2026-11-30, jax 0.10.2, torch 2.13.0 on a CPU: jax errs by 2.3 units of bfloat16's rounding (RMS), PyTorch by
+#   0.4. jax rounds exponentials and their sum. Keras 3 on jax and MindSpore (float16) do the same, MLX errs by 5.
 # It hurts: probabilities of a bfloat16 attention do not sum to one, and a port from PyTorch loses two bits there.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3.12 -m venv "$folder/environment"
-"$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check jax==0.12.0.1 torch==2.13.0 numpy==2.4.6
+python3.11 -m venv "$folder/environment"
+"$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check jax==0.10.2 torch==2.13.0 numpy==2.4.6
 "$folder/environment/bin/python" - <<'PYTHON'
 import sys
 

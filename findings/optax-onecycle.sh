@@ -7,8 +7,8 @@
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3.12 -m venv "$folder/environment"
-"$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check optax==0.2.8 jax==0.12.0.1 torch==2.13.0 numpy==2.4.6
+python3.11 -m venv "$folder/environment"
+"$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check optax==0.2.8 jax==0.10.2 torch==2.13.0 numpy==2.4.6
 "$folder/environment/bin/python" - <<'PYTHON'
 import sys
 import warnings
