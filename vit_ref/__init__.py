@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from vit_ref.model.config import ViTConfig
     from vit_ref.model.vit import VisionTransformer
     from vit_ref.testing.parametrize import parametrize_with_checks
-    from vit_ref.verify.candidates.declaration import Candidate
+    from vit_ref.verify.candidates.declaration import Candidate, Reference
+    from vit_ref.verify.pairs.session import compare
     from vit_ref.verify.proposals.proposal import propose
     from vit_ref.verify.results import CandidateReport
     from vit_ref.verify.session import check_port
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # A name is imported when it is first used: the command and pytest's plugin start without waiting for jax.
 _HOME = {
     "Candidate": "vit_ref.verify.candidates.declaration",
+    "Reference": "vit_ref.verify.candidates.declaration",
     "CheckpointError": "vit_ref.errors",
     "ConfigError": "vit_ref.errors",
     "InputError": "vit_ref.errors",
@@ -26,6 +28,7 @@ _HOME = {
     "ViTConfig": "vit_ref.model.config",
     "VisionTransformer": "vit_ref.model.vit",
     "check_port": "vit_ref.verify.session",
+    "compare": "vit_ref.verify.pairs.session",
     "from_pretrained": "vit_ref.weights.pretrained",
     "parametrize_with_checks": "vit_ref.testing.parametrize",
     "preprocessing": "vit_ref.preprocessing",
@@ -40,9 +43,11 @@ __all__ = [
     "ConfigError",
     "InputError",
     "MappingError",
+    "Reference",
     "ViTConfig",
     "VisionTransformer",
     "check_port",
+    "compare",
     "from_pretrained",
     "parametrize_with_checks",
     "propose",

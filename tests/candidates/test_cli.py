@@ -22,7 +22,7 @@ from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli.console import show_progress
 from vit_ref.cli.group import main
 from vit_ref.errors import TruncatedError
-from vit_ref.verify import session, stream
+from vit_ref.verify import judgement, session, stream
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.environment import environment
 from vit_ref.verify.precision import PRECISIONS
@@ -166,7 +166,7 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
     forward = dataclasses.replace(REPORTS[name](), backward=None, not_backward="FlaxViT itself is not finite")
 
     def judged(candidate: str, *_: Any, **__: Any) -> CandidateReport:
-        return session.complete(forward, True) if candidate == "forward" else RIGHT()
+        return judgement.complete(forward, True) if candidate == "forward" else RIGHT()
 
     monkeypatch.setattr(session, "check_port", judged)
     # Another port's verdict changes nothing about this one's.

@@ -61,7 +61,7 @@ def test_a_port_that_writes_into_its_images_is_seen(timm: vit_ref.Candidate, sav
     for changed in (timm, dataclasses.replace(timm, channels_first=False, sites=None, load=lambda _: Summing())):
         behaviour = check_behaviour(made(calling(changed, call), saved), IMAGES[:2])
         failed = [(each.name, each.reason) for each in behaviour if not each.passed]
-        assert failed == [("inputs", "it writes into the images that it is given: it has to copy them")]
+        assert failed == [("inputs", "it writes into the inputs that it is given: it has to copy them")]
 
 
 class Summing(torch.nn.Module):
@@ -103,7 +103,7 @@ def test_frozen_parameters_have_gradients_all_the_same(timm: vit_ref.Candidate, 
         return loaded[-1]
 
     port = made(dataclasses.replace(timm, load=load), saved)
-    objective = objectives_for((5, port.config.num_labels))[0]
+    objective = objectives_for((5, port.outline.config.num_labels))[0]
     found = {dtype: port.gradients(IMAGES, precision_of(dtype))(objective) for dtype in ("f8", "f4")}
     for path, value in found["f8"].parameters.items():
         # 4e-7 was seen: float32's rounding. That of the key's bias is all there is.
@@ -217,8 +217,10 @@ def test_a_port_that_holds_what_it_computed_is_judged_as_any_other(
 
     changed = dataclasses.replace(plain, load=load)
     assert error(traced(changed, saved)["logits"], traced(plain, saved)["logits"]).rms < SEMANTIC_RMS
-    objective = objectives_for((5, made(plain, saved).config.num_labels))[0]
-    pixels = [made(each, saved).gradients(IMAGES, precision_of("f8"))(objective).pixels for each in (changed, plain)]
+    objective = objectives_for((5, made(plain, saved).outline.config.num_labels))[0]
+    pixels = [
+        made(each, saved).gradients(IMAGES, precision_of("f8"))(objective).inputs["pixels"] for each in (changed, plain)
+    ]
     assert error(*pixels).rms < SEMANTIC_RMS
 
 
@@ -340,6 +342,6 @@ def test_a_candidate_in_pytorch_is_allowed_other_sums_than_the_references(
 ) -> None:
     source = checkpoint.read(saved("rectangular"))
     port = made(timm, saved)
-    report = Session(port.config, source, IMAGES, port, title="sums").forward()
+    report = Session(port.outline.config, source, IMAGES, port, title="sums").forward()
     assert report.passed
     assert min(result.gate / result.reference_error for result in report.results) >= 4

@@ -232,7 +232,7 @@ def test_a_function_that_differs_from_run_to_run_is_said_first(
     rng = np.random.default_rng(0)
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(
-            InputError, match=r"mine: two runs on the same images differ: is dropout live\?.*relative RMS"
+            InputError, match=r"mine: two runs on the same inputs differ: is dropout live\?.*relative RMS"
         ):
             ask(vit_ref.Candidate(load=lambda _: lambda x: ones(23, x) * rng.normal(), name="mine"), saved("one-block"))
 
@@ -375,13 +375,13 @@ def test_a_port_that_is_float32_inside_is_told_so(saved: Callable[[str], Path]) 
 
     reason = failures_of(narrow, saved)["batch"]
     assert re.fullmatch(
-        r"an image alone .* \(by \de-0[678], which may be something in it that is float32 and not float64\)", reason
+        r"an input alone .* \(by \de-0[678], which may be something in it that is float32 and not float64\)", reason
     )
 
 
 def test_a_port_whose_images_depend_on_each_other_is_seen(saved: Callable[[str], Path]) -> None:
     assert failures_of(lambda x: ones(23, x - x.mean(axis=0)), saved) == {
-        "batch": "an image alone comes out otherwise than in its batch"
+        "batch": "an input alone comes out otherwise than in its batch"
     }
 
 
@@ -401,7 +401,7 @@ def test_a_port_that_differs_from_run_to_run_is_seen(saved: Callable[[str], Path
     rng = np.random.default_rng(0)
     # float(): it cannot be traced, so that numpy draws anew in each run.
     failures = failures_of(lambda x: ones(23, x) + float(x[0, 0, 0, 0]) * rng.normal(), saved)
-    assert failures["repeat"].startswith("two runs on the same images differ")
+    assert failures["repeat"].startswith("two runs on the same inputs differ")
 
 
 def test_a_model_that_is_another_where_nobody_looks_is_seen(

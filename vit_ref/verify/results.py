@@ -30,7 +30,7 @@ class SiteResult(NamedTuple):
 
     Attributes:
       site: its name.
-      oracles: reference against NumPy, both float64.
+      oracles: reference against the oracle, both float64; None without an oracle.
       exact: candidate in float64.
       alone: the candidate again with the reference's own token stream fed to each block, so that one block's fault
         does not smear over all after it. Measured where something failed: in float64 if the semantic gate did, else in
@@ -42,7 +42,7 @@ class SiteResult(NamedTuple):
     """
 
     site: str
-    oracles: Error
+    oracles: Error | None
     exact: Error
     alone: Error | None
     rounding: float
