@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_ref.errors import CandidateError, UndifferentiableError, first_line
 from vit_ref.verify.candidates.adapters import require_known, tapping
@@ -26,6 +25,7 @@ from vit_ref.verify.candidates.declared import Declared
 from vit_ref.verify.candidates.feeding import Arguments
 from vit_ref.verify.candidates.loading import RAISED, in_one_line, load, observed, recognised
 from vit_ref.verify.candidates.table import Table, counted
+from vit_ref.verify.candidates.torch_casts import WithoutCasts, forgetting
 from vit_ref.verify.compare.inputs import Inputs, is_float, map_arrays
 from vit_ref.verify.compare.objectives import Gradients, Objective, require_shape
 from vit_ref.verify.compare.trace import Tap, Trace
@@ -196,7 +196,8 @@ class TorchCandidate(Declared):
             return observed(self._candidate, self.outline, run, table, tap)
 
         in_float64 = _dtype(module, arguments) == torch.float64
-        output = self._in_float64(passed, tap) if in_float64 else passed(tap)
+        with forgetting(module):
+            output = self._in_float64(passed, tap) if in_float64 else passed(tap)
         if tap:
             self.fixed = frozenset(table.fixed)
         return output
@@ -209,27 +210,7 @@ class TorchCandidate(Declared):
         return picked, lambda cotangent: pull_back(cotangent)[0]
 
     def _undoing(self, casts: Casts) -> contextlib.AbstractContextManager[Any]:
-        return _WithoutCasts(casts)
-
-
-class _WithoutCasts(TorchDispatchMode):
-    """Makes no float32 of a float64 tensor, whoever asks for it; see `casts`.
-
-    It sees the operations that PyTorch's functions come down to: `x.float()`, `softmax(x, dtype=torch.float32)` and
-    `x.mean(dtype=torch.float32)` all name the dtype there.
-    """
-
-    def __init__(self, casts: Casts):
-        super().__init__()
-        self._casts = casts
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if kwargs.get("dtype") == torch.float32 and getattr(first, "dtype", None) == torch.float64:
-            self._casts.number += 1
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return function(*args, **kwargs)
+        return WithoutCasts(casts)
 
 
 @contextlib.contextmanager
