@@ -140,6 +140,7 @@ class ParityReport:
       objectives: how many gradients' rounding is pooled over; None forward.
       beyond: where the first divergence is rounding, the next one that this rounding does not explain, and how far
         it is off; its causes are among `causes`.
+      everywhere: whether the reference's values were fed at every site for `SiteResult.alone`, and not to each block.
     """
 
     title: str
@@ -155,6 +156,7 @@ class ParityReport:
     order: tuple[str, ...] = ()
     objectives: int | None = None
     beyond: str = ""
+    everywhere: bool = False
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:

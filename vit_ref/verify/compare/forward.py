@@ -37,6 +37,23 @@ def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str)
         )
 
 
+def isolated(errors: Mapping[str, Error], fixed: frozenset[str]) -> dict[str, Error]:
+    """The errors of parts that were fed the reference's values alone.
+
+    Where nothing can be replaced, what is wrong goes on into the next part, of which nothing is known then.
+
+    Args:
+      errors: of all sites, in order.
+      fixed: sites at which nothing can be replaced.
+    """
+    alone, inherited = dict[str, Error](), False
+    for site, error in errors.items():
+        if not inherited:
+            alone[site] = error
+        inherited = site in fixed and not error.passes_semantic_gate
+    return alone
+
+
 def compare_forward(
     title: str,
     problem: Problem,
@@ -81,7 +98,7 @@ def compare_forward(
         progress("each block alone")
         if problem.streams is None:
             everywhere = {site: truth[site] for site in shown - candidate.fixed}
-            return errors_of(candidate.trace(inputs, precision, replace=everywhere), truths)
+            return isolated(errors_of(candidate.trace(inputs, precision, replace=everywhere), truths), candidate.fixed)
         before = {site: problem.streams[site] for site in shown}
         fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
         errors = errors_of(candidate.trace(inputs, precision, replace=fed), truths)
@@ -162,4 +179,5 @@ def compare_forward(
         hidden=hidden_before(diverging, problem.order, shown) if diverging else (),
         order=tuple(problem.order),
         beyond=found.beyond,
+        everywhere=problem.streams is None,
     )
