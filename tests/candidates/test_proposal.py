@@ -33,7 +33,7 @@ from vit_ref.verify.proposals.listing import Proposal
 from vit_ref.verify.proposals.matching import Search
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import prepare_candidate
-from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights import checkpoint, mapping, writing
 from vit_ref.weights.pretrained import read_configuration
 
 CASE = CASES["rectangular"]
@@ -689,7 +689,7 @@ def untrained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         for name, tensor in source.tensors.items()
     }
     path = tmp_path_factory.mktemp("candidates") / "untrained"
-    checkpoint.write_directory(path, tensors, source.config or {})
+    writing.write_directory(path, tensors, source.config or {})
     return path
 
 

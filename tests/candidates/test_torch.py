@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.verify import session
 from vit_ref.verify.candidates.loading import find
@@ -22,11 +23,11 @@ from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare.behaviour import check_behaviour
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session, check_port, prepare_candidate
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.pretrained import read_configuration
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
@@ -320,7 +321,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
     tensors, attention = case.checkpoint().tensors, "vit.encoder.layer.0.attention.attention"
     tensors[f"{attention}.query.bias"][0] += 40
     tensors[f"{attention}.key.weight"][0] *= 10
-    checkpoint.write_directory(tmp_path, tensors, case.config.to_hf())
+    writing.write_directory(tmp_path, tensors, case.config.to_hf())
     source = checkpoint.read(tmp_path)
     judge = reference_for(case.config, source.tensors)
 

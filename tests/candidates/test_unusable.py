@@ -19,6 +19,7 @@ from flax import nnx
 from jax.nn import dot_product_attention as attention_by_name
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError, MappingError, TruncatedError
 from vit_ref.model import attention
 from vit_ref.verify.candidates.casts import Casts
@@ -27,11 +28,11 @@ from vit_ref.verify.candidates.loading import find, is_torch
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port, prepare_candidate
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config
@@ -468,7 +469,7 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
     source, changes = CASES["rectangular"].checkpoint(), FAULTY[fault]
     tensors = {name: changes.get(name, lambda x: x)(tensor) for name, tensor in source.tensors.items()}
     numbers = {name: value for name, value in changes.items() if isinstance(value, int)}
-    checkpoint.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
+    writing.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
     with pytest.raises(MappingError, match=re.escape(fault)):
         check_port(lambda x: ones(23, x), tmp_path, backward=False)
 
@@ -476,7 +477,7 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
 def test_what_is_left_over_outside_the_blocks_is_nobodys_fault(tmp_path: Path) -> None:
     source = CASES["rectangular"].checkpoint()
     tensors = {**source.tensors, "vit.pooler.dense.bias": np.zeros(33, np.float32)}
-    checkpoint.write_directory(tmp_path, tensors, source.config or {})
+    writing.write_directory(tmp_path, tensors, source.config or {})
     assert check_port(lambda x: ones(23, x), tmp_path, backward=False).forward.semantic_failures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -195,27 +196,39 @@ class Session:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
         return check_behaviour(self.candidate, self.pixels[:BEHAVIOUR], progress=self.progress)
 
-    def check(
-        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
+    def report(
+        self,
+        forward: ParityReport,
+        backward: ParityReport | None = None,
+        not_backward: str = "",
+        behaviour: tuple[Behaviour, ...] = (),
+        not_behaviour: str = "",
     ) -> CandidateReport:
-        """Does all of it; arguments and errors are those of `check_port`."""
-        forward = self.forward()
-        gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
-        report = CandidateReport(
+        """The report of parts that were judged; the fields are those of `CandidateReport`."""
+        return CandidateReport(
             title=self.title,
             checkpoint=self.origin,
             candidate=self.candidate.name,
             reference=forward.reference,
             precision=forward.precision,
             forward=forward,
-            backward=gradients,
-            not_backward=reason,
-            behaviour=self.behaviour(),
-            expected_failed_checks=dict(expected_failed_checks or {}),
+            backward=backward,
+            not_backward=not_backward,
+            behaviour=behaviour,
+            expected_failed_checks={},
             environment=environment(self.precision),
-            not_behaviour=self.not_behaviour,
+            not_behaviour=not_behaviour,
             notes=self.candidate.notes,
         )
+
+    def check(
+        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
+    ) -> CandidateReport:
+        """Does all of it; arguments and errors are those of `check_port`."""
+        forward = self.forward()
+        gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
+        report = self.report(forward, gradients, reason, self.behaviour(), self.not_behaviour)
+        report = dataclasses.replace(report, expected_failed_checks=dict(expected_failed_checks or {}))
         require_expectations(report)
         return complete(report, unjudged)
 

@@ -39,8 +39,9 @@ from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session
 from vit_ref.verify.vit import ViTExplainer, gradient_names, hf_tensors, problem_of
 from vit_ref.weights import mapping
-from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
+from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import open_checkpoint
+from vit_ref.weights.tensor_files import LazyTensors
 
 # The token stream into a model of one block, and out of its block.
 _INTO, _OUT_OF = "embeddings", "block.0.mlp.residual"

@@ -40,7 +40,7 @@ class ViTExplainer:
         if not causes or not causes[0].format:
             return Explanation(causes, place)
         other, off, more = beyond_rounding(config, tensors, pixels, names, causes[0], shown)
-        return Explanation(causes + more, place, f"{other} by {off:.1e}" if other else "")
+        return Explanation(causes + more, place, f"{other}, relative RMS error {off:.1e}" if other else "")
 
     def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
         """See `Explainer.explain_rounding`."""

@@ -173,9 +173,9 @@ def where(value: NDArray, truth: NDArray, site: str) -> str:
     It goes on after the word "wrong".
     """
     if value.shape != truth.shape:
-        return f"as its shape is {value.shape}, not {truth.shape}"
+        return f"shape {value.shape}, not {truth.shape}"
     if not np.isfinite(value).all():
-        return "as it is not finite"
+        return "because it is not finite"
     said = []
     for name, indices, size in zip(_axes(value, site), find_wrong(value, truth), value.shape, strict=True):
         if len(indices) < size:

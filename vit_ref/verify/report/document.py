@@ -1,4 +1,4 @@
-"""A `CandidateReport` as JSON. `schema.json` beside this file describes each field; the page shows nothing else."""
+"""Turns a `CandidateReport` into JSON. `schema.json` beside this file describes each field of the document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from vit_ref.model.sites import OUTPUTS
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
-from vit_ref.verify.report.text import met, wrong_alone
+from vit_ref.verify.report.text import decided_checks, next_step, wrong_alone
 from vit_ref.verify.results import CandidateReport, Cause, Check, ParityReport, SiteResult, Status
 
 SCHEMA = Path(__file__).with_name("schema.json")
@@ -20,11 +20,14 @@ _SITES = ("patches", "embeddings", "norm", *OUTPUTS)
 
 
 def to_json(report: CandidateReport) -> dict[str, Any]:
-    """A report as `json.dumps` takes it, with `allow_nan=False` too.
+    """Returns a report as a dictionary that `json.dumps` accepts, even with `allow_nan=False`.
+
+    Args:
+      report: what `check_port` returned.
 
     Returns:
-      What `SCHEMA` describes. JSON has no infinity: a number that is not finite is "Infinity" or "NaN", which `float`
-      and JavaScript's `Number` read back.
+      A document that `SCHEMA` describes. JSON has no infinity: "Infinity" and "NaN" stand for numbers that are not
+      finite. Python's `float` and JavaScript's `Number` read them back.
     """
     checks = report.checks
     counts = Counter(check.status for check in checks)
@@ -49,8 +52,8 @@ def to_json(report: CandidateReport) -> dict[str, Any]:
             if check.name.startswith("behaviour/")
         ],
         "expected_failed_checks": [
-            {"pattern": pattern, "reason": report.expected_failed_checks[pattern], **_outcome(decided)}
-            for pattern, decided in met(report).items()
+            {"pattern": pattern, "reason": report.expected_failed_checks[pattern], **_outcome(checks)}
+            for pattern, checks in decided_checks(report).items()
         ],
         "environment": dict(report.environment),
         "notes": list(report.notes),
@@ -64,7 +67,7 @@ def _outcome(checks: Sequence[Check]) -> dict[str, int]:
 
 def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[str]) -> dict[str, Any]:
     measured = {result.site: result for result in report.results}
-    place = {name: k for k, name in enumerate(report.order)}
+    position = {name: k for k, name in enumerate(report.order)}
     failures = report.semantic_failures or report.numerical_failures
     return {
         "what": report.what,
@@ -72,6 +75,7 @@ def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[st
         "passed": all(check.status in ("passed", "not observed", "expected failure") for check in checks),
         "first_divergence": failures[0].site if failures else None,
         "causes": [_cause(cause) for cause in report.causes],
+        "next_step": next_step(report),
         "beyond_rounding": report.beyond,
         "place": report.place,
         "hidden": list(report.hidden),
@@ -87,7 +91,7 @@ def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[st
                 "reason": check.reason,
                 "measured": _measured(measured.get(check.site), report.what, report.precision),
             }
-            for check in sorted(checks, key=lambda check: place.get(check.site, 0))
+            for check in sorted(checks, key=lambda check: position.get(check.site, 0))
         ],
     }
 
@@ -96,7 +100,7 @@ def _measured(result: SiteResult | None, what: str, precision: str) -> dict[str,
     return result and {
         "exact": _error(result.exact),
         "alone": _error(result.alone),
-        # Backward there is one oracle only.
+        # NumPy computes no gradients, so the reference is their only oracle.
         "oracles": _error(result.oracles if what == "sites" else None),
         "rounding": _number(result.rounding),
         "reference_error": _number(result.reference_error),
@@ -132,5 +136,5 @@ def _kind(site: str, sites: Collection[str]) -> str:
 
 
 def _block(site: str) -> int | None:
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
-    return int(found[1]) if found else None
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
+    return int(number[1]) if number else None
