@@ -20,6 +20,7 @@ from vit_ref.verify.candidates.feeding import name_input
 from vit_ref.verify.candidates.jax_candidate import JaxCandidate
 from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
 from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
@@ -127,7 +128,7 @@ class PairSession:
         progress(f"loading {judged.name}")
         self.candidate = self._candidate(judged)
         # Of the reference only what the candidate shows is kept: all of it takes as much memory as a backward pass.
-        claims = self.candidate.claims
+        claims = self._shown(judged)
         shared = {key: target for key, target in self.found.table.items() if _destinations(target) & claims}
         self.reference = self._implementation(
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
@@ -162,8 +163,14 @@ class PairSession:
             bare = self._implementation(dataclasses.replace(declaration, sites={}), outline, loaded)
             table = match_parameters(bare.parameters(), self.reference.parameters())
             declaration = dataclasses.replace(declaration, parameters=table)
-        claims = self._implementation(declaration, outline, loaded).claims
-        return self._implementation(declaration, outline.only(claims), loaded)
+        return self._implementation(declaration, outline.only(self._shown(declaration)), loaded)
+
+    def _shown(self, declaration: Candidate) -> frozenset[str]:
+        """The sites that a candidate may show: those of its table, or without one all."""
+        every = self.found.outline.shapes(self.inputs)
+        if declaration.sites is None:
+            return frozenset(every)
+        return claimed(declaration.sites, self.found.outline, every) | {OUTPUT}
 
     def _notes(self, attention: str) -> tuple[str, ...]:
         notes = ["the reference is the only truth: no oracle knows what it computes", attention, *self.reference.notes]
