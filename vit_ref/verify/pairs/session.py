@@ -111,13 +111,14 @@ class PairSession:
         self.inputs = find_inputs(declared, inputs, seed)
         progress(f"loading {declared.name}")
         loaded = self._load(declared)
-        plain = self._implementation(declared, Blank(), loaded)
+        plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
         progress(f"{declared.name}: finding its sites")
         self.found = discover(plain, declared.sites, self.inputs)
         declared = dataclasses.replace(declared, sites=self.found.table)
-        self.reference = self._implementation(declared, self.found.outline, loaded, role="reference")
-        require_repeatable(self.reference, self.inputs, progress=progress)
-        self.explainer = PairExplainer(self.reference, self.inputs, list(self.found.outline.shapes(self.inputs)))
+        # Observed at all sites, of which the candidate may show a few.
+        self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
+        require_repeatable(self.whole, self.inputs, progress=progress)
+        self.explainer = PairExplainer(self.whole, self.inputs, list(self.found.outline.shapes(self.inputs)))
         attention = ""
         if getattr(declared, "attention", True):
             progress(f"{declared.name}: its ways of attention")
@@ -161,7 +162,7 @@ class PairSession:
         outline = self.found.outline
         if declaration.parameters is None:
             bare = self._implementation(dataclasses.replace(declaration, sites={}), outline, loaded)
-            table = match_parameters(bare.parameters(), self.reference.parameters())
+            table = match_parameters(bare.parameters(), self.whole.parameters())
             declaration = dataclasses.replace(declaration, parameters=table)
         return self._implementation(declaration, outline.only(self._shown(declaration)), loaded)
 
@@ -173,7 +174,7 @@ class PairSession:
         return claimed(declaration.sites, self.found.outline, every) | {OUTPUT}
 
     def _notes(self, attention: str) -> tuple[str, ...]:
-        notes = ["the reference is the only truth: no oracle knows what it computes", attention, *self.reference.notes]
+        notes = ["the reference is the only truth: no oracle knows what it computes", attention, *self.whole.notes]
         if several := self.found.repeated:
             more = ", ..." if len(several) > 3 else ""
             notes.append(f"no sites, because they run more than once in a pass: {', '.join(several[:3])}{more}")
