@@ -66,7 +66,7 @@ def compared(checkpoint: Path, model: Any) -> CandidateReport:
     twin = vit_ref.Reference(
         load=load_twin,
         sites=sites(),
-        inputs=lambda seed: {"pixels": CASE.images()},
+        inputs=lambda seed: {"pixel_values": CASE.images()},
         adapt=pretrained.reference.adapt,
         name="PyTorch",
     )
@@ -93,12 +93,12 @@ def test_compare_reaches_the_verdict_of_verify_at_every_site(checkpoint: Path, a
     found = compared(checkpoint, load)
     known = check_port(vit_ref.Candidate(load=load, name="mine"), checkpoint, reference="torch", backward=False)
     ours, theirs = verdicts(found), verdicts(known)
-    assert list(ours) == list(theirs)
-    assert ours == theirs
+    # The order differs within attention: transformers computes the key before the query.
+    assert ours == theirs and len(ours) == 29
     assert found.passed == known.passed == (act is None)
-    for one, other in zip(found.forward.results, known.forward.results, strict=False):
-        if not one.exact.passes_semantic_gate:
-            np.testing.assert_allclose(one.exact.rms, other.exact.rms, rtol=0.5)
+    errors = {result.site: result.exact.rms for result in found.forward.results}
+    for other in known.forward.semantic_failures:
+        np.testing.assert_allclose(errors[other.site], other.exact.rms, rtol=0.5)
 
 
 def test_a_directory_of_transformers_is_a_reference_by_itself(checkpoint: Path) -> None:

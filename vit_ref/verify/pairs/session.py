@@ -27,8 +27,7 @@ from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.inputs import copy_inputs, is_float
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.trace import Progress, passing, silent
-from vit_ref.verify.environment import environment
-from vit_ref.verify.judgement import complete, judge_gradients
+from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.pairs.discovery import Blank, discover
 from vit_ref.verify.pairs.explainer import PairExplainer
 from vit_ref.verify.pairs.given import Given as GivenInputs
@@ -38,7 +37,7 @@ from vit_ref.verify.pairs.parameters import match_parameters
 from vit_ref.verify.pairs.truth import require_same_attention
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.problem import Problem
-from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, require_expectations
+from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.weights.origin import Origin, find_origin_of
 
 # What a person may give for either side.
@@ -86,8 +85,10 @@ def compare(
     return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
 
-class PairSession:
+class PairSession(Judgement):
     """What one comparison takes, and its parts; arguments and errors are those of `compare`."""
+
+    candidate: Any
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class PairSession:
         inputs: GivenInputs = None,
         precision: str | DTypeLike | Precision = "float32",
         seed: int = 0,
+        title: str | None = None,
         progress: Progress = silent,
     ):
         self.progress = progress
@@ -135,6 +137,7 @@ class PairSession:
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
         require_repeatable(self.candidate, self.inputs, progress=progress)
+        self.title = self.origin.name if title is None else title
 
     def _load(self, declaration: Candidate) -> Any:
         with FLOAT64.active():
@@ -179,11 +182,6 @@ class PairSession:
             more = ", ..." if len(several) > 3 else ""
             notes.append(f"no sites, because they run more than once in a pass: {', '.join(several[:3])}{more}")
         return tuple(filter(None, notes))
-
-    @property
-    def title(self) -> str:
-        """Which checkpoint, for reports."""
-        return self.origin.name
 
     @cached_property
     def origin(self) -> Origin:
@@ -242,28 +240,9 @@ class PairSession:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
         return check_behaviour(self.candidate, self.inputs, progress=self.progress)
 
-    def check(
-        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
-    ) -> CandidateReport:
-        """Does all of it; arguments and errors are those of `compare`."""
-        forward = self.forward()
-        gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
-        report = CandidateReport(
-            title=self.title,
-            checkpoint=self.origin,
-            candidate=self.candidate.name,
-            reference=forward.reference,
-            precision=forward.precision,
-            forward=forward,
-            backward=gradients,
-            not_backward=reason,
-            behaviour=self.behaviour(),
-            expected_failed_checks=dict(expected_failed_checks or {}),
-            environment=environment(self.precision),
-            notes=(*self.notes, *self.candidate.notes),
-        )
-        require_expectations(report)
-        return complete(report, unjudged)
+    def given(self) -> dict[str, NDArray]:
+        """See `Judgement.given`."""
+        return dict(self.inputs)
 
 
 def count_steps(*, backward: bool) -> int:
