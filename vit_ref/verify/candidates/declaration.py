@@ -62,8 +62,8 @@ class Candidate:
       call: `call(model, pixels)`, if the model needs other arguments than the images.
       channels_first: whether images are passed as (B, C, height, width). None: only to PyTorch.
       adapt: for `compare`: `adapt(**inputs)` makes this side's arguments of the inputs, NumPy arrays. It returns a
-        mapping of keyword arguments, a tuple of positional ones, or one array. It only moves elements, or adds arrays of
-        integers. None: one input is the first positional argument, several are keyword arguments.
+        mapping of keyword arguments, a tuple of positional ones, or one array. It only moves elements, or adds
+        arrays of integers. None: one input is the first positional argument, several are keyword arguments.
       output: `output(returned)` picks the output that is compared: an array (B, ...), or several in a mapping or a
         tuple. None: `.logits`, the value itself, or its first element.
       name: the candidate's name in reports.
