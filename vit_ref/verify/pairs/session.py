@@ -40,6 +40,8 @@ from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.weights.origin import Origin, find_origin_of
 
+# Where the parameters stay float32 and products are bfloat16, each model decides what else it rounds.
+MIXED = "mixed"
 # What a person may give for either side.
 Given = Candidate | Callable[..., Any] | str
 
@@ -104,6 +106,10 @@ class PairSession(Judgement):
     ):
         self.progress = progress
         self.precision = resolve_precision(precision)
+        if self.precision.name == MIXED:
+            raise InputError(
+                f"precision is {MIXED!r}, in which this package's model alone computes: give bfloat16, or float32"
+            )
         self._path = None if checkpoint is None else _existing(Path(checkpoint))
         declared = find_declaration(reference, "reference")
         judged = find_declaration(candidate)
@@ -246,7 +252,7 @@ class PairSession(Judgement):
 
 
 def count_steps(*, backward: bool) -> int:
-    """How often `compare` tells its progress for a candidate that is right, and whose rounding is soon settled."""
+    """Returns how often `compare` tells its progress for a right candidate whose rounding is soon settled."""
     return 11 + (LOOKS[0] if backward else 0)
 
 
