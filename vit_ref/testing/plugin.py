@@ -42,9 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--reference",
-        choices=("flax", "torch", "numpy"),
-        help="compare with this reference: flax is FlaxViT of transformers 4, torch is the ViT of transformers in"
-        " PyTorch, numpy is the NumPy oracle, which has no backward pass (default: flax)",
+        metavar="flax|torch|numpy|FILE.py|module:attr",
+        help="compare with this reference: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy"
+        " oracle, which judges the forward pass alone (default: flax); or with one that you declare, of any model",
     )
     group.addoption("--parity-report", metavar="DIR", help="write every case's report to DIR: text, JSON, HTML")
 
@@ -67,10 +67,17 @@ def pytest_configure(config: pytest.Config) -> None:
                 require_local(path, option)
         if reports:
             _require_reports(config, Path(reports))
-        # A missing default reference fails only the tests that need it.
-        if reference:
+        # Not asked for, it fails the tests that need it and no others.
+        if reference in choice.REFERENCES:
             choice.require(reference)
-        for path in checkpoints:
+        elif reference:
+            if reference.isidentifier():
+                known = ", ".join(choice.REFERENCES)
+                raise InputError(f"--reference is {reference!r}: give {known}, or declare one: FILE.py or module:attr")
+            loading.find(reference, "reference")
+            if not candidates or images:
+                raise InputError(f"--reference {reference} makes its own inputs: give a --candidate, and no --images")
+        for path in checkpoints if not reference or reference in choice.REFERENCES else ():
             checkpoint.locate(path)
         if images and not checkpoints:
             raise InputError("--images needs a --checkpoint: give one, or omit --images")
