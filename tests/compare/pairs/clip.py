@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from family import Family, Wrong, at_any_size, draw_vision
+from family import Family, at_any_size, draw_vision
 from flax import nnx
 from layers import (
     Attention,
@@ -120,11 +120,8 @@ def draw(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[int, ...]]:
     return config | sizes, shape
 
 
-WRONG = {
-    "gelu": Wrong({"exact": True}, "vision_model.encoder.layers.0.mlp.activation_fn"),
-    "pre_norm_missed": Wrong({"pre_norm": False}, "vision_model.encoder.layers.0.layer_norm1", without=("pre_norm",)),
-}
 FAMILY = Family(
+    name="clip",
     build=build,
     model=Clip,
     sites=sites,
@@ -132,7 +129,6 @@ FAMILY = Family(
     shape=(12, 21),
     draw=draw,
     output=lambda returned: returned.image_embeds,
-    wrong=WRONG,
     call=at_any_size,
 )
-reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.all_wrong()
+reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.mutants()

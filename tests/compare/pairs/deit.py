@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from family import Family, Wrong, at_any_size, draw_vision
+from family import Family, at_any_size, draw_vision
 from flax import nnx
 from layers import (
     Attention,
@@ -19,6 +19,7 @@ from layers import (
     conv_of,
     flat_patches,
     gelu,
+    kernel_channels_first,
     linear_of,
     norm_of,
     repeated,
@@ -117,18 +118,48 @@ def sites(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def transposed(kernel: np.ndarray) -> np.ndarray:
+    return kernel.T
+
+
+LAYERS = {
+    "blocks.{i}.attn.query": "deit.encoder.layer.{i}.attention.attention.query",
+    "blocks.{i}.attn.key": "deit.encoder.layer.{i}.attention.attention.key",
+    "blocks.{i}.attn.value": "deit.encoder.layer.{i}.attention.attention.value",
+    "blocks.{i}.attn.out": "deit.encoder.layer.{i}.attention.output.dense",
+    "blocks.{i}.mlp.fc1": "deit.encoder.layer.{i}.intermediate.dense",
+    "blocks.{i}.mlp.fc2": "deit.encoder.layer.{i}.output.dense",
+    "head": "cls_classifier",
+    "distilled": "distillation_classifier",
+}
+NORMS = {
+    "blocks.{i}.norm1": "deit.encoder.layer.{i}.layernorm_before",
+    "blocks.{i}.norm2": "deit.encoder.layer.{i}.layernorm_after",
+    "norm": "deit.layernorm",
+}
+PATCH = "deit.embeddings.patch_embeddings.projection"
+# The other families leave it to the engine to find parameters by their values.
+PARAMETERS = (
+    {f"{ours}.kernel": (f"{theirs}.weight", transposed) for ours, theirs in LAYERS.items()}
+    | {f"{ours}.scale": f"{theirs}.weight" for ours, theirs in NORMS.items()}
+    | {f"{ours}.bias": f"{theirs}.bias" for ours, theirs in (LAYERS | NORMS | {"embed.patch": PATCH}).items()}
+    | {
+        "embed.patch.kernel": (f"{PATCH}.weight", kernel_channels_first),
+        "embed.cls": "deit.embeddings.cls_token",
+        "embed.distillation": "deit.embeddings.distillation_token",
+        "embed.positions": "deit.embeddings.position_embeddings",
+    }
+)
+
+
 def draw(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[int, ...]]:
     config, shape = draw_vision(rng)
-    config |= {
-        "intermediate_size": int(rng.choice((1, 7, 16, 31))),
-        "num_labels": int(rng.integers(2, 12)),
-        "qkv_bias": bool(rng.integers(2)),
-    }
+    config |= {"intermediate_size": int(rng.choice((1, 7, 16, 31))), "num_labels": int(rng.integers(2, 12))}
     return config, shape
 
 
-WRONG = {"one_head": Wrong({"one_head": True}, "output")}
 FAMILY = Family(
+    name="deit",
     build=build,
     model=Deit,
     sites=sites,
@@ -136,7 +167,7 @@ FAMILY = Family(
     shape=(12, 21),
     draw=draw,
     output=lambda returned: returned.logits,
-    wrong=WRONG,
     call=at_any_size,
+    parameters=PARAMETERS,
 )
-reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.all_wrong()
+reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.mutants()

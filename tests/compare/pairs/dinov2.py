@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from family import Family, Wrong, draw_vision
+from family import Family, draw_vision
 from flax import nnx
 from layers import (
     Attention,
@@ -172,17 +172,8 @@ def draw(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[int, ...]]:
     return config, shape
 
 
-WRONG = {
-    "layer_scale_dropped": Wrong(
-        {"layer_scale": False},
-        "dinov2_with_registers.encoder.layer.0.norm2",
-        without=("blocks.{i}.scale1", "blocks.{i}.scale2"),
-    ),
-    "registers_first": Wrong({"registers_first": True}, "dinov2_with_registers.embeddings"),
-    "swiglu_swapped": Wrong({"swap_gate": True}, "dinov2_with_registers.encoder.layer.0.mlp.weights_out"),
-    "positions_by_factor": Wrong({"by_factor": True}, "dinov2_with_registers.embeddings"),
-}
 FAMILY = Family(
+    name="dinov2",
     build=build,
     model=Dinov2,
     sites=sites,
@@ -190,6 +181,5 @@ FAMILY = Family(
     shape=(12, 21),
     draw=draw,
     output=lambda returned: returned.logits,
-    wrong=WRONG,
 )
-reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.all_wrong()
+reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.mutants()

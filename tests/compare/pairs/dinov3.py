@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from family import Family, Wrong, draw_vision
+from family import Family, draw_vision
 from flax import nnx
 from layers import (
     Attention,
@@ -163,13 +163,8 @@ def draw(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[int, ...]]:
     return config, shape
 
 
-WRONG = {
-    "rope_on_registers": Wrong({"turn_registers": True}, "layer.0.attention.o_proj"),
-    "rope_interleaved": Wrong({"interleaved": True}, "rope_embeddings"),
-    # The same fault in a candidate that shows no angles.
-    "rope_interleaved_unseen": Wrong({"interleaved": True}, "layer.0.attention.o_proj", without=("rope", "rope[1]")),
-}
 FAMILY = Family(
+    name="dinov3",
     build=build,
     model=Dinov3,
     sites=sites,
@@ -177,6 +172,5 @@ FAMILY = Family(
     shape=(12, 21),
     draw=draw,
     output=lambda returned: returned.last_hidden_state,
-    wrong=WRONG,
 )
-reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.all_wrong()
+reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.mutants()

@@ -10,26 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from flax import nnx
+from mutants import MUTANTS, Mutant
 from numpy.typing import NDArray
 
 import vit_ref
-
-
-@dataclasses.dataclass(frozen=True)
-class Wrong:
-    """A way in which people get the family wrong.
-
-    Attributes:
-      keywords: what the candidate's model is told.
-      site: the first site that diverges.
-      cause: a pattern of what the report calls it, or None where no cause explains it.
-      without: the paths of the candidate's table that a model with this fault does not have.
-    """
-
-    keywords: Mapping[str, Any]
-    site: str
-    cause: str | None = None
-    without: tuple[str, ...] = ()
 
 
 def pixels(
@@ -77,9 +61,10 @@ def at_any_size(model: torch.nn.Module, **inputs: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of model: its reference from transformers, and a candidate with what it can be told to get wrong.
+    """A kind of model: its reference from transformers, and its candidates.
 
     Attributes:
+      name: of its mutants in `MUTANTS`.
       build: `build(config)`, the reference with its initial weights.
       model: `model(reference, **keywords)`, the candidate with the reference's weights.
       sites: `sites(config)`, the candidate's table.
@@ -87,13 +72,13 @@ class Family:
       shape: of the worked pair's inputs, without the batch: (height, width), or (tokens,).
       draw: `draw(rng)`, a configuration and a shape that are valid.
       output: what of the reference's output is compared.
-      wrong: the candidate's faults by name.
       inputs: `inputs(config, shape, batch, rng)`.
       adapt: what the reference gets of them.
       call: `call(model, **inputs)` where the reference wants more than its inputs.
       parameters: the candidate's table of parameters; None: they are found by their values.
     """
 
+    name: str
     build: Callable[[Mapping[str, Any]], torch.nn.Module]
     model: Callable[..., nnx.Module]
     sites: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -101,7 +86,6 @@ class Family:
     shape: tuple[int, ...]
     draw: Callable[[np.random.Generator], tuple[dict[str, Any], tuple[int, ...]]]
     output: Callable[[Any], Any]
-    wrong: Mapping[str, Wrong]
     inputs: Callable[..., dict[str, NDArray]] = pixels
     adapt: Callable[..., Any] | None = channels_first
     call: Callable[..., Any] | None = None
@@ -125,19 +109,19 @@ class Family:
             output=self.output,
         )
 
-    def candidate(self, config: Mapping[str, Any] | None = None, wrong: str | None = None) -> vit_ref.Candidate:
-        """Returns the candidate that is right, or one with the fault of that name."""
-        fault = self.wrong[wrong] if wrong else Wrong({}, "")
+    def candidate(self, config: Mapping[str, Any] | None = None, mutant: str | None = None) -> vit_ref.Candidate:
+        """Returns the candidate that is right, or the mutant of that name."""
+        bug = MUTANTS[self.name][mutant] if mutant else Mutant({}, "")
         sites = self.sites(config or self.config)
         return vit_ref.Candidate(
-            load=lambda checkpoint, reference: self.model(reference, **fault.keywords),
-            sites={path: site for path, site in sites.items() if path not in fault.without},
+            load=lambda checkpoint, reference: self.model(reference, **bug.keywords),
+            sites={path: site for path, site in sites.items() if path not in bug.without},
             parameters=self.parameters,
         )
 
-    def all_wrong(self) -> SimpleNamespace:
-        """Returns the wrong candidates, which `vit-ref compare` finds as `FILE.py:wrong.NAME`."""
-        return SimpleNamespace(**{name: self.candidate(wrong=name) for name in self.wrong})
+    def mutants(self) -> SimpleNamespace:
+        """Returns all mutants; `vit-ref compare` finds one as `FILE.py:wrong.NAME`."""
+        return SimpleNamespace(**{mutant: self.candidate(mutant=mutant) for mutant in MUTANTS[self.name]})
 
 
 def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -225,6 +225,11 @@ def map_channels_last(patches: NDArray) -> NDArray:
     return patches.transpose(0, 3, 1, 2)
 
 
+def kernel_channels_first(kernel: NDArray) -> NDArray:
+    """Selects a convolution's kernel (height, width, in, out) as PyTorch has it."""
+    return kernel.transpose(3, 2, 0, 1)
+
+
 def repeated(token: nnx.Param, batch: int) -> jax.Array:
     """Returns tokens (1, N, D) for each image of a batch."""
     return jnp.repeat(token[...], batch, axis=0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from family import Family, Wrong, token_ids
+from family import Family, token_ids
 from flax import nnx
 from layers import Attention, Block, GatedMlp, linear_of, rms_norm_of, rotated, spread, tensors_of, without_prefix
 
@@ -129,15 +129,8 @@ def draw(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[int, ...]]:
     return config, (int(rng.integers(1, 14)),)
 
 
-WRONG = {
-    "rope_interleaved": Wrong({"interleaved": True}, "model.rotary_emb"),
-    "rope_interleaved_unseen": Wrong(
-        {"interleaved": True}, "model.layers.0.self_attn.o_proj", without=("rope", "rope[1]")
-    ),
-    "epsilon": Wrong({"epsilon": 1e-6}, "model.layers.0.input_layernorm"),
-    "kv_heads_tiled": Wrong({"tiled": True}, "model.layers.0.self_attn.o_proj"),
-}
 FAMILY = Family(
+    name="llama",
     build=build,
     model=Llama,
     sites=sites,
@@ -145,8 +138,7 @@ FAMILY = Family(
     shape=(13,),
     draw=draw,
     output=lambda returned: returned.logits,
-    wrong=WRONG,
     inputs=token_ids,
     adapt=None,
 )
-reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.all_wrong()
+reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.mutants()

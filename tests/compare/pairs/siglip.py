@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from family import Family, Wrong, at_any_size, draw_vision
+from family import Family, at_any_size, draw_vision
 from flax import nnx
 from layers import (
     Attention,
@@ -137,11 +137,8 @@ def draw(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[int, ...]]:
     return config | {"intermediate_size": int(rng.choice((1, 7, 16, 31)))}, shape
 
 
-WRONG = {
-    "erf_gelu": Wrong({"erf": True}, "vision_model.encoder.layers.0.mlp.activation_fn"),
-    "pooling_without_residual": Wrong({"residual": False}, "vision_model.head"),
-}
 FAMILY = Family(
+    name="siglip",
     build=build,
     model=Siglip,
     sites=sites,
@@ -149,7 +146,6 @@ FAMILY = Family(
     shape=(12, 21),
     draw=draw,
     output=lambda returned: returned.pooler_output,
-    wrong=WRONG,
     call=at_any_size,
 )
-reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.all_wrong()
+reference, candidate, wrong = FAMILY.reference(), FAMILY.candidate(), FAMILY.mutants()

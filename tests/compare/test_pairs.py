@@ -1,0 +1,80 @@
+"""Known kinds of models: a right candidate passes; a wrong one is localised, and named where a cause explains it."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+import vit_ref
+from tests.compare.pairs.mutants import MUTANTS
+from vit_ref.verify.candidates.loading import beside_it
+from vit_ref.verify.results import CandidateReport
+
+pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+pytestmark = pytest.mark.torch
+
+PAIRS = Path(__file__).parent / "pairs"
+families = pytest.mark.parametrize("name", MUTANTS)
+
+
+@cache
+def family(name: str) -> Any:
+    """The `Family` in that pair's file, which imports its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"pair_{name}", PAIRS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with beside_it(str(PAIRS)):
+        spec.loader.exec_module(module)
+    return module.FAMILY
+
+
+def failed(report: CandidateReport) -> list[str]:
+    return [f"{check.name}: {check.reason}" for check in report.checks if check.status == "failed"]
+
+
+@families
+def test_a_right_candidate_passes(name: str) -> None:
+    file = PAIRS / f"{name}.py"
+    report = vit_ref.compare(f"{file}:reference", f"{file}:candidate")
+    assert failed(report) == []
+    assert report.passed
+
+
+@families
+def test_every_site_of_a_candidate_is_judged(name: str) -> None:
+    pair = family(name)
+    claimed = {site if isinstance(site, str) else site[0] for site in pair.sites(pair.config).values()}
+    layers = range(pair.config["num_hidden_layers"])
+    report = vit_ref.compare(pair.reference(), pair.candidate(), backward=False)
+    judged = {result.site for result in report.forward.results}
+    assert judged == {site.replace("{i}", str(i)) for site in claimed for i in layers} | {"output"}
+
+
+@pytest.mark.parametrize(("name", "mutant"), [(name, mutant) for name in MUTANTS for mutant in MUTANTS[name]])
+def test_a_wrong_candidate_is_localised(name: str, mutant: str) -> None:
+    pair, (_, site, cause, _) = family(name), MUTANTS[name][mutant]
+    report = vit_ref.compare(pair.reference(), pair.candidate(mutant=mutant), backward=False)
+    assert not report.passed
+    assert report.forward.semantic_failures[0].site == site
+    labels = [each.label for each in report.forward.causes]
+    assert [label[: len(cause)] for label in labels[:1]] == [cause] if cause else labels == []
+
+
+@families
+@settings(max_examples=-(-2 * settings.default.max_examples // 5))  # a hundred in the profile "thorough"
+@given(seed=st.integers(0, 2**32 - 1))
+def test_no_right_candidate_is_refused(name: str, seed: int) -> None:
+    pair = family(name)
+    config, shape = pair.draw(np.random.default_rng(seed))
+    note(f"{config}, inputs of {shape}")
+    report = vit_ref.compare(pair.reference(config, shape, seed=seed), pair.candidate(config), seed=seed)
+    # Each example compiles programs that no other one runs.
+    jax.clear_caches()
+    assert failed(report) == []
