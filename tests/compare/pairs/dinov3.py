@@ -145,7 +145,7 @@ def sites(config: Mapping[str, Any]) -> dict[str, Any]:
     return {f"blocks.{{i}}{ours}": f"layer.{{i}}{theirs}" for ours, theirs in block.items()} | {
         "embed.patch": ("embeddings.patch_embeddings", map_channels_last),
         "embed": "embeddings",
-        "rope": "rope_embeddings",
+        "rope[0]": "rope_embeddings",
         "rope[1]": "rope_embeddings:1",
         "norm": "norm",
     }

@@ -100,7 +100,7 @@ def sites(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {f"blocks.{{i}}{ours}": f"model.layers.{{i}}{theirs}" for ours, theirs in block.items()} | {
         "blocks.0.norm1:input": "model.embed_tokens",
-        "rope": "model.rotary_emb",
+        "rope[0]": "model.rotary_emb",
         "rope[1]": "model.rotary_emb:1",
         "norm": "model.norm",
         "head": "lm_head",

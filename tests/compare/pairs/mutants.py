@@ -23,7 +23,7 @@ class Mutant(NamedTuple):
 
 
 INTERLEAVED = {"interleaved": True}
-ROPE = ("rope", "rope[1]")
+ROPE = ("rope[0]", "rope[1]")
 DINOV2, SIGLIP, CLIP, LLAMA = "dinov2_with_registers", "vision_model", "vision_model", "model"
 MUTANTS: dict[str, dict[str, Mutant]] = {
     "dinov2": {
