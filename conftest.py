@@ -49,6 +49,7 @@ TESTS = Path(__file__).parent / "tests"
 # A test has the name of its folder as a marker.
 FOLDERS = {
     "bench": "what is timed is what was asked for; nothing asserts a time",
+    "compare": "any two implementations are compared by the same gates, whatever they are written in",
     "candidates": "ports that are not ours are judged, and a wrong one is reported",
     "consistency": "every way of running and differentiating the model agrees with every other",
     "finetune": "a run does what its recipe says, whatever stops it",

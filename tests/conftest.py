@@ -13,12 +13,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.model.skeleton import list_parameters, skeleton
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights import pretrained
 from vit_ref.weights.mapping import Tensors
 

@@ -1,7 +1,7 @@
-"""The one family of errors that means "this input cannot be used".
+"""The exceptions that mean "this input cannot be used".
 
-Whatever derives from `InputError` says in one line what is wrong, where, and what to do about it. Command lines turn it
-into exit code 2; a defect of the library itself is any other exception.
+Each class derived from `InputError` says in its message what is wrong, where, and what to do. The commands turn it into
+exit code 2. Any other exception is a defect of this package.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class InputError(ValueError):
-    """Something that the person gave cannot be used."""
+    """Input that cannot be used."""
 
 
 class ConfigError(InputError):
-    """A configuration names something unknown or contradicts itself."""
+    """Configuration that names something unknown or contradicts itself."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be found, read or trusted."""
+    """Checkpoint that cannot be found, read or trusted."""
 
 
 class Fault(NamedTuple):
-    """One fault of a port: its kind, the tensor's name in the source, and what is wrong with it."""
+    """Fault of a checkpoint's weights: its kind, the name of the tensor in the source, and what is wrong with it."""
 
     kind: str
     name: str
@@ -36,12 +36,12 @@ class Fault(NamedTuple):
 
 
 class MappingError(InputError):
-    """Weights that do not fit the configuration; `str()` lists every fault by kind.
+    """Weights that do not fit the configuration. The message lists every fault by kind.
 
     Attributes:
-      faults: every one of them.
-      layout: the layout's name.
-      path: the checkpoint's directory or file, where it is known.
+      faults: all faults.
+      layout: name of the layout.
+      path: directory or file of the checkpoint, or None if it is unknown.
     """
 
     def __init__(self, faults: Iterable[Fault], layout: str, path: Path | None = None):
@@ -52,82 +52,82 @@ class MappingError(InputError):
         lines = [f"{place}the weights do not fit the configuration (layout {layout}): {summary}"]
         lines += [f"  {fault.kind}: {fault.name}: {fault.detail}" for fault in self.faults]
         if counts["unexpected"]:
-            lines.append("  to leave unexpected tensors behind: --ignore PATTERN, or ignore=[PATTERN] in Python")
+            lines.append("  to leave out unexpected tensors: --ignore PATTERN, or ignore=[PATTERN] in Python")
         super().__init__("\n".join(lines))
 
 
 class CandidateError(InputError):
-    """A candidate cannot be found, loaded, run or observed as declared."""
+    """Candidate that cannot be found, loaded, run or observed as its declaration says."""
 
     @classmethod
     def raised(cls, name: str, what: str, error: BaseException) -> CandidateError:
-        """Makes one line of an exception that a person's own code raised.
+        """Makes one line of an exception that a candidate's own code raised.
 
         Args:
-          name: the candidate's.
-          what: what was done with it.
+          name: name of the candidate.
+          what: the action that raised.
           error: the exception.
         """
         return cls(f"{name}: {what} raised {type(error).__name__}: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Returns the first line of an exception's message, or "" if it has none."""
     return next(iter(str(error).strip().splitlines()), "")
 
 
 class ReferenceUnavailableError(InputError):
-    """The reference is not installed, or not in a version that has it."""
+    """Reference that is not installed, or not in a version that this package knows."""
 
 
 class UnsupportedByReferenceError(InputError):
-    """The reference cannot do this: build the configuration, or go backward."""
+    """Request that the reference cannot fulfil: to build the configuration, or to compute gradients."""
 
 
 class TruncatedError(InputError):
-    """What was to be float64 is not: an oracle would be no oracle, and a candidate would not have been judged."""
+    """Value that should be float64 and is not. With it, an oracle or a candidate would prove nothing."""
 
 
 class UndifferentiableError(InputError):
-    """What has no gradients to compare, and can still be judged forward."""
+    """Candidate without gradients to compare. Its forward pass can still be compared."""
 
 
 class UnjudgedError(InputError):
-    """Nobody can judge a port there.
+    """Site or gradient at which no candidate can be judged.
 
     Args:
-      what: the message, with "{place}" where the place is named.
-      place: a site, or a gradient's name.
+      what: the message, with "{place}" for the name of the place.
+      place: name of the site or gradient.
     """
 
     def __init__(self, what: str, place: str):
         super().__init__(what, place)
 
     def __str__(self) -> str:
-        """The message."""
+        """Returns the message."""
         what, place = self.args
         return str(what.format(place=place))
 
     def renamed(self, new: Callable[[str], str]) -> UnjudgedError:
-        """The same of a place that has another name."""
+        """Returns the same error for a place with another name."""
         what, place = self.args
         return type(self)(what, new(place))
 
 
 class ReferenceOverflowError(UnjudgedError):
-    """The reference itself is not finite in the tested precision, where its error would allow any other."""
+    """Reference that is not finite in the tested precision. Its error there would allow any candidate."""
 
 
 class OraclesDifferError(UnjudgedError):
-    """The reference and the NumPy oracle, both in float64, are not the same formula."""
+    """Reference and NumPy oracle that differ in float64, so they do not compute the same formula."""
 
 
 class PartlyJudgedError(InputError):
-    """The forward pass was judged and nothing failed, and its gradients cannot be judged.
+    """Candidate whose forward pass passed every check and whose gradients cannot be judged.
 
     Args:
       reason: why, and what to do.
-      report: what was found. It has no gradients.
+      report: the report of the forward pass.
     """
 
     def __init__(self, reason: str, report: CandidateReport):
@@ -136,8 +136,8 @@ class PartlyJudgedError(InputError):
 
 
 class UnbuildableError(InputError):
-    """An implementation is installed, and cannot be got ready on this machine."""
+    """Implementation that is installed and cannot be prepared on this machine."""
 
 
 class OutOfMemoryError(InputError):
-    """Not even one image fits."""
+    """Device memory that is too small for one image."""

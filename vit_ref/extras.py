@@ -1,4 +1,4 @@
-"""What fine-tuning and benchmarks need beyond the package's own dependencies."""
+"""Import of packages that only an extra installs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from vit_ref.errors import InputError
 
 
 def extra(module: str, purpose: str, name: str = "finetune") -> Any:
-    """A module that an extra installs.
+    """Imports a module that an extra installs.
 
     Args:
-      module: its name.
-      purpose: what needs it, for the message.
-      name: of the extra.
+      module: name of the module.
+      purpose: what needs the module, for the message.
+      name: name of the extra.
 
     Raises:
-      InputError: it is missing.
+      InputError: the module is missing.
     """
     try:
         return import_module(module)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and paths that have to be on this machine."""
+"""Files that are written whole or not at all, and paths that have to be on this machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from pathlib import Path
 
 from vit_ref.errors import InputError
 
-# `pathlib` makes one slash of two. A drive of Windows has one letter.
+# `pathlib` merges two slashes into one. A drive of Windows has one letter, so the scheme needs two.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to, beside `path`, which takes its place once all of it is written; on an error nothing changes.
+    """Yields a temporary file that takes the place of `path` at the end. On an error nothing changes.
+
+    Args:
+      path: the file to write or replace. The temporary file is in the same directory.
+
+    Yields:
+      The path to write to.
 
     Raises:
-      OSError: nothing can be written there.
+      OSError: the directory cannot be written to.
     """
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as stage:
         staged = Path(stage, path.name)
@@ -29,35 +35,39 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file under a temporary name and renames it, so that it is never there in part.
+    """Writes a text file under a temporary name and renames it, so that nobody sees a part of it.
 
-    What is there and no regular file, such as a link, a pipe or a device, is written to as it is.
+    A link, a pipe or a device that exists at the path is not replaced. The text goes into it directly.
+
+    Args:
+      path: the file.
+      text: its content.
 
     Raises:
-      InputError: it cannot be written there.
+      InputError: the file cannot be written.
     """
     path = Path(path)
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            # /dev/stdout, /dev/null, a pipe: renaming would put a file in its place.
+            # Renaming would put a file in the place of /dev/stdout, /dev/null or a pipe.
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
         with replacing(path) as staged:
-            # A candidate's name may come from a file name that is not Unicode.
+            # The name of a candidate may come from a file name that is not Unicode.
             staged.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}): name a file in a directory of yours") from None
+        raise InputError(f"{path}: it cannot be written ({error.strerror}): give another place") from None
 
 
 def require_local(path: str | os.PathLike[str], name: str) -> None:
-    """Refuses a URL, of which a directory `gs:` would be made here.
+    """Refuses a URL. Otherwise the URL would become a local directory such as `gs:`.
 
     Args:
-      path: what was given.
-      name: of the option or argument, for the message.
+      path: the path that the caller gave.
+      name: name of the option or argument, for the message.
 
     Raises:
-      InputError: it is a URL.
+      InputError: the path is a URL.
     """
     if _URL.match(os.fspath(path)):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Which files of a directory are images."""
+"""The image files of a directory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 from vit_ref.errors import InputError
 
-# Pillow recognises these formats and cannot decode them.
+# Pillow recognises these formats but cannot decode them.
 _RECOGNISED_ONLY = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
 
 class Found(NamedTuple):
-    """The files below a directory, without hidden ones, each list sorted.
+    """Files below a directory, without hidden ones. Each list is sorted.
 
     Attributes:
-      images: those with a suffix that Pillow reads. A link to nowhere is one of them.
-      others: the rest.
+      images: files with a suffix that Pillow reads, broken links among them.
+      others: all other files.
     """
 
     images: list[Path]
@@ -26,8 +26,10 @@ class Found(NamedTuple):
 
 
 def require_pillow() -> None:
-    """Raises:
-    InputError: Pillow is missing.
+    """Checks that Pillow is installed.
+
+    Raises:
+      InputError: Pillow is missing.
     """
     try:
         import PIL.Image  # noqa: F401
@@ -36,7 +38,7 @@ def require_pillow() -> None:
 
 
 def suffixes() -> frozenset[str]:
-    """The suffixes of the images that Pillow reads, in lower case; those of plug-ins that were registered, too.
+    """Returns the suffixes of the images that Pillow and its registered plug-ins read, in lower case.
 
     Raises:
       InputError: Pillow is missing.
@@ -52,7 +54,7 @@ def suffixes() -> frozenset[str]:
 
 
 def find(directory: Path) -> Found:
-    """The files below a directory.
+    """Lists the files below a directory.
 
     Raises:
       InputError: Pillow is missing.
@@ -69,7 +71,7 @@ def find(directory: Path) -> Found:
 
 
 def counted(files: Iterable[PurePath | str]) -> str:
-    """How many files there are and of which suffixes, as in "3 files (2 .heic, 1 .txt)"."""
+    """Counts files in all and by suffix, as in "3 files (2 .heic, 1 .txt)"."""
     by_suffix = Counter(PurePath(file).suffix.lower() or "without suffix" for file in files)
     number = by_suffix.total()
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(by_suffix.items()))

@@ -1,23 +1,23 @@
-"""Images as a checkpoint's `preprocessor_config.json` asks for them: upright, RGB, resized, cropped, normalised.
+"""Preprocessing of images as a checkpoint's `preprocessor_config.json` says.
 
-The arithmetic is that of transformers' `ViTImageProcessor`, and of its `DeiTImageProcessor` where the file names that
-or asks for a crop. It keeps their order and their dtypes, with Pillow and NumPy alone: the result is the same to the
-last bit. They part in these cases:
+The steps make an image upright and RGB, then resize, crop, rescale and normalise it. The arithmetic is that of
+transformers' `ViTImageProcessor`. It is that of `DeiTImageProcessor` if the file names that class or has a crop. Order
+and dtypes are theirs too, so the result is equal to the last bit, with only Pillow and NumPy. The exceptions are:
 
-- The EXIF orientation is followed: photographs come upright. `ViTImageProcessor` ignores it.
+- The EXIF orientation is followed, so photographs come upright. `ViTImageProcessor` ignores it.
 - Every image becomes RGB, as under `do_convert_rgb`: grey is repeated, palettes are looked up, alpha is dropped and not
-  blended. Without that flag `ViTImageProcessor` refuses all but three channels.
-- 16-bit grey keeps its high byte, as Pillow reads 16-bit colour. Pillow's conversion of grey, and `ViTImageProcessor`
-  with it, makes all above 255 white. 32-bit grey has no known white and is refused.
-- Images of one or three rows are images; `ViTImageProcessor` takes their height for the channels.
-- Without a `size` images get the model's own, not 224. Without a `crop_size` the crop has the model's size, and where
+  blended. Without that flag `ViTImageProcessor` refuses images without three channels.
+- 16-bit grey keeps its high byte, as Pillow reads 16-bit colour. Pillow's conversion of grey, which `ViTImageProcessor`
+  uses, makes every value above 255 white. 32-bit grey has no known white and is refused.
+- Images of one or three rows are accepted. `ViTImageProcessor` takes their height for the channels.
+- Without a `size`, images get the model's own size, not 224. Without a `crop_size`, the crop has the model's size. If
   DeiT's file has no `size` either, images are resized to 256/224 of it.
-- `do_center_crop` is followed in every file. `ViTImageProcessor` leaves the crop out and says nothing.
-- `do_pad` is refused. `ViTImageProcessor` leaves the padding out and says nothing.
-- The result is always float32; with neither rescaling nor normalisation `ViTImageProcessor`'s is uint8.
+- `do_center_crop` is followed in every file. `ViTImageProcessor` silently ignores it.
+- `do_pad` is refused. `ViTImageProcessor` silently ignores it.
+- The result is always float32. Without rescaling and normalisation, that of `ViTImageProcessor` is uint8.
 
-A step that is null, such as `do_rescale: null`, is left out, as by these classes of transformers 4. Where the file
-names a fast processor, such as `ViTImageProcessorFast`, null means the default everywhere, as to that processor.
+A step that is null, such as `do_rescale: null`, is left out, as these classes of transformers 4 do. If the file names a
+fast processor, such as `ViTImageProcessorFast`, null means the default, as it does to that processor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _LARGEST = float(np.finfo(np.float32).max)
-# What ViTImageProcessor does where the file is silent; sizes follow from the model.
+# The settings of ViTImageProcessor if the file does not have them. The sizes follow from the model.
 _VIT: dict[str, Any] = {
     "do_resize": True,
     "resample": 2,
@@ -50,22 +50,23 @@ _VIT: dict[str, Any] = {
     "image_std": [0.5, 0.5, 0.5],
 }
 _DEIT = {**_VIT, "resample": 3, "do_center_crop": True}
-# DeiT's images are resized to this multiple of what is cropped from them.
+# DeiT's images are resized to this multiple of the crop.
 _DEIT_MARGIN = 256 / 224
-# Null means the default here, whichever processor the file names.
+# Null means the default for these, whichever processor the file names.
 _NULLABLE = ("size", "crop_size", "image_mean", "image_std")
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What is done to the pixels, in this order; None for a step that is left out.
+    """Steps of the preprocessing, in their order. A step that is left out is None.
 
     Attributes:
-      size: (height, width) to resize to.
-      resample: how, by Pillow's number, as the file has it.
-      crop: (height, width) to cut out of the middle; black is added around an image that is smaller.
-      scale: factor of the pixels' values.
-      mean_and_std: one number each for red, green and blue; subtracted, and divided by.
+      size: (height, width) in pixels to resize to.
+      resample: Pillow's number of the resampling method, as in the file.
+      crop: (height, width) in pixels of the central crop. A smaller image gets a black border.
+      scale: factor of the pixel values.
+      mean_and_std: (mean, standard deviation), each for red, green and blue. The mean is subtracted, and the difference
+        divided by the deviation.
     """
 
     size: tuple[int, int] | None
@@ -76,32 +77,34 @@ class Steps:
 
     @property
     def output(self) -> tuple[int, int] | None:
-        """(height, width) of what comes out; None where every image keeps its own size."""
+        """(height, width) in pixels of the result, or None if every image keeps its size."""
         return self.crop or self.size
 
 
 def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: ViTConfig) -> NDArray:
-    """Images as the model takes them.
+    """Turns images into the array that the model takes.
 
     Args:
       images: files, or Pillow's images.
       config: the model's configuration, with the checkpoint's `preprocessor` if it has one.
 
     Returns:
-      (len(images), height, width, 3), float32.
+      The pixels (len(images), height, width, 3), float32.
 
     Raises:
       InputError: an image cannot be read, images that are not resized differ in size, the model does not take colour
         images, or Pillow is missing.
-      ConfigError: `preprocessor` asks for something unknown.
+      ConfigError: `preprocessor` has an unknown setting.
     """
     require_pillow()
     from PIL import Image
 
     if config.num_channels != 3:
-        raise InputError(f"images have 3 channels once they are RGB, the model takes {config.num_channels}")
+        raise InputError(
+            f"the model takes {config.num_channels} channels, and RGB images have 3: give a model of colour images"
+        )
     if not images:
-        raise InputError("no images: give at least one")
+        raise InputError("there are no images: give at least one")
     todo = steps(config)
     if todo.size is not None:
         _require_resampling(todo.resample)
@@ -110,20 +113,26 @@ def preprocess(images: Sequence[str | os.PathLike[str] | Image.Image], config: V
         name = f"image {i}" if isinstance(image, Image.Image) else os.fspath(image)
         batch.append(_apply(todo, read_image(image, name)))
         if batch[-1].shape != batch[0].shape:
-            found, first = (f"{array.shape[0]}x{array.shape[1]}" for array in (batch[-1], batch[0]))
-            raise InputError(f"{name}: {found} pixels, but the first image has {first}, and do_resize is false")
+            size, first = (f"{array.shape[0]}x{array.shape[1]}" for array in (batch[-1], batch[0]))
+            raise InputError(
+                f"{name}: it has {size} pixels, the first image has {first}, and do_resize is false: give images of one"
+                " size"
+            )
     return np.stack(batch)
 
 
 def read_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image, name: str) -> Image.Image:
-    """One image, upright and RGB.
+    """Reads one image, upright and RGB.
 
     Args:
-      source: a file, by name or open, or Pillow's image.
-      name: what it is called in an error.
+      source: a file, by name or open, or an image of Pillow.
+      name: name of the image in an error.
+
+    Returns:
+      An RGB image of Pillow.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: the image cannot be read.
     """
     from PIL import Image
 
@@ -134,7 +143,7 @@ def read_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image, name: s
             return _upright_rgb(image)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    # Damaged bytes leave Pillow's decoders as OSError, SyntaxError, ValueError, TypeError, struct.error and others.
+    # For damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, TypeError, struct.error and others.
     except Exception as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"{name}: not a readable image ({reason})") from None
@@ -143,7 +152,7 @@ def read_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image, name: s
 def _upright_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image, ImageOps
 
-    # Until 11.0 Pillow opens a 16-bit PNG in mode "I", which elsewhere means 32 bits.
+    # Pillow before 11.0 opens a 16-bit PNG in mode "I", which elsewhere means 32 bits.
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
@@ -151,7 +160,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InputError(f"32-bit grey (mode {image.mode}) has no known white: save it as 8-bit grey")
     if image.mode == "P":
-        # Straight to RGB the colours are the same, but Pillow warns that a palette's alpha is lost.
+        # A direct conversion to RGB gives the same colours, but Pillow warns that it drops the palette's alpha.
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -175,14 +184,17 @@ def _apply(todo: Steps, image: Image.Image) -> NDArray:
 
 
 def steps(config: ViTConfig) -> Steps:
-    """What is done to an image for this checkpoint. Whether Pillow has that `resample` is seen by `preprocess` alone.
+    """Returns the preprocessing steps of a checkpoint. Only `preprocess` checks that Pillow has the `resample`.
+
+    Args:
+      config: the model's configuration, with the checkpoint's `preprocessor` if it has one.
 
     Raises:
-      ConfigError: `preprocessor` asks for something unknown.
+      ConfigError: `preprocessor` has an unknown setting.
     """
     given = config.preprocessor or {}
     if given.get("do_pad"):
-        _refuse("do_pad", given["do_pad"], "a ViT's images are resized, cropped, rescaled and normalised, not padded")
+        _refuse("do_pad", given["do_pad"], "remove it, because a ViT's images are never padded")
     processor = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "")
     is_deit, is_fast = processor.startswith("DeiT"), processor.endswith("Fast")
     said = {name: value for name, value in given.items() if value is not None or not (is_fast or name in _NULLABLE)}
@@ -205,16 +217,19 @@ def steps(config: ViTConfig) -> Steps:
 
 
 def explicit(config: ViTConfig) -> dict[str, Any]:
-    """The `preprocessor_config.json` with which transformers does what `steps` says.
+    """Returns the `preprocessor_config.json` with which transformers does the same as `steps`.
 
-    Where the checkpoint has none, this is all of it. Where it has one, the sizes that it leaves to the model are added:
-    transformers would take its own.
+    Without a file in the checkpoint this is the whole content. Otherwise it adds the sizes that the file leaves to the
+    model, because transformers would take its own.
+
+    Args:
+      config: the model's configuration, with the checkpoint's `preprocessor` if it has one.
 
     Raises:
-      ConfigError: `preprocessor` asks for something unknown.
+      ConfigError: `preprocessor` has an unknown setting.
     """
     todo, given = steps(config), config.preprocessor
-    # Grey images become RGB, as they do here.
+    # Grey images become RGB, as they do in this module.
     alone = {"image_processor_type": "ViTImageProcessor", "do_convert_rgb": True, **_VIT}
     written = dict(alone if given is None else given)
     for name, size in (("size", todo.size), ("crop_size", todo.crop)):
@@ -224,15 +239,18 @@ def explicit(config: ViTConfig) -> dict[str, Any]:
 
 
 def for_size(config: ViTConfig, height: int, width: int) -> dict[str, Any] | None:
-    """The same preprocessing for images of another size; what is cropped is the same part of the resized image.
+    """Returns the same preprocessing for images of another size. The crop keeps its share of the resized image.
 
     Args:
       config: the configuration before the change.
-      height: of the model's images after it, in pixels.
-      width: likewise.
+      height: new height of the model's images, in pixels.
+      width: new width of the model's images, in pixels.
+
+    Returns:
+      The new `preprocessor_config.json`, or None if the checkpoint has none.
 
     Raises:
-      ConfigError: `preprocessor` asks for something unknown.
+      ConfigError: `preprocessor` has an unknown setting.
     """
     if config.preprocessor is None:
         return None
@@ -252,13 +270,13 @@ def _refuse(name: str, value: Any, advice: str) -> NoReturn:
 
 
 def _size(name: str, value: Any) -> tuple[int, int]:
-    """(height, width) from an int, as in the files of old feature extractors, a pair, or a mapping of exactly these."""
+    """Reads (height, width) from an int, as in the files of old feature extractors, a pair, or a mapping of both."""
     if isinstance(value, Mapping):
         sides = [value["height"], value["width"]] if value.keys() == {"height", "width"} else []
     else:
         sides = list(value) if isinstance(value, (list, tuple)) else [value, value]
     if len(sides) != 2 or any(not _is_side(side) for side in sides):
-        _refuse(name, value, "give a height and a width in pixels; a ViT's images have both, no shortest_edge")
+        _refuse(name, value, "give a height and a width in pixels; shortest_edge does not fit a ViT")
     return sides[0], sides[1]
 
 
@@ -272,7 +290,7 @@ def _require_resampling(value: Any) -> None:
 
     if not isinstance(value, int) or isinstance(value, bool) or value not in list(Image.Resampling):
         known = ", ".join(f"{method.value} {method.name.lower()}" for method in sorted(Image.Resampling))
-        _refuse("resample", value, f"known are {known}")
+        _refuse("resample", value, f"give one of {known}")
 
 
 def _mean_and_std(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -284,10 +302,10 @@ def _mean_and_std(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple
             _refuse(name, value, "give a number, or one for each of red, green and blue")
         both.append(tuple(map(float, values)))
     if not np.array(both[1], np.float32).all():
-        _refuse("image_std", settings["image_std"], "it divides, so it cannot be zero")
+        _refuse("image_std", settings["image_std"], "give no zero, because pixels are divided by it")
     return both[0], both[1]
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that float32 holds."""
+    """Tells whether a value is a number that float32 can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST

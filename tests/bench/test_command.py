@@ -75,7 +75,7 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     result = _run("--batch", "4", "--pass", "forward", "--implementation", "vit_ref")
     assert result.exit_code == 0
-    said = "vit-ref: forward, Ti/112, batch 4, float32: out of memory, going on with batch 2"
+    said = "vit-ref: forward, Ti/112, batch 4, float32: out of memory: trying batch 2"
     assert said in result.stderr and "forward, Ti/112, batch 2, float32" in result.stdout
 
 
@@ -96,11 +96,11 @@ def test_where_there_is_no_compiler_torch_compile_is_left_out_and_the_others_are
     one = ["--batch", "1", "--pass", "forward", "--implementation", "torch.compile"]
     result = _run(*one, "--implementation", "vit_ref")
     said = (
-        "torch.compile fails (InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx): install what it"
-        " needs, as a rule a C++ compiler, or name the other implementations\n"
+        "torch.compile failed (InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx): install what it"
+        " needs, usually a C++ compiler, or choose others with --implementation\n"
     )
     assert (result.exit_code, result.exception) == (0, None)
-    assert result.stderr == f"vit-ref: forward, Ti/112, batch 1, float32: torch.compile is not timed: {said}"
+    assert result.stderr == f"vit-ref: forward, Ti/112, batch 1, float32: torch.compile is left out: {said}"
     assert "vit_ref" in result.stdout and "torch.compile" not in result.stdout
     alone = _run(*one)
     assert (alone.exit_code, alone.stderr) == (2, f"vit-ref: {said}")
@@ -123,9 +123,9 @@ def test_what_was_timed_is_saved_though_the_next_does_not_fit(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--json", "none/a.json"), "none/a.json: no such directory: make it first"),
-        (("--plot", "."), ".: is a directory: name a file"),
-        (("--plot", "a", "--json", "./a"), "a: --plot and --json are the same file: give two"),
+        (("--json", "none/a.json"), "none/a.json: its directory does not exist: make it first"),
+        (("--plot", "."), ".: it is a directory: give the name of a file"),
+        (("--plot", "a", "--json", "./a"), "a: --plot and --json name the same file: give two different files"),
     ],
 )
 def test_places_that_cannot_be_are_said_before_anything_is_timed(
@@ -142,4 +142,4 @@ def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     work = Workload("Ti/112", 1, "float32", "forward")
     with pytest.raises(InputError) as caught:
         plot(missing, [Timing("vit_ref", work, (1.0, 1.0), 1, 1e12, Cost(1.0))])
-    assert str(caught.value) == f"{missing}: cannot be written (No such file or directory)"
+    assert str(caught.value) == f"{missing}: it cannot be written (No such file or directory): give another place"

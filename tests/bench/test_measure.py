@@ -110,8 +110,8 @@ def test_out_of_memory_halves_the_batch_and_says_so(error: Exception, monkeypatc
     fitted, (contender,) = build_fitting(WORK, ["greedy"], said.append)
     assert (fitted.batch, contender.name) == (2, "greedy")
     assert said == [
-        "forward, Ti/16, batch 8, float32: out of memory, going on with batch 4",
-        "forward, Ti/16, batch 4, float32: out of memory, going on with batch 2",
+        "forward, Ti/16, batch 8, float32: out of memory: trying batch 4",
+        "forward, Ti/16, batch 4, float32: out of memory: trying batch 2",
     ]
 
 
@@ -323,7 +323,7 @@ def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypat
 def test_cudnns_attention_is_a_contender_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_capability", lambda: 0.0)
     assert FUSED not in list_implementations([])
-    with pytest.raises(InputError, match="cuDNN's attention needs one of NVIDIA's GPUs"):
+    with pytest.raises(InputError, match="cuDNN's attention needs an NVIDIA GPU"):
         list_implementations([FUSED])
     monkeypatch.setattr(attention, "_capability", lambda: 8.0)
     assert FUSED in list_implementations([])
@@ -343,7 +343,7 @@ def test_cudnns_attention_is_timed_in_half_precision_alone(monkeypatch: pytest.M
     said: list[str] = []
     found = session.time_workloads(["Ti/16"], [8], ["float32", "mixed"], ["forward"], named, 2, said.append)
     assert [[timing.name for timing in timings] for timings in found] == [["vit_ref"], named]
-    why = "cuDNN's attention is for half precision: give --precision mixed"
-    assert f"{WORK}: vit_ref-cudnn is not timed: {why}" in said
+    why = "cuDNN's attention takes half precision: give --precision mixed"
+    assert f"{WORK}: vit_ref-cudnn is left out: {why}" in said
     with pytest.raises(InputError, match=f"^{why}$"):
         next(session.time_workloads(["Ti/16"], [8], ["float32"], ["forward"], [FUSED], 2, said.append))

@@ -21,8 +21,8 @@ import vit_ref
 from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli.console import show_progress
 from vit_ref.cli.group import main
-from vit_ref.errors import TruncatedError
-from vit_ref.verify import session, stream
+from vit_ref.errors import InputError, TruncatedError
+from vit_ref.verify import judgement, session, stream
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.environment import environment
 from vit_ref.verify.precision import PRECISIONS
@@ -47,7 +47,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one block."""
     source = CASES["stored-float64"].checkpoint()
     directory = tmp_path_factory.mktemp("given") / "tiny"
-    vit_ref.weights.checkpoint.write_directory(
+    vit_ref.weights.writing.write_directory(
         directory, {name: tensor.astype("f4") for name, tensor in source.tensors.items()}, source.config
     )
     return directory
@@ -123,7 +123,7 @@ def test_files_below_images_that_are_none_are_counted(
     for name in ("a.gif", "b.heic", "c.HEIC", "notes.txt"):
         (tmp_path / name).touch()
     ended = invoke("verify", "anywhere", "--images", tmp_path)
-    assert ended.stderr == "vit-ref: left out, no image by its suffix: 3 files (2 .heic, 1 .txt)\n"
+    assert ended.stderr == "vit-ref: left out, because the suffix is not that of an image: 3 files (2 .heic, 1 .txt)\n"
     assert invoke("verify", "anywhere").stderr == ""
 
 
@@ -156,7 +156,10 @@ def test_a_dash_prints_the_report_on_standard_output_and_nothing_else(
 
 def test_one_standard_output_takes_one_report(invoke: Invoke) -> None:
     ended = invoke("verify", "anywhere", "--json", "-", "--html", "-")
-    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: -: --html and --json are the same file: give two\n")
+    assert (ended.exit_code, ended.stderr) == (
+        2,
+        "vit-ref: -: --html and --json name the same file: give two different files\n",
+    )
 
 
 @pytest.mark.parametrize(("name", "code"), [("right", 2), ("wrong", 1)])
@@ -166,7 +169,7 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
     forward = dataclasses.replace(REPORTS[name](), backward=None, not_backward="FlaxViT itself is not finite")
 
     def judged(candidate: str, *_: Any, **__: Any) -> CandidateReport:
-        return session.complete(forward, True) if candidate == "forward" else RIGHT()
+        return judgement.complete(forward, True) if candidate == "forward" else RIGHT()
 
     monkeypatch.setattr(session, "check_port", judged)
     # Another port's verdict changes nothing about this one's.
@@ -188,24 +191,33 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
         (["verify", "no/such/place"], "no/such/place: no such directory or file"),
         (["verify", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
         (["verify", "{tiny}", "--candidate", "no.such.module"], "no.such.module: importing it raised"),
-        (["verify", "--images", "a"], "--images needs a CHECKPOINT: name one, or leave --images away"),
-        (["verify", "--ignore", "a"], "--ignore needs a CHECKPOINT: name one, or leave --ignore away"),
-        (["verify", "--stream"], "--stream needs a CHECKPOINT: name one, or leave --stream away"),
+        (
+            ["verify", "--images", "a"],
+            "--images needs a CHECKPOINT, and there is none: give one, or leave out --images",
+        ),
+        (
+            ["verify", "--ignore", "a"],
+            "--ignore needs a CHECKPOINT, and there is none: give one, or leave out --ignore",
+        ),
+        (["verify", "--stream"], "--stream needs a CHECKPOINT, and there is none: give one, or leave out --stream"),
         (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
-        (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: no such directory: make it first"),
-        (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: no such directory: make it first"),
+        (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: its directory does not exist: make it first"),
+        (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: its directory does not exist: make it first"),
         (["verify", "no/such/place", "--html", "y" * 300], "no/such/place: no such directory or file"),
-        (["verify", "{tiny}", "--html", "{tiny}"], "{tiny}: is a directory: name a file"),
-        (["verify", "no/such/place", "--json", "/proc/a.json"], "/proc/a.json: cannot be written there ("),
+        (["verify", "{tiny}", "--html", "{tiny}"], "{tiny}: it is a directory: give the name of a file"),
+        (["verify", "no/such/place", "--json", "/proc/a.json"], "/proc/a.json: it cannot be written ("),
         (["verify", "no/such/place", "--json", "/dev/fd/1"], "no/such/place: no such directory or file"),
-        (["verify", "{tiny}", "--html", "a", "--json", "./a"], "a: --html and --json are the same file: give two"),
+        (
+            ["verify", "{tiny}", "--html", "a", "--json", "./a"],
+            "a: --html and --json name the same file: give two different files",
+        ),
         (
             ["verify", "{tiny}", "--json", "a.json", "--candidate", "a.py", "--candidate", "b.py"],
-            "--html and --json take one report: give one --candidate",
+            "--html and --json hold one report, and there are 2 candidates: give one",
         ),
         (
             ["verify", "{tiny}", "--stream", "--candidate", "a.py"],
-            "--stream judges this package's own model: leave --candidate away, or --stream",
+            "--stream verifies only this package's model: leave out --candidate or --stream",
         ),
         (
             ["verify", "{tiny}", "--stream", "--reference", "torch"],
@@ -238,12 +250,28 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
         (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
         (["propose", "--candidate", "a.py"], "Missing argument 'CHECKPOINT'"),
         (["propose", "a"], "Missing option '--candidate'"),
+        (["verify", "--json"], "Option '--json' requires an argument."),
+        (["finetun"], "No such command 'finetun'"),
     ],
 )
-def test_a_wrong_call_is_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
+def test_a_wrong_call_is_one_line_and_exit_code_2(arguments: list[str], message: str, invoke: Invoke) -> None:
     ended = invoke(*arguments)
     assert ended.exit_code == 2
-    assert message in ended.stderr
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("vit-ref: ") and message in line and line.endswith(" --help")
+
+
+def test_json_is_written_though_the_page_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
+) -> None:
+    def unwritable(*arguments: Any) -> str:
+        raise InputError("no page")
+
+    monkeypatch.setattr(session, "check_port", lambda *arguments, **options: REPORTS["wrong"]())
+    monkeypatch.setattr("vit_ref.verify.report.to_html", unwritable)
+    ended = invoke("verify", "anywhere", "--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: no page\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_port_that_does_not_compute_in_float64_cannot_be_judged(
@@ -264,7 +292,7 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(session, "check_port", interrupted)
     ended = invoke("verify", "anywhere", "--html", tmp_path / "a.html")
-    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing is left half-written\n")
+    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted; no file is half-written\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -312,7 +340,7 @@ def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[st
     (tmp_path / "port.py").write_text(COMPILING)
     command = [sys.executable, "-c", COMMAND, *(argument.format(tiny=tiny) for argument in arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (ended.returncode, ended.stderr) == (130, "vit-ref: interrupted, nothing is left half-written\n")
+    assert (ended.returncode, ended.stderr) == (130, "vit-ref: interrupted; no file is half-written\n")
     assert not ended.stdout and not list((tmp_path / "out").iterdir())
 
 
@@ -339,7 +367,7 @@ sys.exit(vit_ref.cli.entry.main())
 @pytest.mark.parametrize(
     ("handler", "code", "said"),
     [
-        ("signal.default_int_handler", 130, "vit-ref: interrupted, nothing is left half-written\n"),
+        ("signal.default_int_handler", 130, "vit-ref: interrupted; no file is half-written\n"),
         # As a shell starts what runs in the background.
         ("signal.SIG_IGN", 0, ""),
     ],
@@ -375,7 +403,7 @@ def test_an_interrupt_has_one_exit_code_whenever_it_comes(
     place = {"before the arguments": "make_context", "arguments": "parse_args", "command": "invoke"}[when]
     monkeypatch.setattr(click.Group if when == "command" else click.Command, place, interrupted)
     ended = invoke("verify", "anywhere")
-    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted, nothing is left half-written\n")
+    assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted; no file is half-written\n")
 
 
 def test_a_bar_names_the_step_on_a_terminal(
@@ -440,7 +468,7 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     name = f"{tiny.parent.name}/tiny"
-    assert ended.stdout.startswith(f"{name}: 17 sites pass; float64 at most ")
+    assert ended.stdout.startswith(f"{name}: 17 sites pass: largest float64 error ")
     assert ended.stdout.splitlines()[-1] == f"PASSED: vit_ref on {name} against FlaxViT, float32"
     digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
     assert f"weights: sha256 {digest}" in ended.stdout.splitlines()
@@ -519,5 +547,5 @@ def test_a_place_for_json_that_cannot_be_is_said_before_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ended = invoke(*command.format(tiny=tiny).split(), "--json", "gone/a.json")
-    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: gone/a.json: no such directory: make it first\n")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: gone/a.json: its directory does not exist: make it first\n")
     assert not list(tmp_path.iterdir())

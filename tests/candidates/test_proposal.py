@@ -24,6 +24,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import BLOCK_SITES
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.table import gradients_by_path
+from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import FLOAT64
@@ -32,7 +33,7 @@ from vit_ref.verify.proposals.listing import Proposal
 from vit_ref.verify.proposals.matching import Search
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import prepare_candidate
-from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights import checkpoint, mapping, writing
 from vit_ref.weights.pretrained import read_configuration
 
 CASE = CASES["rectangular"]
@@ -245,7 +246,9 @@ def assert_passes(candidate: Candidate, proposal: Proposal, directory: Path, uns
     # The table of parameters, on the parameters themselves instead of their gradients, which take a minute to compile.
     config, ours = _ported(directory)
     found = gradients_by_path(
-        proposal.parameters, config, prepare_candidate(judged, config, checkpoint.read(directory)).parameters()
+        proposal.parameters,
+        ViTOutline(config),
+        prepare_candidate(judged, config, checkpoint.read(directory)).parameters(),
     )
     assert found.keys() == ours.keys()
     for path, value in found.items():
@@ -686,7 +689,7 @@ def untrained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         for name, tensor in source.tensors.items()
     }
     path = tmp_path_factory.mktemp("candidates") / "untrained"
-    checkpoint.write_directory(path, tensors, source.config or {})
+    writing.write_directory(path, tensors, source.config or {})
     return path
 
 

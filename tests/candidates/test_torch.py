@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.verify import session
 from vit_ref.verify.candidates.loading import find
@@ -22,11 +23,11 @@ from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare.behaviour import check_behaviour
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.choice import reference_for
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session, check_port, prepare_candidate
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.pretrained import read_configuration
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
@@ -61,7 +62,7 @@ def test_a_port_that_writes_into_its_images_is_seen(timm: vit_ref.Candidate, sav
     for changed in (timm, dataclasses.replace(timm, channels_first=False, sites=None, load=lambda _: Summing())):
         behaviour = check_behaviour(made(calling(changed, call), saved), IMAGES[:2])
         failed = [(each.name, each.reason) for each in behaviour if not each.passed]
-        assert failed == [("inputs", "it writes into the images that it is given: it has to copy them")]
+        assert failed == [("inputs", "it writes into the inputs that it is given: it has to copy them")]
 
 
 class Summing(torch.nn.Module):
@@ -103,7 +104,7 @@ def test_frozen_parameters_have_gradients_all_the_same(timm: vit_ref.Candidate, 
         return loaded[-1]
 
     port = made(dataclasses.replace(timm, load=load), saved)
-    objective = objectives_for((5, port.config.num_labels))[0]
+    objective = objectives_for((5, port.outline.config.num_labels))[0]
     found = {dtype: port.gradients(IMAGES, precision_of(dtype))(objective) for dtype in ("f8", "f4")}
     for path, value in found["f8"].parameters.items():
         # 4e-7 was seen: float32's rounding. That of the key's bias is all there is.
@@ -217,8 +218,10 @@ def test_a_port_that_holds_what_it_computed_is_judged_as_any_other(
 
     changed = dataclasses.replace(plain, load=load)
     assert error(traced(changed, saved)["logits"], traced(plain, saved)["logits"]).rms < SEMANTIC_RMS
-    objective = objectives_for((5, made(plain, saved).config.num_labels))[0]
-    pixels = [made(each, saved).gradients(IMAGES, precision_of("f8"))(objective).pixels for each in (changed, plain)]
+    objective = objectives_for((5, made(plain, saved).outline.config.num_labels))[0]
+    pixels = [
+        made(each, saved).gradients(IMAGES, precision_of("f8"))(objective).inputs["pixels"] for each in (changed, plain)
+    ]
     assert error(*pixels).rms < SEMANTIC_RMS
 
 
@@ -318,7 +321,7 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
     tensors, attention = case.checkpoint().tensors, "vit.encoder.layer.0.attention.attention"
     tensors[f"{attention}.query.bias"][0] += 40
     tensors[f"{attention}.key.weight"][0] *= 10
-    checkpoint.write_directory(tmp_path, tensors, case.config.to_hf())
+    writing.write_directory(tmp_path, tensors, case.config.to_hf())
     source = checkpoint.read(tmp_path)
     judge = reference_for(case.config, source.tensors)
 
@@ -340,6 +343,6 @@ def test_a_candidate_in_pytorch_is_allowed_other_sums_than_the_references(
 ) -> None:
     source = checkpoint.read(saved("rectangular"))
     port = made(timm, saved)
-    report = Session(port.config, source, IMAGES, port, title="sums").forward()
+    report = Session(port.outline.config, source, IMAGES, port, title="sums").forward()
     assert report.passed
     assert min(result.gate / result.reference_error for result in report.results) >= 4

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.nn import dot_product_attention as attention_by_name
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError, MappingError, TruncatedError
 from vit_ref.model import attention
 from vit_ref.verify.candidates.casts import Casts
@@ -27,11 +28,11 @@ from vit_ref.verify.candidates.loading import find, is_torch
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, softmax
 from vit_ref.verify.results import Check
 from vit_ref.verify.session import check_port, prepare_candidate
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config
@@ -232,7 +233,7 @@ def test_a_function_that_differs_from_run_to_run_is_said_first(
     rng = np.random.default_rng(0)
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(
-            InputError, match=r"mine: two runs on the same images differ: is dropout live\?.*relative RMS"
+            InputError, match=r"mine: two runs on the same inputs differ: is dropout live\?.*relative RMS"
         ):
             ask(vit_ref.Candidate(load=lambda _: lambda x: ones(23, x) * rng.normal(), name="mine"), saved("one-block"))
 
@@ -375,13 +376,13 @@ def test_a_port_that_is_float32_inside_is_told_so(saved: Callable[[str], Path]) 
 
     reason = failures_of(narrow, saved)["batch"]
     assert re.fullmatch(
-        r"an image alone .* \(by \de-0[678], which may be something in it that is float32 and not float64\)", reason
+        r"an input alone .* \(by \de-0[678], which may be something in it that is float32 and not float64\)", reason
     )
 
 
 def test_a_port_whose_images_depend_on_each_other_is_seen(saved: Callable[[str], Path]) -> None:
     assert failures_of(lambda x: ones(23, x - x.mean(axis=0)), saved) == {
-        "batch": "an image alone comes out otherwise than in its batch"
+        "batch": "an input alone comes out otherwise than in its batch"
     }
 
 
@@ -401,7 +402,7 @@ def test_a_port_that_differs_from_run_to_run_is_seen(saved: Callable[[str], Path
     rng = np.random.default_rng(0)
     # float(): it cannot be traced, so that numpy draws anew in each run.
     failures = failures_of(lambda x: ones(23, x) + float(x[0, 0, 0, 0]) * rng.normal(), saved)
-    assert failures["repeat"].startswith("two runs on the same images differ")
+    assert failures["repeat"].startswith("two runs on the same inputs differ")
 
 
 def test_a_model_that_is_another_where_nobody_looks_is_seen(
@@ -468,7 +469,7 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
     source, changes = CASES["rectangular"].checkpoint(), FAULTY[fault]
     tensors = {name: changes.get(name, lambda x: x)(tensor) for name, tensor in source.tensors.items()}
     numbers = {name: value for name, value in changes.items() if isinstance(value, int)}
-    checkpoint.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
+    writing.write_directory(tmp_path, tensors, {**(source.config or {}), **numbers})
     with pytest.raises(MappingError, match=re.escape(fault)):
         check_port(lambda x: ones(23, x), tmp_path, backward=False)
 
@@ -476,7 +477,7 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
 def test_what_is_left_over_outside_the_blocks_is_nobodys_fault(tmp_path: Path) -> None:
     source = CASES["rectangular"].checkpoint()
     tensors = {**source.tensors, "vit.pooler.dense.bias": np.zeros(33, np.float32)}
-    checkpoint.write_directory(tmp_path, tensors, source.config or {})
+    writing.write_directory(tmp_path, tensors, source.config or {})
     assert check_port(lambda x: ones(23, x), tmp_path, backward=False).forward.semantic_failures
 
 

@@ -18,9 +18,9 @@ import pytest
 from flax import nnx
 from jax import Array
 
+from tests.helpers.precisions import precision_of
 from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.precision import precision_of
 
 pytestmark = pytest.mark.xdist_group("derivatives")
 

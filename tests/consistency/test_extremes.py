@@ -15,9 +15,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights.pretrained import build, get_parameters
 
 pytestmark = pytest.mark.xdist_group("extremes")

@@ -16,8 +16,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from tests.helpers.precisions import precision_of
 from vit_ref.verify.gates import error, root_mean_square
-from vit_ref.verify.precision import precision_of
 
 # What compiled programs compute is the question.
 pytestmark = pytest.mark.optimised

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.finetune.attention import compute_attention_maps
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights.pretrained import get_parameters
 
 
@@ -67,5 +67,5 @@ def test_maps_are_float32_under_bfloat16(filled: Callable[..., VisionTransformer
 
 
 def test_images_of_another_size_are_refused(filled: Callable[..., VisionTransformer]) -> None:
-    with pytest.raises(InputError, match=r"images of \[5, 5\] pixels, the model takes \[10, 40\]"):
+    with pytest.raises(InputError, match=r"images have \[5, 5\] pixels, and the model takes \[10, 40\]"):
         compute_attention_maps(filled(CASES["rectangular"].config), np.zeros((1, 5, 5, 2), np.float32))

@@ -153,7 +153,7 @@ def test_many_unreadable_images_make_a_short_message(tmp_path: Path) -> None:
         file.write_bytes(b"")
     message = refusal(lambda: open_dataset(tmp_path, "train"))
     assert "30 of 30 images" in message and "and 25 more" in message and message.count("not a readable image") == 5
-    assert "no image that can be read" in refusal(lambda: open_dataset(tmp_path, "train", on_bad="skip"))
+    assert "none of the images can be read" in refusal(lambda: open_dataset(tmp_path, "train", on_bad="skip"))
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -204,12 +204,12 @@ def test_a_url_is_no_data_set() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"split": "test"}, "split is 'test': the built-in images have train and validation"),
+        ({"split": "test"}, "split is 'test': give train or validation, the splits of the built-in images"),
         ({"classes": 5}, "classes is 5: there are 4 in the built-in images"),
         ({"classes": 0}, "classes is 0"),
         (
             {"classes": ("red circle", "bee")},
-            "no class 'bee' in the built-in images: known are red circle,",
+            "no class 'bee' in the built-in images: give some of red circle,",
         ),
         ({"on_bad": "ignore"}, "on_bad is 'ignore'"),
     ],
@@ -346,7 +346,11 @@ def test_missing_and_broken_images_of_a_data_set_are_named_by_row(tmp_path: Path
     rows[1], rows[3] = ("ant", None), ("bee", b"no image")
     directory = parquet(datasets, tmp_path / "hub", rows)
     message = refusal(lambda: open_dataset(directory, "train"))
-    assert "2 of 5 images" in message and "row 1: no image" in message and "row 3: not a readable image" in message
+    assert (
+        "2 of 5 images" in message
+        and "row 1: the data set has no image" in message
+        and "row 3: not a readable image" in message
+    )
     dataset = open_dataset(directory, "train", on_bad="skip")
     assert seen(dataset) == [ROWS[0], ROWS[2], ("ant", RED["ant"], 4)]
     assert len(dataset.bad) == 2
@@ -364,7 +368,7 @@ def test_an_unlabelled_row_of_a_data_set_is_refused(
 def test_a_data_set_without_class_labels_is_refused(tmp_path: Path, datasets: Any, rows: Any) -> None:
     directory = parquet(datasets, tmp_path / "hub", rows, species=datasets.Value("int64"))
     message = refusal(lambda: open_dataset(directory, "train"))
-    assert "one of type ClassLabel: it has number (Value), picture (Image), species (Value)" in message
+    assert "its columns are number (Value), picture (Image), species (Value): give one of type Image" in message
 
 
 @pytest.mark.parametrize(("below", "split"), [("nowhere", "train"), ("hub", "validation")])
@@ -373,7 +377,9 @@ def test_what_datasets_cannot_load_is_one_line(
 ) -> None:
     parquet(datasets, tmp_path / "hub", rows)
     message = refusal(lambda: open_dataset(tmp_path / below, split))
-    assert message.startswith(f"{tmp_path / below} ({split}): no directory of images, and datasets cannot load it (")
+    assert message.startswith(
+        f"{tmp_path / below} ({split}): it is not a directory of images, and datasets cannot load it ("
+    )
 
 
 @pytest.mark.hub

@@ -18,7 +18,7 @@ from PIL import Image
 from vit_ref.errors import InputError
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset, open_dataset
-from vit_ref.finetune.loading import PADDING, Batch, count_batches, draw, load_batches, measure_throughput
+from vit_ref.finetune.loading import PADDING, Batch, count_batches, draw, load_batches
 from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 
@@ -207,7 +207,7 @@ def test_an_image_that_becomes_unreadable_on_the_way_is_named(tmp_path: Path, wo
 def test_images_of_another_size_are_refused_where_nothing_resizes_them(dataset: ImageDataset) -> None:
     config = dataclasses.replace(CONFIG, preprocessor={"do_resize": False})
     assert draw(dataset, config, AUGMENT, 0, 0, 0).shape == (6, 9, 3)
-    with pytest.raises(InputError, match="image 3: 10x12 pixels, the model takes 6x9, and do_resize is false"):
+    with pytest.raises(InputError, match="image 3: it has 10x12 pixels, the model takes 6x9, and do_resize is false"):
         draw(dataset, config, None, 0, 0, 3)
 
 
@@ -243,12 +243,5 @@ def test_arguments_out_of_range_are_refused(dataset: ImageDataset, arguments: di
 
 @pytest.mark.parametrize("state", [{"batches": 16}, {"batches": -1}, {"next_index": 3}])
 def test_a_state_of_something_else_is_refused(dataset: ImageDataset, state: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="is no state of a loader of 15 batches"):
+    with pytest.raises(InputError, match="is not a state of a loader of 15 batches"):
         loader(dataset).set_state(state)
-
-
-def test_the_throughput_counts_the_images_after_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([10.0, 14.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    once = iter([{"label": np.zeros(size)} for size in (99, 4, 4, 4, 3, 3)])
-    assert measure_throughput(once, 5) == 18 / 4

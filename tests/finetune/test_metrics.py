@@ -103,7 +103,9 @@ def test_what_has_no_loss_says_so_without_a_warning(evaluation: Callable[[], Eva
 
 @pytest.mark.parametrize("label", [-2, CLASSES])
 def test_a_label_that_is_no_class_is_refused(label: int) -> None:
-    with pytest.raises(InputError, match=rf"^an image's label is {label}, the model has classes 0 to 6$"):
+    with pytest.raises(
+        InputError, match=rf"^an image's label is {label}: give labels from 0 to 6, the model's classes$"
+    ):
         Evaluation.of_logits(np.zeros((2, CLASSES)), [3, label])
 
 
@@ -161,7 +163,10 @@ def test_a_truncation_that_fails_changes_nothing(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with MetricsLog(path) as log, pytest.raises(InputError, match=r"metrics.jsonl: cannot be written \(No space left"):
+    with (
+        MetricsLog(path) as log,
+        pytest.raises(InputError, match=r"metrics.jsonl: it cannot be written \(No space left"),
+    ):
         log.truncate_after(1)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
@@ -177,9 +182,11 @@ def test_a_finished_line_that_is_no_object_is_named(line: str, tmp_path: Path) -
 
 
 def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none: cannot be read \(No such file or directory\)$"):
+    with pytest.raises(InputError, match=r"none: it cannot be read \(No such file or directory\): give another file$"):
         read_metrics(tmp_path / "none")
-    with pytest.raises(InputError, match=r"log: cannot be written \(No such file or directory\)$"):
+    with pytest.raises(
+        InputError, match=r"log: it cannot be written \(No such file or directory\): give another place$"
+    ):
         MetricsLog(tmp_path / "no" / "log")
 
 
@@ -225,5 +232,5 @@ def test_a_disk_that_is_full_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with MetricsLog(tmp_path / "a.jsonl") as log:
         stream = mock.Mock(wraps=log._stream, write=full)
         monkeypatch.setattr(log, "_stream", stream)
-        with pytest.raises(InputError, match=r"a\.jsonl: cannot be written \(No space left on device\)"):
+        with pytest.raises(InputError, match=r"a\.jsonl: it cannot be written \(No space left on device\)"):
             log.write({"step": 1})

@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.finetune.optimizer import find_layer, make_schedule, make_transformation, select_kernels, select_trained
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.step import classification_loss, train_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights.pretrained import get_parameters, get_state_parameters
 
 CONFIG = ViTConfig(

@@ -271,7 +271,9 @@ def test_a_plot_that_cannot_be_written_leaves_the_earlier_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(owner, name, half)
-    with pytest.raises(InputError, match=r"plot.png: cannot be written \(No space left on device\)$"):
+    with pytest.raises(
+        InputError, match=r"plot.png: it cannot be written \(No space left on device\): give another place$"
+    ):
         plots.plot_schedule(path, [0, 1])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["plot.png"]
@@ -295,10 +297,12 @@ def test_a_run_whose_plots_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatc
     (tmp_path / "plots").rmdir()
     for make in (Path.touch, lambda path: path.symlink_to("nowhere")):
         make(tmp_path / "plots")
-        with pytest.raises(InputError, match="plots: is there and is no directory for plots: move it away, or give an"):
+        with pytest.raises(
+            InputError, match="plots: it is not a directory, and the plots need it: move it away, or give an"
+        ):
             require_plots(tmp_path)
         with pytest.raises(
-            InputError, match=r"plots: cannot be made \(File exists\): mend that and go on with --resume"
+            InputError, match=r"plots: it cannot be made \(File exists\): mend that, and continue with --resume"
         ):
             illustrate(outcome, None, None, Recipe())
         (tmp_path / "plots").unlink()

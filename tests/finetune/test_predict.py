@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import vit_ref
+from tests.helpers.precisions import precision_of
 from vit_ref.cli.group import main
 from vit_ref.errors import InputError
 from vit_ref.finetune.prediction import predict
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.preprocessing import preprocess
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.precision import precision_of
 
 Filled = Callable[..., VisionTransformer]
 CONFIG = replace(CASES["rectangular"].config, num_channels=3, num_labels=6, labels=("a", "b", "c", "d", "e", "f & g"))

@@ -45,7 +45,7 @@ from vit_ref.finetune.recipe import Recipe
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(InputError, match=rf"^{field} is .*: (give|known are) "):
+    with pytest.raises(InputError, match=rf"^{field} is .*: give "):
         Recipe(**{field: value})
 
 

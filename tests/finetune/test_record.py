@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from vit_ref.errors import InputError
+from vit_ref.finetune.directory import METRICS, TIMING
 from vit_ref.finetune.metrics import Evaluation, read_metrics
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.record import METRICS, TIMING, Record
+from vit_ref.finetune.record import Record
 
 RECIPE = Recipe(epochs=2, grad_accum_steps=2)
 # Of three, the first two were taken for what they are.

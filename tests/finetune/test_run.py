@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runner: R
     # The file that no disk holds is a checkpoint's: its largest ones are larger.
     said = runner.run(out, *options, "--resume", code=2, blocks=40)
     # tensorstore's threads may print more after it.
-    assert "/checkpoints: checkpoint cannot be written or read (File too large)\n" in said
+    assert "/checkpoints: the checkpoint cannot be written or read (File too large)\n" in said
     assert good[-1] in {path.name for path in checkpoints.iterdir()}
     runner.run(out, *options, "--resume")
     assert runner.result(out) == whole_run[1]
@@ -218,8 +220,11 @@ def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ({"size": {"shortest_edge": 8}}, r"^preprocessor_config\.json: size is {'shortest_edge': 8}: give a height"),
         ({"size": 9}, r"^images come .* with \[9, 9\] pixels, the model takes \[8, 8\]: correct preprocessor_config"),
-        ({"resample": 9}, r"^preprocessor_config\.json: resample is 9: known are"),
-        ({"do_resize": False}, r"^validation image 0: 64x64 pixels, the model takes 8x8, and do_resize is false"),
+        ({"resample": 9}, r"^preprocessor_config\.json: resample is 9: give one of"),
+        (
+            {"do_resize": False},
+            r"^validation image 0: it has 64x64 pixels, the model takes 8x8, and do_resize is false",
+        ),
     ],
 )
 def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
@@ -311,15 +316,15 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
         (("--grad-accum-steps", "17"), "grad_accum_steps is 17: there are only 16 steps"),
         (("--freeze-blocks", "9"), "freeze_blocks is 9: the model has 4 blocks"),
         (("nowhere",), "nowhere: "),
-        (("--data", "/nowhere/images"), "/nowhere/images (train): no directory"),
-        (("--coordinator", "127.0.0.1:1"), "--coordinator, --num-processes and --process-id belong together"),
+        (("--data", "/nowhere/images"), "/nowhere/images (train): it is not a directory"),
+        (("--coordinator", "127.0.0.1:1"), "only some of --coordinator, --num-processes and --process-id were given"),
         (
             ("--coordinator", "here", "--num-processes", "2", "--process-id", "0"),
             "--coordinator here --num-processes 2",
         ),
         (
             ("--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"),
-            "--process-id 2: they cannot be",
+            "--process-id 2: jax cannot join",
         ),
     ],
 )
@@ -336,10 +341,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused: Callable, whole_run: tu
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, whole_run: tuple) -> None:
-    assert "whole: there is a run in it: go on with --resume" in refused("whole")
+    assert "whole: it holds a run already: continue with --resume" in refused("whole")
     line = refused("whole", "--resume", "--epochs", "3")
-    assert "run.json: epochs was 2 and is 3 now" in line
+    assert "run.json: epochs was 2 and is now 3" in line
     assert "run.json: training_images was '512 (" in refused("whole", "--resume", "--classes", "3")
+
+
+def test_an_earlier_run_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    program = (
+        "import sys\n"
+        "from vit_ref.cli.entry import main\n"
+        f"sys.argv = ['vit-ref', 'finetune', '--output-dir', {str(tmp_path)!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n    print({'jax', 'flax', 'numpy'} & set(sys.modules))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    line = f"vit-ref: {tmp_path}: there is a run in it: go on with --resume, or give another directory\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "set()\n", line)
 
 
 def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> None:
@@ -348,7 +367,7 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
         training, validation = (
             dataclasses.replace(each, names=tuple(f"{below}/{name}" for name in each.names)) for each in shapes
         )
-        _require_same_run(tmp_path, Recipe(), None, training, change(validation), resume=below != "here")
+        _require_same_run(tmp_path, Recipe(), None, training, change(validation))
 
     begin("here")
     begin("there")
@@ -356,26 +375,26 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
         lambda images: dataclasses.replace(images, labels=images.labels[::-1]),
         lambda images: dataclasses.replace(images, names=("another", *images.names[1:])),
     ):
-        with pytest.raises(InputError, match=r"run\.json: validation_images was '128 \(.{8}\)' and is '128 \("):
+        with pytest.raises(InputError, match=r"run\.json: validation_images was '128 \(.{8}\)' and is now '128 \("):
             begin("there", change)
 
 
 def test_a_run_from_before_a_field_was_added_goes_on_with_its_default(tmp_path: Path) -> None:
     training = open_dataset(None, "train")
-    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=False)
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training)
     description = json.loads((tmp_path / "run.json").read_text())
     del description["recipe"]["attention"]
     (tmp_path / "run.json").write_text(json.dumps(description))
-    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training, resume=True)
-    with pytest.raises(InputError, match=r"run.json: attention was 'xla' and is 'cudnn' now"):
-        _require_same_run(tmp_path, Recipe(attention="cudnn", precision="mixed"), None, training, training, resume=True)
+    _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training)
+    with pytest.raises(InputError, match=r"run.json: attention was 'xla' and is now 'cudnn'"):
+        _require_same_run(tmp_path, Recipe(attention="cudnn", precision="mixed"), None, training, training)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"recipe": 3}', b"\xff"])
 def test_a_damaged_description_of_a_run_is_said(content: bytes, refused: Callable, runner: Runner) -> None:
     (runner.directory / "damaged").mkdir(exist_ok=True)
     (runner.directory / "damaged" / "run.json").write_bytes(content)
-    assert "damaged/run.json: cannot be written or read (" in refused("damaged", "--resume")
+    assert "damaged/run.json: it cannot be written or read (" in refused("damaged", "--resume")
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "timing.jsonl"])
@@ -388,7 +407,7 @@ def test_a_directory_of_somebody_elses_is_left_alone(name: str, refused: Callabl
 def test_plots_that_would_have_no_place_are_said_before_training(refused: Callable, runner: Runner) -> None:
     (runner.directory / "no-place").mkdir()
     (runner.directory / "no-place" / "plots").touch()
-    assert "no-place/plots: is there and is no directory" in refused("no-place", "--plots")
+    assert "no-place/plots: it is not a directory" in refused("no-place", "--plots")
     assert [path.name for path in (runner.directory / "no-place").iterdir()] == ["plots"]
 
 
@@ -396,7 +415,7 @@ def test_one_class_is_refused(refused: Callable, tmp_path: Path) -> None:
     for index in range(64):
         (tmp_path / "cat").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "cat" / f"{index}.png")
-    assert "there is one class, cat" in refused("one", "--data", str(tmp_path), "--batch-size", "8")
+    assert "there is only one class, cat" in refused("one", "--data", str(tmp_path), "--batch-size", "8")
 
 
 def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_path: Path) -> None:
@@ -411,8 +430,8 @@ def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_pat
         (tmp_path / place / "0" / "far.heic").touch()
     (tmp_path / "train" / "0" / "notes.txt").touch()
     said = runner.run("folder", "--data", str(tmp_path), "--bad-images", "skip", "--epochs", "1", "--plots")
-    assert f"vit-ref: left out: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
-    assert "vit-ref: left out, no image by its suffix: 3 files (2 .heic, 1 .txt)\n" in said
+    assert f"vit-ref: skipped: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
+    assert "vit-ref: left out, because the suffix is not that of an image: 3 files (2 .heic, 1 .txt)\n" in said
     assert "of 32 validation images" in said
     assert len(list((runner.directory / "folder" / "plots").glob("*.png"))) == 6
 

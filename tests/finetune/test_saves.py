@@ -55,7 +55,7 @@ def test_what_was_being_deleted_is_gone_and_the_last_one_is_not(gone: str, tmp_p
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 10] and saves.latest() == 10
     saves.close()
     shutil.rmtree(tmp_path / "10" / "progress")
-    with pytest.raises(InputError, match=r"/10: checkpoint cannot be written or read .* remove it, and --resume"):
+    with pytest.raises(InputError, match=r"/10: the checkpoint cannot be written or read .* remove it, and --resume"):
         Saves(tmp_path, keep=3)
 
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     saves.wait()
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(16))
-    with pytest.raises(InputError, match=r"a checkpoint takes .* MiB, the disk has .* left: make room"):
+    with pytest.raises(InputError, match=r"a checkpoint takes .* MiB, and the disk has .* left: make room"):
         saves.save(arrays(2), Progress(2, None))
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     saves.close()
@@ -109,5 +109,5 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(damage: Callable[[Path], 
     saves.save(arrays(1), Progress(1, {"batches": 1}))
     saves.close()
     damage(tmp_path / "1")
-    with pytest.raises(InputError, match=r"/1: checkpoint cannot be .*: remove it, and --resume goes on from the one"):
+    with pytest.raises(InputError, match=r"/1: the checkpoint cannot be .*: remove it, and --resume continues from"):
         Saves(tmp_path, keep=1).restore(1, arrays(1))

@@ -117,7 +117,7 @@ def _headed_astray(draw: st.DrawFn) -> tuple[dict, str]:
     heads = draw(st.integers(2, 9))
     width = heads * draw(st.integers(0, 9)) + draw(st.integers(1, heads - 1))
     wrong = {**fields(config), "hidden_size": width, "num_attention_heads": heads}
-    return wrong, f"hidden_size {width} is not a multiple of num_attention_heads {heads}"
+    return wrong, f"hidden_size {width} is not a multiple of num_attention_heads {heads}: change one of them"
 
 
 @st.composite
@@ -128,14 +128,14 @@ def _cut_patches(draw: st.DrawFn, axis: int) -> tuple[dict, str]:
     patch[axis] = draw(st.integers(2, 9))
     image[axis] = patch[axis] * draw(st.integers(0, 5)) + draw(st.integers(1, patch[axis] - 1))
     wrong = {**fields(config), "image_size": tuple(image), "patch_size": patch}
-    return wrong, f"image {name} {image[axis]} is not a multiple of the patch {name} {patch[axis]}"
+    return wrong, f"image {name} {image[axis]} is not a multiple of the patch {name} {patch[axis]}: change it"
 
 
 @st.composite
 def _pooled_classifier(draw: st.DrawFn) -> tuple[dict, str]:
     return {**fields(draw(configs())), "num_labels": draw(st.integers(1, 9)), "pooler": True}, (
-        "pooler and num_labels are both set: the reference's classifiers read the cls token without a pooler;"
-        " set pooler=False or num_labels=0"
+        "pooler and num_labels are both set, and the reference's classifiers have no pooler: set pooler=False"
+        " or num_labels=0"
     )
 
 
@@ -143,7 +143,7 @@ def _pooled_classifier(draw: st.DrawFn) -> tuple[dict, str]:
 def _miscounted_labels(draw: st.DrawFn) -> tuple[dict, str]:
     config = draw(configs())
     labels = draw(st.lists(st.text(max_size=3), min_size=1, max_size=9).filter(lambda x: len(x) != config.num_labels))
-    message = f"{len(labels)} labels for num_labels {config.num_labels}: give one name per class"
+    message = f"there are {len(labels)} labels and num_labels is {config.num_labels}: give one name per class"
     return {**fields(config), "labels": labels}, message
 
 
@@ -155,7 +155,7 @@ _SIDES = "give a positive integer of at most 1048576, or (height, width)"
 _NOT_SIDES = st.one_of(
     _not_integers(1), st.none(), st.tuples(st.integers(1, 9), _not_integers(1)), st.lists(st.just(4), min_size=3)
 )
-_KNOWN = "known are gelu, gelu_new, gelu_python, gelu_pytorch_tanh, quick_gelu, relu, silu, swish, tanh"
+_KNOWN = "give one of gelu, gelu_new, gelu_python, gelu_pytorch_tanh, quick_gelu, relu, silu, swish, tanh"
 _NOT_ACTIVATIONS = st.one_of(st.text(max_size=9), st.sampled_from(("GELU", "mish", "gelu ", None, 3))).filter(
     lambda name: name not in ACTIVATION_NAMES
 )

@@ -12,9 +12,9 @@ import pytest
 from jax.typing import DTypeLike
 
 from tests.helpers.jaxprs import computed_in, equations
+from tests.helpers.precisions import precision_of
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.precision import precision_of
 
 CASE = CASES["rectangular"]
 FLOAT32 = np.dtype(np.float32)

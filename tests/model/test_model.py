@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from jax.typing import DTypeLike
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.model import vit as vit_module
 from vit_ref.model.activations import ACTIVATIONS
@@ -24,7 +25,6 @@ from vit_ref.model.skeleton import list_parameters
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, Case, synthetic_images
 from vit_ref.verify.gates import error
-from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.numpy_oracle import ACTIVATIONS as ORACLES_ACTIVATIONS
 
 SMALL = [case for case in CASES.values() if case.name != "vit-b16"]
@@ -259,19 +259,19 @@ def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> No
     [
         (
             (3, 2, 10, 40),
-            "pixels have 40 channels, the model takes 2; they look channels-first: transpose them to NHWC",
+            "pixels have 40 channels: give 2, as the model takes; they look channels-first: transpose them to NHWC",
         ),
-        ((2, 10, 40, 3), "pixels have 3 channels, the model takes 2"),
-        ((2, 1, 40, 3), "pixels have 3 channels, the model takes 2"),
-        ((2, 10, 40, 1), "pixels have 1 channels, the model takes 2"),
-        ((2, 12, 40, 2), "images of [12, 40] pixels are no multiple of the patch [5, 5]"),
-        ((2, 10, 42, 2), "images of [10, 42] pixels are no multiple of the patch [5, 5]"),
-        ((2, 0, 40, 2), "images of [0, 40] pixels are no multiple of the patch [5, 5]"),
-        ((2, 10, 0, 2), "images of [10, 0] pixels are no multiple of the patch [5, 5]"),
+        ((2, 10, 40, 3), "pixels have 3 channels: give 2, as the model takes"),
+        ((2, 1, 40, 3), "pixels have 3 channels: give 2, as the model takes"),
+        ((2, 10, 40, 1), "pixels have 1 channels: give 2, as the model takes"),
+        ((2, 12, 40, 2), "images have [12, 40] pixels, not a multiple of the patch [5, 5]: resize them"),
+        ((2, 10, 42, 2), "images have [10, 42] pixels, not a multiple of the patch [5, 5]: resize them"),
+        ((2, 0, 40, 2), "images have [0, 40] pixels, not a multiple of the patch [5, 5]: resize them"),
+        ((2, 10, 0, 2), "images have [10, 0] pixels, not a multiple of the patch [5, 5]: resize them"),
         *(
             (
                 (2, *size, 2),
-                f"images of {size} pixels, the model takes [10, 40]: resize them, or pass"
+                f"images have {size} pixels, and the model takes [10, 40]: resize them, or pass"
                 " interpolate_pos_encoding=True",
             )
             for size in ([40, 10], [5, 40], [10, 35], [10, 45])
@@ -291,7 +291,7 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str
 
 
 def test_an_image_that_is_no_multiple_of_the_patch_is_refused_where_all_sizes_are_welcome_too(filled: Filled) -> None:
-    with pytest.raises(ValueError, match=r"images of \[12, 40\] pixels are no multiple of the patch \[5, 5\]"):
+    with pytest.raises(ValueError, match=r"images have \[12, 40\] pixels, not a multiple of the patch \[5, 5\]"):
         filled(CASES["rectangular"].config)(jnp.ones((2, 12, 40, 2)), interpolate_pos_encoding=True)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import Array
 
+from tests.helpers.precisions import precision_of
 from vit_ref.model.norm import LayerNorm, layer_norm
-from vit_ref.verify.precision import precision_of
 
 EPSILON = 0.3  # As large as the variance, so that a derivative without it shows.
 

@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.helpers.precisions import precision_of
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import list_parameters
 from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import SEMANTIC_RMS, error
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights import layouts, mapping
 from vit_ref.weights.pretrained import build, get_parameters
 

@@ -18,7 +18,7 @@ def test_every_public_name_is_what_its_module_defines(package: str) -> None:
     module = import_module(package)
     assert module.__all__ == sorted(module.__all__) and module.__all__
     for name in module.__all__:
-        assert getattr(module, name).__name__ == name and name in dir(module)
+        assert getattr(module, name).__name__.rpartition(".")[2] == name and name in dir(module)
     assert not hasattr(module, "nothing")
 
 

@@ -185,7 +185,7 @@ def test_cudnns_lengths_have_the_batch_that_the_images_have(lengths: list[Array]
 
 
 def test_cudnn_is_for_half_precision() -> None:
-    with pytest.raises(InputError, match=r"^cuDNN's attention is for half precision, and not float32: give"):
+    with pytest.raises(InputError, match=r"^cuDNN's attention takes half precision, and this is float32: give"):
         attention.cudnn(*qkv(jnp.float32))
 
 
@@ -193,7 +193,7 @@ def test_without_an_nvidia_gpu_cudnn_is_refused_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(attention, "_capability", lambda: 0.0)
     with pytest.raises(
         InputError,
-        match=r"^cuDNN's attention needs one of NVIDIA's GPUs, Ampere or later, and jax's device is .+: leave",
+        match=r"^jax's device is .+, and cuDNN's attention needs an NVIDIA GPU, Ampere or later: leave",
     ):
         attention.cudnn(*qkv(jnp.bfloat16))
 
@@ -207,7 +207,9 @@ def test_heads_of_another_width_than_cudnns_are_refused_in_one_line(
     attention.require_heads(widest)
     for width in (widest - 4, widest + 8):
         operands = [jnp.zeros((1, 2, 1, width), jnp.bfloat16)] * 3
-        said = rf"^cuDNN's attention takes heads a multiple of 8 and here at most {widest} wide, and not {width}: leave"
+        said = (
+            rf"^the model's heads are {width} wide, and cuDNN's attention takes a multiple of 8, here at most {widest}:"
+        )
         with pytest.raises(InputError, match=said):
             attention.cudnn(*operands)
     assert not lengths

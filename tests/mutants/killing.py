@@ -50,7 +50,7 @@ def require_killed(mutant: Mutant, dose: float | None, scratch: Path) -> None:
     assert not wrong, f"killed by a clumsy injection, {wrong}:\n{text}"
     if mutant.first_site:
         assert mutant.says.format(site=mutant.first_site) in text, text
-    suggested = set(re.findall(r"likely cause: (.*): with it the error", text))
+    suggested = set(re.findall(r"likely cause: (.*): the same bug in the oracle", text))
     cause = mutant.cause_at(dose)
     assert suggested == ({cause} if cause else set()), text
 

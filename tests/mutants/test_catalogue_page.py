@@ -1,4 +1,4 @@
-"""Does docs/MUTANTS.md say what becomes of each mutant?"""
+"""Does docs/evidence/mutants.md say what becomes of each mutant?"""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def test_one_wrong_head_is_placed_and_explained() -> None:
     assert known.causes(site, wrong) == ["1.5 x the reference"]
     assert where(wrong, known.truth[site], site) == "only at head 2 of 3"
     assert where(known.truth[site], known.truth[site], site) == ""
-    assert where(wrong[..., 0], known.truth[site], site) == f"as its shape is {wrong.shape[:-1]}, not {wrong.shape}"
+    assert where(wrong[..., 0], known.truth[site], site) == f"shape {wrong.shape[:-1]}, not {wrong.shape}"
     assert where(wrong * np.nan, known.truth[site], site) == "as it is not finite"
 
 

@@ -10,9 +10,9 @@ import pytest
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.model.attention import Attend, weigh
 from vit_ref.verify.gates import error
-from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.fused import fused
 
 # (batch, tokens, heads, head_dim): no two are equal.

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from tests.helpers.vit_strategies import random_bits, with_room
 from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.weights import checkpoint, layouts, mapping, pretrained
-from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained, tensor_files, writing
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.tensor_files import LazyTensors
 
 LABELS = ("cat", "dog", "dog")  # ImageNet too has one name twice
 PREPROCESSOR = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4, 0.5, 0.6], "resample": 3}
@@ -44,7 +46,7 @@ CONFIG = ViTConfig(
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     source = Case("directory", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path / "vit", source.tensors, CONFIG.to_hf(), PREPROCESSOR)
+    writing.write_directory(tmp_path / "vit", source.tensors, CONFIG.to_hf(), PREPROCESSOR)
     return tmp_path / "vit"
 
 
@@ -73,7 +75,7 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
 @pytest.mark.parametrize("shards", ["5GB", 900])
 def test_a_round_trip_keeps_every_byte_and_everything_else(tmp_path: Path, dtype: type, shards: int | str) -> None:
     source = Case("source", CONFIG, stored=dtype).checkpoint()
-    checkpoint.write_directory(tmp_path / "a", source.tensors, CONFIG.to_hf(), PREPROCESSOR, max_shard_size=shards)
+    writing.write_directory(tmp_path / "a", source.tensors, CONFIG.to_hf(), PREPROCESSOR, max_shard_size=shards)
     assert (tmp_path / "a" / checkpoint.INDEX).exists() == (shards == 900)
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "a"), tmp_path / "b", max_shard_size=shards)
     before, after = checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "b")
@@ -145,7 +147,7 @@ def test_npz_without_a_cls_token_pools_in_another_way(
     del tensors["cls"]
     np.savez(tmp_path / "ViT.npz", **tensors, **extra)
     assert refusal(tmp_path / "ViT.npz") == (
-        f"{tmp_path / 'ViT.npz'}: no cls token, so it pools in another way ({pooling}), which this model does not"
+        f"{tmp_path / 'ViT.npz'}: it has no cls token, so it pools by {pooling}: give a checkpoint with pool_type 'tok'"
     )
 
 
@@ -155,12 +157,12 @@ def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
     config = {**CONFIG.to_hf(), "model_type": "vit", "architectures": ["ViTForImageClassification"]}
     preprocessor = {"feature_extractor_type": "DeiTFeatureExtractor", "do_center_crop": True, "crop_size": 8, "size": 9}
     source = Case("deit", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, config, preprocessor)
+    writing.write_directory(tmp_path, source.tensors, config, preprocessor)
     model = vit_ref.from_pretrained(tmp_path)
     assert model.config == CONFIG and model.config.preprocessor == preprocessor
     # With the distillation token under either model type it is another model.
     token = {"vit.embeddings.distillation_token": np.zeros((1, 1, 6), np.float32)}
-    checkpoint.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
+    writing.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
     assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, MappingError)
 
 
@@ -169,7 +171,7 @@ def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
 def test_a_headless_checkpoint_makes_a_headless_model(tmp_path: Path, architectures: list | None, pooler: bool) -> None:
     config = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "labels": (), "pooler": pooler})
     source = Case("headless", config).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, {**config.to_hf(), "architectures": architectures})
+    writing.write_directory(tmp_path, source.tensors, {**config.to_hf(), "architectures": architectures})
     model = vit_ref.from_pretrained(tmp_path)
     assert (model.config.num_labels, model.config.pooler) == (0, pooler)
     vit_ref.save_pretrained(model, tmp_path / "again")
@@ -198,7 +200,7 @@ def test_the_model_does_not_share_memory_with_the_tensors_it_was_made_from() -> 
 
 def test_float64_weights_are_not_silently_truncated(tmp_path: Path) -> None:
     source = Case("double", CONFIG, stored=np.float64).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
+    writing.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
     assert "float64, which jax would truncate: set jax_enable_x64" in refusal(tmp_path)
 
 
@@ -214,7 +216,8 @@ def test_a_hub_id_while_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert refusal("someone/no-such-vit") == (
-        "someone/no-such-vit: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
+        "someone/no-such-vit: no such directory exists. As a hub id it is not in the cache, and the hub cannot be"
+        " reached:"
         " give a directory, or go online"
     )
 
@@ -247,16 +250,14 @@ def test_a_hub_id_from_the_cache_without_a_network(
         asked.extend(allow_patterns)
         return str(directory)
 
-    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", unreachable)
-    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", cached)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     assert vit_ref.from_pretrained("someone/vit").config == CONFIG
     assert {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.SHARDS} <= set(asked)
 
 
 def test_a_hub_repository_of_pickles_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        checkpoint.huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"]
-    )
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"])
     assert refusal("someone/vit") == (
         "someone/vit/pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
     )
@@ -264,7 +265,7 @@ def test_a_hub_repository_of_pickles_is_refused_before_anything_is_fetched(monke
 
 def test_a_hub_repository_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     files = ["README.md", "model.onnx"]
-    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", lambda name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
     assert refusal("someone/vit") == (
         "someone/vit: no weights: expected model.safetensors, model.safetensors.index.json or flax_model.msgpack"
     )
@@ -287,9 +288,9 @@ def test_one_format_is_fetched_from_the_hub(
         asked.extend(allow_patterns)
         raise OSError("stop here")
 
-    monkeypatch.setattr(checkpoint.huggingface_hub, "list_repo_files", lambda name, revision: files)
-    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", fetch)
-    assert refusal("someone/vit").endswith("the hub refuses it as an id: stop here")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert refusal("someone/vit").endswith("As a hub id it was refused: stop here: correct the name, or log in")
     assert asked == ["config.json", "preprocessor_config.json", *fetched]
 
 
@@ -313,9 +314,9 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "swin", "model_type is 'swin': only 'vit' is supported"),
-        ("model_type", "deit", "model_type is 'deit': that is with a second class token, for distillation, and this "),
-        ("hidden_act", "mish", "hidden_act is 'mish': known are gelu, gelu_new, "),
+        ("model_type", "swin", "model_type is 'swin': give a checkpoint whose model_type is 'vit'"),
+        ("model_type", "deit", "model_type is 'deit', which has a second class token for distillation, and this "),
+        ("hidden_act", "mish", "hidden_act is 'mish': give one of gelu, gelu_new, "),
         ("num_attention_heads", 4, "hidden_size 6 is not a multiple of num_attention_heads 4"),
         ("image_size", 10, "image height 10 is not a multiple of the patch height 4"),
         ("image_size", [8, 9], "image width 9 is not a multiple of the patch width 4"),
@@ -328,8 +329,8 @@ def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
         ("image_size", 2**40, "image_size is 1099511627776: give a positive integer of at most 1048576, or "),
         ("qkv_bias", "yes", "qkv_bias is 'yes': give true or false"),
         ("architectures", "ViTModel", "architectures is 'ViTModel': give a list of class names"),
-        ("id2label", ["a", "b"], "id2label is not a mapping from class ids to names: "),
-        ("id2label", {"cat": 0}, "id2label is not a mapping from class ids to names: "),
+        ("id2label", ["a", "b"], "id2label is not a mapping from class ids to names ("),
+        ("id2label", {"cat": 0}, "id2label is not a mapping from class ids to names ("),
     ],
 )
 def test_a_config_that_cannot_be_honoured(directory: Path, field: str, value: object, message: str) -> None:
@@ -370,13 +371,13 @@ def test_weights_that_cannot_be_opened_are_not_called_missing_or_damaged(
         raise FileNotFoundError  # what safetensors makes of any file that it cannot open
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "load_file", forbidden)
-        patched.setattr(checkpoint.safetensors, "safe_open", forbidden)
+        patched.setattr(tensor_files, "load_file", forbidden)
+        patched.setattr(tensor_files.safetensors, "safe_open", forbidden)
         assert refusal_when_opened(directory) == f"{weights}: may not be read: change its permissions"
     weights.unlink()
     weights.symlink_to("gone")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: a link to no file: fetch it again$"):
-        checkpoint.read_tensors(weights)
+        tensor_files.read_tensors(weights)
     weights.unlink()
     weights.mkdir()
     assert refusal_when_opened(directory) == f"{weights}: is a directory, and was to be a file of weights"
@@ -413,7 +414,7 @@ def test_tensors_read_one_by_one_are_those_in_the_file_now(directory: Path) -> N
 @pytest.mark.parametrize("layout", [".npz", ".msgpack"])
 def test_files_that_cannot_be_read_one_by_one_are_read_whole(tmp_path: Path, layout: str) -> None:
     tensors = {"a/b": np.arange(3.0), "c": np.ones((2, 1), np.float32)}
-    checkpoint.write_tensors(tmp_path / f"some{layout}", tensors)
+    writing.write_tensors(tmp_path / f"some{layout}", tensors)
     found = checkpoint.read(tmp_path / f"some{layout}", lazy=True)
     assert not isinstance(found.tensors, LazyTensors) and same(found, Checkpoint(tmp_path, tensors))
 
@@ -454,14 +455,14 @@ def test_npz_whose_header_cannot_be(tmp_path: Path, descr: str, shape: str, said
 
 def test_npz_that_is_no_vit(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", cls=np.zeros((1, 1, 6)))
-    assert "other.npz: not an .npz of google-research/vision_transformer" in refusal(tmp_path / "other.npz")
+    assert "other.npz: it is not an .npz of google-research/vision_transformer" in refusal(tmp_path / "other.npz")
 
 
 def test_npz_of_a_rectangle_does_not_say_which(tmp_path: Path) -> None:
     config = replace(CONFIG, image_size=(8, 12))
     tensors = mapping.port(Case("rectangle", config).checkpoint().tensors, config, layouts.HF)
     np.savez(tmp_path / "wide.npz", **mapping.export(tensors, config, layouts.NPZ))
-    assert refusal(tmp_path / "wide.npz").endswith("wide.npz: 6 positions are no square grid: pass config=")
+    assert refusal(tmp_path / "wide.npz").endswith("wide.npz: its 6 positions are no square grid: give config=")
     assert vit_ref.from_pretrained(tmp_path / "wide.npz", config=config).config == config
 
 
@@ -503,7 +504,7 @@ def test_a_lone_file_reads_the_config_beside_it_or_asks_for_one(directory: Path,
     assert vit_ref.from_pretrained(directory / checkpoint.WEIGHTS).config == CONFIG
     lone = tmp_path / "lone.safetensors"
     lone.write_bytes((directory / checkpoint.WEIGHTS).read_bytes())
-    assert refusal(lone) == f"{lone}: no configuration beside a lone file: give its directory, or config="
+    assert refusal(lone) == f"{lone}: it has no configuration beside it: give its directory, or config="
     assert vit_ref.from_pretrained(lone, config=CONFIG).config == CONFIG
 
 
@@ -517,12 +518,13 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
     text = refusal(directory, MappingError)
     assert text.splitlines()[0].endswith("(layout hf): 1 misshapen, 2 missing, 1 unexpected, 1 not finite")
     for line in (
-        "missing: vit.layernorm.bias: expected (6,) for norm.bias",
-        "missing: classifier.weight: expected (3, 6) for head.kernel",
-        "unexpected: vit.pooler.dense.bias: shape (6,), no rule takes it: it belongs to a pooler, and a classifier's"
+        "missing: vit.layernorm.bias: it should have shape (6,) for norm.bias",
+        "missing: classifier.weight: it should have shape (3, 6) for head.kernel",
+        "unexpected: vit.pooler.dense.bias: it has shape (6,), and no rule takes it: it belongs to a pooler, and a"
+        " classifier's"
         " head reads the cls token without one",
-        "misshapen: vit.embeddings.cls_token: expected (1, 1, 6) for cls_token, found (1, 6)",
-        "not finite: vit.layernorm.weight: -inf at (4,)",
+        "misshapen: vit.embeddings.cls_token: it should have shape (1, 1, 6) for cls_token, and has (1, 6)",
+        "not finite: vit.layernorm.weight: it has -inf at (4,)",
     ):
         assert f"  {line}" in text.splitlines()
 
@@ -538,7 +540,7 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
 )
 def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message: str) -> None:
     tensors = Case("shards", CONFIG).checkpoint().tensors
-    checkpoint.write_directory(tmp_path, tensors, CONFIG.to_hf(), max_shard_size=900)
+    writing.write_directory(tmp_path, tensors, CONFIG.to_hf(), max_shard_size=900)
     shards = sorted(tmp_path.glob("*.safetensors"))
     index = json.loads(
         (tmp_path / checkpoint.INDEX).read_text().replace(shards[0].name, "model-00001-of-00004.safetensors")
@@ -555,7 +557,7 @@ def test_safetensors_are_written_with_the_bytes_of_their_own_library(tmp_path: P
     tensors = {f"é.{n}.{np.dtype(kind)}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
     tensors["scalar"] = np.full((), 3, np.float32)
     tensors["turned"] = np.asfortranarray(tensors["é.11.float32"])
-    checkpoint.write_safetensors(tmp_path / "ours", tensors)
+    writing.write_safetensors(tmp_path / "ours", tensors)
     # It writes memory as it lies.
     save_file({**tensors, "turned": tensors["é.11.float32"]}, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -568,7 +570,7 @@ def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytes
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", full_disk)
+    monkeypatch.setattr(writing, "write_safetensors", full_disk)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         vit_ref.save_pretrained(model, directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
@@ -584,7 +586,7 @@ def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
 def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: layouts.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
     google_npz(tmp_path / "ViT.npz", layout, **extra)
-    assert "leave one behind with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
+    assert "leave one out with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
     assert vit_ref.from_pretrained(tmp_path / "ViT.npz", ignore=["head/*"]).config.pooler
     assert vit_ref.from_pretrained(tmp_path / "ViT.npz", ignore=["pre_logits/*"]).config.num_labels == 3
 

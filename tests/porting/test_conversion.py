@@ -20,7 +20,7 @@ from vit_ref.errors import CheckpointError, ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
-from vit_ref.weights import checkpoint, conversion, layouts, mapping, pretrained
+from vit_ref.weights import checkpoint, conversion, layouts, mapping, pretrained, writing
 from vit_ref.weights.conversion import Target, convert
 from vit_ref.weights.layouts import LAYOUTS
 
@@ -45,9 +45,7 @@ targets = pytest.mark.parametrize("to", TARGETS)
 
 
 def write(place: Path, config: ViTConfig, parameters: dict[str, NDArray]) -> Path:
-    checkpoint.write_directory(
-        place, mapping.export(parameters, config, layouts.HF), config.to_hf(), config.preprocessor
-    )
+    writing.write_directory(place, mapping.export(parameters, config, layouts.HF), config.to_hf(), config.preprocessor)
     return place
 
 
@@ -156,7 +154,7 @@ def test_what_travels_along_and_what_is_left_behind(tmp_path: Path, to: Target, 
     assert again.labels == (() if "class names" in left_behind else LABELS)
     line = str(done)
     assert line.startswith(f"{source} (hf) -> {place(tmp_path, to)} ({to}): {done.tensors} tensors, read back, every")
-    assert line.endswith(f"; left behind: {', '.join(left_behind)}" if left_behind else "to the last bit")
+    assert line.endswith(f"; the layout cannot store: {', '.join(left_behind)}" if left_behind else "to the last bit")
 
 
 @pytest.mark.parametrize(
@@ -207,31 +205,31 @@ SPECIAL = {
     "cls position": {},
 }
 NPZ_REFUSES = {
-    "hidden_act": "its readers take hidden_act 'gelu_pytorch_tanh' for 'gelu'",
-    "layer_norm_eps": "its readers take layer_norm_eps 1e-06 for 1e-12",
-    "qkv_bias": "its readers take qkv_bias True for False",
-    "rectangle": "read back: 6 positions are no square grid: pass config=",
-    "disguised rectangle": "its readers take image_size (8, 8) for (4, 16)",
-    "patches": "read back: 8 positions are no square grid: pass config=",
-    "pooler_act": "its readers take pooler_act 'tanh' for 'gelu'",
+    "hidden_act": "its readers assume hidden_act 'gelu_pytorch_tanh' for 'gelu'",
+    "layer_norm_eps": "its readers assume layer_norm_eps 1e-06 for 1e-12",
+    "qkv_bias": "its readers assume qkv_bias True for False",
+    "rectangle": "read back: its 6 positions are no square grid: give config=",
+    "disguised rectangle": "its readers assume image_size (8, 8) for (4, 16)",
+    "patches": "read back: its 8 positions are no square grid: give config=",
+    "pooler_act": "its readers assume pooler_act 'tanh' for 'gelu'",
 }
 NO_POOLER = "pooler.bias: the layout has no name for it; pooler.kernel: the layout has no name for it"
 REFUSES: dict[str, dict[str, str]] = {
     "hf": {},
     "flax": {
-        "rectangle": "FlaxViT takes squares only, not (8, 12) and patches of (4, 4)",
-        "disguised rectangle": "FlaxViT takes squares only, not (4, 16) and patches of (4, 4)",
-        "patches": "FlaxViT takes squares only, not (8, 8) and patches of (4, 2)",
+        "rectangle": "FlaxViT takes only squares, not (8, 12) and patches of (4, 4)",
+        "disguised rectangle": "FlaxViT takes only squares, not (4, 16) and patches of (4, 4)",
+        "patches": "FlaxViT takes only squares, not (8, 8) and patches of (4, 2)",
     },
     "npz": NPZ_REFUSES,
     "big_vision": {
         **NPZ_REFUSES,
         "cls position": (
-            "position_embeddings: the cls token's position is not zero, and pos_embedding has no room for it"
+            "position_embeddings: the cls token's position is not zero, and pos_embedding cannot store it"
         ),
     },
     "timm": {
-        "layer_norm_eps": "its readers take layer_norm_eps 1e-06 for 1e-12",
+        "layer_norm_eps": "its readers assume layer_norm_eps 1e-06 for 1e-12",
         "pooler": NO_POOLER,
         "pooler_act": NO_POOLER,
     },
@@ -250,7 +248,7 @@ def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: P
     if special in REFUSES[to]:
         assert refusal(source, destination, to) == (
             f"{destination}: layout {to} cannot hold this checkpoint: {REFUSES[to][special]}:"
-            " write hf, which has room for all"
+            " write layout hf, which can hold all"
         )
     else:
         convert(source, destination, to)
@@ -274,7 +272,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, source: Path, to: Target
     destination = place(tmp_path, to)
     destination.mkdir()
     assert refusal(source, destination, to) == (
-        f"{destination}: is there already, and is not overwritten: give another name"
+        f"{destination}: it exists already, and is not overwritten: give another name"
     )
     assert not list(destination.iterdir())
 
@@ -283,18 +281,18 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, source: Path, to: Target
 def test_a_file_is_not_put_beside_the_configuration_of_another(tmp_path: Path, source: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     assert refusal(source, tmp_path / "vit.npz", "npz") == (
-        f"{tmp_path / 'vit.npz'}: the {name} in this directory would be read as this file's: give another directory"
+        f"{tmp_path / 'vit.npz'}: a reader would take the {name} in this directory for this file's: name a file"
+        " in a directory without one"
     )
 
 
 def test_a_destination_or_layout_that_is_none(tmp_path: Path, source: Path) -> None:
-    assert refusal(source, tmp_path / "vit", "npz").endswith(
-        "vit: this layout is one file: give a name that ends in .npz"
-    )
+    given = tmp_path / "vit"
+    assert refusal(source, given, "npz") == f"{given}: the layout npz is one file: name it {given}.npz"
     assert refusal(source, tmp_path / "vit", "torch") == (
-        "layout 'torch' is unknown: give one of hf, flax, npz, big_vision, timm"
+        "layout is 'torch': give one of hf, flax, npz, big_vision, timm"
     )
-    assert ": cannot be written ([Errno 36] File name too long: " in refusal(source, tmp_path / ("v" * 300), "hf")
+    assert ": it cannot be written ([Errno 36] File name too long: " in refusal(source, tmp_path / ("v" * 300), "hf")
 
 
 @targets
@@ -306,10 +304,10 @@ def test_a_directory_that_is_not_there_is_made(tmp_path: Path, source: Path, to:
 
 def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_path: Path, source: Path) -> None:
     config = checkpoint.read(source).config or {}
-    checkpoint.write_json(source / "config.json", {**config, "model_type": "deit"})
+    writing.write_json(source / "config.json", {**config, "model_type": "deit"})
     message = refusal(source, tmp_path / "timm", "timm", ConfigError)
-    assert message.startswith(f"{source / 'config.json'}: model_type is 'deit': ")
-    checkpoint.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
+    assert message.startswith(f"{source / 'config.json'}: model_type is 'deit', ")
+    writing.write_json(source / "config.json", {**config, "num_hidden_layers": 1})
     assert "16 unexpected" in refusal(source, tmp_path / "timm", "timm", MappingError)
     convert(source, tmp_path / "shorter", "timm", ignore=["vit.encoder.layer.1.*"])
     assert len(checkpoint.read(tmp_path / "shorter").tensors) == 8 + 12
@@ -319,8 +317,8 @@ def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_pa
 def test_large_weights_are_sharded_but_for_timm_which_reads_no_shards(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, to: Target, is_sharded: bool
 ) -> None:
-    small = functools.partial(checkpoint.write_directory, max_shard_size=900)
-    monkeypatch.setattr(checkpoint, "write_directory", small)
+    small = functools.partial(writing.write_directory, max_shard_size=900)
+    monkeypatch.setattr(writing, "write_directory", small)
     written = convert(source, tmp_path / to, to).destination
     assert ((written / checkpoint.INDEX).exists(), (written / checkpoint.WEIGHTS).exists()) == (
         is_sharded,
@@ -347,8 +345,8 @@ def _dropped(tensors: dict[str, NDArray]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_first_bit_turned, "cannot be written (cls_token came back with other bits)"),
-        (_of_another_dtype, "cannot be written (cls_token came back with other bits)"),
+        (_first_bit_turned, "it cannot be written (cls_token came back with other bits)"),
+        (_of_another_dtype, "it cannot be written (cls_token came back with other bits)"),
         (_dropped, "1 missing"),
     ],
 )
@@ -378,7 +376,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
     for name in ("write_safetensors", "write_tensors"):
         monkeypatch.setattr(checkpoint, name, full_disk)
     message = refusal(source, place(tmp_path, to), to)
-    assert message == f"{place(tmp_path, to)}: cannot be written ([Errno 28] No space left on device)"
+    assert message.startswith(f"{place(tmp_path, to)}: ")
+    assert "cannot be written ([Errno 28] No space left on device)" in message
     with pytest.raises(CheckpointError, match="File name too long"):
         convert(source, place(tmp_path / ("y" * 300), to), to)
     # Nor the directories that were to hold it; one that was there stays.

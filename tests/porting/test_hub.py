@@ -13,7 +13,7 @@ from vit_ref.errors import CheckpointError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
 from vit_ref.verify.stream import check_streamed
-from vit_ref.weights import checkpoint, hub
+from vit_ref.weights import checkpoint, hub, writing
 from vit_ref.weights.hub import Name
 from vit_ref.weights.origin import find_origin
 
@@ -53,11 +53,14 @@ def test_a_name_is_a_repository_and_perhaps_a_revision(name: str, found: Name) -
         ("./a/b", "./a/b: no such directory or file"),
         ("a/b@", "a/b@: no such directory or file"),
         ("a/b@x y", "a/b@x y: no such directory or file"),
-        ("https://huggingface.co/datasets/a/b", "is no URL of a repository of models: give a directory, a hub id, or"),
-        ("https://huggingface.co/a", "is no URL of a repository of models"),
-        ("https://huggingface.co/a/b/tree/main/folder", "is no URL of a repository of models"),
-        ("https://example.com/a/b", "is no URL of a repository of models"),
-        ("gs://bucket/a/b", "is no URL of a repository of models"),
+        (
+            "https://huggingface.co/datasets/a/b",
+            "it is not the URL of a model repository: give a directory, a hub id, or",
+        ),
+        ("https://huggingface.co/a", "it is not the URL of a model repository"),
+        ("https://huggingface.co/a/b/tree/main/folder", "it is not the URL of a model repository"),
+        ("https://example.com/a/b", "it is not the URL of a model repository"),
+        ("gs://bucket/a/b", "it is not the URL of a model repository"),
     ],
 )
 def test_what_is_no_name_is_refused(name: str, message: str) -> None:
@@ -68,7 +71,7 @@ def test_what_is_no_name_is_refused(name: str, message: str) -> None:
 
 def test_two_revisions_are_one_too_many(tmp_path: Path) -> None:
     for ask in (vit_ref.from_pretrained, partial(vit_ref.check_port, None), check_streamed):
-        with pytest.raises(CheckpointError, match=r"^a/b@x: names revision 'x', and revision is 'y': give one$"):
+        with pytest.raises(CheckpointError, match=r"^a/b@x: it names revision 'x', and revision is 'y': give one$"):
             ask("a/b@x", revision="y")
     with pytest.raises(CheckpointError, match=r": is no hub id, so it has no revision 'y': leave revision out$"):
         vit_ref.from_pretrained(tmp_path, revision="y")
@@ -82,7 +85,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     repository = tmp_path / "models--someone--vit"
     for seed, (name, commit) in enumerate({"v1": OLD, "main": NEW}.items()):
         source = Case("cached", CONFIG, seed=seed).checkpoint()
-        checkpoint.write_directory(repository / "snapshots" / commit, source.tensors, CONFIG.to_hf())
+        writing.write_directory(repository / "snapshots" / commit, source.tensors, CONFIG.to_hf())
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / name).write_text(commit)
     return repository / "snapshots"
@@ -107,7 +110,7 @@ def test_the_revision_that_is_asked_for_is_read(name: str, revision: str | None,
 
 
 def test_a_revision_that_the_cache_has_not_is_named(cached: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^someone/vit@v2: no such directory, and as a hub id it is neither in "):
+    with pytest.raises(CheckpointError, match=r"^someone/vit@v2: no such directory exists\. As a hub id it is not in "):
         vit_ref.from_pretrained("someone/vit@v2")
 
 
@@ -131,7 +134,7 @@ def test_a_checkpoint_of_the_hub_is_named_by_its_commit(cached: Path) -> None:
 def test_neighbours_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Case("neighbour", CONFIG).checkpoint()
     for name in ("a", "b"):
-        checkpoint.write_directory(tmp_path / name / "model", source.tensors, CONFIG.to_hf())
+        writing.write_directory(tmp_path / name / "model", source.tensors, CONFIG.to_hf())
     names = [find_origin(checkpoint.read(tmp_path / name / "model")).name for name in ("a", "b")]
     assert names == ["a/model", "b/model"]
     monkeypatch.chdir(tmp_path / "a" / "model")
@@ -143,7 +146,7 @@ def test_neighbours_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("lazy", [False, True])
 def test_shards_have_one_digest_together(lazy: bool, tmp_path: Path) -> None:
     source = Case("shards", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf(), max_shard_size=900)
+    writing.write_directory(tmp_path, source.tensors, CONFIG.to_hf(), max_shard_size=900)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
     assert find_origin(checkpoint.read(tmp_path, lazy=lazy)).sha256 == sha256(*shards)
@@ -151,10 +154,10 @@ def test_shards_have_one_digest_together(lazy: bool, tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     source = Case("gone", CONFIG).checkpoint()
-    checkpoint.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
+    writing.write_directory(tmp_path, source.tensors, CONFIG.to_hf())
     found = checkpoint.read(tmp_path)
     (tmp_path / checkpoint.WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read any more \(No such file or dir"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: it cannot be read any more \(No such file or dir"):
         find_origin(found)
 
 

@@ -21,7 +21,7 @@ from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references.choice import Reference
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.weights import checkpoint, mapping
+from vit_ref.weights import checkpoint, mapping, writing
 from vit_ref.weights.conversion import convert
 
 CONFIG = ViTConfig(
@@ -133,7 +133,7 @@ def stored_as(path: Path, dtype: str, bits: int, tensors: mapping.Tensors) -> Pa
         header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [end, end + size]}
         end += size
     encoded = json.dumps(header).encode()
-    checkpoint.write_directory(path, {}, CONFIG.to_hf())
+    writing.write_directory(path, {}, CONFIG.to_hf())
     (path / checkpoint.WEIGHTS).write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(end))
     return path
 
@@ -157,9 +157,9 @@ def test_a_dtype_that_numpy_cannot_read_is_named(dtype: str, bits: int, kind: st
     with pytest.raises(CheckpointError) as caught:
         checkpoint.read(path, lazy=lazy)
     assert str(caught.value) == (
-        f"{path / checkpoint.WEIGHTS}: {next(iter(tensors))} is stored as {dtype} ({len(tensors)} of {len(tensors)}"
-        f" tensors are like it), {kind}: save the weights as float32 or bfloat16 with the library that quantised them,"
-        " or take the checkpoint from before it was quantised"
+        f"{path / checkpoint.WEIGHTS}: {next(iter(tensors))} is stored as {dtype} (and so are"
+        f" others: {len(tensors)} of {len(tensors)} tensors), {kind}: save the weights as float32 or bfloat16 with"
+        " the library that quantised them, or give the checkpoint from before that"
     )
 
 
@@ -191,7 +191,9 @@ def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
         vit_ref.from_pretrained(path)
     assert caught.value.path == path
     assert {fault.kind for fault in caught.value.faults} == {"unusable dtype"}
-    assert f"classifier.bias: {name}: weights have to be float64, float32, float16 or bfloat16" in str(caught.value)
+    assert f"classifier.bias: it is {name}: convert the weights to float64, float32, float16 or bfloat16" in str(
+        caught.value
+    )
 
 
 def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
 
     source = CASE.checkpoint()
     tensors = {**source.tensors, "classifier.bias": np.full(3, np.nan, "f4")}
-    checkpoint.write_directory(tmp_path, tensors, CONFIG.to_hf())
+    writing.write_directory(tmp_path, tensors, CONFIG.to_hf())
     for ask in (
         vit_ref.from_pretrained,
         lambda path: check_port(None, path),
@@ -215,13 +217,13 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
             ask(tmp_path)
         assert str(caught.value).splitlines() == [
             f"{tmp_path}: the weights do not fit the configuration (layout hf): 1 not finite",
-            "  not finite: classifier.bias: nan at (0,)",
+            "  not finite: classifier.bias: it has nan at (0,)",
         ]
 
 
 def test_a_saved_config_says_nothing_of_tensors_that_are_stored_otherwise(tmp_path: Path) -> None:
     source = CASE.checkpoint()
-    checkpoint.write_directory(tmp_path / "given", source.tensors, {**(source.config or {}), **FIELDS})
+    writing.write_directory(tmp_path / "given", source.tensors, {**(source.config or {}), **FIELDS})
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "given"), tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert not {"quantization_config", "pruned_heads"} & saved.keys()

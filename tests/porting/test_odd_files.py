@@ -27,7 +27,7 @@ from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.references.choice import REFERENCES, reference_for
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.verify.vit import hf_tensors
-from vit_ref.weights import checkpoint, pretrained
+from vit_ref.weights import checkpoint, pretrained, writing
 from vit_ref.weights.conversion import convert
 
 CONFIG = ViTConfig(
@@ -161,7 +161,7 @@ class Files:
     def __init__(self, directory: Path):
         self.directory = directory
         source = Case("odd", CONFIG).checkpoint()
-        checkpoint.write_directory(directory, source.tensors, CONTENT, PREPROCESSOR)
+        writing.write_directory(directory, source.tensors, CONTENT, PREPROCESSOR)
         whole = (directory / checkpoint.WEIGHTS).read_bytes()
         length = 8 + int.from_bytes(whole[:8], "little")
         self.header, self.data = json.loads(whole[8:length]), whole[length:]

@@ -247,7 +247,7 @@ def test_a_position_of_the_cls_token_is_not_dropped_for_big_vision(position: flo
     ours["position_embeddings"][0, 0, element] = position
     with pytest.raises(MappingError) as caught:
         mapping.export(ours, CONFIG, layouts.BIG_VISION)
-    detail = "the cls token's position is not zero, and pos_embedding has no room for it"
+    detail = "the cls token's position is not zero, and pos_embedding cannot store it"
     assert caught.value.faults == (Fault("unfit", "position_embeddings", detail),)
 
 

@@ -14,7 +14,7 @@ import vit_ref
 from vit_ref.errors import ConfigError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import CASES
-from vit_ref.weights import checkpoint, layouts, mapping, pretrained
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained, writing
 from vit_ref.weights.timm import from_timm, to_timm
 
 # As timm 1.0.31 writes it for vit_base_patch16_224.
@@ -139,7 +139,7 @@ def test_arguments_of_the_model_take_precedence() -> None:
     ("change", "message"),
     [
         *(
-            ({"architecture": name}, f"architecture is '{name}': only timm's plain ViTs are supported")
+            ({"architecture": name}, f"architecture is '{name}': give one of timm's plain ViTs")
             for name in (
                 "vit_base_patch14_reg4_dinov2",  # registers, LayerScale
                 "vit_base_patch16_clip_224",  # norm before the blocks
@@ -156,7 +156,10 @@ def test_arguments_of_the_model_take_precedence() -> None:
             )
         ),
         *(
-            ({"model_args": {name: value}}, f"model_args: {name} is {value!r}, which this model has not")
+            (
+                {"model_args": {name: value}},
+                f"model_args: {name} is {value!r}, which this model does not support: give another model",
+            )
             for name, value in {
                 "class_token": False,
                 "global_pool": "avg",
@@ -170,9 +173,9 @@ def test_arguments_of_the_model_take_precedence() -> None:
                 "norm_layer": "rmsnorm",
             }.items()
         ),
-        ({"global_pool": "map"}, "global_pool is 'map': this model's head reads the cls token"),
-        ({"model_args": {"act_layer": "mish"}}, "model_args: act_layer is 'mish': known are gelu, gelu_tanh, "),
-        ({"model_args": {"act_layer": ["gelu"]}}, "model_args: act_layer is ['gelu']: known are "),
+        ({"global_pool": "map"}, "global_pool is 'map': give a model with 'token', whose head reads the cls token"),
+        ({"model_args": {"act_layer": "mish"}}, "model_args: act_layer is 'mish': give one of gelu, gelu_tanh, "),
+        ({"model_args": {"act_layer": ["gelu"]}}, "model_args: act_layer is ['gelu']: give one of "),
         ({"model_args": {"mlp_ratio": 0}}, "model_args: embed_dim is 768 and mlp_ratio 0: give positive"),
         ({"model_args": {"mlp_ratio": "4"}}, "model_args: embed_dim is 768 and mlp_ratio '4': give positive"),
         ({"model_args": {"embed_dim": "768"}}, "model_args: embed_dim is '768' and mlp_ratio 4.0: give positive"),
@@ -180,9 +183,12 @@ def test_arguments_of_the_model_take_precedence() -> None:
         ({"model_args": []}, "model_args is []: give a JSON object"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg is 'x': give a JSON object"),
         ({"pretrained_cfg": {"input_size": [224, 224]}}, "pretrained_cfg: input_size is [224, 224]: give channels, "),
-        ({"pretrained_cfg": {"interpolation": "random"}}, "pretrained_cfg: interpolation is 'random': known are near"),
+        (
+            {"pretrained_cfg": {"interpolation": "random"}},
+            "pretrained_cfg: interpolation is 'random': give one of near",
+        ),
         ({"num_classes": "many"}, "num_labels is 'many': give an integer"),
-        ({"num_classes": 2, "label_names": ["one"], "model_args": {}}, "1 labels for num_labels 2"),
+        ({"num_classes": 2, "label_names": ["one"], "model_args": {}}, "there are 1 labels and num_labels is 2"),
     ],
 )
 def test_what_this_model_cannot_be_is_refused(change: Mapping[str, Any], message: str) -> None:
@@ -225,7 +231,7 @@ def test_a_published_architecture_is_named_and_needs_no_arguments() -> None:
 def test_a_directory_of_timms_is_loaded_and_its_tensors_are_those_it_came_from(tmp_path: Path) -> None:
     config = replace(CASES["rectangular"].config, layer_norm_eps=1e-6)
     parameters = mapping.port(CASES["rectangular"].checkpoint().tensors, config, layouts.HF)
-    checkpoint.write_directory(tmp_path, mapping.export(parameters, config, layouts.TIMM), to_timm(config))
+    writing.write_directory(tmp_path, mapping.export(parameters, config, layouts.TIMM), to_timm(config))
     for path in (tmp_path, tmp_path / checkpoint.WEIGHTS):
         model = vit_ref.from_pretrained(path)
         assert replace(model.config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2) == config
@@ -246,7 +252,7 @@ def test_a_block_that_is_missing_is_missed(tmp_path: Path) -> None:
     parameters = mapping.port(CASES["rectangular"].checkpoint().tensors, config, layouts.HF)
     tensors = mapping.export(parameters, config, layouts.TIMM)
     kept = {name: value for name, value in tensors.items() if not name.startswith("blocks.1.")}
-    checkpoint.write_directory(tmp_path, kept, to_timm(config))
+    writing.write_directory(tmp_path, kept, to_timm(config))
     with pytest.raises(MappingError) as caught:
         vit_ref.from_pretrained(tmp_path)
     assert {(fault.kind, fault.name) for fault in caught.value.faults} == {

@@ -20,7 +20,7 @@ from vit_ref.cli.group import main
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
-from vit_ref.weights import checkpoint, layouts, mapping, pretrained, wrappers
+from vit_ref.weights import checkpoint, layouts, mapping, pretrained, tensor_files, wrappers, writing
 
 CONFIG = ViTConfig(
     hidden_size=6,
@@ -40,7 +40,7 @@ STATE = {"opt/state/step": np.int32(7), "opt/state/param_states/head/bias/grad_e
 
 
 def directory(path: Path, tensors: mapping.Tensors, config: ViTConfig = CONFIG) -> Path:
-    checkpoint.write_directory(path, {}, config.to_hf())
+    writing.write_directory(path, {}, config.to_hf())
     save_file(dict(tensors), path / checkpoint.WEIGHTS)
     return path
 
@@ -61,7 +61,7 @@ def test_a_prefix_of_pytorchs_wrappers_is_stripped_and_said(
     assert caplog.messages == [f"{path}: all weights' names begin with {prefix!r}, which is stripped"]
     assert found.keys() == TENSORS.keys()
     assert all((found[name] == value).all() for name, value in TENSORS.items())
-    if isinstance(found, checkpoint.LazyTensors):
+    if isinstance(found, tensor_files.LazyTensors):
         assert all(found.shape(name) == value.shape for name, value in TENSORS.items())
     assert same(path)
 
@@ -87,7 +87,7 @@ def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
     """Its step is a number, which no weight may be."""
     weights = traverse_util.unflatten_dict(mapping.export(PARAMETERS, CONFIG, layouts.FLAX), sep="/")
     tree = {"step": 7, "params": weights, "opt_state": {"0": {"count": np.int32(7), "mu": weights}, "1": {}}}
-    checkpoint.write_directory(tmp_path, {}, CONFIG.to_hf())
+    writing.write_directory(tmp_path, {}, CONFIG.to_hf())
     (tmp_path / checkpoint.FLAX_WEIGHTS).write_bytes(serialization.msgpack_serialize(tree))
     assert same(tmp_path)
 
@@ -114,8 +114,8 @@ def test_a_prefix_that_not_all_names_have_is_named_and_can_be_had_without_the_ot
     path = directory(tmp_path / "vit", {**wrapped, "criterion.weight": np.ones(3, "f4")})
     with pytest.raises(MappingError) as caught:
         vit_ref.from_pretrained(path)
-    said = f"'model.' would be stripped if all names began with it, and 1 of {len(TENSORS) + 1} begin otherwise, first"
-    assert f"{said} criterion.weight: leave these behind with --ignore PATTERN" in str(caught.value)
+    said = f"the prefix 'model.' is stripped only if all names begin with it, and 1 of {len(TENSORS) + 1} do not, first"
+    assert f"{said} criterion.weight: leave these out with --ignore PATTERN" in str(caught.value)
     assert same(path, ignore=["criterion.*"])
 
 
@@ -137,9 +137,9 @@ def test_a_tensor_that_is_left_over_is_named_for_what_it_is(name: str, tmp_path:
         vit_ref.from_pretrained(path)
     first, fault, advice = str(caught.value).splitlines()
     assert first == f"{path}: the weights do not fit the configuration (layout hf): 1 unexpected"
-    line = f"  unexpected: {name}: shape {value.shape}, no rule takes it"
+    line = f"  unexpected: {name}: it has shape {value.shape}, and no rule takes it"
     assert fault.startswith(f"{line}: {known}") if known else fault == line
-    assert advice == "  to leave unexpected tensors behind: --ignore PATTERN, or ignore=[PATTERN] in Python"
+    assert advice == "  to leave out unexpected tensors: --ignore PATTERN, or ignore=[PATTERN] in Python"
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_a_pattern_to_ignore_that_names_nothing_is_said_to_verify_too(leftovers:
     for options in ([], ["--stream"]):
         code, said = run("verify", leftovers, "--forward-only", *options, *ALL, "--ignore", "nothing.*")
         assert code == 2
-        assert "stale ignore: nothing.*: matches no tensor that would be left over" in said
+        assert "stale ignore: nothing.*: it matches no left-over tensor: remove the pattern" in said
 
 
 def test_a_needed_tensor_is_never_left_behind() -> None:

@@ -103,17 +103,20 @@ def test_32_bit_grey_is_refused(mode: str, asks_for, tmp_path: Path) -> None:
 def test_images_of_two_sizes_need_resizing(asks_for) -> None:
     images = [Image.new("RGB", (5, 4)), Image.new("RGB", (4, 5))]
     message = refusal(lambda: preprocess(images, asks_for({"do_resize": False})))
-    assert message == "image 1: 5x4 pixels, but the first image has 4x5, and do_resize is false"
+    assert (
+        message
+        == "image 1: it has 5x4 pixels, the first image has 4x5, and do_resize is false: give images of one size"
+    )
 
 
 def test_no_images_are_refused(asks_for) -> None:
-    assert refusal(lambda: preprocess([], asks_for({}))) == "no images: give at least one"
+    assert refusal(lambda: preprocess([], asks_for({}))) == "there are no images: give at least one"
 
 
-UNKNOWN_RESAMPLE = "known are 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming"
-INCOMPLETE_SIZE = "give a height and a width in pixels; a ViT's images have both, no shortest_edge"
+UNKNOWN_RESAMPLE = "give one of 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming"
+INCOMPLETE_SIZE = "give a height and a width in pixels; shortest_edge does not fit a ViT"
 THREE_NUMBERS = "give a number, or one for each of red, green and blue"
-NO_PADDING = "a ViT's images are resized, cropped, rescaled and normalised, not padded"
+NO_PADDING = "remove it, because a ViT's images are never padded"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ NO_PADDING = "a ViT's images are resized, cropped, rescaled and normalised, not 
         ("image_mean", 1e39, THREE_NUMBERS, None),
         ("image_std", [1e300, 1, 1], THREE_NUMBERS, None),
         ("rescale_factor", 10**400, "give a number", None),
-        ("image_std", [0.5, 0, 0.5], "it divides, so it cannot be zero", False),
+        ("image_std", [0.5, 0, 0.5], "give no zero, because pixels are divided by it", False),
         ("rescale_factor", None, "give a number", True),
         ("rescale_factor", "1/255", "give a number", True),
         ("do_resize", "yes", "give true or false", False),
@@ -186,7 +189,7 @@ def test_a_setting_of_a_step_that_is_left_out_does_not_matter(asks_for) -> None:
 def test_a_model_of_other_channels_is_refused(asks_for, tmp_path: Path) -> None:
     config = dataclasses.replace(asks_for({}), num_channels=1)
     message = refusal(lambda: preprocess([Image.new("L", (5, 4))], config))
-    assert message == "images have 3 channels once they are RGB, the model takes 1"
+    assert message == "the model takes 1 channels, and RGB images have 3: give a model of colour images"
     message = refusal(lambda: photographs.load([tmp_path / "any.png"], config))
     assert message == "photographs have 3 channels, the model takes 1: leave --images away"
 

@@ -12,11 +12,11 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.precisions import precision_of
 from tests.helpers.vit_strategies import configs, times
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import Site, sites
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.verify.precision import precision_of
 
 batches = st.integers(1, 4)
 dtypes = st.sampled_from(("float32", "bfloat16", "float16", "float64"))

@@ -23,7 +23,7 @@ from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.session import Session, prepare_candidate
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.checkpoint import Checkpoint
 
 # Rounding is judged as users see it.
@@ -98,7 +98,7 @@ def test_a_right_port_in_pytorch_passes_forward_and_backward(
             if name.endswith("key.weight"):
                 tensor[0] *= np.float32(max(sink / 2, 1))
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint.write_directory(directory, source.tensors, source.config or {})
+        writing.write_directory(directory, source.tensors, source.config or {})
         port = prepare_candidate(f"{PORT}:{attention}", config, checkpoint.read(directory))
         reports = (
             Session(config, source, images, port, reference=reference, title=case.name).forward(),

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from tests.helpers.vit_strategies import configs, indices, random_cycle, seeds, weights
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
@@ -21,7 +22,6 @@ from vit_ref.model.vit import VisionTransformer, resize_positions
 from vit_ref.verify.cases import synthetic_images
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error
-from vit_ref.verify.precision import precision_of
 
 # Relative RMS error allowed at a site, in units of float64 rounding. Two runs that sum in another order were at most 5
 # apart in 200 draws. A LayerNorm multiplies that by its token's rms over its deviation, which at widths of five and

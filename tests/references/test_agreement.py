@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.typing import DTypeLike
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByReferenceError
 from vit_ref.model.sites import BLOCK_SITES, sites
 from vit_ref.model.skeleton import list_parameters
@@ -20,7 +21,7 @@ from vit_ref.verify.compare.backward import truths_of
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, errors_of, numerical_gate
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references import torch_vit
 from vit_ref.verify.references.choice import REFERENCES, reference_for, require, with_fused_attention
 from vit_ref.verify.references.torch_vit import TorchViTReference

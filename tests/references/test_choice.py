@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import vit_ref.testing.plugin
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError, ReferenceUnavailableError, UnsupportedByReferenceError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
-from vit_ref.verify.precision import FLOAT64, precision_of
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.references import choice
 from vit_ref.verify.references.choice import REFERENCES, NumpyReference, reference_for, require
 from vit_ref.verify.references.numpy_oracle import NumpyOracle

@@ -1,4 +1,4 @@
-"""The report as JSON, and as files."""
+"""Tests of reports as JSON, and as files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ each_report = pytest.mark.parametrize("name", REPORTS)
 
 
 @each_report
-def test_every_report_is_what_the_schema_says(name) -> None:
+def test_every_report_is_valid_by_the_schema(name) -> None:
     jsonschema.Draft202012Validator(SCHEMA_OF_REPORTS).validate(to_json(REPORTS[name]()))
 
 
-def test_the_schema_is_one_and_describes_every_field_and_allows_no_other() -> None:
+def test_the_schema_describes_every_field_and_allows_no_other() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA_OF_REPORTS)
     objects, bare = 0, []
 
@@ -49,22 +49,22 @@ def test_the_schema_is_one_and_describes_every_field_and_allows_no_other() -> No
 
 
 @each_report
-def test_the_document_survives_a_strict_reader_and_has_every_check_once(name) -> None:
+def test_the_document_is_strict_json_with_every_check_once(name) -> None:
     report = REPORTS[name]()
     document = to_json(report)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     sections = [document[part] for part in ("forward", "backward") if document[part]]
-    found = {check["name"]: check["status"] for section in sections for check in section["checks"]}
-    found |= {f"behaviour/{each['name']}": each["status"] for each in document["behaviour"]}
+    statuses = {check["name"]: check["status"] for section in sections for check in section["checks"]}
+    statuses |= {f"behaviour/{each['name']}": each["status"] for each in document["behaviour"]}
     if not document["backward"]:
-        found["backward/pixels"] = "not observed"
-    assert found == {check.name: check.status for check in report.checks}
+        statuses["backward/pixels"] = "not observed"
+    assert statuses == {check.name: check.status for check in report.checks}
     assert sum(document["counts"].values()) == len(report.checks)
     assert document["passed"] is report.passed
 
 
 @pytest.mark.parametrize(("value", "written"), [(math.inf, "Infinity"), (-math.inf, "-Infinity"), (math.nan, "NaN")])
-def test_what_is_no_finite_number_is_a_word_that_float_reads(value, written) -> None:
+def test_a_number_not_finite_is_a_word_that_float_reads(value, written) -> None:
     rounding = to_json(ported(parity(measured("logits", rounding=value))))["forward"]["checks"][0]["measured"][
         "rounding"
     ]
@@ -72,7 +72,7 @@ def test_what_is_no_finite_number_is_a_word_that_float_reads(value, written) -> 
     assert str(float(rounding)) == str(value)
 
 
-def test_numbers_are_those_that_were_measured() -> None:
+def test_a_document_holds_the_measured_numbers() -> None:
     result = measured("block.3.norm1", 3e-5, 2e-6, rounding=3.25e-5, reference_error=1e-7, gate=3e-7)
     assert to_json(ported(parity(result)))["forward"]["checks"] == [
         {
@@ -81,7 +81,7 @@ def test_numbers_are_those_that_were_measured() -> None:
             "kind": "site",
             "block": 3,
             "status": "failed",
-            "reason": "float64 relative RMS 3.0e-05, gate 1e-12",
+            "reason": "float64 relative RMS error 3.0e-05, gate 1e-12",
             "measured": {
                 "exact": {"rms": 3e-5, "max": 9e-5},
                 "alone": {"rms": 2e-6, "max": 4e-6},
@@ -92,7 +92,7 @@ def test_numbers_are_those_that_were_measured() -> None:
                 "ratio": pytest.approx(325, rel=1e-12),  # a quotient of two rounded numbers
                 "margin": pytest.approx(3e-7 / 3.25e-5, rel=1e-12),
                 "incomparable": "",
-                "failure": "float64 relative RMS 3.0e-05, gate 1e-12",
+                "failure": "float64 relative RMS error 3.0e-05, gate 1e-12",
                 "passes_semantic_gate": False,
                 "passes_numerical_gate": False,
             },
@@ -100,13 +100,13 @@ def test_numbers_are_those_that_were_measured() -> None:
     ]
 
 
-def test_sites_that_are_not_shown_stand_in_their_place() -> None:
+def test_sites_not_shown_keep_their_position() -> None:
     checks = to_json(ported(parity(measured("logits"), unmapped=("b", "a"), order=("a", "b", "logits"))))["forward"]
     assert [check["site"] for check in checks["checks"]] == ["a", "b", "logits"]
     assert [check["measured"] is None for check in checks["checks"]] == [True, True, False]
 
 
-def test_gradients_are_told_apart_and_claim_no_second_oracle() -> None:
+def test_gradients_have_a_kind_and_no_second_oracle() -> None:
     checks = to_json(wrong())["backward"]["checks"]
     kinds = {check["site"]: (check["kind"], check["block"]) for check in checks}
     assert kinds["block.1.norm1"] == ("site", 1)
@@ -125,7 +125,7 @@ def test_gradients_are_told_apart_and_claim_no_second_oracle() -> None:
         ("rounding", "norm", "float32", ["norm"]),
     ],
 )
-def test_the_first_divergence_and_what_is_wrong_by_itself(name, divergence, alone_in, parts) -> None:
+def test_the_first_divergence_and_the_parts_wrong_by_themselves(name, divergence, alone_in, parts) -> None:
     section = to_json(REPORTS[name]())["forward"]
     assert section["first_divergence"] == divergence
     assert section["alone_precision"] == alone_in
@@ -137,8 +137,8 @@ def test_a_check_that_two_patterns_mean_counts_for_the_first() -> None:
         parity(measured("block.0.norm1", 1e-6), measured("block.0.norm2"), measured("logits")),
         expected_failed_checks={"block.0.norm1": "one", "block.*": "two"},
     )
-    found = [(each["pattern"], each["failed"], each["stale"]) for each in to_json(report)["expected_failed_checks"]]
-    assert found == [("block.0.norm1", 1, 0), ("block.*", 0, 1)]
+    outcomes = [(each["pattern"], each["failed"], each["stale"]) for each in to_json(report)["expected_failed_checks"]]
+    assert outcomes == [("block.0.norm1", 1, 0), ("block.*", 0, 1)]
 
 
 def test_a_file_is_written_whole_and_nothing_else_with_it(tmp_path) -> None:
@@ -149,17 +149,17 @@ def test_a_file_is_written_whole_and_nothing_else_with_it(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_path) -> None:
+def test_an_unwritable_file_is_named_and_keeps_its_content(tmp_path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "kept").touch()
     for path in (tmp_path / "missing" / "report.html", tmp_path / "taken"):
-        with pytest.raises(InputError, match=f"^{path}: cannot be written .*: name a file") as raised:
+        with pytest.raises(InputError, match=f"^{path}: it cannot be written .*: give another place") as raised:
             write(path, "text")
         assert "\n" not in str(raised.value)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "taken", tmp_path / "taken" / "kept"]
 
 
-def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path) -> None:
+def test_a_link_or_pipe_is_written_to_and_not_replaced(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("file")
     write(tmp_path / "link", "text")
@@ -189,7 +189,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch) ->
 
 @each_report
 def test_every_report_names_the_bytes_that_were_judged(name: str) -> None:
-    """On the terminal, as JSON and as a page: digest of the weights, and commit on the hub."""
+    """The text, the JSON and the page name the digest of the weights and the commit on the hub."""
     report = REPORTS[name]()
     assert to_json(report)["checkpoint"] == ORIGIN._asdict()
     for text in (" ".join(summary(report).split()), to_html(report)):

@@ -1,4 +1,4 @@
-"""The report as a page."""
+"""Tests of reports as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CSS = Path(page.__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 class Panels:
-    """What one pass's plot shows, read back from its SVG.
+    """The plot of one pass, read back from its SVG.
 
     Attributes:
-      ticks: for each panel, what is written beside a height: label -> y.
-      columns: a site -> its column.
-      gate: where the semantic gate is.
+      ticks: for each panel, the label beside each height: label -> y.
+      columns: site -> its column.
+      gate: the y of the semantic gate.
     """
 
     def __init__(self, html: str, section: int = 0):
@@ -41,7 +41,7 @@ class Panels:
         self.gate = next(middle(rect) for rect in marks.findall("rect") if rect.attrib["class"] == "gate")
 
     def heights(self, site: str, *kinds: str) -> list[float]:
-        """The y of a column's marks of these classes, in the order of the panels."""
+        """Returns the y of a column's marks of these classes, in the order of the panels."""
         column = self.columns[site]
         return [y_of(mark) for mark in column if mark.attrib.get("class") in kinds]
 
@@ -60,7 +60,7 @@ def near(y: float) -> Any:
 
 
 def rows(html: str, name: str) -> dict[str, list[str]]:
-    """The cells of a pass's table by site."""
+    """Returns the cells of a pass's table by site."""
     found = re.findall(rf'<tr id="{name}-\d+">.*?</tr>', html)
     cells = [["".join(cell.itertext()) for cell in ElementTree.fromstring(row)] for row in found]
     return {first: rest for first, *rest in cells}
@@ -89,7 +89,7 @@ def test_every_check_is_on_the_page_with_its_status(name) -> None:
 
 
 @each_report
-def test_the_page_needs_nothing_else(name) -> None:
+def test_the_page_loads_nothing_else(name) -> None:
     html = to_html(REPORTS[name]())
     for outside in ("http:", "https:", "//", "url(", "@import", "src=", "<script", "<link", "<img", "<iframe"):
         assert outside not in html, outside
@@ -97,7 +97,7 @@ def test_the_page_needs_nothing_else(name) -> None:
 
 
 def numbers(document: Any) -> Iterator[str]:
-    """Every number of a document, as a page may write it, and those inside its sentences."""
+    """Yields every number of a document as a page may write it, also those inside sentences."""
     if isinstance(document, dict | list):
         for value in document.values() if isinstance(document, dict) else document:
             yield from numbers(value)
@@ -152,7 +152,7 @@ def test_a_float64_error_is_drawn_at_its_height(power) -> None:
     assert y == near(low_y + (high_y - low_y) * (power - low) / (high - low))
 
 
-def test_the_semantic_gate_is_where_its_value_is_and_splits_the_marks() -> None:
+def test_the_semantic_gate_is_at_its_value_and_splits_the_marks() -> None:
     assert one_site(exact=1e-12).heights("logits", "ok", "bad")[0] == near(one_site(exact=1e-12).gate)
     panels = one_site(exact=1e-12)
     assert panels.ticks[0]["1e-12"] == near(panels.gate)
@@ -160,7 +160,7 @@ def test_the_semantic_gate_is_where_its_value_is_and_splits_the_marks() -> None:
     assert one_site(exact=1e-15).heights("logits", "ok")[0] > one_site(exact=1e-15).gate + 10
 
 
-def test_each_site_has_its_own_numerical_gate_and_reference_error() -> None:
+def test_each_site_shows_its_own_gate_and_reference_error() -> None:
     sites = (
         measured("norm", rounding=4e-7, reference_error=1e-6, gate=4e-7),
         measured("logits", rounding=1e-6, gate=1e-7),
@@ -177,7 +177,7 @@ def test_each_site_has_its_own_numerical_gate_and_reference_error() -> None:
     ("error", "label"),
     [(0.0, "0"), (1e-30, "0"), (math.inf, "∞"), (math.nan, "∞"), (1e30, "∞")],
 )
-def test_what_a_log_axis_has_no_room_for_is_drawn_beside_it(error, label) -> None:
+def test_zero_and_infinity_are_drawn_beside_the_log_axis(error, label) -> None:
     panels = one_site(exact=error, rounding=error)
     marks = panels.heights("logits", "ok", "bad")
     assert marks == [near(panels.ticks[0][label]), near(panels.ticks[1][label])]
@@ -191,7 +191,7 @@ def test_what_a_log_axis_has_no_room_for_is_drawn_beside_it(error, label) -> Non
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_report_of_each_precision_has_a_page(precision) -> None:
     page = to_html(ported(parity(measured("embeddings"), measured("logits"), precision=precision)))
-    assert f"judged in float64 and {precision} against" in page
+    assert f"compared in float64 and {precision} with" in page
 
 
 def test_all_heights_are_inside_the_plot() -> None:
@@ -205,7 +205,7 @@ def test_all_heights_are_inside_the_plot() -> None:
 
 
 @pytest.mark.parametrize(("name", "panel"), [("wrong", 0), ("rounding", 1)])
-def test_the_blocks_alone_are_drawn_in_the_precision_in_which_they_were_run(name, panel) -> None:
+def test_blocks_alone_are_drawn_in_the_precision_they_ran_in(name, panel) -> None:
     report = REPORTS[name]()
     panels = Panels(to_html(report))
     bounds = panels.ticks[panel]
@@ -228,7 +228,7 @@ def test_statuses_differ_in_shape() -> None:
     assert len(set(page.SIGNS.values())) == len(page.SIGNS)
 
 
-def test_what_is_not_shown_is_grey_and_what_was_claimed_besides_has_a_mark() -> None:
+def test_sites_not_shown_are_grey_and_claimed_ones_marked() -> None:
     shown = Panels(to_html(REPORTS["output alone is shown"]()))
     assert len(shown.heights("patches", "hidden")) == 2
     assert not shown.heights("patches", "bad")
@@ -236,7 +236,7 @@ def test_what_is_not_shown_is_grey_and_what_was_claimed_besides_has_a_mark() -> 
     assert claimed.heights("patches", "bad") == [near(claimed.ticks[0]["∞"])]
 
 
-def test_the_first_divergence_is_marked_named_and_linked_to_its_row() -> None:
+def test_the_first_divergence_is_marked_and_linked_to_its_row() -> None:
     html = to_html(wrong())
     link = re.search(r'<a href="#(forward-\d+)">([^<]*)</a>', html)
     assert link
@@ -257,7 +257,7 @@ def test_the_label_of_a_late_divergence_ends_at_its_line() -> None:
     assert '<text class="first end"' in html
 
 
-def test_the_cause_is_above_the_plots_and_the_tables_of_what_fails_are_open() -> None:
+def test_the_cause_is_above_the_plots_and_failed_tables_open() -> None:
     html = to_html(wrong())
     assert html.index("LayerNorm epsilon") < html.index('class="scroll plot"')
     assert html.count("<details open>") == 2
@@ -265,20 +265,28 @@ def test_the_cause_is_above_the_plots_and_the_tables_of_what_fails_are_open() ->
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "texts"),
     [
-        ("right", ["No gradients were judged: not asked for.", "<title>passed: mine on tiny</title>"]),
-        ("wrong", ["<title>failed: mine on tiny</title>", "image 1 of 4", "Not shown right before"]),
+        ("right", ["No gradients were compared: not asked for.", "<title>passed: mine on tiny</title>"]),
+        (
+            "wrong",
+            [
+                "<title>failed: mine on tiny</title>",
+                "image 1 of 4",
+                "May begin earlier",
+                "Next step</dt><dd>check block.0.norm1",
+            ],
+        ),
         ("output alone is shown", ["Forward: 3 sites</h3><p>patches, embeddings, block.0.norm1</p>"]),
         ("expected failures", ["<code>block.*</code></th><td>1</td><td>0</td><td>known"]),
-        ("no numbers", ["Claimed, never shown</dt><dd>patches", "inf"]),
-        ("rounding", ["the formulas agree; float32 relative RMS"]),
+        ("no numbers", ["Claimed, not shown</dt><dd>patches", "inf"]),
+        ("rounding", ["the formulas agree in float64; float32 relative RMS error"]),
         ("misbehaving", ["an image alone comes out otherwise than in its batch"]),
     ],
 )
-def test_what_was_found_is_said(name, said) -> None:
+def test_the_page_shows_the_findings(name, texts) -> None:
     html = re.sub(r"</?span[^>]*>", "", to_html(REPORTS[name]()))
-    assert [each for each in said if each not in html] == []
+    assert [each for each in texts if each not in html] == []
 
 
 def test_cells_show_what_was_measured() -> None:
@@ -301,7 +309,7 @@ def test_blocks_are_numbered_under_their_columns() -> None:
         site: float(column.attrib["x"].rstrip("%")) + float(column.attrib["width"].rstrip("%")) / 2
         for site, column in panels.columns.items()
     }
-    # Of the thirteen sites of a block the seventh is in the middle.
+    # A block has thirteen sites, so the seventh is in the middle.
     assert numbered[0][1] == pytest.approx(middle["block.2.attn.out"], abs=0.02)
 
 
@@ -322,7 +330,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_contrast_is_what_wcag_aa_asks(scheme) -> None:
+def test_colours_have_the_contrast_of_wcag_aa(scheme) -> None:
     block = re.findall(r":root \{(.*?)\}", CSS, re.DOTALL)[scheme]
     colours = dict(re.findall(r"--([\w-]+): (#\w+)", block))
 
@@ -331,7 +339,7 @@ def test_contrast_is_what_wcag_aa_asks(scheme) -> None:
         return (light + 0.05) / (dark + 0.05)
 
     for ground in ("page", "card"):
-        text = {name: contrast(name, ground) for name in ("text", "muted", "port", "pass", "fail", "warn")}
+        text = {name: contrast(name, ground) for name in ("text", "muted", "candidate", "pass", "fail", "warn")}
         assert min(text.values()) >= 4.5, (ground, text)  # for text
     assert contrast("own", "page") >= 3  # for graphics
 
@@ -345,8 +353,8 @@ def test_the_page_says_its_language_and_its_tables_their_headers() -> None:
     assert len(re.findall(r'<svg class="marks" role="img" aria-label="[^"]+First divergence: \w', html)) == 2
 
 
-def test_what_each_block_does_alone_is_a_column_though_none_is_to_blame() -> None:
-    """Where rounding only adds up, every part keeps its own gate."""
+def test_errors_alone_are_a_column_even_if_no_block_is_blamed() -> None:
+    """Rounding that only adds up leaves every part within its own gate."""
     results = measured("norm", alone=1e-7), measured("logits", rounding=4e-7, gate=3e-7, alone=1e-7)
     assert "alone, float32" in to_html(ported(parity(*results)))
     assert "alone, float32" not in to_html(

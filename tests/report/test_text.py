@@ -1,4 +1,4 @@
-"""The report on a terminal."""
+"""Tests of reports as text on a terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.verify.gates import Error
 from vit_ref.verify.report import headline, summary, table, to_html, to_json
-from vit_ref.verify.report.text import MARKS, wrong_alone
+from vit_ref.verify.report.text import MARKS, next_step, wrong_alone
 from vit_ref.verify.results import Cause, ParityReport, SiteResult
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_a_summary_has_the_divergence_on_top_the_verdict_last_and_80_columns(name) -> None:
+def test_a_summary_begins_with_the_divergence_in_80_columns(name) -> None:
     report = REPORTS[name]()
     lines = summary(report).splitlines()
     # The headline may be broken in lines, but loses no word.
@@ -24,11 +24,13 @@ def test_a_summary_has_the_divergence_on_top_the_verdict_last_and_80_columns(nam
     assert lines[-1] == f"{'PASSED' if report.passed else 'FAILED'}: mine on tiny against FlaxViT, float32"
 
 
-def test_a_summary_says_where_a_port_goes_wrong_and_why_before_anything_else() -> None:
+def test_a_summary_names_site_cause_and_next_step_first() -> None:
     lines = summary(wrong()).splitlines()
-    assert lines[0] == "tiny: first divergence at block.0.norm1: float64 relative RMS 5.6e-07, gate"
-    assert "  likely cause: LayerNorm epsilon 1e-06: with it the error at block.0.norm1" in lines
-    assert "tiny: first divergence at norm: float64 relative RMS 3.3e-05, gate 1e-12; worst" in lines
+    assert lines[0] == "tiny: first divergence at block.0.norm1: float64 relative RMS error 5.6e-07,"
+    assert lines[2] == "  likely cause: LayerNorm epsilon 1e-06: the same bug in the oracle lowers the"
+    assert lines[4] == "  next step: check block.0.norm1 in the candidate for this cause"
+    assert "tiny: first divergence at norm: float64 relative RMS error 3.3e-05, gate 1e-12;" in lines
+    assert sum(line.startswith("  next step: ") for line in lines) == 1
     assert lines[-2] == "checks: 5 passed, 98 failed"
 
 
@@ -41,9 +43,9 @@ def test_a_summary_says_where_a_port_goes_wrong_and_why_before_anything_else() -
         (
             "expected failures",
             [
-                "expected failure: block.*: known: 1: forward/block.0.norm1",
-                "stale expectation: embeddings: was wrong once: 1: forward/embeddings",
-                "expected failure: l*: known: 1: forward/logits",
+                "expected failure: block.*: known: 1 check: forward/block.0.norm1",
+                "stale expectation: embeddings: was wrong once: 1 check: forward/embeddings:",
+                "expected failure: l*: known: 1 check: forward/logits",
             ],
         ),
         (
@@ -59,7 +61,7 @@ def test_every_status_has_lines_of_its_own_that_begin_with_it(name, lines) -> No
     assert {line for line in found if line.startswith(begun)} <= {*lines, "not observed: gradients (not asked for)"}
 
 
-def test_a_row_of_the_table_that_fails_ends_with_its_mark_and_no_other_does() -> None:
+def test_only_failing_rows_of_the_table_end_with_a_mark() -> None:
     both, exact, rounding = MARKS
     rows = table(
         parity(
@@ -73,24 +75,26 @@ def test_a_row_of_the_table_that_fails_ends_with_its_mark_and_no_other_does() ->
     assert rows[0].split()[-1] not in MARKS
 
 
-def test_an_expectation_that_excuses_everything_makes_a_report_pass() -> None:
+def test_a_report_passes_if_every_failure_is_expected() -> None:
     report = ported(parity(measured("norm", 1e-6), measured("logits")), expected_failed_checks={"norm": "known"})
     assert summary(report).splitlines()[-1].startswith("PASSED: ")
 
 
-def test_what_was_not_observed_does_not_hide_what_is_wrong() -> None:
+def test_sites_not_shown_do_not_hide_a_divergence() -> None:
     wrong = parity(measured("norm"), measured("logits", 1e-3), unobserved=("patches", "embeddings"))
     first, second, *_ = headline(wrong).splitlines()
-    assert first.startswith("tiny: 2 sites not observed, first patches: not called, or under a transformation")
-    assert second.startswith("tiny: first divergence at logits: float64 relative RMS 1.0e-03")
-    assert len(headline(parity(measured("logits"), unobserved=("patches",))).splitlines()) == 1
+    assert first.startswith("tiny: 2 claimed sites not shown, first patches: not called, or inside the candidate's")
+    assert second.startswith("tiny: first divergence at logits: float64 relative RMS error 1.0e-03")
+    unshown, step = headline(parity(measured("logits"), unobserved=("patches",))).splitlines()
+    assert unshown.startswith("tiny: 1 claimed site not shown, first patches: ")
+    assert step == "  next step: show them through a tap, or remove them from the candidate's sites"
 
 
 def test_a_report_of_nothing_has_a_table_without_rows() -> None:
     assert table(parity(unobserved=("logits",))).startswith("sites ")
 
 
-def test_of_what_is_not_shown_parameters_come_first() -> None:
+def test_parameters_come_first_among_values_not_observed() -> None:
     unmapped = (
         "block.0.norm1",
         "norm",
@@ -100,58 +104,75 @@ def test_of_what_is_not_shown_parameters_come_first() -> None:
         "head.bias",
         "pixels",
     )
-    said = headline(parity(measured("logits"), unmapped=unmapped))
-    assert "not observed: 7 sites: position_embeddings, blocks.0.norm1.scale, head.bias, ..." in said
+    text = headline(parity(measured("logits"), unmapped=unmapped))
+    assert "not observed: 7 sites: position_embeddings, blocks.0.norm1.scale, head.bias, ..." in text
 
 
 def blamed(*results: SiteResult) -> str:
-    (line,) = (line for line in headline(parity(*results)).splitlines() if "wrong by itself" in line)
-    return line.partition("wrong by itself: ")[2]
+    (line,) = (line for line in headline(parity(*results)).splitlines() if "reference's input" in line)
+    return line.partition("wrong even with the reference's input: ")[2]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "entry"),
     [
-        ({"block.0.mlp.hidden": 2e-4}, "block.0 from mlp.hidden on 2.0e-04"),
+        ({"block.0.mlp.hidden": 2e-4}, "block.0 from mlp.hidden on (2.0e-04)"),
         (
             {f"block.{i}.mlp.hidden": (i + 1) * 1e-4 for i in range(12)} | {"norm": 5e-7, "logits": 4e-7},
-            "12 blocks, 0 to 11, from mlp.hidden on 1.2e-03; norm 5.0e-07",
+            "blocks 0 to 11 from mlp.hidden on (1.2e-03); norm (5.0e-07)",
         ),
         (
             {"block.1.norm1": 1e-6, "block.1.attn.query": 1e-3, "block.2.norm2": 1e-6, "block.4.norm1": 1e-5},
-            "2 blocks, 1, 4, from norm1 on 1.0e-03; block.2 from norm2 on 1.0e-06",
+            "blocks 1, 4 from norm1 on (1.0e-03); block.2 from norm2 on (1.0e-06)",
         ),
-        ({"norm": 5e-7, "logits": 1e-1}, "norm 5.0e-07; logits 1.0e-01"),
+        ({"norm": 5e-7, "logits": 1e-1}, "norm (5.0e-07); logits (1.0e-01)"),
     ],
 )
-def test_every_part_that_is_wrong_in_its_own_way_is_named(wrong: dict[str, float], said: str) -> None:
+def test_every_part_wrong_by_itself_is_named(wrong: dict[str, float], entry: str) -> None:
     right = [measured(f"block.{i}.attn.key", alone=1e-16) for i in range(5)]
-    assert blamed(*right, *(measured(site, rms, alone=rms) for site, rms in wrong.items())) == said
+    assert blamed(*right, *(measured(site, rms, alone=rms) for site, rms in wrong.items())) == entry
 
 
-def test_rounding_is_told_from_a_wrong_formula_and_what_lies_behind_it_is_named() -> None:
+def test_rounding_is_not_called_a_wrong_formula() -> None:
     rounding = Cause("rounded to float32", "patches", 2e-8, 0.0, "float32")
     tanh = Cause("tanh GELU", "block.0.mlp.hidden", 1.9e-4, 1e-7)
     sites = measured("patches", 2e-8), measured("block.0.mlp.hidden", 1.9e-4)
-    said = headline(parity(*sites, causes=(rounding, tanh), beyond="block.0.mlp.hidden by 1.9e-04")).splitlines()
-    assert "  rounding is no wrong formula: compute in the dtype that load(checkpoint, dtype) is told" in said
-    assert "  this rounding does not explain what follows: block.0.mlp.hidden by 1.9e-04" in said
-    assert "rounding is no" not in headline(parity(*sites, causes=(tanh,)))
+    lines = headline(
+        parity(*sites, causes=(rounding, tanh), beyond="block.0.mlp.hidden, relative RMS error 1.9e-04")
+    ).splitlines()
+    assert any(line.startswith("  next step: this is rounding, not a wrong formula: ") for line in lines)
+    assert "  rounding does not explain a later divergence: block.0.mlp.hidden, relative RMS error 1.9e-04" in lines
+    assert "this is rounding" not in headline(parity(*sites, causes=(tanh,)))
     assert "explain" not in headline(parity(*sites, causes=(rounding,)))
 
 
-def test_notes_on_how_a_port_was_run_are_in_the_summary() -> None:
+@pytest.mark.parametrize(
+    ("report", "step"),
+    [
+        (parity(measured("norm", 1e-3)), "compare the candidate's code at norm with the reference's"),
+        (parity(measured("norm", 1e-3), hidden=("embeddings",)), "add embeddings to the candidate's sites"),
+        (parity(measured("norm", rounding=1e-3)), "look for a cast, a dtype or a matrix product below float32 at norm"),
+        (parity(measured("norm", 1e-3), what="gradients"), "correct the forward pass first if it fails; else look for"),
+        (parity(measured("norm")), ""),
+    ],
+)
+def test_each_kind_of_failure_has_its_next_step(report: ParityReport, step: str) -> None:
+    assert next_step(report).startswith(step)
+    assert ("next step: " in headline(report)) is bool(step)
+
+
+def test_notes_on_the_run_of_a_candidate_are_in_the_summary() -> None:
     report = ported(parity(measured("logits")), notes=("casts were undone",))
     assert "note: casts were undone" in summary(report).splitlines()
 
 
-def test_one_is_no_plural() -> None:
-    assert "tiny: 1 site pass; " in headline(parity(measured("logits")))
-    assert "tiny: 2 sites pass; " in headline(parity(measured("norm"), measured("logits")))
+def test_a_count_of_one_is_singular() -> None:
+    assert "tiny: 1 site passes: " in headline(parity(measured("logits")))
+    assert "tiny: 2 sites pass: " in headline(parity(measured("norm"), measured("logits")))
 
 
-def test_blamed_are_those_beyond_their_gate_and_not_what_was_fed_their_fault() -> None:
-    """Nobody can feed the embeddings the reference's patches."""
+def test_a_part_fed_another_parts_fault_is_not_blamed() -> None:
+    """The embeddings cannot be fed the reference's patches."""
     exact = [measured(name, 1e-3, alone=1e-3) for name in ("patches", "embeddings", "logits")]
     assert list(wrong_alone(parity(*exact))) == ["patches", "logits"]
     assert list(wrong_alone(parity(*exact[1:]))) == ["embeddings", "logits"]
@@ -161,7 +182,7 @@ def test_blamed_are_those_beyond_their_gate_and_not_what_was_fed_their_fault() -
 
 
 def incomparable(reason: str, *, exactly: bool) -> ParityReport:
-    """A pass whose output cannot be compared, in float64 too or in the tested precision alone."""
+    """Returns a pass whose output cannot be compared, in float64 too or only in the tested precision."""
     right = measured("norm")
     beyond = {"rounding": math.inf, "incomparable": reason}
     if not exactly:
@@ -172,11 +193,11 @@ def incomparable(reason: str, *, exactly: bool) -> ParityReport:
 
 @pytest.mark.parametrize("reason", ["wrong shape (2, 5), not (2, 7)", "not finite"])
 @pytest.mark.parametrize(("exactly", "where"), [(True, "float64"), (False, "float32")])
-def test_what_cannot_be_compared_is_named_and_no_number(reason: str, exactly: bool, where: str) -> None:
+def test_a_value_not_comparable_has_a_reason_and_no_number(reason: str, exactly: bool, where: str) -> None:
     report = incomparable(reason, exactly=exactly)
-    first, output, *_ = headline(report).splitlines()
+    first, *lines = headline(report).splitlines()
     assert f"first divergence at logits: {reason} in {where}" in first
-    assert output == f"  logits: {reason} in {where}"
+    assert f"  logits: {reason} in {where}" in lines
     assert "inf" not in headline(report).replace("not finite", "")
     check = next(check for check in ported(report).checks if check.status == "failed")
     assert (check.name, check.reason) == ("forward/logits", f"{reason} in {where}")
@@ -184,26 +205,26 @@ def test_what_cannot_be_compared_is_named_and_no_number(reason: str, exactly: bo
     (failed,) = (each for each in document["forward"]["checks"] if each["status"] == "failed")
     assert (failed["reason"], failed["measured"]["incomparable"]) == (check.reason, check.reason)
     page = to_html(ported(report))
-    assert f"<dt>Error there</dt><dd>{check.reason}</dd>" in page
+    assert f"<dt>Error</dt><dd>{check.reason}</dd>" in page
     assert f"<dt>Output</dt><dd>{check.reason}</dd>" in page
 
 
-def test_one_element_that_is_wrong_is_told_by_the_maximum_everywhere() -> None:
+def test_one_wrong_element_is_reported_by_its_maximum() -> None:
     result = measured("logits")._replace(exact=Error(1e-13, 3e-11))
-    report, said = ported(parity(result)), "float64 relative maximum 3.0e-11, gate 1e-11"
-    assert f"first divergence at logits: {said}; worst" in headline(report.forward)
-    assert next(check.reason for check in report.checks if check.status == "failed") == said
-    assert f"<dt>Error there</dt><dd>{said}</dd>" in re.sub("</?span.*?>", "", to_html(report))
+    report, reason = ported(parity(result)), "float64 relative maximum error 3.0e-11, gate 1e-11"
+    assert f"first divergence at logits: {reason}; worst" in headline(report.forward)
+    assert next(check.reason for check in report.checks if check.status == "failed") == reason
+    assert f"<dt>Error</dt><dd>{reason}</dd>" in re.sub("</?span.*?>", "", to_html(report))
 
 
-def test_a_failure_by_little_is_told_from_its_gate_everywhere() -> None:
+def test_a_narrow_failure_reads_differently_from_its_gate() -> None:
     report = ported(parity(measured("norm"), measured("logits", rounding=1.9004e-6, gate=1.9e-6)))
-    said = "float32 relative RMS 1.9004e-06, gate 1.9000e-06"
-    assert said in headline(report.forward)
-    assert said in next(check.reason for check in report.checks if check.status == "failed")
+    reason = "float32 relative RMS error 1.9004e-06, gate 1.9000e-06"
+    assert reason in headline(report.forward)
+    assert reason in next(check.reason for check in report.checks if check.status == "failed")
     page = to_html(report)
-    assert re.sub("<.*?>", "", page).count(said) == 1
+    assert re.sub("<.*?>", "", page).count(reason) == 1
     assert "<td>1.9004e-06</td>" in page and "<td>1.9000e-06</td>" in page
-    # 1.9 over 1.9004 is no 1.
+    # 1.9 over 1.9004 is not 1.
     assert "<td>0.9998</td>" in page and "0.9998 at logits" in re.sub("<.*?>", "", page)
     assert table(report.forward).splitlines()[-1].split()[-2:] == ["0.9998", "rounding"]

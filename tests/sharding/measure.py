@@ -39,7 +39,7 @@ from vit_ref.verify.gates import error, numerical_gate
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session
-from vit_ref.weights import checkpoint
+from vit_ref.weights import checkpoint, tensor_files
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import get_arrays
 
@@ -102,7 +102,7 @@ class Sharded(OwnCandidate):
         return state, forward
 
 
-class Watched(checkpoint.LazyTensors):
+class Watched(tensor_files.LazyTensors):
     """Tensors that are counted as they are read, and what the devices hold meanwhile."""
 
     def __init__(self, *files: Path):
@@ -157,6 +157,7 @@ def loaded(directory: Path, mesh: Mesh, way: Way) -> tuple[vit_ref.VisionTransfo
     with (
         mock.patch.object(jax, "make_array_from_callback", watched),
         mock.patch.object(checkpoint, "LazyTensors", Watched),
+        mock.patch.object(tensor_files, "LazyTensors", Watched),
     ):
         model = vit_ref.from_pretrained(directory, mesh=mesh, sharding=way.sharding)
     peak |= held() - before

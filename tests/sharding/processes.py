@@ -23,7 +23,7 @@ from tests.sharding.ways import CASE
 from vit_ref.verify.compare.backward import truths_of
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import errors_of
-from vit_ref.weights import checkpoint
+from vit_ref.weights import writing
 from vit_ref.weights.checkpoint import CheckpointError
 from vit_ref.weights.pretrained import get_arrays
 
@@ -50,7 +50,7 @@ def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> st
     """What is said where the first process cannot write: nothing at all, not the second of three files, or for a reason
     that nobody foresaw."""
     (out / "a-file").touch()
-    write, files = checkpoint.write_safetensors, 0
+    write, files = writing.write_safetensors, 0
 
     def full(file: Path, tensors: Any) -> None:
         nonlocal files
@@ -59,7 +59,7 @@ def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> st
             raise OSError("the disk is full") if when == "between" else RuntimeError("nobody foresaw this")
         write(file, tensors)
 
-    with mock.patch.object(checkpoint, "write_safetensors", full):
+    with mock.patch.object(writing, "write_safetensors", full):
         try:
             where = out / ("a-file/below" if when == "before" else "full")
             vit_ref.save_pretrained(model, where, max_shard_size="100KB")

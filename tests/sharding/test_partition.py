@@ -96,14 +96,14 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
             "fsdp+tensor",
             "blocks.0.mlp.fc1.bias: dimension 0 (length 3073) cannot be divided over the 4 devices of the axis 'model'",
         ),
-        (BASE, mesh(data=4), "tensor", "divides it over the axis 'model', and the mesh has only 'data'"),
-        (BASE, mesh(data=4), "zero", "sharding is 'zero': known are data, fsdp, tensor, fsdp+tensor"),
-        (BASE, mesh(data=4), {}, "blocks.0.attn.key.bias: no rule says where it lies: add one for 'blocks.{i}.attn"),
+        (BASE, mesh(data=4), "tensor", "its rule uses the axis 'model', and the mesh has only 'data'"),
+        (BASE, mesh(data=4), "zero", "sharding is 'zero': give one of data, fsdp, tensor, fsdp+tensor"),
+        (BASE, mesh(data=4), {}, "blocks.0.attn.key.bias: it has no rule: add one for 'blocks.{i}.attn"),
         (
             BASE,
             mesh(x=2),
             {**RULES["data"], "norm.bias": P(None, "x")},
-            "norm.bias: the rule (None, 'x') has more dimensions than its shape (768,)",
+            "norm.bias: the rule (None, 'x') has more dimensions than the shape (768,): give at most 1",
         ),
         (
             BASE,
@@ -115,29 +115,27 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
             BASE,
             mesh(x=2),
             {**RULES["data"], "head.kernel": P("x", "x")},
-            "head.kernel: the rule ('x', 'x') divides more than one dimension over the same axis",
+            "head.kernel: the rule ('x', 'x') uses an axis more than once: use each at most once",
         ),
         (
             BASE,
             mesh(x=2),
             {**RULES["data"], "blocks.{i}.typo": P("x")},
-            "blocks.{i}.typo: a rule for a parameter that no model has: write it as in partition.RULES",
+            "blocks.{i}.typo: no model has a parameter of this name: use the names in partition.RULES",
         ),
         (
             BASE,
             AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,)),
             "data",
-            "the mesh's axes are Explicit, and here the compiler divides the work (jax.make_mesh's default, Explicit,"
-            " wants every operation's sharding spelt out, Manual every device's part): give jax.make_mesh(...,"
-            " axis_types=(jax.sharding.AxisType.Auto,) * 1)",
+            "the mesh's axes are Explicit, and this package leaves the division to the compiler: give"
+            " jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 1)",
         ),
         (
             BASE,
             AbstractMesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Manual)),
             "data",
-            "the mesh's axes are Manual, and here the compiler divides the work (jax.make_mesh's default, Explicit,"
-            " wants every operation's sharding spelt out, Manual every device's part): give jax.make_mesh(...,"
-            " axis_types=(jax.sharding.AxisType.Auto,) * 2)",
+            "the mesh's axes are Manual, and this package leaves the division to the compiler: give"
+            " jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 2)",
         ),
         (
             BASE,
@@ -169,7 +167,7 @@ def test_rules_of_ones_own_are_followed_to_the_letter() -> None:
 
 
 def test_a_sharding_wants_a_mesh() -> None:
-    with pytest.raises(InputError, match=r"^mesh is of AbstractMesh, which has no devices: give"):
+    with pytest.raises(InputError, match=r"^mesh is of type AbstractMesh, which has no devices: give"):
         vit_ref.from_pretrained("anywhere", mesh=mesh(data=2))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="sharding is 'tensor': give the mesh, too"):
+    with pytest.raises(InputError, match="sharding is 'tensor' and mesh is None: give the mesh, too"):
         vit_ref.from_pretrained("anywhere", sharding="tensor")

@@ -62,5 +62,5 @@ def test_the_first_process_saves_the_bytes_of_one_device_and_the_other_nothing(
 def test_a_save_that_fails_in_the_first_process_fails_in_both(when: str, said: str, together: Path) -> None:
     first, second = (json.loads((together / f"failing-{number}.json").read_text())[when] for number in (0, 1))
     assert said in first
-    assert second.endswith(": the first process could not write, and says why")
+    assert second.endswith(": the first process could not write: see its own message")
     assert not list(together.glob("full/*"))

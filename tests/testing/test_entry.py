@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,22 @@ def test_another_project_keeps_an_option_of_the_same_name(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "pytest", "-q", "-p", "vit_ref.testing.entry", "--images", "theirs"]
     ended = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_suite_is_found_in_an_editable_install(tmp_path: Path) -> None:
+    # Such an install is a path to the checkout; pytest finds the plugin by the metadata of whatever is installed.
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-k", "one-head"]
+    command += ["--pyargs", "vit_ref.testing.suite", "--precision", "bfloat16", "--parity-report", "reports"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    collected = sorted(line.rpartition("::")[2] for line in ended.stdout.splitlines() if "::" in line)
+    gates = ("test_numerical_gate", "test_numerical_gate_backward", "test_semantic_gate_float64")
+    assert collected == [
+        "test_behaviour[one-head-float64]",
+        *(f"{gate}[one-head-bfloat16]" for gate in (*gates, "test_semantic_gate_float64_backward")),
+    ]
+    assert (tmp_path / "reports").is_dir()
 
 
 def test_a_test_is_marked_with_its_folder(request: pytest.FixtureRequest) -> None:

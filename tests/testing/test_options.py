@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -10,16 +11,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import pytest
+from click.testing import CliRunner
 
 import vit_ref
 import vit_ref.testing.plugin
+from vit_ref.cli.group import main
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.references.choice import REFERENCES
+from vit_ref.verify.report import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 # A run collects the tests of the whole project in five seconds, and one file at once.
-FORWARD = "vit_ref/testing/suite/test_parity.py"
+SUITE = "vit_ref/testing/suite"
+FORWARD = f"{SUITE}/test_parity.py"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,6 +45,11 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
             ["--collect-only", "--parity-report", "gs://bucket/reports"],
             "--parity-report is gs://bucket/reports: a URL is no path",
         ),
+        (
+            ["--collect-only", "--parity-report", "tox.ini"],
+            "--parity-report is tox.ini: nothing can be written there (File exists)",
+        ),
+        (["--collect-only", "-n", "2", "--parity-report", "reports"], "give --dist loadgroup, too"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -48,17 +59,39 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(arguments: list[str], m
     assert len(printed) == 1 and message in printed[0]
 
 
-def test_a_checkpoint_outside_the_checkout_is_tested_and_reported(tmp_path: Path, filled) -> None:
+def test_a_checkpoint_outside_the_checkout_is_tested_and_reported_as_by_the_command(tmp_path: Path, filled) -> None:
     directory = tmp_path / "given-vit"
-    vit_ref.save_pretrained(filled(CASES["rectangular"].config), directory)
-    ended = run("--checkpoint", directory, "--parity-report", tmp_path / "reports", "-k", "given-vit")
+    # One block: another one would take half the time again, and is written down as the first is.
+    vit_ref.save_pretrained(filled(CASES["stored-float64"].config), directory)
+    ended = run(SUITE, "--checkpoint", directory, "--parity-report", tmp_path / "reports", "-k", "given-vit")
     assert ended.returncode == 0, ended.stdout
+    page, document = tmp_path / "page.html", tmp_path / "document.json"
+    verified = CliRunner().invoke(main, ["verify", str(directory), "--table", f"--html={page}", f"--json={document}"])
+    reports = {"txt": verified.stdout, "json": document.read_text(), "html": page.read_text()}
+    for kind, expected in reports.items():
+        assert (tmp_path / "reports" / f"given-vit-float32.{kind}").read_text() == expected
+    assert len(list((tmp_path / "reports").iterdir())) == len(reports)
     digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
-    for text in (ended.stdout, (tmp_path / "reports" / "given-vit-float32-sites.txt").read_text()):
-        assert "given-vit: 30 sites pass; float64 at most " in text
-        assert f"\n  weights: sha256 {digest}\n" in text
-        assert "\nblock.1.mlp.hidden " in text
-    assert "gradients pass" in (tmp_path / "reports" / "given-vit-float32-gradients.txt").read_text()
+    assert "given-vit: 17 sites pass: largest float64 error " in ended.stdout
+    assert f"\n  weights: sha256 {digest}\n" in ended.stdout
+    assert "\nblock.0.mlp.hidden " in ended.stdout
+    assert "gradients pass" in verified.stdout
+    assert f"\nweights: sha256 {digest}\n" in verified.stdout
+
+
+@pytest.mark.parametrize("judged", ["forward", "behaviour"])
+def test_a_part_that_no_test_judges_is_named_in_the_report(judged: str, tmp_path: Path) -> None:
+    file = {"forward": FORWARD, "behaviour": f"{SUITE}/test_behaviour.py"}[judged]
+    ended = run(file, "--parity-report", tmp_path, "-k", "one-head")
+    assert ended.returncode == 0, ended.stdout
+    report = json.loads((tmp_path / "one-head-float32.json").read_text())
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    assert (report["title"], report["checkpoint"]["path"]) == ("one-head", "")
+    assert report["passed"] and report["forward"]["passed"]
+    reason = "no test that judges it has run"
+    assert report["not_backward"] == reason
+    behaviour = {"forward": {("not observed", reason)}, "behaviour": {("passed", "")}}[judged]
+    assert {(each["status"], each["reason"]) for each in report["behaviour"]} == behaviour
 
 
 def test_files_below_images_that_are_none_are_counted_in_the_header(tmp_path: Path) -> None:
@@ -75,7 +108,7 @@ def test_files_below_images_that_are_none_are_counted_in_the_header(tmp_path: Pa
 def test_the_reference_is_the_one_that_is_named() -> None:
     ended = run("--reference", "numpy", "-rs", "-k", "rectangular-float32")
     assert ended.returncode == 0, ended.stdout
-    assert "x NumPy's own float32 error" in ended.stdout
+    assert " x NumPy's own" in ended.stdout
     assert "NumPy judges no gradients" in ended.stdout
 
 

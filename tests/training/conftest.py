@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.finetune.step import train_step
 from vit_ref.model.config import ViTConfig
-from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import layouts, mapping

@@ -19,13 +19,13 @@ import pytest
 from flax import linen, nnx
 from numpy.typing import NDArray
 
+from tests.helpers.precisions import precision_of
 from vit_ref.errors import ConfigError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.gates import error
-from vit_ref.verify.precision import precision_of
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.weights.pretrained import build
 

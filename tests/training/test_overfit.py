@@ -14,13 +14,13 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.helpers.precisions import precision_of
 from vit_ref.finetune.step import classification_loss, train_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES, synthetic_images
 from vit_ref.verify.gates import ALLOWANCES, root_mean_square
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.precision import precision_of
 from vit_ref.weights import checkpoint, layouts, mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import get_parameters, read_configuration

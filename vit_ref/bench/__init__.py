@@ -1,1 +1,1 @@
-"""How fast: forward pass and train step beside other implementations, in one process, against a measured roofline."""
+"""Benchmarks: times forward pass and training step beside other implementations, against a measured roofline."""

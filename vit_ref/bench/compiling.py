@@ -1,4 +1,4 @@
-"""What a compilation costs: cold, and again from the persistent cache; what it counts and what it will allocate."""
+"""The cost of a compilation: cold, and again from the persistent cache, with operations and memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 class Cost(NamedTuple):
-    """What it cost to get a function ready, and what will be asked of the device; None where XLA has no part in it.
+    """Cost of preparing a function, and its demand on the device. A field is None if XLA does not compile the function.
 
     Attributes:
-      cold_s: seconds to trace and compile it, with nothing in any cache; or until the first result was there.
-      cached_s: seconds to trace it and load it from the persistent cache.
-      flops: floating point operations as XLA counts them, elementwise ones too.
-      bytes: of arguments, results and temporaries on one device at its peak; what is donated counts once.
+      cold_s: seconds to trace and compile with empty caches, or until the first result.
+      cached_s: seconds to trace, and to load from the persistent cache.
+      flops: floating point operations, elementwise ones included, as XLA counts them.
+      bytes: peak memory of arguments, results and temporaries on one device. A donated argument counts once.
     """
 
     cold_s: float
@@ -28,25 +28,25 @@ class Cost(NamedTuple):
     bytes: int | None = None
 
     def to_json(self) -> dict[str, float | None]:
-        """The same under the names that JSON has."""
+        """Returns the fields under their names in JSON."""
         names = ("compile cold s", "compile cached s", "XLA's FLOPs", "peak bytes")
         return dict(zip(names, self, strict=True))
 
 
 def compile_twice(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> tuple[Any, Cost]:
-    """Compiles a function cold, and once more from the cache that this filled.
+    """Compiles a function cold, and again from the cache that the first compilation filled.
 
     Args:
-      function: not jitted.
-      *arguments: as it will be called.
-      donate: which of them it may overwrite.
+      function: the function, not jitted.
+      *arguments: the arguments of a later call.
+      donate: positions of the arguments that the function may overwrite.
 
     Returns:
-      The second executable, and its cost.
+      The second executable, and the cost.
     """
 
     def compiled() -> tuple[Any, float]:
-        # One of its own each time, of which jax remembers nothing.
+        # A new function each time, because jax would remember an old one.
         def run(*given: Any) -> Any:
             return function(*given)
 
@@ -70,7 +70,7 @@ _OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def _empty_cache() -> Iterator[None]:
-    """A persistent cache of its own, whatever the process has, so that cold is cold and cached is cached."""
+    """Replaces the process's persistent cache by an empty one, so that "cold" and "cached" mean what they say."""
     with tempfile.TemporaryDirectory() as directory:
         wanted = {**_OPTIONS, "jax_compilation_cache_dir": directory}
         before = {name: getattr(jax.config, name) for name in wanted}

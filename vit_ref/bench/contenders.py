@@ -1,7 +1,7 @@
-"""The implementations that are timed: this package's model, FlaxViT, and transformers' ViT in PyTorch.
+"""The implementations to time: this package's model, FlaxViT, and transformers' ViT in PyTorch.
 
-All take the same images and, in a train step, the same optimizer: AdamW on every parameter, the loss in float32.
-Parameters are random; what they are does not change what a step costs.
+All get the same images. In a training step they have the same optimizer, AdamW on every parameter, and the loss in
+float32. Parameters are random, because their values do not change the cost of a step.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from vit_ref.verify.references.flax_vit import require_flaxvit
 RATE = 1e-4
 
 
-# What the allocators of XLA and PyTorch say.
+# Parts of the messages of the allocators of XLA and PyTorch.
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether that is what an error means, of Python, XLA or PyTorch."""
+    """Tells whether an exception of Python, XLA or PyTorch means that memory ran out."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
 
 
 class Contender(NamedTuple):
-    """One implementation, compiled and warm.
+    """Implementation that is compiled and warm.
 
     Attributes:
-      name: how tables call it.
-      run: so many forward passes or train steps, one unless it is told, and returns when the device is done. A train
-        step goes on from the last.
-      cost: of getting it ready.
+      name: name in tables.
+      run: function that runs a number of forward passes or training steps, by default one, and returns when the device
+        has finished. A training step continues from the one before.
+      cost: cost of the preparation.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Contender(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Who can be timed.
+    """Entry of the table of implementations.
 
     Attributes:
-      build: gets it ready for a workload.
-      require: raises `InputError` where its packages or its device are missing.
-      refusal: why it cannot do a workload, and what to do; "" where it can.
+      build: prepares the implementation for a workload.
+      require: raises `InputError` if its packages or its device are missing.
+      refusal: returns why it cannot run a workload and what to do, or "" if it can.
     """
 
     build: Callable[[Workload], Contender]
@@ -67,7 +67,7 @@ class Entry(NamedTuple):
     refusal: Callable[[Workload], str] = lambda workload: ""
 
     def installed(self) -> bool:
-        """Whether its packages and its device are here."""
+        """Tells whether its packages and its device are available."""
         try:
             self.require()
         except InputError:
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 
 
 def torchvit(workload: Workload, *, compiles: bool) -> Contender:
-    """transformers' ViT in PyTorch, eager or through `torch.compile`."""
+    """Prepares transformers' ViT in PyTorch, eager or with `torch.compile`."""
     from vit_ref.bench.torch_vit import build
 
     run, first = build(workload, RATE, compiles=compiles)
@@ -84,11 +84,11 @@ def torchvit(workload: Workload, *, compiles: bool) -> Contender:
 
 
 def vit_ref(workload: Workload, *, fused: bool = False) -> Contender:
-    """This package's model and train step; model and optimizer are split once, and donated.
+    """Prepares this package's model and training step. Model and optimizer are split once, and donated.
 
     Args:
-      workload: what is timed.
-      fused: whether attention is `attention.cudnn`, as PyTorch takes its own, and not the model's.
+      workload: the workload.
+      fused: whether attention is `attention.cudnn`, as PyTorch has its own fused attention.
     """
     name = "vit_ref-cudnn" if fused else "vit_ref"
     graph, shapes = skeleton(workload.config, workload.numerics.dtype, cudnn if fused else None)
@@ -107,7 +107,7 @@ def vit_ref(workload: Workload, *, fused: bool = False) -> Contender:
 
 
 def flaxvit(workload: Workload) -> Contender:
-    """`FlaxViTForImageClassification`'s module, as its documentation trains it."""
+    """Prepares the module of `FlaxViTForImageClassification`, trained as its documentation shows."""
     import transformers
     from transformers.models.vit import modeling_flax_vit
 
@@ -146,7 +146,7 @@ def _require_torch() -> None:
 
 def _not_in_float32(workload: Workload) -> str:
     half = workload.numerics.dtype != np.float32
-    return "" if half else "cuDNN's attention is for half precision: give --precision mixed"
+    return "" if half else "cuDNN's attention takes half precision: give --precision mixed"
 
 
 CONTENDERS: dict[str, Entry] = {
@@ -159,7 +159,7 @@ CONTENDERS: dict[str, Entry] = {
 
 
 def _random(shapes: Any) -> Any:
-    """A tree of shapes with small random arrays in their place, each dtype as it was."""
+    """Replaces the shapes of a tree by small random arrays of the same dtypes."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, dtype=np.float32) / 50, leaf.dtype), shapes
@@ -167,13 +167,13 @@ def _random(shapes: Any) -> Any:
 
 
 def chain_steps(step: Callable[..., Any], state: Any, pixels: jax.Array, labels: jax.Array) -> Callable[..., Any]:
-    """A function, see `queue_passes`, that takes steps on from the last, and returns the state and its loss.
+    """Returns a function for `queue_passes` whose steps continue from the last one. It returns the state and the loss.
 
     Args:
-      step: (state, pixels, labels) -> (state, loss); it may overwrite the state that it is given.
-      state: the first one.
-      pixels: the same at every step.
-      labels: likewise.
+      step: (state, pixels, labels) -> (state, loss). It may overwrite the state.
+      state: the first state.
+      pixels: images (B, height, width, C), the same at every step.
+      labels: class ids (B,), the same at every step.
     """
 
     def launch() -> tuple[Any, jax.Array]:

@@ -1,4 +1,4 @@
-"""Timing several implementations of one workload in turns, so that a noisy machine is as noisy for each."""
+"""Timing of several implementations of one workload in turns, so that a noisy machine disturbs each of them equally."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from vit_ref.errors import OutOfMemoryError, UnbuildableError
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How fast one implementation did one workload.
+    """Speed of one implementation on one workload.
 
     Attributes:
-      name: the implementation.
-      workload: what it did; `batch` is the one that fitted.
-      seconds: of a pass in each round, at least two; of the mean one where several are queued.
-      passes: how many were, see `passes_at_once`.
-      roofline: operations a second of the device's matrix products, timed in turns with it, or before and after.
-      cost: of getting it ready.
+      name: name of the implementation.
+      workload: the workload, with the batch that fitted in memory.
+      seconds: seconds of a pass in each round, at least two rounds. If several passes are queued, it is their mean.
+      passes: number of queued passes, see `passes_at_once`.
+      roofline: operations a second of the device's matrix products, measured in turns with the implementation.
+      cost: cost of the preparation.
     """
 
     name: str
@@ -48,10 +48,13 @@ class Timing:
         return (high - low) / self.median
 
     def speedup(self, other: Timing) -> float:
-        """How many times as fast as another: the median, over the rounds that the two took in turns, of their ratio.
+        """Returns how many times as fast as another it is: the median of the ratios, round by round.
 
-        A machine that is slow for half the rounds may take one's median from that half and the other's from the rest:
-        15 % were seen so where each round said 5 %.
+        A ratio of two medians would mislead on a machine that is slow for half of the rounds: each median may come from
+        another half.
+
+        Args:
+          other: timing of another implementation in the same rounds.
         """
         return statistics.median(theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
@@ -66,7 +69,7 @@ class Timing:
         return self.workload.flops() / self.median / self.roofline
 
     def facts(self) -> dict[str, float | None]:
-        """What follows from the median round, and the cost, under the names that JSON has."""
+        """Returns the figures of the median round, and the cost, under their names in JSON."""
         return {
             "images/s": self.images_per_second,
             "FLOPs": self.workload.flops(),
@@ -77,7 +80,7 @@ class Timing:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for machines."""
+        """Returns all figures, as JSON takes them."""
         rounds = {"seconds": list(self.seconds), "median_s": self.median}
         return {"implementation": self.name, **self.workload._asdict(), **rounds, **self.facts()}
 
@@ -85,16 +88,21 @@ class Timing:
 def build_fitting(
     workload: Workload, names: Sequence[str], say: Callable[[str], None]
 ) -> tuple[Workload, tuple[Contender, ...]]:
-    """The contenders on the largest batch, this one or a half, a quarter, … of it, that fits in memory for all.
+    """Prepares the contenders on the largest batch that fits in memory for all of them.
+
+    It tries the given batch, then a half of it, a quarter, and so on.
 
     Args:
-      workload: what was asked for.
-      names: of `CONTENDERS`. One that cannot be built is left out, if there are others.
-      say: told when the batch is halved, and which one is left out and why.
+      workload: the workload, with the largest batch to try.
+      names: names in `CONTENDERS`. One that cannot be built is left out, if there are others.
+      say: called with a line of text for each halved batch and each implementation that is left out.
+
+    Returns:
+      The workload with the batch that fits, and the contenders.
 
     Raises:
       OutOfMemoryError: one image does not fit.
-      UnbuildableError: none of them can be built.
+      UnbuildableError: none of the implementations can be built.
     """
     names = list(names)
     while True:
@@ -108,26 +116,29 @@ def build_fitting(
                         names.remove(name)
                         if not names:
                             raise
-                        say(f"{workload}: {name} is not timed: {error}")
+                        say(f"{workload}: {name} is left out: {error}")
                 return workload, tuple(contenders)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         if workload.batch == 1:
-            raise OutOfMemoryError(f"{workload}: one image does not fit in the device's memory: take a smaller size")
+            raise OutOfMemoryError(f"{workload}: one image does not fit in the device's memory: give a smaller --size")
         half = workload._replace(batch=workload.batch // 2)
-        say(f"{workload}: out of memory, going on with batch {half.batch}")
+        say(f"{workload}: out of memory: trying batch {half.batch}")
         workload = half
 
 
 def race(workload: Workload, contenders: Sequence[Contender], rounds: int, roofline: Roofline) -> list[Timing]:
-    """Times each contender, `passes_at_once` passes of it, and the roofline's products, once a round, in turns.
+    """Times `passes_at_once` passes of each contender, and the roofline's products, once a round, in turns.
 
     Args:
-      workload: what they do.
-      contenders: compiled and warm.
-      rounds: two at least.
-      roofline: of the workload's precision.
+      workload: the workload.
+      contenders: the implementations, compiled and warm.
+      rounds: number of rounds, at least two.
+      roofline: the roofline of the workload's precision.
+
+    Returns:
+      A timing of each contender.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     times = passes_at_once()

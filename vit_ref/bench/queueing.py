@@ -1,4 +1,4 @@
-"""How many passes are given to the device before it is waited for."""
+"""The number of passes that go to the device before the host waits for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 
 
 def passes_at_once() -> int:
-    """One on a CPU; eight on an accelerator, which works at one while the host prepares the next.
+    """Returns 1 on a CPU, and 8 on an accelerator, which computes one pass while the host prepares the next.
 
-    So does training, which waits for no step. With one at a time an H200 stood still for 5 of 44 ms of a step.
+    Training does the same, because it does not wait for each step. With one pass at a time an accelerator would idle.
     """
     return 1 if jax.default_backend() == "cpu" else 8
 
@@ -19,11 +19,11 @@ def passes_at_once() -> int:
 def queue_passes(
     launch: Callable[[], Any], wait: Callable[[Any], Any] = lambda result: jax.block_until_ready(result)
 ) -> Callable[..., Any]:
-    """A function `(times=1)` that launches so often, waits until the device is done, and returns the last result.
+    """Returns a function `(times=1)` that launches that many passes, waits for the device, and returns the last result.
 
     Args:
-      launch: returns arrays that the device may still be at; one launch's are done when the next one's are.
-      wait: given the last result, returns it when the device is done.
+      launch: returns arrays that the device may still be computing. The device finishes launches in order.
+      wait: takes the last result, and returns it when the device has finished.
     """
 
     def run(times: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""Timings for people: a table, and a plot of throughput against batch and of the way to the roofline."""
+"""Timings as a table, and as a plot of throughput by batch and of operations a second against the roofline."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _AGAINST = "FlaxViT"
 
 
 def table(timings: Sequence[Timing]) -> Table:
-    """One row an implementation, its throughput also as a multiple of FlaxViT's, round by round.
+    """Makes a table with a row for each implementation. It shows throughput also as a multiple of FlaxViT's.
 
     Args:
-      timings: of one workload.
+      timings: timings of one workload.
     """
     first = timings[0]
     shown = Table(title=str(first.workload), title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -54,11 +54,11 @@ def table(timings: Sequence[Timing]) -> Table:
 
 
 def plot(path: Path, timings: Sequence[Timing]) -> None:
-    """Throughput against batch, and operations a second against the roofline, as PNG.
+    """Plots throughput by batch, and operations a second against the roofline, as a PNG file.
 
     Args:
-      path: where to.
-      timings: of any workloads; each implementation, size, precision and pass is a line over the batches.
+      path: the file.
+      timings: timings of any workloads. Each implementation, size, precision and pass is a line over the batches.
 
     Raises:
       InputError: matplotlib is missing, or the file cannot be written.
@@ -84,7 +84,7 @@ def plot(path: Path, timings: Sequence[Timing]) -> None:
         roofline = max(timing.roofline for timing in timings if timing.workload.precision == precision) / 1e9
         right.axhline(roofline, color="black", linewidth=1)
         right.annotate(
-            f"matrix products at their best, {precision}",
+            f"fastest matrix products, {precision}",
             (0, roofline),
             (4, -11),
             ("axes fraction", "data"),
@@ -97,10 +97,10 @@ def plot(path: Path, timings: Sequence[Timing]) -> None:
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     left.set_title(kinds[0] if len(kinds) == 1 else "throughput", loc="left")
-    right.set_title("and how far that is from the roofline", loc="left")
+    right.set_title("operations a second and the roofline", loc="left")
     left.legend(frameon=False, fontsize="small")
     try:
         with replacing(path) as draft:
             figure.savefig(draft, format="png", dpi=120)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: it cannot be written ({error.strerror}): give another place") from None

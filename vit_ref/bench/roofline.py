@@ -1,4 +1,4 @@
-"""The most that the device's matrix products reach in one run: what a model's speed is measured against."""
+"""The roofline of a model's speed: the best rate that the device's matrix products reach in the same run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jax.typing import DTypeLike
 from vit_ref.bench.queueing import passes_at_once, queue_passes
 from vit_ref.verify.precision import Precision
 
-# Square products of these sides, the best of which counts: a small one does not fill an accelerator, and one of 8192
-# takes ten seconds on two cores. There, 1536 was the fastest of 512 to 3072.
+# Sides of square products, the best of which counts. A small product does not fill an accelerator, and a large one
+# takes
+# too long on a CPU.
 _SIDES = {"cpu": (1024, 1536)}
 _ACCELERATOR = (4096, 8192)
 
 
 class Roofline:
-    """Large matrix products, as many at once as of what is measured against them, and timed in turns with it.
+    """Rate of large matrix products, queued like the passes of a model, and measured in turns with them.
 
-    Where a machine's speed changes within minutes, one that is measured once is soon too low or too high: models were
-    seen to reach 118 % of it.
+    The speed of a machine changes within minutes. A roofline that is measured only once would soon be too low or high.
 
     Args:
-      precision: what they are asked for in.
+      precision: precision of the products.
     """
 
     def __init__(self, precision: Precision):
@@ -41,21 +41,21 @@ class Roofline:
         """Times each product once more."""
         times = passes_at_once()
         for side, run in self._products.items():
-            run()  # Not timed: right after a train step it took up to twice as long.
+            run()  # Not timed, because the first product after a training step is slow.
             start = time.perf_counter()
             run(times)
             self._seconds[side].append((time.perf_counter() - start) / times)
 
     def flops(self) -> float:
-        """Operations a second: the median of each side, the best side.
+        """Returns operations a second: the median for each side, of the best side.
 
-        The median, as of what is compared with it: a machine's best moment is nothing that a model could keep up.
+        Models are compared by their median too. A machine's best moment is no rate that a model could hold.
         """
         return max(2 * side**3 / statistics.median(seconds) for side, seconds in self._seconds.items())
 
 
 def _product(side: int, dtype: DTypeLike) -> Callable[..., Any]:
-    """One product, compiled, as `queue_passes` has it."""
+    """Returns one compiled product, as a function from `queue_passes`."""
     values = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
     x = jax.device_put(jnp.asarray(values, dtype))
     multiply = jax.jit(jnp.matmul).lower(x, x).compile()

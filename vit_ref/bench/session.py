@@ -1,4 +1,4 @@
-"""A whole run: which workloads, with what stands in for what was not said, and each of them timed."""
+"""A whole benchmark run: the choice of workloads and implementations, and their timing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from vit_ref.verify.environment import notes
 def list_workloads(
     sizes: Sequence[str], batches: Sequence[int], precisions: Sequence[str], passes: Sequence[str]
 ) -> list[Workload]:
-    """Every combination of what was asked for; of what was not, what suits the device.
+    """Lists every combination of the given values. An empty sequence stands for a choice that suits the device.
 
-    On a CPU Ti/16 on 8 images in float32: two cores take a second for it. On an accelerator B/16 on 128 images, which
-    fill it, and bfloat16 too, which is what it is for.
+    On a CPU that choice is Ti/16 on 8 images in float32, which is quick. On an accelerator it is B/16 on 128 images,
+    which fill it, in float32 and in mixed precision, which it is made for.
+
+    Args:
+      sizes: sizes of the model, such as "B/16".
+      batches: numbers of images.
+      precisions: keys of `PRECISIONS`.
+      passes: "forward" or "train".
 
     Raises:
-      InputError: see `workload`.
+      InputError: a value is unknown or out of range.
     """
     cpu = jax.default_backend() == "cpu"
     sizes = sizes or (["Ti/16"] if cpu else ["B/16"])
@@ -34,10 +40,13 @@ def list_workloads(
 
 
 def list_implementations(names: Sequence[str]) -> list[str]:
-    """Those asked for, or all whose packages and whose device are here.
+    """Lists the named implementations, or all whose packages and device are available.
+
+    Args:
+      names: names in `CONTENDERS`, or none.
 
     Raises:
-      InputError: there is none of that name, or its packages or its device are missing.
+      InputError: a name is unknown, or the packages or the device of an implementation are missing.
     """
     for name in names:
         if name not in CONTENDERS:
@@ -46,9 +55,9 @@ def list_implementations(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names)) or [name for name, entry in CONTENDERS.items() if entry.installed()]
 
 
-def select_able(asked: Workload, names: Sequence[str]) -> list[str]:
-    """Those of these implementations that can do a workload."""
-    return [name for name in names if not CONTENDERS[name].refusal(asked)]
+def select_able(workload: Workload, names: Sequence[str]) -> list[str]:
+    """Returns the implementations that can run a workload."""
+    return [name for name in names if not CONTENDERS[name].refusal(workload)]
 
 
 def time_workloads(
@@ -60,37 +69,40 @@ def time_workloads(
     rounds: int,
     say: Callable[[str], None],
 ) -> Iterator[list[Timing]]:
-    """Times each workload when it is asked for.
+    """Times each workload, and yields its timings before it begins the next.
 
     Args:
-      sizes: see `list_workloads`.
-      batches: likewise.
-      precisions: likewise.
-      passes: likewise.
-      names: see `list_implementations`.
-      rounds: of each.
-      say: told what is out of the ordinary.
+      sizes: sizes of the model, such as "B/16"; none for a choice that suits the device.
+      batches: numbers of images; none for a choice that suits the device.
+      precisions: keys of `PRECISIONS`; none for a choice that suits the device.
+      passes: "forward" or "train"; none for both.
+      names: names in `CONTENDERS`; none for all that are available.
+      rounds: number of measurements of each implementation.
+      say: called with a line of text about anything unusual.
+
+    Yields:
+      A timing of each implementation.
 
     Raises:
-      InputError: see `list_workloads` and `list_implementations`.
+      InputError: a value is unknown or out of range, or an implementation is not available.
     """
-    todo, racing = list_workloads(sizes, batches, precisions, passes), list_implementations(names)
-    if not any(select_able(asked, racing) for asked in todo):
-        raise InputError(CONTENDERS[racing[0]].refusal(todo[0]))
-    for precision in dict.fromkeys(asked.precision for asked in todo):
+    workloads, racing = list_workloads(sizes, batches, precisions, passes), list_implementations(names)
+    if not any(select_able(workload, racing) for workload in workloads):
+        raise InputError(CONTENDERS[racing[0]].refusal(workloads[0]))
+    for precision in dict.fromkeys(workload.precision for workload in workloads):
         for note in notes(PRECISIONS[precision]):
             say(f"{precision}: {note}")
     done = set()
-    for asked in todo:
-        entered = select_able(asked, racing)
+    for workload in workloads:
+        entered = select_able(workload, racing)
         for name in dict.fromkeys(names):
             if name not in entered:
-                say(f"{asked}: {name} is not timed: {CONTENDERS[name].refusal(asked)}")
+                say(f"{workload}: {name} is left out: {CONTENDERS[name].refusal(workload)}")
         if not entered:
             continue
-        roofline = Roofline(asked.numerics)  # before the contenders: what fits has to fit beside it
-        fitted, contenders = build_fitting(asked, entered, say)
+        roofline = Roofline(workload.numerics)  # before the contenders, which have to fit beside it
+        fitted, contenders = build_fitting(workload, entered, say)
         if fitted not in done:
             done.add(fitted)
             yield race(fitted, contenders, rounds, roofline)
-        del contenders, roofline  # The next ones find the device empty.
+        del contenders, roofline  # so that the next ones find the device empty

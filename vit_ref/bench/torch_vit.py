@@ -1,4 +1,4 @@
-"""transformers' ViT in PyTorch with its fused attention as a contender, on PyTorch's GPU where it has one."""
+"""transformers' ViT in PyTorch with its fused attention as a contender, on PyTorch's GPU if there is one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from vit_ref.errors import UnbuildableError
 
 
 def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[..., Any], float]:
-    """The pass as `bench.queueing.queue_passes` has it, warm, and the seconds of its first call.
+    """Prepares a pass as a function from `queue_passes`, and warms it up.
 
     Args:
-      workload: what it does.
-      rate: AdamW's.
-      compiles: through `torch.compile`.
+      workload: the workload.
+      rate: learning rate of AdamW.
+      compiles: whether to use `torch.compile`.
+
+    Returns:
+      The function, and the seconds of its first call.
 
     Raises:
-      UnbuildableError: `torch.compile` does not work here, as where it finds no C++ compiler.
+      UnbuildableError: `torch.compile` does not work here, for example without a C++ compiler.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high" if workload.precision == "tensorfloat32" else "highest")
@@ -35,7 +38,7 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
     model.to(device)
     model.train(workload.what != "forward")
     pixels, labels = (torch.from_numpy(array).to(device) for array in workload.inputs())
-    # PyTorch wants channels first, and class ids in 64 bits.
+    # PyTorch needs channels first, and class ids in 64 bits.
     pixels, labels = pixels.permute(0, 3, 1, 2).contiguous(), labels.long()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4, fused=device.type == "cuda")
     called = model
@@ -74,13 +77,13 @@ def build(workload: Workload, rate: float, *, compiles: bool) -> tuple[Callable[
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Makes one line of what `torch.compile` raises, but for what the caller may answer: too little memory."""
+    """Makes one line of an error of `torch.compile`. It leaves out-of-memory errors to the caller, who can react."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         raise UnbuildableError(
-            f"torch.compile fails ({str(error).strip().splitlines()[0]}): install what it needs, as a rule a C++"
-            " compiler, or name the other implementations"
+            f"torch.compile failed ({str(error).strip().splitlines()[0]}): install what it needs, usually a C++"
+            " compiler, or choose others with --implementation"
         ) from error

@@ -1,4 +1,4 @@
-"""What is timed: one size, batch, precision and pass, and how many operations that is."""
+"""A workload to time: one size, batch, precision and pass, and its number of operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vit_ref.verify import precision as precisions
 
 Pass = Literal["forward", "train"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
-# Those in which parameters, and what an optimizer keeps of them, stay float32.
+# The precisions in which parameters and the state of the optimizer stay float32.
 PRECISIONS = {name: precision for name, precision in precisions.PRECISIONS.items() if precision.stored is None}
 CLASSES = 1000
 
@@ -22,10 +22,10 @@ class Workload(NamedTuple):
     """One thing to time.
 
     Attributes:
-      size: a variant of `ViTConfig.variant`, as in "B/16", on 224 pixels and 1000 classes.
-      batch: images.
-      precision: one of `PRECISIONS`, as in "float32", or "mixed": bfloat16 computed from parameters in float32.
-      what: "forward", the forward pass, or "train": loss, backward pass and AdamW.
+      size: a variant of `ViTConfig.variant`, such as "B/16". Images have 224 pixels a side, and there are 1000 classes.
+      batch: number of images.
+      precision: a key of `PRECISIONS`, such as "float32", or "mixed" for bfloat16 with parameters in float32.
+      what: "forward", the forward pass, or "train", which is loss, backward pass and AdamW.
     """
 
     size: str
@@ -43,13 +43,14 @@ class Workload(NamedTuple):
 
     @property
     def numerics(self) -> precisions.Precision:
-        """What is computed in what."""
+        """The precision of storage and computation."""
         return PRECISIONS[self.precision]
 
     def flops(self) -> int:
-        """Floating point operations of all matrix products, two a multiplication, in closed form.
+        """Counts the floating point operations of all matrix products, two a multiplication, in closed form.
 
-        A linear layer's backward pass is two products as large as its own, the patches' one: pixels get no gradient.
+        The backward pass of a linear layer is two products as large as its own. That of the patches is one, because
+        pixels get no gradient.
         """
         once = count_operations(self.config)
         if self.what == "forward":
@@ -57,14 +58,14 @@ class Workload(NamedTuple):
         return self.batch * (3 * sum(once.values()) - once["patches"])
 
     def inputs(self) -> tuple[NDArray, NDArray]:
-        """Images (B, 224, 224, 3), float32, and labels (B,), int32."""
+        """Returns images (B, 224, 224, 3), float32, and labels (B,), int32."""
         rng = np.random.default_rng(0)
         pixels = rng.standard_normal((self.batch, *self.config.image_hw, 3), dtype=np.float32)
         return pixels, rng.integers(CLASSES, size=self.batch).astype(np.int32)
 
 
 def count_operations(config: ViTConfig) -> dict[str, int]:
-    """Operations of one image's forward pass, by layer, over all blocks."""
+    """Counts the operations of one image's forward pass, by kind of layer, over all blocks."""
     rows, columns = config.grid()
     patches, tokens, width = rows * columns, rows * columns + 1, config.hidden_size
     depth, hidden = config.num_hidden_layers, config.intermediate_size
@@ -79,10 +80,16 @@ def count_operations(config: ViTConfig) -> dict[str, int]:
 
 
 def parse_workload(size: str, batch: int, precision: str, what: str) -> Workload:
-    """A workload of what a person typed.
+    """Makes a workload from its parts as text and numbers.
+
+    Args:
+      size: size of the model, such as "B/16".
+      batch: number of images.
+      precision: key of `PRECISIONS`.
+      what: "forward" or "train".
 
     Raises:
-      InputError: one of them is not known.
+      InputError: a value is unknown or out of range.
     """
     ViTConfig.variant(size)
     if batch < 1:

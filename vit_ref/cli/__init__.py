@@ -1,1 +1,1 @@
-"""The command line, one file a command. These files import jax and flax only once a command runs."""
+"""The command line, one file a command. These files import jax and flax only when a command runs."""

@@ -1,4 +1,4 @@
-"""`vit-ref bench`: how fast the model is beside other implementations."""
+"""The command `vit-ref bench`: times the model beside other implementations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--size", "sizes", multiple=True, metavar="SIZE", help="As Ti/16 or B/16; repeatable.")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Images; repeatable.")
+@click.option(
+    "--size", "sizes", multiple=True, metavar="SIZE", help="Size of the model, such as Ti/16 or B/16; repeatable."
+)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Images in a batch; repeatable.")
 @click.option("--precision", "precisions", multiple=True, help="float32, tensorfloat32, mixed or float16; repeatable.")
-@click.option("--pass", "passes", multiple=True, help="forward or train; repeatable. Else both.")
-@click.option("--implementation", "names", multiple=True, help="One of those installed; repeatable. Else all.")
-@click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Of each, in turns.")
-@click.option("--plot", "picture", type=LOCAL, metavar="FILE", help="Draw a PNG.")
+@click.option("--pass", "passes", multiple=True, help="forward or train; repeatable. Default: both.")
+@click.option("--implementation", "names", multiple=True, help="An installed implementation; repeatable. Default: all.")
+@click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Times to measure each one.")
+@click.option("--plot", "picture", type=LOCAL, metavar="FILE", help="Draw the throughput as a PNG file.")
 @json_option
 def bench(
     sizes: tuple[str, ...],
@@ -36,9 +38,10 @@ def bench(
     picture: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Time forward pass and train step beside FlaxViT, and PyTorch where it is installed, in turns.
+    """Time the forward pass and the training step beside FlaxViT, and beside PyTorch if it is installed.
 
-    Without options: what two cores do in a minute, or what fills an accelerator.
+    The implementations take turns, so that a change of the machine's speed meets all of them. Without options the
+    command chooses work that takes two CPU cores a minute, or that fills an accelerator.
     """
     require_outputs(plot=picture, json=json_file)
     with leave_when_interrupted():
@@ -56,7 +59,7 @@ def bench(
             console.print()
             timings += group
     finally:
-        # What was timed before one did not fit, or before an interrupt, is not lost.
+        # An interrupt, or a batch that does not fit, must not lose the timings before it.
         if timings and json_file:
             write_json(json_file, {"environment": environment(), "timings": [timing.to_json() for timing in timings]})
         if timings and picture:

@@ -1,4 +1,4 @@
-"""What the commands say on a terminal: results in colour, lines about errors, and a progress bar."""
+"""Output of the commands on a terminal: results in colour, lines about errors, and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_ref.image_files import counted
 
 
 class Verdicts(RegexHighlighter):
-    """Colours the words that decide, where a terminal shows them."""
+    """Highlighter of the words that state a verdict. Only terminals show the colours."""
 
     base_style = "verdict."
     highlights = [  # noqa: RUF012  # rich's own way
@@ -30,10 +30,13 @@ THEME = Theme({"verdict.good": "green", "verdict.bad": "bold red", "verdict.open
 
 
 class Output(Console):
-    """A console that leaves a closed pipe to the group: rich would end with exit code 1, which here is a verdict."""
+    """Console that leaves a closed pipe to the command group.
+
+    Without it rich would end the process with exit code 1, which here means a failed check.
+    """
 
     def on_broken_pipe(self) -> None:
-        """Raises the error that rich is handling."""
+        """Raises again the error that rich is handling."""
         raise
 
 
@@ -41,33 +44,33 @@ _ERRORS = Output(stderr=True, soft_wrap=True, highlight=False)
 
 
 def say(line: str) -> None:
-    """Prints a line of the command itself, on standard error."""
+    """Prints a line about the command itself on standard error."""
     _ERRORS.print(f"vit-ref: {line}", markup=False)
 
 
 class Notes(logging.Handler):
-    """Shows what the package logs as lines of the command."""
+    """Log handler that prints the package's log records as lines of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints one line."""
+        """Prints one record."""
         say(record.getMessage())
 
 
 def say_left_out(files: Collection[PurePath | str]) -> None:
-    """Counts the files that were not taken for images, so that nobody misses theirs in silence."""
+    """Prints how many files the command left out because their suffix is not that of an image."""
     if files:
-        say(f"left out, no image by its suffix: {counted(files)}")
+        say(f"left out, because the suffix is not that of an image: {counted(files)}")
 
 
 @contextlib.contextmanager
 def show_progress(total: int | None) -> Iterator[Callable[[str], None]]:
-    """A bar on the terminal, which names the step; nothing without a terminal.
+    """Shows a bar with the name of the step. Without a terminal it shows nothing.
 
     Args:
-      total: how many steps are expected; None if nobody knows.
+      total: number of expected steps, or None if it is unknown.
 
     Yields:
-      A function that is told the name of each step as it begins.
+      A function to call with the name of each step when the step begins.
     """
     console = Console(stderr=True)
     columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -77,7 +80,7 @@ def show_progress(total: int | None) -> Iterator[Callable[[str], None]]:
 
         def step(doing: str) -> None:
             nonlocal done
-            # There are more steps than expected if the verdict takes a closer look.
+            # A verdict that needs a closer look takes more steps than expected.
             bar.update(task, completed=done, description=doing, total=total and max(total, done + 1))
             done += 1
 

@@ -1,4 +1,4 @@
-"""`vit-ref convert`: a checkpoint in another layout."""
+"""The command `vit-ref convert`: writes a checkpoint in another layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vit_ref.cli.outputs import print_result, require_outputs
 if TYPE_CHECKING:
     from vit_ref.weights.conversion import Target
 
-# Those of `conversion.Target`, which imports jax. A test compares the two.
+# The values of `conversion.Target`, whose module imports jax. A test compares the two.
 LAYOUTS = ("hf", "flax", "npz", "big_vision", "timm")
 
 
@@ -25,7 +25,10 @@ LAYOUTS = ("hf", "flax", "npz", "big_vision", "timm")
 @ignore_option
 @json_option
 def convert(source: str, destination: Path, layout: Target, ignore: tuple[str, ...], json_file: Path | None) -> None:
-    """Write the checkpoint SOURCE to DESTINATION in another layout, value for value, and read it back."""
+    """Write the checkpoint SOURCE to DESTINATION in another layout.
+
+    No value changes. The command reads DESTINATION back and compares it with SOURCE.
+    """
     require_outputs(json=json_file)
     with leave_when_interrupted():
         from vit_ref.weights import conversion

@@ -1,4 +1,4 @@
-"""The installed command `vit-ref`: it answers an interrupt from its first moment on."""
+"""The installed command `vit-ref`. It answers an interrupt even while it still imports modules."""
 
 from __future__ import annotations
 

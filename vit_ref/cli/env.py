@@ -1,4 +1,4 @@
-"""`vit-ref env`: the packages and devices that a verdict depends on."""
+"""The command `vit-ref env`: prints the packages and devices that a verdict depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vit_ref.cli.outputs import print_result, require_outputs
 @click.command()
 @json_option
 def env(json_file: Path | None) -> None:
-    """Print versions, devices and the precision of matrix products."""
+    """Print the versions of packages, the devices and the precision of matrix products."""
     require_outputs(json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.environment import environment

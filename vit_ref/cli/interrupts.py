@@ -1,4 +1,4 @@
-"""What an interrupt does while modules are being imported, which takes seconds."""
+"""Handling of an interrupt while modules are being imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 130
-MESSAGE = "vit-ref: interrupted, nothing is left half-written"
+MESSAGE = "vit-ref: interrupted; no file is half-written"
 
 
 @contextlib.contextmanager
 def leave_when_interrupted() -> Iterator[None]:
-    """Lets an interrupt end the process at once, with one line and exit code 130. For imports, before any work."""
+    """Lets an interrupt end the process at once, with one line and exit code 130. Use it for imports only."""
     before = signal.getsignal(signal.SIGINT)
-    # A shell makes a process that it starts in the background ignore the signal.
+    # A process that a shell starts in the background ignores the signal.
     if before is not signal.default_int_handler:
         yield
         return
@@ -29,8 +29,7 @@ def leave_when_interrupted() -> Iterator[None]:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:  # pragma: no cover  # os._exit leaves without its coverage
-    # An exception could end in an `except` of the module that is being imported. And Python's own end crashes while
-    # jaxlib compiles.
+    # A module that is being imported could catch an exception. A normal exit crashes while jaxlib compiles.
     sys.stderr.write(f"{MESSAGE}\n")
     sys.stderr.flush()
     os._exit(INTERRUPTED)

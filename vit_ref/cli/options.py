@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vit_ref.files import require_local
 
 
 class _LocalPath(click.Path):
-    """A path on this machine. A URL is refused before any work, in one line as all other input."""
+    """Path on this machine. The command refuses a URL before any work."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Any:
         name = max(parameter.opts, key=len) if isinstance(parameter, click.Option) else "the path"
@@ -21,7 +21,9 @@ class _LocalPath(click.Path):
 
 LOCAL = _LocalPath(path_type=Path)
 
-ignore_option = click.option("--ignore", multiple=True, metavar="PATTERN", help="Ignore these tensors; repeatable.")
+ignore_option = click.option(
+    "--ignore", multiple=True, metavar="PATTERN", help="Ignore unexpected tensors with such names; repeatable."
+)
 json_option = click.option(
     "--json", "json_file", type=LOCAL, metavar="FILE", help="Write the result as JSON; - prints it."
 )

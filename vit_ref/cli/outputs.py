@@ -1,4 +1,4 @@
-"""The files that commands write their results to: checked before the work, and whole or not there at all."""
+"""Files for the results of commands: checked before the work, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ import click
 from vit_ref.errors import InputError
 from vit_ref.files import write
 
-# As a file, standard output: a command then prints nothing else there.
+# Standard output as a file. The command then prints nothing else there.
 STDOUT = Path("-")
 
 
 def require_outputs(**files: Path | None) -> None:
-    """Checks before minutes of work that each file can be written.
+    """Checks before the work that each file can be written.
 
     Args:
-      files: by option, without its dashes.
+      **files: option without its dashes -> the file, or None if the caller gave none.
 
     Raises:
-      InputError: one of them cannot be written, or two are the same.
+      InputError: one of them cannot be written, or two are the same file.
     """
     given = {option: file for option, file in files.items() if file}
     for file in given.values():
         if file == STDOUT:
             continue
         if not os.path.isdir(file.absolute().parent):
-            raise InputError(f"{file}: no such directory: make it first")
-        if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
-            raise InputError(f"{file}: is a directory: name a file")
+            raise InputError(f"{file}: its directory does not exist: make it first")
+        if os.path.isdir(file):  # Path.is_dir would raise for a name that is too long
+            raise InputError(f"{file}: it is a directory: give the name of a file")
         if os.path.islink(file) or (os.path.exists(file) and not os.path.isfile(file)):
-            continue  # a pipe, say, which is written to and not replaced
+            continue  # such as a pipe, which is written to and not replaced
         try:
             with tempfile.TemporaryFile(dir=file.absolute().parent):
                 pass
         except OSError as error:
-            raise InputError(f"{file}: cannot be written there ({error.strerror}): name another place") from None
+            raise InputError(f"{file}: it cannot be written ({error.strerror}): give another place") from None
     if len(given) > 1 and len({file.resolve() for file in given.values()}) == 1:
         first = next(iter(given.values()))
-        raise InputError(f"{first}: {' and '.join(f'--{option}' for option in given)} are the same file: give two")
+        options = " and ".join(f"--{option}" for option in given)
+        raise InputError(f"{first}: {options} name the same file: give two different files")
 
 
 def write_output(file: Path, text: str) -> None:
-    """Writes a file, or prints the text.
+    """Writes the text to a file, or prints it if the file is `STDOUT`.
 
     Raises:
-      InputError: it cannot be written there.
+      InputError: the file cannot be written.
     """
     if file == STDOUT:
         click.echo(text, nl=False)
@@ -59,17 +60,17 @@ def write_output(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a result for machines; see `write_output`."""
+    """Writes a result as JSON to a file, or prints it if the file is `STDOUT`."""
     write_output(file, json.dumps(content, indent=1) + "\n")
 
 
 def print_result(text: str, json_file: Path | None, content: Any) -> None:
-    """Prints a result for people, and writes it for machines if a file is given.
+    """Prints a result as text, and writes it as JSON if a file is given.
 
     Args:
-      text: goes to standard error if the JSON goes to standard output.
-      json_file: takes the JSON; None for no JSON.
-      content: what the JSON holds.
+      text: the result as text. It goes to standard error if the JSON goes to standard output.
+      json_file: the file for the JSON, or None for no JSON.
+      content: the result as JSON takes it.
 
     Raises:
       InputError: the file cannot be written.

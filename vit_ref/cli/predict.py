@@ -1,4 +1,4 @@
-"""`vit-ref predict`: what a classifier says of images."""
+"""The command `vit-ref predict`: classifies images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vit_ref.cli.outputs import print_result, require_outputs
 def predict(
     checkpoint: str, images: tuple[Path, ...], top: int, ignore: tuple[str, ...], json_file: Path | None
 ) -> None:
-    """Name what is in each IMAGE by the classifier CHECKPOINT, a directory or hub id.
+    """Classify each IMAGE with CHECKPOINT, a directory, file or hub id.
 
-    Each class has a probability. A regression, which has none, prints its values.
+    The command prints the likeliest classes with their probabilities, or the values of a regression.
     """
     require_outputs(json=json_file)
     with show_progress(len(images)) as progress:
@@ -35,13 +35,13 @@ def predict(
             from vit_ref.weights.pretrained import from_pretrained
 
         model = from_pretrained(checkpoint, ignore=ignore)
-        results, found = predict_each(model, images, top), []
+        results, predictions = predict_each(model, images, top), []
         for number in range(1, len(images) + 1):
             progress(f"image {number} of {len(images)}")
-            found.append(next(results))
+            predictions.append(next(results))
     kind = name_unit(model.config)
     lines, content = [], []
-    for file, each in zip(images, found, strict=True):
+    for file, each in zip(images, predictions, strict=True):
         content.append({"image": str(file), "predictions": [{"label": label, kind: value} for label, value in each]})
         lines.append(click.format_filename(file))
         for label, value in each:

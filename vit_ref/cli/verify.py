@@ -1,4 +1,4 @@
-"""`vit-ref verify`: the verdict on a candidate."""
+"""The command `vit-ref verify`: prints the verdict on a candidate."""
 
 from __future__ import annotations
 
@@ -19,18 +19,24 @@ from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_outpu
 from vit_ref.errors import InputError, PartlyJudgedError
 
 WRONG = 1
-# Those of `precision.PRECISIONS`, which imports jax. A test compares the two.
+# The keys of `precision.PRECISIONS`, whose module imports jax. A test compares the two.
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "mixed", "float16")
-# The embedded case that is judged without a checkpoint: rectangular images, and odd sizes of everything.
+# The embedded case that replaces a checkpoint: rectangular images, and odd sizes everywhere.
 CASE = "rectangular"
 
 
 @click.command()
 @click.argument("checkpoint", required=False)
 @click.option(
-    "--candidate", "candidates", multiple=True, metavar="FILE.py|module:attr", help="Candidate to judge; repeatable."
+    "--candidate", "candidates", multiple=True, metavar="FILE.py|module:attr", help="Candidate to test; repeatable."
 )
-@click.option("--reference", type=click.Choice(["flax", "torch", "numpy"]), default="flax", show_default=True)
+@click.option(
+    "--reference",
+    type=click.Choice(["flax", "torch", "numpy"]),
+    default="flax",
+    show_default=True,
+    help="Reference: FlaxViT, transformers' ViT in PyTorch, or the NumPy oracle.",
+)
 @click.option(
     "--precision",
     "--dtype",
@@ -38,13 +44,13 @@ CASE = "rectangular"
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="What the numerical gate judges.",
+    help="Precision of the numerical gate.",
 )
-@click.option("--images", type=LOCAL, metavar="DIR", help="Photographs; else synthetic images.")
+@click.option("--images", type=LOCAL, metavar="DIR", help="Directory of photographs. Default: synthetic images.")
 @ignore_option
-@click.option("--forward-only", is_flag=True, help="No gradients.")
-@click.option("--stream", is_flag=True, help="Hold one block at a time, however deep the model. Not with --candidate.")
-@click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
+@click.option("--forward-only", is_flag=True, help="Skip the gradients.")
+@click.option("--stream", is_flag=True, help="Hold one block in memory at a time. Not with --candidate.")
+@click.option("--table", "whole", is_flag=True, help="Print the errors of every site.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
 @json_option
 @click.pass_context
@@ -62,25 +68,25 @@ def verify(
     html: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Judge this package's model on CHECKPOINT, a directory, file or hub id, or each --candidate in its place.
+    """Verify each --candidate on CHECKPOINT, a directory, file or hub id.
 
-    Without CHECKPOINT they are judged on a small embedded case, in seconds.
+    Without --candidate the command verifies this package's model. Without CHECKPOINT it uses a small embedded case,
+    which takes seconds. It compares every value of the forward pass and every gradient with a float64 oracle.
 
-    Every value of the forward pass and every gradient is compared with a float64 oracle. Exit code 0: it is right.
-    1: it is wrong, and the first divergence is printed. 2: something that was given cannot be used. If that turns out
-    after the forward pass, the findings of the forward pass are printed first.
+    Exit code 0: every check passed. 1: a check failed, and the report names the first divergence. 2: some input cannot
+    be used; if the forward pass was verified before, the command prints its results.
     """
     if len(candidates) > 1 and (html or json_file):
-        raise InputError("--html and --json take one report: give one --candidate")
+        raise InputError(f"--html and --json hold one report, and there are {len(candidates)} candidates: give one")
     if stream and candidates:
-        raise InputError("--stream judges this package's own model: leave --candidate away, or --stream")
+        raise InputError("--stream verifies only this package's model: leave out --candidate or --stream")
     if checkpoint is None:
         for option, given in (("ignore", ignore), ("images", images), ("stream", stream)):
             if given:
-                raise InputError(f"--{option} needs a CHECKPOINT: name one, or leave --{option} away")
+                raise InputError(f"--{option} needs a CHECKPOINT, and there is none: give one, or leave out --{option}")
     require_outputs(html=html, json=json_file)
     with leave_when_interrupted():
-        from vit_ref.verify.report import summary, table, to_html, to_json
+        from vit_ref.verify.report import in_full, summary, to_html, to_json
         from vit_ref.verify.session import check_port, count_steps
         from vit_ref.verify.stream import check_streamed
 
@@ -106,16 +112,13 @@ def verify(
                 except PartlyJudgedError as error:
                     report, unjudged = error.report, error
             if checkpoint is None:
-                # The directory is gone when the report is read.
+                # The temporary directory no longer exists when somebody reads the report.
                 report = dataclasses.replace(report, checkpoint=report.checkpoint._replace(path=""))
-            if html:
-                write_output(html, to_html(report))
             if json_file:
                 write_json(json_file, to_json(report))
-            if whole:
-                for part in (report.forward, report.backward):
-                    console.print(f"{table(part)}\n" if part else "")
-            console.print(summary(report))
+            if html:
+                write_output(html, to_html(report))
+            console.print(in_full(report) if whole else summary(report))
             passed &= report.passed
     if passed and unjudged:
         raise unjudged
@@ -124,9 +127,9 @@ def verify(
 
 @contextlib.contextmanager
 def _place(checkpoint: str | None) -> Iterator[str | Path]:
-    """The checkpoint to judge on, or a temporary directory that holds the embedded case.
+    """Yields the checkpoint, or a temporary directory that holds the embedded case.
 
-    Reports call a directory by the last two parts of its path.
+    Reports name a directory by the last two parts of its path.
     """
     if checkpoint is not None:
         yield checkpoint

@@ -1,4 +1,4 @@
-"""Where the cls token looks."""
+"""Attention maps of the cls token."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Method = Literal["last", "rollout"]
 
 
 def compute_attention_maps(model: VisionTransformer, pixels: ArrayLike, method: Method = "last") -> NDArray:
-    """How much of what the cls token reads comes from each patch.
+    """Returns how much of what the cls token reads comes from each patch.
 
     Args:
-      model: any model, in either mode; it runs in evaluation mode and is left as it is.
-      pixels: images (B, height, width, C), preprocessed.
-      method: "last" for the attention probabilities of the last block, head by head. "rollout" for all blocks together,
-        as Abnar & Zuidema (2020, https://arxiv.org/abs/2005.00928) multiply them: the mean over the heads, half of it
-        replaced by the residual connection's identity, block by block.
+      model: any model, in either mode. The function runs it in evaluation mode and does not change it.
+      pixels: preprocessed images (B, height, width, C).
+      method: "last" gives the attention probabilities of the last block, head by head. "rollout" combines all blocks,
+        as Abnar & Zuidema do (2020, https://arxiv.org/abs/2005.00928). It multiplies, block by block, the mean over the
+        heads, half of it replaced by the identity of the residual connection.
 
     Returns:
-      (B, heads, rows, columns), float32; one "head" for "rollout". A map's sum is below one by what the cls token reads
-      from itself.
+      (B, heads, rows, columns), float32; one "head" for "rollout". The sum of a map is below one, because the cls token
+      also reads from itself.
 
     Raises:
       InputError: the images do not fit the model.
@@ -42,7 +42,7 @@ def compute_attention_maps(model: VisionTransformer, pixels: ArrayLike, method: 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _maps(graph: nnx.GraphDef, state: nnx.State, pixels: Array, method: Method) -> Array:
-    """(B, heads, patches)."""
+    """Returns the maps as (B, heads, patches)."""
     probabilities: list[Array] = []
 
     def tap(site: str, value: Array) -> Array:
@@ -55,7 +55,7 @@ def _maps(graph: nnx.GraphDef, state: nnx.State, pixels: Array, method: Method) 
     model(pixels, tap=tap)
     if method == "last":
         return probabilities[-1][:, :, 0, 1:]
-    # Only the cls token's row of the product is wanted, so the row is multiplied through from the last block down.
+    # The result needs only the cls token's row of the product, so multiply that row from the last block down.
     row = jnp.zeros_like(probabilities[0][:, 0, 0]).at[:, 0].set(1)
     for each in reversed(probabilities):
         row = row / 2 + jnp.einsum("bq,bqk->bk", row, each.mean(axis=1), precision="highest") / 2

@@ -1,7 +1,8 @@
-"""Random changes of training images: crop, flip and colour jitter; or any callable in their place.
+"""Random changes of training images: crop, flip and colour jitter, or any callable instead.
 
-The numbers mean what they do in torchvision: `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, on Pillow's
-images. The crop is from Szegedy et al., "Going Deeper with Convolutions" (2015), section 6.
+The parameters have the meaning that they have in torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and
+`ColorJitter`. The images are Pillow's. The crop is from Szegedy et al., "Going Deeper with Convolutions" (2015),
+section 6.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vit_ref.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-# Global generators are one for all threads of a process.
+# All threads of a process share the global generators.
 _GLOBAL_GENERATORS = threading.Lock()
 
 
@@ -31,12 +32,12 @@ class Augmentation:
     """Random crop, flip and colour jitter.
 
     Attributes:
-      scale: least and greatest part of the image's area that is kept.
-      ratio: least and greatest width / height of what is kept; its logarithm is uniform.
+      scale: least and greatest part of the image's area that the crop keeps.
+      ratio: least and greatest width / height of the crop. The logarithm of the ratio is uniform.
       flip: probability of a mirror image.
-      brightness: how far from 1 the factor may be, both ways; black is 0.
-      contrast: likewise; uniform grey is 0.
-      saturation: likewise; grey is 0.
+      brightness: greatest distance of the brightness factor from 1; a factor of 0 gives black.
+      contrast: greatest distance of the contrast factor from 1; a factor of 0 gives uniform grey.
+      saturation: greatest distance of the saturation factor from 1; a factor of 0 gives a grey image.
 
     Raises:
       InputError: a value is out of range.
@@ -59,28 +60,28 @@ class Augmentation:
                 raise InputError(f"{name} is {getattr(self, name)}: give a number from 0 to 1")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-        """One random version of an image.
+        """Returns one random version of an image.
 
         Args:
-          image: RGB.
-          rng: where all randomness comes from.
-          size: (height, width) of the result.
+          image: an RGB image.
+          rng: the source of all randomness.
+          size: (height, width) of the result, in pixels.
         """
         from PIL import Image
 
         height, width = size
-        # First cut, then resized, as torchvision does: the resampling sees nothing outside of the crop.
+        # Crop before resizing, as torchvision does: the resampling then sees nothing outside of the crop.
         image = image.crop(self.crop_box(rng, image.size)).resize((width, height), Image.Resampling.BILINEAR)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.jittered(image, rng)
 
     def jittered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """An image with its brightness, contrast and saturation changed, in random order.
+        """Returns an image with its brightness, contrast and saturation changed, in random order.
 
         Args:
-          image: RGB.
-          rng: where all randomness comes from.
+          image: an RGB image.
+          rng: the source of all randomness.
         """
         from PIL import ImageEnhance
 
@@ -96,11 +97,11 @@ class Augmentation:
         return image
 
     def crop_box(self, rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The part of an image that is kept, as Pillow's (left, upper, right, lower).
+        """Returns the part of an image to keep, as Pillow's (left, upper, right, lower).
 
         Args:
-          rng: where all randomness comes from.
-          size: (width, height) of the image, as Pillow has it.
+          rng: the source of all randomness.
+          size: (width, height) of the image, in Pillow's order.
         """
         full_width, full_height = size
         for _ in range(10):
@@ -111,7 +112,7 @@ class Augmentation:
                 left = int(rng.integers(full_width - width + 1))
                 upper = int(rng.integers(full_height - height + 1))
                 return left, upper, left + width, upper + height
-        # The image is longer than any crop may be: the largest one in its middle.
+        # The image is longer than any crop may be, so take the largest allowed one from its middle.
         ratio = min(max(full_width / full_height, self.ratio[0]), self.ratio[1])
         width = max(1, min(full_width, round(full_height * ratio)))
         height = max(1, min(full_height, round(full_width / ratio)))
@@ -119,26 +120,27 @@ class Augmentation:
         return left, upper, left + width, upper + height
 
 
-# Pillow's RGB image -> an image, or an array or tensor, (height, width, 3) or (3, height, width): bytes, or 0 to 1
+# Takes an RGB image of Pillow. Returns an image, or an array or tensor of uint8 or of floats from 0 to 1, with shape
+# (height, width, 3) or (3, height, width).
 Transform = Callable[[Any], Any]
 
 
 def augment_image(
     augment: Augmentation | Transform, image: Image.Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Image.Image:
-    """One random version of an image, by this package's augmentation or by anybody's transform.
+    """Returns one random version of an image, by `Augmentation` or by a transform of the caller.
 
-    A transform, such as one of torchvision's, may draw from Python's, NumPy's or PyTorch's global generator: these are
-    seeded from `rng` before, and are after as they were before.
+    A transform, such as one of torchvision's, may draw from the global generators of Python, NumPy or PyTorch. This
+    function seeds them from `rng`, and restores their state afterwards.
 
     Args:
-      augment: what to do.
-      image: RGB.
-      rng: where all randomness comes from.
-      size: (height, width) that `Augmentation` gives the result; a transform chooses its own.
+      augment: the augmentation or transform.
+      image: an RGB image.
+      rng: the source of all randomness.
+      size: (height, width) in pixels of the result of `Augmentation`. A transform chooses its own size.
 
     Raises:
-      InputError: a transform returned no image.
+      InputError: a transform did not return an image.
     """
     if isinstance(augment, Augmentation):
         return augment(image, rng, size)
@@ -148,7 +150,7 @@ def augment_image(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    # Only where it is loaded can a transform draw from it.
+    # A transform can draw from PyTorch's generator only if somebody imported torch.
     torch = sys.modules.get("torch")
     with _GLOBAL_GENERATORS:
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the transforms of others use it
@@ -156,7 +158,7 @@ def _seeded(seed: int) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         if torch:
-            # The CPU's alone: torch.manual_seed would seed every accelerator as well, and they could not be put back.
+            # Seed the CPU's generator only: torch.manual_seed also seeds every accelerator, which cannot be restored.
             torch.default_generator.manual_seed(seed)
         try:
             yield
@@ -177,16 +179,16 @@ def _image(result: Any) -> Image.Image:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[2] != 3:
         raise InputError(
-            f"the augmentation returned {type(result).__name__} of shape {list(np.shape(result))}: let it return an"
-            " image with 3 channels"
+            f"the augmentation returned {type(result).__name__} of shape {list(np.shape(result))}: return an image with"
+            " 3 channels"
         )
     if np.issubdtype(pixels.dtype, np.floating):
         if not (pixels.min() >= 0 and pixels.max() <= 1):
             raise InputError(
-                f"the augmentation returned values from {pixels.min():.3g} to {pixels.max():.3g}: let it return bytes,"
-                " or 0 to 1, without normalisation; the checkpoint's own follows"
+                f"the augmentation returned values from {pixels.min():.3g} to {pixels.max():.3g}: return uint8, or"
+                " floats from 0 to 1; do not normalise, because the checkpoint's own normalisation follows"
             )
         pixels = (pixels * 255).round().astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise InputError(f"the augmentation returned {pixels.dtype}: let it return bytes, or floats from 0 to 1")
+        raise InputError(f"the augmentation returned {pixels.dtype}: return uint8, or floats from 0 to 1")
     return Image.fromarray(np.ascontiguousarray(pixels))

@@ -1,4 +1,4 @@
-"""Labelled images to learn from: made ones, a directory with one folder per class, or a data set of the hub."""
+"""Labelled images to train on: generated ones, a directory with one folder per class, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vit_ref.preprocessing import read_image
 if TYPE_CHECKING:
     from PIL import Image
 
-# The folders that a split of a directory may be in, the first one that is there.
+# The folders that may hold a split of a directory. The first one that exists is used.
 _FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid", "test")}
-# Where a directory has no validation images of its own, one in so many of its training images is one.
+# If a directory has no validation images of its own, one in this many of its training images becomes one.
 _HELD_OUT = 5
-# How many unreadable images a message names.
+# The greatest number of unreadable images that a message names.
 _NAMED = 5
 
 
@@ -36,9 +36,9 @@ class Photograph(NamedTuple):
     """One labelled image.
 
     Attributes:
-      image: upright and RGB.
-      label: its place in `ImageDataset.classes`.
-      name: its file, or its row in a data set of the hub.
+      image: the image, upright and RGB.
+      label: index into `ImageDataset.classes`.
+      name: the file, or the row in a data set of the hub.
     """
 
     image: Image.Image
@@ -47,23 +47,23 @@ class Photograph(NamedTuple):
 
 
 class _Sources(Protocol):
-    """By row, whatever `vit_ref.preprocessing.read_image` reads; None where the image is missing."""
+    """Row -> anything that `vit_ref.preprocessing.read_image` reads, or None for a missing image."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Labelled images, decoded one at a time when they are asked for. Worker processes get a copy of it, by pickling.
+    """Labelled images, each decoded when it is read. Worker processes get a pickled copy of the object.
 
     Attributes:
-      classes: their names, in the order of the labels.
+      classes: names of the classes, in the order of the labels.
+      names: names of the images.
+      labels: class ids (N,), int64.
+      rows: index of each image in `sources`, (N,), int64.
+      sources: the undecoded images.
       bad: the images that cannot be read and were left out, each with the reason.
-      names: of the images.
-      labels: (N,), int64.
-      rows: (N,), int64: where in `sources` the images are.
-      sources: what the images are read from.
-      others: the files in the folders of images whose suffix is no image's.
+      others: files in the image folders whose suffix is not that of an image.
     """
 
     classes: tuple[str, ...]
@@ -80,7 +80,7 @@ class ImageDataset:
     def __getitem__(self, index: int) -> Photograph:
         name, source = self.names[index], self.sources[int(self.rows[index])]
         if source is None:
-            raise InputError(f"{name}: no image")
+            raise InputError(f"{name}: the data set has no image there: remove the row")
         return Photograph(read_image(source, name), int(self.labels[index]), name)
 
 
@@ -91,23 +91,24 @@ def open_dataset(
     classes: int | Sequence[str] | None = None,
     on_bad: Literal["error", "skip"] = "error",
 ) -> ImageDataset:
-    """The images of one split. All of them are decoded once, so that what cannot be read is known before training.
+    """Opens the images of one split. It decodes each of them once, to find unreadable images before the training.
 
     Args:
       source: one of
-        None: coloured shapes on grey noise, 64 by 64 pixels, of 4 classes, made anew each time and always the same;
-        a directory with `train/CLASS/*` and `validation/CLASS/*` (or `val`, `valid`, `test`), or with `CLASS/*` alone;
-          without validation images of its own, a fifth of each class is held out, by a hash of the file's name;
-        a data set that `datasets` loads, of the hub, such as "ethz/food101", or a directory of parquet files: with a
-          column of images, and one of class labels (the first one, of several);
-        a directory that `save_to_disk` of `datasets` wrote, of one data set or of several splits, with such columns.
-      split: "train" or "validation"; of a data set of `datasets`, any that it knows: "train[:5000]".
-      classes: how many to keep, the first that the split has, or the names of those to keep, in this order: open the
-        validation images with the `classes` of the training images.
-      on_bad: whether images that cannot be read are an error or are left out.
+
+        - None: coloured shapes on grey noise, 64 by 64 pixels, of 4 classes. They are generated, and always the same.
+        - a directory with `train/CLASS/*` and `validation/CLASS/*` (or `val`, `valid`, `test`), or only `CLASS/*`. If
+          it has no validation images, a hash of the file name selects a fifth of each class.
+        - a data set that `datasets` loads: the hub id of one, such as "ethz/food101", or a directory of parquet files.
+          It needs a column of images and one of class labels; of several, the first counts.
+        - a directory that `save_to_disk` of `datasets` wrote, of one data set or of several splits, with such columns.
+      split: "train" or "validation". A data set of `datasets` takes any split that it knows, such as "train[:5000]".
+      classes: the number of classes to keep, from the first of the split, or the names of those to keep, in order.
+        Open the validation images with the `classes` of the training images.
+      on_bad: "error" to refuse images that cannot be read, "skip" to leave them out.
 
     Raises:
-      InputError: there is no such data set, split or class, an image cannot be read, or a package is missing.
+      InputError: the data set, split or class does not exist, an image cannot be read, or a package is missing.
     """
     extra("PIL", "reading images")
     if on_bad not in ("error", "skip"):
@@ -125,7 +126,7 @@ def open_dataset(
 
 
 def _kept(dataset: ImageDataset, keep: NDArray[np.bool_], **changes: Any) -> ImageDataset:
-    """The images where `keep` is true."""
+    """Returns the data set of the images for which `keep` is true."""
     changes = {"labels": dataset.labels[keep], **changes}
     names = tuple(name for name, kept in zip(dataset.names, keep, strict=True) if kept)
     return dataclasses.replace(dataset, names=names, rows=dataset.rows[keep], **changes)
@@ -135,13 +136,15 @@ def _with_classes(dataset: ImageDataset, classes: int | Sequence[str] | None, wh
     if isinstance(classes, int):
         present = np.unique(dataset.labels)
         if not 1 <= classes <= len(present):
-            raise InputError(f"classes is {classes}: there are {len(present)} in {where}")
+            raise InputError(f"classes is {classes}: there are {len(present)} in {where}: give 1 to {len(present)}")
         chosen = [dataset.classes[label] for label in present[:classes]]
     else:
         chosen = list(dataset.classes if classes is None else classes)
     unknown = [name for name in chosen if name not in dataset.classes]
     if unknown:
-        raise InputError(f"no class {', '.join(map(repr, unknown))} in {where}: known are {', '.join(dataset.classes)}")
+        raise InputError(
+            f"no class {', '.join(map(repr, unknown))} in {where}: give some of {', '.join(dataset.classes)}"
+        )
     label_of = np.full(len(dataset.classes), -1)
     label_of[[dataset.classes.index(name) for name in chosen]] = range(len(chosen))
     labels = label_of[dataset.labels]
@@ -157,7 +160,7 @@ def _readable(dataset: ImageDataset, on_bad: str, where: str) -> ImageDataset:
         return None
 
     tqdm = extra("tqdm", "opening a data set").tqdm
-    # Pillow decodes without Python's lock, so that threads help.
+    # Pillow decodes without Python's lock, so threads help.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         count = len(dataset)
         checked = tqdm(pool.map(fault, range(count)), f"reading {where}", count, disable=None, delay=2, leave=False)
@@ -170,11 +173,11 @@ def _readable(dataset: ImageDataset, on_bad: str, where: str) -> ImageDataset:
             " them (--bad-images skip, on_bad='skip')"
         )
     if len(bad) == count:
-        raise InputError(f"{where}: no image that can be read")
+        raise InputError(f"{where}: none of the images can be read: give readable images")
     return _kept(dataset, np.array([reason is None for reason in faults]), bad=bad)
 
 
-# Class -> (colour, where the shape is, by coordinates from its middle, 1 where it ends)
+# Class -> (colour, whether the shape covers a point). The coordinates start in its middle, and reach 1 at its edge.
 _SHAPES: dict[str, tuple[tuple[int, int, int], Callable[[NDArray, NDArray], NDArray]]] = {
     "red circle": ((200, 60, 60), lambda y, x: y**2 + x**2 < 1),
     "green square": ((60, 170, 70), lambda y, x: np.maximum(abs(y), abs(x)) < 0.85),
@@ -184,13 +187,13 @@ _SHAPES: dict[str, tuple[tuple[int, int, int], Callable[[NDArray, NDArray], NDAr
         lambda y, x: (np.minimum(abs(y), abs(x)) < 0.35) & (np.maximum(abs(y), abs(x)) < 1),
     ),
 }
-# Split -> (seed, images)
+# Split -> (seed, number of images)
 _SHAPES_OF = {"train": (0, 512), "validation": (1, 128)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Drawings:
-    """Coloured shapes on grey noise, of random place, size and shade; the classes take turns."""
+    """Coloured shapes on grey noise, with random position, size and shade. The classes take turns."""
 
     seed: int
     side: int = 64
@@ -211,7 +214,7 @@ class _Drawings:
 
 def _shapes(split: str) -> ImageDataset:
     if split not in _SHAPES_OF:
-        raise InputError(f"split is {split!r}: the built-in images have {' and '.join(_SHAPES_OF)}")
+        raise InputError(f"split is {split!r}: give {' or '.join(_SHAPES_OF)}, the splits of the built-in images")
     seed, count = _SHAPES_OF[split]
     rows = np.arange(count)
     names = tuple(f"{split} image {row}" for row in rows)
@@ -220,11 +223,11 @@ def _shapes(split: str) -> ImageDataset:
 
 def _from_folders(directory: Path, split: str) -> ImageDataset:
     if split not in _FOLDERS:
-        raise InputError(f"split is {split!r}: of a directory, give {' or '.join(_FOLDERS)}")
+        raise InputError(f"split is {split!r}: give {' or '.join(_FOLDERS)}, the splits of a directory")
     training = directory / "train" if (directory / "train").is_dir() else directory
     apart = [directory / name for name in _FOLDERS["validation"] if (directory / name).is_dir()]
     if training == directory and apart:
-        raise InputError(f"{apart[0]}: there is no {directory / 'train'} beside it: put the training images there")
+        raise InputError(f"{apart[0]}: no {directory / 'train'} exists beside it: put the training images there")
     classes = _folders(training)
     files: list[Path] = []
     others: list[Path] = []
@@ -236,7 +239,7 @@ def _from_folders(directory: Path, split: str) -> ImageDataset:
             found, left_out = image_files.find(training / name)
             if not found:
                 raise InputError(
-                    f"{training / name}: no image in it, but {image_files.counted(left_out)}: put images there, or"
+                    f"{training / name}: it holds no image, but {image_files.counted(left_out)}: put images there, or"
                     " remove the folder"
                 )
             if not apart:
@@ -247,9 +250,9 @@ def _from_folders(directory: Path, split: str) -> ImageDataset:
     if apart:
         surplus = [name for name in _folders(apart[0]) if name not in classes]
         if surplus:
-            raise InputError(f"{apart[0] / surplus[0]}: {training} has no such class")
+            raise InputError(f"{apart[0] / surplus[0]}: {training} has no such class: add it there, or remove it here")
     if not files:
-        raise InputError(f"{apart[0] if apart else directory}: no {split} images")
+        raise InputError(f"{apart[0] if apart else directory}: it holds no {split} images: put some there")
     names = tuple(map(os.fspath, files))
     return ImageDataset(
         tuple(classes), names, np.array(labels), np.arange(len(names)), names, others=tuple(map(os.fspath, others))
@@ -259,16 +262,16 @@ def _from_folders(directory: Path, split: str) -> ImageDataset:
 def _folders(directory: Path) -> list[str]:
     names = sorted(path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
-        raise InputError(f"{directory}: no folders in it: give a directory with one folder of images for each class")
+        raise InputError(f"{directory}: it holds no folders: give a directory with one folder of images for each class")
     for name in names:
-        # It becomes a name in JSON.
+        # The name goes into a JSON file.
         if name != name.encode(errors="replace").decode():
-            raise InputError(f"{directory}: a class's name has to be text, and {name!r} is not: rename the folder")
+            raise InputError(f"{directory}: the name of the class {name!r} is not valid text: rename the folder")
     return names
 
 
 def _part(files: Sequence[Path], split: str) -> list[Path]:
-    """A split of a class. It depends on names alone: neither on the place of the directory nor on the file system."""
+    """Returns a split of a class. It depends on file names alone, and not on the directory or the file system."""
     by_hash = sorted(files, key=lambda path: (zlib.crc32(os.fsencode(path.name)), path))
     held_out = set(by_hash[: max(1, len(files) // _HELD_OUT)] if len(files) > 1 else ())
     return [path for path in files if (path in held_out) == (split == "validation")]
@@ -276,7 +279,7 @@ def _part(files: Sequence[Path], split: str) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """The undecoded images of a table of `datasets`."""
+    """Undecoded images of a table of `datasets`."""
 
     table: Any
     column: str
@@ -289,7 +292,7 @@ class _Column:
 
 
 def _from_table(source: str, split: str) -> ImageDataset:
-    datasets = extra("datasets", f"{source}, which is no directory of images,")
+    datasets = extra("datasets", f"{source}, which is not a directory of images,")
     table = _loaded(datasets, source, split)
     features = table.features
     images, label = (
@@ -297,26 +300,26 @@ def _from_table(source: str, split: str) -> ImageDataset:
         for kind in (datasets.Image, datasets.ClassLabel)
     )
     if not images or not label:
-        found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-        raise InputError(f"{source}: it needs a column of type Image and one of type ClassLabel: it has {found}")
+        columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+        raise InputError(f"{source}: its columns are {columns}: give one of type Image and one of type ClassLabel")
     labels = np.array(table.select_columns(label)[:][label], np.float64)
     if np.isnan(labels).any() or (labels < 0).any():
         row = int(np.argmax(np.isnan(labels) | (labels < 0)))
-        raise InputError(f"{source} ({split}): row {row} has no {label}: give a split that is labelled throughout")
+        raise InputError(f"{source} ({split}): row {row} has no {label}: give a split in which every row has one")
     names = tuple(f"{source} ({split}), row {row}" for row in range(len(table)))
-    # Undecoded: this package's reader follows the orientation and tells what is wrong.
+    # Undecoded, because this package's reader follows the orientation and reports what is wrong.
     undecoded = table.select_columns(images).cast_column(images, datasets.Image(decode=False))
     return ImageDataset(
         tuple(features[label].names), names, labels.astype(np.int64), np.arange(len(names)), _Column(undecoded, images)
     )
 
 
-# What `save_to_disk` writes beside the rows: of several splits, and of one data set.
+# Files that `save_to_disk` writes beside the rows: for several splits, and for one data set.
 _SAVED_SPLITS, _SAVED = "dataset_dict.json", "state.json"
 
 
 def _is_table(directory: Path) -> bool:
-    """Whether `datasets` reads it: what the hub has, or what `save_to_disk` wrote."""
+    """Tells whether `datasets` reads the directory: a copy from the hub, or one that `save_to_disk` wrote."""
     patterns = ("*.parquet", "data/*.parquet", _SAVED_SPLITS, _SAVED)
     return any(any(directory.glob(pattern)) for pattern in patterns)
 
@@ -331,11 +334,11 @@ def _loaded(datasets: Any, source: str, split: str) -> Any:
         return datasets.load_dataset(source, split=split)
     except InputError:
         raise
-    # A repository that is missing or private, a split that it lacks, a script in it, no network, damaged files.
+    # Such as a repository that is missing or private, a missing split, a script, no network, or damaged files.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{source} ({split}): no directory of images, and datasets cannot load it ({reason})"
+            f"{source} ({split}): it is not a directory of images, and datasets cannot load it ({reason}): give another"
         ) from None
     finally:
         if shown:
@@ -343,16 +346,16 @@ def _loaded(datasets: Any, source: str, split: str) -> Any:
 
 
 def _part_of_saved(datasets: Any, source: str, split: str) -> Any:
-    """A split, or a slice of one, of what `save_to_disk` wrote; `load_from_disk` itself takes no split."""
+    """Returns a split, or a slice of one, that `save_to_disk` wrote. `load_from_disk` itself takes no split."""
     saved = datasets.load_from_disk(source)
     if not isinstance(saved, datasets.DatasetDict):
-        # `datasets` calls it so, where it did not come from a split of another name.
+        # `datasets` uses this name for a data set without a split.
         saved = {str(saved.split or "train"): saved}
     lengths = {name: len(table) for name, table in saved.items()}
     if any(part.partition("[")[0] not in lengths for part in split.split("+")):
         first = next(iter(lengths))
         raise InputError(
-            f"{source}: split is {split!r}, and it has {', '.join(lengths)}: give another split, or a slice of one,"
+            f"{source}: split is {split!r}, and it has only {', '.join(lengths)}: give one of these, or a slice of one,"
             f" such as {first}[:80%] to train and {first}[80%:] to validate (--train-split, --validation-split)"
         )
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)

@@ -1,4 +1,4 @@
-"""The pictures of a run: what it was shown, how it learnt, and what the model takes the validation images for."""
+"""The plots of a run: images, learning curves, and predictions on the validation images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vit_ref.finetune import plots
 from vit_ref.finetune.attention import compute_attention_maps
 from vit_ref.finetune.augmentation import Augmentation
 from vit_ref.finetune.data import ImageDataset
+from vit_ref.finetune.directory import METRICS
 from vit_ref.finetune.loading import draw
 from vit_ref.finetune.metrics import read_metrics
 from vit_ref.finetune.prediction import compute_logits
 from vit_ref.finetune.probabilities import compute_scores
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.record import METRICS
 from vit_ref.finetune.run import Outcome
 
 PLOTS = "plots"
@@ -29,43 +29,45 @@ _SHOWN, _ATTENDED = 24, 6
 
 
 def require_plots(out: str | os.PathLike[str]) -> None:
-    """Says before a run, and not after all its training, that `illustrate` could not draw.
+    """Checks before the training that `illustrate` will be able to draw.
 
     Args:
-      out: the run's directory, which need not be there yet.
+      out: the run's directory. It need not exist yet.
 
     Raises:
-      InputError: matplotlib is missing, or what stands in the place of the plots is no directory.
+      InputError: matplotlib is missing, or the place of the plots is not a directory.
     """
-    # The others of several processes draw nothing, and need not have what drawing needs.
+    # Only the first of several processes draws, so only that one needs matplotlib.
     if jax.process_index():
         return
     extra("matplotlib", "drawing plots")
     directory = Path(out) / PLOTS
     if os.path.lexists(directory) and not os.path.isdir(directory):
         raise InputError(
-            f"{directory}: is there and is no directory for plots: move it away, or give another directory for the run"
+            f"{directory}: it is not a directory, and the plots need it: move it away, or give another --output-dir"
         )
 
 
 def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDataset, recipe: Recipe) -> None:
-    """Saves every plot of a finished run as a PNG in the run's `plots/`.
+    """Saves every plot of a finished run as a PNG file in the run's directory `plots/`.
 
     Args:
-      outcome: of `finetune`.
-      training: the images that it learnt from.
-      validation: the images that it was judged by.
-      recipe: its recipe.
+      outcome: the result of `finetune`.
+      training: the training images.
+      validation: the validation images.
+      recipe: the recipe of the run.
 
     Raises:
-      InputError: matplotlib is missing, or a file cannot be written. `require_plots` knows most of it beforehand.
+      InputError: matplotlib is missing, or a file cannot be written. `require_plots` finds most causes beforehand.
     """
     run = outcome.directory.parent
     directory = run / PLOTS
     try:
         directory.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{directory}: cannot be made ({error.strerror}): mend that and go on with --resume") from None
+        raise InputError(
+            f"{directory}: it cannot be made ({error.strerror}): mend that, and continue with --resume"
+        ) from None
     config, names = outcome.model.config, validation.classes
     lines = read_metrics(run / METRICS)
     plots.plot_schedule(
@@ -102,5 +104,5 @@ def illustrate(outcome: Outcome, training: ImageDataset, validation: ImageDatase
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """Evenly over the images, which come sorted by class."""
+    """Returns indices spread evenly over the images, which come sorted by class."""
     return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()

@@ -1,14 +1,13 @@
-"""Batches of images, by grain: the same ones in the same order, whatever loads them.
+"""Batches of images, loaded by grain: the same batches in the same order, however they are loaded.
 
-Every image is a function of (seed, epoch, index) alone, `draw`: neither threads nor worker processes nor shards change
-what it looks like.
+Each image is a function of (seed, epoch, index) alone, see `draw`. Threads, worker processes and shards do not change
+it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -27,10 +26,10 @@ from vit_ref.preprocessing import preprocess, steps
 if TYPE_CHECKING:
     import grain  # type: ignore[import-untyped]
 
-# (B, ...) each; see `Batches`
+# Each (B, ...), see `Batches`.
 Batch = dict[str, NDArray]
 
-# Pillow decodes and resizes without Python's lock, so that threads help. Each has a batch in memory.
+# Pillow decodes and resizes without Python's lock, so threads help. Each thread holds a batch in memory.
 _THREADS = min(4, os.cpu_count() or 1)
 _BATCHES_OF_A_WORKER = 2
 
@@ -43,21 +42,21 @@ def draw(
     epoch: int,
     index: int,
 ) -> NDArray:
-    """One image as the model sees it in one epoch.
+    """Returns one image as the model sees it in one epoch.
 
     Args:
-      dataset: where it is from.
+      dataset: the data set of the image.
       config: the model's configuration, with the checkpoint's `preprocessor` if it has one.
-      augment: see `load_batches`.
-      seed: see `load_batches`.
-      epoch: from 0.
-      index: of the image in the data set.
+      augment: `Augmentation`, a transform of Pillow's images, or None to leave images as they are.
+      seed: seed of order and augmentation, from 0 to 2**32 - 1.
+      epoch: number of the epoch, from 0.
+      index: index of the image in the data set.
 
     Returns:
-      (height, width, 3), float32.
+      The preprocessed image (height, width, 3), float32.
 
     Raises:
-      InputError: the image cannot be read, or does not come out as large as the model takes it.
+      InputError: the image cannot be read, or its size after the preprocessing does not fit the model.
     """
     return _pixels(dataset[index], config, augment, np.random.default_rng((seed, epoch, index)))
 
@@ -70,23 +69,26 @@ def _pixels(
     if augment is not None:
         image = augment_image(augment, image, rng, size)
         if todo.crop is not None and image.size == size[::-1]:
-            # A random crop takes the place of the one in the middle: a second one would cut more away.
+            # A random crop replaces the central one. A second crop would cut away more.
             uncut = {**(config.preprocessor or {}), "do_resize": False, "do_center_crop": False}
             config = dataclasses.replace(config, preprocessor=uncut)
-    # Without a crop, what has its size already is resized to itself, which changes nothing.
+    # Without a crop the image is resized to the size that it has already, which changes nothing.
     pixels: NDArray = preprocess([image], config)[0]
     if pixels.shape[:2] != size:
-        found, wanted = (f"{height}x{width}" for height, width in (pixels.shape[:2], size))
-        raise InputError(f"{photograph.name}: {found} pixels, the model takes {wanted}, and do_resize is false")
+        given, needed = (f"{height}x{width}" for height, width in (pixels.shape[:2], size))
+        raise InputError(
+            f"{photograph.name}: it has {given} pixels, the model takes {needed}, and do_resize is false: resize it, or"
+            " set do_resize in preprocessor_config.json"
+        )
     return pixels
 
 
 class Batches(Iterator[Batch]):
-    """An iterator of batches that can go on from any batch; made by `load_batches`.
+    """Iterator of batches, from `load_batches`, that can continue from any batch.
 
-    A batch is a dictionary: "pixels", (B, height, width, 3) float32; "label", "index" of the image in the data set and
-    "epoch", each (B,) int32. Neither it nor the state depends on `num_workers`; grain's own state does. If there are
-    workers, end it with `close()`.
+    A batch is a dictionary: "pixels", (B, height, width, 3), float32; "label", "index" of the image in the data set,
+    and "epoch", each (B,), int32. Unlike grain's own state, neither the batches nor the state depend on `num_workers`.
+    If there are workers, end the iterator with `close()`.
     """
 
     def __init__(self, source: grain.MapDataset[Batch], num_workers: int):
@@ -108,26 +110,28 @@ class Batches(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """How many batches were handed out."""
+        """Returns the state: how many batches the iterator has returned."""
         return {"batches": self._done}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes on from there, to the last bit.
+        """Continues from a state, with the same batches to the last bit.
 
         Args:
-          state: from `get_state` of an iterator that was made with the same arguments, `num_workers` apart.
+          state: the result of `get_state` of an iterator with the same arguments. `num_workers` may differ.
 
         Raises:
-          InputError: it is no such state.
+          InputError: the state does not belong to such an iterator.
         """
         done = state.get("batches")
         if not isinstance(done, int) or not 0 <= done <= len(self):
-            raise InputError(f"{dict(state)} is no state of a loader of {len(self)} batches: go on with what was begun")
+            raise InputError(
+                f"{dict(state)} is not a state of a loader of {len(self)} batches: give the state of the same loader"
+            )
         self.close()
         self._done = done
 
     def close(self) -> None:
-        """Ends threads and workers; the next batch starts them anew."""
+        """Ends threads and workers. The next batch starts them again."""
         if self._loaded is not None:
             self._loaded.close()
             self._loaded = None
@@ -138,7 +142,7 @@ def _started(source: grain.MapDataset[Batch], num_workers: int) -> grain.Dataset
     threads = 0 if num_workers else _THREADS
     loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if num_workers:
-        # grain reads flags of absl, which only a program that absl itself started has parsed.
+        # grain reads flags of absl, which are parsed only in programs that absl itself started.
         flags = extra("absl.flags", "loading batches").FLAGS
         if not flags.is_parsed():
             flags.mark_as_parsed()
@@ -160,26 +164,27 @@ def load_batches(
     shuffle: bool = True,
     drop_remainder: bool = True,
 ) -> Batches:
-    """The batches of all epochs, one after another; no batch has images of two epochs.
+    """Returns the batches of all epochs, one after another. No batch mixes images of two epochs.
 
     Args:
       dataset: the images.
-      config: see `draw`.
-      batch_size: images in a batch of this process.
-      seed: of order and augmentation, from 0 to 2**32 - 1.
-      epochs: how often every image comes.
-      augment: `Augmentation`, or any function from Pillow's image to an image, see `augmentation.augment_image`; None
-        to leave images as they are.
-      num_workers: processes that load; 0 for threads of this one.
-      shard: (index, count) of this process among those that share the data set: every image goes to one of them alone,
-        and all have the same number of batches.
+      config: the model's configuration, with the checkpoint's `preprocessor` if it has one.
+      batch_size: number of images in a batch of this process.
+      seed: seed of order and augmentation, from 0 to 2**32 - 1.
+      epochs: number of passes over the images.
+      augment: `Augmentation`, or a function from Pillow's image to an image, see `augmentation.augment_image`; None to
+        leave images as they are.
+      num_workers: number of processes that load images; 0 for threads of this process.
+      shard: (index, count) of this process among those that share the data set. Each image goes to one process, and all
+        processes have the same number of batches.
       shuffle: whether every epoch has an order of its own.
-      drop_remainder: leave out the images, others in every epoch, that fill no batch of every shard. Otherwise they
-        come in batches filled up with images of zeros, of label and index -1.
+      drop_remainder: whether to leave out the images that fill no batch of every shard; they differ from epoch to
+        epoch.
+        Otherwise they come in batches filled up with images of zeros, with label and index -1.
 
     Raises:
       InputError: an argument is out of range, there are fewer images than one batch takes, or grain is missing. While
-        iterating: see `draw`.
+        iterating: an image cannot be read, or does not fit the model.
     """
     grain = extra("grain", "loading batches")
     here, shards = shard
@@ -187,12 +192,14 @@ def load_batches(
         if value < least:
             raise InputError(f"{name} is {value}: give at least {least}")
     if not 0 <= here < shards:
-        raise InputError(f"shard is {here} of {shards}: give one from 0 to {shards - 1}")
+        raise InputError(f"shard is {here} of {shards}: give an index from 0 to {shards - 1}")
     if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}: give one from 0 to 2**32 - 1")
+        raise InputError(f"seed is {seed}: give an integer from 0 to 2**32 - 1")
     each = count_batches(len(dataset), batch_size, shards=shards, drop_remainder=drop_remainder) * batch_size
     if not each:
-        raise InputError(f"{len(dataset)} images make no batch of {batch_size} for each of {shards}: give less")
+        raise InputError(
+            f"batch_size is {batch_size} for each of {shards} shards: there are only {len(dataset)} images: give less"
+        )
 
     def load(position: int, index: int) -> dict[str, Any]:
         epoch = position // each
@@ -218,47 +225,34 @@ def load_batches(
         source = source.map_with_index(lambda position, _: _shuffled(len(dataset), seed, position))
     if each * shards > len(dataset):
         source = grain.MapDataset.concatenate([source, grain.MapDataset.range(len(dataset), each * shards)])
-    # Cut into batches before workers share them out: so they are the same for any number of workers.
+    # Batches are cut before workers share them out, so they are the same for any number of workers.
     return Batches(
         source[here : each * shards : shards].map_with_index(load).batch(batch_size).repeat(epochs), num_workers
     )
 
 
 def _shuffled(count: int, seed: int, position: int) -> int:
-    """The image at a position; positions go on from epoch to epoch."""
+    """Returns the index of the image at a position. Positions count on from epoch to epoch."""
     epoch, place = divmod(position, count)
     return int(_order(count, seed, epoch)[place])
 
 
-# grain has a shuffle of its own. It needs no memory, but works on 16 bits at the least: of 24 images it takes 2 ms to
-# find one, ten times what it takes to load it.
+# grain's own shuffle needs no memory. But it works on at least 16 bits, so with few images it takes far longer to find
+# an image than to load it.
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    # No image has that index, hence none the same numbers; (seed, epoch) alone are those of image 0.
+    # No image has the index `count`, so no image draws the same numbers. (seed, epoch) alone would be those of image 0.
     return np.random.default_rng((seed, epoch, count)).permutation(count)
 
 
 def count_batches(images: int, batch_size: int, *, shards: int = 1, drop_remainder: bool = True) -> int:
-    """How many batches each of `shards` processes has in one epoch.
+    """Counts the batches that each of `shards` processes has in one epoch.
 
     Args:
-      images: in the data set.
-      batch_size: see `load_batches`.
-      shards: processes that share the data set.
-      drop_remainder: see `load_batches`.
+      images: number of images in the data set.
+      batch_size: number of images in a batch of one process.
+      shards: number of processes that share the data set.
+      drop_remainder: whether to leave out the images that fill no batch of every shard.
     """
     whole, rest = divmod(images, batch_size * shards)
     return whole + bool(rest and not drop_remainder)
-
-
-def measure_throughput(iterator: Iterator[Batch], batches: int) -> float:
-    """Images per second of the loader alone, after a first batch that starts it up.
-
-    Args:
-      iterator: of `load_batches`, with at least one more than that.
-      batches: how many to time.
-    """
-    next(iterator)
-    start = time.perf_counter()
-    images = sum(len(next(iterator)["label"]) for _ in range(batches))
-    return images / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Many devices: where parameters and images lie on a `jax.sharding` mesh. Everything else is the compiler's."""
+"""Many devices: the placement of parameters and images on a `jax.sharding` mesh. The compiler does the rest."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ Sharding = Literal["data", "fsdp"]
 
 
 def make_mesh(batch_size: int) -> Mesh:
-    """All devices of all processes in one row, over which a batch is divided.
+    """Returns a mesh of all devices of all processes in one row, over which a batch is divided.
+
+    Args:
+      batch_size: images in a batch, over all processes.
 
     Raises:
-      InputError: the batch cannot be divided evenly.
+      InputError: the devices cannot divide the batch evenly.
     """
     devices = jax.devices()
     if batch_size % len(devices):
-        raise InputError(f"batch_size is {batch_size}: give a multiple of the {len(devices)} devices")
+        raise InputError(f"batch_size is {batch_size}: give a multiple of {len(devices)}, the number of devices")
     return Mesh(np.array(devices), (DATA,))
 
 
 def choose_shardings(state: nnx.State, config: ViTConfig, mesh: Mesh | AbstractMesh, kind: Sharding) -> nnx.State:
-    """Where each array of a training state lies, by `vit_ref.weights.partition`.
+    """Returns the sharding of each array of a training state, by the rules of `vit_ref.weights.partition`.
 
     Args:
-      state: parameters, and an optimizer's moments, each of which lies as the parameter does whose path ends its own.
-      config: the model's.
-      mesh: from `make_mesh`.
-      kind: "data": every device has all of it. "fsdp": large arrays are divided over the devices, where these divide
-        the model's width.
+      state: parameters, and the moments of an optimizer. A moment has the sharding of the parameter whose path ends the
+        moment's path.
+      config: the model's configuration.
+      mesh: the mesh from `make_mesh`.
+      kind: "data" puts all of the state on every device. "fsdp" divides large arrays over the devices, if the number of
+        devices divides the model's width.
 
     Returns:
-      The state with a `NamedSharding` in the place of each array; what belongs to no parameter is on every device.
+      The state with a `NamedSharding` in place of each array. Arrays of no parameter are on every device.
     """
     placed = partition.choose_shardings(config, mesh, kind, lenient=True)
 
@@ -56,10 +60,10 @@ def choose_shardings(state: nnx.State, config: ViTConfig, mesh: Mesh | AbstractM
 
 
 def replicate(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """On every device."""
+    """Returns the sharding that puts an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def divide_batch(batch: NDArray, mesh: Mesh) -> jax.Array:
-    """This process's part of a batch, as its part of the one array that all processes share."""
+    """Turns this process's part of a batch into its part of one array that all processes share."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(DATA)), batch)

@@ -1,4 +1,4 @@
-"""What an evaluation finds, and the log of a run: JSON, a line at a time."""
+"""Results of an evaluation, and the log of a run as lines of JSON."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from vit_ref.errors import InputError
 from vit_ref.extras import extra
 from vit_ref.files import replacing
 
-# The label, and the index, of what fills up a last batch: no image.
+# The label and the index of the rows that fill up a last batch. They are no images.
 PADDING = -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a classifier does with labelled images. Batches add up: `sum(batches, start=Evaluation.empty(classes))`.
+    """What a classifier predicts for labelled images. Batches add up: `sum(batches, start=Evaluation.empty(classes))`.
 
     Attributes:
-      confusion: (classes, classes), int64: how many images of the class of the row were taken for that of the column.
-      total_loss: the sum of the images' cross-entropies; NaN where only the predicted classes are known.
+      confusion: (classes, classes), int64. Row i, column j counts the images of class i that the model took for j.
+      total_loss: the sum of the images' cross-entropies, or NaN if only the predicted classes are known.
     """
 
     confusion: NDArray
@@ -36,24 +36,24 @@ class Evaluation:
 
     @classmethod
     def empty(cls, classes: int) -> Evaluation:
-        """The evaluation of no image."""
+        """Returns the evaluation of no image."""
         return cls(np.zeros((classes, classes), np.int64), 0.0)
 
     @classmethod
     def of_logits(cls, logits: ArrayLike, labels: ArrayLike) -> Evaluation:
-        """The evaluation of one batch.
+        """Evaluates one batch from its logits.
 
         Args:
-          logits: (B, classes), of any floating dtype; the loss is computed from them in float64.
-          labels: class ids (B,), integers; those that are -1 are left out.
+          logits: (B, classes), of any floating dtype. The loss is computed from them in float64.
+          labels: class ids (B,), integers. Images with label -1 are left out.
 
         Raises:
-          InputError: see `of_predicted`.
+          InputError: a label is not one of the classes.
         """
         scores, truth = np.asarray(logits).astype(np.float64), np.asarray(labels)
         found = cls.of_predicted(scores.argmax(-1), truth, scores.shape[1])
         scores, truth = scores[truth != PADDING], truth[truth != PADDING]
-        # A run that has diverged is to be seen in its loss, not in a warning of NumPy's.
+        # A run that diverged shows that in its loss, and not in a warning of NumPy.
         with np.errstate(invalid="ignore"):
             shifted = scores - scores.max(-1, keepdims=True)
             losses = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(truth)), truth]
@@ -61,21 +61,23 @@ class Evaluation:
 
     @classmethod
     def of_predicted(cls, predicted: ArrayLike, labels: ArrayLike, classes: int) -> Evaluation:
-        """The evaluation of one batch whose logits are not known; its loss is NaN.
+        """Evaluates one batch from its predicted classes. The loss is NaN.
 
         Args:
           predicted: class ids (B,), integers.
-          labels: class ids (B,), integers; those that are -1 are left out.
-          classes: how many there are.
+          labels: class ids (B,), integers. Images with label -1 are left out.
+          classes: number of classes.
 
         Raises:
-          InputError: a label is none of the classes.
+          InputError: a label is not one of the classes.
         """
         truth = np.asarray(labels)
         taken_for, truth = np.asarray(predicted)[truth != PADDING], truth[truth != PADDING]
         strange = truth[(truth < 0) | (truth >= classes)].tolist()
         if strange:
-            raise InputError(f"an image's label is {strange[0]}, the model has classes 0 to {classes - 1}")
+            raise InputError(
+                f"an image's label is {strange[0]}: give labels from 0 to {classes - 1}, the model's classes"
+            )
         confusion = np.zeros((classes, classes), np.int64)
         np.add.at(confusion, (truth, taken_for), 1)
         return cls(confusion, math.nan)
@@ -85,43 +87,42 @@ class Evaluation:
 
     @property
     def images(self) -> int:
-        """How many images were evaluated."""
+        """The number of evaluated images."""
         return int(self.confusion.sum())
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy; NaN without an image."""
+        """The mean cross-entropy, or NaN without an image."""
         return self.total_loss / self.images if self.images else math.nan
 
     @property
     def accuracy(self) -> float:
-        """The share of the images that were taken for what they are; NaN without an image."""
+        """The share of images whose class the model predicted, or NaN without an image."""
         return int(self.confusion.trace()) / self.images if self.images else math.nan
 
     @property
     def per_class(self) -> NDArray:
-        """The same for each class's own images, (classes,) of float64; NaN for a class without one."""
+        """The accuracy on the images of each class, (classes,), float64. NaN for a class without an image."""
         return np.diagonal(self.shares)
 
     @property
     def shares(self) -> NDArray:
-        """`confusion` with each row divided by its sum, float64; NaN for a class without an image."""
+        """`confusion` with each row divided by its sum, float64. NaN for a class without an image."""
         images = self.confusion.sum(axis=1, keepdims=True)
         return np.divide(self.confusion, images, out=np.full(self.confusion.shape, np.nan), where=images > 0)
 
 
 class MetricsLog:
-    """Appends to a file of JSON lines, one object a line, each flushed when it is written.
+    """Log of JSON lines, one object a line. It flushes each line when it writes it.
 
-    Opening it drops a last line that was not finished, as a killed run leaves it.
+    A run that was killed may leave an unfinished last line. Opening the log drops that line.
 
     Args:
-      path: the file; made where it does not exist.
-      tensorboard: a directory in which TensorBoard finds the same numbers, by their "step".
+      path: the file. It is made if it does not exist.
+      tensorboard: a directory in which TensorBoard finds the same numbers by "step", or None.
 
     Raises:
-      InputError: the file cannot be read or written, a finished line of it is no JSON object, or tensorboardX is
-        missing.
+      InputError: the file cannot be read or written, a finished line is no JSON object, or tensorboardX is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], tensorboard: str | os.PathLike[str] | None = None):
@@ -138,24 +139,24 @@ class MetricsLog:
         try:
             self._stream = self.path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise InputError(f"{self.path}: it cannot be written ({error.strerror}): give another place") from None
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one object.
 
         Args:
-          entry: strings, numbers, arrays and lists of these, by name. "step" is what `truncate_after` looks at. What is
-            not finite is written as null, since JSON has no name for it.
+          entry: name -> string, number, array, or list of these. `truncate_after` reads "step". A value that is not
+            finite becomes null, because JSON has no other name for it.
 
         Raises:
-          InputError: the file cannot be written, as on a full disk.
+          InputError: the file cannot be written, for example on a full disk.
         """
         plain = _plain(entry)
         try:
             self._stream.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
             self._stream.flush()
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise InputError(f"{self.path}: it cannot be written ({error.strerror}): give another place") from None
         if self._writer is not None and "step" in plain:
             for name, value in plain.items():
                 if name != "step" and isinstance(value, (int, float)):
@@ -163,12 +164,15 @@ class MetricsLog:
             self._writer.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines whose "step" is greater, which a run that is resumed there will write again.
+        """Drops the lines whose "step" is greater. A run that resumes there writes them again.
 
-        The file is rewritten under a temporary name and renamed. TensorBoard is told to forget what came later.
+        The log writes the file under a temporary name and renames it. It tells TensorBoard to forget later steps.
+
+        Args:
+          step: the last step to keep.
 
         Raises:
-          InputError: see `MetricsLog`.
+          InputError: the file cannot be read or written, or a finished line is no JSON object.
         """
         self.close()
         self._open(lambda entry: entry.get("step", step) <= step, purge_step=step + 1)
@@ -187,20 +191,20 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a file that `MetricsLog` wrote, in order, without a last line that was not finished.
+    """Reads the objects of a file that `MetricsLog` wrote, in order. It leaves out an unfinished last line.
 
     Raises:
-      InputError: there is no such file, or a finished line of it is no JSON object.
+      InputError: the file does not exist, or a finished line is no JSON object.
     """
     return [json.loads(line) for line in _lines(Path(path))]
 
 
 def _lines(path: Path) -> list[bytes]:
     try:
-        # What follows the last line end is a line that was not finished, or nothing.
+        # The bytes after the last line end are an unfinished line, or nothing.
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: it cannot be read ({error.strerror}): give another file") from None
     for number, line in enumerate(lines, start=1):
         try:
             sound = isinstance(json.loads(line), dict)
@@ -212,7 +216,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leaves the finished lines that are to be kept; touches nothing where that is all."""
+    """Rewrites the file with the finished lines to keep. If they are all, it does not touch the file."""
     if not path.exists():
         return
     kept = b"".join(line + b"\n" for line in _lines(path) if keep(json.loads(line)))
@@ -221,11 +225,11 @@ def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
             with replacing(path) as staged:
                 staged.write_bytes(kept)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: it cannot be written ({error.strerror}): give another place") from None
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's own types; arrays become lists, and None what is not finite."""
+    """Returns the value in JSON's own types: arrays become lists, and values that are not finite become None."""
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     if hasattr(value, "tolist"):

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, in optax's terms."""
+"""The optimizer of a recipe, as an optax transformation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vit_ref.finetune.recipe import Recipe
 
 
 def make_schedule(recipe: Recipe, updates: int) -> optax.Schedule:
-    """The learning rate by update: a linear rise, then the recipe's fall, which is at zero once the last one is made.
+    """Returns the learning rate by update: a linear rise, then the fall of the recipe's schedule.
 
-    So every update moves: of a rise over r updates the first has 1 / (r + 1) of the peak, of a linear fall over f the
-    last has 1 / f of it.
+    The rate is zero only after the last update, so every update changes the parameters. The first of r updates of the
+    rise has 1 / (r + 1) of the highest rate. The last of f updates of a linear fall has 1 / f of it.
 
     Args:
-      recipe: how to train.
-      updates: of the whole run.
+      recipe: the recipe of the run.
+      updates: number of updates in the whole run.
     """
     peak, rise = recipe.learning_rate, round(recipe.warmup_ratio * updates)
     rest = max(updates - rise, 1)
@@ -31,17 +31,17 @@ def make_schedule(recipe: Recipe, updates: int) -> optax.Schedule:
     }[recipe.schedule]
     if not rise:
         return fall
-    # From a first step of its own, not from zero, at which the first update would be none.
+    # The rise does not start at zero, because the first update would then change nothing.
     return optax.join_schedules([optax.linear_schedule(peak / (rise + 1), peak, rise), fall], [rise])
 
 
 def make_transformation(recipe: Recipe, updates: int, blocks: int) -> optax.GradientTransformation:
-    """Clipping, the optimizer, its schedule and the decay by layer.
+    """Returns the chain of clipping, the optimizer with its schedule, and the decay by layer.
 
     Args:
-      recipe: how to train.
-      updates: of the whole run.
-      blocks: of the model.
+      recipe: the recipe of the run.
+      updates: number of updates in the whole run.
+      blocks: number of blocks in the model.
     """
     rate = make_schedule(recipe, updates)
     parts = [] if recipe.grad_clip is None else [optax.clip_by_global_norm(recipe.grad_clip)]
@@ -60,14 +60,19 @@ def make_transformation(recipe: Recipe, updates: int, blocks: int) -> optax.Grad
 
 
 def select_trained(recipe: Recipe, blocks: int) -> Any:
-    """The filter for `nnx.Optimizer`'s `wrt`: the parameters that the recipe trains.
+    """Returns the filter for `wrt` of `nnx.Optimizer`: the parameters that the recipe trains.
+
+    Args:
+      recipe: the recipe of the run.
+      blocks: number of blocks in the model.
 
     Raises:
-      InputError: more blocks are frozen than there are.
+      InputError: the recipe freezes more blocks than the model has.
     """
     if recipe.freeze_blocks > blocks:
         raise InputError(
-            f"freeze_blocks is {recipe.freeze_blocks}: the model has {blocks} blocks; -1 trains the head alone"
+            f"freeze_blocks is {recipe.freeze_blocks}: the model has {blocks} blocks: give at most that, or -1 to train"
+            " only the head"
         )
     if recipe.freeze_blocks == 0:
         return nnx.Param
@@ -76,21 +81,24 @@ def select_trained(recipe: Recipe, blocks: int) -> Any:
 
 
 def find_layer(path: tuple[Any, ...], blocks: int) -> int:
-    """Where in the model a parameter is: 0 the embeddings, 1 the first block, then the last norm, then the head."""
+    """Returns the layer of a parameter: 0 for the embeddings, then the blocks, the last norm, and the head."""
     if path[0] == "blocks":
         return int(path[1]) + 1
     return {"norm": blocks + 1, "head": blocks + 2}.get(path[0], 0)
 
 
 def select_kernels(parameters: Any) -> Any:
-    """Which parameters decay: kernels. Biases, norms, cls token and positions would be drawn to zero for nothing."""
+    """Returns a tree that is True for parameters with weight decay: the kernels.
+
+    Decay would only pull biases, norms, cls token and positions to zero.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in _names(path), parameters)
 
 
 def _by_layer(decay: float, blocks: int) -> optax.GradientTransformation:
     def scaled(updates: Any, parameters: Any = None) -> Any:
         return jax.tree_util.tree_map_with_path(
-            # Norm and head are of one height.
+            # Norm and head count as one layer.
             lambda path, u: u * decay ** max(blocks + 1 - find_layer(_names(path), blocks), 0),
             updates,
         )

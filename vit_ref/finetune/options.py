@@ -1,4 +1,4 @@
-"""The recipe's fields as options of the command line: names, types and defaults stand in `Recipe` alone."""
+"""Options of the command line for the fields of `Recipe`, which alone holds their names, types and defaults."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from vit_ref.finetune.recipe import Recipe
 
 _HELP = {
     "epochs": "Passes over the training images.",
-    "batch_size": "Images a step, over all devices and processes.",
-    "learning_rate": "At its highest.",
-    "schedule": "How the rate falls to zero.",
-    "warmup_ratio": "Part of the run over which the rate rises.",
-    "momentum": "Nesterov's, of sgd.",
-    "weight_decay": "Of kernels alone.",
-    "layer_decay": "Rate of a block over that of the block above it.",
-    "freeze_blocks": "Blocks from below that are not trained; -1: all but the head.",
-    "grad_accum_steps": "Steps whose gradients make one update.",
-    "grad_clip": "Largest norm of the gradient.",
+    "batch_size": "Images in a step, over all devices and processes.",
+    "optimizer": "Optimizer; sgd has Nesterov momentum.",
+    "learning_rate": "Highest learning rate.",
+    "schedule": "How the learning rate falls to zero.",
+    "warmup_ratio": "Part of the run in which the learning rate rises.",
+    "momentum": "Nesterov momentum of sgd.",
+    "weight_decay": "Weight decay of the kernels.",
+    "layer_decay": "Learning rate of a block, divided by that of the block above it.",
+    "freeze_blocks": "Number of lowest blocks to freeze; -1 freezes all but the head.",
+    "grad_accum_steps": "Steps whose mean gradient makes one update.",
+    "grad_clip": "Largest global norm of the gradient.",
     "label_smoothing": "Part of a label's weight that all classes share.",
-    "dropout": "Instead of the checkpoint's own.",
-    "precision": "mixed: blocks in bfloat16, the rest in float32.",
-    "attention": "cudnn: fused, in mixed precision on NVIDIA's GPUs.",
-    "image_size": "Side to resize images and position embeddings to.",
-    "head": "A new one, or the checkpoint's.",
+    "dropout": "Dropout rate. Default: that of the checkpoint.",
+    "precision": "mixed computes the blocks in bfloat16, the rest in float32.",
+    "attention": "cudnn is fused; it needs mixed precision and an NVIDIA GPU.",
+    "image_size": "Side in pixels to resize images and position embeddings to.",
+    "head": "fresh starts a new head; keep takes the checkpoint's.",
     "augment": "Crop, flip and jitter the training images.",
-    "seed": "Of head, order, augmentation and dropout.",
+    "seed": "Seed of the head, the order, the augmentation and the dropout.",
 }
 
 
 def add_recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds an option for each field of `Recipe`; one that is not given is None, which is no recipe's default."""
+    """Adds an option for each field of `Recipe` to a command. An option that the caller omits is None."""
     hints = get_type_hints(Recipe)
     for field in reversed(dataclasses.fields(Recipe)):
         name, hint = field.name.replace("_", "-"), hints[field.name]
@@ -51,5 +52,5 @@ def add_recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_recipe(given: dict[str, Any]) -> Recipe:
-    """The recipe of the options that were given, defaults for the rest."""
+    """Returns a recipe from the given options, with the defaults for those that are None."""
     return Recipe(**{name: value for name, value in given.items() if value is not None})

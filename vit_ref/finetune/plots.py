@@ -1,7 +1,7 @@
 """Plots of a fine-tuning run, as PNG files.
 
-Nothing here touches pyplot, which keeps global state and may ask for a screen. The colours of Okabe and Ito (2008) and
-the maps "viridis" and "Blues" are told apart by the colour-blind too.
+This module does not use pyplot, which keeps global state and may need a screen. Colour-blind readers can tell apart the
+colours of Okabe and Ito (2008) and the maps "viridis" and "Blues".
 """
 
 from __future__ import annotations
@@ -28,15 +28,23 @@ if TYPE_CHECKING:
 
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 _LINES = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# Pillow's images, or arrays, a batch of them among these.
+# Pillow's images or arrays; a batch is such a sequence.
 Images = Sequence[Any] | NDArray[Any]
 _ACROSS = 8  # images in a row
-_DIMMED, _OPAQUE = 0.6, 0.8  # brightness of a photograph below a map of attention, opacity of the map at its largest
-_COUNTED, _NAMED = 25, 150  # classes up to which a confusion matrix shows numbers, and every name
+_DIMMED, _OPAQUE = 0.6, 0.8  # brightness of the photograph below an attention map, opacity of the map's largest value
+_COUNTED, _NAMED = 25, 150  # greatest number of classes for which a confusion matrix shows counts, and names
 
 
 def make_visible(pixels: ArrayLike, config: ViTConfig) -> NDArray:
-    """Preprocessed images as they look: (B, height, width, 3) of uint8, from what `preprocess` made for this model."""
+    """Reverses the preprocessing of a model.
+
+    Args:
+      pixels: preprocessed images (B, height, width, C), of any floating dtype.
+      config: the model's configuration.
+
+    Returns:
+      Images as they look, (B, height, width, C), uint8.
+    """
     todo = steps(config)
     values = np.asarray(pixels).astype(np.float64)
     if todo.mean_and_std is not None:
@@ -46,10 +54,14 @@ def make_visible(pixels: ArrayLike, config: ViTConfig) -> NDArray:
 
 
 def plot_schedule(path: str | os.PathLike[str], rates: ArrayLike | Mapping[str, ArrayLike]) -> None:
-    """The learning rate at each step: one line, or several by name.
+    """Plots the learning rate at each step: one line, or several by name.
+
+    Args:
+      path: the PNG file.
+      rates: (steps,), or name -> (steps,).
 
     Raises:
-      InputError: matplotlib is missing, or the file cannot be written. So for every function here.
+      InputError: matplotlib is missing, or the file cannot be written.
     """
     figure = _figure(6.4, 3.2)
     axes = _axes(figure.add_subplot(), "step", "learning rate")
@@ -64,11 +76,14 @@ def plot_schedule(path: str | os.PathLike[str], rates: ArrayLike | Mapping[str, 
 
 
 def plot_curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> None:
-    """The training loss by step, and the validation's loss and accuracy by epoch.
+    """Plots the training loss by step, and the loss and accuracy on the validation images by epoch.
 
     Args:
-      path: the file.
-      lines: as `read_metrics` gives them: "step" and "loss"; "epoch", "validation_loss" and "validation_accuracy".
+      path: the PNG file.
+      lines: from `read_metrics`: "step" and "loss"; "epoch", "validation_loss" and "validation_accuracy".
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written.
     """
     figure = _figure(11, 3.4)
     training, loss, accuracy = figure.subplots(1, 3, width_ratios=(2, 1, 1))
@@ -78,7 +93,7 @@ def plot_curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]
     training.plot(steps_, losses, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1)
     if window > 1:
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        # Each mean stands at its last step, so that it never knows what comes after it.
+        # Each mean stands at its last step, so that it includes nothing later.
         training.plot(steps_[window - 1 :], smooth, color=BLUE, linewidth=2, label=f"running mean of {window}")
         training.legend(frameon=False)
     for axes, name, best, form in (
@@ -99,13 +114,16 @@ def plot_curves(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]
 
 
 def plot_batches(path: str | os.PathLike[str], before: Images, after: Images, names: Sequence[str]) -> None:
-    """Images above what the augmentation made of them.
+    """Plots images above their augmented versions.
 
     Args:
-      path: the file.
-      before: Pillow's images, or arrays (height, width, 3) of uint8 or of floats from 0 to 1.
-      after: the same, one for each; `make_visible` makes them from a batch.
-      names: a name for each.
+      path: the PNG file.
+      before: Pillow's images, or arrays (height, width, 3), uint8 or floats from 0 to 1.
+      after: the augmented version of each. `make_visible` turns a batch into such images.
+      names: a name for each image.
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written.
     """
     bands, across = math.ceil(len(before) / _ACROSS), min(len(before), _ACROSS)
     figure = _figure(1.55 * across + 0.5, 3.35 * bands + 0.2)
@@ -129,21 +147,24 @@ def plot_predictions(
     probabilities: Sequence[float],
     names: Sequence[str],
 ) -> None:
-    """Images with what they were taken for, and what they are where that is something else.
+    """Plots images with their predicted class, and with the true class if it differs.
 
     Args:
-      path: the file.
-      images: see `plot_batches`.
-      expected: class ids.
-      predicted: class ids.
-      probabilities: of the predicted class.
-      names: of the classes.
+      path: the PNG file.
+      images: Pillow's images, or arrays (height, width, 3), uint8 or floats from 0 to 1.
+      expected: the true class id of each image.
+      predicted: the predicted class id of each image.
+      probabilities: the probability of each predicted class.
+      names: names of the classes.
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written.
     """
     rows, across = math.ceil(len(images) / _ACROSS), min(len(images), _ACROSS)
     figure = _figure(1.9 * across + 0.2, 2.3 * rows + 0.1)
     grid = figure.subplots(rows, across, squeeze=False)
-    found = zip(images, expected, predicted, probabilities, strict=True)
-    for axes, (image, truth, guess, probability) in zip(grid.flat, found, strict=False):
+    shown = zip(images, expected, predicted, probabilities, strict=True)
+    for axes, (image, truth, guess, probability) in zip(grid.flat, shown, strict=False):
         right = truth == guess
         title = f"{'✓' if right else '✗'} {probability:.0%} {_shortened(names[guess], 22)}"
         if not right:
@@ -154,16 +175,19 @@ def plot_predictions(
 
 
 def plot_attention_maps(path: str | os.PathLike[str], images: Images, maps: NDArray, names: Sequence[str] = ()) -> None:
-    """Each image, the attention laid over it, and where there are several heads each head's own.
+    """Plots each image with its attention map on top. With several heads it adds the map of each head.
 
-    The photograph below is grey and dark. Colours run from the least to the largest value of each map, and are the
-    more transparent the less there is. They compare places within a map, and not maps.
+    The photograph below a map is grey and dark. Colours run from the least to the largest value of each map; low values
+    are more transparent. So colours compare positions within a map, and not different maps.
 
     Args:
-      path: the file.
-      images: see `plot_batches`.
-      maps: (images, heads, rows, columns), see `vit_ref.finetune.attention`.
-      names: of the images, where they are to be shown.
+      path: the PNG file.
+      images: Pillow's images, or arrays (height, width, 3), uint8 or floats from 0 to 1.
+      maps: (images, heads, rows, columns), from `compute_attention_maps`.
+      names: names to show beside the images, or none.
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written.
     """
     heads = maps.shape[1] if maps.shape[1] > 1 else 0
     figure = _figure(1.35 * (heads + 2) + 0.4, 1.4 * len(images) + 0.3)
@@ -171,13 +195,13 @@ def plot_attention_maps(path: str | os.PathLike[str], images: Images, maps: NDAr
     titles = ["image", "mean of heads" if heads else "attention", *(f"head {k}" for k in range(heads))]
     for i, (image, each, row) in enumerate(zip(images, maps, grid, strict=True)):
         colours = np.asarray(image)
-        # Grey, so that the colour is the map's alone, and dark, so that a bright photograph does not outshine it.
+        # Grey, because only the map may have colour. Dark, because a bright photograph would outshine the map.
         below = np.repeat((_DIMMED * colours.mean(-1, keepdims=True)).astype(colours.dtype), 3, axis=-1)
         _show(row[0], colours)
         for axes, values in zip(row[1:], [each.mean(0), *each][: heads + 1], strict=True):
             _show(axes, below)
             above_least = np.asarray(values, np.float64) - values.min()
-            # A map that is the same everywhere shows nothing.
+            # A constant map shows nothing.
             strength = above_least / max(above_least.max(), np.finfo(np.float32).tiny)
             extent, alpha = axes.images[0].get_extent(), _OPAQUE * strength
             axes.imshow(strength, cmap="viridis", vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
@@ -189,9 +213,17 @@ def plot_attention_maps(path: str | os.PathLike[str], images: Images, maps: NDAr
 
 
 def plot_confusion(path: str | os.PathLike[str], evaluation: Evaluation, names: Sequence[str]) -> None:
-    """The confusion matrix: each row one true class, coloured by the share of its images taken for each class.
+    """Plots the confusion matrix: each row is a true class, coloured by the share taken for each class.
 
-    Numbers of images stand in it up to 25 classes, and names up to 150. A class without an image is grey.
+    Up to 25 classes it shows counts, and up to 150 names. A class without an image is grey.
+
+    Args:
+      path: the PNG file.
+      evaluation: the evaluation to plot.
+      names: names of the classes.
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written.
     """
     classes = len(evaluation.confusion)
     side = min(max(0.16 * classes, 0.42 * min(classes, _COUNTED), 2.5), 18)
@@ -201,7 +233,7 @@ def plot_confusion(path: str | os.PathLike[str], evaluation: Evaluation, names: 
 
     axes = figure.add_subplot()
     colours = colormaps["Blues"].with_extremes(bad="#dddddd")
-    # The square root, because what is confused is a few percent, and pale.
+    # The square root makes confusions of a few percent visible.
     shown = axes.imshow(evaluation.shares, cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     ticks = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
     bar = figure.colorbar(shown, ax=axes, shrink=0.7, aspect=max(20, 5 * side), ticks=ticks, format=_percent())
@@ -241,14 +273,14 @@ def _axes(axes: Axes, x: str, y: str) -> Axes:
 
 
 def _series(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[NDArray, NDArray]:
-    """Two columns of the log; NaN, a gap in the curve, for what was not finite."""
-    found = [(line[x], line[y]) for line in lines if x in line and y in line]
-    values = np.array(found, np.float64).reshape(-1, 2)
+    """Returns two columns of the log, with NaN, a gap in the curve, for values that are not finite."""
+    pairs = [(line[x], line[y]) for line in lines if x in line and y in line]
+    values = np.array(pairs, np.float64).reshape(-1, 2)
     return values[:, 0], values[:, 1]
 
 
 def _scale_of_losses(axes: Axes) -> None:
-    """Logarithmic where the losses span more than a factor of 30."""
+    """Makes the axis logarithmic if the losses span more than a factor of 30."""
     values = np.concatenate([line.get_ydata() for line in axes.lines]).astype(np.float64)
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 30 * values.min():
@@ -268,7 +300,7 @@ def _show(axes: Axes, image: Any, title: str = "", color: str = "black") -> None
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    # A name may hold dollar signs, between which matplotlib would read mathematics.
+    # matplotlib would read mathematics between the dollar signs of a name.
     axes.set_title(title, fontsize=8, color=color, parse_math=False)
 
 
@@ -283,12 +315,12 @@ def _shortened(name: str, length: int) -> str:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes the PNG under a temporary name and renames it."""
+    """Writes the PNG file under a temporary name and renames it."""
     path = Path(path)
     try:
         with replacing(path) as staged, warnings.catch_warnings():
-            # A class's name may have letters that matplotlib's own font lacks: a box is drawn for each.
+            # matplotlib draws a box for a letter of a class's name that its font lacks.
             warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
             figure.savefig(staged, format="png", bbox_inches="tight")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: it cannot be written ({error.strerror}): give another place") from None

@@ -1,8 +1,8 @@
 """The meaning of a head's logits: exclusive classes, independent labels, or plain values.
 
 `problem_type` in config.json and the number of labels decide it, as in the image-classification pipeline of
-transformers. One case differs: the pipeline prints a sigmoid or a softmax of a regression, and this package prints its
-values.
+transformers. The two differ in one case: for a regression the pipeline prints a sigmoid or a softmax, and this package
+prints the values.
 """
 
 from __future__ import annotations
@@ -26,50 +26,51 @@ _MEANINGS: dict[str, Meaning] = {
 
 
 def read_meaning(config: ViTConfig) -> Meaning:
-    """What the logits of this model mean.
+    """Returns what the logits of this model mean.
 
     Returns:
-      "exclusive": one class is right, and a softmax gives the probabilities. "independent": each label is right or
-      wrong by itself, and a sigmoid of its logit gives its probability; so is a single label. "values": the logits of
-      a regression, which are no probabilities.
+      - "exclusive": one class is right, and a softmax gives the probabilities.
+      - "independent": each label is right or wrong by itself, and a sigmoid gives its probability. A single label is
+        such a label.
+      - "values": the logits are the values of a regression, and no probabilities.
 
     Raises:
       ConfigError: `problem_type` is unknown.
     """
     problem = config.extra.get("problem_type")
-    found = _MEANINGS.get(problem) if isinstance(problem, str) else None
-    if problem is not None and found is None:
+    meaning = _MEANINGS.get(problem) if isinstance(problem, str) else None
+    if problem is not None and meaning is None:
         raise ConfigError(
-            f"config.json: problem_type is {problem!r}, so the logits mean nothing known: give one of"
-            f" {', '.join(_MEANINGS)}, or leave it out"
+            f"config.json: problem_type is {problem!r}, which is unknown: give one of {', '.join(_MEANINGS)}, or leave"
+            " it out"
         )
-    if found is None or found == "exclusive":
-        # A softmax of one logit is 1, whatever the image.
+    if meaning is None or meaning == "exclusive":
+        # A softmax of one logit is 1 for every image.
         return "independent" if config.num_labels == 1 else "exclusive"
-    return found
+    return meaning
 
 
 def name_unit(config: ViTConfig) -> Literal["probability", "value"]:
-    """What `compute_scores` returns for this model.
+    """Names what `compute_scores` returns for this model.
 
     Raises:
-      ConfigError: see `read_meaning`.
+      ConfigError: `problem_type` is unknown.
     """
     return "value" if read_meaning(config) == "values" else "probability"
 
 
 def compute_scores(logits: ArrayLike, config: ViTConfig) -> NDArray[np.float64]:
-    """The probabilities of the classes, or the values of a regression.
+    """Returns the probabilities of the classes, or the values of a regression.
 
     Args:
       logits: (..., classes), of any floating dtype.
       config: the model's configuration.
 
     Returns:
-      The same shape, float64.
+      The scores (..., classes), float64.
 
     Raises:
-      ConfigError: see `read_meaning`.
+      ConfigError: `problem_type` is unknown.
     """
     values = np.asarray(logits).astype(np.float64)
     match read_meaning(config):
@@ -88,12 +89,12 @@ def require_exclusive(config: ViTConfig, where: str) -> None:
       where: the checkpoint, for the message.
 
     Raises:
-      InputError: its classes do not exclude each other.
-      ConfigError: see `read_meaning`.
+      InputError: the classes of the head do not exclude each other.
+      ConfigError: `problem_type` is unknown.
     """
     if read_meaning(config) != "exclusive":
         described = "it has one label" if config.num_labels == 1 else f"problem_type is {config.extra['problem_type']}"
         raise InputError(
-            f"{where}: cross-entropy trains a head with one right class of several, and the head that is kept is none"
-            f" ({described}): take a fresh head (--head fresh)"
+            f"{where}: its head does not choose one of several classes ({described}), and cross-entropy needs that:"
+            " take a fresh head (--head fresh)"
         )

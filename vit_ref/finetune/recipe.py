@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: every choice that changes the result, in one place that is written beside it."""
+"""The recipe of a fine-tuning run: every choice that changes the result, in one object that the run saves."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ class Recipe:
 
     Attributes:
       epochs: passes over the training images.
-      batch_size: images a step, over all devices and processes.
+      batch_size: images in a step, over all devices and processes.
       optimizer: "sgd", with Nesterov momentum, or "adamw".
-      learning_rate: at its highest.
-      schedule: how it falls after the warm-up, to be zero once the last update is made: "linear", "cosine", or
-        "constant" for not at all.
-      warmup_ratio: part of all updates over which it rises, 0 to 1; in r updates, by 1 / (r + 1) of the highest with
-        each, the first among them.
-      momentum: of SGD.
-      weight_decay: of AdamW, decoupled and on kernels alone; of SGD, added to the gradient of kernels.
-      layer_decay: learning rate of a block over that of the block above it; 1 for the same everywhere. Norm and head
-        are above the highest block, the embeddings below the lowest (BEiT, Bao et al. 2021,
+      learning_rate: the highest learning rate.
+      schedule: the fall of the rate after the warm-up: "linear", "cosine", or "constant" for no fall. The rate reaches
+        zero after the last update.
+      warmup_ratio: part of all updates in which the rate rises, 0 to 1. In r such updates, each adds 1 / (r + 1) of the
+        highest rate, and so does the first.
+      momentum: momentum of SGD.
+      weight_decay: AdamW decays kernels, decoupled from the gradient. SGD adds the decay to the gradient of kernels.
+      layer_decay: learning rate of a block, divided by that of the block above it; 1 for the same rate everywhere. Norm
+        and head are above the highest block, the embeddings below the lowest (BEiT, Bao et al. 2021,
         https://arxiv.org/abs/2106.08254, appendix).
-      freeze_blocks: how many blocks, from below and with the embeddings, are not trained; -1 for all but the head.
-      grad_accum_steps: steps whose gradients are averaged into one update. Steps at the end that do not fill one change
-        nothing.
-      grad_clip: largest global norm of the gradient; None for any.
+      freeze_blocks: number of blocks to freeze, from the lowest and with the embeddings. -1 freezes all but the head.
+      grad_accum_steps: number of steps whose mean gradient makes one update. Left-over steps at the end of the run
+        change nothing.
+      grad_clip: largest global norm of the gradient; None for no limit.
       label_smoothing: part of a label's weight that all classes share.
-      dropout: of the hidden values and the attention probabilities; None for the checkpoint's own.
+      dropout: dropout rate of the hidden values and the attention probabilities; None for the rate of the checkpoint.
       precision: "float32", or "mixed": blocks compute in bfloat16; parameters, optimizer, token stream, norms, softmax
         and loss are float32.
-      attention: "xla", or "cudnn": `vit_ref.model.attention.cudnn`, in mixed precision on NVIDIA GPUs, of models that
-        drop no probabilities of attention out.
-      image_size: pixels of an image's side, to which the position embeddings are resized; None for the checkpoint's.
-      head: "fresh", a new one of zeros for the data's classes, or "keep", where the checkpoint has the same ones.
-      augment: whether training images are cropped, flipped and jittered.
-      seed: of the head, the order of images, their augmentation and dropout.
+      attention: "xla", or "cudnn" for `vit_ref.model.attention.cudnn`. The latter needs mixed precision, an NVIDIA GPU
+        and a model without dropout of attention probabilities.
+      image_size: side of the images in pixels. The position embeddings are resized to it. None for the size of the
+        checkpoint.
+      head: "fresh" starts a new head of zeros for the classes of the data. "keep" takes the head of the checkpoint,
+        which has to have the same classes.
+      augment: whether to crop, flip and jitter training images.
+      seed: seed of the head, the order of images, their augmentation and dropout.
 
     Raises:
       InputError: a value is out of range.
@@ -79,20 +81,22 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is {value!r}: give an integer of at least {least}")
-            if value >= 2**31:  # which jax, numpy and grain count with
-                raise InputError(f"{name} is {value!r}: give a smaller integer, below {2**31}")
+            if value >= 2**31:  # jax, numpy and grain count in 32 bits
+                raise InputError(f"{name} is {value!r}: give an integer below {2**31}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
         for name, known in _CHOICES:
             if getattr(self, name) not in get_args(known):
-                raise InputError(f"{name} is {getattr(self, name)!r}: known are {', '.join(get_args(known))}")
+                raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(get_args(known))}")
         if self.attention == "cudnn" and self.precision != "mixed":
-            raise InputError(f"attention is 'cudnn' and precision {self.precision!r}: give precision 'mixed' with it")
+            raise InputError(
+                f"attention is 'cudnn' and precision is {self.precision!r}: give precision 'mixed' with it"
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as `Recipe(**...)` takes it back."""
+        """Returns all fields, as `Recipe(**fields)` takes them back."""
         return dataclasses.asdict(self)
 
 
@@ -104,7 +108,7 @@ _CHOICES = (
     ("head", HeadName),
 )
 _INTEGERS = (("epochs", 1), ("batch_size", 1), ("grad_accum_steps", 1), ("freeze_blocks", -1), ("seed", 0))
-# NaN is in no range. A rate of zero learns nothing; one of 1000 is a slip of the hand.
+# NaN is in no range. A rate of zero learns nothing, and a rate of 1000 is a typing error.
 _RANGES = (
     ("learning_rate", 1e-12, 100.0),
     ("warmup_ratio", 0.0, 1.0),

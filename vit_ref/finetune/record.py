@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: metrics, timing and a bar."""
+"""The record of a run while it runs: metrics, timing and a progress bar."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ import optax
 from tqdm import tqdm
 
 from vit_ref.errors import InputError
+from vit_ref.finetune.directory import METRICS, TENSORBOARD, TIMING
 from vit_ref.finetune.metrics import Evaluation, MetricsLog
 from vit_ref.finetune.recipe import Recipe
 
-METRICS, TIMING, TENSORBOARD = "metrics.jsonl", "timing.jsonl", "tensorboard"
-
 
 class Record:
-    """The log of a run. Metrics depend on the recipe alone, so that two runs can be compared byte for byte; speed has a
-    file of its own.
+    """The log of a run, and its progress bar.
 
-    A step's loss is read when the next step is under way, so that the device does not wait for Python.
+    Metrics depend on the recipe alone, so that two runs can be compared byte for byte. Speed has a file of its own. The
+    record reads the loss of a step after the next step began, so that the device does not wait for Python.
 
     Args:
-      directory: of the run.
-      recipe: its recipe.
+      directory: the run's directory.
+      recipe: the recipe of the run.
       rate: its learning rate by update.
-      per_epoch: steps of an epoch.
-      done: steps that are done already; what was logged of later ones is dropped.
-      writes: whether this process writes: the first of several does.
+      per_epoch: number of steps in an epoch.
+      done: number of finished steps. The record drops the log of later ones.
+      writes: whether this process writes. Only the first of several does.
       tensorboard: whether to write TensorBoard's files too.
-      quiet: no bar.
+      quiet: whether to hide the bar.
 
     Raises:
-      InputError: a file cannot be written. So for every method.
+      InputError: a file cannot be written. Every method may raise it.
     """
 
     def __init__(
@@ -56,22 +55,27 @@ class Record:
             self._logs = (metrics, MetricsLog(directory / TIMING))
         for log in self._logs:
             log.truncate_after(done)
-        # Only on a terminal, unless it is not wanted at all.
+        # None shows the bar on a terminal only.
         silent = True if quiet or not writes else None
         self._bar = tqdm(total=per_epoch * recipe.epochs, initial=done, unit="step", disable=silent)
         self._pending: tuple[int, jax.Array] | None = None
         self._since = time.perf_counter()
 
     def step(self, step: int, loss: jax.Array) -> None:
-        """A step was started: its number, from 1, and its loss, which need not be there yet."""
+        """Records that a step was started.
+
+        Args:
+          step: number of the step, from 1.
+          loss: its loss, a scalar. The device may still be computing it.
+        """
         self.flush()
         self._pending = step, loss
 
     def flush(self) -> None:
-        """Waits for the last step's loss and writes it.
+        """Waits for the loss of the last step, and writes it.
 
         Raises:
-          InputError: it is not finite.
+          InputError: the loss is not finite.
         """
         if self._pending is None:
             return
@@ -90,23 +94,27 @@ class Record:
             timing.write({"step": step, "images_per_second": speed})
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
-        """The validation images were looked at after a step.
+        """Records an evaluation on the validation images.
+
+        Args:
+          step: number of finished steps.
+          evaluation: its result.
 
         Raises:
-          InputError: the loss there is not finite.
+          InputError: its loss is not finite.
         """
         _require_finite(evaluation.loss, f"after step {step}, on the validation images,")
         if self._logs:
-            found = {
+            figures = {
                 "validation_loss": evaluation.loss,
                 "validation_accuracy": evaluation.accuracy,
                 "validation_accuracy_by_class": evaluation.per_class,
             }
-            self._logs[0].write({"step": step, "epoch": step // self._per_epoch, **found})
+            self._logs[0].write({"step": step, "epoch": step // self._per_epoch, **figures})
         self._since = time.perf_counter()
 
     def close(self) -> None:
-        """Writes what is pending, and closes the files."""
+        """Writes the pending loss, and closes the files."""
         try:
             self.flush()
         finally:
@@ -117,4 +125,4 @@ class Record:
 
 def _require_finite(loss: float, where: str) -> None:
     if not math.isfinite(loss):
-        raise InputError(f"the loss {where} is {loss}: lower learning_rate, or give grad_clip, and start anew")
+        raise InputError(f"the loss {where} is {loss}: lower learning_rate, or give grad_clip, and start a new run")

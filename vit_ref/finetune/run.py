@@ -1,4 +1,4 @@
-"""A whole run: load, train, look at the validation images, save, export; from any point on again."""
+"""A whole fine-tuning run: load, train, validate, save, export. It can resume from any checkpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from vit_ref.errors import InputError
 from vit_ref.files import replacing, require_local
 from vit_ref.finetune.augmentation import Augmentation, Transform
 from vit_ref.finetune.data import ImageDataset
+from vit_ref.finetune.directory import CHECKPOINTS, MODEL, RECIPE, require_free
 from vit_ref.finetune.loading import count_batches, draw, load_batches
 from vit_ref.finetune.mesh import Sharding, choose_shardings, divide_batch, make_mesh, replicate
 from vit_ref.finetune.metrics import Evaluation
 from vit_ref.finetune.optimizer import make_schedule, make_transformation, select_trained
 from vit_ref.finetune.prediction import compute_logits
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.record import METRICS, TIMING, Record
+from vit_ref.finetune.record import Record
 from vit_ref.finetune.saves import Progress, Saves
 from vit_ref.finetune.start import make_starting_model
 from vit_ref.finetune.step import split_step
@@ -35,20 +36,18 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.weights.pretrained import get_arrays, replace_arrays, save_pretrained
 
-RECIPE, CHECKPOINTS, MODEL = "run.json", "checkpoints", "model"
-
 
 @dataclasses.dataclass(frozen=True)
 class Conduct:
-    """How a run is carried out; none of it changes what is learnt.
+    """Options of a run that do not change its result.
 
     Attributes:
-      num_workers: processes that load images; 0 for threads of this one.
-      save_steps: steps between two checkpoints, besides one after every epoch; None for those alone.
-      save_total_limit: how many of the last checkpoints to keep, besides the best.
-      sharding: where the parameters lie when there are several devices, see `mesh.choose_shardings`.
+      num_workers: number of processes that load images; 0 for threads of this process.
+      save_steps: number of steps between two checkpoints; None for checkpoints only after each epoch.
+      save_total_limit: number of latest checkpoints to keep, besides the best.
+      sharding: placement of the parameters on several devices: "data" or "fsdp", see `mesh.choose_shardings`.
       tensorboard: whether to write TensorBoard's files too.
-      quiet: no bars.
+      quiet: whether to hide the progress bar.
     """
 
     num_workers: int = 0
@@ -60,14 +59,14 @@ class Conduct:
 
 
 class Outcome(NamedTuple):
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
-      model: the best of all epochs, in evaluation mode.
-      directory: the Hugging Face directory where it is saved.
-      evaluation: the model on the validation images.
-      epoch: after which it was the best.
-      writes: whether this is the process that writes: the first.
+      model: the best model of all epochs, in evaluation mode.
+      directory: the Hugging Face directory that holds it.
+      evaluation: its evaluation on the validation images.
+      epoch: the epoch after which it was the best.
+      writes: whether this process writes files. Only the first of several does.
     """
 
     model: VisionTransformer
@@ -89,43 +88,50 @@ def finetune(
     augment: Callable[..., Any] | None = None,
     ignore: Iterable[str] = (),
 ) -> Outcome:
-    """Fine-tunes a checkpoint on images, and saves the model that did best on the validation images.
+    """Fine-tunes a checkpoint on images, and saves the model that does best on the validation images.
 
     Args:
       source: a checkpoint as `vit_ref.from_pretrained` takes it; None for a small model from scratch.
-      training: images to learn from.
-      validation: images to judge by, of the same classes.
+      training: the training images.
+      validation: the validation images, of the same classes.
       output_dir: the run's directory: metrics.jsonl, timing.jsonl, checkpoints/, model/.
-      recipe: what decides the result.
-      conduct: what does not.
-      resume: go on from the last checkpoint in `output_dir`, if there is one: parameters and metrics become, bit for
-        bit, those of a run that was never stopped.
+      recipe: the choices that decide the result.
+      conduct: the choices that do not.
+      resume: whether to continue from the last checkpoint in `output_dir`, if there is one. Parameters and metrics are
+        then equal, bit for bit, to those of a run that was never stopped.
       augment: takes the place of `Augmentation()`, see `loading.load_batches`.
-      ignore: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`.
+      ignore: names or patterns of tensors in the checkpoint to leave behind.
 
     Returns:
-      The best model, where it is, and how good.
+      The best model, its directory and its evaluation.
 
     Raises:
-      InputError: checkpoint, images or recipe cannot be used, `output_dir` holds another run, or cannot be written to.
+      InputError: checkpoint, images or recipe cannot be used, or `output_dir` holds another run or cannot be written.
     """
     require_local(output_dir, "output_dir")
     out = Path(output_dir)
+    if jax.process_index() == 0:
+        require_free(out, resume=resume)
     mesh = make_mesh(recipe.batch_size)
     if training.classes != validation.classes:
-        raise InputError("the training and the validation images have other classes: give both the same folders")
+        raise InputError("the training and the validation images have different classes: give both the same folders")
     per_epoch = count_batches(len(training), recipe.batch_size)
     if not per_epoch:
-        raise InputError(f"batch_size is {recipe.batch_size}: there are only {len(training)} training images")
+        raise InputError(
+            f"batch_size is {recipe.batch_size}: there are only {len(training)} training images: give a smaller batch"
+        )
     if not len(validation):
         raise InputError("there are no validation images: give at least one")
     if len(training.classes) < 2:
-        raise InputError(f"there is one class, {training.classes[0]}: give at least two, each in a folder of its own")
+        raise InputError(
+            f"there is only one class, {training.classes[0]}: give at least two, each in a folder of its own"
+        )
     steps = per_epoch * recipe.epochs
     updates = steps // recipe.grad_accum_steps
     if not updates:
         raise InputError(
-            f"grad_accum_steps is {recipe.grad_accum_steps}: there are only {steps} steps, so nothing would be learnt"
+            f"grad_accum_steps is {recipe.grad_accum_steps}: there are only {steps} steps, so the run would learn"
+            " nothing: give a smaller number"
         )
     model = make_starting_model(source, training.classes, recipe, ignore)
     config, blocks = model.config, model.config.num_hidden_layers
@@ -138,7 +144,7 @@ def finetune(
     state = jax.device_put(state, layout)
     learn = compile_step(graph, layout, mesh, recipe)
     look = Examiner(model, mesh)
-    # Where parameters and moments are divided over devices, these are the only whole ones, on the first.
+    # "fsdp" divides parameters and moments over the devices. These would be whole copies on the first device.
     del model, optimizer
 
     shard = (jax.process_index(), jax.process_count())
@@ -152,7 +158,7 @@ def finetune(
         num_workers=conduct.num_workers,
         shard=shard,
     )
-    _require_same_run(out, recipe, source, training, validation, resume)
+    _require_same_run(out, recipe, source, training, validation)
     saves = Saves(out / CHECKPOINTS, conduct.save_total_limit)
     done = saves.latest() if resume else None
     if done is not None:
@@ -190,10 +196,12 @@ def finetune(
     saves.wait()
     best = saves.best()
     if best is None:
-        raise InputError(f"{out / CHECKPOINTS}: no checkpoint with an accuracy in it: start anew in another directory")
+        raise InputError(
+            f"{out / CHECKPOINTS}: no checkpoint has an accuracy in it: start a new run in another directory"
+        )
     state = replace_arrays(state, saves.restore(best, get_arrays(state)))
     saves.close()
-    # Of an epoch before a resume only the figures are known, and not the confusions.
+    # For an epoch before a resume only the metrics are known, and not the confusions.
     evaluation = evaluations.get(best) or look(get_model_state(state), validation, recipe, conduct)
     model = nnx.merge(graph, gather(state, mesh))[0]
     model.eval()
@@ -203,7 +211,7 @@ def finetune(
 
 
 def summarise(outcome: Outcome) -> str:
-    """What a person wants to know of a finished run."""
+    """Summarises a finished run in a few lines of text."""
     evaluation, names = outcome.evaluation, outcome.model.config.class_names
     rows, columns = np.nonzero(evaluation.confusion)
     confused = [(int(evaluation.confusion[i, j]), i, j) for i, j in zip(rows, columns, strict=True) if i != j]
@@ -221,7 +229,7 @@ def summarise(outcome: Outcome) -> str:
 
 
 def compile_step(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callable[..., tuple[Any, jax.Array]]:
-    """(state, pixels, labels, step) -> (state, loss), compiled; the state is split once and not at every step."""
+    """Returns a compiled function (state, pixels, labels, step) -> (state, loss). It splits the state only once."""
     key = jax.random.key(recipe.seed)
 
     def learn(state: Any, pixels: jax.Array, labels: jax.Array, step: jax.Array) -> tuple[Any, jax.Array]:
@@ -232,11 +240,11 @@ def compile_step(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callabl
 
 
 class Examiner:
-    """Looks at the validation images with the parameters that it is given.
+    """Evaluates states of a model on the validation images.
 
     Args:
-      model: whose computation it is.
-      mesh: over which images are divided.
+      model: a model with the computation to use.
+      mesh: the mesh that divides the images.
     """
 
     def __init__(self, model: VisionTransformer, mesh: Mesh):
@@ -246,11 +254,11 @@ class Examiner:
         def run(state: Any, pixels: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
             return compute_logits(graph, state, pixels).astype(np.float32), labels
 
-        # Every process sees all, so that all agree on which epoch was the best.
+        # Every process gets all logits, so that all agree which epoch was the best.
         self._run = jax.jit(run, out_shardings=replicate(mesh))
 
     def __call__(self, state: Any, dataset: ImageDataset, recipe: Recipe, conduct: Conduct) -> Evaluation:
-        """The evaluation of one state of the model."""
+        """Returns the evaluation of one state of the model."""
         shard = (jax.process_index(), jax.process_count())
         seen = [
             self._run(state, divide_batch(batch["pixels"], self._mesh), divide_batch(batch["label"], self._mesh))
@@ -272,24 +280,24 @@ class Examiner:
 
 
 def get_model_state(state: Any) -> Any:
-    """The model's part of (model, optimizer)."""
+    """Returns the model's part of the state of (model, optimizer)."""
     return state[0]
 
 
 def gather(state: Any, mesh: Mesh) -> Any:
-    """The state with every array whole on every device."""
+    """Returns the state with every array whole on every device."""
     return jax.jit(lambda tree: tree, out_shardings=replicate(mesh))(state)
 
 
 def _require_images(
     config: ViTConfig, recipe: Recipe, *loaded: tuple[ImageDataset, Augmentation | Transform | None]
 ) -> None:
-    """Says before anything is written what else the first batch would: that the images cannot be given to the model."""
+    """Draws the first image of each data set before anything is written, to check that it fits the model."""
     size = preprocessing.steps(config).output
     if size not in (None, config.image_hw):
         raise InputError(
-            f"images come out of the checkpoint's preprocessing with {list(size)} pixels, the model takes"
-            f" {list(config.image_hw)}: correct preprocessor_config.json"
+            f"preprocessing makes images of {list(size)} pixels, and the model takes {list(config.image_hw)}: correct"
+            " preprocessor_config.json"
         )
     for dataset, augment in loaded:
         draw(dataset, config, augment, recipe.seed, 0, 0)
@@ -301,10 +309,8 @@ def _require_same_run(
     source: str | os.PathLike[str] | None,
     training: ImageDataset,
     validation: ImageDataset,
-    resume: bool,
 ) -> None:
-    """Writes down what decides the result, or compares it with what was written."""
-    is_first = jax.process_index() == 0
+    """Writes the choices that decide the result, or compares them with those that the directory holds."""
     file = out / RECIPE
     described: dict[str, Any] = {
         "checkpoint": None if source is None else os.fspath(source),
@@ -315,29 +321,27 @@ def _require_same_run(
     }
     try:
         before = json.loads(file.read_bytes()) if file.exists() else None
-        # A run from before a field was added has its default.
+        # A run may be older than a field. The field then has its default.
         default = Recipe().to_json()
         was, now = (
             {**each, **default, **each["recipe"]} for each in (described if before is None else before, described)
         )
         changed = [name for name in now if name != "recipe" and now[name] != was[name]]
-        if before is None and is_first:
-            foreign = [out / name for name in (CHECKPOINTS, MODEL, METRICS, TIMING) if (out / name).exists()]
-            if foreign:
-                raise FileExistsError(f"{foreign[0]} is there and would be overwritten")
+        if before is None and jax.process_index() == 0:
             out.mkdir(parents=True, exist_ok=True)
             with replacing(file) as staged:
                 staged.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: cannot be written or read ({error}): give another directory") from None
-    if before is not None and not resume and is_first:
-        raise InputError(f"{out}: there is a run in it: go on with --resume, or give another directory")
+        raise InputError(f"{file}: it cannot be written or read ({error}): give another directory") from None
     for name in changed:
-        raise InputError(f"{file}: {name} was {was[name]!r} and is {now[name]!r} now: a run goes on as it began")
+        raise InputError(
+            f"{file}: {name} was {was[name]!r} and is now {now[name]!r}: resume with the old value, or give another"
+            " directory"
+        )
 
 
 def _told_apart(dataset: ImageDataset) -> str:
-    """How many images, and a checksum of their names and labels. Where their directory is does not matter."""
+    """Returns the number of images, and a checksum of their names and labels, whatever their directory."""
     files = [
         (os.path.basename(name), label) for name, label in zip(dataset.names, dataset.labels.tolist(), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A run's checkpoints, by Orbax: asynchronous, atomic, the last few and the best."""
+"""A run's checkpoints, written by Orbax: asynchronous and atomic. The last few and the best are kept."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import orbax.checkpoint as ocp
 
 from vit_ref.errors import InputError
 
-# What Orbax and tensorstore raise of a full disk, one that cannot be written to, or damaged files is not OSError alone.
+# Orbax and tensorstore raise more than OSError for a full disk, a read-only disk or damaged files.
 _DISK = (OSError, ValueError, RuntimeError, KeyError, TypeError)
 
-_DAMAGED = ": remove it, and --resume goes on from the one before"
+_DAMAGED = ": remove it, and --resume continues from the checkpoint before"
 
 
 class Progress(NamedTuple):
-    """Where a run is, besides its arrays.
+    """State of a run besides its arrays.
 
     Attributes:
-      step: how many steps are done.
+      step: number of finished steps.
       loader: the loader's state, as JSON takes it.
-      accuracy: on the validation images, where they were just looked at, with the loss there.
+      accuracy: accuracy and loss on the validation images, or None if they were not evaluated at this step.
     """
 
     step: int
@@ -40,11 +40,11 @@ class Saves:
     """The checkpoints in one directory.
 
     Args:
-      directory: made if need be.
-      keep: how many of the last to keep, besides the best.
+      directory: the directory, which is made if it does not exist.
+      keep: number of latest checkpoints to keep, besides the best.
 
     Raises:
-      InputError: it cannot be written to.
+      InputError: the directory cannot be written to.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -55,17 +55,19 @@ class Saves:
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self,
-                    # Left by a process that was killed while it wrote.
+                    # A process that was killed while it wrote leaves such directories.
                     cleanup_tmp_directories=True,
                 ),
             )
-        # Orbax's own policy of the best knows nothing of a former process: resumed, it would delete the best so far.
+        # Orbax's own policy forgets the best when a run resumes, and would delete it.
         self._ranks = {step: _rank(self.progress(step)) for step in self._manager.all_steps()}
 
     def _end_deletions(self) -> None:
-        """Of a checkpoint that a process was deleting when it was killed, its progress may be gone, and so is the rest.
+        """Removes checkpoints that a killed process had begun to delete.
 
-        One that was written whole has it: it comes under its name at once. Of the last nothing is deleted.
+        Such a checkpoint has lost its progress, and other files with it. A complete checkpoint has its progress,
+        because
+        Orbax renames it into place as a whole. The last checkpoint is never deleted.
         """
         if jax.process_index() or not self._directory.is_dir():
             return
@@ -76,7 +78,7 @@ class Saves:
                 shutil.rmtree(progress.parent)
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
-        """Which to keep: the last few and the best. Orbax asks, after each checkpoint."""
+        """Returns which checkpoints to keep: the last few and the best. Orbax calls it after each checkpoint."""
         steps = [each.step for each in checkpoints]
         kept = {*steps[-self._keep :], self._best_of(steps)}
         return [step in kept for step in steps]
@@ -86,13 +88,17 @@ class Saves:
         return max(ranked, key=ranked.__getitem__, default=None)
 
     def save(self, arrays: Mapping[str, jax.Array], progress: Progress) -> None:
-        """Writes a checkpoint in the background; the arrays may be overwritten once this returns.
+        """Writes a checkpoint in the background. The caller may overwrite the arrays once this returns.
+
+        Args:
+          arrays: path -> array.
+          progress: the state of the run besides its arrays.
 
         Raises:
-          InputError: this one, or the one before it, cannot be written.
+          InputError: this checkpoint, or the one before it, cannot be written.
         """
         self._require_space(sum(array.nbytes for array in arrays.values()))
-        # The step after this one is given the arrays' memory while they are being written.
+        # The next step reuses the memory of the arrays while Orbax writes, so write copies.
         copies = {name: jnp.copy(array) for name, array in arrays.items()}
         jax.block_until_ready(copies)
         self._ranks[progress.step] = _rank(progress)
@@ -106,25 +112,25 @@ class Saves:
             )
 
     def _require_space(self, size: int) -> None:
-        """Before anything is written: tensorstore, out of space, prints pages from threads of its own."""
+        """Checks the free space before the write, because tensorstore prints pages about a full disk."""
         with _one_line(self._directory):
             free = shutil.disk_usage(self._directory).free
         if free < size:
             raise InputError(
-                f"{self._directory}: a checkpoint takes {size / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} left:"
-                " make room and go on with --resume"
+                f"{self._directory}: a checkpoint takes {size / 2**20:,.0f} MiB, and the disk has"
+                f" {free / 2**20:,.0f} MiB left: make room, and continue with --resume"
             )
 
     def latest(self) -> int | None:
-        """The last step that was written whole, None where there is none."""
+        """Returns the last step that was written whole, or None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step with the highest accuracy, the lowest loss among equals; None where none was measured."""
+        """Returns the step with the highest accuracy and, among equals, the lowest loss, or None without any."""
         return self._best_of(self._manager.all_steps())
 
     def progress(self, step: int) -> Progress:
-        """What was saved beside the arrays.
+        """Reads what was saved beside the arrays of a step.
 
         Raises:
           InputError: it cannot be read.
@@ -135,10 +141,14 @@ class Saves:
             return Progress(read["step"], read["loader"], accuracy)
 
     def restore(self, step: int, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The arrays of a step, each with the shape, dtype and sharding of its like.
+        """Reads the arrays of a step.
+
+        Args:
+          step: number of finished steps.
+          like: path -> array with the shape, dtype and sharding that the result has to have.
 
         Raises:
-          InputError: they cannot be read, or are of another model.
+          InputError: the arrays cannot be read, or belong to another model.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
         with _one_line(self._directory / str(step), _DAMAGED):
@@ -147,16 +157,16 @@ class Saves:
             ]
 
     def wait(self) -> None:
-        """Until everything is written.
+        """Waits until everything is written.
 
         Raises:
-          InputError: something could not be.
+          InputError: something could not be written.
         """
         with _one_line(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and stops the threads."""
+        """Waits until everything is written, and stops the threads."""
         with _one_line(self._directory):
             self._manager.close()
 
@@ -170,10 +180,12 @@ def _one_line(place: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except _DISK as error:
-        raise InputError(f"{place}: checkpoint cannot be written or read ({_reason(str(error))}){advice}") from error
+        raise InputError(
+            f"{place}: the checkpoint cannot be written or read ({_reason(str(error))}){advice}"
+        ) from error
 
 
 def _reason(message: str) -> str:
-    """What the operating system said, which tensorstore buries in names and numbers of its own."""
+    """Extracts what the operating system said from a long message of tensorstore."""
     said = [os.strerror(code) for code in errno.errorcode]
     return next((each for each in said if each in message), " ".join(message.split())[:200])

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: a checkpoint with a head for the data's classes, or a small model from scratch."""
+"""The starting model of fine-tuning: a checkpoint with a head for the data's classes, or a small new model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vit_ref.preprocessing import explicit, for_size
 from vit_ref.weights import checkpoint
 from vit_ref.weights.pretrained import build, load
 
-# The fields of config.json that describe the head and what it was trained for, in transformers and on timm's hub pages.
-# The labels themselves are written anew from `ViTConfig.labels`.
+# The fields of config.json that describe the head and its task, in transformers and on timm's hub pages. The labels
+# themselves are written anew from `ViTConfig.labels`.
 _OF_THE_HEAD = frozenset(
     {
         "_num_labels",
@@ -39,7 +39,7 @@ _OF_THE_HEAD = frozenset(
     }
 )
 
-# Learns the embedded images within a minute on one core.
+# Small enough to learn the embedded images within a minute on one core.
 SCRATCH = ViTConfig(
     hidden_size=64,
     num_hidden_layers=4,
@@ -54,17 +54,17 @@ SCRATCH = ViTConfig(
 def make_starting_model(
     source: str | os.PathLike[str] | None, classes: Sequence[str], recipe: Recipe, ignore: Iterable[str] = ()
 ) -> VisionTransformer:
-    """The model that a run starts from, in evaluation mode.
+    """Returns the model that a run starts from, in evaluation mode.
 
     Args:
-      source: a checkpoint as `vit_ref.from_pretrained` takes it; None for `SCRATCH`, freshly initialised.
-      classes: names of the data's classes, in order of their labels.
-      recipe: says which head, image size, dropout, precision and attention.
-      ignore: as in `vit_ref.from_pretrained`.
+      source: a checkpoint as `vit_ref.from_pretrained` takes it; None for a new model of the size `SCRATCH`.
+      classes: names of the data's classes, in the order of their labels.
+      recipe: the recipe, which decides head, image size, dropout, precision and attention.
+      ignore: names or patterns of tensors in the checkpoint to leave behind.
 
     Raises:
-      InputError: the checkpoint cannot be read, has not the head that is to be kept, or one that
-        cross-entropy cannot train, or the attention not its device.
+      InputError: the checkpoint cannot be read. Or the recipe keeps a head that has other classes or that cross-entropy
+        cannot train. Or the attention does not run on this device.
     """
     dtype = jnp.bfloat16 if recipe.precision == "mixed" else None
     attention = cudnn if recipe.attention == "cudnn" else None
@@ -76,23 +76,23 @@ def make_starting_model(
     config = _with_preprocessing(_for_recipe(was, recipe))
     if config.image_hw != was.image_hw:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            # In bfloat16 the resize itself would round at 1e-3.
+            # In bfloat16 the resize itself would round the positions.
             positions = jnp.asarray(parameters["position_embeddings"], jnp.float32)
             parameters["position_embeddings"] = np.asarray(resize_positions(positions, was.grid(), config.grid()))
     if recipe.head == "keep":
         if tuple(was.labels) != tuple(classes):
             raise InputError(
-                f"{source}: its head knows the classes {_few(was.labels)}, the data has {_few(classes)}: take a fresh"
-                " head"
+                f"{source}: its head has the classes {_few(was.labels)}, and the data has {_few(classes)}: take a fresh"
+                " head (--head fresh)"
             )
         require_exclusive(was, os.fspath(source))
     else:
         config = _for_classes(config, classes)
         parameters = {path: value for path, value in parameters.items() if path.split(".")[0] not in ("head", "pooler")}
-        # Zeros, as in the paper (appendix B.1.1): the first steps do not push noise through the backbone.
+        # Zeros, as in the paper (appendix B.1.1): the first steps then push no noise through the backbone.
         parameters["head.kernel"] = np.zeros((config.hidden_size, len(classes)), np.float32)
         parameters["head.bias"] = np.zeros(len(classes), np.float32)
-    # Masters are float32, whatever the checkpoint was saved in: a bfloat16 parameter ignores small updates.
+    # The trained parameters are float32, whatever the checkpoint's dtype: in bfloat16 small updates would be lost.
     masters = {path: value.astype(np.float32) for path, value in parameters.items()}
     return build(config, masters, dtype=dtype, attention=attention)
 
@@ -102,8 +102,8 @@ def _require_cudnn(config: ViTConfig) -> None:
     require_heads(config.head_dim)
     if config.attention_probs_dropout_prob:
         raise InputError(
-            "cuDNN's attention drops no probabilities out, and the model's dropout is"
-            f" {config.attention_probs_dropout_prob:g}: give dropout 0, or leave attention out"
+            f"the model's attention dropout is {config.attention_probs_dropout_prob:g}, and cuDNN's attention has none:"
+            " give dropout 0, or attention 'xla'"
         )
 
 
@@ -121,12 +121,12 @@ def _for_recipe(config: ViTConfig, recipe: Recipe) -> ViTConfig:
 
 
 def _with_preprocessing(config: ViTConfig) -> ViTConfig:
-    """The configuration with all that the images go through, so that whoever loads the model gives it the same."""
+    """Returns the configuration with all its preprocessing explicit, so that later users give the model the same."""
     return dataclasses.replace(config, preprocessor=explicit(config))
 
 
 def _for_classes(config: ViTConfig, classes: Sequence[str]) -> ViTConfig:
-    """The configuration with a new head, and without what described the old head or pooler."""
+    """Returns the configuration with a new head, and without the fields of the old head or pooler."""
     return dataclasses.replace(
         config,
         num_labels=len(classes),

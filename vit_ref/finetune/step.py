@@ -18,24 +18,24 @@ def classification_loss(
     rngs: nnx.Rngs | None = None,
     label_smoothing: float = 0.0,
 ) -> Array:
-    """Mean cross-entropy over the batch, computed in at least float32 whatever the model's dtype.
+    """Returns the mean cross-entropy over the batch, computed in at least float32, whatever the model's dtype.
 
     Args:
-      model: a model with a head; in training mode its dropout is live.
-      pixels: (B, height, width, C).
+      model: a model with a head. In training mode its dropout is active.
+      pixels: preprocessed images (B, height, width, C).
       labels: class ids (B,), integers.
-      rngs: the "dropout" stream, in training mode.
+      rngs: the "dropout" stream, needed in training mode.
       label_smoothing: part of a label's weight that all classes share (Szegedy et al. 2016,
         https://arxiv.org/abs/1512.00567).
 
     Returns:
-      A scalar. In bfloat16 it would be quantised to 8 bits, and its gradient with it.
+      A scalar, float32 or float64. bfloat16 would quantise it to 8 bits, and its gradient with it.
     """
     logits = model(pixels, rngs=rngs)
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing:
-        # Against the uniform distribution, which is the mean of the losses against every class.
+        # The loss against the uniform distribution is the mean of the losses against every class.
         uniform = -jax.nn.log_softmax(logits).mean(-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     return loss.mean()
@@ -49,19 +49,19 @@ def train_step(
     rngs: nnx.Rngs | None = None,
     label_smoothing: float = 0.0,
 ) -> Array:
-    """Updates `model` and `optimizer` in place by one step; wrap it in `nnx.jit`.
+    """Updates `model` and `optimizer` in place by one step. Wrap it in `nnx.jit`.
 
     Args:
-      model: see `classification_loss`.
-      optimizer: `nnx.Optimizer(model, transformation, wrt=filter)`. Parameters that `wrt` leaves out are frozen: their
-        gradients are not even computed.
-      pixels: see `classification_loss`.
-      labels: see `classification_loss`.
-      rngs: see `classification_loss`.
-      label_smoothing: see `classification_loss`.
+      model: a model with a head. In training mode its dropout is active.
+      optimizer: `nnx.Optimizer(model, transformation, wrt=filter)`. Parameters that `wrt` leaves out are frozen, and
+        their gradients are not computed.
+      pixels: preprocessed images (B, height, width, C).
+      labels: class ids (B,), integers.
+      rngs: the "dropout" stream, needed in training mode.
+      label_smoothing: part of a label's weight that all classes share.
 
     Returns:
-      The loss before the update.
+      The loss before the update, a scalar.
     """
     differentiated = nnx.DiffState(0, optimizer.wrt)
     loss, gradients = nnx.value_and_grad(classification_loss, argnums=differentiated)(
@@ -79,15 +79,15 @@ def split_step(
     rngs: nnx.Rngs | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[nnx.State, Array]:
-    """`train_step` as a function of arrays, for `jax.jit`: model and optimizer are split once and not at every step.
+    """Makes one training step as a function of arrays, for `jax.jit`. Model and optimizer are split only once.
 
     Args:
-      graph: of `nnx.split((model, optimizer))`.
-      state: of the same, or from the step before.
-      pixels: see `classification_loss`.
-      labels: see `classification_loss`.
-      rngs: see `classification_loss`.
-      label_smoothing: see `classification_loss`.
+      graph: the graph from `nnx.split((model, optimizer))`.
+      state: the state from the same split, or from the step before.
+      pixels: preprocessed images (B, height, width, C).
+      labels: class ids (B,), integers.
+      rngs: the "dropout" stream, needed in training mode.
+      label_smoothing: part of a label's weight that all classes share.
 
     Returns:
       The state after the update, and the loss before it.

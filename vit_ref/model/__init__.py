@@ -1,1 +1,1 @@
-"""The model: configuration, layers and the names of its values. It knows nothing of the rest of the package."""
+"""The model: configuration, layers and the names of its values. It imports nothing else of the package."""

@@ -1,7 +1,7 @@
-"""What a query finds: softmax attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762) in several ways.
+"""Softmax attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762) in several forms.
 
-`weigh` lets its probabilities be seen and changed. The others are for where nobody asks for them: `attend`, which
-models take, and `cudnn`, which they can be given.
+`weigh` lets a caller see and change its probabilities. The others never expose them: `attend`, the default of models,
+and `cudnn`, which a caller can give to a model.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from jax.typing import DTypeLike
 
 from vit_ref.errors import InputError
 
-# (query, key, value) -> context, each (B, N, H, K), of one dtype.
+# (query, key, value) -> context, each (B, N, H, K) and of one dtype.
 Attend = Callable[[Array, Array, Array], Array]
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    """float64 for float64, and float32 for everything else."""
+    """Returns float64 for float64, and float32 for every other dtype."""
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 def weigh(query: Array, key: Array, value: Array, seen: Callable[[Array], Array] = lambda probs: probs) -> Array:
-    """The values, weighted by a softmax in at least float32: (B, N, H, K) of three such arrays.
+    """Returns the values weighted by a softmax, which it computes in at least float32.
 
     Args:
       query: (B, N, H, K).
-      key: likewise.
-      value: likewise.
-      seen: given the probabilities (B, H, N, N), in the query's dtype; what it returns takes their place.
+      key: (B, N, H, K), of the same dtype.
+      value: (B, N, H, K), of the same dtype.
+      seen: function of the probabilities (B, H, N, N), in the query's dtype. Its result takes their place.
+
+    Returns:
+      The context (B, N, H, K), of the same dtype.
     """
     scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=at_least_float32(query.dtype))
     probs = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1).astype(query.dtype)
@@ -39,19 +42,25 @@ def weigh(query: Array, key: Array, value: Array, seen: Callable[[Array], Array]
 
 
 def attend(query: Array, key: Array, value: Array) -> Array:
-    """The same, (B, N, H, K) of three such arrays, where nobody asks for the probabilities.
+    """Returns the same as `weigh`, for callers that do not need the probabilities.
 
-    In float32 and float64 the exponentials are divided by their sum after they have weighted the values: K quotients a
-    query and not N, and one array of (B, H, N, N) less to keep for the way back. Beside
-    `jax.nn.dot_product_attention`, which is XLA's softmax wherever cuDNN is not asked for, a train step of ViT-S/16 on
-    CPU takes 8 % less time, of B/16 4 %.
+    In float32 and float64 it divides by the sum of the exponentials after they weighted the values. This takes K
+    divisions a query and not N. And the backward pass keeps one array (B, H, N, N) less.
 
-    In half precision the cotangents of the exponentials would be rounded, and those of their sum not, from which they
-    are subtracted: where attention is sharp, queries' gradients erred three times as much. There it is `weigh`.
+    In half precision it calls `weigh`. The other form would round the cotangents of the exponentials, but not those of
+    their sum, from which they are subtracted. If attention is sharp, that makes the queries' gradients less exact.
+
+    Args:
+      query: (B, N, H, K).
+      key: (B, N, H, K), of the same dtype.
+      value: (B, N, H, K), of the same dtype.
+
+    Returns:
+      The context (B, N, H, K), of the same dtype.
     """
     if query.dtype != at_least_float32(query.dtype):
         return weigh(query, key, value)
-    # Products of matrices that lie in one piece: 3 % of those 8.
+    # Products of matrices that are contiguous in memory are faster.
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhqk,bhmk->bhqm", query, key)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
@@ -61,31 +70,37 @@ def attend(query: Array, key: Array, value: Array) -> Array:
 
 
 def cudnn(query: Array, key: Array, value: Array, *, tokens: int | None = None) -> Array:
-    """cuDNN's fused attention, for half precision on NVIDIA's GPUs; `VisionTransformer(attention=cudnn)`.
+    """Returns attention by cuDNN's fused kernel, for half precision on NVIDIA GPUs.
 
-    The probabilities are never in memory: benchmarks/RESULTS.md has what that saves. It can be differentiated backwards
-    and once, not forwards, and `jax.export` refuses it. Its gradients are the same to the last bit each time only under
-    `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
+    Give it to a model with `VisionTransformer(attention=cudnn)`. The probabilities are never in memory;
+    benchmarks/RESULTS.md shows what that saves. The limits are:
+
+    - It has a backward pass, and neither forward-mode nor second derivatives. `jax.export` refuses it.
+    - Its gradients are reproducible to the last bit only under `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
 
     Args:
-      query: (B, N, H, K), bfloat16 or float16, K as `require_heads` has it.
-      key: likewise.
-      value: likewise.
-      tokens: how many of the N are tokens, one at least; the rest is padding, of finite values, which no token sees,
-        and whose context and gradients are zero. None for all. Where N is no multiple that cuDNN takes, see `padding`,
-        it is padded here.
+      query: (B, N, H, K), bfloat16 or float16. `require_heads` checks K.
+      key: (B, N, H, K), of the same dtype.
+      value: (B, N, H, K), of the same dtype.
+      tokens: number of the N rows that are tokens, at least one; None for all. The others are padding with finite
+        values: no token attends to them, and their context and gradients are zero. If cuDNN does not take N rows, this
+        function pads them, see `padding`.
+
+    Returns:
+      The context (B, N, H, K), of the same dtype.
 
     Raises:
-      InputError: they are of another dtype, or see `require_cudnn` and `require_heads`.
-      NotImplementedError: jax's, where cuDNN cannot do this.
+      InputError: the dtype is another one, or the device or the heads do not fit, see `require_cudnn` and
+        `require_heads`.
+      NotImplementedError: from jax, if cuDNN cannot do this.
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise InputError(f"cuDNN's attention is for half precision, and not {query.dtype}: give dtype=jnp.bfloat16")
+        raise InputError(f"cuDNN's attention takes half precision, and this is {query.dtype}: give dtype=jnp.bfloat16")
     require_cudnn()
     require_heads(query.shape[-1])
     rows = query.shape[1]
     tokens = rows if tokens is None else tokens
-    # Of the query though it is the same for each image: jax's batching rule wants lengths that have the batch, too.
+    # The lengths are the same for every image. They depend on the query because jax's batching rule needs their batch.
     lengths = jnp.where(jnp.isnan(query[:, 0, 0, 0]), tokens, tokens).astype(jnp.int32)
     query, key, value = (jnp.pad(x, ((0, 0), (0, padding(rows)), (0, 0), (0, 0))) for x in (query, key, value))
     context = jax.nn.dot_product_attention(
@@ -95,34 +110,45 @@ def cudnn(query: Array, key: Array, value: Array, *, tokens: int | None = None) 
 
 
 def padding(rows: int) -> int:
-    """How many rows to add for `cudnn`, which else adds them itself: in every block, and out again.
+    """Counts the rows to add for `cudnn`. A model that adds them once saves `cudnn` from doing so in every block.
 
-    jax asks for an even number where it differentiates, and a ViT's is odd; and a row of scores takes whole 16 bytes.
+    jax needs an even number for the backward pass, and a ViT's is odd. A row of scores has to fill whole 16 bytes.
     """
     return -rows % 8
 
 
 def require_cudnn() -> None:
-    """Raises `InputError` where jax's own device is none of NVIDIA's that `cudnn` runs on."""
+    """Checks that jax's device can run `cudnn`.
+
+    Raises:
+      InputError: jax's device is not an NVIDIA GPU that `cudnn` runs on.
+    """
     if _capability() < 8:
         raise InputError(
-            "cuDNN's attention needs one of NVIDIA's GPUs, Ampere or later, and jax's device is"
-            f" {jax.devices()[0].device_kind}: leave it out"
+            f"jax's device is {jax.devices()[0].device_kind}, and cuDNN's attention needs an NVIDIA GPU, Ampere or"
+            " later: leave it out"
         )
 
 
 def require_heads(head_dim: int) -> None:
-    """Raises `InputError` where `cudnn` does not take heads of this width, on a device that it runs on."""
-    # What jax itself checks, in words that no user of this package wrote.
+    """Checks that `cudnn` takes heads of this width on jax's device.
+
+    Args:
+      head_dim: width of a head.
+
+    Raises:
+      InputError: it does not.
+    """
+    # jax itself checks this, with a message that does not fit a user of this package.
     widest = 256 if _capability() >= 9 else 128
     if head_dim % 8 or head_dim > widest:
         raise InputError(
-            f"cuDNN's attention takes heads a multiple of 8 and here at most {widest} wide, and not {head_dim}:"
-            " leave it out"
+            f"the model's heads are {head_dim} wide, and cuDNN's attention takes a multiple of 8, here at most"
+            f" {widest}: leave it out"
         )
 
 
 def _capability() -> float:
-    """The compute capability of jax's own device, 0 where it is none of NVIDIA's."""
+    """Returns the compute capability of jax's device, or 0 if that is not an NVIDIA GPU."""
     device = jax.devices()[0]
     return float(device.compute_capability) if "cuda" in device.client.platform_version else 0.0

@@ -1,4 +1,4 @@
-"""`ViTConfig`: every field that changes what a Vision Transformer computes, and nothing that does not."""
+"""`ViTConfig`: every field that changes what a Vision Transformer computes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from vit_ref.errors import ConfigError
 
-# Activations by their Hugging Face names; gelu_new and gelu_pytorch_tanh are one function, as are silu and swish, and
-# gelu and gelu_python, the same sum written out in Python.
+# Activations by their Hugging Face names. Three pairs are one function each: gelu_new and gelu_pytorch_tanh, silu and
+# swish, gelu and gelu_python.
 ACTIVATION_NAMES = (
     "gelu",
     "gelu_new",
@@ -23,7 +23,7 @@ ACTIVATION_NAMES = (
     "tanh",
 )
 
-# Width, depth, MLP width, heads. Ti, S: DeiT (Touvron et al., 2021, table 1); B, L, H: ViT (Dosovitskiy et al., 2021,
+# Width, depth, MLP width, heads. Ti, S: DeiT (Touvron et al., 2021, table 1). B, L, H: ViT (Dosovitskiy et al., 2021,
 # table 1).
 _VARIANTS = {
     "Ti": (192, 12, 768, 3),
@@ -33,7 +33,7 @@ _VARIANTS = {
     "H": (1280, 32, 5120, 16),
 }
 
-# Fields that are read from or written to a Hugging Face config in another way than by their names, or not at all.
+# Fields of a Hugging Face config that are not simply read and written by name.
 _NOT_BY_NAME = frozenset({"pooler", "labels", "extra", "preprocessor", "num_labels", "broadcast_attention_dropout"})
 
 _POSITIVE_INTEGERS = (
@@ -45,12 +45,12 @@ _POSITIVE_INTEGERS = (
 )
 
 
-# Beyond any transformer there will be. A number that is absurd is said as such, and not built for hours.
+# Larger than any real transformer. A larger number gets an error at once, and not after hours of building.
 _DEEPEST, _WIDEST = 1024, 2**20
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    """(height, width) from an int or a pair, as Hugging Face configs write either."""
+    """Reads (height, width) from an int or a pair, because Hugging Face configs have either."""
     height, width = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
     for side in (height, width):
         if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= _WIDEST:
@@ -60,32 +60,33 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Configuration of a Vision Transformer; names, meanings and defaults are those of Hugging Face's `ViTConfig`.
+    """Configuration of a Vision Transformer. Names, meanings and defaults are those of Hugging Face's `ViTConfig`.
 
     Attributes:
       hidden_size: width D of the token stream.
       num_hidden_layers: number of blocks.
-      num_attention_heads: heads H; D must be a multiple of H.
+      num_attention_heads: number of heads H. D has to be a multiple of H.
       intermediate_size: width of the MLP's hidden layer.
       hidden_act: activation of the MLP, one of `ACTIVATION_NAMES`. "gelu" is the exact (erf) form.
-      layer_norm_eps: added to the variance in every LayerNorm.
+      layer_norm_eps: number that every LayerNorm adds to the variance.
       qkv_bias: whether query, key and value have biases.
-      hidden_dropout_prob: dropout after the embeddings, the attention output and the MLP output, in training.
-      attention_probs_dropout_prob: dropout of the attention probabilities, in training.
-      broadcast_attention_dropout: draw one mask of the attention probabilities for all images and heads of a batch, as
-        FlaxViT does; by default each has its own, as in PyTorch. No Hugging Face field: no checkpoint holds it.
-      image_size: (height, width) in pixels that the position embeddings belong to; an int means a square.
-      patch_size: (height, width) of a patch in pixels; an int means a square.
-      num_channels: channels of an image.
-      initializer_range: standard deviation of freshly initialised kernels, cls token and position embeddings.
-      num_labels: classes of the head; 0 means that there is no head.
-      pooler: whether a headless model ends in a dense layer and an activation on the cls token (the reference's
-        `ViTModel` has one, its classifiers have none).
-      pooler_output_size: width of the pooler; None means `hidden_size`.
-      pooler_act: the pooler's activation.
-      labels: names of the classes in order of their ids, or () where the checkpoint names none.
-      extra: `config.json` as it was read. It changes no numerics and goes back into a saved checkpoint.
-      preprocessor: `preprocessor_config.json` as it was read, likewise carried; `vit_ref.preprocessing` follows it.
+      hidden_dropout_prob: dropout rate after the embeddings, the attention output and the MLP output, in training.
+      attention_probs_dropout_prob: dropout rate of the attention probabilities, in training.
+      broadcast_attention_dropout: whether all images and heads of a batch share one mask of the attention
+        probabilities, as in FlaxViT. By default each has its own, as in PyTorch. No checkpoint holds this field.
+      image_size: (height, width) in pixels of the images that the position embeddings belong to. An int means a square.
+      patch_size: (height, width) of a patch in pixels. An int means a square.
+      num_channels: number of channels of an image.
+      initializer_range: standard deviation of newly initialised kernels, cls token and position embeddings.
+      num_labels: number of classes of the head; 0 for no head.
+      pooler: whether a model without a head ends in a dense layer and an activation on the cls token. The reference's
+        `ViTModel` has one, its classifiers have none.
+      pooler_output_size: width of the pooler; None for `hidden_size`.
+      pooler_act: activation of the pooler.
+      labels: names of the classes in the order of their ids, or () if the checkpoint has none.
+      extra: the content of `config.json`. It changes no numerics, and goes into saved checkpoints.
+      preprocessor: the content of `preprocessor_config.json`. It goes into saved checkpoints, and
+        `vit_ref.preprocessing` follows it.
 
     Raises:
       ConfigError: a value is out of range, unknown, or contradicts another.
@@ -109,8 +110,8 @@ class ViTConfig:
     pooler: bool = False
     pooler_output_size: int | None = None
     pooler_act: str = "tanh"
-    # What travels with a checkpoint takes no part in equality or hashing: two models that compute the same share one
-    # compiled function, whatever their classes are called.
+    # These fields take no part in equality or hashing, so two models that differ only in them share one compiled
+    # function.
     labels: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     preprocessor: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -128,11 +129,12 @@ class ViTConfig:
                 raise ConfigError(f"{name} is {value!r}: give an integer of at least {least} and at most {most}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}:"
+                " change one of them"
             )
         for name in ("hidden_act", "pooler_act"):
             if getattr(self, name) not in ACTIVATION_NAMES:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: known are {', '.join(ACTIVATION_NAMES)}")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(ACTIVATION_NAMES)}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not _is_real(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give a probability, 0 <= p < 1")
@@ -144,14 +146,16 @@ class ViTConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give true or false")
         for axis, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
             if image % patch:
-                raise ConfigError(f"image {axis} {image} is not a multiple of the patch {axis} {patch}")
+                raise ConfigError(f"image {axis} {image} is not a multiple of the patch {axis} {patch}: change it")
         if self.pooler and self.num_labels:
             raise ConfigError(
-                "pooler and num_labels are both set: the reference's classifiers read the cls token without a pooler;"
-                " set pooler=False or num_labels=0"
+                "pooler and num_labels are both set, and the reference's classifiers have no pooler: set pooler=False"
+                " or num_labels=0"
             )
         if self.labels and len(self.labels) != self.num_labels:
-            raise ConfigError(f"{len(self.labels)} labels for num_labels {self.num_labels}: give one name per class")
+            raise ConfigError(
+                f"there are {len(self.labels)} labels and num_labels is {self.num_labels}: give one name per class"
+            )
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -175,21 +179,28 @@ class ViTConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """`labels`, or Hugging Face's LABEL_0, LABEL_1 and so on where the checkpoint names none; () without a head."""
+        """`labels`, or Hugging Face's LABEL_0, LABEL_1 and so on if the checkpoint has none; () without a head."""
         return self.labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def grid(self, image_hw: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(rows, columns) of patches in an image of `image_hw` pixels, by default the native size."""
+        """Returns (rows, columns) of patches in an image.
+
+        Args:
+          image_hw: (height, width) of the image in pixels; None for the configuration's own size.
+        """
         height, width = image_hw or self.image_hw
         return height // self.patch_hw[0], width // self.patch_hw[1]
 
     @classmethod
     def variant(cls, name: str, **overrides: Any) -> ViTConfig:
-        """A published variant by its usual name, "Ti/16", "S/16", "B/16", "B/32", "L/16", "H/14": size, then patch.
+        """Returns the configuration of a published variant, such as "Ti/16", "S/16", "B/16", "B/32", "L/16", "H/14".
 
         Args:
-          name: size (Ti, S, B, L or H), a slash, the patch's side in pixels.
-          **overrides: any other field.
+          name: size (Ti, S, B, L or H), a slash, and the side of a patch in pixels.
+          **overrides: values of other fields.
+
+        Raises:
+          ConfigError: the name is unknown, or a value is out of range.
         """
         size, _, patch = name.partition("/")
         if size not in _VARIANTS or not patch.isdecimal():
@@ -206,40 +217,40 @@ class ViTConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> ViTConfig:
-        """The configuration that a Hugging Face `config.json` describes.
+        """Reads the configuration from a Hugging Face `config.json`.
 
         Args:
           config: the parsed JSON object.
-          preprocessor: the parsed `preprocessor_config.json`, where there is one.
+          preprocessor: the parsed `preprocessor_config.json`, or None if there is none.
 
         Raises:
-          ConfigError: it is no ViT's, or a value cannot be honoured.
+          ConfigError: the configuration is not that of a ViT, or this package does not support a value.
         """
         model_type = config.get("model_type")
         if model_type == "deit":
-            # Every one has embeddings.distillation_token (transformers' DeiTEmbeddings), which attention sees.
+            # Each DeiT has embeddings.distillation_token (transformers' DeiTEmbeddings), which attention sees.
             raise ConfigError(
-                "model_type is 'deit': that is with a second class token, for distillation, and this model has but one:"
-                " use a DeiT without, such as facebook/deit-base-patch16-224, whose model_type is 'vit'"
+                "model_type is 'deit', which has a second class token for distillation, and this model has one class"
+                " token: use a DeiT without it, such as facebook/deit-base-patch16-224, whose model_type is 'vit'"
             )
         if model_type != "vit":
-            raise ConfigError(f"model_type is {model_type!r}: only 'vit' is supported")
+            raise ConfigError(f"model_type is {model_type!r}: give a checkpoint whose model_type is 'vit'")
         fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config.keys() - _NOT_BY_NAME}
         architectures = config.get("architectures") or []
         if not isinstance(architectures, list):
             raise ConfigError(f"architectures is {architectures!r}: give a list of class names")
         headless = bool(architectures) and not any("ForImageClassification" in str(name) for name in architectures)
         labels = () if headless else _labels(config.get("id2label"))
-        # Hugging Face's own default, where a config names neither labels nor their number, is two.
+        # Hugging Face's own default is two, if a config has neither labels nor their number.
         num_labels = 0 if headless else (len(labels) or config.get("num_labels", 2))
         return cls(**fields, num_labels=num_labels, labels=labels, extra=dict(config), preprocessor=preprocessor)
 
     def hf_numerics(self) -> dict[str, Any]:
-        """The arguments with which transformers' `ViTConfig` describes this model, and nothing else of `config.json`.
+        """Returns the arguments with which transformers' `ViTConfig` describes this model, and no others.
 
-        What else a file holds may change what transformers returns, refuses or loads, and none of what it computes in
-        evaluation: `return_dict`, `quantization_config`, `pruned_heads`, `problem_type`, `torch_dtype` and the like.
-        Classes have no names. FlaxViT does not know "gelu_python", so it is told "gelu".
+        Other entries of a `config.json` may change what transformers returns, refuses or loads, but nothing that it
+        computes in evaluation mode. Examples are `return_dict`, `quantization_config`, `pruned_heads`, `problem_type`
+        and `torch_dtype`. Classes have no names here. FlaxViT does not know "gelu_python", so that becomes "gelu".
         """
         arguments = dataclasses.replace(self, extra={}, labels=()).to_hf()
         del arguments["architectures"], arguments["model_type"]
@@ -249,7 +260,7 @@ class ViTConfig:
         return arguments
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of this configuration: what was read, with every field that has changed since."""
+        """Returns the `config.json` of this configuration: the content that was read, with every changed field."""
         config: dict[str, Any] = {"model_type": "vit", **self.extra}
         for field in dataclasses.fields(self):
             if field.name not in _NOT_BY_NAME:
@@ -274,15 +285,17 @@ def _is_real(value: Any) -> bool:
 
 
 def _labels(id2label: Mapping[Any, Any] | None) -> tuple[str, ...]:
-    """Class names in order of id; () where there are none.
+    """Returns class names in the order of their ids, or () if there are none.
 
-    As many as there are entries, which is the number of classes to transformers. An id below that which has no name
-    gets Hugging Face's; a name whose id is not below it belongs to no output of the head.
+    Their number is the number of entries, as in transformers. An id below it without a name gets Hugging Face's name. A
+    name whose id is not below it belongs to no output of the head, and is dropped.
     """
     if not id2label:
         return ()
     try:
         by_id = {int(i): str(name) for i, name in id2label.items()}
     except (AttributeError, ValueError) as error:
-        raise ConfigError(f"id2label is not a mapping from class ids to names: {error}") from None
+        raise ConfigError(
+            f"id2label is not a mapping from class ids to names ({error}): give one, such as {{'0': 'cat'}}"
+        ) from None
     return tuple(by_id.get(i, f"LABEL_{i}") for i in range(len(by_id)))

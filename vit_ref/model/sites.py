@@ -1,4 +1,4 @@
-"""The sites: the named points of the forward pass at which every implementation is observed, in order.
+"""The sites: the named values of the forward pass that the suite compares between implementations, in order.
 
 Letters in the shapes: B batch, P patches, N tokens (P + 1), D hidden_size, H heads, K head_dim, M intermediate_size.
 """
@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 from vit_ref.model.config import ViTConfig
 
-# One block, in the order of its computation. `mlp.fc1` is before the activation, `mlp.hidden` after it; the two
-# residuals are the token stream after the attention's and after the MLP's addition.
+# The sites of a block, in the order of the computation. `mlp.fc1` is before the activation, `mlp.hidden` after it. The
+# two residuals are the token stream after the addition of attention and after that of the MLP.
 BLOCK_SITES: tuple[tuple[str, str], ...] = (
     ("norm1", "BND"),
     ("attn.query", "BNHK"),
@@ -30,37 +30,37 @@ BLOCK_SITES: tuple[tuple[str, str], ...] = (
     ("mlp.residual", "BND"),
 )
 
-# A model's output is one of these. Of the normalised tokens a model without head and pooler returns the cls token.
+# The output of a model is one of these. A model without head and pooler returns the cls token of the normalised tokens.
 OUTPUTS: dict[str, str] = {"logits": "BL", "pooler": "BO", "cls": "BD"}
 
 _WIDE = ("embeddings", "norm1", "residual", "norm2", "norm", "cls")
 
 
 class Site(NamedTuple):
-    """A site of one configuration: its name and the shape of its value."""
+    """Site of one configuration: its name and the shape of its value."""
 
     name: str
     shape: tuple[int, ...]
 
     def dtype(self, computation: DTypeLike) -> np.dtype:
-        """The dtype of the value in a model that computes in `computation`.
+        """Returns the dtype of the value in a model that computes in `computation`.
 
-        That dtype itself, except for the token stream and its LayerNorms, which stay in at least float32.
+        It is `computation` itself, except for the token stream and its LayerNorms, which stay in at least float32.
         """
         wide = self.name.rpartition(".")[2] in _WIDE
         return np.promote_types(computation, np.float32) if wide else np.dtype(computation)
 
 
 def sites(config: ViTConfig, batch: int, image_hw: tuple[int, int] | None = None) -> tuple[Site, ...]:
-    """All sites of a forward pass, in the order in which a tap sees them.
+    """Lists the sites of a forward pass, in the order in which a tap is called with them.
 
     Args:
       config: the model's configuration.
-      batch: images in the batch.
-      image_hw: (height, width) of the images in pixels; by default the configuration's own.
+      batch: number of images.
+      image_hw: (height, width) of the images in pixels; None for the configuration's own size.
 
     Returns:
-      Names and shapes, found without running anything.
+      Names and shapes. No computation is run.
     """
     rows, columns = config.grid(image_hw)
     size = {
@@ -74,24 +74,24 @@ def sites(config: ViTConfig, batch: int, image_hw: tuple[int, int] | None = None
         "L": config.num_labels,
         "O": config.pooler_width,
     }
-    named = [("patches", "BPD"), ("embeddings", "BND")]
-    named += [(f"block.{i}.{site}", shape) for i in range(config.num_hidden_layers) for site, shape in BLOCK_SITES]
-    named += [("norm", "BND"), (output := output_site(config), OUTPUTS[output])]
-    return tuple(Site(name, tuple(size[letter] for letter in shape)) for name, shape in named)
+    shapes = [("patches", "BPD"), ("embeddings", "BND")]
+    shapes += [(f"block.{i}.{site}", shape) for i in range(config.num_hidden_layers) for site, shape in BLOCK_SITES]
+    shapes += [("norm", "BND"), (output := output_site(config), OUTPUTS[output])]
+    return tuple(Site(name, tuple(size[letter] for letter in shape)) for name, shape in shapes)
 
 
 def output_site(config: ViTConfig) -> str:
-    """The site of a model's output, which is the last."""
+    """Returns the name of the last site, the model's output."""
     return "logits" if config.num_labels else "pooler" if config.pooler else "cls"
 
 
 def stream_before(site: str, depth: int) -> str | None:
-    """The site whose value is the token stream that enters `site`'s block; None for sites before the first block.
+    """Returns the site of the token stream that enters `site`'s block, or None for sites before the first block.
 
-    Feeding a reference's value there isolates the block: what diverges after it diverges in it.
+    Replacing the stream there by the reference's value isolates the block: what diverges after it diverges in it.
 
     Args:
-      site: a site's name.
+      site: name of a site.
       depth: number of blocks.
     """
     if site in ("patches", "embeddings"):

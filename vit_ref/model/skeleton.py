@@ -1,4 +1,4 @@
-"""A model without values: what there is to say of one before a checkpoint is read."""
+"""A model without values, for what is known before a checkpoint is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_ref.model.vit import VisionTransformer
 
 
 class _OneKey:
-    """In place of `nnx.Rngs` where nothing is drawn: that one counts its draws, two thirds of a model's tracing."""
+    """Stand-in for `nnx.Rngs` that draws nothing, because counting draws takes most of the time of tracing a model."""
 
     def __init__(self) -> None:
         self._key = jax.random.key(0)
@@ -28,13 +28,13 @@ class _OneKey:
 def skeleton(
     config: ViTConfig, dtype: DTypeLike | None = None, attention: Attend | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model's graph, and its parameters' shapes and dtypes; none is allocated. It takes a third of a second."""
+    """Returns a model's graph, and the shapes and dtypes of its parameters, without allocating any."""
     rngs: Any = _OneKey()
     return nnx.split(nnx.eval_shape(lambda: VisionTransformer(config, dtype=dtype, attention=attention, rngs=rngs)))
 
 
 @lru_cache(maxsize=64)
 def list_parameters(config: ViTConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's path and shape, in the model's order, found without allocating any."""
+    """Lists every parameter's path and shape, in the model's order, without allocating any."""
     _, shapes = skeleton(config)
     return {".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(shapes)}

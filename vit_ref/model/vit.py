@@ -1,8 +1,8 @@
 """The Vision Transformer of Dosovitskiy et al. (2021, https://arxiv.org/abs/2010.11929) in Flax NNX.
 
-It computes what Hugging Face's `ViTForImageClassification` and `ViTModel` compute. Images are NHWC. Every value that
-matters passes through a tap, a function `(site, value) -> value`, so recording, replacing and perturbing need neither
-hooks nor a second forward pass. The sites are listed in `vit_ref.model.sites`.
+It computes what Hugging Face's `ViTForImageClassification` and `ViTModel` compute. Images are NHWC. The model passes
+each value at a site to a tap, a function `(site, value) -> value`. So recording, replacing and perturbing values need
+neither hooks nor a second forward pass. `vit_ref.model.sites` lists the sites.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ Tap = Callable[[str, Array], Array]
 
 
 def identity(site: str, value: Array) -> Array:
-    """The tap that does nothing. Given it, attention may take a path that never forms the probabilities."""
+    """Returns the value. With this tap, attention may take a path that never forms the probabilities."""
     return value
 
 
 def _materialised(x: Array) -> Array:
-    """x itself behind a barrier and divided by a one that XLA does not see through: it and its cotangent are made once.
+    """Returns x, computed once, and makes its cotangent computed once.
 
-    Else XLA fuses what is cheap into each reader anew. A token stream's cotangent, one sum a branch, is then summed
-    again by all readers of all blocks below: on a CPU the train step of a ViT-S/16 takes 3 times as long to compile,
-    and 1.4 times to run. There it drops barriers, and takes divisions for expensive; on a GPU, where it is the other
-    way round, one of ViT-B/16 took 1.06 times as long. The division is exact.
+    Without it XLA fuses what is cheap into each reader again. The cotangent of a token stream is a sum over branches.
+    All readers in all blocks below would sum it again, which takes long to compile and to run.
+
+    On CPUs XLA drops the barrier, but does not fuse the division. On GPUs it is the other way round. The division is by
+    a one that XLA cannot see through, so it is exact.
     """
     return jax.lax.optimization_barrier(x) / jax.lax.optimization_barrier(jnp.ones((), x.dtype))
 
@@ -55,20 +56,28 @@ class Attention(nnx.Module):
         self.key = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
         self.value = linear(width, width, use_bias=config.qkv_bias, rngs=rngs)
         self.out = linear(width, width, rngs=rngs)
-        # Of (B, H, N, N): one mask for all images and heads, or one for each.
+        # Axes of (B, H, N, N) that share a mask: images and heads, or none.
         shared = (0, 1) if config.broadcast_attention_dropout else ()
         self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, broadcast_dims=shared, deterministic=True)
         self.heads = config.num_attention_heads
         self.attend = attention or attend
 
     def weighs(self, tap: Tap) -> bool:
-        """Whether a tap or live dropout asks for the probabilities, and so for `weigh` and not for `attend`."""
+        """Tells whether a tap or active dropout needs the probabilities, and so `weigh` and not `attend`."""
         return tap is not identity or (self.dropout.rate > 0 and not self.dropout.deterministic)
 
     def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None, real: int | None = None) -> Array:
-        """Attends; `tap` sees the sites of `attn`, `rngs` is needed where dropout is live.
+        """Attends from every token to every token.
 
-        `real` of the N are tokens and the rest padding, where `attend` is `cudnn` and nobody asks for probabilities.
+        Args:
+          x: the tokens (B, N, D).
+          tap: the tap for the sites of `attn`.
+          rngs: the "dropout" stream, needed if dropout is active.
+          real: number of the N rows that are tokens; the others are padding. None for all. Only with `cudnn`, and if
+            nothing needs the probabilities.
+
+        Returns:
+          (B, N, D).
         """
         batch, tokens, width = x.shape
         heads = (batch, tokens, self.heads, width // self.heads)
@@ -93,7 +102,7 @@ class MLP(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: Array, tap: Tap) -> Array:
-        """Transforms each token; `tap` sees the sites of `mlp`."""
+        """Transforms each token. `tap` is for the sites of `mlp`."""
         hidden = ACTIVATIONS[self.activation](tap("fc1", self.fc1(x)))
         return tap("out", self.fc2(tap("hidden", hidden)))
 
@@ -116,8 +125,8 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, deterministic=True)
 
     def __call__(self, x: Array, tap: Tap, rngs: nnx.Rngs | None, real: int | None = None) -> Array:
-        """Adds attention, see there, then the MLP, to the stream; `tap` sees the sites of a block."""
-        # Without a backward pass to come it costs a tenth of the time and saves nothing.
+        """Adds attention, then the MLP, to the stream (B, N, D). `Attention` explains the arguments."""
+        # Without a backward pass the barriers cost time and save nothing.
         stream = (lambda x: x) if self.dropout.deterministic else _materialised
         x = stream(x)
         attended = self.attn(tap("norm1", self.norm1(x)), _scoped(tap, "attn"), rngs, real)
@@ -127,17 +136,17 @@ class Block(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """A Vision Transformer with a classification head, or without one.
+    """Vision Transformer with or without a classification head.
 
-    It starts in evaluation mode: `model.train()` switches dropout on, `model.eval()` off.
+    It starts in evaluation mode. `model.train()` turns dropout on, `model.eval()` turns it off.
 
     Args:
-      config: what to compute.
-      dtype: dtype of the computation, None to promote from pixels and parameters as flax does. The token stream and
-        its LayerNorms are in at least float32 where it is given, the softmax always.
-      param_dtype: dtype of the freshly initialised parameters.
-      attention: takes the place of `attention.attend`, where neither a tap nor dropout asks for the probabilities.
-      rngs: the "params" stream initialises; nothing else is drawn.
+      config: the configuration.
+      dtype: dtype of the computation; None to promote from pixels and parameters as flax does. With a dtype, the token
+        stream and its LayerNorms are in at least float32. The softmax always is.
+      param_dtype: dtype of the newly initialised parameters.
+      attention: replaces `attention.attend`, if neither a tap nor dropout needs the probabilities.
+      rngs: the "params" stream initialises the parameters. No other stream is used.
     """
 
     def __init__(
@@ -150,11 +159,10 @@ class VisionTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        # The reference truncates its normal at an absolute +-2, which for any usual standard deviation is no cut.
+        # The reference truncates its normal at an absolute +-2, which cuts nothing at any usual deviation.
         init = nnx.initializers.normal(config.initializer_range)
         linear = partial(nnx.Linear, kernel_init=init, dtype=dtype, param_dtype=param_dtype)
-        # In bfloat16 the stream itself would be rounded twice a block: on ViT-B/16 1.7 times FlaxViT's error at the
-        # logits, which keeps it in float32 too.
+        # A stream in bfloat16 would be rounded twice a block. FlaxViT keeps its stream in float32, too.
         wide = None if dtype is None else at_least_float32(dtype)
         norm = partial(
             LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, dtype=wide, param_dtype=param_dtype
@@ -192,21 +200,21 @@ class VisionTransformer(nnx.Module):
         interpolate_pos_encoding: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Array:
-        """Classifies images, or embeds them where there is no head.
+        """Classifies images, or embeds them if the model has no head.
 
         Args:
-          pixels: images (B, height, width, C), preprocessed.
-          tap: called with every site's name and value; what it returns takes the value's place.
-          interpolate_pos_encoding: accept any size that is a multiple of the patch, and resize the position embeddings
-            to it.
-          rngs: the "dropout" stream; needed in training mode where a dropout rate is above zero.
+          pixels: preprocessed images (B, height, width, C).
+          tap: function called with the name and value of every site. Its result takes the place of the value.
+          interpolate_pos_encoding: whether to accept any size that is a multiple of the patch, and to resize the
+            position embeddings to it.
+          rngs: the "dropout" stream, needed in training mode if a dropout rate is above zero.
 
         Returns:
-          Logits (B, num_labels); without a head, the pooler's output (B, pooler_output_size) or else the normalised
-          cls token (B, D).
+          Logits (B, num_labels). Without a head, the pooler's output (B, pooler_output_size), or without a pooler the
+          normalised cls token (B, D).
 
         Raises:
-          InputError: the images have another rank, size or number of channels than the configuration says.
+          InputError: the images have another rank, size or number of channels than the configuration.
         """
         config = self.config
         self._check(pixels, interpolate_pos_encoding)
@@ -214,15 +222,15 @@ class VisionTransformer(nnx.Module):
         patches = self.patch(pixels)
         patches = tap("patches", patches.reshape(len(pixels), -1, config.hidden_size))
         parameters = self.cls_token[...], self.position_embeddings[...]
-        # Promoted before the resize, which in the dtype they are stored in, bfloat16 say, would round at 1e-3.
+        # Promote before the resize, because the resize would round in the stored dtype, such as bfloat16.
         patches, cls_token, positions = promote_dtype((patches, *parameters), dtype=self.stream_dtype)
         positions = resize_positions(positions, config.grid(), config.grid((height, width)))
         tokens = jnp.concatenate([jnp.broadcast_to(cls_token, (len(pixels), 1, config.hidden_size)), patches], axis=1)
         x = tap("embeddings", self.dropout(tokens + positions, rngs=rngs))
         real = None
         if all(block.attn.attend is cudnn and not block.attn.weighs(tap) for block in self.blocks):
-            # Once, and not in each block's attention and out of it again: a train step of ViT-B/16 on an H200 took
-            # 0.89 times as long. With the last token, which is finite, for no token to see, and without its gradient.
+            # Pad once here, and not in the attention of each block. The last token serves as padding because it is
+            # finite. No token attends to it, and it gets no gradient.
             real = x.shape[1]
             last = jax.lax.stop_gradient(x[:, -1:])
             x = jnp.concatenate([x, jnp.repeat(last, padding(real), axis=1)], axis=1)
@@ -242,28 +250,31 @@ class VisionTransformer(nnx.Module):
             hint = (
                 "; they look channels-first: transpose them to NHWC" if pixels.shape[1] == config.num_channels else ""
             )
-            raise InputError(f"pixels have {channels} channels, the model takes {config.num_channels}{hint}")
+            raise InputError(f"pixels have {channels} channels: give {config.num_channels}, as the model takes{hint}")
         if image_hw[0] % config.patch_hw[0] or image_hw[1] % config.patch_hw[1] or 0 in image_hw:
-            raise InputError(f"images of {image_hw} pixels are no multiple of the patch {list(config.patch_hw)}")
+            raise InputError(
+                f"images have {image_hw} pixels, not a multiple of the patch {list(config.patch_hw)}: resize them"
+            )
         if tuple(image_hw) != config.image_hw and not interpolate_pos_encoding:
             raise InputError(
-                f"images of {image_hw} pixels, the model takes {list(config.image_hw)}: resize them, or pass"
+                f"images have {image_hw} pixels, and the model takes {list(config.image_hw)}: resize them, or pass"
                 " interpolate_pos_encoding=True"
             )
 
 
 def resize_positions(positions: Array, grid: tuple[int, int], target: tuple[int, int]) -> Array:
-    """Position embeddings for another grid of patches; `ViTEmbeddings.interpolate_pos_encoding`.
+    """Resizes position embeddings to another grid of patches; `ViTEmbeddings.interpolate_pos_encoding`.
 
-    PyTorch's bicubic: kernel parameter a = -0.75 (jax's "cubic" has -0.5), align_corners false, no antialiasing.
+    It is PyTorch's bicubic resize: kernel parameter a = -0.75 (that of jax's "cubic" is -0.5), align_corners false, no
+    antialiasing.
 
     Args:
-      positions: (1, 1 + rows * columns, D), the cls token's first.
+      positions: (1, 1 + rows * columns, D), with the cls token's first.
       grid: (rows, columns) of `positions`.
-      target: (rows, columns) wanted.
+      target: (rows, columns) of the result.
 
     Returns:
-      (1, 1 + rows * columns, D) for `target`; `positions` itself where that is the same grid.
+      (1, 1 + rows * columns, D) for `target`, or `positions` itself if the grid is the same.
     """
     if target == grid:
         return positions

@@ -1,13 +1,6 @@
 """For pytest: the plugin, the parity suite, and checks as test cases of your own."""
 
-from typing import TYPE_CHECKING
-
-from vit_ref.lazy import import_on_use
-
-if TYPE_CHECKING:
-    from vit_ref.testing.parametrize import parametrize_with_checks
-
-__all__ = ["parametrize_with_checks"]
+import lazy_loader
 
 # pytest loads the plugin in every project, and with it this file: neither may wait for jax.
-__getattr__, __dir__ = import_on_use(__name__, {"parametrize_with_checks": "vit_ref.testing.parametrize"})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,8 +1,13 @@
 """What pytest loads in every project where `vit_ref` is installed; it stays light and adds no option there.
 
-Its entry point loads it before any conftest, for two reasons. pytest takes the value of an option that it does not know
-yet for a directory of tests. A conftest of another project may define an option of the same name, such as `--images`.
-So `vit_ref.testing.plugin`, which has the options, is registered only in a run of the parity suite.
+`vit_ref.testing.plugin` has the options, and is registered in runs of the parity suite alone. Its own names tell such a
+run: the arguments name the suite, or the run starts in the checkout. Other ways were weighed, and each loses more:
+
+- options in every run: pytest refuses the whole run of a project that has an `--images` of its own;
+- a prefix, `--vit-images`: every project's `--help` shows it, and a name of the documentation has to be typed longer;
+- `-p vit_ref.testing.plugin` from the person: forgotten, it makes `--checkpoint DIR` mean "collect tests in DIR";
+- `-p` in the checkout's pyproject.toml: with `--checkpoint DIR` pytest looks for that file from DIR up;
+- a conftest: pytest loads it after it took DIR for a directory of tests.
 """
 
 from __future__ import annotations

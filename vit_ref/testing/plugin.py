@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="compare with this reference: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy"
         " oracle, which judges the forward pass alone (default: flax)",
     )
-    group.addoption("--parity-report", metavar="DIR", help="write the whole table of every case to DIR")
+    group.addoption("--parity-report", metavar="DIR", help="write every case's report to DIR: text, JSON, HTML")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
         for option, path in (("--images", images), ("--parity-report", reports)):
             if path:
                 require_local(path, option)
+        if reports:
+            _require_reports(config, Path(reports))
         # Not asked for, it fails the tests that need it and no others.
         if reference:
             choice.require(reference)
@@ -75,6 +78,22 @@ def pytest_configure(config: pytest.Config) -> None:
             photographs.find(Path(images), count=1)
     except InputError as error:
         pytest.exit(str(error), returncode=EXIT_BAD_INPUT)
+
+
+def _require_reports(config: pytest.Config, directory: Path) -> None:
+    """Makes the directory of reports. A case's report takes all tests of the case in one process."""
+    from vit_ref.errors import InputError
+
+    if config.getoption("dist", "no") not in ("no", "loadgroup"):
+        raise InputError("--parity-report needs every case in one process: give --dist loadgroup, too")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--parity-report is {directory}: nothing can be written there ({error.strerror}): name another"
+        ) from None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import list_parameters
 from vit_ref.weights import layouts
-from vit_ref.weights.checkpoint import Checkpoint, write_directory
+from vit_ref.weights.checkpoint import WEIGHTS, Checkpoint
+from vit_ref.weights.writing import write_directory
 
 _TINY = ViTConfig(
     hidden_size=33,
@@ -76,7 +77,7 @@ class Case:
         """Writes the checkpoint to a directory that is made for it, from which a candidate can load it."""
         source = self.checkpoint()
         write_directory(directory, source.tensors, source.config or {})
-        return dataclasses.replace(source, path=directory)
+        return dataclasses.replace(source, path=directory, files=(directory / WEIGHTS,))
 
     def images(self) -> NDArray:
         """Structured images (batch, height, width, C), float32."""

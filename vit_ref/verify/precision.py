@@ -90,15 +90,6 @@ PRECISIONS: dict[str, Precision] = {
 FLOAT64 = Precision("float64", np.dtype(np.float64), products="highest")
 
 
-def precision_of(dtype: DTypeLike) -> Precision:
-    """The precision that computes in a dtype, float64 too, from parameters as they are and with the device's products.
-
-    A numerical gate is asked for by name, see `resolve_precision`.
-    """
-    dtype = np.dtype(dtype)
-    return FLOAT64 if dtype == np.float64 else Precision(dtype.name, dtype)
-
-
 def resolve_precision(given: str | DTypeLike | Precision) -> Precision:
     """A precision by its name, or by the dtype of that name.
 

@@ -1,6 +1,6 @@
-"""The results of a verification: what the engine measured at each site, each check with its status, the whole report.
+"""The results of a verification: what was measured at each site, each check with its status, and the whole report.
 
-Reports, the diagnosis and the commands import these classes from here, and so need no engine.
+Reports, the diagnosis and the commands import these classes from here, so they do not import the engine.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ Status = Literal["passed", "failed", "not observed", "expected failure", "stale 
 
 BEHAVIOURS = ("repeat", "batch", "jit", "inputs", "untapped")
 # Why a claimed site or gradient is missing.
-NEVER_SHOWN = "not called, or under a transformation of its own (jit, remat, vmap, scan)"
+NEVER_SHOWN = "not called, or inside the candidate's own jit, remat, vmap or scan"
 
 
 class SiteResult(NamedTuple):
-    """What was measured at one site. All errors are relative to the oracle's value there.
+    """The errors at one site, each relative to the oracle's value there.
 
     Attributes:
-      site: its name.
-      oracles: reference against NumPy, both float64.
-      exact: candidate in float64.
-      alone: the candidate again with the reference's own token stream fed to each block, so that one block's fault
-        does not smear over all after it. Measured where something failed: in float64 if the semantic gate did, else in
-        the tested precision; None elsewhere, and in a block whose token stream the candidate does not show.
-      rounding: candidate in the tested precision, relative RMS.
-      reference_error: reference in the tested precision, relative RMS.
+      site: the site's name.
+      oracles: error of the reference against the NumPy oracle, both in float64; None without an oracle.
+      exact: error of the candidate in float64.
+      alone: error of the candidate when each block is fed the reference's own token stream. One wrong block then does
+        not spoil all blocks after it. It is measured only if a site fails: in float64 if the semantic gate failed, else
+        in the tested precision. None elsewhere, and in a block whose token stream the candidate does not show.
+      rounding: relative RMS error of the candidate in the tested precision.
+      reference_error: relative RMS error of the reference in the tested precision.
       gate: the largest `rounding` that passes.
-      incomparable: why the candidate has no `rounding` error to measure, see `Error.reason`.
+      incomparable: why `rounding` cannot be measured, see `Error.reason`; "" if it can.
     """
 
     site: str
-    oracles: Error
+    oracles: Error | None
     exact: Error
     alone: Error | None
     rounding: float
@@ -57,11 +57,15 @@ class SiteResult(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """How far under its gate the site is: gate over error; below 1 it fails."""
+        """Gate over error: a margin below 1 fails."""
         return self.gate / self.rounding if self.rounding else np.inf
 
     def incomparable_in(self, precision: str) -> str:
-        """Why the error that decides is infinite, and in which precision; "" where it is not."""
+        """Returns why the deciding error is infinite, and in which precision; "" if it is finite.
+
+        Args:
+          precision: the tested precision's name.
+        """
         if self.exact.reason:
             return f"{self.exact.reason} in float64"
         return f"{self.incomparable} in {precision}" if self.incomparable and self.exact.passes_semantic_gate else ""
@@ -72,7 +76,7 @@ class SiteResult(NamedTuple):
         return self.rounding <= self.gate
 
     def failure(self, precision: str) -> str:
-        """Why it fails, the semantic gate before the numerical one; "" where it passes both.
+        """Returns why the site fails, the semantic gate before the numerical one; "" if it passes both gates.
 
         Args:
           precision: the tested precision's name.
@@ -80,21 +84,23 @@ class SiteResult(NamedTuple):
         if reason := self.incomparable_in(precision):
             return reason
         if self.exact.rms > SEMANTIC_RMS:
-            return f"float64 relative RMS {against(self.exact.rms, SEMANTIC_RMS)}"
+            return f"float64 relative RMS error {against(self.exact.rms, SEMANTIC_RMS)}"
         if not self.exact.passes_semantic_gate:
-            return f"float64 relative maximum {against(self.exact.max, SEMANTIC_MAX)}"
-        return "" if self.passes_numerical_gate else f"{precision} relative RMS {against(self.rounding, self.gate)}"
+            return f"float64 relative maximum error {against(self.exact.max, SEMANTIC_MAX)}"
+        if self.passes_numerical_gate:
+            return ""
+        return f"{precision} relative RMS error {against(self.rounding, self.gate)}"
 
 
 class Cause(NamedTuple):
-    """A bug that explains a divergence.
+    """A known bug that explains a divergence.
 
     Attributes:
-      label: what was done, or taken, instead.
+      label: what the candidate does instead of the right thing.
       site: the first diverging site.
-      before: relative RMS error there.
-      after: what is left of it against a reference with the same bug.
-      format: the format that the value was rounded to, where that is the bug; else "".
+      before: relative RMS error of the candidate at that site, against the oracle.
+      after: the same error against an oracle that has the same bug.
+      format: the format that the value was rounded to, if that is the bug; else "".
     """
 
     label: str
@@ -104,15 +110,18 @@ class Cause(NamedTuple):
     format: str = ""
 
     def __str__(self) -> str:
-        return f"{self.label}: with it the error at {self.site} falls from {self.before:.1e} to {self.after:.1e}"
+        return (
+            f"{self.label}: the same bug in the oracle lowers the error at {self.site} from {self.before:.1e} to"
+            f" {self.after:.1e}"
+        )
 
 
 class Explanation(NamedTuple):
-    """What is known of a divergence besides its size.
+    """What the diagnosis found out about a divergence besides its size.
 
     Attributes:
       causes: known bugs that explain it, the best first.
-      place: how the value is wrong, after the word "wrong"; "" where all of it is.
+      place: how the value is wrong, to be read after the word "wrong"; "" if all of it is wrong.
       beyond: see `ParityReport.beyond`.
     """
 
@@ -123,23 +132,24 @@ class Explanation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """The outcome of one parity check.
+    """The outcome of one pass, forward or backward.
 
     Attributes:
-      title: which checkpoint or case.
+      title: the name of the checkpoint or case.
       reference: the reference's name.
       precision: the tested precision's name.
-      results: one per site, in the order of the forward pass.
-      unobserved: sites that the candidate claims and did not show. They have failed.
-      unmapped: sites that it does not claim. They have neither passed nor failed.
+      results: one entry per site, in the order of the pass.
+      unobserved: sites that the candidate claims but did not show. They fail.
+      unmapped: sites that the candidate does not claim. They neither pass nor fail.
       what: what was measured, "sites" or "gradients".
       causes: known bugs that explain the first divergence, the best first.
       place: how the first diverging value is wrong, see `Explanation.place`.
-      hidden: sites right before the first divergence that the candidate does not show, where it may have begun.
+      hidden: sites right before the first divergence that the candidate does not show. The fault may begin there.
       order: all of these names, shown or not, in the order of the pass.
-      objectives: how many gradients' rounding is pooled over; None forward.
-      beyond: where the first divergence is rounding, the next one that this rounding does not explain, and how far
-        it is off; its causes are among `causes`.
+      objectives: over how many objectives the rounding of gradients is pooled; None for the forward pass.
+      beyond: if the first divergence is rounding, the next divergence that this rounding does not explain, and its
+        size. Its causes are among `causes`. "" if there is none.
+      everywhere: whether the reference's values were fed at every site for `SiteResult.alone`, and not to each block.
     """
 
     title: str
@@ -155,10 +165,11 @@ class ParityReport:
     order: tuple[str, ...] = ()
     objectives: int | None = None
     beyond: str = ""
+    everywhere: bool = False
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:
-        """Sites that fail the semantic gate, in order; the first is the first divergence."""
+        """Sites that fail the semantic gate, in order. The first one is the first divergence."""
         return tuple(result for result in self.results if not result.exact.passes_semantic_gate)
 
     @property
@@ -168,18 +179,18 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every claimed site was observed, and passes both gates."""
+        """Whether every claimed site was shown and passes both gates."""
         return not (self.semantic_failures or self.numerical_failures or self.unobserved)
 
 
 class Behaviour(NamedTuple):
-    """One property of a port.
+    """One property that a candidate must have besides right values.
 
     Attributes:
-      name: one of `BEHAVIOURS`: "jit" of a port that compiles, "inputs" of one that does not; "untapped" of one that
-        does the same each time.
-      error: relative RMS between what must be equal, in float64; None where it could not be measured.
-      reason: what it means, where the property fails; "" where it holds.
+      name: one of `BEHAVIOURS`. "jit" applies to a candidate that compiles and "inputs" to one that does not.
+        "untapped" applies to a candidate that repeats its own values.
+      error: relative RMS difference, in float64, between values that must be equal; None if it could not be measured.
+      reason: why the property fails; "" if it holds.
     """
 
     name: str
@@ -197,13 +208,14 @@ class Check(NamedTuple):
 
     Attributes:
       name: what was checked: "forward/block.0.norm1", "backward/blocks.0.norm1.scale", "behaviour/batch".
-      status: "not observed" is neither passed nor failed; a "stale expectation" was to fail and passes, an error.
-      exact: float64 relative RMS error, None where there is none.
-      rounding: relative RMS error in the tested precision, likewise.
-      reference_error: the reference's own.
-      gate: the largest `rounding` that passes.
-      margin: gate over rounding.
-      reason: why it is not "passed", in one line.
+      status: the outcome. "not observed" neither passes nor fails. "stale expectation" means that an expected failure
+        passes, which is an error.
+      exact: relative RMS error in float64; None if there is none.
+      rounding: relative RMS error in the tested precision; None if there is none.
+      reference_error: the reference's own `rounding`; None if there is none.
+      gate: the largest `rounding` that passes; None if there is none.
+      margin: gate over rounding; None if there is none.
+      reason: why the status is not "passed", in one line.
     """
 
     name: str
@@ -227,18 +239,18 @@ class CandidateReport:
 
     Attributes:
       title: the checkpoint's name.
-      checkpoint: which checkpoint that is, and the digest of its weights.
-      candidate: the port's name.
+      checkpoint: the checkpoint's origin, with the digest of its weights.
+      candidate: the candidate's name.
       reference: the reference's name.
       precision: the tested precision's name.
-      forward: every site.
-      backward: every gradient; None where none was measured.
-      not_backward: why there is no `backward`, "" where there is.
-      behaviour: the same each time, alone, compiled.
-      expected_failed_checks: pattern -> reason, as given.
-      environment: versions and device, and what there is to know of it under "note".
-      not_behaviour: why nothing is known of its behaviour, "" where something is.
-      notes: what there is to know of how the candidate was run, a line each.
+      forward: the results at every site.
+      backward: the results of every gradient; None if gradients were not measured.
+      not_backward: why `backward` is None; "" if it is not.
+      behaviour: the properties besides right values, such as the same output for an image alone and in its batch.
+      expected_failed_checks: pattern -> reason, as the caller gave them.
+      environment: versions and device. The key "note" says what matters about the device.
+      not_behaviour: why `behaviour` is empty; "" if it is not.
+      notes: how the candidate was run, one line each.
     """
 
     title: str
@@ -257,12 +269,12 @@ class CandidateReport:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """All checks: sites, gradients, behaviour; expectations applied."""
+        """All checks of sites, gradients and behaviour, after the expectations were applied."""
         return tuple(self._expected(check) for check in self._found())
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed that was not expected to, and all that was expected to fail did."""
+        """Whether every check passed, except expected failures, and whether every expected failure did fail."""
         return not any(check.status in ("failed", "stale expectation") for check in self.checks)
 
     def _found(self) -> Iterator[Check]:
@@ -283,20 +295,27 @@ class CandidateReport:
             return check
         if check.status == "failed":
             return check._replace(status="expected failure", reason=reason)
-        return check._replace(status="stale expectation", reason=f"it passes, and was to fail: {reason}")
+        stale = f"it passes, but was expected to fail ({reason}): remove the expectation"
+        return check._replace(status="stale expectation", reason=stale)
 
 
 def matches(pattern: str, check: Check) -> bool:
-    """Whether an expectation means a check: by its whole name, or by its site alone."""
+    """Returns whether an expectation matches a check, by the check's whole name or by its site alone."""
     return fnmatchcase(check.name, pattern) or fnmatchcase(check.site, pattern)
 
 
 def require_expectations(report: CandidateReport) -> None:
-    """Raises `InputError` where an expectation names no check at all, which would otherwise go unnoticed for ever."""
+    """Checks that each expectation matches a check, because a mistyped pattern would never be noticed.
+
+    Raises:
+      InputError: a pattern matches no check.
+    """
     names = tuple(report._found())
     for pattern in report.expected_failed_checks:
         if not any(matches(pattern, check) for check in names):
-            raise InputError(f"expected_failed_checks: {pattern!r} matches no check of {report.title}")
+            raise InputError(
+                f"expected_failed_checks: {pattern!r} matches no check of {report.title}: correct or remove the pattern"
+            )
 
 
 def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
@@ -312,6 +331,6 @@ def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
             reason=reason,
         )
     for site in report.unobserved:
-        yield Check(f"{kind}/{site}", "failed", reason=f"claimed, and never shown: {NEVER_SHOWN}")
+        yield Check(f"{kind}/{site}", "failed", reason=f"claimed, but never shown: {NEVER_SHOWN}")
     for site in report.unmapped:
-        yield Check(f"{kind}/{site}", "not observed", reason="not mapped to anything of the port")
+        yield Check(f"{kind}/{site}", "not observed", reason="the candidate's sites do not name it")

@@ -39,8 +39,9 @@ from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.session import BACKWARD_OWN, FORWARD, Session
 from vit_ref.verify.vit import ViTExplainer, gradient_names, hf_tensors, problem_of
 from vit_ref.weights import mapping
-from vit_ref.weights.checkpoint import Checkpoint, LazyTensors
+from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import open_checkpoint
+from vit_ref.weights.tensor_files import LazyTensors
 
 # The token stream into a model of one block, and out of its block.
 _INTO, _OUT_OF = "embeddings", "block.0.mlp.residual"
@@ -204,7 +205,7 @@ class _Chained(Generic[One]):
                 {name: value for name, value in part.items() if stage.answers_for(name)}
                 for part in (found.sites, found.parameters)
             )
-            return Gradients(by_site, by_parameter, found.pixels)
+            return Gradients(by_site, by_parameter, found.inputs)
 
         return gradients
 

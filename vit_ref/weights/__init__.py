@@ -1,1 +1,1 @@
-"""Weights: files become parameters of the model and back, in every layout."""
+"""Weights: turns files of every layout into parameters of the model, and back."""

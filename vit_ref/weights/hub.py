@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: what a name means, and how its files come here."""
+"""Checkpoints on the Hugging Face hub: their names, and the download of their files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REVISION = r"[\w.-][\w./-]*"
 
 
 class Name(NamedTuple):
-    """A repository of the hub.
+    """Name of a repository on the hub.
 
     Attributes:
       id: owner/name.
@@ -30,30 +30,30 @@ class Name(NamedTuple):
     revision: str | None = None
 
     def __str__(self) -> str:
-        """As `parse_name` takes it."""
+        """Returns the name in the form that `parse_name` reads."""
         return self.id if self.revision is None else f"{self.id}@{self.revision}"
 
 
 def parse_name(name: str, revision: str | None = None) -> Name:
-    """The repository that a person names, as ID, ID@REVISION, https://huggingface.co/ID or .../ID/tree/REVISION.
+    """Reads the name of a repository: ID, ID@REVISION, https://huggingface.co/ID or .../ID/tree/REVISION.
 
     Args:
-      name: what the person gave.
-      revision: what the person gave apart from it.
+      name: the name.
+      revision: a revision given apart from the name, or None.
 
     Raises:
-      CheckpointError: it is no name on the hub, or names another revision.
+      CheckpointError: it is no name on the hub, or it names another revision.
     """
     if "://" in name:
-        found = _of_url(name)
+        parsed = _of_url(name)
     else:
         match = re.fullmatch(rf"({_ID})(?:@({_REVISION}))?", name)
         if not match:
             raise CheckpointError(f"{name}: no such directory or file")
-        found = Name(*match.groups())
-    if revision is not None and found.revision not in (None, revision):
-        raise CheckpointError(f"{name}: names revision {found.revision!r}, and revision is {revision!r}: give one")
-    return found if revision is None else Name(found.id, revision)
+        parsed = Name(*match.groups())
+    if revision is not None and parsed.revision not in (None, revision):
+        raise CheckpointError(f"{name}: it names revision {parsed.revision!r}, and revision is {revision!r}: give one")
+    return parsed if revision is None else Name(parsed.id, revision)
 
 
 def _of_url(url: str) -> Name:
@@ -62,34 +62,36 @@ def _of_url(url: str) -> Name:
     match = re.fullmatch(rf"/({_ID})(?:/(?:tree|commit)/([^/]+))?/?", parts.path)
     if parts.scheme not in ("http", "https") or parts.netloc.removeprefix("www.") not in hosts or not match:
         raise CheckpointError(
-            f"{url}: is no URL of a repository of models: give a directory, a hub id, or"
-            " https://huggingface.co/OWNER/NAME, with /tree/REVISION after it if need be"
+            f"{url}: it is not the URL of a model repository: give a directory, a hub id, or"
+            " https://huggingface.co/OWNER/NAME, with /tree/REVISION after it if needed"
         )
     return Name(match[1], unquote(match[2]) if match[2] else None)
 
 
 def fetch(name: Name, wanted: Callable[[str, Iterable[str] | None], list[str]]) -> Path:
-    """The directory of a repository's files in the local cache, where they are fetched to if need be.
+    """Returns the directory of a repository's files in the local cache, after fetching those that are missing.
 
     Args:
-      name: which.
-      wanted: patterns of the files to fetch, by the repository's name and its list of files; None in place of the list
-        without a network.
+      name: the repository.
+      wanted: returns patterns of the files to fetch. Its arguments are the repository's name and its list of files, or
+        None in place of the list if there is no network.
 
     Raises:
-      CheckpointError: the hub has no such repository or revision, or there is no way to it.
+      CheckpointError: the hub has no such repository or revision, or cannot be reached.
     """
     try:
         patterns = wanted(str(name), _listed(name))
         return Path(huggingface_hub.snapshot_download(name.id, revision=name.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{name}: no such directory, and as a hub id it is neither in the cache nor can the hub be reached:"
+            f"{name}: no such directory exists. As a hub id it is not in the cache, and the hub cannot be reached:"
             " give a directory, or go online"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{name}: no such directory, and the hub refuses it as an id: {reason}") from None
+        raise CheckpointError(
+            f"{name}: no such directory exists. As a hub id it was refused: {reason}: correct the name, or log in"
+        ) from None
 
 
 def _listed(name: Name) -> list[str] | None:
@@ -98,14 +100,14 @@ def _listed(name: Name) -> list[str] | None:
     except HfHubHTTPError:
         raise
     except Exception as error:
-        # requests' errors are OSErrors, as the one of offline mode is; those of httpx, which later hubs take, are none.
+        # Errors of requests and of offline mode are OSErrors. Those of httpx, which later hub clients use, are not.
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] != "httpx":
             raise
         return None
 
 
 def find_in_cache(path: Path) -> Name | None:
-    """The repository and the commit whose files a directory of the local cache holds; None of any other directory."""
+    """Returns the repository and the commit of a directory in the local cache, or None for any other directory."""
     folder = path.parent.parent.name
     if path.parent.name != "snapshots" or not folder.startswith("models--"):
         return None

@@ -1,7 +1,7 @@
-"""The layouts: which tensor of each kind of checkpoint is which parameter, one table a layout.
+"""The layouts: a table for each kind of checkpoint that says which tensor is which parameter.
 
-A rule is one line, a source name <-> a destination path with an invertible transform; `{i}` stands for the block's
-number. Rules only move values, so each tensor keeps its bits and its dtype. `mapping` applies them.
+A rule is one line: a name in the source, a path in the model, and an invertible transform. `{i}` stands for the block's
+number. Rules only move values, so each tensor keeps its bits and its dtype. `mapping` applies the rules.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from vit_ref.model.skeleton import list_parameters
 
 
 class Transform(NamedTuple):
-    """How a source tensor becomes a parameter, and back. Both directions only move elements, or add and drop zeros.
+    """Transform of a source tensor into a parameter, and back. Both directions move elements, or add and drop zeros.
 
     Attributes:
-      to_parameter: from the layout to the model.
-      to_source: from the model to the layout.
-      unfit: what of a parameter the layout has no room for, "" where it has room for all.
+      to_parameter: (source tensor, config) -> parameter.
+      to_source: (parameter, config) -> source tensor.
+      unfit: returns what the layout cannot store of a parameter, or "" if it can store all.
     """
 
     to_parameter: Callable[[NDArray, ViTConfig], NDArray]
@@ -33,11 +33,11 @@ class Transform(NamedTuple):
 
 
 SAME = Transform(lambda x, c: x, lambda x, c: x)
-# PyTorch's Linear keeps (out, in), flax (in, out).
+# PyTorch's Linear has (out, in), flax has (in, out).
 LINEAR = Transform(lambda x, c: x.T, lambda x, c: x.T)
-# PyTorch's Conv2d keeps (out, in, height, width), flax (height, width, in, out).
+# PyTorch's Conv2d has (out, in, height, width), flax has (height, width, in, out).
 CONV = Transform(lambda x, c: x.transpose(2, 3, 1, 0), lambda x, c: x.transpose(3, 2, 0, 1))
-# flax's attention keeps heads apart: kernel (D, H, K) and bias (H, K) going in, kernel (H, K, D) coming out.
+# flax's attention has an axis of heads: kernel (D, H, K) and bias (H, K) at the input, kernel (H, K, D) at the output.
 HEADS_KERNEL = Transform(
     lambda x, c: x.reshape(len(x), -1),
     lambda x, c: x.reshape(len(x), c.num_attention_heads, -1),
@@ -47,8 +47,8 @@ HEADS_OUT = Transform(
     lambda x, c: x.reshape(-1, x.shape[-1]),
     lambda x, c: x.reshape(c.num_attention_heads, -1, x.shape[-1]),
 )
-# big_vision adds positions before it puts the cls token in front, which is to add zero there. Anything else, and a
-# negative zero, would not come back.
+# big_vision adds positions before it prepends the cls token, so the cls token's position is zero. Another value, or a
+# negative zero, could not be read back.
 GRID_POSITIONS = Transform(
     lambda x, c: np.concatenate([np.zeros_like(x[:, :1]), x], axis=1),
     lambda x, c: x[:, 1:],
@@ -60,11 +60,11 @@ class Rule(NamedTuple):
     """One line of the weight map.
 
     Attributes:
-      source: the tensor's name in the layout.
-      destination: the parameter's path in the model.
-      transform: how one becomes the other.
-      part: where several rules share a source, which of its equal parts, counted along the first axis, is this one's.
-      parts: how many such parts there are.
+      source: name of the tensor in the layout.
+      destination: path of the parameter in the model.
+      transform: transform between the two.
+      part: if several rules share a source, the number of this rule's part, along the first axis.
+      parts: number of such parts, all of one size.
     """
 
     source: str
@@ -76,13 +76,13 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A way to name and shape a ViT's weights.
+    """A way to name and shape the weights of a ViT.
 
     Attributes:
-      name: how messages call it.
-      rules: the weight map, `{i}` for the block's number.
-      prefix: what a classifier's checkpoint writes before every name but the head's, and a headless one leaves out.
-      head: the beginning of the head's names, which never carry the prefix.
+      name: name in messages.
+      rules: the weight map, with `{i}` for the block's number.
+      prefix: prefix of every name but the head's in a classifier's checkpoint. A headless checkpoint has no prefix.
+      head: beginning of the head's names, which never have the prefix.
     """
 
     name: str
@@ -91,10 +91,14 @@ class Layout:
     head: str = "classifier"
 
     def bind(self, config: ViTConfig, prefixed: bool) -> tuple[Rule, ...]:
-        """The rules of one configuration, blocks counted out, in the order of the model's parameters.
+        """Returns the rules for one configuration, with the numbers of the blocks, in the order of the parameters.
+
+        Args:
+          config: the model's configuration.
+          prefixed: whether the names have the layout's prefix.
 
         Raises:
-          MappingError: the layout has no name for some of them, as timm's has none for a pooler.
+          MappingError: the layout has no name for a parameter, as timm's has none for a pooler.
         """
         rules = {rule.destination: rule for rule in self.rules}
         bound, nameless = [], []
@@ -113,13 +117,13 @@ class Layout:
         return tuple(bound)
 
     def recognises(self, names: Iterable[str]) -> int:
-        """How many of `names` could be this layout's, whatever the configuration."""
+        """Counts the names that could belong to this layout, whatever the configuration."""
         known = {rule.source for rule in self.rules}
         return sum(split_block_number(name.removeprefix(self.prefix))[0] in known for name in names)
 
 
 def split_block_number(name: str) -> tuple[str, str]:
-    """A name with its block number replaced by `{i}`, and that number ("" without one)."""
+    """Returns a name with `{i}` for its block number, and that number, or "" if there is none."""
     for separator in "./":
         parts = name.split(separator)
         for k, part in enumerate(parts):
@@ -148,7 +152,7 @@ def _linen_norm(source: str, destination: str) -> tuple[Rule, Rule]:
     return Rule(f"{source}/scale", f"{destination}.scale"), Rule(f"{source}/bias", f"{destination}.bias")
 
 
-# Hugging Face's PyTorch names up to transformers 4, which transformers 5 still writes.
+# Hugging Face's PyTorch names up to transformers 4. transformers 5 still writes them.
 HF = Layout(
     "hf",
     (
@@ -171,7 +175,7 @@ HF = Layout(
     prefix="vit.",
 )
 
-# The module names of transformers 5 (its `state_dict()`).
+# The module names of transformers 5, as in its `state_dict()`.
 HF5 = Layout(
     "hf5",
     (
@@ -194,7 +198,7 @@ HF5 = Layout(
     prefix="vit.",
 )
 
-# FlaxViT's parameter tree, as it stands in flax_model.msgpack. Kernels are flax's already.
+# FlaxViT's parameter tree, as in flax_model.msgpack. The kernels have flax's shapes already.
 FLAX = Layout(
     "flax",
     (
@@ -218,7 +222,7 @@ FLAX = Layout(
 
 
 def _google(name: str, positions: Rule, norm2: str, attention: str, mlp: str) -> Layout:
-    """What the two ViTs of Google's have in common: linen numbers an unnamed module by its place or by its kind."""
+    """Builds the layout of one of Google's two ViTs. They differ in the numbers that linen gives unnamed modules."""
     block = "Transformer/encoderblock_{i}"
     return Layout(
         name,
@@ -235,7 +239,7 @@ def _google(name: str, positions: Rule, norm2: str, attention: str, mlp: str) ->
             *_linen_dense(f"{block}/{mlp}/Dense_0", "blocks.{i}.mlp.fc1"),
             *_linen_dense(f"{block}/{mlp}/Dense_1", "blocks.{i}.mlp.fc2"),
             *_linen_norm("Transformer/encoder_norm", "norm"),
-            # Both put a tanh after this dense layer of the cls token: the reference's pooler.
+            # Both apply a tanh after this dense layer of the cls token, as the reference's pooler does.
             *_linen_dense("pre_logits", "pooler"),
             *_linen_dense("head", "head"),
         ),
@@ -252,7 +256,7 @@ NPZ = _google(
     mlp="MlpBlock_3",
 )
 
-# google-research/big_vision with pool_type="tok" (names, and where positions are added: big_vision/models/vit.py).
+# google-research/big_vision with pool_type="tok" (names, and the place of the positions: big_vision/models/vit.py).
 BIG_VISION = _google(
     "big_vision",
     positions=Rule("pos_embedding", "position_embeddings", GRID_POSITIONS),
@@ -261,8 +265,9 @@ BIG_VISION = _google(
     mlp="MlpBlock_0",
 )
 
-# timm's VisionTransformer (names: timm/models/vision_transformer.py). One dense layer makes query, key and value, in
-# this order: `qkv(x).reshape(B, N, 3, heads, head_dim)` (timm/layers/attention.py). It has no pooler.
+# timm's VisionTransformer (names: timm/models/vision_transformer.py). One dense layer makes query, key and value in
+# this
+# order: `qkv(x).reshape(B, N, 3, heads, head_dim)` (timm/layers/attention.py). It has no pooler.
 TIMM = Layout(
     "timm",
     (

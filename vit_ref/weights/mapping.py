@@ -1,8 +1,8 @@
-"""The weight map: applies the rules of a layout, and inverts them, under a completeness check.
+"""The weight map: applies the rules of a layout, and inverts them, with a check of completeness.
 
-A layout writes every destination exactly once. It consumes every source tensor exactly once, whole or in equal parts by
-as many rules, unless the caller names it in `ignore`. `MappingError` lists every fault at once. Values are moved, never
-computed with: each tensor keeps its bits and its dtype.
+A layout writes each parameter exactly once. It reads each source tensor exactly once, whole or in equal parts, unless
+the caller names the tensor in `ignore`. `MappingError` lists all faults at once. Values are moved and never computed
+with, so each tensor keeps its bits and its dtype.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from vit_ref.errors import Fault, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import list_parameters
-from vit_ref.weights.checkpoint import LazyTensors, rename_tensors
 from vit_ref.weights.layouts import LAYOUTS, Layout, Rule
+from vit_ref.weights.tensor_files import LazyTensors, rename_tensors
 from vit_ref.weights.wrappers import guess_wrapper
 
 Tensors = Mapping[str, NDArray]
@@ -29,7 +29,7 @@ _WEIGHT_DTYPES = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 @contextmanager
 def name_checkpoint_in_errors(path: Path) -> Iterator[None]:
-    """Says of a `MappingError` from within which checkpoint has the faults."""
+    """Adds the path of the checkpoint to a `MappingError` raised within it."""
     try:
         yield
     except MappingError as error:
@@ -37,23 +37,26 @@ def name_checkpoint_in_errors(path: Path) -> Iterator[None]:
 
 
 def detect(names: Iterable[str]) -> Layout:
-    """The layout that recognises most of `names`.
+    """Returns the layout that recognises most names.
+
+    Args:
+      names: names of the tensors in a checkpoint.
 
     Raises:
-      MappingError: none recognises any.
+      MappingError: no layout recognises any of them.
     """
     names = tuple(names)
     scores = {layout.name: layout.recognises(names) for layout in LAYOUTS.values()}
     best = max(scores, key=lambda name: scores[name])
     if not scores[best]:
-        shown = ", ".join(sorted(names)[:3]) or "none at all"
+        shown = ", ".join(sorted(names)[:3]) or "there are none"
         said = f"no known layout ({', '.join(LAYOUTS)}) has such names: {shown}"
         prefix, others = guess_wrapper(names)
         if prefix:
             said += (
-                f"; {prefix!r} would be stripped if all names began with it, and {len(others)} of {len(names)} begin"
-                f" otherwise, first {min(others)}: leave these behind with --ignore PATTERN, or ignore=[PATTERN] in"
-                " Python"
+                f"; the prefix {prefix!r} is stripped only if all names begin with it, and {len(others)} of"
+                f" {len(names)} do not, first {min(others)}: leave these out with --ignore PATTERN, or"
+                " ignore=[PATTERN] in Python"
             )
         raise MappingError([Fault("unrecognised", "all tensors", said)], "unknown")
     return LAYOUTS[best]
@@ -62,21 +65,21 @@ def detect(names: Iterable[str]) -> Layout:
 def port(
     source: Tensors, config: ViTConfig, layout: Layout, *, ignore: Iterable[str] = (), finite: bool = True
 ) -> dict[str, NDArray]:
-    """Applies a layout's rules.
+    """Applies the rules of a layout.
 
     Args:
-      source: tensors by their names in the layout.
-      config: the model to fill.
-      layout: the names' layout; `detect` finds it.
-      ignore: names or patterns (`*`, `?`) of source tensors to leave behind on purpose.
-      finite: whether values have to be. Gradients, which have their parameters' names, may overflow.
+      source: name in the layout -> tensor.
+      config: configuration of the model to fill.
+      layout: the layout of the names, from `detect`.
+      ignore: names or patterns (`*`, `?`) of source tensors to leave behind.
+      finite: whether all values have to be finite. Gradients, which have the names of parameters, may overflow.
 
     Returns:
-      Parameters by path, as many and as shaped as `list_parameters(config)`; dtypes and bits are the source's.
+      Path -> parameter, with the paths and shapes of `list_parameters(config)`, and with the source's dtypes and bits.
 
     Raises:
-      MappingError: with every missing, unexpected, misshapen and non-finite tensor, every one in a dtype that weights
-        cannot have, and every pattern to ignore that names nothing.
+      MappingError: a tensor is missing, unexpected, misshapen, not finite, or of a dtype that weights cannot have. Or a
+        pattern to ignore matches nothing. The error lists every such fault.
     """
     return dict(port_each(source, config, layout, ignore=ignore, finite=finite))
 
@@ -84,20 +87,20 @@ def port(
 def port_each(
     source: Tensors, config: ViTConfig, layout: Layout, *, ignore: Iterable[str] = (), finite: bool = True
 ) -> Iterator[tuple[str, NDArray]]:
-    """Applies a layout's rules to one tensor after the other, none of which is held while the next is read.
+    """Applies the rules of a layout to one tensor at a time. It does not hold a tensor while it reads the next.
 
     Args:
-      source: as `port` takes it. Of a `LazyTensors` nothing is read before names and shapes are known to fit.
-      config: as there.
-      layout: as there.
-      ignore: as there.
-      finite: as there.
+      source: name in the layout -> tensor. From a `LazyTensors` nothing is read before all names and shapes fit.
+      config: configuration of the model to fill.
+      layout: the layout of the names, from `detect`.
+      ignore: names or patterns (`*`, `?`) of source tensors to leave behind.
+      finite: whether all values have to be finite.
 
     Yields:
-      Paths and parameters. Once a fault is known there are no more; what remains is looked through for others.
+      Paths and parameters. After a fault it yields no more, but goes on looking for other faults.
 
     Raises:
-      MappingError: as `port` does.
+      MappingError: see `port`.
     """
     by_source = _by_source(layout.bind(config, prefixed=is_prefixed(source, layout)))
     shapes = list_parameters(config)
@@ -105,17 +108,17 @@ def port_each(
     shaped = {}
     for name, rules in by_source.items():
         shape = compute_source_shape(rules[0], shapes[rules[0].destination], config)
-        wanted = f"expected {shape} for {', '.join(rule.destination for rule in rules)}"
+        wanted = f"it should have shape {shape} for {', '.join(rule.destination for rule in rules)}"
         if name not in source:
             faults.append(Fault("missing", name, wanted))
-        elif (found := _shape(source, name)) != shape:
-            faults.append(Fault("misshapen", name, f"{wanted}, found {found}"))
+        elif (actual := _shape(source, name)) != shape:
+            faults.append(Fault("misshapen", name, f"{wanted}, and has {actual}"))
         else:
             shaped[name] = rules
     ignore = tuple(ignore)
     left_over = source.keys() - by_source.keys()
     faults += [
-        Fault("unexpected", name, f"shape {_shape(source, name)}, no rule takes it{_described(name)}")
+        Fault("unexpected", name, f"it has shape {_shape(source, name)}, and no rule takes it{_described(name)}")
         for name in sorted(left_over)
         if not any(fnmatchcase(name, pattern) for pattern in ignore)
     ]
@@ -124,9 +127,9 @@ def port_each(
         tensor = np.asarray(source[name])
         if tensor.dtype not in _WEIGHT_DTYPES:
             known = "float64, float32, float16 or bfloat16"
-            faults.append(Fault("unusable dtype", name, f"{tensor.dtype}: weights have to be {known}"))
+            faults.append(Fault("unusable dtype", name, f"it is {tensor.dtype}: convert the weights to {known}"))
         elif finite and (where := _first_not_finite(tensor)) is not None:
-            faults.append(Fault("not finite", name, f"{tensor[where]} at {where}"))
+            faults.append(Fault("not finite", name, f"it has {tensor[where]} at {where}"))
         elif not faults:
             for rule in rules:
                 part = np.split(tensor, rule.parts)[rule.part] if rule.parts > 1 else tensor
@@ -138,15 +141,15 @@ def port_each(
 
 
 def drop_ignored(source: Tensors, config: ViTConfig, ignore: Iterable[str]) -> Tensors:
-    """A checkpoint's tensors but those to leave behind, for whoever takes tensors by name.
+    """Returns the tensors of a checkpoint without those to leave behind, for callers that take tensors by name.
 
     Args:
-      source: tensors by their names in their layout.
-      config: the model to fill; no tensor that it needs is left behind.
-      ignore: names or patterns (`*`, `?`).
+      source: name in the layout -> tensor.
+      config: configuration of the model to fill. No tensor that it needs is left behind.
+      ignore: names or patterns (`*`, `?`) of tensors to leave behind.
 
     Raises:
-      MappingError: a pattern to ignore names nothing, or the layout is unknown.
+      MappingError: a pattern matches nothing, or the layout is unknown.
     """
     ignore = tuple(ignore)
     if not ignore:
@@ -161,43 +164,43 @@ def drop_ignored(source: Tensors, config: ViTConfig, ignore: Iterable[str]) -> T
 
 def _stale(ignore: tuple[str, ...], left_over: Iterable[str]) -> list[Fault]:
     return [
-        Fault("stale ignore", pattern, "matches no tensor that would be left over")
+        Fault("stale ignore", pattern, "it matches no left-over tensor: remove the pattern")
         for pattern in ignore
         if not any(fnmatchcase(name, pattern) for name in left_over)
     ]
 
 
-# What other heads and other stages of training leave in a checkpoint, by patterns of its names.
-_UNUSED = "which nothing that is computed here depends on"
+# Patterns of tensors that other heads and other stages of training leave in a checkpoint.
+_UNUSED = "and no output of this model depends on it"
 _LEFT_OVER = {
     "*mask_token": f"it is the mask token of masked-image pretraining, {_UNUSED}",
     "*decoder*": f"it belongs to the decoder of masked-image pretraining, {_UNUSED}",
     "*pooler*": "it belongs to a pooler, and a classifier's head reads the cls token without one",
-    "pre_logits*": "it belongs to a pre-logits layer, and a head of Hugging Face's reads the cls token without one",
+    "pre_logits*": "it belongs to a pre-logits layer, and Hugging Face's heads read the cls token without one",
     "*dist*_token": "it is DeiT's token for distillation, which attention sees: this is another model",
     "*lora_*": "it belongs to a LoRA adapter, which changes the weights: merge it into them first",
 }
 
 
 def _described(name: str) -> str:
-    """What is known of a tensor that no rule takes, for the end of a message."""
-    found = next((what for pattern, what in _LEFT_OVER.items() if fnmatchcase(name, pattern)), "")
-    return f": {found}" if found else ""
+    """Returns what is known of a tensor that no rule takes, for the end of a message."""
+    known = next((what for pattern, what in _LEFT_OVER.items() if fnmatchcase(name, pattern)), "")
+    return f": {known}" if known else ""
 
 
 def export(parameters: Tensors, config: ViTConfig, layout: Layout) -> dict[str, NDArray]:
-    """Inverts a layout's rules: `export(port(source)) == source`, bit for bit.
+    """Inverts the rules of a layout: `export(port(source)) == source`, bit for bit.
 
     Args:
-      parameters: by path, as `port` returns them.
+      parameters: path -> parameter, as `port` returns them.
       config: the model's configuration.
       layout: the layout to write.
 
     Returns:
-      Tensors by their names in the layout. A classifier's carry the layout's prefix, a headless model's do not.
+      Name in the layout -> tensor. A classifier's names have the layout's prefix, a headless model's do not.
 
     Raises:
-      MappingError: the layout has no room for a parameter.
+      MappingError: the layout cannot store a parameter.
     """
     tensors, faults = {}, []
     for name, rules in _by_source(layout.bind(config, prefixed=bool(config.num_labels))).items():
@@ -205,7 +208,7 @@ def export(parameters: Tensors, config: ViTConfig, layout: Layout) -> dict[str, 
         for rule in sorted(rules, key=lambda rule: rule.part):
             value = np.asarray(parameters[rule.destination])
             if unfit := rule.transform.unfit(value):
-                faults.append(Fault("unfit", rule.destination, f"{unfit}, and {name} has no room for it"))
+                faults.append(Fault("unfit", rule.destination, f"{unfit}, and {name} cannot store it"))
             parts.append(rule.transform.to_source(value, config))
         tensors[name] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
     if faults:
@@ -214,7 +217,7 @@ def export(parameters: Tensors, config: ViTConfig, layout: Layout) -> dict[str, 
 
 
 def _by_source(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
-    """Rules by the tensor that they share, in the order of the first."""
+    """Groups rules by the tensor that they share, in the order of the first."""
     shared: dict[str, list[Rule]] = {}
     for rule in rules:
         shared.setdefault(rule.source, []).append(rule)
@@ -222,13 +225,13 @@ def _by_source(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
 
 
 def is_prefixed(names: Iterable[str], layout: Layout) -> bool:
-    """Whether these names carry the layout's prefix: most of the body's do."""
+    """Tells whether these names have the layout's prefix: most names of the body do."""
     body = [name for name in names if not name.startswith(layout.head)]
     return 2 * sum(name.startswith(layout.prefix) for name in body) > len(body)
 
 
 def _first_not_finite(tensor: NDArray) -> tuple[int, ...] | None:
-    # A signalling NaN in half precision would make numpy warn that it met one, which is what is asked.
+    # numpy would warn about a signalling NaN in half precision, and this function looks for NaN.
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(tensor)
     return None if finite.all() else tuple(int(k) for k in np.argwhere(~finite)[0])
@@ -239,7 +242,7 @@ def _shape(source: Tensors, name: str) -> tuple[int, ...]:
 
 
 def compute_source_shape(rule: Rule, shape: tuple[int, ...], config: ViTConfig) -> tuple[int, ...]:
-    """The shape in the layout of what becomes, whole or with its like, a parameter of this shape."""
-    # One byte broadcast to the shape: the transform itself says what shape it comes from.
+    """Returns the shape of the source tensor whose whole, or whose parts, become parameters of this shape."""
+    # The transform itself maps the shape. One byte broadcast to the shape needs no memory.
     part = rule.transform.to_source(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
     return part[0] * rule.parts, *part[1:]

@@ -1,4 +1,4 @@
-"""Which checkpoint a verdict is about: a name that tells it from its neighbours, and a digest of its bytes."""
+"""The origin of a checkpoint in a report: a name that tells it from others, and a digest of its bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vit_ref.weights.checkpoint import Checkpoint
 
 
 class Origin(NamedTuple):
-    """Where a checkpoint comes from, and what its weights are.
+    """Origin of a checkpoint, and a digest of its weights.
 
     Attributes:
-      name: what reports call it: the last two parts of its path, or the hub's id and the beginning of the commit.
-      path: the whole path of its directory or file here.
-      sha256: of the file of weights, as `sha256sum` prints it and the hub shows it. Several files have one together,
-        that of the lines that `sha256sum` prints of them in the order of their names.
-      revision: the commit on the hub; None of what does not lie in the hub's cache.
+      name: name in reports: the last two parts of the path, or the hub id with the beginning of the commit.
+      path: full path of the directory or file on this machine.
+      sha256: digest of the file of weights, as `sha256sum` prints it and the hub shows it. For several files it is the
+        digest of the lines that `sha256sum` prints for them, in the order of their names.
+      revision: commit on the hub, or None if the checkpoint is not in the hub's cache.
     """
 
     name: str
@@ -29,15 +29,15 @@ class Origin(NamedTuple):
 
     @property
     def said(self) -> str:
-        """The digest and the commit, in one line for people."""
+        """The digest and the commit, in one line of text."""
         return f"sha256 {self.sha256}" + (f", commit {self.revision}" if self.revision else "")
 
 
 def find_origin(source: Checkpoint) -> Origin:
-    """The origin of a checkpoint that was read from files.
+    """Returns the origin of a checkpoint that was read from files.
 
     Raises:
-      CheckpointError: a file is gone since it was read.
+      CheckpointError: a file cannot be read any more.
     """
     directory = source.path if source.path.is_dir() else source.path.parent
     directory = directory.resolve()
@@ -50,6 +50,23 @@ def find_origin(source: Checkpoint) -> Origin:
     return Origin(name, str(path), _sha256(source.files), cached and cached.revision)
 
 
+# Files of weights, by their suffix.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy", ".msgpack", ".h5", ".ckpt", ".onnx")
+
+
+def find_origin_of(path: Path) -> Origin:
+    """The origin of a directory or file of any kind: the digest is that of its weights, found by their suffix.
+
+    Raises:
+      CheckpointError: no file of weights is there, or one cannot be read.
+    """
+    files = (path,) if path.is_file() else tuple(sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS))
+    if not files:
+        raise CheckpointError(f"{path}: no weights in it ({', '.join(_WEIGHTS)}): name a file, or another directory")
+    whole = path.resolve()
+    return Origin("/".join(whole.parts[-2:]).replace("//", "/"), str(whole), _sha256(files), None)
+
+
 def _sha256(files: tuple[Path, ...]) -> str:
     digests = {}
     for file in files:
@@ -57,7 +74,7 @@ def _sha256(files: tuple[Path, ...]) -> str:
             with file.open("rb") as stream:
                 digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read any more ({error.strerror}): run this again") from None
+            raise CheckpointError(f"{file}: it cannot be read any more ({error.strerror}): run this again") from None
     if len(digests) == 1:
         return next(iter(digests.values()))
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))

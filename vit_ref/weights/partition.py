@@ -1,10 +1,10 @@
-"""Where parameters lie on a `jax.sharding` mesh: one table, a line a parameter. The rest is the compiler's.
+"""Partition of parameters on a `jax.sharding` mesh: a table with one line a parameter. The compiler does the rest.
 
-Tensor parallelism is Megatron's (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3): query, key, value
-and fc1 are divided by columns, that is by heads and by hidden units, out and fc2 by rows, so that a block communicates
-twice on its way forward, one sum over the devices after each pair. FSDP (Zhao et al. 2023,
-https://arxiv.org/abs/2304.11277) divides every large parameter along the token stream's width, and gathers it where it
-is used. The batch is divided over the axis "data" in either case.
+Tensor parallelism is Megatron's (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3). Query, key, value
+and fc1 are divided by columns, that is by heads and hidden units, and out and fc2 by rows. So the forward pass of a
+block communicates twice, with one sum over the devices after each pair. FSDP (Zhao et al. 2023,
+https://arxiv.org/abs/2304.11277) divides every large parameter along the width of the token stream, and gathers it for
+use. Both divide the batch over the axis "data".
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Rules = Mapping[str, P]
 
 DATA, MODEL = "data", "model"
 
-# By path, `{i}` for the block's number as in the weight map, which axis of the mesh divides which dimension: all that
-# is ever divided. Kernels are (in, out).
+# Path, with `{i}` for the block's number -> the axis of the mesh that divides each dimension. Nothing else is ever
+# divided. Kernels are (in, out).
 _ALL: Rules = {
     "cls_token": P(None, None, DATA),
     "position_embeddings": P(None, None, DATA),
@@ -62,71 +62,71 @@ def _along(*axes: str) -> Rules:
     return {path: P(*(axis if axis in axes else None for axis in spec)) for path, spec in _ALL.items()}
 
 
-# "data": every device has all parameters.
+# With "data" every device has all parameters.
 RULES: dict[Kind, Rules] = {
     "data": _along(),
     "fsdp": _along(DATA),
     "tensor": _along(MODEL),
     "fsdp+tensor": _along(DATA, MODEL),
 }
-# A smaller parameter costs more to gather over "data" than to keep whole: biases, norms and heads of a few classes.
+# To gather a smaller parameter over "data" costs more than to keep it whole: biases, norms and heads of a few classes.
 LEAST = 2**12
 
 
 def choose_shardings(
     config: ViTConfig, mesh: Mesh | AbstractMesh, sharding: Kind | Rules, *, lenient: bool = False
 ) -> dict[str, NamedSharding]:
-    """Where each parameter of a model lies.
+    """Chooses the sharding of each parameter of a model.
 
     Args:
       config: the model's configuration.
-      mesh: its axes are called as the rules call them, "data" and "model"; of one that is not used there may be none.
-      sharding: a kind, one of `RULES`; its parameters of fewer than `LEAST` elements are not divided over "data". Or
-        rules of one's own, a specification for every parameter's path with `{i}` in the place of the block's number.
-      lenient: leave a dimension whole that its axis does not divide.
+      mesh: a mesh with axes "data" and "model". An axis that no rule uses may be missing.
+      sharding: a key of `RULES`, which does not divide parameters of fewer than `LEAST` elements over "data". Or the
+        caller's own rules: a specification for each parameter's path, with `{i}` for the block's number.
+      lenient: whether to leave a dimension whole if the axis does not divide it.
 
     Returns:
-      By path, in the model's order.
+      Path -> sharding, in the model's order.
 
     Raises:
-      InputError: no rule names a parameter, or a rule none or an axis twice, or is no specification; the mesh has not
-        an axis or is not the compiler's to fill in; or a dimension cannot be divided evenly, which of an attention's
-        heads means that each stays on one device.
+      InputError: a rule is missing, unknown, no specification, or uses an axis twice. Or the mesh lacks an axis, or its
+        axes are not of type Auto. Or a dimension cannot be divided evenly; the heads of attention count whole.
     """
     if others := [kind for kind in mesh.axis_types if kind != AxisType.Auto]:
         raise InputError(
-            f"the mesh's axes are {others[0].name}, and here the compiler divides the work (jax.make_mesh's default,"
-            " Explicit, wants every operation's sharding spelt out, Manual every device's part): give"
+            f"the mesh's axes are {others[0].name}, and this package leaves the division to the compiler: give"
             f" jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
         )
     if isinstance(sharding, str) and sharding not in RULES:
-        raise InputError(f"sharding is {sharding!r}: known are {', '.join(RULES)}, or give rules of your own")
+        raise InputError(f"sharding is {sharding!r}: give one of {', '.join(RULES)}, or rules of your own")
     if not isinstance(sharding, str | Mapping):
         raise InputError(f"sharding is {sharding!r}: give one of {', '.join(RULES)}, or rules of your own by path")
     rules = RULES[sharding] if isinstance(sharding, str) else sharding
     if unknown := [path for path in rules if path not in _ALL]:
-        raise InputError(f"{unknown[0]}: a rule for a parameter that no model has: write it as in partition.RULES")
-    found = {}
+        raise InputError(f"{unknown[0]}: no model has a parameter of this name: use the names in partition.RULES")
+    shardings = {}
     for path, shape in list_parameters(config).items():
         template = split_block_number(path)[0]
         if template not in rules:
-            raise InputError(f"{path}: no rule says where it lies: add one for {template!r}")
+            raise InputError(f"{path}: it has no rule: add one for {template!r}")
         spec = rules[template]
         if not isinstance(spec, P):
             raise InputError(f"{path}: its rule is {spec!r}: give a jax.sharding.PartitionSpec, an empty one for none")
         if len(spec) > len(shape):
-            raise InputError(f"{path}: the rule {tuple(spec)} has more dimensions than its shape {shape}")
+            raise InputError(
+                f"{path}: the rule {tuple(spec)} has more dimensions than the shape {shape}: give at most {len(shape)}"
+            )
         axes = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
         if len(set(axes)) < len(axes):
-            raise InputError(f"{path}: the rule {tuple(spec)} divides more than one dimension over the same axis")
+            raise InputError(f"{path}: the rule {tuple(spec)} uses an axis more than once: use each at most once")
         if isinstance(sharding, str) and math.prod(shape) < LEAST:
             spec = P(*(None if axis == DATA else axis for axis in spec))
         fitting = [
             axis if _divides(axis, dimension, path, config, mesh, lenient) else None
             for dimension, axis in enumerate(spec)
         ]
-        found[path] = NamedSharding(mesh, P(*fitting))
-    return found
+        shardings[path] = NamedSharding(mesh, P(*fitting))
+    return shardings
 
 
 def _divides(
@@ -137,16 +137,16 @@ def _divides(
     mesh: Mesh | AbstractMesh,
     lenient: bool,
 ) -> bool:
-    """Whether an entry of a specification can be honoured."""
+    """Tells whether an axis of the mesh can divide a dimension of a parameter."""
     names = (axis,) if isinstance(axis, str) else axis or ()
     if missing := [name for name in names if name not in mesh.shape]:
         raise InputError(
-            f"{path}: its rule divides it over the axis {missing[0]!r}, and the mesh has only"
-            f" {', '.join(map(repr, mesh.axis_names))}"
+            f"{path}: its rule uses the axis {missing[0]!r}, and the mesh has only"
+            f" {', '.join(map(repr, mesh.axis_names))}: give a mesh with that axis"
         )
     length, devices = list_parameters(config)[path][dimension], math.prod(mesh.shape[name] for name in names)
     template = split_block_number(path)[0]
-    # The dimension that Megatron divides in attention is one of heads, and half a head attends to nothing.
+    # In attention Megatron divides heads, and half a head cannot attend.
     heads = ".attn." in template and _ALL[template][dimension] == MODEL
     if (config.num_attention_heads if heads else length) % devices == 0:
         return True

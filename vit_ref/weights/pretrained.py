@@ -1,4 +1,4 @@
-"""From a checkpoint to a model and back: `from_pretrained` and `save_pretrained`."""
+"""Loading and saving of models: `from_pretrained` and `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vit_ref.model.attention import Attend
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import VisionTransformer
-from vit_ref.weights import checkpoint, layouts, mapping, partition
+from vit_ref.weights import checkpoint, layouts, mapping, partition, writing
 from vit_ref.weights.partition import Kind, Rules
 from vit_ref.weights.timm import from_timm, is_timm
 
@@ -43,32 +43,37 @@ def from_pretrained(
     """Loads a ViT, in evaluation mode.
 
     Args:
-      path: a Hugging Face directory (safetensors, also sharded, or flax msgpack), a timm directory (safetensors), a hub
-        id of either, also as ID@REVISION or as https://huggingface.co/ID, or an `.npz` of google-research's
-        vision_transformer or big_vision.
-      revision: a branch, a tag or a commit of the repository on the hub; None for what `path` says, or else the newest.
-      config: takes the place of the checkpoint's own, class names included; needed for a lone file other than `.npz`.
-      dtype: dtype of the computation, None to promote from pixels and parameters.
-      ignore: names or patterns of tensors in the checkpoint to leave behind on purpose.
-      mesh: many devices, on axes called "data" and "model". Each is given its own part of each parameter; safetensors
-        are read tensor by tensor, of which the host holds one at a time. Divide the batch, too:
+      path: one of
+
+        - a Hugging Face directory (safetensors, also sharded, or flax msgpack),
+        - a timm directory (safetensors),
+        - a hub id of either, also as ID@REVISION or as https://huggingface.co/ID,
+        - an `.npz` of google-research's vision_transformer or big_vision.
+      revision: a branch, a tag or a commit of the repository on the hub. None for the one in `path`, or the newest.
+      config: replaces the checkpoint's own configuration and class names. A lone file needs it, unless it is an `.npz`.
+      dtype: dtype of the computation; None to promote from pixels and parameters.
+      ignore: names or patterns (`*`, `?`) of tensors in the checkpoint to leave behind.
+      mesh: a mesh of many devices, with axes "data" and "model". Each device gets its part of each parameter. The host
+        reads safetensors tensor by tensor, and holds one at a time. Divide the batch, too:
         `jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))`.
-      sharding: what is divided on it, "data", "fsdp", "tensor" or "fsdp+tensor", see `vit_ref.weights.partition`.
-      attention: see `VisionTransformer`; `vit_ref.model.attention.cudnn` in half precision on NVIDIA's GPUs.
+      sharding: division of the parameters: "data", "fsdp", "tensor" or "fsdp+tensor", or rules, see
+        `vit_ref.weights.partition`.
+      attention: replaces the default attention, see `VisionTransformer`, for example by
+        `vit_ref.model.attention.cudnn` in half precision on NVIDIA GPUs.
 
     Returns:
-      The model; its parameters have the checkpoint's own bits and dtypes.
+      The model. Its parameters have the checkpoint's bits and dtypes.
 
     Raises:
       CheckpointError: the checkpoint cannot be found or read.
-      ConfigError: its configuration is none that this model can honour.
-      MappingError: its tensors do not fit the configuration.
+      ConfigError: this model does not support the checkpoint's configuration.
+      MappingError: the checkpoint's tensors do not fit the configuration.
       InputError: the mesh does not fit the rules or the model.
     """
     if mesh is None and sharding != "data":
-        raise InputError(f"sharding is {sharding!r}: give the mesh, too")
+        raise InputError(f"sharding is {sharding!r} and mesh is None: give the mesh, too")
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise InputError(f"mesh is of {type(mesh).__name__}, which has no devices: give one of jax.make_mesh's")
+        raise InputError(f"mesh is of type {type(mesh).__name__}, which has no devices: give one of jax.make_mesh")
     ignore = tuple(ignore)
     source = checkpoint.read(path, revision=revision, lazy=mesh is not None, ignore=ignore)
     with mapping.name_checkpoint_in_errors(source.path):
@@ -81,16 +86,21 @@ def from_pretrained(
 def open_checkpoint(
     path: str | os.PathLike[str], *, revision: str | None = None, ignore: Iterable[str] = (), lazy: bool = False
 ) -> tuple[checkpoint.Checkpoint, ViTConfig]:
-    """A checkpoint for whoever takes its tensors by name, and its configuration.
+    """Opens a checkpoint for callers that take its tensors by name, and reads its configuration.
 
     Args:
-      path: as in `from_pretrained`.
-      revision: as in `from_pretrained`.
-      ignore: as in `from_pretrained`; these tensors are no longer in the checkpoint.
-      lazy: as in `checkpoint.read`.
+      path: a checkpoint, see `from_pretrained`.
+      revision: a branch, a tag or a commit of the repository on the hub, or None.
+      ignore: names or patterns of tensors to leave behind. The result does not have them.
+      lazy: whether to read each tensor only when it is used.
+
+    Returns:
+      The checkpoint and its configuration.
 
     Raises:
-      CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
+      CheckpointError: the checkpoint cannot be found or read.
+      ConfigError: this model does not support the checkpoint's configuration.
+      MappingError: a pattern matches nothing, or the layout is unknown.
     """
     ignore = tuple(ignore)
     source = checkpoint.read(path, revision=revision, lazy=lazy, ignore=ignore)
@@ -102,15 +112,17 @@ def open_checkpoint(
 def load(
     source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, ignore: Iterable[str] = ()
 ) -> tuple[ViTConfig, dict[str, NDArray], layouts.Layout]:
-    """What `from_pretrained` makes a model of: its configuration, its parameters by path, and their former layout.
+    """Returns the configuration of a checkpoint, its parameters by path, and its layout.
 
     Args:
       source: the checkpoint.
-      config: as in `from_pretrained`.
-      ignore: as in `from_pretrained`.
+      config: replaces the checkpoint's own configuration.
+      ignore: names or patterns of tensors to leave behind.
 
     Raises:
-      CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
+      CheckpointError: the configuration of a lone file is missing.
+      ConfigError: this model does not support the configuration.
+      MappingError: the checkpoint's tensors do not fit the configuration.
     """
     ignore = tuple(ignore)
     with mapping.name_checkpoint_in_errors(source.path):
@@ -121,15 +133,17 @@ def load(
 def describe_checkpoint(
     source: checkpoint.Checkpoint, *, config: ViTConfig | None = None, ignore: Iterable[str] = ()
 ) -> tuple[ViTConfig, layouts.Layout]:
-    """A checkpoint's configuration and layout, as `load` returns them, without its values.
+    """Returns the configuration of a checkpoint and its layout, without the values.
 
     Args:
       source: the checkpoint.
-      config: as in `from_pretrained`.
-      ignore: as in `from_pretrained`.
+      config: replaces the checkpoint's own configuration.
+      ignore: names or patterns of tensors to leave behind.
 
     Raises:
-      CheckpointError, ConfigError, MappingError: as in `from_pretrained`.
+      CheckpointError: the configuration of a lone file is missing.
+      ConfigError: this model does not support the configuration.
+      MappingError: no layout recognises the names.
     """
     if config is None:
         config = read_configuration(source, ignore)
@@ -141,15 +155,15 @@ def describe_checkpoint(
 
 
 def read_configuration(source: checkpoint.Checkpoint, ignore: Iterable[str] = ()) -> ViTConfig:
-    """The configuration of a checkpoint: its `config.json` where there is one, else what an `.npz`'s shapes say.
+    """Reads the configuration of a checkpoint from its `config.json`, or from the shapes of an `.npz`.
 
     Args:
       source: the checkpoint.
-      ignore: names or patterns of tensors that will be left behind.
+      ignore: names or patterns of tensors that the caller will leave behind.
 
     Raises:
-      CheckpointError: a lone file whose shapes do not tell.
-      ConfigError: see `ViTConfig`.
+      CheckpointError: the shapes of a lone file do not tell the configuration.
+      ConfigError: this model does not support the configuration.
     """
     names = [name for name in source.tensors if not any(fnmatchcase(name, pattern) for pattern in ignore)]
     if source.config is not None:
@@ -168,20 +182,20 @@ def read_configuration(source: checkpoint.Checkpoint, ignore: Iterable[str] = ()
         return dataclasses.replace(config, pooler=pooled)
     if source.path.suffix == ".npz":
         return _npz_configuration(source.path, {name: source.tensors[name].shape for name in names})
-    raise CheckpointError(f"{source.path}: no configuration beside a lone file: give its directory, or config=")
+    raise CheckpointError(f"{source.path}: it has no configuration beside it: give its directory, or config=")
 
 
 def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTConfig:
-    """What the shapes of an `.npz` of google-research's say; the rest is fixed in that code.
+    """Reads the configuration from the shapes of an `.npz` of google-research's.
 
-    LayerNorm has flax's epsilon, 1e-6, the MLP `nn.gelu`, which is the tanh form, and attention its biases
-    (vit_jax/models_vit.py; big_vision/models/vit.py).
+    The code there fixes the rest. LayerNorm has flax's epsilon 1e-6. The MLP has `nn.gelu`, which is the tanh form. And
+    attention has biases (vit_jax/models_vit.py; big_vision/models/vit.py).
     """
     names, block = " ".join(shapes), "Transformer/encoderblock_0"
     if "Transformer/" in names and "cls" not in shapes:
         pooling = "attention, pool_type 'map'" if "MAPHead_0/" in names else "the mean of the patches, 'gap'"
         raise CheckpointError(
-            f"{path}: no cls token, so it pools in another way ({pooling}), which this model does not"
+            f"{path}: it has no cls token, so it pools by {pooling}: give a checkpoint with pool_type 'tok'"
         )
     try:
         patch_height, patch_width, channels, width = shapes["embedding/kernel"]
@@ -197,16 +211,16 @@ def _npz_configuration(path: Path, shapes: dict[str, tuple[int, ...]]) -> ViTCon
         pooled = shapes["pre_logits/bias"][0] if "pre_logits/bias" in shapes else None
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
-            f"{path}: not an .npz of google-research/vision_transformer or big_vision ({error})"
+            f"{path}: it is not an .npz of google-research/vision_transformer or big_vision ({error}): give another"
         ) from None
     if labels and pooled:
         raise CheckpointError(
-            f"{path}: it has both a pre-logits layer and a head, and no Hugging Face ViT has: leave one behind with"
+            f"{path}: it has both a pre-logits layer and a head, and no Hugging Face ViT has both: leave one out with"
             " ignore=['head/*'] or ignore=['pre_logits/*']"
         )
     side = round(positions**0.5)
     if side * side != positions:
-        raise CheckpointError(f"{path}: {positions} positions are no square grid: pass config=")
+        raise CheckpointError(f"{path}: its {positions} positions are no square grid: give config=")
     return ViTConfig(
         hidden_size=width,
         num_hidden_layers=len({name.split("/")[1] for name in shapes if "/encoderblock_" in name}),
@@ -230,16 +244,16 @@ def build(
     dtype: DTypeLike | None = None,
     attention: Attend | None = None,
 ) -> VisionTransformer:
-    """A model with these parameters.
+    """Builds a model with these parameters.
 
     Args:
-      config: the model.
-      parameters: by path, as `mapping.port` returns them.
-      dtype: dtype of the computation.
-      attention: see `VisionTransformer`.
+      config: the model's configuration.
+      parameters: path -> parameter, as `mapping.port` returns them.
+      dtype: dtype of the computation; None to promote from pixels and parameters.
+      attention: replaces the default attention, see `VisionTransformer`.
 
     Raises:
-      CheckpointError: a parameter is float64 while jax would silently make it float32.
+      CheckpointError: a parameter is float64, and jax would silently make it float32.
     """
     return _built(config, parameters.items(), dtype, {}, attention)
 
@@ -256,7 +270,7 @@ def _built(
         if value.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise CheckpointError("the weights are float64, which jax would truncate: set jax_enable_x64 first")
         arrays[path] = _placed(value, shardings.get(path))
-        del value  # before the next one is made
+        del value  # before the iterator makes the next one
     graph, shapes = skeleton(config, dtype, attention)
     model = nnx.merge(graph, replace_arrays(shapes, arrays))
     model.eval()
@@ -264,51 +278,55 @@ def _built(
 
 
 def _placed(value: NDArray, sharding: NamedSharding | None = None) -> jax.Array:
-    # A copy: jax may otherwise alias the array's memory, and whoever wrote to that would change the model.
+    # A copy, because jax may use the array's own memory, and a later write to that would change the model.
     if sharding is None:
         return jnp.array(value, copy=True)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
 
 
 def replace_arrays(like: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
-    """A state with these arrays, by path, in the place of its own; or with what there is to say of each, its place."""
+    """Returns a state with these arrays, or other values such as shardings, by path in place of its own."""
     return nnx.from_flat_state(
         [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)]
     )
 
 
 def get_arrays(state: nnx.State) -> dict[str, jax.Array]:
-    """A state's arrays, by path, where they are."""
+    """Returns the arrays of a state by path, on their devices."""
     return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
 def get_parameters(model: VisionTransformer) -> dict[str, NDArray]:
-    """A model's parameters by path, on the host."""
+    """Returns the parameters of a model by path, on the host."""
     return get_state_parameters(nnx.state(model, nnx.Param))
 
 
 def get_state_parameters(state: nnx.State) -> dict[str, NDArray]:
-    """The arrays of a state, such as a gradient, by path, on the host."""
+    """Returns the arrays of a state, such as a gradient, by path, on the host."""
     return {path: np.asarray(array) for path, array in get_arrays(state).items()}
 
 
 def save_pretrained(
     model: VisionTransformer, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Writes a Hugging Face directory that transformers loads: safetensors with transformers-4 names.
+    """Writes a Hugging Face directory that transformers loads: safetensors with the names of transformers 4.
 
-    The configuration, the class names and the preprocessing that the model was loaded with go along. transformers'
-    `ViTModel` makes up a pooler for a headless model that has none: load that with `add_pooling_layer=False`. FlaxViT
-    reads no shards. Preprocessing that is there already stays, with a warning where the model brings none.
+    It holds the configuration, the class names and the preprocessing of the model's checkpoint, too. A model without
+    preprocessing leaves an existing file in place, with a warning.
 
-    Of a model on many devices one tensor at a time is gathered. Where its parameters are divided between several
-    processes all of these call this, the first writes, and all fail if it cannot. Of a model that each has whole, on
-    devices of all, the first alone writes, too, and need not ask the others.
+    transformers' `ViTModel` adds a pooler to a model without one: load that with `add_pooling_layer=False`. FlaxViT
+    does not read shards.
+
+    With many devices the function gathers one tensor at a time. With several processes it depends on the parameters:
+
+    - If they are divided between processes, all processes have to call this. The first writes, and all raise if it
+      cannot.
+    - If each process has them whole, only the first writes, and the others need not call this.
 
     Args:
       model: any model of this package.
-      directory: where to; made if need be.
-      max_shard_size: larger weights are split into shards with an index.
+      directory: the directory, which is made if it does not exist.
+      max_shard_size: size of a file, in bytes or as text, above which the weights are split into shards with an index.
 
     Raises:
       CheckpointError: the directory cannot be written.
@@ -318,34 +336,34 @@ def save_pretrained(
     config, layout = model.config, layouts.HF
     arrays = get_arrays(nnx.state(model, nnx.Param))
 
-    def tensor(rule: layouts.Rule) -> checkpoint.Deferred:
+    def tensor(rule: layouts.Rule) -> writing.Deferred:
         array = arrays[rule.destination]
         shape = mapping.compute_source_shape(rule, array.shape, config)
-        return checkpoint.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
+        return writing.Deferred(shape, array.dtype, lambda: rule.transform.to_source(_on_host(array), config))
 
     tensors = {rule.source: tensor(rule) for rule in layout.bind(config, prefixed=bool(config.num_labels))}
 
-    def write(tensors: Mapping[str, checkpoint.Deferred]) -> None:
+    def write(tensors: Mapping[str, writing.Deferred]) -> None:
         content = hf_config(config, tensors)
-        checkpoint.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
+        writing.write_directory(directory, tensors, content, config.preprocessor, max_shard_size=max_shard_size)
 
     if not all(_is_here(array) for array in arrays.values()):
-        _write_together(tensors, checkpoint.order_names(tensors, max_shard_size), write, directory)
+        _write_together(tensors, writing.order_names(tensors, max_shard_size), write, directory)
     elif jax.process_index() == 0 or all(array.is_fully_addressable for array in arrays.values()):
         write(tensors)
 
 
 def _write_together(
-    tensors: Mapping[str, checkpoint.Deferred],
+    tensors: Mapping[str, writing.Deferred],
     order: Sequence[str],
-    write: Callable[[Mapping[str, checkpoint.Deferred]], None],
+    write: Callable[[Mapping[str, writing.Deferred]], None],
     directory: str | os.PathLike[str],
 ) -> None:
-    """The first process writes what all make together; the others are not left waiting where it cannot."""
+    """Lets the first process write what all make together. If it cannot, the others do not wait for it."""
     made: set[str] = set()
     fault: Exception | None = None
 
-    def noted(name: str) -> checkpoint.Deferred:
+    def noted(name: str) -> writing.Deferred:
         def make() -> NDArray:
             made.add(name)
             return tensors[name].make()
@@ -355,7 +373,7 @@ def _write_together(
     if jax.process_index() == 0:
         try:
             write({name: noted(name) for name in tensors})
-        except Exception as error:  # whatever it is, the others wait
+        except Exception as error:  # of any kind, because the others wait
             fault = error
     for name in order:
         if name not in made:
@@ -364,39 +382,39 @@ def _write_together(
     if fault is not None:
         raise fault
     if failed:
-        raise CheckpointError(f"{os.fspath(directory)}: the first process could not write, and says why")
+        raise CheckpointError(f"{os.fspath(directory)}: the first process could not write: see its own message")
 
 
 def _is_here(array: jax.Array) -> bool:
-    """Whether this process has all of it, and need not ask the others."""
+    """Tells whether this process has the whole array, and need not gather it."""
     return array.is_fully_addressable or array.is_fully_replicated
 
 
 def _on_host(array: jax.Array) -> NDArray:
-    """The whole of an array, put together from its shards for whoever asks: the array itself would keep it."""
+    """Returns the whole of an array from its shards. The array itself would keep the copy."""
     if not _is_here(array):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     shards = [shard.data for shard in array.addressable_shards]
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
-# What config.json says of tensors that are stored in another way than this package writes them.
+# Entries of config.json that describe tensors stored in another way than this package's.
 _OF_OTHER_TENSORS = frozenset({"quantization_config", "pruned_heads"})
 
 
-def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | checkpoint.Deferred]) -> dict[str, Any]:
-    """The Hugging Face `config.json` beside these tensors.
+def hf_config(config: ViTConfig, tensors: Mapping[str, NDArray | writing.Deferred]) -> dict[str, Any]:
+    """Returns the Hugging Face `config.json` for these tensors.
 
-    It says their own dtype, of several the one that holds all, whatever it said when it was read: transformers, where
-    it is to choose a dtype itself, casts every tensor to it. Nor does it say that the tensors are quantised, or that
-    heads are missing: transformers would quantise or prune what it loads.
+    It states their dtype, or for several the one that holds them all. Otherwise transformers may cast every tensor to a
+    dtype that the file stated before. It does not state that tensors are quantised or heads are missing. Otherwise
+    transformers would quantise or prune what it loads.
     """
     content = {name: value for name, value in config.to_hf().items() if name not in _OF_OTHER_TENSORS}
-    found = {np.dtype(tensor.dtype) for tensor in tensors.values()}
-    widest = max(found, key=lambda dtype: dtype.itemsize)
-    # Neither of float16 and bfloat16 holds the other.
-    halves = len(found) > 1 and widest.itemsize == 2
-    # transformers of old know "torch_dtype" alone; later ones write "dtype" and read both.
+    dtypes = {np.dtype(tensor.dtype) for tensor in tensors.values()}
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    # float16 and bfloat16 do not hold each other.
+    halves = len(dtypes) > 1 and widest.itemsize == 2
+    # Old versions of transformers know only "torch_dtype". Later ones write "dtype" and read both.
     for key in [key for key in ("torch_dtype", "dtype") if key in content] or ["torch_dtype"]:
         content[key] = "float32" if halves else str(widest)
     return content

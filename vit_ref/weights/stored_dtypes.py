@@ -1,6 +1,6 @@
-"""The dtypes that a safetensors header names, looked at before the library reads: NumPy has no array for some of them.
+"""Check of the dtypes in a safetensors header, before the library reads the tensors.
 
-The library then raises whatever NumPy does, or calls the file damaged, which it is not.
+NumPy has no array for some dtypes. The library then raises an error of NumPy's, or calls the file damaged.
 """
 
 from __future__ import annotations
@@ -11,26 +11,29 @@ from typing import Any
 
 from vit_ref.errors import CheckpointError
 
-# By their names in the header (https://huggingface.co/docs/safetensors). NumPy reads BF16 by ml_dtypes.
+# Names in the header (https://huggingface.co/docs/safetensors). NumPy reads BF16 with ml_dtypes.
 READABLE = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"})
-# The library refuses a longer header, too.
+# The library refuses a longer header.
 _LONGEST = 100_000_000
 
 
 def require_readable(file: Path) -> None:
-    """Raises `CheckpointError` where a safetensors file stores a tensor in a dtype that cannot be read here.
+    """Checks that this package can read the dtypes of all tensors in a safetensors file.
 
-    A header that is damaged is no fault here: the library says so when it reads the file.
+    It ignores a damaged header, because the library reports that when it reads the file.
+
+    Raises:
+      CheckpointError: a tensor has another dtype.
     """
     stored = _stored_dtypes(file)
     strange = {name: dtype for name, dtype in stored.items() if dtype not in READABLE}
     if not strange:
         return
     name, dtype = next(iter(strange.items()))
-    others = f" ({len(strange)} of {len(stored)} tensors are like it)" if len(strange) > 1 else ""
+    others = f" (and so are others: {len(strange)} of {len(stored)} tensors)" if len(strange) > 1 else ""
     raise CheckpointError(
         f"{file}: {name} is stored as {dtype}{others}, {_meaning(dtype)}: save the weights as float32 or bfloat16 with"
-        " the library that quantised them, or take the checkpoint from before it was quantised"
+        " the library that quantised them, or give the checkpoint from before that"
     )
 
 
@@ -40,7 +43,7 @@ def _meaning(dtype: str) -> str:
 
 
 def _stored_dtypes(file: Path) -> dict[str, str]:
-    """Each tensor's dtype as the header has it; nothing of a header that is damaged."""
+    """Returns each tensor's dtype from the header, or nothing if the header is damaged."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

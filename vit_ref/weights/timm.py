@@ -1,13 +1,13 @@
 """timm's `config.json`: read as a `ViTConfig`, and written from one.
 
-It names an architecture and says what deviates from it. Read are the plain ViTs, with and without DeiT's training, in
-the sizes of `ViTConfig.variant`; widths, depths and heads are the table's there (timm/models/vision_transformer.py and
-deit.py have the same). Nothing is concluded from the weights, so a block that is missing is missed. timm's LayerNorm
-has epsilon 1e-6 and its activation is erf GELU; only the latter can be told otherwise.
+The file names an architecture and the values that deviate from it. This module reads the plain ViTs, with and without
+DeiT's training, in the sizes of `ViTConfig.variant`. Its widths, depths and numbers of heads are also timm's
+(timm/models/vision_transformer.py and deit.py). It concludes nothing from the weights, so a missing block is found.
+timm's LayerNorm has epsilon 1e-6, and its activation is erf GELU; only the activation can be changed in the file.
 
-Of `pretrained_cfg` mean, std, interpolation and input size become the preprocessing. timm's `crop_pct` and `crop_mode`
-do not: it resizes the shorter side to more than the model takes and cuts out the middle, this package resizes the whole
-image, as transformers does with the checkpoints that it converted from timm.
+Mean, std, interpolation and input size of `pretrained_cfg` become the preprocessing. timm's `crop_pct` and `crop_mode`
+do not. timm resizes the shorter side to more than the model takes, and cuts out the middle. This package resizes the
+whole image, as transformers does with the checkpoints that it converted from timm.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 _NAME = re.compile(
     rf"(?:vit|deit)_({'|'.join(_SIZES)})_patch([1-9]\d*)_([1-9]\d*)(_in21k|_dino|_sam|_miil|_miil_in21k)?"
 )
-# What `to_timm` chooses from. The size of the images is not taken from the name.
+# The architectures that `to_timm` chooses from. It does not take the size of the images from the name.
 _WRITTEN = (
     *("vit_base_patch16_224", "vit_base_patch32_224", "vit_base_patch8_224", "vit_tiny_patch16_224"),
     *("vit_small_patch16_224", "vit_small_patch32_224", "vit_small_patch8_224"),
     *("vit_large_patch16_224", "vit_large_patch32_224", "vit_large_patch14_224", "vit_huge_patch14_224"),
 )
 
-# By timm's names (timm/layers/create_act.py); the first of ours is what it is read as.
+# timm's names (timm/layers/create_act.py) -> this package's. The first is the one to read as.
 _ACTIVATIONS = {
     "gelu": ("gelu", "gelu_python"),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
@@ -42,10 +42,11 @@ _ACTIVATIONS = {
     "swish": ("swish",),
     "tanh": ("tanh",),
 }
-# By their numbers in Pillow.
+# In the order of Pillow's numbers.
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-# `model_args`: those that become fields, those that leave evaluation at the native size alone, and those that must have
-# this value. Whatever else timm's VisionTransformer takes is refused.
+# Kinds of `model_args`: those that become fields, those that do not change evaluation at the native size, and those
+# that
+# must have a given value. Any other argument of timm's VisionTransformer is refused.
 _FIELDS = {
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
@@ -75,18 +76,18 @@ _PLAIN: dict[str, Any] = {
 
 
 def is_timm(content: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is timm's: it has an architecture and no model type."""
+    """Tells whether a `config.json` is timm's: it has an architecture and no model type."""
     return "architecture" in content and "model_type" not in content
 
 
 def from_timm(content: Mapping[str, Any]) -> ViTConfig:
-    """The configuration that timm's `config.json` describes.
+    """Reads the configuration from timm's `config.json`.
 
     Args:
       content: the parsed JSON object.
 
     Raises:
-      ConfigError: the architecture is unknown or one that this model cannot compute, or a value cannot be honoured.
+      ConfigError: the architecture is unknown, this model cannot compute it, or a value is not supported.
     """
     # An older form has everything in one object (timm/models/_hub.py, `_parse_model_cfg`).
     pretrained = _mapping(content.get("pretrained_cfg", content), "pretrained_cfg")
@@ -94,7 +95,7 @@ def from_timm(content: Mapping[str, Any]) -> ViTConfig:
     config = _architecture(content["architecture"])
     pool = content.get("global_pool", "token")
     if pool != "token":
-        raise ConfigError(f"global_pool is {pool!r}: this model's head reads the cls token, timm's 'token'")
+        raise ConfigError(f"global_pool is {pool!r}: give a model with 'token', whose head reads the cls token")
     channels, *side = _input_size(pretrained.get("input_size", (3, *config.image_hw)))
     fields: dict[str, Any] = {
         **{field: getattr(config, field) for field in _FIELDS.values()},
@@ -105,13 +106,13 @@ def from_timm(content: Mapping[str, Any]) -> ViTConfig:
     }
     for name, value in arguments.items():
         if name not in {*_FIELDS, *_NEUTRAL, *_PLAIN, "mlp_ratio", "act_layer"} or value != _PLAIN.get(name, value):
-            raise ConfigError(f"model_args: {name} is {value!r}, which this model has not")
+            raise ConfigError(f"model_args: {name} is {value!r}, which this model does not support: give another model")
     ratio, activation = arguments.get("mlp_ratio", 4.0), arguments.get("act_layer", "gelu")
     width = fields["hidden_size"]
     if not isinstance(width, int) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1000:
         raise ConfigError(f"model_args: embed_dim is {width!r} and mlp_ratio {ratio!r}: give positive numbers")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise ConfigError(f"model_args: act_layer is {activation!r}: known are {', '.join(_ACTIVATIONS)}")
+        raise ConfigError(f"model_args: act_layer is {activation!r}: give one of {', '.join(_ACTIVATIONS)}")
     names = content.get("label_names")
     config = ViTConfig(
         **fields,
@@ -124,9 +125,10 @@ def from_timm(content: Mapping[str, Any]) -> ViTConfig:
 
 
 def to_timm(config: ViTConfig) -> dict[str, Any]:
-    """The `config.json` with which timm builds this model, its epsilon apart; `from_timm` tells what was lost.
+    """Returns the `config.json` with which timm builds this model, except for its epsilon.
 
-    `model_args` has what deviates from the named architecture, and needs timm 1.0: older ones do not read it.
+    `from_timm` finds out what timm's file cannot store. `model_args` has the values that deviate from the named
+    architecture. timm before 1.0 does not read it.
     """
     name, arguments = min(((name, _deviations(config, name)) for name in _WRITTEN), key=lambda pair: len(pair[1]))
     pretrained: dict[str, Any] = {
@@ -142,7 +144,7 @@ def to_timm(config: ViTConfig) -> dict[str, Any]:
         done = None
     if done and done.mean_and_std and done.resample in range(len(_INTERPOLATIONS)):
         mean, std = done.mean_and_std
-        # "squash" resizes the whole image; with crop_pct below one to more than is then cropped
+        # "squash" resizes the whole image. With crop_pct below one it resizes to more, and then crops
         # (timm/data/transforms_factory.py).
         part = done.crop[0] / done.size[0] if done.crop and done.size else 1.0
         pretrained |= {"mean": mean, "std": std, "crop_pct": part, "crop_mode": "squash"}
@@ -162,32 +164,32 @@ def _architecture(name: Any) -> ViTConfig:
     match = _NAME.fullmatch(str(name).partition(".")[0])
     if not match:
         raise ConfigError(
-            f"architecture is {name!r}: only timm's plain ViTs are supported, vit_ or deit_ tiny, small, base, large or"
-            " huge, as in vit_base_patch16_224; the others have registers, LayerScale, another pooling or a second"
-            " class token, which this model has not"
+            f"architecture is {name!r}: give one of timm's plain ViTs, vit_ or deit_ tiny, small, base, large or huge,"
+            " such as vit_base_patch16_224; this model has no registers, no LayerScale, no other pooling and no second"
+            " class token"
         )
     size, patch, side, kind = match.groups()
     return ViTConfig.variant(
         f"{_SIZES[size]}/{patch}",
         image_size=int(patch) * (int(side) // int(patch)),
-        # Alibaba's have none (timm/models/vision_transformer.py).
+        # Alibaba's models have no such biases (timm/models/vision_transformer.py).
         qkv_bias="miil" not in (kind or ""),
     )
 
 
 def _deviations(config: ViTConfig, name: str) -> dict[str, Any]:
-    """The `model_args` that make `config` of an architecture."""
+    """Returns the `model_args` that turn an architecture into `config`."""
     base = _architecture(name)
     arguments: dict[str, Any] = {
         argument: getattr(config, field)
         for argument, field in _FIELDS.items()
-        # These three are what pretrained_cfg says (timm/models/_builder.py).
+        # pretrained_cfg holds these three (timm/models/_builder.py).
         if argument not in ("img_size", "in_chans", "num_classes") and getattr(config, field) != getattr(base, field)
     }
     if "patch_size" in arguments and config.patch_hw[0] == config.patch_hw[1]:
         arguments["patch_size"] = config.patch_hw[0]
     if config.intermediate_size != 4 * config.hidden_size:
-        # timm takes int(width * ratio), which for the rounded quotient may be one less: half a unit more is not.
+        # timm computes int(width * ratio). A rounded quotient may give one less, so add half a unit.
         arguments["mlp_ratio"] = (config.intermediate_size + 0.5) / config.hidden_size
     if config.hidden_act != "gelu":
         arguments["act_layer"] = next(theirs for theirs, ours in _ACTIVATIONS.items() if config.hidden_act in ours)
@@ -195,10 +197,12 @@ def _deviations(config: ViTConfig, name: str) -> dict[str, Any]:
 
 
 def _preprocessor(pretrained: Mapping[str, Any], config: ViTConfig) -> dict[str, Any]:
-    """The `preprocessor_config.json` of a `pretrained_cfg`; what it leaves out is as in timm/data/config.py."""
+    """Returns the `preprocessor_config.json` of a `pretrained_cfg`. Its defaults are those of timm/data/config.py."""
     interpolation = pretrained.get("interpolation", "bicubic")
     if interpolation not in _INTERPOLATIONS:
-        raise ConfigError(f"pretrained_cfg: interpolation is {interpolation!r}: known are {', '.join(_INTERPOLATIONS)}")
+        raise ConfigError(
+            f"pretrained_cfg: interpolation is {interpolation!r}: give one of {', '.join(_INTERPOLATIONS)}"
+        )
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

@@ -1,34 +1,34 @@
-"""What training code writes before every tensor's name, and what it saves beside the weights."""
+"""Prefixes that training code puts before the name of every tensor, and the state that it saves beside the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# torch.compile and DataParallel; an attribute of a Lightning module; flax's own collection; its optimizers, old and new
-# (google-research/vision_transformer and big_vision).
+# In this order: torch.compile and DataParallel; an attribute of a Lightning module; flax's own collection; flax's
+# optimizers, old and new (google-research/vision_transformer and big_vision).
 PREFIXES = ("_orig_mod.", "module.", "model.", "params/", "opt/target/", "optimizer/target/", "target/")
-# The first part of the name of whatever else a training loop keeps.
+# First parts of the names of training state.
 _STATE = frozenset({"opt", "opt_state", "optimizer", "state", "step", "rng", "extra", "chrono"})
 
 
 def find_wrapper(names: Iterable[str]) -> tuple[str, list[str]]:
-    """The prefix that all weights have in common, and the names of those weights.
+    """Returns the prefix that all weights share, and the names of the weights.
 
     Args:
-      names: of all tensors in a checkpoint.
+      names: names of all tensors in a checkpoint.
 
     Returns:
-      The prefix, made of `PREFIXES`, or ""; and the names that begin with it. The other names are training state.
+      The prefix, made of `PREFIXES`, or "", and the names that begin with it. The other names are training state.
     """
     prefix, weights = "", list(names)
-    while found := next((inner for inner in PREFIXES if _wraps(prefix + inner, prefix, weights)), None):
-        prefix += found
+    while inner := next((inner for inner in PREFIXES if _wraps(prefix + inner, prefix, weights)), None):
+        prefix += inner
         weights = [name for name in weights if name.startswith(prefix)]
     return prefix, weights
 
 
 def guess_wrapper(names: Iterable[str]) -> tuple[str, list[str]]:
-    """The first of `PREFIXES` that more than half of the names begin with, or "", and the names that do not."""
+    """Returns the first of `PREFIXES` of more than half of the names, or "", and the names that do not have it."""
     names = list(names)
     for prefix in PREFIXES:
         others = [name for name in names if not name.startswith(prefix)]
@@ -38,7 +38,7 @@ def guess_wrapper(names: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def is_state(name: str) -> bool:
-    """Whether a name is that of training state, and of no weight."""
+    """Tells whether a name belongs to training state, and not to a weight."""
     return name.split("/")[0] in _STATE
 
 

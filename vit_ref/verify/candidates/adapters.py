@@ -23,12 +23,13 @@ from flax.errors import TraceContextError
 from vit_ref.errors import CandidateError
 from vit_ref.model.vit import identity
 from vit_ref.verify.candidates.declaration import hint, takes
+from vit_ref.verify.candidates.feeding import Arguments
 from vit_ref.verify.candidates.loading import split_named
 from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.compare.trace import Tap
 
-# (parameters, images, table, tap) -> whatever the port returns.
-Run = Callable[[Any, Any, Table, Tap | None], Any]
+# (parameters, arguments, table, tap) -> whatever the port returns.
+Run = Callable[[Any, Arguments, Table, Tap | None], Any]
 Call = Callable[..., Any]
 
 
@@ -59,7 +60,7 @@ def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
 def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
     graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         # A copy: nnx refuses to change a variable that belongs to an outer trace, and transformations such as
         # `nnx.remat` write back what they were given, changed or not.
         model = nnx.merge(graph, parameters, rest, copy=True)
@@ -69,26 +70,26 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
         modules = {counted(".".join(map(str, parts))): module for parts, module in seen}
         try:
             with _watching(modules, table, tap):
-                returned = _called(model, images, call, table, tap)
+                returned = _called(model, arguments, call, table, tap)
         except TraceContextError as error:
             reason = str(error).partition(" (")[0]
             raise CandidateError(
                 f"{name}: the forward pass changes state that was made outside the port ({reason}): give the port"
                 " that state, and load it in evaluation mode"
             ) from error
-        if not isinstance(images, jax.core.Tracer):
-            require_same(model, images, table, returned)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            require_same(model, arguments, table, returned)
         require_known(table, table.met if taps else modules, returned, model)
         return returned
 
-    def require_same(model: nnx.Module, images: Any, table: Table, returned: Any) -> None:
+    def require_same(model: nnx.Module, arguments: Arguments, table: Table, returned: Any) -> None:
         """Raises where the forward pass changed the port's state so that the next one comes out otherwise."""
         changed = _changed(rest, model)
         gathered = [path for path, variable in changed.items() if not isinstance(variable, nnx.RngState)]
         if not changed:
             return
         # An nnx module that was made from a linen one draws a key for each call, used or not.
-        if not gathered and _same(_called(model, images, call, table, None), returned):
+        if not gathered and _same(_called(model, arguments, call, table, None), returned):
             return
         raise CandidateError(
             f"{name}: the forward pass changes the port's own state, {next(iter(gathered or changed))!r}"
@@ -130,7 +131,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
     # A box says how a parameter is divided among devices, which is no part of its name.
     parameters = linen.meta.unbox(variables["params"])
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         met: set[str] = set()
 
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -143,7 +144,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
 
         with linen.intercept_methods(intercept):
             port = module.bind({**variables, "params": parameters})
-            returned = _called(port, images, call, table, tap)
+            returned = _called(port, arguments, call, table, tap)
         require_known(table, table.met if takes(call or port, "tap") else met, returned)
         return returned
 
@@ -154,20 +155,20 @@ def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
     """A callable tree, such as an equinox module; or a function, without any parameters."""
     parameters, filled = _floats(port)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
-        return _called(filled(parameters), images, call, table, tap)
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
+        return _called(filled(parameters), arguments, call, table, tap)
 
     return parameters, run
 
 
 def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
-    """A function of parameters and images."""
+    """A function of parameters and inputs."""
     parameters, filled = _floats(tree)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         if call is not None:
-            return call((function, filled(parameters)), images, **tapping(call, table, tap))
-        return function(filled(parameters), images, **tapping(function, table, tap))
+            return _called((function, filled(parameters)), arguments, call, table, tap)
+        return function(filled(parameters), *arguments.args, **arguments.kwargs, **tapping(function, table, tap))
 
     return parameters, run
 
@@ -191,10 +192,11 @@ def _floats(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     return parameters, filled
 
 
-def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap | None) -> Any:
+def _called(port: Any, arguments: Arguments, call: Call | None, table: Table, tap: Tap | None) -> Any:
+    args, kwargs = arguments
     if call is not None:
-        return call(port, images, **tapping(call, table, tap))
-    return port(images, **tapping(port, table, tap))
+        return call(port, *args, **kwargs, **tapping(call, table, tap))
+    return port(*args, **kwargs, **tapping(port, table, tap))
 
 
 def tapping(function: Call, table: Table, tap: Tap | None) -> dict[str, Any]:

@@ -15,12 +15,16 @@ from vit_ref.verify.compare.trace import Tap
 class Casts:
     """What was undone in one forward pass.
 
+    Args:
+      who: the candidate or the reference, for the report.
+
     Attributes:
       number: how many casts.
       before: the first site that was shown after the first cast; "" without any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, who: str = "candidate") -> None:
+        self._who = who
         self.number = 0
         self.before = ""
 
@@ -41,7 +45,7 @@ class Casts:
             return ()
         casts = "a cast" if self.number == 1 else f"{self.number} casts"
         return (
-            f"the candidate makes {casts} of float64 to float32, the first before {self.before}: undone for the float64"
-            " gate, because that rounding is no formula, and judged in the tested precision. A layer that carries a"
-            " dtype gets it from load(checkpoint, dtype)",
+            f"the {self._who} makes {casts} of float64 to float32, the first before {self.before}: undone for the"
+            " float64 gate, because that rounding is no formula, and judged in the tested precision. A layer that"
+            " carries a dtype gets it from load(checkpoint, dtype)",
         )

@@ -48,6 +48,11 @@ class Candidate:
         `list_parameters`). None: recognised by a known layout's names, or else not observed.
       call: `call(port, pixels)` where the port wants other arguments than the images.
       channels_first: whether the images are handed over as (B, C, height, width); None: to PyTorch alone.
+      adapt: for `compare`: `adapt(**inputs)` makes this side's arguments of the inputs, NumPy arrays: a mapping of
+        keyword arguments, a tuple of positional ones, or one array. It only moves elements, or adds arrays of integers.
+        None: one input is the first positional argument, several are keyword arguments.
+      output: `output(returned)` picks the output that is compared: an array (B, ...), or several in a mapping or a
+        tuple. None: `.logits`, the value itself, or its first element.
       name: how reports call it.
       directory: where what it imports lies beside it; set where it was found in a file.
     """
@@ -57,8 +62,27 @@ class Candidate:
     parameters: Mapped | None = None
     call: Callable[..., Any] | None = None
     channels_first: bool | None = None
+    adapt: Callable[..., Any] | None = None
+    output: Callable[[Any], Any] | None = None
     name: str = "candidate"
     directory: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference(Candidate):
+    """An implementation that decides: any PyTorch, NNX, linen, equinox or plain JAX model, declared as a candidate is.
+
+    Attributes:
+      sites: from its own paths to the names of sites. None: the outputs of all its named submodules under their paths,
+        in the order in which they come. Of a tuple the first element has the path, element k is `path:k`; a field of a
+        mapping or a dataclass is `path:field`.
+      inputs: `inputs(seed)` makes the inputs: NumPy arrays by name, of which the first axis is the batch.
+      attention: whether the eager and the fused attention of a model from transformers have to agree.
+    """
+
+    inputs: Callable[[int], Mapping[str, Any]] | None = None
+    attention: bool = True
+    name: str = "reference"
 
 
 def declared(value: Any, name: str) -> Candidate:
@@ -68,7 +92,7 @@ def declared(value: Any, name: str) -> Candidate:
       CandidateError: it is neither.
     """
     if isinstance(value, Candidate):
-        return value if value.name != "candidate" else dataclasses.replace(value, name=name)
+        return value if value.name not in ("candidate", "reference") else dataclasses.replace(value, name=name)
     if callable(value) and not inspect.isclass(value):
         return Candidate(load=lambda checkpoint: value, name=name)
     raise CandidateError(

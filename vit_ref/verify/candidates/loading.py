@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,30 +18,28 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, InputError, MappingError
-from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import output_site
-from vit_ref.model.skeleton import list_parameters
+from vit_ref.errors import CandidateError, InputError, first_line
 from vit_ref.verify.candidates.declaration import Candidate, declared, takes
-from vit_ref.verify.candidates.table import Table, claimed, described, flat, gradients_by_path
+from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.table import Table, described, elements, flat, gradients_by_path
 from vit_ref.verify.compare.trace import Tap
-from vit_ref.weights import mapping
 
 # A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
 RAISED = (Exception, SystemExit)
 
 
-def find(spec: str) -> Candidate:
-    """The candidate that `--candidate` names.
+def find(spec: str, default: str = "candidate") -> Candidate:
+    """The candidate, or the reference, that a person names.
 
     Args:
-      spec: `FILE.py` or `module`, whose attribute `candidate` is meant, or `FILE.py:attribute` or `module:attribute`.
+      spec: `FILE.py` or `module`, or `FILE.py:attribute` or `module:attribute`.
+      default: the attribute that is meant where none is named.
 
     Raises:
       CandidateError: there is no such file, module or attribute, or importing it failed.
     """
     place, _, attribute = spec.partition(":")
-    attribute = attribute or "candidate"
+    attribute = attribute or default
     directory = str(Path(place).parent.resolve()) if place.endswith(".py") else None
     with beside_it(directory):
         found = _file(Path(place)) if directory else _module(place)
@@ -49,7 +47,7 @@ def find(spec: str) -> Candidate:
         if not hasattr(found, name):
             raise CandidateError(f"{place}: it has no {attribute!r}: name one as {place}:NAME")
         found = getattr(found, name)
-    name = Path(place).stem if attribute == "candidate" else f"{Path(place).stem}-{attribute}"
+    name = Path(place).stem if attribute == default else f"{Path(place).stem}-{attribute}"
     return dataclasses.replace(declared(found, name), directory=directory)
 
 
@@ -123,7 +121,14 @@ def _module(name: str) -> Any:
         raise CandidateError.raised(name, "importing it", error) from error
 
 
-def load(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
+def find_declaration(given: Candidate | Callable[..., Any] | str, default: str = "candidate") -> Candidate:
+    """The declaration that a person gave, or said where to find; see `find` for `default`."""
+    if isinstance(given, str):
+        return find(given, default)
+    return declared(given, getattr(given, "__name__", default))
+
+
+def load(candidate: Candidate, checkpoint: Path | None, dtype: DTypeLike) -> Any:
     """What the candidate's loader returns.
 
     Raises:
@@ -145,7 +150,7 @@ def is_torch(port: Any) -> bool:
 
 
 def observed(
-    candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap | None], Any], table: Table, tap: Tap | None
+    candidate: Candidate, outline: Outline, run: Callable[[Table, Tap | None], Any], table: Table, tap: Tap | None
 ) -> Any:
     """The output of one forward pass, every value that the port shows passed through a tap.
 
@@ -154,27 +159,23 @@ def observed(
 
     Args:
       candidate: the declaration.
-      config: the checkpoint's configuration.
+      outline: what it is compared with.
       run: the forward pass.
-      table: the candidate's, for these images; an empty one without a tap.
+      table: the candidate's, for these inputs; an empty one without a tap.
       tap: called with every site that the candidate shows; None to run it as its users do.
 
     Raises:
       CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
     """
-    last = output_site(config)
+    last = outline.output
 
     def before(site: str, value: Any) -> Any:
         return value if site == last or tap is None else tap(site, value)
 
     with beside_it(candidate.directory), in_one_line(candidate.name, "the forward pass"):
         returned = run(table, before if tap else None)
-    output, named = split_output(returned, candidate.name)
-    if last == "cls" and len(output.shape) == 3:
-        raise CandidateError(
-            f"{candidate.name}: it returned a value of shape {tuple(output.shape)}: without a head the cls token (B, D)"
-            " is expected: give call=lambda port, images: port(images)[:, 0]"
-        )
+    output, named = split_output(returned, candidate)
+    outline.require_output(output, candidate.name)
     if tap is None:
         return output
     table.returned(named, before)
@@ -202,15 +203,6 @@ def in_one_line(name: str, what: str) -> Iterator[None]:
         raise CandidateError.raised(name, what, error) from error
 
 
-def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
-    """The sites that a candidate promises to show: those of its table, and its output.
-
-    Raises:
-      CandidateError: the table does not fit the configuration.
-    """
-    return claimed(candidate.sites, config) | {output_site(config)}
-
-
 def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     """What a port returned, and the intermediates with it by flat names, of which there may be none."""
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
@@ -218,30 +210,53 @@ def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     return returned, {}
 
 
-def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
-    """A port's output, and the intermediates that it returned with it.
+def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str, Any]]:
+    """A candidate's output, and the intermediates that it returned with it.
 
     Raises:
-      CandidateError: there is no array in it.
+      CandidateError: there is no array in it, or `Candidate.output` cannot pick one.
     """
-    returned, named = split_named(returned)
-    output = getattr(returned, "logits", returned)
-    output = output[0] if isinstance(output, tuple) else output
-    if not getattr(output, "shape", ()):
-        raise CandidateError(f"{name}: it returned a {described(output)}: logits (B, classes) are expected")
-    return output, named
+    name = candidate.name
+    if candidate.output is None:
+        returned, named = split_named(returned)
+        output = getattr(returned, "logits", returned)
+        if not getattr(output, "shape", ()) and not isinstance(output, Mapping | list):
+            output = next(iter(elements(output).values()), output)
+        if not getattr(output, "shape", ()):
+            raise CandidateError(f"{name}: it returned a {described(output)}: logits (B, classes) are expected")
+        return output, named
+    _, named = split_named(returned)
+    try:
+        output = candidate.output(returned)
+    except RAISED as error:
+        raise CandidateError(
+            f"{name}: output() of a {described(returned)} raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    parts = list(elements(output).values()) or [output]
+    for part in parts:
+        if not getattr(part, "shape", ()):
+            raise CandidateError(f"{name}: output() returned a {described(part)}: pick an array, or several")
+    if len(parts) == 1:
+        return parts[0] if len(parts[0].shape) > 1 else parts[0][:, None], named
+    flattened = [part.reshape(part.shape[0], -1) for part in parts]
+    return joined(flattened), named
 
 
-def recognised(candidate: Candidate, config: ViTConfig, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-    """A port's gradients by this package's paths: by its table, or by those or a layout's names; else none."""
+def joined(parts: Sequence[Any]) -> Any:
+    """Arrays of one framework, side by side along their last axis."""
+    if is_torch_tensor(parts[0]):
+        return sys.modules["torch"].cat(list(parts), dim=-1)
+    return jax.numpy.concatenate(parts, axis=-1)
+
+
+def is_torch_tensor(value: Any) -> bool:
+    """Whether a value is PyTorch's, found out without importing PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def recognised(candidate: Candidate, outline: Outline, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """A candidate's gradients by the outline's names: by its table, or as the outline recognises them."""
     if candidate.parameters is not None:
-        return gradients_by_path(candidate.parameters, config, gradients)
-    if gradients.keys() == list_parameters(config).keys():
-        return dict(gradients)
-    for separator in "./":
-        named = {name.replace(".", separator): value for name, value in gradients.items()}
-        try:
-            return mapping.port(named, config, mapping.detect(named), finite=False)
-        except MappingError:
-            continue
-    return {}
+        return gradients_by_path(candidate.parameters, outline, gradients)
+    return outline.recognise(gradients)

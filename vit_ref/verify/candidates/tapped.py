@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError, UndifferentiableError
-from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.adapters import is_float
+from vit_ref.verify.candidates.outline import Shape
+from vit_ref.verify.compare.inputs import Inputs
 from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
 from vit_ref.verify.compare.trace import Forward, Tap, Trace, beside, recorder, replacements
 from vit_ref.verify.precision import Precision
@@ -43,18 +43,16 @@ class Tapped(ABC):
 
     Attributes:
       name: how reports call it.
-      config: the model's configuration.
       claims: the sites that it promises to show, None for all. Others are not observed; a claimed one that is not shown
         has failed.
       fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
-      stored: the dtype that its parameters are rounded to below float64, None for as they were loaded.
+      stored: the dtype that its parameters are rounded to, None for as they were loaded.
       foreign: whether it is no jax program; what is in jax never is.
-      compiles: whether it can be compiled; what cannot can write into its images instead.
+      compiles: whether it can be compiled; what cannot can write into its inputs instead.
       notes: what a report says of how it was run, a line each; known once it has run.
     """
 
     name: str
-    config: ViTConfig
     claims: frozenset[str] | None = None
     fixed: frozenset[str] = frozenset()
     stored: DTypeLike | None = None
@@ -68,13 +66,30 @@ class Tapped(ABC):
 
     @abstractmethod
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
-        """Gradients with respect to the parameters, on the host, by the paths of this package's model."""
+        """Gradients with respect to the parameters, on the host, by the names of the model that decides."""
+
+    @abstractmethod
+    def shapes(self, inputs: Inputs) -> Mapping[str, Shape]:
+        """Every site that can be shown, with the shape of its value, in order."""
+
+    def feed(self, inputs: Inputs) -> Any:
+        """What the forward pass is given for these inputs: a tree of arrays."""
+        return inputs
+
+    def by_input(self, inputs: Inputs, gradients: Any) -> dict[str, NDArray]:
+        """Gradients with respect to what was fed, by the names of the inputs."""
+        return {"pixels": gradients}
 
     def _ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         parameters, forward = self.ready(dtype)
-        if self.stored is None or np.dtype(dtype) == np.float64:
+        if self.stored is None:
             return parameters, forward
-        return jax.tree.map(lambda x: x.astype(self.stored) if is_float(x) else x, parameters), forward
+        wide = np.dtype(dtype) == np.float64
+
+        def rounded(leaf: Any) -> Any:
+            return leaf.astype(self.stored).astype(dtype) if wide else leaf.astype(self.stored)
+
+        return jax.tree.map(lambda leaf: rounded(leaf) if is_float(leaf) else leaf, parameters), forward
 
     def storing(self, precision: Precision) -> Self:
         """See `Reference.storing`."""
@@ -86,11 +101,11 @@ class Tapped(ABC):
         """See `Runnable.path_of`."""
         return site
 
-    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, inputs: Inputs, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Observable.trace`.
 
         Args:
-          pixels: as there.
+          inputs: as there.
           precision: as there.
           replace: values by site that take the place of the model's own, after those were recorded.
 
@@ -101,14 +116,14 @@ class Tapped(ABC):
             parameters, forward = self._ready(precision.dtype)
 
             given = replacements(replace, precision.dtype)
-            images = jnp.asarray(pixels, precision.dtype)
+            fed = _cast(self.feed(inputs), precision.dtype)
             try:
-                return jax.device_get(self._compiled_of(forward).recorder(parameters, images, given))
+                return jax.device_get(self._compiled_of(forward).recorder(parameters, fed, given))
             except jax.errors.JAXTypeError:
                 pass
             try:
                 # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
-                shown = recorder(forward)(parameters, images, given)
+                shown = recorder(forward)(parameters, fed, given)
             except jax.errors.JAXTypeError as error:
                 raise CandidateError.raised(self.name, "the forward pass", error) from error
             inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
@@ -120,9 +135,9 @@ class Tapped(ABC):
             return {site: np.asarray(value) for site, value in shown.items()}
 
     def outputs(
-        self, batches: Sequence[NDArray], precision: Precision, *, jit: bool = True, tap: Tap | None = None
+        self, batches: Sequence[Inputs], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """The outputs alone of several batches of images, compiled or operation by operation; by default without a tap.
+        """The outputs alone of several batches of inputs, compiled or operation by operation; by default without a tap.
 
         Raises:
           jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
@@ -130,27 +145,29 @@ class Tapped(ABC):
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
 
-            def run(parameters: Any, pixels: jax.Array) -> jax.Array:
-                return forward(parameters, pixels, tap)
+            def run(parameters: Any, fed: Any) -> jax.Array:
+                return forward(parameters, fed, tap)
 
-            images = [jnp.asarray(pixels, precision.dtype) for pixels in batches]
+            several = [_cast(self.feed(inputs), precision.dtype) for inputs in batches]
             if not jit:
-                return [np.asarray(run(parameters, given)) for given in images]
-            sizes = {given.shape: given for given in images}
-            compiling = {shape: beside(jax.jit(run).lower(parameters, given).compile) for shape, given in sizes.items()}
-            return [np.asarray(compiling[given.shape].result()(parameters, given)) for given in images]
+                return [np.asarray(run(parameters, fed)) for fed in several]
+            sizes = {_size(fed): fed for fed in several}
+            compiling = {size: beside(jax.jit(run).lower(parameters, fed).compile) for size, fed in sizes.items()}
+            return [np.asarray(compiling[_size(fed)].result()(parameters, fed)) for fed in several]
 
     def gradients(
-        self, pixels: NDArray, precision: Precision, *, like: Objective | None = None
+        self, inputs: Inputs, precision: Precision, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`, and `differentiator` for `like`."""
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
         _, compiled, perturbed = self._compiled_of(forward)
 
-        def keeping(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
+        def keeping(parameters: Any, fed: Any, tap: Tap) -> jax.Array:
             # No constant, so that no compiler can take a division by it for nothing.
-            one = 1 + 0 * jax.lax.stop_gradient(pixels[0, 0, 0, 0])
+            some = jax.tree.leaves(fed)[0]
+            some = jax.lax.stop_gradient(some[(0,) * some.ndim])
+            one = 1 + 0 * (some if is_float(some) else some.astype(np.float32))
 
             def kept(site: str, value: jax.Array) -> jax.Array:
                 tapped = tap(site, value)
@@ -159,11 +176,18 @@ class Tapped(ABC):
                 perturbed.add(site)
                 return _kept_backward(tapped, one)
 
-            return forward(parameters, pixels, kept)
+            return forward(parameters, fed, kept)
 
         try:
-            shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
-            differentiate = differentiator(keeping, parameters, shapes, pixels, precision, like=like, compiled=compiled)
+            differentiate = differentiator(
+                keeping,
+                parameters,
+                self.shapes(inputs),
+                self.feed(inputs),
+                precision,
+                like=like,
+                compiled=compiled,
+            )
         except CandidateError as error:
             # It ran forward: it calls what jax has no derivative of, such as a callback.
             raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error
@@ -172,10 +196,10 @@ class Tapped(ABC):
             raise UndifferentiableError(reason) from error
 
         def gradients(objective: Objective) -> Gradients:
-            by_parameter, by_site, by_pixel = differentiate(objective)
+            by_parameter, by_site, by_fed = differentiate(objective)
             # A site that was never met has a gradient of zeros, which says nothing about the port.
             met = {site: gradient for site, gradient in by_site.items() if site in perturbed - self.fixed}
-            return Gradients(met, self.by_path(by_parameter), by_pixel)
+            return Gradients(met, self.by_path(by_parameter), self.by_input(inputs, by_fed))
 
         return gradients
 
@@ -187,6 +211,15 @@ class Tapped(ABC):
         if forward not in self._compiled:
             self._compiled[forward] = _Compiled(jax.jit(recorder(forward)), {}, set())
         return self._compiled[forward]
+
+
+def _cast(fed: Any, dtype: DTypeLike) -> Any:
+    """A tree of arrays for jax, floats in the dtype."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if is_float(leaf) else None), fed)
+
+
+def _size(fed: Any) -> Any:
+    return jax.tree.structure(fed), tuple(leaf.shape for leaf in jax.tree.leaves(fed))
 
 
 @jax.custom_vjp

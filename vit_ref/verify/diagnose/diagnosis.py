@@ -8,25 +8,23 @@ formula does so by chance.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.diagnose.divergence import Divergence, find_wrong
 from vit_ref.verify.diagnose.gaps import explain_across
 from vit_ref.verify.diagnose.known_bugs import KnownBug, fit_bugs, list_bugs_at, list_roundings
-from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order, explain_by_value
+from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
 from vit_ref.verify.formats import MULTIPLIED, STORED, UNIT
-from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
+from vit_ref.verify.gates import error
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import Cause
 from vit_ref.weights.mapping import Tensors
 
-_EPS = float(np.finfo(np.float64).eps)
 _AXES: dict[str | int, tuple[str, ...]] = {
     "probs": ("image", "head", "query", "key"),
     "pixels": ("image", "row", "column", "channel"),
@@ -59,7 +57,7 @@ def diagnose(
     Returns:
       Every bug that fits, the best first.
     """
-    found = _Divergence(site, exact[site], truth[site])
+    found = Divergence(site, exact[site], truth[site])
     if not found.comparable:
         return ()
     oracle = NumpyOracle(config, tensors)
@@ -111,7 +109,7 @@ def beyond_rounding(
         value = shown.get(site)
         if value is None or (off := error(value, right[site]).rms) <= bound:
             continue
-        found = _Divergence(site, value, right[site], bound)
+        found = Divergence(site, value, right[site], bound)
         if not found.comparable:
             return site, off, ()
         known = {**right, **shown}
@@ -120,55 +118,13 @@ def beyond_rounding(
     return "", 0.0, ()
 
 
-class _Divergence(NamedTuple):
-    """A wrong value at a site, the right one, and the relative RMS error up to which a bug explains it."""
-
-    site: str
-    value: NDArray
-    truth: NDArray
-    bound: float = SEMANTIC_RMS
-
-    @property
-    def comparable(self) -> bool:
-        return self.value.shape == self.truth.shape and bool(np.isfinite(self.value).all())
-
-    @property
-    def worst(self) -> slice:
-        """The image that is most wrong."""
-        image = int(np.abs(self.value - self.truth).reshape(len(self.value), -1).max(axis=1).argmax())
-        return slice(image, image + 1)
-
-    def by_value(self) -> Iterator[Prediction]:
-        return explain_by_value(self.truth, self.value, np.ix_(*_wrong_indices(self.value, self.truth)))
-
-    def causes(self, *explanations: Iterable[Prediction]) -> tuple[Cause, ...]:
-        """The explanations that fit, the best first."""
-        before = error(self.value, self.truth).rms
-        wrong = np.ix_(*_wrong_indices(self.value, self.truth))
-        everywhere: list[Cause] = []
-        there_alone: list[Cause] = []
-        # One at a time: of a real model each value is megabytes.
-        for label, value, rounded_to in chain(*explanations):
-            # One head, image or token alone may have the bug, which has to explain that one and no more.
-            mixed = self.truth.copy()
-            mixed[wrong] = value[wrong]
-            for fitting, tried in ((everywhere, value), (there_alone, mixed)):
-                after = error(self.value, tried).rms
-                if after <= self.bound and after < before / 4:
-                    fitting.append(Cause(label, self.site, before, after, rounded_to))
-                    break
-        causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
-        # An epsilon of 1e-13 fits a port that has 1e-12, though a thousand times less well.
-        return tuple(cause for cause in causes if cause.after <= 100 * max(causes[0].after, _EPS))[:3]
-
-
 def _explain(
-    bugs: Iterable[KnownBug], found: _Divergence, oracle: NumpyOracle, pixels: NDArray, known: Trace
+    bugs: Iterable[KnownBug], found: Divergence, oracle: NumpyOracle, pixels: NDArray, known: Trace
 ) -> Iterator[Prediction]:
     """Tries bugs on the image that is most wrong, and on all images those that explain this one."""
     image = found.worst
     one, of_image = found.value[image], {name: value[image] for name, value in known.items()}
-    wrong = np.ix_(np.zeros(1, int), *_wrong_indices(found.value, found.truth)[1:])
+    wrong = np.ix_(np.zeros(1, int), *find_wrong(found.value, found.truth)[1:])
     # The bound is relative to what the bug makes, which differs from the value by a quarter at most if it explains it.
     allowed = 2 * found.bound * float(np.linalg.norm(found.value))
     for bug in bugs:
@@ -186,7 +142,7 @@ def diagnose_rounding(config: ViTConfig, tensors: Tensors, site: str, trace: Tra
       trace: the candidate's, in the tested precision.
       truth: the reference's trace in float64.
     """
-    found = _Divergence(site, trace[site], truth[site])
+    found = Divergence(site, trace[site], truth[site])
     if not found.comparable:
         return ()
     value, before = found.value, error(found.value, found.truth).rms
@@ -207,7 +163,7 @@ def diagnose_rounding(config: ViTConfig, tensors: Tensors, site: str, trace: Tra
 
 def diagnose_gradient(truth: NDArray, name: str, value: NDArray) -> tuple[Cause, ...]:
     """Names the simple faults that explain a gradient: a factor, nothing at all, a precision."""
-    found = _Divergence(name, value, truth)
+    found = Divergence(name, value, truth)
     return found.causes(found.by_value()) if found.comparable else ()
 
 
@@ -217,11 +173,11 @@ def where(value: NDArray, truth: NDArray, site: str) -> str:
     It goes on after the word "wrong".
     """
     if value.shape != truth.shape:
-        return f"as its shape is {value.shape}, not {truth.shape}"
+        return f"shape {value.shape}, not {truth.shape}"
     if not np.isfinite(value).all():
-        return "as it is not finite"
+        return "because it is not finite"
     said = []
-    for name, indices, size in zip(_axes(value, site), _wrong_indices(value, truth), value.shape, strict=True):
+    for name, indices, size in zip(_axes(value, site), find_wrong(value, truth), value.shape, strict=True):
         if len(indices) < size:
             few = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
             said.append(f"{name} {few} of {size}")
@@ -231,14 +187,3 @@ def where(value: NDArray, truth: NDArray, site: str) -> str:
 def _axes(value: NDArray, site: str) -> tuple[str, ...]:
     """What one index of each axis is called."""
     return _AXES.get(site.rpartition(".")[2]) or _AXES[value.ndim]
-
-
-def _wrong_indices(value: NDArray, truth: NDArray) -> list[NDArray]:
-    """Along each axis, where an element is further out than the largest one may be."""
-    limit = SEMANTIC_MAX * max(float(np.abs(truth).max()), np.finfo(np.float64).tiny)
-    wrong = np.abs(value - truth) > limit
-    if not wrong.any():
-        wrong[...] = True
-    return [
-        np.flatnonzero(wrong.any(axis=tuple(k for k in range(value.ndim) if k != axis))) for axis in range(value.ndim)
-    ]

@@ -1,4 +1,4 @@
-"""What was found, for every reader: a terminal and pytest (`text`), machines (`document`), a browser (`page`)."""
+"""Reports for every reader: text for the terminal and pytest, JSON for machines, one HTML page for a browser."""
 
 from vit_ref.files import write as write
 from vit_ref.verify.report.document import SCHEMA as SCHEMA
@@ -7,5 +7,6 @@ from vit_ref.verify.report.page import to_html as to_html
 from vit_ref.verify.report.text import excerpt as excerpt
 from vit_ref.verify.report.text import explain as explain
 from vit_ref.verify.report.text import headline as headline
+from vit_ref.verify.report.text import in_full as in_full
 from vit_ref.verify.report.text import summary as summary
 from vit_ref.verify.report.text import table as table

@@ -1,4 +1,4 @@
-"""A `CandidateReport` as JSON. `schema.json` beside this file describes each field; the page shows nothing else."""
+"""Turns a `CandidateReport` into JSON. `schema.json` beside this file describes each field of the document."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from vit_ref.model.sites import OUTPUTS
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
-from vit_ref.verify.report.text import met, wrong_alone
+from vit_ref.verify.report.text import decided_checks, next_step, wrong_alone
 from vit_ref.verify.results import CandidateReport, Cause, Check, ParityReport, SiteResult, Status
 
 SCHEMA = Path(__file__).with_name("schema.json")
@@ -20,14 +20,18 @@ _SITES = ("patches", "embeddings", "norm", *OUTPUTS)
 
 
 def to_json(report: CandidateReport) -> dict[str, Any]:
-    """A report as `json.dumps` takes it, with `allow_nan=False` too.
+    """Returns a report as a dictionary that `json.dumps` accepts, even with `allow_nan=False`.
+
+    Args:
+      report: what `check_port` returned.
 
     Returns:
-      What `SCHEMA` describes. JSON has no infinity: a number that is not finite is "Infinity" or "NaN", which `float`
-      and JavaScript's `Number` read back.
+      A document that `SCHEMA` describes. JSON has no infinity: "Infinity" and "NaN" stand for numbers that are not
+      finite. Python's `float` and JavaScript's `Number` read them back.
     """
     checks = report.checks
     counts = Counter(check.status for check in checks)
+    sites = frozenset(report.forward.order)
     return {
         "schema_version": 1,
         "passed": report.passed,
@@ -38,9 +42,9 @@ def to_json(report: CandidateReport) -> dict[str, Any]:
         "precision": report.precision,
         "counts": {status: counts[status] for status in get_args(Status)},
         "gates": {"float64_rms": SEMANTIC_RMS, "float64_max": SEMANTIC_MAX},
-        "forward": _section(report.forward, [check for check in checks if check.name.startswith("forward/")]),
+        "forward": _section(report.forward, [check for check in checks if check.name.startswith("forward/")], sites),
         "backward": report.backward
-        and _section(report.backward, [check for check in checks if check.name.startswith("backward/")]),
+        and _section(report.backward, [check for check in checks if check.name.startswith("backward/")], sites),
         "not_backward": report.not_backward,
         "behaviour": [
             {"name": check.site, "status": check.status, "error": _number(check.exact), "reason": check.reason}
@@ -48,8 +52,8 @@ def to_json(report: CandidateReport) -> dict[str, Any]:
             if check.name.startswith("behaviour/")
         ],
         "expected_failed_checks": [
-            {"pattern": pattern, "reason": report.expected_failed_checks[pattern], **_outcome(decided)}
-            for pattern, decided in met(report).items()
+            {"pattern": pattern, "reason": report.expected_failed_checks[pattern], **_outcome(checks)}
+            for pattern, checks in decided_checks(report).items()
         ],
         "environment": dict(report.environment),
         "notes": list(report.notes),
@@ -61,9 +65,9 @@ def _outcome(checks: Sequence[Check]) -> dict[str, int]:
     return {"failed": counts["expected failure"], "stale": counts["stale expectation"]}
 
 
-def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
+def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[str]) -> dict[str, Any]:
     measured = {result.site: result for result in report.results}
-    place = {name: k for k, name in enumerate(report.order)}
+    position = {name: k for k, name in enumerate(report.order)}
     failures = report.semantic_failures or report.numerical_failures
     return {
         "what": report.what,
@@ -71,6 +75,7 @@ def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
         "passed": all(check.status in ("passed", "not observed", "expected failure") for check in checks),
         "first_divergence": failures[0].site if failures else None,
         "causes": [_cause(cause) for cause in report.causes],
+        "next_step": next_step(report),
         "beyond_rounding": report.beyond,
         "place": report.place,
         "hidden": list(report.hidden),
@@ -80,13 +85,13 @@ def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
             {
                 "name": check.name,
                 "site": check.site,
-                "kind": _kind(check.site),
+                "kind": _kind(check.site, sites),
                 "block": _block(check.site),
                 "status": check.status,
                 "reason": check.reason,
                 "measured": _measured(measured.get(check.site), report.what, report.precision),
             }
-            for check in sorted(checks, key=lambda check: place.get(check.site, 0))
+            for check in sorted(checks, key=lambda check: position.get(check.site, 0))
         ],
     }
 
@@ -95,7 +100,7 @@ def _measured(result: SiteResult | None, what: str, precision: str) -> dict[str,
     return result and {
         "exact": _error(result.exact),
         "alone": _error(result.alone),
-        # Backward there is one oracle only.
+        # NumPy computes no gradients, so the reference is their only oracle.
         "oracles": _error(result.oracles if what == "sites" else None),
         "rounding": _number(result.rounding),
         "reference_error": _number(result.reference_error),
@@ -122,12 +127,14 @@ def _number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else json.dumps(value)
 
 
-def _kind(site: str) -> str:
-    if site == "pixels":
+def _kind(site: str, sites: Collection[str]) -> str:
+    if site == "pixels" or site.startswith("input:"):
         return "pixels"
+    if sites:
+        return "site" if site in sites else "parameter"
     return "site" if site in _SITES or site.startswith("block.") else "parameter"
 
 
 def _block(site: str) -> int | None:
-    found = re.match(r"blocks?\.(\d+)\.", site)
-    return int(found[1]) if found else None
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
+    return int(number[1]) if number else None

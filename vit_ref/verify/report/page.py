@@ -1,4 +1,4 @@
-"""A `CandidateReport` as one HTML page that needs nothing else: no script, no font, no network."""
+"""Turns a `CandidateReport` into one HTML page that loads no script, no font and nothing from the network."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from vit_ref.verify.results import CandidateReport
 Fields = dict[str, Any]
 _STYLE = Path(__file__).with_name("page.css")
 _NUMBER, _WHOLE = re.compile(r"[\d.]+e[-+]\d+"), r'<span class="n">\g<0></span>'
-# Not by colour alone: every status has a sign of its own.
+# Each status has its own sign, because a reader may not tell colours apart.
 SIGNS = {"passed": "✓", "failed": "✗", "not observed": "?", "expected failure": "○", "stale expectation": "!"}
 
 
 def to_html(report: CandidateReport) -> str:
-    """A report as a page. Every number on it is in `to_json(report)`."""
+    """Returns a report as one HTML page. Every number on the page is in `to_json(report)`.
+
+    Args:
+      report: what `check_port` returned.
+    """
     document = to_json(report)
     verdict = "passed" if document["passed"] else "failed"
     title = f"{document['candidate']} on {document['title']}"
@@ -37,7 +41,7 @@ def to_html(report: CandidateReport) -> str:
             '<defs><path id="diamond" d="M0-4.5 4.5 0 0 4.5-4.5 0z"/></defs></svg>',
             f'<header class="{verdict}"><p class="verdict">{SIGNS[verdict]} {verdict}</p>',
             f"<div><h1>{escape(title)}</h1>",
-            f"<p>judged in float64 and {escape(document['precision'])} against {escape(document['reference'])}"
+            f"<p>compared in float64 and {escape(document['precision'])} with {escape(document['reference'])}"
             "</p></div></header>",
             _counts(document["counts"]),
             '<main>\n<div class="cards">',
@@ -55,19 +59,19 @@ def to_html(report: CandidateReport) -> str:
 
 
 def _counts(counts: Fields) -> str:
-    shown = []
+    items = []
     for status, count in counts.items():
         kind = "" if count else ' class="none"'
-        shown.append(f"<li{kind}><b>{count}</b> {_status(status)}</li>")
-    return f'<ul class="counts" aria-label="Checks by status">{"".join(shown)}</ul>'
+        items.append(f"<li{kind}><b>{count}</b> {_status(status)}</li>")
+    return f'<ul class="counts" aria-label="Checks by status">{"".join(items)}</ul>'
 
 
 def _card(name: str, document: Fields) -> str:
-    """What an engineer wants to know first: does it pass, where does it go wrong, why."""
+    """Answers first whether a pass is right, where it goes wrong, why, and what to do next."""
     section = document[name]
     verdict = "passed" if section["passed"] else "failed"
-    said = _terms(_findings(name, document))
-    return f'<section class="card {verdict}"><h2>{name.title()} {_status(verdict)}</h2>{said}</section>'
+    terms = _terms(_findings(name, document))
+    return f'<section class="card {verdict}"><h2>{name.title()} {_status(verdict)}</h2>{terms}</section>'
 
 
 def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
@@ -76,24 +80,26 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
     seen = [check for check in checks if check["measured"]]
     unshown = [check for check in checks if not check["measured"] and check["status"] != "not observed"]
     if unshown:
-        yield "Claimed, never shown", _listed([check["site"] for check in unshown])
+        yield "Claimed, not shown", _listed([check["site"] for check in unshown])
     if section["first_divergence"]:
         index, first = next((k, c) for k, c in enumerate(checks) if c["site"] == section["first_divergence"])
         yield "First divergence", f'<a href="#{name}-{index}">{escape(first["site"])}</a>'
         measured = first["measured"]
         agree = measured["passes_semantic_gate"] and not measured["incomparable"]
-        yield "Error there", escape(f"{'the formulas agree; ' if agree else ''}{measured['failure']}")
+        yield "Error", escape(f"{'the formulas agree in float64; ' if agree else ''}{measured['failure']}")
     for cause in section["causes"]:
         yield "Likely cause", f"<b>{escape(cause['label'])}</b>{escape(cause['text'].removeprefix(cause['label']))}"
+    if section["next_step"] and (name == "forward" or document["forward"]["passed"]):
+        yield "Next step", escape(section["next_step"])
     if section["beyond_rounding"]:
-        yield "Not explained by this rounding", escape(section["beyond_rounding"])
+        yield "Not explained by rounding", escape(section["beyond_rounding"])
     if section["place"]:
         yield "Wrong", escape(section["place"])
     if section["hidden"]:
-        yield "Not shown right before", f"{_listed(section['hidden'])}: it may have begun there"
+        yield "May begin earlier", f"{_listed(section['hidden'])}: not observed"
     if section["wrong_alone"]:
         parts = [f"{each['part']} {figure(each['rms'])}" for each in section["wrong_alone"]]
-        yield "Wrong by itself", f"{_listed(parts)}: fed the reference's input ({section['alone_precision']})"
+        yield "Wrong even with the reference's input", f"{_listed(parts)} ({section['alone_precision']})"
     exact = max(seen, key=lambda check: float(check["measured"]["exact"]["rms"]))
     tight = min(seen, key=lambda check: float(check["measured"]["margin"]))
     largest = exact["measured"]["incomparable"] or figure(exact["measured"]["exact"]["rms"])
@@ -106,14 +112,14 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
 
 
 def _rest(document: Fields) -> str:
-    """Behaviour, what was not measured at all, and what was to fail."""
+    """Shows the behaviour, the notes and the expected failures."""
     rows = [
         [escape(each["name"]), _status(each["status"]), _maybe(each["error"]), escape(each["reason"])]
         for each in document["behaviour"]
     ]
-    parts = ["<h2>Behaviour</h2>", _table(("property", "status", "float64", "why"), rows)]
+    parts = ["<h2>Behaviour</h2>", _table(("property", "status", "float64 error", "reason"), rows)]
     if document["not_backward"]:
-        parts.append(f"<p>No gradients were judged: {escape(document['not_backward'])}.</p>")
+        parts.append(f"<p>No gradients were compared: {escape(document['not_backward'])}.</p>")
     parts += [f"<p>Note: {escape(note)}.</p>" for note in document["notes"]]
     if document["expected_failed_checks"]:
         rows = [
@@ -121,7 +127,7 @@ def _rest(document: Fields) -> str:
             for each in document["expected_failed_checks"]
         ]
         parts.append("<h2>Expected failures</h2>")
-        parts.append(_table(("pattern", "failed", "passed: stale", "reason"), rows))
+        parts.append(_table(("pattern", "failed", "passed (stale)", "reason"), rows))
     return f'<section class="card">{"".join(parts)}</section>'
 
 
@@ -133,22 +139,22 @@ def _figure(name: str, document: Fields) -> str:
         f" First divergence: {section['first_divergence'] or 'none'}. The numbers are in the table below."
     )
     legend = {
-        '<circle class="ok" cx="7" cy="7" r="3"/>': "the port, passing",
-        '<use class="bad" href="#diamond" x="7" y="7"/>': "the port, failing",
-        '<use class="expected" href="#diamond" x="7" y="7"/>': "failing as expected",
-        '<circle class="alone" cx="7" cy="7" r="3.5"/>': "the port, each block fed the reference's input",
+        '<circle class="ok" cx="7" cy="7" r="3"/>': "candidate, passes",
+        '<use class="bad" href="#diamond" x="7" y="7"/>': "candidate, fails",
+        '<use class="expected" href="#diamond" x="7" y="7"/>': "candidate, fails as expected",
+        '<circle class="alone" cx="7" cy="7" r="3.5"/>': "candidate, each block fed the reference's input",
         '<circle class="own" cx="7" cy="7" r="3"/>': f"{escape(document['reference'])}'s own error",
-        '<rect class="beyond" width="14" height="8"/><rect class="gate" y="7" width="14" height="2"/>': "its gate",
-        '<rect class="hidden" width="14" height="14"/>': "not shown by the port",
+        '<rect class="beyond" width="14" height="8"/><rect class="gate" y="7" width="14" height="2"/>': "gate",
+        '<rect class="hidden" width="14" height="14"/>': "not shown by the candidate",
     }
     pooled = f" Rounding is pooled over {section['objectives']} objectives." if section["objectives"] else ""
     items = "".join(f'<li><svg class="key" aria-hidden="true">{key}</svg> {text}</li>' for key, text in legend.items())
     return (
         f'<figure><h2 id="{name}">{name.title()}: error per {section["what"][:-1]}</h2>'
         f"{plot(section, document, label)}"
-        f'<figcaption><ul class="legend">{items}</ul><p>Relative RMS error against the float64 oracle, in the order of'
-        " the pass, one column each, blocks numbered below. An error of zero is drawn on the line marked 0, one that is"
-        " not finite, of another shape or too large for the axis on the line marked ∞."
+        f'<figcaption><ul class="legend">{items}</ul><p>Each column shows relative RMS errors against the float64'
+        " oracle, in the order of the pass. The numbers below are blocks. The line 0 shows an error of zero. The line ∞"
+        " shows an error that is not finite, too large for the axis, or of a value with a wrong shape."
         f"{pooled}</p></figcaption></figure>"
     )
 
@@ -157,7 +163,7 @@ def _numbers(name: str, document: Fields) -> str:
     section = document[name]
     columns: dict[str, Callable[[Fields], str]] = {
         "float64": lambda measured: figure(measured["exact"]["rms"]),
-        "its maximum": lambda measured: figure(measured["exact"]["max"]),
+        "float64 maximum": lambda measured: figure(measured["exact"]["max"]),
         document["precision"]: lambda measured: _beside(measured)[0] if measured["rounding"] else "0",
         document["reference"]: lambda measured: figure(measured["reference_error"]),
         "ratio": lambda measured: _multiple(measured["ratio"]),
@@ -184,8 +190,8 @@ def _numbers(name: str, document: Fields) -> str:
     opened = "" if section["passed"] else " open"
     return (
         f"<details{opened}><summary>{name.title()}: all {len(rows)} {section['what']} with their margins</summary>"
-        f"<p>Relative errors against the float64 oracle. Margin: gate over error; below 1 fails. Ratio: the port's"
-        f" error over {escape(document['reference'])}'s.</p>{_table(headers, rows, name)}</details>"
+        "<p>All errors are relative to the float64 oracle. Margin is gate over error: a margin below 1 fails. Ratio is"
+        f" the candidate's error over {escape(document['reference'])}'s.</p>{_table(headers, rows, name)}</details>"
     )
 
 
@@ -194,24 +200,24 @@ def _not_observed(document: Fields) -> str:
     for name in ("forward", "backward"):
         section = document[name] or {"what": "gradients", "checks": []}
         names = [check["site"] for check in section["checks"] if check["status"] == "not observed"]
-        said = f"<p>{escape(', '.join(names))}</p>" if names else ""
-        parts.append(f"<h3>{name.title()}: {len(names)} {section['what']}</h3>{said}")
-    return f"<details><summary>What was not observed</summary>{''.join(parts)}</details>"
+        listed = f"<p>{escape(', '.join(names))}</p>" if names else ""
+        parts.append(f"<h3>{name.title()}: {len(names)} {section['what']}</h3>{listed}")
+    return f"<details><summary>Not observed</summary>{''.join(parts)}</details>"
 
 
 def _card_of_terms(title: str, fields: Fields) -> str:
-    said = _terms((key, escape(value)) for key, value in fields.items())
-    return f'<section class="card"><h2>{title}</h2>{said}</section>'
+    terms = _terms((key, escape(value)) for key, value in fields.items())
+    return f'<section class="card"><h2>{title}</h2>{terms}</section>'
 
 
 def _terms(pairs: Iterable[tuple[str, str]]) -> str:
-    """A definition list, in which no number is broken in two."""
-    said = "".join(f"<dt>{escape(term)}</dt><dd>{text}</dd>" for term, text in pairs)
-    return f"<dl>{_NUMBER.sub(_WHOLE, said)}</dl>"
+    """Writes a definition list in which no number is broken over two lines."""
+    items = "".join(f"<dt>{escape(term)}</dt><dd>{text}</dd>" for term, text in pairs)
+    return f"<dl>{_NUMBER.sub(_WHOLE, items)}</dl>"
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], name: str = "") -> str:
-    """A table of cells that are HTML already; a row shorter than the headers ends in one wide cell."""
+    """Writes a table. Cells are HTML already; a row shorter than the headers ends in one wide cell."""
     head = "".join(f'<th scope="col">{escape(each)}</th>' for each in headers)
     body = []
     for k, (first, *cells) in enumerate(rows):
@@ -221,10 +227,10 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], name: str = ""
         label = f' id="{name}-{k}"' if name else ""
         inner = "".join(f"<td>{each}</td>" for each in narrow) + f"<td{wide}>{last}</td>"
         body.append(f'<tr{label}><th scope="row">{first}</th>{inner}</tr>')
-    # What scrolls has to be reached by keyboard.
-    reached = f' tabindex="0" role="region" aria-label="{name} numbers"' if name else ""
+    # A reader must reach a region that scrolls with the keyboard.
+    focus = f' tabindex="0" role="region" aria-label="{name} numbers"' if name else ""
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f'<div class="scroll table"{reached}>{table}</div>'
+    return f'<div class="scroll table"{focus}>{table}</div>'
 
 
 def _status(status: str) -> str:

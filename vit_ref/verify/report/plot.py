@@ -1,7 +1,7 @@
-"""Errors against their gates, on a log axis: one SVG a pass, drawn from its section of the JSON document.
+"""Draws errors against their gates on a log axis: one SVG per pass, from its section of the JSON document.
 
-Across, lengths are in percent, so that the plot fits a telephone without its dots and letters shrinking; that is also
-why nothing is joined by lines. Each column is an SVG of its own, in which a mark needs no more than its height.
+Widths are in percent, so that the plot fits a telephone and keeps the size of its dots and letters. For the same
+reason no line joins the marks. Each column is an SVG of its own, so a mark needs only its height.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import ml_dtypes
 
 from vit_ref.verify.precision import PRECISIONS
 
-# In pixels. A panel's first and last `LANE` hold what a log axis has no room for: no number, and zero.
+# In pixels. A log axis has no room for infinity and zero: the first and the last `LANE` of a panel show them.
 HEAD, TITLE, PANEL, LANE, FOOT = 16, 30, 200, 26, 40
 TOPS = (HEAD + TITLE, HEAD + TITLE + PANEL + TITLE)
 HEIGHT = TOPS[1] + PANEL + FOOT
-# The axes end here, whatever is found: half of float64's rounding is 1e-16, and a thousandfold error says no more than
-# a millionfold one.
+# The axes end here whatever the errors are. Float64 itself rounds at 1e-16, and an error of a million says no more than
+# one of a thousand.
 LOWEST, HIGHEST = -17, 3
 KINDS = {"site": "sites", "parameter": "parameters", "pixels": ""}
 
@@ -31,8 +31,8 @@ class Axis(NamedTuple):
 
     Attributes:
       top: the panel's upper edge in pixels.
-      low: the decade at its lower end, as a power of ten.
-      high: the one at its upper end.
+      low: the power of ten at the lower end.
+      high: the power of ten at the upper end.
     """
 
     top: int
@@ -40,7 +40,10 @@ class Axis(NamedTuple):
     high: int
 
     def y(self, value: float) -> float:
-        """Where a value is drawn, in pixels from above: zero in the lane below the axis, no finite number above it."""
+        """Returns the height of a value in pixels from above.
+
+        Zero lies in the lane below the axis, and a value that is not finite in the lane above it.
+        """
         if not value <= 10.0**self.high:
             return self.top + LANE / 3
         if value < 10.0**self.low:
@@ -49,38 +52,43 @@ class Axis(NamedTuple):
         return self.top + LANE + decades * (PANEL - 2 * LANE)
 
     def decades(self) -> list[int]:
-        """The powers of ten that are written beside it, seven at most; 1e-12 is one of them where it is on it."""
+        """Returns the powers of ten to write beside the axis, at most seven. The gate 1e-12 is one if it is on it."""
         step = math.ceil((self.high - self.low) / 6)
         return [power for power in range(self.low, self.high + 1) if power % step == 0]
 
 
 def axis(top: int, values: Iterable[float]) -> Axis:
-    """The axis that shows all values, as far as axes go."""
+    """Returns the axis that shows all values between `LOWEST` and `HIGHEST`.
+
+    Args:
+      top: the panel's upper edge in pixels.
+      values: errors, of which at least one is positive and finite.
+    """
     finite = [value for value in values if 0 < value < math.inf]
     low, high = math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite)))
     return Axis(top, max(LOWEST, low), min(HIGHEST, high))
 
 
 def plot(section: dict[str, Any], document: dict[str, Any], label: str) -> str:
-    """Two panels above each other: float64 errors with the semantic gate, and those in the tested precision.
+    """Returns two panels as HTML: float64 errors with the semantic gate, and errors in the tested precision.
 
     Args:
       section: `document["forward"]` or `document["backward"]`.
       document: the report as JSON.
-      label: what a screen reader says of it.
+      label: the description that a screen reader reads out.
     """
     checks, precision = section["checks"], document["precision"]
     gate = document["gates"]["float64_rms"]
     epsilon = float(ml_dtypes.finfo(PRECISIONS[precision].dtype).eps)
-    found = [check["measured"] for check in checks if check["measured"]]
-    alone = [float(each["alone"]["rms"]) for each in found if each["alone"]]
+    shown = [check["measured"] for check in checks if check["measured"]]
+    alone = [float(each["alone"]["rms"]) for each in shown if each["alone"]]
     exact, rounding = (alone, []) if section["alone_precision"] == "float64" else ([], alone)
     axes = (
-        axis(TOPS[0], [1e-16, 10 * gate, *exact, *(float(each["exact"]["rms"]) for each in found)]),
+        axis(TOPS[0], [1e-16, 10 * gate, *exact, *(float(each["exact"]["rms"]) for each in shown)]),
         axis(
             TOPS[1],
             [epsilon / 10, 10 * epsilon, *rounding]
-            + [float(each[key]) for each in found for key in ("rounding", "reference_error", "gate")],
+            + [float(each[key]) for each in shown for key in ("rounding", "reference_error", "gate")],
         ),
     )
     width = 100 / len(checks)
@@ -90,7 +98,7 @@ def plot(section: dict[str, Any], document: dict[str, Any], label: str) -> str:
     parts = [
         *_blocks(checks, width),
         *(_panel(each, title) for each, title in zip(axes, titles, strict=True)),
-        # First, because its grey would else cover the gate, and half of its neighbours' marks.
+        # These come first, because their grey would cover the gate and half of the marks beside them.
         *(column for check, column in zip(checks, columns, strict=True) if not check["measured"]),
         *_gate_line(axes[0], gate),
         *(column for check, column in zip(checks, columns, strict=True) if check["measured"]),
@@ -119,7 +127,7 @@ def _panel(each: Axis, title: str) -> str:
 
 
 def _blocks(checks: list[dict[str, Any]], width: float) -> Iterator[str]:
-    """Bands behind every other block, numbers and kinds below."""
+    """Draws a band behind every other block, with the numbers and kinds below."""
     start = 0
     for kind, of_kind in groupby(checks, key=lambda check: check["kind"]):
         foot = HEIGHT - 6
@@ -185,7 +193,13 @@ def _mark(y: float, passes: bool, status: str) -> str:
 
 
 def hover(check: dict[str, Any], section: dict[str, Any], document: dict[str, Any]) -> str:
-    """What is shown under the pointer: the site with its numbers."""
+    """Returns the text under the pointer: the site with its numbers.
+
+    Args:
+      check: one check of the section.
+      section: `document["forward"]` or `document["backward"]`.
+      document: the report as JSON.
+    """
     head = f"{check['site']}: {check['status']}"
     measured = check["measured"]
     if measured is None:
@@ -199,5 +213,5 @@ def hover(check: dict[str, Any], section: dict[str, Any], document: dict[str, An
 
 
 def figure(value: float | str) -> str:
-    """An error as all reports write it."""
+    """Returns an error as all reports write it, with one decimal."""
     return f"{float(value):.1e}" if value else "0"

@@ -1,8 +1,9 @@
-"""Reports as text: headline and summary with the first divergence on top, and the table in site order."""
+"""Writes reports as text: the headline and the summary begin with the first divergence, the table is in site order."""
 
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -13,75 +14,122 @@ from vit_ref.verify.gates import SEMANTIC_RMS, apart
 from vit_ref.verify.results import NEVER_SHOWN, CandidateReport, Check, ParityReport, SiteResult, Status, matches
 
 WIDTH = 80
-# An output that errs so many times as much as the final norm has a fault of its own.
+# An output whose error is this many times that of the final norm has a fault of its own.
 _FAR = 10
-# What to do where a port was to compute in float64 and rounds.
-ROUNDING = "rounding is no wrong formula: compute in the dtype that load(checkpoint, dtype) is told"
-# A row of the table ends with one of these where it fails: both gates, the semantic or the numerical one.
+# A row of the table that fails ends with one of these: it fails both gates, the semantic one or the numerical one.
 MARKS = ("both", "float64", "rounding")
 
 
-def headline(report: ParityReport) -> str:
-    """The verdict in a few lines, the first divergence on top."""
+def headline(report: ParityReport, *, advise: bool = True) -> str:
+    """Returns the verdict in a few lines: the first divergence, its likely cause and the next step come first.
+
+    Args:
+      report: the forward or the backward pass.
+      advise: whether to name the next step.
+    """
+    claimed = f"claimed {report.what}"
     missing = [
-        f"{report.title}: {_counted(len(report.unobserved), report.what)} not observed, first {site}: {NEVER_SHOWN}"
+        f"{report.title}: {_counted(len(report.unobserved), claimed)} not shown, first {site}: {NEVER_SHOWN}"
         for site in report.unobserved[:1]
     ]
+    step = [f"next step: {next_step(report)}"] if advise and not report.passed else []
     if missing and not (report.semantic_failures or report.numerical_failures):
-        return missing[0]
+        return "\n  ".join([*missing, *step])
+    last = report.results[-1]
+    multiple = f"{_multiple(last.ratio)} x {report.reference}'s own"
+    output = last.incomparable_in(report.precision) or f"{report.precision} error {last.rounding:.1e}, {multiple}"
+    causes = [f"likely cause: {cause}" for cause in report.causes]
+    place = [f"wrong {report.place}"] if report.place else []
+    hidden = [f"the fault may begin earlier, at sites not observed: {_some(report.hidden)}"] if report.hidden else []
+    beyond = [f"rounding does not explain a later divergence: {report.beyond}"] if report.beyond else []
     unmapped = (
         [f"not observed: {_counted(len(report.unmapped), report.what)}: {_some(_parameters_first(report.unmapped))}"]
         if report.unmapped
         else []
     )
-    last = report.results[-1]
-    multiple = f"{last.rounding:.1e}, {_multiple(last.ratio)} x {report.reference}'s own {report.precision} error"
-    output = f"{last.site}: {last.incomparable_in(report.precision) or multiple}"
+    lines = [_verdict(report), *causes, *step, *place, *hidden, *beyond, *_blame(report)]
+    lines += [f"{last.site}: {output}", *unmapped]
+    return "\n".join([*missing, "\n  ".join(lines)])
+
+
+def _verdict(report: ParityReport) -> str:
     if report.semantic_failures:
         first = report.semantic_failures[0]
         worst = max(report.semantic_failures, key=lambda result: result.exact.rms)
-        verdict = (
+        return (
             f"{report.title}: first divergence at {first.site}: {first.failure(report.precision)}; worst"
             f" {worst.exact.reason or f'{worst.exact.rms:.1e}'} at {worst.site}"
         )
-    elif report.numerical_failures:
+    if report.numerical_failures:
         first = report.numerical_failures[0]
-        verdict = (
-            f"{report.title}: the formulas agree (float64), the rounding does not: first divergence at {first.site}:"
-            f" {first.failure(report.precision)}"
+        return (
+            f"{report.title}: the formulas agree in float64, but {report.precision} rounding is too large: first"
+            f" divergence at {first.site}: {first.failure(report.precision)}"
         )
-    else:
-        exact = max(report.results, key=lambda result: result.exact.rms)
-        over = f" over {report.objectives} objectives" if report.objectives else ""
-        tight = min(report.results, key=lambda result: result.margin)
-        verdict = (
-            f"{report.title}: {_counted(len(report.results), report.what)} pass{over}; float64 at most"
-            f" {exact.exact.rms:.1e} ({exact.site}), smallest margin {tight.margin:.2f} ({tight.site})"
+    exact = max(report.results, key=lambda result: result.exact.rms)
+    over = f" over {report.objectives} objectives" if report.objectives else ""
+    tight = min(report.results, key=lambda result: result.margin)
+    return (
+        f"{report.title}: {_counted(len(report.results), report.what)} pass{'es' if len(report.results) == 1 else ''}"
+        f"{over}: largest float64 error {exact.exact.rms:.1e} at {exact.site}, smallest margin {tight.margin:.2f} at"
+        f" {tight.site}"
+    )
+
+
+def next_step(report: ParityReport) -> str:
+    """Returns what to do about the first divergence, or about claimed sites that never appeared; "" after a pass."""
+    failures = report.semantic_failures or report.numerical_failures
+    if not failures:
+        return "show them through a tap, or remove them from the candidate's sites" if report.unobserved else ""
+    site = failures[0].site
+    if report.semantic_failures and any(cause.format for cause in report.causes):
+        return (
+            "this is rounding, not a wrong formula: make the candidate compute in the dtype that"
+            " load(checkpoint, dtype) receives"
         )
-    hidden = [f"not shown right before it, where it may have begun: {_some(report.hidden)}"] if report.hidden else []
-    place = [f"wrong {report.place}"] if report.place else []
-    causes = [f"likely cause: {cause}" for cause in report.causes]
-    rounding = [ROUNDING] if report.semantic_failures and any(cause.format for cause in report.causes) else []
-    beyond = [f"this rounding does not explain what follows: {report.beyond}"] if report.beyond else []
-    found = "\n  ".join([verdict, output, *unmapped, *hidden, *place, *causes, *rounding, *beyond, *_blame(report)])
-    return "\n".join([*missing, found])
+    if report.what == "gradients" and not report.causes:
+        return (
+            f"correct the forward pass first if it fails; else look for a stopped or custom gradient right after {site}"
+        )
+    if report.causes:
+        return f"check {site} in the candidate for this cause"
+    if report.numerical_failures and not report.semantic_failures:
+        return f"look for a cast, a dtype or a matrix product below {report.precision} at {site}"
+    if report.hidden:
+        return f"add {_some(report.hidden)} to the candidate's sites, to find where the fault begins"
+    return f"compare the candidate's code at {site} with the reference's: its input agrees and its value does not"
 
 
 def _blame(report: ParityReport) -> list[str]:
-    """Every part that is wrong by itself; blocks that go wrong at the same site count as one."""
+    """Names every part that is wrong by itself. Blocks that go wrong at the same site share one entry."""
+    if report.everywhere:
+        return _blame_sites(report)
     guilty, groups = wrong_alone(report), dict[str, list[str]]()
     for result in report.results:
         part = _part(result.site)
         wrong = result.alone is not None and result.alone.rms > _gate_alone(result, report)
         if wrong and part in guilty and not any(part in parts for parts in groups.values()):
             groups.setdefault(result.site.removeprefix(f"{part}."), []).append(part)
-    said = []
+    entries = []
     for site, parts in groups.items():
-        names = parts[0] if len(parts) == 1 else f"{len(parts)} blocks, {_listed_blocks(parts)},"
+        names = parts[0] if len(parts) == 1 else f"blocks {_listed_blocks(parts)}"
         since = f" from {site} on" if site != parts[0] else ""
         worst = max(guilty[part] for part in parts)
-        said.append(f"{names}{since} {f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'}")
-    return [f"fed the reference's input, wrong by itself: {'; '.join(said)}"] if said else []
+        entries.append(f"{names}{since} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
+    return [f"wrong even with the reference's input: {'; '.join(entries)}"] if entries else []
+
+
+def _blame_sites(report: ParityReport) -> list[str]:
+    """Every site that is wrong by itself; those that differ in their first number count as one."""
+    guilty, groups = wrong_alone(report), dict[str, list[str]]()
+    for site in guilty:
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "{i}", site, count=1), []).append(site)
+    said = []
+    for template, several in groups.items():
+        names = several[0] if len(several) == 1 else f"{template}, {len(several)} times"
+        worst = max(guilty[site] for site in several)
+        said.append(f"{names} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
+    return [f"wrong even with the reference's values before it: {'; '.join(said)}"] if said else []
 
 
 def _listed_blocks(parts: list[str]) -> str:
@@ -100,16 +148,20 @@ def _gate_alone(result: SiteResult, report: ParityReport) -> float:
 
 
 def wrong_alone(report: ParityReport) -> dict[str, float]:
-    """Which blocks, or sites outside them, are at fault when each block is fed the reference's input.
+    """Returns which parts are wrong even when each block is fed the reference's input.
 
     Returns:
-      The largest relative RMS error in each: of all beyond the semantic gate, in order; where the formulas agree, of
-      those beyond the numerical one, the worst first. The embeddings are at fault where the patches are not, and the
-      output where the final norm is not or errs far less: nobody can feed them the reference's.
+      The largest relative RMS error of each part, which is a block or a site outside the blocks. If the semantic gate
+      failed, these are all parts beyond it, in order. Otherwise these are the parts beyond the numerical gate, the
+      worst first. The embeddings and the output cannot be fed the reference's input. The embeddings are left out if
+      the patches are wrong already. The output is left out if the final norm is wrong and errs about as much.
     """
     worst: dict[str, float] = {}
     for result in report.results:
         if result.alone is None or result.alone.rms <= _gate_alone(result, report):
+            continue
+        if report.everywhere:
+            worst[result.site] = result.alone.rms
             continue
         inherited = {"embeddings": worst.get("patches"), **dict.fromkeys(OUTPUTS, worst.get("norm"))}.get(result.site)
         if inherited and (result.site == "embeddings" or result.alone.rms < _FAR * inherited):
@@ -120,22 +172,28 @@ def wrong_alone(report: ParityReport) -> dict[str, float]:
 
 
 def summary(report: CandidateReport) -> str:
-    """A whole report in a few lines of 80 columns.
+    """Returns a whole report in a few lines of 80 columns.
 
-    The headlines come first, forward before backward. Every paragraph after them begins with its status, as `Check` has
-    it, or with "note" where there is one of the environment. The last line is the verdict, and begins with PASSED or
-    FAILED.
+    The headlines come first, forward before backward. Each paragraph after them begins with a status of `Check`, or
+    with "note", "weights" or "checks". The last line is the verdict and begins with PASSED or FAILED.
     """
     lines = [line for paragraph in _paragraphs(report) for line in _wrapped(paragraph)]
     verdict = "PASSED" if report.passed else "FAILED"
-    judged = f"{report.candidate} on {report.title} against {report.reference}, {report.precision}"
-    return "\n".join([*lines, f"{verdict}: {judged}"])
+    subject = f"{report.candidate} on {report.title} against {report.reference}, {report.precision}"
+    return "\n".join([*lines, f"{verdict}: {subject}"])
+
+
+def in_full(report: CandidateReport) -> str:
+    """The tables of both passes, and the summary below them."""
+    parts = [part for part in (report.forward, report.backward) if part]
+    return "\n".join([*(f"{table(part)}\n" for part in parts), summary(report)])
 
 
 def _paragraphs(report: CandidateReport) -> Iterator[str]:
     yield from headline(report.forward).splitlines()
     if report.backward is not None:
-        yield from headline(report.backward).splitlines()
+        # A wrong forward pass makes gradients wrong: there is one next step then.
+        yield from headline(report.backward, advise=report.forward.passed).splitlines()
     for check in report.checks:
         if check.name.startswith("behaviour/") and check.status == "failed":
             yield f"failed: {check.name}: {check.reason}"
@@ -147,10 +205,12 @@ def _paragraphs(report: CandidateReport) -> Iterator[str]:
         hidden.append(f"behaviour ({report.not_behaviour})")
     if hidden:
         yield f"not observed: {', '.join(hidden)}"
-    for pattern, checks in met(report).items():
+    for pattern, checks in decided_checks(report).items():
         for status in ("expected failure", "stale expectation"):
             if names := tuple(check.name for check in checks if check.status == status):
-                yield f"{status}: {pattern}: {report.expected_failed_checks[pattern]}: {len(names)}: {_some(names)}"
+                count = _counted(len(names), "checks")
+                remedy = "" if status == "expected failure" else ": remove the expectation, it passes"
+                yield f"{status}: {pattern}: {report.expected_failed_checks[pattern]}: {count}: {_some(names)}{remedy}"
     for note in (*report.notes, *filter(None, [report.environment.get("note")])):
         yield f"note: {note}"
     yield f"weights: {report.checkpoint.said}"
@@ -158,13 +218,13 @@ def _paragraphs(report: CandidateReport) -> Iterator[str]:
     yield f"checks: {', '.join(f'{counts[status]} {status}' for status in get_args(Status) if counts[status])}"
 
 
-def met(report: CandidateReport) -> dict[str, list[Check]]:
-    """What each expectation decided: the checks that it means, and no pattern before it does."""
-    decided: dict[str, list[Check]] = {pattern: [] for pattern in report.expected_failed_checks}
+def decided_checks(report: CandidateReport) -> dict[str, list[Check]]:
+    """Returns the checks that each expectation decided. A check belongs to the first pattern that matches it."""
+    checks_of: dict[str, list[Check]] = {pattern: [] for pattern in report.expected_failed_checks}
     for check in report.checks:
         if check.status in ("expected failure", "stale expectation"):
-            decided[next(pattern for pattern in decided if matches(pattern, check))].append(check)
-    return decided
+            checks_of[next(pattern for pattern in checks_of if matches(pattern, check))].append(check)
+    return checks_of
 
 
 def _counted(number: int, what: str) -> str:
@@ -177,7 +237,7 @@ def _wrapped(line: str) -> list[str]:
 
 
 def table(report: ParityReport) -> str:
-    """Every site with its errors, in the order of the forward pass."""
+    """Returns the table of every site with its errors, in the order of the pass."""
     alone = any(result.alone for result in report.results)
     width = max([len(report.what), *(len(result.site) for result in report.results)]) + 1
     column = max(10, len(report.precision) + 1)
@@ -189,7 +249,12 @@ def table(report: ParityReport) -> str:
 
 
 def excerpt(report: ParityReport, rows: int = 8) -> str:
-    """The table around the first divergence: two rows before it, and what follows, `rows` in all."""
+    """Returns the part of the table around the first divergence.
+
+    Args:
+      report: the forward or the backward pass.
+      rows: how many rows to show, of which two are before the divergence.
+    """
     header, *lines = table(report).splitlines()
     failing = [not (result.exact.passes_semantic_gate and result.passes_numerical_gate) for result in report.results]
     start = max(failing.index(True) - 2, 0) if any(failing) else 0
@@ -200,12 +265,13 @@ def excerpt(report: ParityReport, rows: int = 8) -> str:
 
 
 def explain() -> str:
-    """What the table's columns are."""
+    """Returns the legend of the table."""
     return (
-        f"Relative RMS errors against the float64 oracle. float64: the candidate in float64 (gate {SEMANTIC_RMS:.0e});"
-        " then the candidate\nand the reference in the tested precision, their ratio, and the margin under the gate"
-        " (below 1 fails).\nalone: the candidate with each block fed the reference's input, shown where something"
-        " failed."
+        "Each number is a relative RMS error against the float64 oracle. The columns are:\n"
+        f"  float64: the candidate in float64, gate {SEMANTIC_RMS:.0e}\n"
+        "  alone: the candidate when each block is fed the reference's input, measured if something failed\n"
+        "  then the candidate and the reference in the tested precision, and the ratio of the two\n"
+        "  margin: gate over error; a margin below 1 fails"
     )
 
 
@@ -222,7 +288,7 @@ def _row(result: SiteResult, width: int, with_alone: bool, column: int) -> str:
 
 
 def _parameters_first(names: tuple[str, ...]) -> tuple[str, ...]:
-    """A parameter that a port has not cannot learn; a value that it does not show may be right all the same."""
+    """Sorts parameters to the front: a missing parameter cannot learn, a value that is not shown may still be right."""
     alone = ("cls_token", "position_embeddings")
     return tuple(sorted(names, key=lambda name: name.startswith("block.") or ("." not in name and name not in alone)))
 

@@ -1,0 +1,5 @@
+"""`python -m vit_ref` is the command `vit-ref`."""
+
+from vit_ref.cli.entry import main
+
+main()

@@ -1,0 +1,12 @@
+from .augmentation import Augmentation as Augmentation
+from .data import ImageDataset as ImageDataset
+from .data import open_dataset as open_dataset
+from .illustration import illustrate as illustrate
+from .loading import draw as draw
+from .prediction import predict as predict
+from .recipe import Recipe as Recipe
+from .run import Conduct as Conduct
+from .run import Outcome as Outcome
+from .run import finetune as finetune
+from .run import summarise as summarise
+from .start import make_starting_model as make_starting_model

@@ -1,0 +1,1 @@
+from .parametrize import parametrize_with_checks as parametrize_with_checks

@@ -1,0 +1,151 @@
+"""The parts of a case's check, each judged once, and the report that they make together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from numpy.typing import NDArray
+
+from vit_ref.errors import InputError, UndifferentiableError, UnsupportedByReferenceError
+from vit_ref.files import write
+from vit_ref.testing.suite.subjects import Subject
+from vit_ref.verify.report import in_full, to_html, to_json
+from vit_ref.verify.results import CandidateReport
+from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
+from vit_ref.verify.session import BACKWARD_OWN, Session, prepare_candidate
+from vit_ref.weights.checkpoint import Checkpoint
+
+# By the fixture that hands it to a test.
+PARTS: dict[str, Callable[[Session], Any]] = {
+    "parity": Session.forward,
+    "gradients": Session.backward,
+    "behaviour": Session.behaviour,
+}
+# Behaviour is that of float64, whatever precision the numerical gate tests.
+BEHAVIOUR_PRECISION = "float64"
+NOT_SELECTED = "no test that judges it has run"
+
+
+class Judged(NamedTuple):
+    """What judging a part found.
+
+    Attributes:
+      found: a `ParityReport`, or the behaviours.
+      weights: a line that names the bytes that were judged; "" for an embedded case in memory.
+      report: of the forward pass, a report of that part alone; None of the others.
+    """
+
+    found: Any
+    weights: str
+    report: CandidateReport | None
+
+
+Outcome = Judged | BaseException
+# Reports are small, and in a shuffled run the tests of a subject are far apart.
+_OUTCOMES: dict[tuple[Subject, str], dict[str, Outcome]] = defaultdict(dict)
+
+
+def judge(part: str, subject: Subject, precision: str) -> Outcome:
+    """Judges one of `PARTS`, once; or returns what a test has to raise in its place."""
+    outcomes = _OUTCOMES[subject, precision]
+    if part not in outcomes:
+        outcomes[part] = _judge(part, subject, precision)
+    return outcomes[part]
+
+
+def _judge(part: str, subject: Subject, precision: str) -> Outcome:
+    try:
+        session, before = _prepare(subject, "float32" if part == "behaviour" else precision)
+        with _copying(subject, session, before):
+            found = PARTS[part](session)
+    except (UnsupportedByReferenceError, UndifferentiableError) as error:
+        # The forward pass is judged. Backward the NumPy oracle has nothing to compare with, or the candidate cannot be
+        # differentiated.
+        return pytest.skip.Exception(str(error))
+    except InputError as error:
+        return pytest.fail.Exception(str(error), pytrace=False)
+    except pytest.fail.Exception as error:
+        return error
+    weights = f"\n  weights: {session.origin.said}" if session.source.files and not subject.embedded else ""
+    report = session.report(found, not_backward=NOT_SELECTED, not_behaviour=NOT_SELECTED) if part == "parity" else None
+    return Judged(found, weights, report)
+
+
+@lru_cache(maxsize=1)  # one holds a whole checkpoint, and the tests of a case that follow each other share it
+def _prepare(subject: Subject, precision: str) -> tuple[Session, dict[str, int]]:
+    """A session, and the checksums of what the reference reads."""
+    config, source, pixels = subject.load()
+    before = _checksums(source, pixels)
+    session = Session(
+        config,
+        source,
+        pixels,
+        prepare_candidate(subject.candidate, config, source),
+        precision,
+        subject.reference,
+        title=subject.name,
+        images_backward=(IMAGES_BACKWARD if subject.candidate else BACKWARD_OWN) if subject.given else None,
+    )
+    return session, before
+
+
+@contextlib.contextmanager
+def _copying(subject: Subject, session: Session, before: dict[str, int]) -> Iterator[None]:
+    """Fails if the candidate writes into what the reference reads."""
+    yield
+    after = _checksums(session.source, session.pixels)
+    changed = [name for name in before if after.get(name) != before[name]]
+    if changed:
+        pytest.fail(f"{subject.name}: the candidate changed {changed[0]} in place: it has to copy it", pytrace=False)
+
+
+def _checksums(source: Checkpoint, pixels: NDArray) -> dict[str, int]:
+    return {name: zlib.crc32(array.tobytes()) for name, array in {"the images": pixels, **source.tensors}.items()}
+
+
+def write_report(directory: Path, subject: Subject, precision: str) -> None:
+    """Writes what has been judged of a case so far as text, JSON and a page.
+
+    A report needs the forward pass, which is judged now if no test has asked for it. Nothing is written of a case whose
+    forward pass cannot be judged.
+    """
+    forward = judge("parity", subject, precision)
+    if isinstance(forward, BaseException):
+        return
+    assert forward.report is not None
+    report = forward.report
+    backward = _OUTCOMES[subject, precision].get("gradients")
+    if isinstance(backward, Judged):
+        report = dataclasses.replace(report, backward=backward.found, not_backward="")
+    elif backward:
+        report = dataclasses.replace(report, not_backward=str(backward))
+    behaviour = _OUTCOMES[subject, BEHAVIOUR_PRECISION].get("behaviour")
+    if isinstance(behaviour, Judged):
+        report = dataclasses.replace(report, behaviour=behaviour.found, not_behaviour="")
+    elif behaviour:
+        report = dataclasses.replace(report, not_behaviour=str(behaviour))
+    report = _named_as_by_the_command(report, subject)
+    file = directory / f"{subject.name}-{precision}"
+    write(f"{file}.txt", in_full(report) + "\n")
+    write(f"{file}.json", json.dumps(to_json(report), indent=1) + "\n")
+    write(f"{file}.html", to_html(report))
+
+
+def _named_as_by_the_command(report: CandidateReport, subject: Subject) -> CandidateReport:
+    """A report of the name that `vit-ref verify` gives it. A case's directory is gone when somebody reads it."""
+    checkpoint = report.checkpoint
+    if subject.embedded:
+        checkpoint = checkpoint._replace(name=subject.embedded, path="")
+    title = checkpoint.name
+    forward = dataclasses.replace(report.forward, title=title)
+    backward = report.backward and dataclasses.replace(report.backward, title=f"{title}, backward")
+    return dataclasses.replace(report, title=title, checkpoint=checkpoint, forward=forward, backward=backward)

@@ -1,0 +1,120 @@
+"""The subjects of parity: embedded cases, and what was given with --checkpoint and --candidate."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache, partial
+from pathlib import Path
+
+import pytest
+from numpy.typing import NDArray
+
+from vit_ref.model.config import ViTConfig
+from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.session import FORWARD
+from vit_ref.weights import checkpoint
+from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.pretrained import read_configuration
+
+# A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
+# derivative. "rectangular-patch" is beyond FlaxViT, and the NumPy oracle goes forward only.
+BACKWARD = ("rectangular", "hard-tokens", "no-qkv-bias", "one-head", "pooler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a parity test is about.
+
+    Attributes:
+      name: its id.
+      load: reads the checkpoint, its configuration and images.
+      backward: whether to go backward too.
+      reference: the reference's name.
+      embedded: the name of the embedded case; "" if the person gave the checkpoint.
+      given: whether the person gave the checkpoint or the candidate.
+      candidate: the candidate, as given; None for this package's own model.
+    """
+
+    name: str
+    load: Callable[[], tuple[ViTConfig, Checkpoint, NDArray]]
+    backward: bool
+    reference: str
+    embedded: str = ""
+    given: bool = False
+    candidate: str | None = None
+
+
+def find_subjects(config: pytest.Config) -> list[Subject]:
+    """The subjects that the options of a run ask for."""
+    option = partial(config.getoption, default=None)
+    return _subjects(
+        tuple(option("checkpoint") or ()),
+        option("images"),
+        tuple(option("candidate") or ()),
+        option("reference") or "flax",
+        bool(option("parity_report")),
+    )
+
+
+@lru_cache(maxsize=1)
+def _subjects(
+    checkpoints: tuple[str, ...], images: str | None, candidates: tuple[str, ...], reference: str, reports: bool
+) -> list[Subject]:
+    def load(path: str) -> tuple[ViTConfig, Checkpoint, NDArray]:
+        source = checkpoint.read(path)
+        config = read_configuration(source)
+        return config, source, pixels_for(config, images, FORWARD)
+
+    # A candidate reads the files by itself, and a report names their bytes.
+    load_case = _load_written if candidates or reports else _load_case
+    embedded = [
+        Subject(name, partial(load_case, case), name in BACKWARD, reference, embedded=name)
+        for name, case in CASES.items()
+    ]
+    names = _names(checkpoints, lambda path: Path(path).resolve().name, CASES)
+    given = [
+        Subject(name, partial(load, path), backward=True, reference=reference, given=True)
+        for name, path in zip(names, checkpoints, strict=True)
+    ]
+    if not candidates:
+        return embedded + given
+    # The person asks about the candidate: this package's own model has no part in the answer.
+    return [
+        dataclasses.replace(subject, name=f"{subject.name}-{name}", given=True, candidate=candidate)
+        for name, candidate in zip(_names(candidates, lambda path: Path(path).stem), candidates, strict=True)
+        for subject in given or embedded
+    ]
+
+
+def _names(given: tuple[str, ...], short: Callable[[str], str], taken: Iterable[str] = ()) -> list[str]:
+    """A short name for each thing that was given, which no other has: reports and files are named by it."""
+    found = [short(path) for path in given]
+    count = Counter([*found, *taken])
+    return [
+        name if count[name] == 1 else f"{position}-{re.sub(r'[/:]', '-', path.strip('./'))}"
+        for position, (name, path) in enumerate(zip(found, given, strict=True), start=1)
+    ]
+
+
+def _load_case(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
+    return case.config, case.checkpoint(), case.images()
+
+
+def _load_written(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
+    return case.config, _written(case), case.images()
+
+
+@cache
+def _written(case: Case) -> Checkpoint:
+    """An embedded case's checkpoint in a directory of its own."""
+    return case.write(Path(_scratch().name) / case.name)
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="vit-ref-")

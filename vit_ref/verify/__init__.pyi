@@ -1,0 +1,10 @@
+from .candidates.declaration import Candidate as Candidate
+from .proposals.listing import Proposal as Proposal
+from .proposals.proposal import propose as propose
+from .report import summary as summary
+from .report import to_html as to_html
+from .report import to_json as to_json
+from .results import CandidateReport as CandidateReport
+from .results import Check as Check
+from .session import check_port as check_port
+from .stream import check_streamed as check_streamed
