@@ -30,30 +30,40 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "layer_scale_dropped": Mutant(
             {"layer_scale": False},
             f"{DINOV2}.encoder.layer.0.norm2",
+            f"at {DINOV2}.encoder.layer.0.layer_scale1, the value of {DINOV2}.encoder.layer.0.attention in its place",
             without=("blocks.{i}.scale1", "blocks.{i}.scale2"),
         ),
-        "registers_first": Mutant({"registers_first": True}, f"{DINOV2}.embeddings"),
+        "registers_first": Mutant(
+            {"registers_first": True}, f"{DINOV2}.embeddings", "another order along the number 1 axis"
+        ),
         "positions_by_factor": Mutant({"by_factor": True}, f"{DINOV2}.embeddings"),
         "swiglu_swapped": Mutant({"swap_gate": True}, f"{DINOV2}.encoder.layer.0.mlp.weights_out"),
     },
     "dinov3": {
         "rope_on_registers": Mutant({"turn_registers": True}, "layer.0.attention.o_proj"),
-        "rope_interleaved": Mutant(INTERLEAVED, "rope_embeddings"),
-        "rope_interleaved_unseen": Mutant(INTERLEAVED, "layer.0.attention.o_proj", without=ROPE),
+        "rope_interleaved": Mutant(INTERLEAVED, "rope_embeddings", "the channels split"),
+        "rope_interleaved_unseen": Mutant(
+            INTERLEAVED, "layer.0.attention.o_proj", "rotary positions turn adjacent channels", without=ROPE
+        ),
     },
     "siglip": {
-        "erf_gelu": Mutant({"erf": True}, f"{SIGLIP}.encoder.layers.0.mlp.activation_fn"),
-        "pooling_without_residual": Mutant({"residual": False}, f"{SIGLIP}.head"),
+        "erf_gelu": Mutant({"erf": True}, f"{SIGLIP}.encoder.layers.0.mlp.activation_fn", "erf GELU for tanh GELU"),
+        "pooling_without_residual": Mutant({"residual": False}, f"{SIGLIP}.head", f"{SIGLIP}.head.attention not added"),
     },
     "clip": {
-        "gelu": Mutant({"exact": True}, f"{CLIP}.encoder.layers.0.mlp.activation_fn"),
-        "pre_norm_missed": Mutant({"pre_norm": False}, f"{CLIP}.encoder.layers.0.layer_norm1", without=("pre_norm",)),
+        "gelu": Mutant({"exact": True}, f"{CLIP}.encoder.layers.0.mlp.activation_fn", "erf GELU for quick GELU"),
+        "pre_norm_missed": Mutant(
+            {"pre_norm": False},
+            f"{CLIP}.encoder.layers.0.layer_norm1",
+            f"at {CLIP}.pre_layrnorm, the value of {CLIP}.embeddings in its place",
+            without=("pre_norm",),
+        ),
     },
-    "deit": {"one_head": Mutant({"one_head": True}, "output")},
+    "deit": {"one_head": Mutant({"one_head": True}, "output", "the value of cls_classifier in its place")},
     "llama": {
         "rope_interleaved": Mutant(INTERLEAVED, f"{LLAMA}.rotary_emb"),
         "rope_interleaved_unseen": Mutant(INTERLEAVED, f"{LLAMA}.layers.0.self_attn.o_proj", without=ROPE),
-        "epsilon": Mutant({"epsilon": 1e-6}, f"{LLAMA}.layers.0.input_layernorm"),
+        "epsilon": Mutant({"epsilon": 1e-6}, f"{LLAMA}.layers.0.input_layernorm", "epsilon 1e-06 for 1e-05"),
         "kv_heads_tiled": Mutant({"tiled": True}, f"{LLAMA}.layers.0.self_attn.o_proj"),
     },
 }
