@@ -40,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--reference",
-        choices=("flax", "torch", "numpy"),
+        metavar="flax|torch|numpy|FILE.py|module:attr",
         help="compare with this reference: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy"
-        " oracle, which judges the forward pass alone (default: flax)",
+        " oracle, which judges the forward pass alone (default: flax); or with one that you declare, of any model",
     )
     group.addoption("--parity-report", metavar="DIR", help="write every case's report to DIR: text, JSON, HTML")
 
@@ -66,9 +66,13 @@ def pytest_configure(config: pytest.Config) -> None:
         if reports:
             _require_reports(config, Path(reports))
         # Not asked for, it fails the tests that need it and no others.
-        if reference:
+        if reference in choice.REFERENCES:
             choice.require(reference)
-        for path in checkpoints:
+        elif reference:
+            loading.find(reference, "reference")
+            if not candidates or images:
+                raise InputError(f"--reference {reference} makes its own inputs: give a --candidate, and no --images")
+        for path in checkpoints if not reference or reference in choice.REFERENCES else ():
             checkpoint.locate(path)
         if images and not checkpoints:
             raise InputError("--images belongs to a --checkpoint: give one")

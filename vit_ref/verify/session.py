@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -28,12 +27,11 @@ from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.protocols import Reference, Runnable
 from vit_ref.verify.compare.trace import Progress, silent
-from vit_ref.verify.environment import environment
-from vit_ref.verify.judgement import complete, judge_gradients
+from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
-from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, require_expectations
+from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
@@ -103,7 +101,7 @@ def check_port(
     return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
 
-class Session:
+class Session(Judgement):
     """What one check of a ViT takes, and the parts of the check.
 
     Args:
@@ -192,45 +190,13 @@ class Session:
             progress=self.progress,
         )
 
+    def given(self) -> dict[str, NDArray]:
+        """See `Judgement.given`."""
+        return {"the images": self.pixels, **self.source.tensors}
+
     def behaviour(self) -> tuple[Behaviour, ...]:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
         return check_behaviour(self.candidate, self.pixels[:BEHAVIOUR], progress=self.progress)
-
-    def report(
-        self,
-        forward: ParityReport,
-        backward: ParityReport | None = None,
-        not_backward: str = "",
-        behaviour: tuple[Behaviour, ...] = (),
-        not_behaviour: str = "",
-    ) -> CandidateReport:
-        """The report of parts that were judged; the fields are those of `CandidateReport`."""
-        return CandidateReport(
-            title=self.title,
-            checkpoint=self.origin,
-            candidate=self.candidate.name,
-            reference=forward.reference,
-            precision=forward.precision,
-            forward=forward,
-            backward=backward,
-            not_backward=not_backward,
-            behaviour=behaviour,
-            expected_failed_checks={},
-            environment=environment(self.precision),
-            not_behaviour=not_behaviour,
-            notes=self.candidate.notes,
-        )
-
-    def check(
-        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
-    ) -> CandidateReport:
-        """Does all of it; arguments and errors are those of `check_port`."""
-        forward = self.forward()
-        gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
-        report = self.report(forward, gradients, reason, self.behaviour(), self.not_behaviour)
-        report = dataclasses.replace(report, expected_failed_checks=dict(expected_failed_checks or {}))
-        require_expectations(report)
-        return complete(report, unjudged)
 
 
 def count_steps(*, backward: bool) -> int:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from flax.errors import TraceContextError
+from jax.typing import DTypeLike
 
 from vit_ref.errors import CandidateError
 from vit_ref.model.vit import identity
@@ -33,21 +34,22 @@ Run = Callable[[Any, Arguments, Table, Tap | None], Any]
 Call = Callable[..., Any]
 
 
-def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
+def adapted(port: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     """A port's parameters, any tree, and its forward pass from them.
 
     Args:
       port: what a candidate's loader returned.
       call: see `Candidate.call`.
       name: the candidate's, for messages.
+      dtype: what is computed in. For float64 the arrays that are no parameters, such as statistics, are widened.
 
     Raises:
       CandidateError: it is nothing that can be called.
     """
     if isinstance(port, nnx.Module):
-        return _nnx(port, call, name)
+        return _nnx(port, call, name, dtype)
     if isinstance(port, tuple) and len(port) == 2 and isinstance(port[0], linen.Module):
-        return _linen(port[0], port[1], call, name)
+        return _linen(port[0], port[1], call, name, dtype)
     if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
         return _function(*port, call)
     if not callable(port):
@@ -57,8 +59,9 @@ def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
     return _tree(port, call)
 
 
-def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
+def _nnx(port: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
+    rest = _wide_enough(rest, dtype)
 
     def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         # A copy: nnx refuses to change a variable that belongs to an outer trace, and transformations such as
@@ -100,6 +103,13 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
     return parameters, run
 
 
+def _wide_enough(tree: Any, dtype: DTypeLike) -> Any:
+    """A tree of arrays, floats widened where float64 is computed in."""
+    if np.dtype(dtype) != np.float64:
+        return tree
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree)
+
+
 def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
     """The variables of a model that no longer have the value that they had, by path."""
     after = dict(nnx.to_flat_state(nnx.state(model)))
@@ -121,7 +131,7 @@ def _bits(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if is_key else leaf
 
 
-def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -> tuple[Any, Run]:
+def _linen(module: linen.Module, variables: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise CandidateError(
             f"{name}: load() returned a linen module with a {type(variables).__name__} without 'params': give"
@@ -130,6 +140,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
 
     # A box says how a parameter is divided among devices, which is no part of its name.
     parameters = linen.meta.unbox(variables["params"])
+    variables = _wide_enough({kind: each for kind, each in variables.items() if kind != "params"}, dtype)
 
     def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         met: set[str] = set()

@@ -40,7 +40,7 @@ class JaxCandidate(Declared, Tapped):
         if self._loaded is None or self._loaded[0] != np.dtype(dtype):
             self._loaded = np.dtype(dtype), load(candidate, self._checkpoint, dtype)
         with in_one_line(self.name, "taking its parameters"):
-            parameters, run = adapted(self._loaded[1], candidate.call, self.name)
+            parameters, run = adapted(self._loaded[1], candidate.call, self.name, dtype)
             _require_values(parameters, self.name)
             if np.dtype(dtype) == np.float64:
                 parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)

@@ -16,10 +16,12 @@ class Outline(Protocol):
     Attributes:
       output: the site of the output, which is the last.
       example: inputs whose shapes stand for any.
+      takes_first: whether a submodule that returns a tuple stands for its first element.
     """
 
     output: str
     example: Any
+    takes_first: bool
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
         """Every site with the shape of its value, in order.

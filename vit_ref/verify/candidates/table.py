@@ -89,7 +89,9 @@ class Table:
         for point in self.points:
             if point.path != path or point.of_input:
                 continue
-            if point.key is None:
+            if point.key is None and self._outline.takes_first and isinstance(output, (tuple, list)) and output:
+                output = with_element(output, 0, self._through(point, output[0], tap))
+            elif point.key is None:
                 output = self._through(point, output, tap)
             elif (element := elements(output).get(str(point.key))) is not None:
                 output = with_element(output, point.key, self._through(point, element, tap))

@@ -46,7 +46,7 @@ class TorchCandidate(Declared):
     def trace(self, inputs: Inputs, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Tapped.trace`."""
         module = self._ready(precision.dtype)
-        given = {site: torch.tensor(value) for site, value in (replace or {}).items()}
+        given = {site: torch.tensor(np.ascontiguousarray(value)) for site, value in (replace or {}).items()}
         recorded: Trace = {}
 
         def tap(site: str, value: torch.Tensor) -> torch.Tensor:

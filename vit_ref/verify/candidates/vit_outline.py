@@ -23,6 +23,8 @@ class ViTOutline:
       config: the model's configuration.
     """
 
+    takes_first = False
+
     def __init__(self, config: ViTConfig):
         self.config = config
         self.output = output_site(config)

@@ -61,9 +61,10 @@ def _read(path: Path) -> dict[str, NDArray]:
     if not path.is_file():
         raise InputError(f"{path}: no such file: name one that np.savez wrote")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise InputError(f"{path}: a single array: save it under a name with np.savez(FILE, NAME=array)")
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise InputError(f"{path}: a single array: save it under a name with np.savez(FILE, NAME=array)")
+        with loaded as file:
             return {name: file[name] for name in file.files}
     except InputError:
         raise

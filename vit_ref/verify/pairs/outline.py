@@ -26,6 +26,7 @@ class DeclaredOutline:
 
     output = OUTPUT
     example: Any = None
+    takes_first = True
 
     def __init__(self, sites: Mapping[str, Shape], output: Shape, parameters: Mapping[str, Shape]):
         self._sites = {**sites, OUTPUT: output}

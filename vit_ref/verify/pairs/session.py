@@ -20,14 +20,14 @@ from vit_ref.verify.candidates.feeding import name_input
 from vit_ref.verify.candidates.jax_candidate import JaxCandidate
 from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
 from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.inputs import copy_inputs, is_float
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.trace import Progress, passing, silent
-from vit_ref.verify.environment import environment
-from vit_ref.verify.judgement import complete, judge_gradients
+from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.pairs.discovery import Blank, discover
 from vit_ref.verify.pairs.explainer import PairExplainer
 from vit_ref.verify.pairs.given import Given as GivenInputs
@@ -37,7 +37,7 @@ from vit_ref.verify.pairs.parameters import match_parameters
 from vit_ref.verify.pairs.truth import require_same_attention
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.problem import Problem
-from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, require_expectations
+from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.weights.origin import Origin, find_origin_of
 
 # What a person may give for either side.
@@ -85,8 +85,10 @@ def compare(
     return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
 
-class PairSession:
+class PairSession(Judgement):
     """What one comparison takes, and its parts; arguments and errors are those of `compare`."""
+
+    candidate: Any
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class PairSession:
         inputs: GivenInputs = None,
         precision: str | DTypeLike | Precision = "float32",
         seed: int = 0,
+        title: str | None = None,
         progress: Progress = silent,
     ):
         self.progress = progress
@@ -110,13 +113,14 @@ class PairSession:
         self.inputs = find_inputs(declared, inputs, seed)
         progress(f"loading {declared.name}")
         loaded = self._load(declared)
-        plain = self._implementation(declared, Blank(), loaded)
+        plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
         progress(f"{declared.name}: finding its sites")
         self.found = discover(plain, declared.sites, self.inputs)
         declared = dataclasses.replace(declared, sites=self.found.table)
-        self.reference = self._implementation(declared, self.found.outline, loaded, role="reference")
-        require_repeatable(self.reference, self.inputs, progress=progress)
-        self.explainer = PairExplainer(self.reference, self.inputs, list(self.found.outline.shapes(self.inputs)))
+        # Observed at all sites, of which the candidate may show a few.
+        self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
+        require_repeatable(self.whole, self.inputs, progress=progress)
+        self.explainer = PairExplainer(self.whole, self.inputs, list(self.found.outline.shapes(self.inputs)))
         attention = ""
         if getattr(declared, "attention", True):
             progress(f"{declared.name}: its ways of attention")
@@ -127,12 +131,13 @@ class PairSession:
         progress(f"loading {judged.name}")
         self.candidate = self._candidate(judged)
         # Of the reference only what the candidate shows is kept: all of it takes as much memory as a backward pass.
-        claims = self.candidate.claims
+        claims = self._shown(judged)
         shared = {key: target for key, target in self.found.table.items() if _destinations(target) & claims}
         self.reference = self._implementation(
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
         require_repeatable(self.candidate, self.inputs, progress=progress)
+        self.title = self.origin.name if title is None else title
 
     def _load(self, declaration: Candidate) -> Any:
         with FLOAT64.active():
@@ -160,22 +165,23 @@ class PairSession:
         outline = self.found.outline
         if declaration.parameters is None:
             bare = self._implementation(dataclasses.replace(declaration, sites={}), outline, loaded)
-            table = match_parameters(bare.parameters(), self.reference.parameters())
+            table = match_parameters(bare.parameters(), self.whole.parameters())
             declaration = dataclasses.replace(declaration, parameters=table)
-        claims = self._implementation(declaration, outline, loaded).claims
-        return self._implementation(declaration, outline.only(claims), loaded)
+        return self._implementation(declaration, outline.only(self._shown(declaration)), loaded)
+
+    def _shown(self, declaration: Candidate) -> frozenset[str]:
+        """The sites that a candidate may show: those of its table, or without one all."""
+        every = self.found.outline.shapes(self.inputs)
+        if declaration.sites is None:
+            return frozenset(every)
+        return claimed(declaration.sites, self.found.outline, every) | {OUTPUT}
 
     def _notes(self, attention: str) -> tuple[str, ...]:
-        notes = ["the reference is the only truth: no oracle knows what it computes", attention, *self.reference.notes]
+        notes = ["the reference is the only truth: no oracle knows what it computes", attention, *self.whole.notes]
         if several := self.found.repeated:
             more = ", ..." if len(several) > 3 else ""
             notes.append(f"no sites, because they run more than once in a pass: {', '.join(several[:3])}{more}")
         return tuple(filter(None, notes))
-
-    @property
-    def title(self) -> str:
-        """Which checkpoint, for reports."""
-        return self.origin.name
 
     @cached_property
     def origin(self) -> Origin:
@@ -234,28 +240,9 @@ class PairSession:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
         return check_behaviour(self.candidate, self.inputs, progress=self.progress)
 
-    def check(
-        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
-    ) -> CandidateReport:
-        """Does all of it; arguments and errors are those of `compare`."""
-        forward = self.forward()
-        gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
-        report = CandidateReport(
-            title=self.title,
-            checkpoint=self.origin,
-            candidate=self.candidate.name,
-            reference=forward.reference,
-            precision=forward.precision,
-            forward=forward,
-            backward=gradients,
-            not_backward=reason,
-            behaviour=self.behaviour(),
-            expected_failed_checks=dict(expected_failed_checks or {}),
-            environment=environment(self.precision),
-            notes=(*self.notes, *self.candidate.notes),
-        )
-        require_expectations(report)
-        return complete(report, unjudged)
+    def given(self) -> dict[str, NDArray]:
+        """See `Judgement.given`."""
+        return dict(self.inputs)
 
 
 def count_steps(*, backward: bool) -> int:
