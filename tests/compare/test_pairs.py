@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, note, settings
+from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
 import vit_ref
@@ -40,21 +40,15 @@ def failed(report: CandidateReport) -> list[str]:
 
 
 @families
-def test_a_right_candidate_passes(name: str) -> None:
-    file = PAIRS / f"{name}.py"
+def test_a_right_candidate_passes_at_every_site_of_its_table(name: str) -> None:
+    file, pair = PAIRS / f"{name}.py", family(name)
     report = vit_ref.compare(f"{file}:reference", f"{file}:candidate")
     assert failed(report) == []
     assert report.passed
-
-
-@families
-def test_every_site_of_a_candidate_is_judged(name: str) -> None:
-    pair = family(name)
-    claimed = {site if isinstance(site, str) else site[0] for site in pair.sites(pair.config).values()}
-    layers = range(pair.config["num_hidden_layers"])
-    report = vit_ref.compare(pair.reference(), pair.candidate(), backward=False)
+    claimed = [site if isinstance(site, str) else site[0] for site in pair.sites(pair.config).values()]
+    blocks = range(pair.config["num_hidden_layers"])
     judged = {result.site for result in report.forward.results}
-    assert judged == {site.replace("{i}", str(i)) for site in claimed for i in layers} | {"output"}
+    assert judged == {site.replace("{i}", str(i)) for site in claimed for i in blocks} | {"output"}
 
 
 @pytest.mark.parametrize(("name", "mutant"), [(name, mutant) for name in MUTANTS for mutant in MUTANTS[name]])
@@ -68,7 +62,10 @@ def test_a_wrong_candidate_is_localised(name: str, mutant: str) -> None:
 
 
 @families
-@settings(max_examples=-(-2 * settings.default.max_examples // 5))  # a hundred in the profile "thorough"
+# A hundred in the profile "thorough", each of which takes ten seconds; a seed cannot be made simpler.
+@settings(
+    max_examples=max(1, 2 * settings.default.max_examples // 5), phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_no_right_candidate_is_refused(name: str, seed: int) -> None:
     pair = family(name)
