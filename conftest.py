@@ -1,9 +1,10 @@
-"""Strictness for the whole run, and its header, for tests and benchmarks alike."""
+"""Strict settings and the header of every run, for tests and benchmarks."""
 
 from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -18,10 +19,10 @@ from hypothesis import Phase, settings
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
-# `--hypothesis-profile NAME`: on how many configurations a property is tried. Each has shapes of its own and compiles
-# anew, hence so few, no deadline, and no shrinking but in the thorough profile: five minutes were seen, over an example
-# that was small to begin with. Every run draws others; `--hypothesis-seed` repeats one. The parent is named because
-# hypothesis takes another one, with fixed draws, where it finds itself in CI.
+# `--hypothesis-profile NAME` chooses the number of configurations for each property. Each configuration has shapes of
+# its own and is compiled, so there are few, no deadline, and no shrinking except in the thorough profile. Every run
+# draws
+# new ones; `--hypothesis-seed` repeats a run. The parent is named because in CI hypothesis uses one with fixed draws.
 AS_DRAWN = (Phase.explicit, Phase.reuse, Phase.generate)
 for name, examples, phases in (
     ("quick", 3, AS_DRAWN),
@@ -40,23 +41,29 @@ for name, examples, phases in (
     )
 settings.load_profile("quick")
 
-# XLA compiles a small model on a CPU in half the time with these, if LLVM's optimisations are left out, too. jax 0.12
-# no longer has the first.
+# These make XLA compile a small model on a CPU faster, if LLVM's optimisations are left out, too. jax 0.12 no longer
+# has the first.
 QUICK: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-# A test started this run, in its own process or in another one.
+QUICKLY = "jax_disable_most_optimizations"
+# Set if a test started this run, in its own process or in another one.
 INNER = "PYTEST_CURRENT_TEST" in os.environ
+# A worker drops what it compiled once it holds more than this. Until then single operations serve module after module,
+# because tracing and loading them again takes seconds.
+MOST_BYTES = 3 * 2**29
+# Beginnings of the ids of embedded cases whose gradients are tested for their formula alone.
+GRADIENTS_FOR_THEIR_FORMULA = ("no-qkv-bias-", "one-head-", "pooler-")
 TESTS = Path(__file__).parent / "tests"
-# A test has the name of its folder as a marker.
+# The folder of a test is its marker.
 FOLDERS = {
-    "bench": "what is timed is what was asked for; nothing asserts a time",
+    "bench": "benchmarks time what their options say; no test asserts a time",
+    "candidates": "candidates of others are verified, and a wrong one is reported",
     "compare": "any two implementations are compared by the same gates, whatever they are written in",
-    "candidates": "ports that are not ours are judged, and a wrong one is reported",
-    "consistency": "every way of running and differentiating the model agrees with every other",
+    "consistency": "all ways of running and differentiating the model agree",
     "finetune": "a run does what its recipe says, whatever stops it",
-    "house": "imports point down, and each room imports no more than it needs",
-    "model": "the model by itself",
-    "mutants": "a deliberate fault is seen, and named where it is",
-    "parity": "the gates, the precisions and the traces do what the suite says of them",
+    "house": "imports point down, rooms import no more than they need, docstrings begin as they should",
+    "model": "the model alone does what its configuration says",
+    "mutants": "a deliberate bug is detected, and named where it is",
+    "parity": "gates, precisions and traces do what the suite says",
     "porting": "the weight map, checkpoints and bad input",
     "preprocessing": "images become what the reference's image processor makes of them",
     "properties": "what holds for every valid configuration",
@@ -66,34 +73,41 @@ FOLDERS = {
     "testing": "pytest's options do what they say",
     "training": "training steps, dropout and one-batch overfitting follow the reference",
 }
-# A test has these markers because its file says so.
+# Markers that a test has because of its file.
 MARKERS = {
-    "optimised": "jax compiles as users have it; elsewhere it leaves LLVM's optimisations out, but for parity",
+    "optimised": "jax compiles what users run; most other tests leave out LLVM's optimisations",
+    "no_cover": "pytest-cov does not measure it, because it runs the package with a fault in it",
     "torch": "needs PyTorch, which the extra of that name installs",
     "hub": "needs the Hugging Face hub",
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    # Not in benchmarks/: of a value that pytest does not know yet it makes a path, and then looks nowhere else.
+    # Not for benchmarks/: pytest would take the value of an option that it does not know yet for a path.
     group = parser.getgroup("vit_ref benchmarks")
-    group.addoption("--size", metavar="SIZE", action="append", default=[], help="as Ti/16 or B/16; repeatable")
-    group.addoption("--batch", type=int, metavar="N", action="append", default=[], help="images; repeatable")
+    group.addoption(
+        "--size",
+        metavar="SIZE",
+        action="append",
+        default=[],
+        help="size of the model, such as Ti/16 or B/16; repeatable",
+    )
+    group.addoption("--batch", type=int, metavar="N", action="append", default=[], help="images in a batch; repeatable")
     group.addoption(
         "--bench-precision", metavar="NAME", action="append", default=[], help="float32, mixed, ...; repeatable"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A formula that works only because jax promotes silently is one that another dtype breaks.
+    # A formula that needs jax's implicit promotion breaks with another dtype.
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    # Here and not in pyproject.toml: with `--checkpoint DIR` outside the checkout, pytest looks for its configuration
-    # from there up and finds none.
+    # Not in pyproject.toml: with `--checkpoint DIR` outside the checkout, pytest would look for its configuration above
+    # that directory and find none.
     for name, question in (FOLDERS | MARKERS).items():
         config.addinivalue_line("markers", f"{name}: {question}")
     config.addinivalue_line("filterwarnings", "error")
-    # Of what another process is writing just now: jax then compiles it itself.
+    # If another process is just writing an entry, jax compiles the function itself.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
     config.option.strict_markers = True
     config.option.strict_config = True
@@ -112,46 +126,65 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Marks a test before `-m` selects. The parity suite of the package marks its tests by its own conftest."""
+    """Marks a test before `-m` selects. The conftest of the package's own suite marks the tests of that suite."""
     if item.path.is_relative_to(TESTS):
         item.add_marker(item.path.relative_to(TESTS).parts[0])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Settles how jax compiles, before any fixture of any scope does.
+    """Settles how jax compiles, before any fixture."""
+    quickly = not _compiles_as_users_do(item)
+    if not item.config.getoption("benchmark_only", False) and jax.config.values[QUICKLY] != quickly:
+        jax.config.update(QUICKLY, quickly)
+        jax.clear_caches()  # otherwise jax would go on with what it compiled the other way
 
-    LLVM's optimisations are two fifths of the time that compiling a small model takes, and most tests compare what two
-    programs compute. Parity, and tests that say so, compile what users run.
+
+def _compiles_as_users_do(item: pytest.Item) -> bool:
+    """Says whether this test measures rounding, which depends on how jax compiles: parity, and tests with a marker.
+
+    LLVM's optimisations take two fifths of the time to compile a small model, and most tests compare two programs. An
+    inner run looks for a fault, and not for rounding. A gradient takes three times as long to compile as a forward
+    pass, so two cases alone measure how gradients round. The other cases differ from them in a formula, which float64
+    sees whatever the compiler does.
     """
-    if not item.config.getoption("benchmark_only", False):
-        optimised = any(item.get_closest_marker(name) for name in ("parity", "optimised"))
-        jax.config.update("jax_disable_most_optimizations", not optimised)
+    case = item.name.partition("[")[2]
+    if INNER or ("gradients" in getattr(item, "fixturenames", ()) and case.startswith(GRADIENTS_FOR_THEIR_FORMULA)):
+        return False
+    return any(item.get_closest_marker(name) for name in ("parity", "optimised"))
 
 
 @pytest.hookimpl(trylast=True)  # after the module's fixtures have ended
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """What a module's tests compiled serves few others, and adds up to gigabytes in each process."""
-    if nextitem is not None and nextitem.path != item.path:
+    """Drops what was compiled, between modules, once it has grown: it comes to gigabytes in each process."""
+    if nextitem is not None and nextitem.path != item.path and _resident_bytes() > MOST_BYTES:
         jax.clear_caches()
         gc.collect()
         _set_aside_what_lives()
 
 
-def _set_aside_what_lives() -> None:
-    """Spares the garbage collector half a million objects, most of them of modules, that live as long as the process.
+def _resident_bytes() -> float:
+    """Returns the memory that this process holds, in bytes; infinity if the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return math.inf
 
-    Tests and the package ask it to collect hundreds of times. An inner run keeps away: what it made would stay.
+
+def _set_aside_what_lives() -> None:
+    """Removes long-lived objects from the garbage collector, because tests and the package run it hundreds of times.
+
+    An inner run does not, because its objects would never be freed.
     """
     if not INNER:
         gc.freeze()
 
 
 def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
-    """Adds `QUICK` to jax's compile options wherever `jax_disable_most_optimizations` is on.
+    """Adds `QUICK` to jax's compile options if `jax_disable_most_optimizations` is on.
 
-    jax has no setting for it. Programs that tests start find the options in VIT_REF_QUICK_XLA_FLAGS: XLA_FLAGS itself
-    would change what workers compile for parity.
+    jax has no setting for them. Programs that tests start read the options from VIT_REF_QUICK_XLA_FLAGS. XLA_FLAGS
+    itself would change what workers compile for parity.
     """
     known = {name: value for name, value in QUICK.items() if _known(**{name: value})}
     flags = " ".join(f"--{name}={str(value).lower()}" for name, value in known.items())
@@ -160,8 +193,8 @@ def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
 
     def options(*arguments: Any, **named: Any) -> Any:
         found = get_compile_options(*arguments, **named)
-        if jax.config.values["jax_disable_most_optimizations"]:
-            # An inner run in this process wraps the wrapped function again.
+        if jax.config.values[QUICKLY]:
+            # An inner run in this process would wrap the wrapped function again.
             found.env_option_overrides = list({**dict(found.env_option_overrides), **known}.items())
         return found
 
@@ -177,10 +210,9 @@ def _known(**option: Any) -> bool:
 
 
 def _keep_compiled(config: pytest.Config, environment: pytest.MonkeyPatch) -> None:
-    """What jax compiles serves all processes of this run: a quarter of the time of `-m mutants`, say.
+    """Shares what jax compiles between all processes of this run, because they compile the same references.
 
-    The same references are compiled for test after test, in every worker. Where the environment names a cache, that is
-    taken.
+    A cache that the environment names is used instead.
     """
     directory = tempfile.mkdtemp(prefix="vit-ref-compiled-")
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
@@ -202,7 +234,7 @@ def _keep_compiled(config: pytest.Config, environment: pytest.MonkeyPatch) -> No
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`pytest --benchmark-only` runs the benchmarks and nothing else; any other run leaves them out."""
+    """Lets `pytest --benchmark-only` run only the benchmarks, and any other run leave them out."""
     left_out = ("tests", "vit_ref") if config.getoption("benchmark_only", False) else ("benchmarks",)
     return True if any(Path(__file__).parent / each in collection_path.parents for each in left_out) else None
 

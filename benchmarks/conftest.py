@@ -1,4 +1,4 @@
-"""What the options of `pytest --benchmark-only` stand for, and the promotion that other people's code relies on."""
+"""Parametrises the benchmarks by the options of `pytest --benchmark-only`, and lets dtypes promote implicitly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _timed(request: pytest.FixtureRequest) -> None:
-    # pytest-benchmark's own fixture must not be asked: it warns where it is not used then.
+    # pytest-benchmark's own fixture warns if a test asks for it and does not use it.
     if request.config.getoption("benchmark_disable") or hasattr(request.config, "workerinput"):
         pytest.skip("nothing is timed with --benchmark-disable, nor by several processes: leave -n away")
 

@@ -1,4 +1,4 @@
-"""What a train step costs beside the compiled function in it: on one image of a ViT-Ti/16 it would show."""
+"""What does a training step cost beside its compiled function? One image of a ViT-Ti/16 makes that cost visible."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _pair() -> tuple[Any, Any]:
 
 
 def _bare() -> Callable[..., Any]:
-    """The executable on a flat list of arrays: nothing of NNX, no cache of signatures to look into."""
+    """Returns the executable on a flat list of arrays, without NNX and without a cache of signatures."""
     graph, state = nnx.split(_pair())
     leaves, tree = jax.tree.flatten(state)
 
@@ -42,14 +42,14 @@ def _bare() -> Callable[..., Any]:
 
 
 def _split_once() -> Callable[..., Any]:
-    """As `vit_ref.finetune` steps: a jitted function of the state, which is split once."""
+    """Returns a step as `vit_ref.finetune` has it: a jitted function of the state, which is split once."""
     graph, state = nnx.split(_pair())
     step = jax.jit(partial(split_step, graph), donate_argnums=0)
     return chain_steps(step, state, *map(jax.device_put, WORK.inputs()))
 
 
 def _nnx_jit() -> Callable[..., Any]:
-    """`nnx.jit`, which takes model and optimizer apart and puts them together at every step."""
+    """Returns a step by `nnx.jit`, which splits and merges model and optimizer at every step."""
     model, optimizer = _pair()
     pixels, labels = map(jax.device_put, WORK.inputs())
     step = nnx.jit(train_step)

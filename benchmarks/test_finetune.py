@@ -1,4 +1,4 @@
-"""Is it the loader or the step that a run waits for: each alone, and both as in a run, a batch at a time."""
+"""Does a run wait for the loader or for the step? Times each alone, and both as in a run, a batch at a time."""
 
 from __future__ import annotations
 
@@ -59,8 +59,7 @@ def test_finetune(benchmark: Any, part: str) -> None:
     batch = next(loader)
     step = None if part == "loader" else _step()
     if step is None:
-        # So many, and not as many as one round suggests: what was loaded ahead is there in microseconds. The first ones
-        # use that up.
+        # A fixed number of rounds, because the loader returns its first batches, loaded ahead, within microseconds.
         benchmark.pedantic(lambda: next(loader), rounds=100, warmup_rounds=20)
     elif part == "step":
         assert np.isfinite(step(batch))

@@ -1,4 +1,4 @@
-"""What a person waits for before anything is computed: the import, and reading a checkpoint into a model."""
+"""How long does a person wait before the first computation: for the import, and for a checkpoint to become a model?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import Case
 from vit_ref.weights.pretrained import build
 
-# The bare interpreter and jax alone are the lower bounds.
+# The bare interpreter and jax alone give the lower bounds.
 IMPORTS = {"nothing": "pass", "jax": "import jax", "flax.nnx": "from flax import nnx", "vit_ref": "import vit_ref"}
 
 

@@ -1,4 +1,4 @@
-"""Forward pass and train step beside FlaxViT, and PyTorch where it is installed: one group, so that ratios show."""
+"""How fast are forward pass and training step beside FlaxViT and PyTorch? They are one group, to show ratios."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vit_ref.bench.workload import Workload
 from vit_ref.errors import UnbuildableError
 from vit_ref.verify.environment import environment
 
-# Rounds of the roofline's products before, and again after, what pytest-benchmark times without a break.
+# Number of rounds of the roofline's products before, and again after, the timed rounds.
 PRODUCTS = 4
 
 
-# PyTorch's compiler imports what PyTorch itself calls deprecated, and a warning is an error here.
+# PyTorch's compiler imports modules that PyTorch calls deprecated, and a warning is an error here.
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_throughput(benchmark: Any, workload: Workload, name: str) -> None:
     notes: list[str] = []
@@ -31,7 +31,7 @@ def test_throughput(benchmark: Any, workload: Workload, name: str) -> None:
         roofline.measure()
     times = passes_at_once()
     benchmark(contender.run, times)
-    # Seconds of a pass in its own columns too, however many a round has: saved runs stay comparable.
+    # Seconds of one pass in its own columns, so that saved runs with other numbers of passes stay comparable.
     rounds = benchmark.stats.stats.data
     rounds[:] = [seconds / times for seconds in rounds]
     for _ in range(PRODUCTS):

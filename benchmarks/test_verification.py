@@ -1,4 +1,4 @@
-"""What verification itself costs, cold, by pass: time and peak memory of a process that does nothing else."""
+"""What does verification cost, cold, by pass? Each runs in a process of its own, for time and peak memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# In a process of its own: only there is the peak this pass's alone, and nothing compiled yet.
+# A new process has compiled nothing, and its peak memory belongs to this pass alone.
 _CHECK = """
 import resource, sys
 import numpy as np

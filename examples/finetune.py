@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Fine-tune a Vision Transformer
 #
-# Load a ViT, see that it is the reference's ViT, give it a new head, fine-tune it, and let it predict. With
-# `CHECKPOINT = DATA = None` this runs anywhere in a minute, on images that are made here. For the real thing set
+# Load a ViT, check that it equals the reference's ViT, give it a new head, fine-tune it, and let it predict. With
+# `CHECKPOINT = DATA = None` this runs anywhere in a minute, on generated images. For real data set
 # `CHECKPOINT = "google/vit-base-patch16-224"`, `DATA = "ethz/food101"`, `SPLITS = "train[:5000]", "validation[:1000]"`
-# and `CLASSES = 5`, or any directory with one folder of images for each class.
+# and `CLASSES = 5`, or name any directory with one folder of images for each class.
 #
 # `pip install 'vit-ref[finetune]'`; the second step needs `vit-ref[test]` too, for the reference.
 
@@ -46,15 +46,15 @@ CHECKPOINT = None
 DATA, SPLITS, CLASSES = None, ("train", "validation"), None
 OUT = Path(tempfile.mkdtemp(prefix="finetune-"))
 
-# The tutorial's recipe is `Recipe()`: SGD, 0.001, momentum 0.8, three epochs. From scratch Adam learns faster.
+# The tutorial's recipe is `Recipe()`: SGD, 0.001, momentum 0.8, three epochs. A new model learns faster with Adam.
 scratch = Recipe(epochs=3, optimizer="adamw", learning_rate=3e-3, grad_clip=1.0, warmup_ratio=0.1)
 recipe = scratch if CHECKPOINT is None else Recipe()
 
 # %% [markdown]
 # ## Images
 #
-# Every image is opened once here, so that a broken one is known before training. What augmentation makes of an image
-# depends on (seed, epoch, index) alone: any one can be drawn again.
+# Opening a data set reads every image once, so that a broken one is known before training. An augmented image depends
+# only on (seed, epoch, index), so any one can be drawn again.
 
 # %%
 training = open_dataset(DATA, SPLITS[0], classes=CLASSES)
@@ -71,9 +71,9 @@ plots.plot_batches(
 )
 
 # %% [markdown]
-# ## Is the model the reference's?
+# ## Is the model equal to the reference?
 #
-# Not "are the logits about the same", but at every site, against a float64 oracle.
+# Similar logits are not enough: the check compares every site with a float64 oracle.
 
 # %%
 start = OUT / "start"
@@ -85,7 +85,7 @@ if importlib.util.find_spec("transformers"):
 # %% [markdown]
 # ## Fine-tune
 #
-# The head is new, of zeros. A run that is stopped goes on with `resume=True`, to the same bits.
+# The head is new and starts as zeros. `resume=True` continues a run that was stopped, to the same bits.
 
 # %%
 outcome = finetune(CHECKPOINT, training, validation, OUT / "run", recipe, Conduct(quiet=True))
@@ -94,9 +94,9 @@ for name, accuracy in zip(validation.classes, outcome.evaluation.per_class, stri
     print(f"  {accuracy:6.1%}  {name}")
 
 # %% [markdown]
-# ## Look
+# ## Look at the plots
 #
-# Schedule, losses, confusion, predictions and attention, as PNG files in `run/plots`.
+# `run/plots` holds schedule, losses, confusion, predictions and attention as PNG files.
 
 # %%
 illustrate(outcome, training, validation, recipe)
@@ -105,7 +105,7 @@ print(*sorted(path.name for path in (OUT / "run" / "plots").iterdir()))
 # %% [markdown]
 # ## Predict
 #
-# What was saved is a Hugging Face directory: transformers loads it, and so does `vit-ref predict`.
+# The saved model is a Hugging Face directory, which transformers and `vit-ref predict` load.
 
 # %%
 best = vit_ref.from_pretrained(outcome.directory)

@@ -1,7 +1,7 @@
-"""What `cosmic-ray exec` does, in a fork of one process that has imported the libraries: seconds a mutation, not many.
+"""Runs `cosmic-ray exec` in forks of one process that has imported the libraries, which takes seconds a mutation.
 
-Usage: python mutation/forked.py CONFIG SESSION. Runs every mutation of the session that has no result yet, and again
-those that survived; prints the score and every survivor.
+Usage: python mutation/forked.py CONFIG SESSION. Runs every mutation of the session without a result, and those that
+survived before. Prints the score and every survivor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-# Imported for the children. Nothing here may start a jax backend, which would not survive a fork.
+# Imported for the children. Nothing here may start a jax backend, because a backend does not survive a fork.
 import flax.linen
 import flax.nnx  # noqa: F401
 import hypothesis.extra.numpy  # noqa: F401
@@ -28,9 +28,9 @@ from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResul
 
 
 def passes(stages: list[list[str]], timeout: float) -> tuple[bool, str]:
-    """Whether pytest passes with each of these arguments, in forks of this process; and the end of what it wrote.
+    """Tells whether pytest passes with each of these arguments, in forks, and returns the end of its output.
 
-    A stage that takes longer than so many seconds has failed; so has the first that fails, and the rest is not run.
+    A stage that exceeds the time limit fails. After the first failure the remaining stages are not run.
     """
     output = ""
     for arguments in stages:
@@ -40,7 +40,9 @@ def passes(stages: list[list[str]], timeout: float) -> tuple[bool, str]:
                 os.dup2(written.fileno(), 1)
                 os.dup2(written.fileno(), 2)
                 signal.alarm(int(timeout))  # ends the child
-                os._exit(pytest.main(arguments))
+                outcome = pytest.main(arguments)
+                sys.stdout.flush()  # os._exit leaves the summary, which names the test, in the buffer
+                os._exit(outcome)
             status = os.waitpid(child, 0)[1]
             written.seek(0)
             output = written.read().decode(errors="replace")[-4000:]
@@ -50,7 +52,7 @@ def passes(stages: list[list[str]], timeout: float) -> tuple[bool, str]:
 
 
 def run(item: WorkItem, stages: list[list[str]], timeout: float) -> WorkResult:
-    """The result of one mutation, made in its file while the tests run."""
+    """Returns the result of one mutation, which is in its file while the tests run."""
     (mutation,) = item.mutations
     operator = get_operator(mutation.operator_name)(**mutation.operator_args)
     with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
@@ -64,7 +66,7 @@ def run(item: WorkItem, stages: list[list[str]], timeout: float) -> WorkResult:
 
 
 def killer(result: WorkResult) -> str:
-    """The test that failed first, by pytest's own summary; a module that cannot be imported fails before any."""
+    """Returns the test that failed first, from pytest's summary. A module that cannot be imported fails before any."""
     lines = (result.output or "").splitlines()
     return next((line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR "))), "an exit")
 

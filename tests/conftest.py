@@ -1,4 +1,4 @@
-"""Fixtures that more than one folder of tests needs."""
+"""Fixtures that several folders of tests use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def filled() -> Callable[..., VisionTransformer]:
     return _filled
 
 
-# Compiled once a configuration and batch size, whatever the weights.
+# Compiled once for each configuration and batch size, whatever the weights.
 @partial(jax.jit, static_argnums=0)
 def _observe(graph: nnx.GraphDef, state: nnx.State, pixels: jax.Array) -> dict[str, jax.Array]:
     recorded: dict[str, jax.Array] = {}
@@ -59,7 +59,7 @@ def _traced(config: ViTConfig, parameters: Tensors, pixels: NDArray) -> Trace:
         recorded = jax.device_get(
             _observe(graph, pretrained.replace_arrays(shapes, parameters), jnp.asarray(pixels, np.float64))
         )
-    # jit returns a dictionary's entries in alphabetical order.
+    # jit returns the entries of a dictionary in alphabetical order.
     return {site.name: recorded[site.name] for site in sites(config, len(pixels))}
 
 

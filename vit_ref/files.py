@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file under a temporary name and renames it, so that nobody sees a part of it.
+    """Writes a text file under a temporary name and renames it, so that no reader sees a part of it.
 
     A link, a pipe or a device that exists at the path is not replaced. The text goes into it directly.
 

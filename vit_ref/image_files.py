@@ -13,7 +13,7 @@ from vit_ref.errors import InputError
 _RECOGNISED_ONLY = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
 
-class Found(NamedTuple):
+class Files(NamedTuple):
     """Files below a directory, without hidden ones. Each list is sorted.
 
     Attributes:
@@ -53,21 +53,21 @@ def suffixes() -> frozenset[str]:
     )
 
 
-def find(directory: Path) -> Found:
+def find(directory: Path) -> Files:
     """Lists the files below a directory.
 
     Raises:
       InputError: Pillow is missing.
     """
-    known, found = suffixes(), Found([], [])
+    known, files = suffixes(), Files([], [])
     for path in sorted(directory.rglob("*")):
         if path.name.startswith("."):
             continue
         if path.suffix.lower() in known:
-            found.images.append(path)
+            files.images.append(path)
         elif not path.is_dir():
-            found.others.append(path)
-    return found
+            files.others.append(path)
+    return files
 
 
 def counted(files: Iterable[PurePath | str]) -> str:

@@ -23,14 +23,14 @@ from vit_ref.model import config
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Ti of two narrow blocks, which compiles in a second, and small products."""
+    """Makes Ti a model of two narrow blocks, which compiles in a second, and the products small."""
     monkeypatch.setitem(config._VARIANTS, "Ti", (48, 2, 96, 3))
     monkeypatch.setitem(roofline._SIDES, "cpu", (256,))
 
 
 def _run(*options: str) -> Result:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        # Patches of 112 pixels: five tokens.
+        # Patches of 112 pixels give five tokens.
         return CliRunner().invoke(main, ["bench", "--size", "Ti/112", "--rounds", "2", *options])
 
 
@@ -62,7 +62,7 @@ def test_a_train_step_holds_two_moments_of_each_parameter(tmp_path: Path) -> Non
     assert _run(*one).exit_code == 0
     forward, step = json.loads(data.read_text())["timings"]
     assert (forward["what"], step["what"]) == ("forward", "train")
-    # 1.9 M parameters of four bytes, most of them the patches'.
+    # 1.9 M parameters of four bytes, most of them in the patches' kernel.
     assert step["peak bytes"] - forward["peak bytes"] > 2 * 1.9e6 * 4
 
 
@@ -81,13 +81,11 @@ def test_a_batch_that_does_not_fit_is_halved_aloud(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.torch
 @pytest.mark.parametrize("when", ["asked to", "called"])
-def test_where_there_is_no_compiler_torch_compile_is_left_out_and_the_others_are_timed(
-    when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_compile_is_left_out_without_a_compiler(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
 
     def fail(*_: object) -> None:
-        # The class that torch raises derives from this one; its compiler takes ten seconds to import.
+        # torch raises a class derived from this one. To import torch's compiler takes long.
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx\n\nSet TORCH_LOGS")
 
     monkeypatch.setattr(torch, "compile", fail if when == "asked to" else lambda model: fail)

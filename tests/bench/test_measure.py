@@ -1,4 +1,4 @@
-"""Is what is timed what was asked for, and are the figures those of the rounds?"""
+"""Does the benchmark time what its options say, and are its figures those of the rounds?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORK = Workload("Ti/16", 8, "float32", "forward")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, run: Callable[[int], Any] = lambda side: None) -> None:
-    """Products that are not computed."""
+    """Replaces the products by some that are not computed."""
     monkeypatch.setattr(roofline, "_product", lambda side, dtype: lambda times=1: [run(side) for _ in range(times)])
 
 
@@ -49,7 +49,7 @@ def test_figures_follow_from_the_median_round() -> None:
 
 
 def test_implementations_are_compared_round_by_round() -> None:
-    # Slow from the fourth round of one on and from the third of the other: medians would say 1.47.
+    # One contender is slow from the fourth round on, the other from the third: medians would give 1.47.
     mine, theirs = _timing((3.0, 3.0, 3.0, 4.2, 4.2)), _timing((3.15, 3.15, 4.41, 4.41, 4.41))
     assert mine.speedup(theirs) == pytest.approx(1.05)
     assert theirs.speedup(mine) == pytest.approx(1 / 1.05)
@@ -57,7 +57,7 @@ def test_implementations_are_compared_round_by_round() -> None:
     assert [list(column.cells) for column in columns if column.header == "x FlaxViT"] == [["1.05", "1.00"]]
 
 
-def test_contenders_and_products_run_in_turns_and_each_has_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_and_products_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     stand_in(monkeypatch, lambda side: order.append(str(side)))
 
@@ -76,7 +76,7 @@ def test_contenders_and_products_run_in_turns_and_each_has_its_own_times(monkeyp
     assert order == ["1024", "1024", "1536", "1536", "slow", "quick"] * 3
     assert (slow.name, len(slow.seconds), slow.cost.cold_s, slow.cost.cached_s) == ("slow", 3, 7.0, None)
     assert min(slow.seconds) >= 0.02 > quick.median
-    # Several passes a round, of which the mean one counts; one product more to warm up.
+    # Several passes a round count by their mean. One more product warms up.
     monkeypatch.setattr(queueing.jax, "default_backend", lambda: "gpu")
     slow, _ = timed()
     assert order == (["4096"] * 9 + ["8192"] * 9 + ["slow"] * 8 + ["quick"] * 8) * 3
@@ -115,7 +115,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(error: Exception, monkeypatc
     ]
 
 
-def test_what_does_not_fit_at_all_is_an_error_and_other_errors_stay_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_that_does_not_fit_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(message: str) -> Any:
         def build(workload: Workload) -> Contender:
             raise RuntimeError(message)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_at_all_is_an_error_and_other_errors_stay_themselves(m
         build_fitting(WORK, ["greedy"], lambda line: None)
 
 
-def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_path: Any) -> None:
+def test_a_compilation_is_cold_then_cached_in_any_process(tmp_path: Any) -> None:
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     reads: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: reads.append(event))
@@ -140,7 +140,7 @@ def test_a_compilation_is_cold_then_cached_whatever_cache_the_process_has(tmp_pa
     def function(x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ x) @ x
 
-    for _ in range(2):  # the second would find the first's entry, were the cache not its own
+    for _ in range(2):  # with a shared cache, the second would find the entry of the first
         reads.clear()
         call, cost = compile_twice(function, x)
         assert [e.rsplit("/", 1)[1] for e in reads if "cache_hit" in e or "cache_miss" in e] == [
@@ -167,8 +167,8 @@ def test_the_roofline_is_the_median_of_the_best_side(
     best: str, device: str, small: int, large: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    # The first of each round warms the device up, and takes a day. 3.4 or 8 times the operations in half again as long
-    # are more a second, in nine times as long less.
+    # The first product of each round warms up, and takes a day. The large product has 3.4 or 8 times the operations: in
+    # half again as long it has the higher rate, in nine times as long the lower one.
     lasting = {small: (9.0, 1.0, 2.0), large: (0.2, 4.0, 3.0) if best == "large" else (0.2, 20.0, 18.0)}
     rounds = {side: iter([each for s in seconds for each in (DAY, *[s] * times)]) for side, seconds in lasting.items()}
 
@@ -185,7 +185,7 @@ def test_the_roofline_is_the_median_of_the_best_side(
     assert timed.flops() == (2 * large**3 / 3.0 if best == "large" else 2 * small**3 / 2.0)
 
 
-def test_a_product_is_computed_and_waited_for_whenever_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_is_computed_and_awaited_when_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[jax.Array] = []
     wait = jax.block_until_ready
     monkeypatch.setattr(roofline, "_SIDES", {jax.default_backend(): (16,)})
@@ -193,13 +193,13 @@ def test_a_product_is_computed_and_waited_for_whenever_it_is_timed(monkeypatch: 
     timed = Roofline(WORK.numerics)
     for _ in range(3):
         timed.measure()
-    # Each once to warm up and once timed: six products, none of them an earlier one.
+    # Each once to warm up and once timed: six products, and no result is reused.
     assert len({id(product) for product in waited}) == len(waited) == 6
     x = np.random.default_rng(0).standard_normal((16, 16), dtype=np.float32)
     np.testing.assert_allclose(waited[-1], x @ x, rtol=1e-4, atol=1e-4)  # sums of 16 in single precision, in some order
 
 
-def test_contenders_and_roofline_are_traced_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_and_roofline_are_traced_in_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     def build(workload: Workload) -> Contender:
@@ -242,7 +242,7 @@ def test_what_is_not_known_is_said(arguments: Any, message: str) -> None:
 
 
 def hidden(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Packages that are not installed."""
+    """Makes packages look as if they were not installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None if name in names else find(name))
 
@@ -292,7 +292,7 @@ def test_what_is_asked_for_twice_is_done_once(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", Entry(build))
     stand_in(monkeypatch)
-    # The larger batch comes down to the smaller one.
+    # The larger batch is halved down to the smaller one.
     found = session.time_workloads(["Ti/16"], [4, 2], ["float32"], ["forward"], ["vit_ref"], 2, lambda line: None)
     assert [timing.workload.batch for group in found for timing in group] == [2]
 
@@ -303,10 +303,10 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", ready)
     said: list[str] = []
     list(session.time_workloads(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
-    assert said == ["tensorfloat32: tensorfloat32 products were asked for, and cpu made float32 ones"]
+    assert said == ["tensorfloat32: this run requires tensorfloat32 products, but cpu computes float32 products"]
 
 
-def test_the_own_model_is_timed_with_its_own_attention_and_with_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_own_model_is_timed_with_both_kinds_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def stop(config: object, dtype: object, attention: object) -> None:

@@ -1,4 +1,4 @@
-"""Are benchmarks of what is not installed skipped, with what to install as the reason?"""
+"""Are benchmarks of a missing package skipped, with what to install as the reason?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_fine_tuning_without_grain_is_skipped(missing: bool, monkeypatch: pytest
     pytest.importorskip("grain")
     if missing:
         monkeypatch.setitem(sys.modules, "grain", None)
-    # pytest skips every test of a module whose `pytestmark` says so.
+    # pytest skips every test of a module with this `pytestmark`.
     mark = runpy.run_path(str(FILE))["pytestmark"]
     assert (mark.name, mark.args) == ("skipif", (missing,))
     assert mark.kwargs["reason"] == "fine-tuning needs grain: pip install 'vit-ref[finetune]'"

@@ -1,4 +1,4 @@
-"""Are the figures of `pytest --benchmark-only` of one pass, however many of them a round queues?"""
+"""Are the figures of `pytest --benchmark-only` those of one pass, however many a round queues?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORK = Workload("Ti/16", 8, "float32", "forward")
 
 
 class Benchmark:
-    """pytest-benchmark's fixture, with a clock of its own: a pass takes a quarter of a second."""
+    """Stand-in for pytest-benchmark's fixture with a clock of its own: a pass takes a quarter of a second."""
 
     def __init__(self) -> None:
         self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))

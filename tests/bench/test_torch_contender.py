@@ -1,4 +1,4 @@
-"""Does PyTorch's contender do the same work?"""
+"""Does the contender in PyTorch do the same work?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the worked candidates are, and the embedded cases as checkpoints on disk, which is what a port loads."""
+"""Finds the worked candidates, and writes the embedded cases as checkpoints that a candidate can load."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import pytest
 from vit_ref.verify.cases import CASES, Case
 
 PORTS = Path(__file__).parent / "worked"
-# What a port needs that the extra `test` does not bring everywhere, and how it is had.
+# Packages that a candidate needs and the extra `test` does not always install, with the way to get them.
 NEEDS = {
     "equinox_vmapped.py": ("equinox", "pip install equinox"),
     "torch_timm.py": ("torch", "pip install 'vit-ref[torch]'"),
 }
-# Differentiating a second block takes as long again to compile, half a minute a port.
+# A second block would double the time to compile the gradients.
 ONE_BLOCK = Case("one-block", dataclasses.replace(CASES["rectangular"].config, num_hidden_layers=1))
 
 
 @pytest.fixture(scope="session")
 def port() -> Callable[[str], str]:
-    """`port("torch_timm.py:wrong")`: that worked candidate; the test is skipped where its framework is missing."""
+    """Returns a function that finds a worked candidate, such as `port("torch_timm.py:wrong")`.
+
+    It skips the test if the candidate's framework is missing.
+    """
 
     def found(spec: str) -> str:
         file = spec.partition(":")[0]
@@ -36,7 +39,7 @@ def port() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`saved("deep")`: the directory of that embedded case's checkpoint."""
+    """Returns a function that gives the directory of an embedded case's checkpoint, such as `saved("deep")`."""
     root = tmp_path_factory.mktemp("checkpoints")
 
     def written(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a person gets who asks about a port: from `check_port`, from pytest in their own project, from this suite."""
+"""What does a user get from `check_port`, from pytest in a project of their own, and from this suite?"""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ candidate = vit_ref.Candidate(load=load)
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one block, and a port of it beside it."""
+    """A checkpoint of one block, with a candidate beside it."""
     source = CASES["stored-float64"].checkpoint()
     root = tmp_path_factory.mktemp("given")
     tensors = {name: tensor.astype(np.float32) for name, tensor in source.tensors.items()}
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judged(tiny: Path) -> tuple[CandidateReport, list[str]]:
-    """This package's model as anybody's, and the steps that were told."""
+    """This package's model as a declared candidate, and the reported steps."""
     said: list[str] = []
     return vit_ref.check_port(str(tiny.parent / "port.py"), tiny, progress=said.append), said
 
@@ -76,7 +76,7 @@ def statuses(report: CandidateReport) -> dict[str, list[str]]:
     return found
 
 
-def test_a_right_port_passes_every_check(judged: tuple[CandidateReport, list[str]]) -> None:
+def test_a_right_candidate_passes_every_check(judged: tuple[CandidateReport, list[str]]) -> None:
     report, said = judged
     assert report.passed
     assert list(statuses(report)) == ["passed"]
@@ -88,7 +88,7 @@ def test_a_right_port_passes_every_check(judged: tuple[CandidateReport, list[str
     assert len(said) == count_steps(backward=False) + report.backward.objectives
 
 
-def test_sites_and_gradients_are_reported_in_the_order_of_the_pass(judged: tuple[CandidateReport, list[str]]) -> None:
+def test_sites_and_gradients_are_in_the_order_of_the_pass(judged: tuple[CandidateReport, list[str]]) -> None:
     report, _ = judged
     for part in (report.forward, report.backward):
         assert part is not None
@@ -96,7 +96,7 @@ def test_sites_and_gradients_are_reported_in_the_order_of_the_pass(judged: tuple
     assert report.forward.order[:2] == ("patches", "embeddings") and report.backward.order[-1] == "pixels"
 
 
-def test_what_is_not_shown_has_not_passed(tiny: Path) -> None:
+def test_a_site_without_a_value_is_not_observed(tiny: Path) -> None:
     report = vit_ref.check_port(f"{tiny.parent / 'port.py'}:logits", tiny, backward=False)
     found = statuses(report)
     assert report.passed
@@ -105,7 +105,7 @@ def test_what_is_not_shown_has_not_passed(tiny: Path) -> None:
     assert report.not_backward == "not asked for"
 
 
-def test_a_function_of_the_pixels_is_a_port(tiny: Path) -> None:
+def test_a_function_of_the_pixels_is_a_candidate(tiny: Path) -> None:
     model = vit_ref.from_pretrained(tiny)
 
     def wrong(pixels: jax.Array) -> jax.Array:
@@ -129,10 +129,7 @@ def test_an_expected_failure_that_passes_is_an_error(tiny: Path) -> None:
 def test_without_a_backward_pass_the_reason_is_given(tiny: Path) -> None:
     report = vit_ref.check_port(None, tiny, reference="numpy")
     assert report.candidate == "vit_ref" and report.reference == "NumPy"
-    assert (
-        report.not_backward
-        == "NumPy judges no gradients: the reference torch does, of whole models, and flax of what it can express"
-    )
+    assert report.not_backward == "the NumPy oracle has no gradients: use the reference flax, or torch for whole models"
     assert statuses(report)["not observed"] == ["backward/pixels"]
 
 
@@ -141,7 +138,7 @@ def test_without_a_backward_pass_the_reason_is_given(tiny: Path) -> None:
     [
         ("right", "forward/logits", None, ""),
         ("right", "backward/pixels", pytest.skip.Exception, "not asked for"),
-        ("right", "behaviour/jit", pytest.skip.Exception, "not asked of a port of this kind"),
+        ("right", "behaviour/jit", pytest.skip.Exception, "does not apply to a candidate of this kind"),
         ("wrong", "forward/block.0.norm1", pytest.fail.Exception, "tiny: first divergence at block.0.norm1"),
         ("wrong", "backward/pixels", pytest.fail.Exception, "float64 relative RMS error 3.3e-05, gate 1e-12"),
         ("misbehaving", "behaviour/batch", pytest.fail.Exception, "otherwise than in its batch"),
@@ -167,15 +164,15 @@ def test_a_case_of_pytest_ends_as_its_check(
     assert text in str(caught.value)
 
 
-def test_every_check_of_a_port_is_a_case(tiny: Path, judged: tuple[CandidateReport, list[str]]) -> None:
+def test_every_check_of_a_candidate_is_a_case(tiny: Path, judged: tuple[CandidateReport, list[str]]) -> None:
     mark = vit_ref.parametrize_with_checks(str(tiny.parent / "port.py"), tiny).mark
     assert mark.args[0] == "check"
     ids = [param.id for param in mark.args[1]]
-    # Of a port in jax nobody asks whether it writes into its images, and of any other not whether it compiles.
+    # A candidate in jax is not checked for writing into its images, and any other is not checked for compiling.
     assert [name for name in ids if name != "behaviour/inputs"] == [check.name for check in judged[0].checks]
 
 
-def test_a_port_is_judged_once_as_asked_and_by_one_worker(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_is_verified_once_and_by_one_worker(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def judged(*arguments: Any, **options: Any) -> CandidateReport:
@@ -202,7 +199,7 @@ def run(directory: Path, *arguments: str | Path) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, cwd=directory, check=False)
 
 
-def test_three_lines_in_ones_own_project_are_a_case_a_site(tiny: Path, tmp_path: Path) -> None:
+def test_three_lines_in_a_project_make_one_case_per_site(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
     (tmp_path / "test_port.py").write_text(
         "import vit_ref\n\n"
@@ -218,7 +215,7 @@ def test_three_lines_in_ones_own_project_are_a_case_a_site(tiny: Path, tmp_path:
 FORWARD = "vit_ref/testing/suite/test_parity.py"
 
 
-def test_the_suite_judges_a_candidate_in_place_of_the_own_model(tiny: Path, tmp_path: Path) -> None:
+def test_the_suite_verifies_a_candidate_instead_of_the_model(tiny: Path, tmp_path: Path) -> None:
     port = tiny.parent / "port.py"
     wrong = tmp_path / "tanh.py"
     wrong.write_text(TANH)
@@ -228,6 +225,6 @@ def test_the_suite_judges_a_candidate_in_place_of_the_own_model(tiny: Path, tmp_
     assert "tiny-port: 17 sites pass" in ended.stdout
     assert "tiny-tanh: first divergence at block.0.mlp.hidden" in ended.stdout
     assert "likely cause: tanh GELU" in ended.stdout
-    assert "rectangular" not in ended.stdout  # this package's own cases have no part in it
+    assert "rectangular" not in ended.stdout  # this package's own cases take no part
     failed = [line for line in ended.stdout.splitlines() if line.startswith("FAILED")]
     assert failed and all("tiny-tanh" in line for line in failed)

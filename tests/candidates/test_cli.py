@@ -1,4 +1,4 @@
-"""Does the command line say what was found, in its exit code too, and is unusable input one line and exit code 2?"""
+"""Does the command line report the findings and the exit code, and is unusable input one line and exit code 2?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.results import CandidateReport
 from vit_ref.weights import conversion
 
-# The package's attributes of these names are functions once `vit_ref.cli.group` is imported.
+# The package's attributes of these names become functions once `vit_ref.cli.group` is imported.
 verify_command, convert_command = (import_module(f"vit_ref.cli.{name}") for name in ("verify", "convert"))
 
 Invoke = Callable[..., Result]
@@ -55,7 +55,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
-    """Lets `check_port` find what is asked for, and returns the list of what it was called with."""
+    """Lets `check_port` return a given report, and returns the list of its calls."""
 
     def find(name: str) -> list[Any]:
         calls: list[Any] = []
@@ -78,10 +78,10 @@ def test_the_exit_code_is_the_verdict(name: str, code: int, found: Callable[[str
     assert ended.exit_code == code, ended.output
     assert ended.stdout.splitlines()[-1].startswith("FAILED: " if code else "PASSED: ")
     assert max(map(len, ended.stdout.splitlines())) <= 80
-    assert "\x1b" not in ended.output  # no colours where there is no terminal
+    assert "\x1b" not in ended.output  # no colours without a terminal
 
 
-def test_one_wrong_port_of_two_is_a_failure(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
+def test_one_wrong_candidate_of_two_is_a_failure(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
     monkeypatch.setattr(session, "check_port", lambda candidate, *_, **__: REPORTS[candidate]())
     for order in (("right", "wrong"), ("wrong", "right")):
         ended = invoke("verify", "anywhere", "--candidate", order[0], "--candidate", order[1])
@@ -89,7 +89,7 @@ def test_one_wrong_port_of_two_is_a_failure(monkeypatch: pytest.MonkeyPatch, inv
         assert "PASSED" in ended.stdout and "FAILED" in ended.stdout
 
 
-def test_what_is_asked_for_reaches_the_check(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
+def test_the_given_options_reach_the_check(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
     calls = found("right")
     options = ["--reference", "numpy", "--dtype", "bfloat16", "--images", "photographs", "--forward-only"]
     options += ["--ignore", "vit.pooler.*", "--ignore", "x"]
@@ -99,7 +99,7 @@ def test_what_is_asked_for_reaches_the_check(found: Callable[[str], list[Any]], 
     assert calls == [("port.py", "anywhere", asked)]
 
 
-def test_a_stream_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
+def test_a_streamed_check_gets_the_same_options(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
     calls = []
     monkeypatch.setattr(stream, "check_streamed", lambda *given, **options: calls.append((given, options)) or RIGHT())
     assert invoke("verify", "anywhere", "--stream", "--dtype", "bfloat16").exit_code == 0
@@ -116,7 +116,7 @@ def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Inv
     assert {"block.0.norm1", "block.1.mlp.residual", "blocks.0.attn.query.kernel", "pixels"} <= set(lines)
 
 
-def test_files_below_images_that_are_none_are_counted(
+def test_files_that_are_not_images_are_counted(
     tmp_path: Path, found: Callable[[str], list[Any]], invoke: Invoke
 ) -> None:
     found("right")
@@ -137,7 +137,7 @@ def test_reports_are_written(tmp_path: Path, found: Callable[[str], list[Any]], 
 
 
 @pytest.mark.parametrize(("option", "begins"), [("--json", "{"), ("--html", "<!doctype html>")])
-def test_a_dash_prints_the_report_on_standard_output_and_nothing_else(
+def test_a_dash_prints_only_the_report_on_standard_output(
     option: str, begins: str, tmp_path: Path, found: Callable[[str], list[Any]], invoke: Invoke, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -149,7 +149,7 @@ def test_a_dash_prints_the_report_on_standard_output_and_nothing_else(
         assert json.loads(ended.stdout) == to_json(REPORTS["wrong"]())
     else:
         assert ended.stdout == to_html(REPORTS["wrong"]())
-    # What else there is to say is said beside it.
+    # Everything else goes to standard error.
     assert ended.stderr.splitlines()[-1].startswith("FAILED: ")
     assert not list(tmp_path.iterdir())
 
@@ -163,7 +163,7 @@ def test_one_standard_output_takes_one_report(invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize(("name", "code"), [("right", 2), ("wrong", 1)])
-def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged(
+def test_forward_findings_are_printed_without_gradients(
     name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
 ) -> None:
     forward = dataclasses.replace(REPORTS[name](), backward=None, not_backward="FlaxViT itself is not finite")
@@ -172,7 +172,7 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
         return judgement.complete(forward, True) if candidate == "forward" else RIGHT()
 
     monkeypatch.setattr(session, "check_port", judged)
-    # Another port's verdict changes nothing about this one's.
+    # The verdict on another candidate does not change this one's.
     for others in ([], ["--candidate", "another"]):
         ended = invoke("verify", "anywhere", "--candidate", "forward", *others)
         assert ended.exit_code == code
@@ -189,7 +189,7 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
     ("arguments", "message"),
     [
         (["verify", "no/such/place"], "no/such/place: no such directory or file"),
-        (["verify", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
+        (["verify", "{tiny}", "--candidate", "gone.py"], "gone.py: this file does not exist"),
         (["verify", "{tiny}", "--candidate", "no.such.module"], "no.such.module: importing it raised"),
         (
             ["verify", "--images", "a"],
@@ -200,7 +200,7 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
             "--ignore needs a CHECKPOINT, and there is none: give one, or leave out --ignore",
         ),
         (["verify", "--stream"], "--stream needs a CHECKPOINT, and there is none: give one, or leave out --stream"),
-        (["verify", "{tiny}", "--images", "gone"], "gone: no such directory of images"),
+        (["verify", "{tiny}", "--images", "gone"], "gone: this directory of images does not exist: give one"),
         (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: its directory does not exist: make it first"),
         (["verify", "{tiny}", "--json", "gone/a.json"], "gone/a.json: its directory does not exist: make it first"),
         (["verify", "no/such/place", "--html", "y" * 300], "no/such/place: no such directory or file"),
@@ -221,13 +221,13 @@ def test_what_was_found_forward_is_printed_though_the_gradients_cannot_be_judged
         ),
         (
             ["verify", "{tiny}", "--stream", "--reference", "torch"],
-            "the reference torch runs whole models only: with --stream take flax or numpy",
+            "the reference torch runs whole models only: with --stream use flax or numpy",
         ),
         (["convert", "no/such/place", "out", "--to", "hf"], "no/such/place: no such directory or file"),
-        (["propose", "{tiny}", "--candidate", "gone.py"], "gone.py: no such file"),
+        (["propose", "{tiny}", "--candidate", "gone.py"], "gone.py: this file does not exist"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_and_exit_code_2(
+def test_an_unusable_input_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -274,7 +274,7 @@ def test_json_is_written_though_the_page_cannot_be(
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_port_that_does_not_compute_in_float64_cannot_be_judged(
+def test_a_candidate_that_cannot_compute_in_float64_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
 ) -> None:
     def truncated(*arguments: Any, **options: Any) -> CandidateReport:
@@ -313,7 +313,7 @@ def load(checkpoint):
 import vit_ref
 candidate = vit_ref.Candidate(load=load)
 """
-# As the installed command; a conversion is interrupted once all of it is written and nothing is renamed.
+# Runs as the installed command. A conversion is interrupted when all of it is written and nothing is renamed yet.
 COMMAND = """
 import os, signal, sys
 from vit_ref.cli.group import main
@@ -335,7 +335,7 @@ sys.exit(main())
     ],
     ids=lambda arguments: arguments[-1],
 )
-def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[str], tiny: Path, tmp_path: Path) -> None:
+def test_a_real_interrupt_is_exit_code_130_and_writes_nothing(arguments: list[str], tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "port.py").write_text(COMPILING)
     command = [sys.executable, "-c", COMMAND, *(argument.format(tiny=tiny) for argument in arguments)]
@@ -344,7 +344,7 @@ def test_a_real_interrupt_is_exit_code_130_and_leaves_nothing(arguments: list[st
     assert not ended.stdout and not list((tmp_path / "out").iterdir())
 
 
-# The same while a module is being imported: click before the arguments are read, jax within a command.
+# The same during the import of a module: click before the arguments are read, jax within a command.
 IMPORTING = """
 import os, signal, sys
 
@@ -368,7 +368,7 @@ sys.exit(vit_ref.cli.entry.main())
     ("handler", "code", "said"),
     [
         ("signal.default_int_handler", 130, "vit-ref: interrupted; no file is half-written\n"),
-        # As a shell starts what runs in the background.
+        # As a shell starts a background process.
         ("signal.SIG_IGN", 0, ""),
     ],
     ids=["a person's", "ignored"],
@@ -388,7 +388,7 @@ def test_help_and_version_do_not_wait_for_jax(option: str) -> None:
     assert not {"jax", "flax", "numpy", "transformers", "torch"} & set(modules)
 
 
-def test_the_choices_of_options_are_those_of_what_they_choose() -> None:
+def test_the_choices_of_options_match_the_library() -> None:
     assert tuple(PRECISIONS) == verify_command.PRECISIONS
     assert get_args(conversion.Target) == convert_command.LAYOUTS
 
@@ -417,7 +417,7 @@ def test_a_bar_names_the_step_on_a_terminal(
     assert "FlaxViT in float64" in printed.err and not printed.out
 
 
-def test_convert_says_what_it_did(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_convert_prints_what_it_did(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:
     ended = invoke("convert", tiny, tmp_path / "copy", "--to", "hf")
     assert ended.exit_code == 0, ended.output
     assert "24 tensors, read back, every parameter the same to the last bit" in ended.stdout
@@ -446,7 +446,7 @@ def test_a_path_that_is_no_text_is_written_and_printed(tiny: Path, tmp_path: Pat
     ],
     ids=["a report", "help"],
 )
-def test_a_pipe_that_nobody_reads_is_no_verdict(arguments: list[str], tiny: Path) -> None:
+def test_a_closed_pipe_is_not_a_verdict(arguments: list[str], tiny: Path) -> None:
     command = [Path(sys.executable).with_name("vit-ref"), *(argument.format(tiny=tiny) for argument in arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout and running.stderr
@@ -455,7 +455,7 @@ def test_a_pipe_that_nobody_reads_is_no_verdict(arguments: list[str], tiny: Path
     assert (running.returncode, said) == (141, "")
 
 
-def test_a_wrong_call_that_nobody_reads_of_is_no_verdict() -> None:
+def test_a_wrong_call_with_a_closed_pipe_is_not_a_verdict() -> None:
     command = [Path(sys.executable).with_name("vit-ref"), "convert"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
         assert running.stderr
@@ -475,7 +475,7 @@ def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     assert not ended.stderr
 
 
-def test_without_a_checkpoint_each_candidate_is_judged_on_an_embedded_case(
+def test_without_a_checkpoint_each_candidate_gets_embedded_case(
     monkeypatch: pytest.MonkeyPatch, invoke: Invoke
 ) -> None:
     calls = []
@@ -497,12 +497,12 @@ def test_without_a_checkpoint_each_candidate_is_judged_on_an_embedded_case(
 
 
 @pytest.mark.parametrize("candidate", [None, "nnx_tutorial"])
-def test_the_embedded_case_is_named_in_the_report(candidate: str | None, tmp_path: Path) -> None:
-    command = [Path(sys.executable).with_name("vit-ref"), "verify", "--forward-only", "--json", tmp_path / "a.json"]
+def test_the_embedded_case_is_named_in_the_report(candidate: str | None, tmp_path: Path, invoke: Invoke) -> None:
+    arguments: list[str | Path] = ["verify", "--forward-only", "--json", tmp_path / "a.json"]
     if candidate:
-        command += ["--candidate", Path(__file__).parent / "worked" / f"{candidate}.py"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+        arguments += ["--candidate", Path(__file__).parent / "worked" / f"{candidate}.py"]
+    ended = invoke(*arguments)
+    assert ended.exit_code == 0, ended.output
     assert f"PASSED: {candidate or 'vit_ref'} on embedded/rectangular" in ended.stdout
     written = json.loads((tmp_path / "a.json").read_text())["checkpoint"]
     assert (written["name"], written["path"]) == ("embedded/rectangular", "")
@@ -520,13 +520,13 @@ def test_env_prints_the_whole_stack(tmp_path: Path, invoke: Invoke) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == environment()
 
 
-def test_a_dash_prints_a_result_as_json_and_nothing_else(invoke: Invoke) -> None:
+def test_a_dash_prints_only_json_on_standard_output(invoke: Invoke) -> None:
     ended = invoke("env", "--json", "-")
     assert json.loads(ended.stdout) == environment()
     assert f"vit-ref {vit_ref.__version__}\n" in ended.stderr
 
 
-def test_what_was_converted_is_written_for_machines(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_a_conversion_is_written_as_json(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:
     ended = invoke("convert", tiny, tmp_path / "copy", "--to", "hf", "--json", tmp_path / "a.json")
     assert ended.exit_code == 0, ended.output
     assert json.loads((tmp_path / "a.json").read_text()) == {
@@ -542,7 +542,7 @@ def test_what_was_converted_is_written_for_machines(tiny: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     "command", ["convert {tiny} copy --to hf", "propose {tiny} --candidate a.py", "predict {tiny} a.png", "env"]
 )
-def test_a_place_for_json_that_cannot_be_is_said_before_the_work(
+def test_an_impossible_json_file_is_reported_before_the_work(
     command: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Wrong ports that once passed, and right ones that were once refused."""
+"""Wrong candidates that once passed, and right ones that were once refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ Load = Callable[..., Any]
 
 
 def functional(around: Callable[[Callable, dict[str, Any], Any], Any], **others: Any) -> Load:
-    """A loader of a function and its parameters: `around(model, parameters, images)`, `others` among the parameters."""
+    """Returns a loader of a function and its parameters: `around(model, parameters, images)`.
+
+    `others` are among the parameters.
+    """
 
     def load(path: Path, dtype: Any) -> tuple[Callable, dict[str, Any]]:
         model = vit_ref.from_pretrained(path, dtype=dtype)
@@ -67,7 +70,7 @@ def failures(*arguments: Any, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", [layouts.HF, layouts.FLAX, layouts.TIMM], ids=lambda layout: layout.name)
-def test_one_gradient_that_is_not_finite_does_not_hide_the_others(layout: layouts.Layout, saved: Saved) -> None:
+def test_one_infinite_gradient_does_not_hide_the_others(layout: layouts.Layout, saved: Saved) -> None:
     model = vit_ref.from_pretrained(saved("one-block"))
     named = mapping.export(pretrained.get_parameters(model), model.config, layout)
     name = next(name for name in named if named[name].ndim == 1)
@@ -78,7 +81,7 @@ def test_one_gradient_that_is_not_finite_does_not_hide_the_others(layout: layout
 
 
 @pytest.mark.parametrize("name", ["softmax", "shown before", "in the table"])
-def test_what_is_returned_is_judged_and_not_what_is_shown_in_its_place(name: str, saved: Saved) -> None:
+def test_the_returned_output_counts_and_not_a_shown_one(name: str, saved: Saved) -> None:
     class Port(nnx.Module):
         def __init__(self, path: Path, dtype: Any):
             self.model = vit_ref.from_pretrained(path, dtype=dtype)
@@ -104,25 +107,25 @@ def test_what_is_returned_is_judged_and_not_what_is_shown_in_its_place(name: str
 
 @jax.custom_vjp
 def averaged(x: Any) -> Any:
-    """x itself, whose gradient is the mean over the images."""
+    """Returns x itself, but its gradient is the mean over the images."""
     return x
 
 
 averaged.defvjp(lambda x: (x, None), lambda _, ct: (jnp.broadcast_to(ct.mean(0, keepdims=True), ct.shape),))
 
 
-def test_a_port_that_mixes_images_on_the_way_back_fails(saved: Saved) -> None:
+def test_a_candidate_that_mixes_images_backward_fails(saved: Saved) -> None:
     mixing = functional(lambda forward, parameters, images: forward(parameters, averaged(images)))
     assert failures(mixing, saved) == ["backward/pixels"]
 
 
-def test_a_functions_call_is_the_one_that_is_declared(saved: Saved) -> None:
+def test_a_function_is_run_through_the_declared_call(saved: Saved) -> None:
     double = failures(functional(plain), saved, backward=False, call=lambda port, images: 2 * port[0](port[1], images))
     assert double == ["forward/logits"]
     assert not failures(functional(plain), saved, backward=False, call=lambda port, images: port[0](port[1], images))
 
 
-def test_what_is_no_array_of_floats_among_a_functions_parameters_stays_as_it_is(saved: Saved) -> None:
+def test_leaves_that_are_not_floats_stay_as_they_are(saved: Saved) -> None:
     def around(forward: Callable, parameters: dict[str, Any], images: Any) -> Any:
         assert parameters["heads"] == 4 and parameters["eps"] == 1e-12 and parameters["act"] == "gelu"
         jax.random.uniform(parameters["key"])
@@ -134,7 +137,7 @@ def test_what_is_no_array_of_floats_among_a_functions_parameters_stays_as_it_is(
     assert not [check for check in found if check.status == "failed"]
 
 
-def test_a_functions_state_of_nnx_has_nnxs_own_names(saved: Saved) -> None:
+def test_an_nnx_state_as_parameters_has_the_names_of_nnx(saved: Saved) -> None:
     def load(path: Path, dtype: Any) -> tuple[Callable, nnx.State]:
         graph, parameters, rest = nnx.split(vit_ref.from_pretrained(path, dtype=dtype), nnx.Param, ...)
         return (lambda parameters, images: nnx.merge(graph, parameters, rest)(images)), parameters
@@ -143,7 +146,7 @@ def test_a_functions_state_of_nnx_has_nnxs_own_names(saved: Saved) -> None:
     assert found["backward/head.kernel"] == found["backward/blocks.0.norm1.scale"] == "passed"
 
 
-def test_one_photograph_has_company(tmp_path: Path) -> None:
+def test_one_photograph_is_joined_by_its_mirror_image(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 60, 3)).astype(np.uint8)).save(tmp_path / "a.png")
     config = dataclasses.replace(CASES["rectangular"].config, num_channels=3)
     pixels = pixels_for(config, tmp_path, 4)
@@ -153,17 +156,15 @@ def test_one_photograph_has_company(tmp_path: Path) -> None:
     assert len(pixels_for(config, tmp_path, 1)) == 1
 
 
-def test_a_checkout_at_whose_root_a_candidate_lies_keeps_its_package() -> None:
+def test_a_candidate_at_a_checkouts_root_keeps_its_package() -> None:
     with beside_it(str(ROOT)):
         sys.modules.pop("vit_ref.bench.roofline", None)
         importlib.import_module("vit_ref.bench.roofline")
     assert "vit_ref.bench.roofline" in sys.modules
 
 
-def test_a_package_that_was_there_before_keeps_what_a_candidate_beside_it_imports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else whoever imports it next has classes of the same names that are not the same."""
+def test_an_earlier_package_keeps_modules_a_candidate_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the next import of the package would make other classes of the same names."""
     (tmp_path / "vit_ref_their_package").mkdir()
     for name in ("__init__", "late"):
         (tmp_path / "vit_ref_their_package" / f"{name}.py").write_text("")
@@ -174,8 +175,8 @@ def test_a_package_that_was_there_before_keeps_what_a_candidate_beside_it_import
     assert importlib.import_module("vit_ref_their_package.late") is late
 
 
-def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ports with a module and a package each, and what they import when they are loaded, and when they run."""
+def test_each_candidate_file_imports_its_own_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two candidates have a module and a package each, which they import when they are loaded and when they run."""
     for name in ("a", "b"):
         (tmp_path / name / "parts").mkdir(parents=True)
         (tmp_path / name / "vit_ref_their_model.py").write_text(f"import json\nmade = lambda x: {name!r}\n")
@@ -203,7 +204,7 @@ def test_each_file_is_judged_with_its_own_neighbours(tmp_path: Path, monkeypatch
         assert {
             key: before.get(key) for key in ("late", "later", "parts", "json", "vit_ref", "vit_ref_their_model")
         } == {key: sys.modules.get(key) for key in ("late", "later", "parts", "json", "vit_ref", "vit_ref_their_model")}
-    # Somebody's module of that name stays theirs.
+    # Another project's module of that name stays in place.
     theirs = ModuleType("parts")
     monkeypatch.setitem(sys.modules, "parts", theirs)
     with beside_it(candidates["a"].directory):
@@ -247,7 +248,7 @@ def untraceable(images: Any) -> Any:
     [
         (
             {"load": lambda path: (Linen(), {"Dense_0": {}})},
-            "a dict without 'params': give \\(module, {'params': param",
+            "a dict without 'params': return \\(module, {'params': param",
         ),
         ({"load": lambda path: (Linen(), None)}, "a NoneType without 'params'"),
         ({"load": lambda path: untraceable}, "mine: the forward pass raised TracerBoolConversionError: "),
@@ -263,12 +264,12 @@ def test_a_slip_in_a_declaration_is_one_line(how: dict[str, Any], message: str, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_port_is_judged_where_jax_is_told_not_to_compile(saved: Saved) -> None:
+def test_a_candidate_is_verified_under_jax_disable_jit(saved: Saved) -> None:
     with jax.disable_jit():
         assert not failures(functional(plain), saved)
 
 
-def test_the_command_line_is_a_module_too() -> None:
+def test_the_command_line_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "vit_ref", "verify", "nowhere/at/all"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "vit-ref: nowhere/at/all: no such directory or file\n")

@@ -1,4 +1,4 @@
-"""The worked candidates: a right port passes whatever its style, and its style's typical bug is found where it is."""
+"""The worked candidates: a right one passes in any style, and the typical bug of its style is found at its site."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def status_of(report: CandidateReport, prefix: str) -> dict[str, str]:
 
 
 def kinds(sites: tuple[str, ...]) -> set[str]:
-    """Of "block.3.attn.probs" what comes after the block."""
+    """Returns the part of each site's name after the block, such as "attn.probs"."""
     return {".".join(site.split(".")[2:]) or site for site in sites}
 
 
@@ -53,14 +53,14 @@ def kinds(sites: tuple[str, ...]) -> set[str]:
         pytest.param("torch_timm.py", "rectangular", set(), marks=ONLY_TORCH),
     ],
 )
-def test_a_right_port_passes_wherever_it_can_be_seen(
+def test_a_right_candidate_passes_at_every_site_it_shows(
     file: str, case: str, unseen: set[str], port: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     report = check_port(port(file), saved(case))
     assert [check for check in report.checks if check.status == "failed"] == []
     assert report.passed
     assert kinds(report.forward.unmapped) == unseen
-    # Every parameter's gradient was judged, and the pixels'.
+    # Every parameter's gradient was compared, and the pixels'.
     assert report.backward is not None
     assert [name for name in report.backward.unmapped if name.startswith("blocks.") or name == "pixels"] == []
     assert {"cls_token", "patch.kernel", "blocks.0.attn.key.kernel", "blocks.0.mlp.fc2.bias", "head.bias"} <= set(
@@ -87,19 +87,19 @@ def test_a_right_port_passes_wherever_it_can_be_seen(
         ),
     ],
 )
-def test_the_bug_of_its_style_is_found_where_it_is_and_named(
+def test_the_typical_bug_of_each_style_is_found_and_named(
     spec: str, case: str, site: str, cause: str, port: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     report = check_port(port(spec), saved(case), backward=False)
     assert not report.passed
     assert report.forward.semantic_failures[0].site == site
     assert [found.label for found in report.forward.causes] == [cause]
-    # Whatever is wrong with its formulas, it computes the same each time.
+    # Although its formulas are wrong, it repeats its values.
     assert set(status_of(report, "behaviour/").values()) == {"passed"}
 
 
 @ONLY_TORCH
-def test_live_dropout_is_said_before_anything_else(
+def test_active_dropout_is_reported_before_anything_else(
     port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("vit_ref.verify.session.Session.forward")
@@ -112,7 +112,7 @@ def test_live_dropout_is_said_before_anything_else(
 
 
 class Module(nnx.Module):
-    """A linen module, bridged, as the submodule of another."""
+    """A linen module, bridged, as a submodule of an nnx module."""
 
     def __init__(self, inner: nnx.bridge.ToNNX):
         self.inner = inner
@@ -139,7 +139,10 @@ def bridged(path: Path, linen_port: vit_ref.Candidate) -> nnx.Module:
 
 
 def around_its_blocks(transformation: Callable[..., Any]) -> Callable[..., Any]:
-    """A loader of the tutorial's port with its block's `__call__` under a transformation of nnx, and live streams."""
+    """Returns a loader of the tutorial's candidate, with live random streams.
+
+    Its block's `__call__` runs under a transformation of nnx.
+    """
 
     def load(path: Path, tutorial: vit_ref.Candidate) -> nnx.Module:
         model: Any = tutorial.load(path)
@@ -161,7 +164,7 @@ def around_its_blocks(transformation: Callable[..., Any]) -> Callable[..., Any]:
     ],
     ids=["remat", "jit", "ToNNX"],
 )
-def test_state_in_evaluation_mode_is_no_fault_under_a_transformation_of_nnx(
+def test_state_under_an_nnx_transformation_is_allowed(
     file: str, load: Callable[..., Any], port: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     worked = find(port(file))
@@ -197,7 +200,7 @@ def test_parameters_in_boxes_have_the_names_of_those_without(
 
 
 @pytest.mark.optimised
-def test_the_tutorials_port_is_right_on_the_given_checkpoints_once_it_is_corrected(
+def test_the_corrected_tutorial_passes_on_given_checkpoints(
     port: Callable[[str], str], pytestconfig: pytest.Config
 ) -> None:
     paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)
@@ -211,6 +214,7 @@ def test_the_tutorials_port_is_right_on_the_given_checkpoints_once_it_is_correct
         assert not wrong.passed
         assert wrong.forward.semantic_failures[0].site == "block.0.mlp.hidden"
         assert [cause.label for cause in wrong.forward.causes] == ["tanh GELU"]
-        right = check_port(port("nnx_tutorial.py"), path, images=images)
+        # Backward it is judged on one block, above: the way back through twelve takes a minute to compile.
+        right = check_port(port("nnx_tutorial.py"), path, images=images, backward=False)
         assert [check for check in right.checks if check.status == "failed"] == []
-        assert right.passed and right.backward is not None
+        assert right.passed

@@ -1,4 +1,4 @@
-"""Does `propose` find the tables that a person would have written, and say what it could not find?"""
+"""Does `propose` find the tables that a person would write, and say what it could not find?"""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return CASE.write(tmp_path_factory.mktemp("candidates") / "rectangular").path
 
 
-# A port in the manner of tutorials: nnx's own attention, an MLP in a Sequential, an encoder in another.
+# A candidate in the style of tutorials: nnx's own attention, an MLP in a Sequential, an encoder in another.
 
 
 class Encoder(nnx.Module):
@@ -156,7 +156,7 @@ def tutorial(
     return Candidate(load=load, name="tutorial")
 
 
-# Anything else can be shown by a function that takes its values from the oracle, at no cost.
+# A function can show any other value, because it takes its values from the oracle.
 
 
 def showing(
@@ -164,7 +164,7 @@ def showing(
     parameters: Callable[[dict[str, NDArray]], dict[str, NDArray]] | None = None,
     **fields: Any,
 ) -> Candidate:
-    """A port that shows what `show` makes of a trace, of a model in which `fields` differ."""
+    """A candidate that shows `show(trace)` of a model in which `fields` differ."""
 
     def load(directory: Path) -> Any:
         source = checkpoint.read(directory)
@@ -182,7 +182,7 @@ def showing(
 
 
 def blocks(show: Callable[[Callable[[str], NDArray]], Mapping[str, Any]]) -> Callable[[Trace], Mapping[str, Any]]:
-    """What `show` makes of each block's sites, under "layer_0." and so on."""
+    """Applies `show` to each block's sites, with the keys under "layer_0." and so on."""
 
     def shown(trace: Trace) -> Mapping[str, Any]:
         return {
@@ -199,7 +199,7 @@ def stacked(trace: Trace, site: str) -> NDArray:
 
 
 def entries(mapped: Mapping[str, Any] | None) -> list[tuple[str, str, Any]]:
-    """(key, target, selection) of a table, one by one."""
+    """Returns (key, target, selection) of a table, one by one."""
     found: list[tuple[str, str, Any]] = []
     for key, targets in (mapped or {}).items():
         several = targets if isinstance(targets, list) else [targets]
@@ -212,7 +212,7 @@ def pairs(mapped: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def assert_can_be_pasted(proposal: Proposal, shape: tuple[int, ...] = (6, 6, 6, 18)) -> None:
-    """The printed code makes the proposal's own tables, selections included, in lines that fit a page."""
+    """The printed code makes the proposal's own tables, with selections, in lines that fit a page."""
     namespace: dict[str, Any] = {}
     exec(str(proposal), namespace)
     x = np.arange(np.prod(shape)).reshape(shape)
@@ -233,7 +233,7 @@ def assert_shown_as_the_oracle_has_them(candidate: Candidate, directory: Path, s
     assert seen.keys() == {*sites, "logits"}
     truth = NumpyOracle(config, source.tensors).trace(pixels)
     for site, value in seen.items():
-        # Moved, and not computed with.
+        # The value is moved, but not used in the computation.
         np.testing.assert_array_equal(value, truth[site])
 
 
@@ -243,7 +243,7 @@ def assert_passes(candidate: Candidate, proposal: Proposal, directory: Path, uns
     assert report.passed
     not_observed = {check.site for check in report.checks if check.status == "not observed"}
     assert not_observed - {"pixels"} == {f"block.{i}.{site}" for i in range(DEPTH) for site in unseen}
-    # The table of parameters, on the parameters themselves instead of their gradients, which take a minute to compile.
+    # The table of parameters is checked on the parameters themselves, because gradients take a minute to compile.
     config, ours = _ported(directory)
     found = gradients_by_path(
         proposal.parameters,
@@ -260,18 +260,18 @@ def proposed(directory: Path) -> Proposal:
     return vit_ref.propose(tutorial(), directory)
 
 
-def test_the_table_of_a_module_is_the_one_that_a_person_would_write(proposed: Proposal) -> None:
+def test_the_table_of_a_module_is_the_handwritten_one(proposed: Proposal) -> None:
     assert proposed.sites == TUTORIAL_SITES
     assert proposed.parameters == TUTORIAL_PARAMETERS
 
 
-def test_a_port_passes_under_the_table_proposed_for_it(directory: Path, proposed: Proposal) -> None:
+def test_a_candidate_passes_with_its_proposed_table(directory: Path, proposed: Proposal) -> None:
     assert_passes(tutorial(), proposed, directory, unseen={"attn.probs"})
 
 
-def test_what_the_code_leaves_out_is_said_in_it(proposed: Proposal) -> None:
+def test_a_proposal_names_what_its_code_leaves_out(proposed: Proposal) -> None:
     assert proposed.unshown == ("block.{i}.attn.probs",)
-    assert "# Sites that nothing shows: block.{i}.attn.probs" in str(proposed).splitlines()
+    assert "# Sites without a value in the candidate: block.{i}.attn.probs" in str(proposed).splitlines()
     assert not (proposed.unused or proposed.unowned or proposed.unused_parameters or proposed.diverges)
     assert_can_be_pasted(proposed)
 
@@ -292,7 +292,7 @@ def test_the_command_writes_the_table_for_machines(
     assert (content["unshown"], content["diverges"]) == (["block.{i}.attn.probs"], None)
 
 
-def test_of_equal_values_the_outermost_output_is_chosen_and_the_others_are_named(proposed: Proposal) -> None:
+def test_the_outermost_of_equal_outputs_is_chosen(proposed: Proposal) -> None:
     hidden = next(match for match in proposed.site_matches if match.target == "block.{i}.mlp.out")
     assert hidden.reading.key == "encoder.layers.{i}.mlp"
     assert hidden.also == (
@@ -300,10 +300,10 @@ def test_of_equal_values_the_outermost_output_is_chosen_and_the_others_are_named
         "encoder.layers.{i}.mlp.layers.4",
         "encoder.layers.{i}.mlp.layers.4:input",
     )
-    assert "the same as encoder.layers.{i}.mlp.layers.3," in str(proposed)
+    assert "same value as encoder.layers.{i}.mlp.layers.3," in str(proposed)
 
 
-# A wrong port gets the table of the right one, and what is not equal in it is marked.
+# A wrong candidate gets the table of the right one, and unequal entries are marked.
 
 
 def _keys_and_queries_change_places(parameters: dict[str, NDArray]) -> None:
@@ -326,9 +326,13 @@ def _a_norm_is_not_finite(parameters: dict[str, NDArray]) -> None:
         (
             {"activation": jax.nn.gelu},
             "block.0.mlp.hidden",
-            "# close, not equal (2e-04), told by its parameters; the same as encoder.layers.{i}.mlp.layers.2:input,",
+            "# close, not equal (2e-04), matched by its parameters; same value as encoder.layers.{i}.mlp.layers.2",
         ),
-        ({"positions": False}, "embeddings", "not equal (4e-01), told by its parameters; the same as dropout:input,"),
+        (
+            {"positions": False},
+            "embeddings",
+            "not equal (4e-01), matched by its parameters; same value as dropout:input,",
+        ),
         (
             {"change": _keys_and_queries_change_places},
             "block.1.attn.query",
@@ -337,29 +341,29 @@ def _a_norm_is_not_finite(parameters: dict[str, NDArray]) -> None:
         (
             {"change": _keys_and_queries_change_places},
             "block.1.attn.query",
-            "# not equal from block 1 on (1e+00); equal in block 1 is encoder.layers.1.attn.key.kernel",
+            "# not equal from block 1 on (1e+00); encoder.layers.1.attn.key.kernel is equal in block 1",
         ),
         (
             {"change": _a_bias_is_not_loaded},
             "block.0.mlp.fc1",
             '"encoder.layers.{i}.mlp.layers.0.bias": "blocks.{i}.mlp.fc1.bias",'
-            "  # not equal (1e+00), told by its parameters",
+            "  # not equal (1e+00), matched by its parameters",
         ),
     ],
 )
-def test_a_wrong_port_gets_the_whole_table_and_a_warning(
+def test_a_wrong_candidate_gets_the_whole_table_and_a_warning(
     directory: Path, proposed: Proposal, wrong: dict[str, Any], diverges: str, remark: str
 ) -> None:
     found = vit_ref.propose(tutorial(**wrong), directory)
     assert found.sites == proposed.sites
     assert found.parameters == proposed.parameters
     assert (found.unused, found.diverges) == ((), diverges)
-    assert f"# The port differs from {diverges} on" in str(found)
+    assert f"# From {diverges} on the values differ" in str(found)
     assert remark in str(found)
     assert_can_be_pasted(found)
 
 
-def test_what_is_not_finite_is_equal_to_nothing(directory: Path, proposed: Proposal) -> None:
+def test_a_value_not_finite_equals_nothing(directory: Path, proposed: Proposal) -> None:
     found = vit_ref.propose(tutorial(change=_a_norm_is_not_finite), directory)
     assert (found.sites, found.parameters) == (proposed.sites, proposed.parameters)
     assert found.diverges == "block.1.norm1"
@@ -368,7 +372,7 @@ def test_what_is_not_finite_is_equal_to_nothing(directory: Path, proposed: Propo
     )
 
 
-def test_without_parameters_a_close_value_is_proposed_and_a_distant_one_is_not(directory: Path) -> None:
+def test_without_parameters_only_a_close_value_is_proposed(directory: Path) -> None:
     def show(trace: Trace) -> Mapping[str, Any]:
         return {
             "hidden": stacked(trace, "mlp.hidden"),
@@ -391,15 +395,15 @@ def test_leftovers_of_all_blocks_are_named_once(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        # Near to both, nearer to one.
+        # This value is near to both, and nearer to one.
         ({"x": 1e-4}, {"embeddings": "x"}),
         # The only other value nearby is known to be something else.
         ({"x": 0.0, "y": 0.008}, {"embeddings": "x", "norm": "y"}),
-        # It is not known to be.
+        # The other value is not known to be something else.
         ({"x": 0.001, "y": 0.008}, {}),
     ],
 )
-def test_two_sites_that_differ_little_are_told_apart(shown: dict[str, float], expected: dict[str, str]) -> None:
+def test_two_sites_that_differ_little_are_distinguished(shown: dict[str, float], expected: dict[str, str]) -> None:
     rng = np.random.default_rng(0)
     base, step = rng.normal(size=(2, 3, 17, D))
     search = Search(
@@ -419,10 +423,10 @@ def test_two_values_that_are_equally_near_leave_a_site_unmatched(directory: Path
     found = vit_ref.propose(showing(show), directory)
     assert found.sites == {}
     assert "norm" in found.unshown
-    assert "# Of the port, and like no site: one, other" in str(found)
+    assert "# Values of the candidate that match no site: one, other" in str(found)
 
 
-# Values in other shapes, and several in one.
+# Values in other shapes, and several values in one.
 
 
 def flat(value: NDArray) -> NDArray:
@@ -519,7 +523,7 @@ FORMS: dict[str, tuple[Callable[[Trace], Mapping[str, Any]], dict[str, tuple[str
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_value_is_found_in_whatever_form_it_is_shown(form: str, directory: Path) -> None:
+def test_a_value_is_found_in_every_form(form: str, directory: Path) -> None:
     show, expected = FORMS[form]
     found = vit_ref.propose(showing(show), directory)
     assert {match.target: match.reading[:2] for match in found.site_matches} == expected
@@ -530,7 +534,7 @@ def test_a_value_is_found_in_whatever_form_it_is_shown(form: str, directory: Pat
     assert_shown_as_the_oracle_has_them(candidate, directory, wanted)
 
 
-# A linen port whose attention is fused and returns a mapping, whose blocks return a tuple, with one dropout for all.
+# A linen candidate: attention is fused and returns a mapping, blocks return a tuple, and one dropout serves all.
 
 
 class LinenAttention(linen.Module):
@@ -603,7 +607,7 @@ def _linen(directory: Path) -> tuple[linen.Module, Any]:
     return LinenViT(), {"params": tree}
 
 
-def test_a_linen_port_is_seen_through_tuples_mappings_keywords_and_fused_projections(directory: Path) -> None:
+def test_a_linen_candidate_is_seen_through_tuples_and_mappings(directory: Path) -> None:
     candidate = Candidate(load=_linen, name="linen")
     found = vit_ref.propose(candidate, directory)
     block = "encoderblock_{i}"
@@ -628,12 +632,12 @@ def test_a_linen_port_is_seen_through_tuples_mappings_keywords_and_fused_project
     assert also["block.{i}.norm2"] == (f"{block}.mlp.up:input", f"{block}.mlp:input[1]")
     assert not found.unshown
     assert found.repeated == ("dropout",)
-    assert "# Of the port, and of no use because they ran more than once: dropout" in str(found)
+    assert "# Values of the candidate met more than once, so no table can name them: dropout" in str(found)
     assert_can_be_pasted(found)
     assert_passes(candidate, found, directory, unseen=set())
 
 
-def test_modules_are_recognised_by_their_parameters_where_every_value_is_wrong(directory: Path) -> None:
+def test_wrong_modules_are_recognised_by_their_parameters(directory: Path) -> None:
     def load(path: Path) -> tuple[linen.Module, Any]:
         module, variables = _linen(path)
         variables["params"]["positions"] = np.zeros_like(variables["params"]["positions"])
@@ -645,10 +649,10 @@ def test_modules_are_recognised_by_their_parameters_where_every_value_is_wrong(d
     assert pairs(found.sites) == {site: key for site, key in pairs(right.sites).items() if site not in lost}
     assert set(found.unshown) == lost
     assert pairs(found.parameters) == pairs(right.parameters)
-    assert '"positions": "position_embeddings",  # not equal (1e+00), told by its parameters' in str(found)
+    assert '"positions": "position_embeddings",  # not equal (1e+00), matched by its parameters' in str(found)
 
 
-# Parameters: other shapes, and values that tell nothing.
+# Parameters in other shapes, and parameters whose values are not distinctive.
 
 
 def test_parameters_are_found_transposed_and_fused(directory: Path) -> None:
@@ -676,13 +680,13 @@ def test_parameters_are_found_transposed_and_fused(directory: Path) -> None:
     }
     assert {"norm.scale", "blocks.{i}.norm1.bias"} <= set(found.unowned)
     assert found.unused_parameters == ("extra",)
-    assert "# Parameters of the port with no equal in the checkpoint: extra" in str(found)
+    assert "# Parameters of the candidate without an equal in the checkpoint: extra" in str(found)
     assert_can_be_pasted(found)
 
 
 @pytest.fixture(scope="module")
 def untrained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose biases are zeros and whose scales are ones, as those of a fresh model are."""
+    """Returns a checkpoint whose biases are zeros and scales are ones, as in a fresh model."""
     source = CASE.checkpoint()
     tensors = {
         name: np.full_like(tensor, "weight" in name) if tensor.ndim == 1 else tensor
@@ -693,7 +697,7 @@ def untrained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def test_parameters_of_zeros_and_ones_are_told_by_the_layer_that_they_are_in(untrained: Path) -> None:
+def test_parameters_of_zeros_and_ones_are_matched_by_layer(untrained: Path) -> None:
     found = vit_ref.propose(tutorial(), untrained)
     assert found.parameters == TUTORIAL_PARAMETERS
     fused = vit_ref.propose(Candidate(load=_linen), untrained)
@@ -706,7 +710,7 @@ def test_parameters_of_zeros_and_ones_are_told_by_the_layer_that_they_are_in(unt
     }
 
 
-def test_a_bias_of_zeros_belongs_to_the_kernel_beside_it(untrained: Path) -> None:
+def test_a_bias_of_zeros_is_matched_by_the_kernel_beside_it(untrained: Path) -> None:
     names = {"query": "first", "key": "second"}
     expected = {
         f"h.{{i}}.{theirs}.{leaf}": f"blocks.{{i}}.attn.{ours}.{leaf}"
@@ -725,13 +729,13 @@ def test_a_bias_of_zeros_belongs_to_the_kernel_beside_it(untrained: Path) -> Non
     assert found.parameters == expected
 
 
-def test_parameters_that_nothing_tells_apart_are_left_to_the_person(untrained: Path) -> None:
+def test_indistinguishable_parameters_are_left_to_the_user(untrained: Path) -> None:
     names = {"norm.scale": "first", "blocks.0.norm1.scale": "second"}
     port = showing(lambda trace: {}, lambda ours: {theirs: ours[path] for path, theirs in names.items()})
     found = vit_ref.propose(port, untrained)
     assert found.parameters == {}
     assert found.ambiguous["norm.scale"] == ("first", "second")
-    assert "# Which of these is norm.scale its value does not tell: first, second" in str(found)
+    assert "# Several parameters of the candidate equal norm.scale, choose one: first, second" in str(found)
     assert not {"norm.scale"} & set(found.unowned)
 
 
@@ -754,10 +758,10 @@ class Compiled(nnx.Module):
     ("candidate", "message"),
     [
         (_raises, "_raises: the forward pass raised ValueError: no such layer"),
-        (lambda images: images[:, 0, :, 0], "<lambda>: nothing of it can be seen from outside: return"),
-        (Candidate(load=lambda path: Compiled(), name="compiled"), "compiled: nothing of it can be seen from outside"),
-        ("missing.py", "missing.py: no such file"),
-        (3, "a int: give a vit_ref.Candidate, or a function from pixels to logits"),
+        (lambda images: images[:, 0, :, 0], "<lambda>: no value of it can be observed: return"),
+        (Candidate(load=lambda path: Compiled(), name="compiled"), "compiled: no value of it can be observed"),
+        ("missing.py", "missing.py: this file does not exist"),
+        (3, "it has the type int: give a vit_ref.Candidate, or a function from pixels to logits"),
     ],
 )
 def test_a_candidate_that_cannot_be_used_is_one_clear_line(candidate: Any, message: str, directory: Path) -> None:
@@ -767,6 +771,6 @@ def test_a_candidate_that_cannot_be_used_is_one_clear_line(candidate: Any, messa
     assert "\n" not in str(caught.value)
 
 
-def test_tables_that_a_candidate_has_are_set_aside(directory: Path) -> None:
+def test_a_proposal_ignores_the_candidates_tables(directory: Path) -> None:
     candidate = dataclasses.replace(showing(lambda trace: {"norm": trace["norm"]}), sites={"nothing": "no.such.site"})
     assert vit_ref.propose(candidate, directory).sites == {"norm": "norm"}

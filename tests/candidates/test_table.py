@@ -1,4 +1,4 @@
-"""The table of a candidate by itself: what it reads, what it picks, what it writes back, and what it refuses."""
+"""Tests of a candidate's table: what it reads and selects, what it writes back, and what it refuses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def table(mapped: Any) -> Table:
 
 
 class Recording:
-    """A tap that keeps what it is shown, and changes one site."""
+    """A tap that records every value, and changes one site."""
 
     def __init__(self, site: str = "", change: Callable = lambda value: value):
         self.seen: dict[str, Any] = {}
@@ -64,7 +64,7 @@ class Recording:
         ({"{i}.a": "block.{i}.norm1", "b": "block.1.norm1"}, "'1.a' and 'b' both claim block.1.norm1"),
         ({"a": ["norm", ("norm", lambda x: x)]}, "both claim norm"),
         ({"a": "logitz"}, r"'logitz' is none of this model's; did you mean 'logits'\?"),
-        ({"a": "clss"}, "'clss' is none of this model's"),  # which has no site cls, and one with it would not have this
+        ({"a": "clss"}, "'clss' is none of this model's"),  # this model has no site cls
         ({"a": "logits.mine"}, "'logits.mine' is none of this model's"),
         ({"a:output": "norm"}, "sites: 'a:output' cannot be read: give 'path', 'path:input'"),
         ({"a[0": "norm"}, "cannot be read"),
@@ -76,12 +76,12 @@ class Recording:
         ({"a": ("norm", abs, 0)}, "cannot be read"),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_refused(mapped: Any, message: str) -> None:
+def test_an_ambiguous_or_impossible_table_is_refused(mapped: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         table(mapped)
 
 
-def test_a_table_may_name_a_head_that_a_checkpoint_has_not() -> None:
+def test_a_table_may_name_a_head_that_a_checkpoint_lacks() -> None:
     assert claimed({"head": "logits", "pooler": "pooler", "a": "norm"}, OUTLINE, OUTLINE.shapes(OUTLINE.example)) == {
         "logits",
         "norm",
@@ -89,7 +89,7 @@ def test_a_table_may_name_a_head_that_a_checkpoint_has_not() -> None:
     assert claimed(None, OUTLINE, {}) == frozenset()
 
 
-def test_patterns_count_the_blocks_and_stacked_values_come_apart() -> None:
+def test_patterns_count_blocks_and_stacked_values_are_split() -> None:
     tap = Recording()
     table({"{i}.a": "block.{i}.norm1"}).at_output("1.a", VALUE, tap)
     assert list(tap.seen) == ["block.1.norm1"]
@@ -128,7 +128,7 @@ def test_elements_of_an_output_are_shown_and_replaced(key: str, output: Any, pla
     np.testing.assert_array_equal(found[place], -VALUE)
 
 
-def test_an_output_of_which_no_element_was_chosen_is_refused() -> None:
+def test_a_tuple_output_without_a_chosen_element_is_refused() -> None:
     with pytest.raises(InputError, match=r"sites: norm: the port has a tuple there: name one of its elements"):
         table({"a": "norm"}).at_output("a", (VALUE, 0), Recording())
 
@@ -141,7 +141,7 @@ def test_a_selection_that_does_not_fit_is_refused() -> None:
         table(mapped).at_output("a", VALUE, Recording())
 
 
-def test_parts_of_one_value_are_shown_apart_and_written_back_where_they_were() -> None:
+def test_parts_of_one_value_are_shown_and_replaced_separately() -> None:
     fused = np.concatenate([VALUE, VALUE + 1e4, VALUE + 2e4], axis=-1)
     roles = ("query", "key", "value")
     mapped = {
@@ -159,11 +159,11 @@ def test_parts_of_one_value_are_shown_apart_and_written_back_where_they_were() -
     np.testing.assert_array_equal(output, expected)
 
 
-def test_what_is_shown_after_or_beside_its_use_counts_as_fixed() -> None:
+def test_a_value_shown_after_its_use_counts_as_fixed() -> None:
     beside = table({"a:input": "block.0.attn.residual"})
     beside.at_input("a", (VALUE,), {}, Recording("block.0.attn.residual", np.negative))
     assert beside.fixed == {"block.0.attn.residual"}
-    # What enters a module that holds others is all of the stream.
+    # The input of a module that holds others is the whole stream.
     whole = table({"a:input": "block.0.attn.residual", "a.b": "block.0.norm2"})
     (changed,), _ = whole.at_input("a", (VALUE,), {}, Recording("block.0.attn.residual", np.negative))
     assert whole.fixed == set() and changed is not VALUE
@@ -241,7 +241,7 @@ def test_only_neighbouring_axes_are_merged_or_split() -> None:
     np.testing.assert_array_equal(fitted(apart, VALUE.shape), VALUE)
     np.testing.assert_array_equal(fitted(VALUE, apart.shape), apart)
     np.testing.assert_array_equal(fitted(VALUE[0], (1, TOKENS, WIDTH)), VALUE[:1])
-    # Reshaped it would have the wanted shape, and its elements in the wrong places.
+    # A reshape would give the wanted shape, but with the elements in wrong places.
     moved = apart.swapaxes(1, 2)
     assert fitted(moved, apart.shape) is moved
     assert fitted(VALUE.swapaxes(1, 2), VALUE.shape).shape == (BATCH, WIDTH, TOKENS)
@@ -265,7 +265,7 @@ def test_gradients_are_named_and_shaped_by_the_table() -> None:
         bind({"w": "head.kernal"}, "parameters", OUTLINE, {"head.kernel": ()})
 
 
-def test_one_table_serves_models_with_a_head_and_biases_and_without() -> None:
+def test_one_table_serves_models_with_and_without_a_head() -> None:
     mapped = {"w": "head.kernel", "{i}.q": "blocks.{i}.attn.query.bias", "s": "norm.scale"}
     bare = dataclasses.replace(CONFIG, num_labels=0, qkv_bias=False)
     assert list(gradients_by_path(mapped, ViTOutline(bare), {"s": np.ones(33)})) == ["norm.scale"]
@@ -275,7 +275,7 @@ def test_one_table_serves_models_with_a_head_and_biases_and_without() -> None:
         gradients_by_path(mapped, OUTLINE, {"s": np.ones(33)})
 
 
-def test_gradients_need_no_table_under_names_that_are_known() -> None:
+def test_gradients_with_known_names_need_no_table() -> None:
     nothing = vit_ref.Candidate(load=print)
     shapes = list_parameters(CONFIG)
     assert recognised(nothing, OUTLINE, CASES["rectangular"].checkpoint().tensors).keys() == shapes.keys()
@@ -285,7 +285,7 @@ def test_gradients_need_no_table_under_names_that_are_known() -> None:
 
 
 def reordered(spec: str) -> vit_ref.Candidate:
-    """The tutorial's port, with a selection where it needs none: one that moves axes and comes back."""
+    """The tutorial's candidate with a selection that it does not need: it moves axes and moves them back."""
     found = find(spec)
     sites = dict(found.sites or {})
     sites["encoder.layers.{i}.attention.query"] = ("block.{i}.attn.query", lambda x: x[:, :, ::-1][:, :, ::-1])
@@ -295,7 +295,7 @@ def reordered(spec: str) -> vit_ref.Candidate:
 @pytest.mark.parametrize(
     ("file", "changed"), [("nnx_tutorial.py", reordered), pytest.param("torch_timm.py", find, marks=pytest.mark.torch)]
 )
-def test_a_site_replaced_or_perturbed_through_a_selection_is_so_inside(
+def test_a_selection_replaces_and_perturbs_the_inner_value(
     file: str, changed: Callable[[str], vit_ref.Candidate], port: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     source = checkpoint.read(saved("one-block"))

@@ -1,4 +1,4 @@
-"""Ports in PyTorch: what hooks have to cope with."""
+"""Candidates in PyTorch, and the modules that are hard to observe with hooks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def traced(candidate: vit_ref.Candidate, saved: Callable[[str], Path], dtype: An
     return made(candidate, saved).trace(IMAGES, precision_of(dtype))
 
 
-def test_a_port_that_writes_into_its_images_is_seen(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
+def test_a_candidate_that_writes_into_its_images_fails(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
     def call(model: Any, images: Any) -> Any:
         return model(images.mul_(2).div_(2).add_(1).sub_(0.5))
 
@@ -70,9 +70,7 @@ class Summing(torch.nn.Module):
         return images.sum((1, 2, 3))[:, None] * torch.ones(23, dtype=images.dtype)
 
 
-def test_values_are_kept_before_the_port_adds_to_them_in_place(
-    timm: vit_ref.Candidate, saved: Callable[[str], Path]
-) -> None:
+def test_values_are_kept_before_in_place_changes(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
     def adding(block: Any, x: Any) -> Any:
         x += block.attn(block.norm1(x))
         x += block.mlp(block.norm2(x))
@@ -90,13 +88,17 @@ def test_values_are_kept_before_the_port_adds_to_them_in_place(
     assert report.not_backward.startswith("torch cannot differentiate it: one of the variables needed for gradient")
 
 
-def test_a_port_without_gradients_is_judged_forward(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
+def test_a_candidate_without_gradients_is_verified_forward(
+    timm: vit_ref.Candidate, saved: Callable[[str], Path]
+) -> None:
     report = check_port(calling(timm, torch.no_grad()(lambda model, images: model(images))), saved("one-block"))
     assert [check for check in report.checks if check.status == "failed"] == []
-    assert report.not_backward == "its output has no gradient: does it run under torch.no_grad?"
+    assert report.not_backward == (
+        "its output has no gradient: it may run under torch.no_grad; remove that from the forward pass"
+    )
 
 
-def test_frozen_parameters_have_gradients_all_the_same(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
+def test_frozen_parameters_have_gradients(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
     loaded = []
 
     def load(path: Path) -> Any:
@@ -107,9 +109,9 @@ def test_frozen_parameters_have_gradients_all_the_same(timm: vit_ref.Candidate, 
     objective = objectives_for((5, port.outline.config.num_labels))[0]
     found = {dtype: port.gradients(IMAGES, precision_of(dtype))(objective) for dtype in ("f8", "f4")}
     for path, value in found["f8"].parameters.items():
-        # 4e-7 was seen: float32's rounding. That of the key's bias is all there is.
+        # Float32's rounding. The key's bias has only rounding for a gradient.
         assert path.endswith("key.bias") or error(found["f4"].parameters[path], value).rms < 1e-5
-    # Read once, and left as the person made it.
+    # The module is read once, and stays as its author made it.
     (model,) = loaded
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -127,11 +129,11 @@ def test_a_loader_with_a_dtype_computes_in_it(timm: vit_ref.Candidate, saved: Ca
 def test_bfloat16_comes_over_as_it_is(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
     found, expected = traced(timm, saved, ml_dtypes.bfloat16), traced(timm, saved)
     assert {value.dtype for value in found.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    # Eight bits of mantissa, rounded a few times: 1e-2 was seen.
+    # Eight bits of mantissa, rounded a few times.
     assert 1e-3 < error(found["logits"].astype(np.float64), expected["logits"]).rms < 3e-2
 
 
-def test_a_port_with_a_tap_shows_its_values_itself(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_with_a_tap_shows_its_own_values(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("rectangular"))
     own = OwnCandidate(read_configuration(source), source).trace(IMAGES, FLOAT64)
     weight, bias = (torch.tensor(source.tensors[f"classifier.{leaf}"]) for leaf in ("weight", "bias"))
@@ -151,10 +153,10 @@ def test_a_port_with_a_tap_shows_its_values_itself(saved: Callable[[str], Path])
     assert error(found["logits"], own["logits"]).rms < SEMANTIC_RMS
 
 
-def test_unknown_submodules_and_failures_inside_are_one_line(
+def test_unknown_submodules_and_inner_failures_are_one_line(
     timm: vit_ref.Candidate, saved: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(InputError, match=r"has no submodule 'blocks.0.atn', .*; did you mean 'blocks.0.attn'\?"):
+    with pytest.raises(InputError, match=r"has no submodule 'blocks.0.atn' and .*; did you mean 'blocks.0.attn'\?"):
         traced(dataclasses.replace(timm, sites={"blocks.{i}.atn": "block.{i}.attn.out"}), saved)
 
     def sharing(path: Path) -> Any:
@@ -162,7 +164,9 @@ def test_unknown_submodules_and_failures_inside_are_one_line(
         port.blocks[1].attn = port.blocks[0].attn
         return port
 
-    with pytest.raises(InputError, match=r"'blocks.1.attn.*' is the same module as 'blocks.0.attn.*', with its param"):
+    with pytest.raises(
+        InputError, match=r"'blocks.1.attn.*' and 'blocks.0.attn.*' are one module with one set of parameters"
+    ):
         traced(dataclasses.replace(timm, load=sharing), saved)
     with pytest.raises(InputError, match="torch_timm: the forward pass raised RuntimeError: Given groups=1") as caught:
         traced(dataclasses.replace(timm, channels_first=False), saved)
@@ -187,7 +191,7 @@ def keeping_its_attention(model: Any) -> None:
 
 
 def with_other_norms(module: Any) -> None:
-    """Its weights' norms are not those of its weights."""
+    """The norms of its weights do not belong to its weights."""
     weight_normed(module)
     with torch.no_grad():
         module.head.weight_g.mul_(1 + 1e-5)
@@ -202,12 +206,12 @@ HELD: dict[str, Callable[[Any], Any]] = {
 }
 
 
-# They are old, and in use.
+# These functions are old, and still in use.
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*jit.trace.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("what", HELD)
-def test_a_port_that_holds_what_it_computed_is_judged_as_any_other(
+def test_a_module_that_keeps_computed_tensors_is_verified(
     what: str, timm: vit_ref.Candidate, saved: Callable[[str], Path]
 ) -> None:
     plain = dataclasses.replace(timm, sites=None, parameters=None)
@@ -226,7 +230,7 @@ def test_a_port_that_holds_what_it_computed_is_judged_as_any_other(
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-def test_a_norm_of_weights_that_is_off_by_more_than_rounding_stays_wrong(
+def test_a_weight_norm_off_by_more_than_rounding_stays_wrong(
     timm: vit_ref.Candidate, saved: Callable[[str], Path]
 ) -> None:
     def load(path: Path) -> Any:
@@ -252,7 +256,7 @@ class Narrow(torch.nn.Linear):
 UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "on meta": (
         lambda: torch.nn.Linear(3, 23, device="meta"),
-        r"mine: 'weight' is on the device 'meta', where a tensor has no values: load the checkpoint",
+        r"mine: 'weight' is on the device 'meta' and has no values: load the checkpoint",
     ),
     "with a buffer on meta": (
         lambda: torch.nn.BatchNorm1d(23, affine=False, device="meta"),
@@ -277,7 +281,7 @@ class Returning(torch.nn.Module):
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
-def test_whatever_is_done_to_a_module_that_cannot_be_used_is_one_line(what: str, saved: Callable[[str], Path]) -> None:
+def test_every_failure_of_an_unusable_module_is_one_line(what: str, saved: Callable[[str], Path]) -> None:
     module, message = UNUSABLE[what]
     with pytest.raises(InputError, match=message) as caught:
         made(vit_ref.Candidate(load=lambda _: module(), name="mine"), saved).trace(IMAGES, FLOAT64)
@@ -295,9 +299,7 @@ IN_FLOAT32: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("what", IN_FLOAT32)
-def test_what_a_module_computes_in_float32_by_design_is_exact_in_float64(
-    what: str, saved: Callable[[str], Path]
-) -> None:
+def test_a_module_float32_by_design_is_exact_in_float64(what: str, saved: Callable[[str], Path]) -> None:
     def forward(x: Any) -> Any:
         return IN_FLOAT32[what](x.flatten(2)).square().sum((1, 2))[:, None] * x.new_ones(23)
 
@@ -308,15 +310,15 @@ def test_what_a_module_computes_in_float32_by_design_is_exact_in_float64(
     right = exact.get(what, lambda x: x.softmax(-1))(images).square().sum((1, 2))[:, None].numpy()
     assert error(found[:, :1], right).rms < SEMANTIC_RMS
     (note,) = port.notes
-    assert note.startswith("the candidate makes a cast of float64 to float32, the first before logits: undone")
-    # In the tested precision nothing is undone.
+    assert note.startswith("the candidate makes a cast from float64 to float32, the first before logits. ")
+    # In the tested precision no cast is undone.
     assert port.trace(IMAGES, precision_of(np.float32))["logits"].dtype == np.float32
 
 
-def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_attention(
+def test_fused_attention_passes_despite_its_larger_rounding(
     port: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the first head all tokens attend to one, with scores of up to 626: half a unit of rounding there is 3e-5."""
+    """All tokens attend to one in the first head, with scores of some hundreds, so the rounded logarithm is far off."""
     case = Case("sink", dataclasses.replace(CASES["rectangular"].config, num_hidden_layers=1), seed=2)
     tensors, attention = case.checkpoint().tensors, "vit.encoder.layer.0.attention.attention"
     tensors[f"{attention}.query.bias"][0] += 40
@@ -333,14 +335,12 @@ def test_fused_attention_passes_though_it_rounds_many_times_as_much_as_explicit_
     report = judged("fused")
     assert report.passed
     assert max(result.ratio for result in report.results) > 20
-    # One that shows its probabilities computes with them, and has no reason to err like that.
+    # A candidate that shows its probabilities computes with them, and has no reason for such an error.
     monkeypatch.setattr(session, "with_fused_attention", None)
     assert max(result.ratio for result in judged("fused").numerical_failures) > 20
 
 
-def test_a_candidate_in_pytorch_is_allowed_other_sums_than_the_references(
-    timm: vit_ref.Candidate, saved: Callable[[str], Path]
-) -> None:
+def test_a_pytorch_candidate_may_sum_in_another_order(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("rectangular"))
     port = made(timm, saved)
     report = Session(port.outline.config, source, IMAGES, port, title="sums").forward()

@@ -1,4 +1,4 @@
-"""Candidates that cannot be found, loaded, run, observed or differentiated: said in one line, and whose fault it is."""
+"""Candidates that cannot be found, loaded, run, observed or differentiated: each gets one line that names the fault."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ IMAGES = CASES["rectangular"].images()
 @pytest.mark.parametrize(
     ("spec", "content", "message"),
     [
-        ("absent.py", None, r"absent.py: no such file"),
+        ("absent.py", None, r"absent.py: this file does not exist"),
         ("broken.py", "def f(:\n", r"broken.py: importing it raised SyntaxError: invalid syntax"),
         ("needs.py", "import vit_ref_absent", "needs.py: importing it raised ModuleNotFoundError: No module named"),
         ("script.py", "raise SystemExit(0)", "script.py: importing it raised SystemExit: 0"),
-        ("empty.py", "", r"empty.py: it has no 'candidate': name one as .*empty.py:NAME"),
+        ("empty.py", "", r"empty.py: it has no 'candidate': name the candidate as .*empty.py:NAME"),
         ("named.py:other", "candidate = print", r"named.py: it has no 'other'"),
-        ("number.py", "candidate = 3", "number: a int: give a vit_ref.Candidate, or a function from pixels to logits"),
-        ("cls.py", "class candidate: pass", "cls: a type: give a vit_ref.Candidate"),
+        ("number.py", "candidate = 3", "number: it has the type int: give a vit_ref.Candidate, or a function"),
+        ("cls.py", "class candidate: pass", "cls: it has the type type: give a vit_ref.Candidate"),
         ("vit_ref_absent.ports", None, "vit_ref_absent.ports: importing it raised ModuleNotFoundError"),
-        ("not a module", None, "not a module: neither a Python file nor the name of a module"),
+        ("not a module", None, "not a module: this is neither a Python file nor the name of a module"),
     ],
 )
 def test_a_candidate_that_cannot_be_found_is_one_line(
@@ -71,7 +71,7 @@ def test_a_candidate_that_cannot_be_found_is_one_line(
 def test_candidates_are_found_by_file_module_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setitem(sys.modules, "flax", flax)
-    # A neighbour is imported, and a file may be called like a package.
+    # A neighbour is imported, and a file may have the name of a package.
     (tmp_path / "vit_ref_neighbour.py").write_text("class made:\n    @staticmethod\n    def port(x): return x\n")
     (tmp_path / "flax.py").write_text("from vit_ref_neighbour import made\nimport flax.nnx\ncandidate = made.port\n")
     assert find(str(tmp_path / "flax.py")).name == "flax"
@@ -107,7 +107,7 @@ def with_site(path: str) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
 
 
 def changed(change: Callable[[Any], None]) -> Callable[[vit_ref.Candidate], vit_ref.Candidate]:
-    """The candidate whose loaded module is changed."""
+    """Returns a candidate whose loaded module is changed."""
 
     def wrap(candidate: vit_ref.Candidate) -> vit_ref.Candidate:
         def load(path: Path) -> Any:
@@ -129,27 +129,30 @@ def share(port: Any) -> None:
     [
         (
             changed(share),
-            r"'encoder.layers.1.attention.*' is the same module as 'encoder.layers.0.attention.*', with its",
+            r"'encoder.layers.1.attention.*' and 'encoder.layers.0.attention.*' are one module",
         ),
         (lambda c: dataclasses.replace(c, load=failing), "mine: load\\(\\) raised KeyError: 'no such tensor'"),
         (lambda c: dataclasses.replace(c, load=lambda _: failing), "mine: the forward pass raised KeyError: 'no such"),
         (lambda c: dataclasses.replace(c, load=leaving), "mine: load\\(\\) raised SystemExit: 0"),
         (lambda c: dataclasses.replace(c, load=lambda _: leaving), "mine: the forward pass raised SystemExit: 0"),
-        (lambda c: dataclasses.replace(c, load=lambda _: 3), "mine: load\\(\\) returned a int: see vit_ref.Candidate"),
+        (
+            lambda c: dataclasses.replace(c, load=lambda _: 3),
+            "mine: load\\(\\) returned a int: return one of the models that vit_ref.Candidate lists",
+        ),
         (lambda c: dataclasses.replace(c, load=lambda _: dict, sites=None), "mine: the forward pass raised"),
         (
             lambda c: dataclasses.replace(c, load=lambda _: lambda x: {"logits": x}, sites=None),
-            "mine: it returned a dict: logits \\(B, classes\\) are expected",
+            "mine: it returned a dict, but must return logits \\(B, classes\\)",
         ),
         (
             lambda c: dataclasses.replace(c, load=lambda _: jnp.sum, sites=None),
-            "mine: it returned a value of shape \\(\\): logits \\(B, classes\\) are expected",
+            "mine: it returned a value of shape \\(\\), but must return logits \\(B, classes\\)",
         ),
         (
             with_site("final_nrm"),
-            "has no submodule 'final_nrm', and returns nothing of that name; did you mean 'final_",
+            "has no submodule 'final_nrm' and returns no value of that name; did you mean 'final_",
         ),
-        (under_jit, "mine: patches is computed under a transformation of its own \\(jit, vmap, scan\\)"),
+        (under_jit, "mine: patches is computed inside the candidate's own jit, vmap or scan"),
     ],
 )
 def test_a_candidate_that_cannot_be_run_or_seen_is_one_line(
@@ -181,27 +184,27 @@ def gather_statistics(port: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop_live, "'encoder.layers.0.mlp.layers.2.rngs.count', and its next output with it: is dropout live"),
-        (gather_statistics, "'dropout.mean': is dropout live, are statistics gathered"),
+        (drop_live, "'encoder.layers.0.mlp.layers.2.rngs.count', and its next output: dropout may be active"),
+        (gather_statistics, "'dropout.mean': dropout may be active, or statistics be updated"),
     ],
 )
-def test_a_port_that_is_not_in_evaluation_mode_is_said_first(
+def test_a_candidate_in_training_mode_is_reported_first(
     change: Callable[[Any], None],
     message: str,
     port: Callable[[str], str],
     saved: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before any reference is asked."""
+    """The error comes before any reference runs."""
     monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
     candidate = changed(change)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
-    with pytest.raises(InputError, match=f"mine: the forward pass changes the port's own state, {message}") as caught:
+    with pytest.raises(InputError, match=f"mine: the forward pass changes the model's own state, {message}") as caught:
         check_port(candidate, saved("one-block"))
     assert "\n" not in str(caught.value)
 
 
 class Drawing(nnx.Module):
-    """It draws from a stream that was made outside of it."""
+    """It draws from a random stream that was made outside it."""
 
     def __init__(self, stream: nnx.Rngs):
         self.draw = lambda: stream.dropout()
@@ -211,7 +214,7 @@ class Drawing(nnx.Module):
         return x
 
 
-def test_a_port_that_changes_state_outside_itself_is_told_so(
+def test_state_changed_outside_the_candidate_is_reported(
     port: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     stream = nnx.Rngs(0)
@@ -220,14 +223,14 @@ def test_a_port_that_changes_state_outside_itself_is_told_so(
         port.dropout = Drawing(stream)
 
     candidate = changed(draw)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
-    with pytest.raises(InputError, match=r"^mine: the forward pass changes state that was made outside the port \("):
+    with pytest.raises(InputError, match=r"^mine: the forward pass changes state outside the model \("):
         made(candidate, saved).trace(IMAGES, FLOAT64)
 
 
-def test_a_function_that_differs_from_run_to_run_is_said_first(
+def test_a_function_that_differs_between_runs_is_reported_first(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By `check_port` and `propose` alike."""
+    """`check_port` and `propose` both report it."""
     monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
     monkeypatch.setattr("vit_ref.verify.proposals.proposal.NumpyOracle", failing)
     rng = np.random.default_rng(0)
@@ -256,7 +259,7 @@ FLIPPED = {
 
 
 @pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.torch if "torch" in f else ()) for f in FLIPPED])
-def test_a_module_that_runs_twice_is_not_judged_by_its_last_run(
+def test_a_module_that_runs_twice_is_refused(
     file: str, port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
@@ -274,13 +277,13 @@ def test_a_value_that_is_shown_twice_is_one_value(saved: Callable[[str], Path]) 
     require_repeatable(made(showing, saved), IMAGES[:1])
 
 
-def test_linens_unknown_submodules_are_said_too(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+def test_unknown_submodules_of_linen_are_named(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
     candidate = with_site("encoder_nrm")(find(port("linen_big_vision.py")))
     with pytest.raises(InputError, match=r"has no submodule 'encoder_nrm'.* did you mean 'encoder_norm'"):
         made(candidate, saved).trace(IMAGES, FLOAT64)
 
 
-def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved: Callable[[str], Path]) -> None:
+def test_without_a_head_the_returned_cls_token_is_compared(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("headless"))
     config = read_configuration(source)
     plain = vit_ref.Candidate(
@@ -293,12 +296,12 @@ def test_without_a_head_a_port_is_judged_by_the_cls_token_that_it_returns(saved:
         assert [check.name for check in report.checks if check.status == "failed"] == failed
     tokens = dataclasses.replace(plain, call=lambda port, x: jnp.stack([port(x)] * 3, axis=1))
     with pytest.raises(
-        InputError, match=r"^mine: it returned a value of shape \(1, 3, \d+\): without a head the cls token"
+        InputError, match=r"^mine: it returned shape \(1, 3, \d+\), but a model without a head must return the cls"
     ):
         check_port(tokens, source.path, backward=False)
 
 
-def test_a_port_with_a_tap_is_observed_through_that_alone(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_with_a_tap_is_observed_only_through_it(saved: Callable[[str], Path]) -> None:
     candidate = vit_ref.Candidate(
         load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), sites={"blocks.0.norm1": "block.0.norm1"}
     )
@@ -308,9 +311,7 @@ def test_a_port_with_a_tap_is_observed_through_that_alone(saved: Callable[[str],
     assert set(made(around, saved).trace(IMAGES, FLOAT64)) == {"block.0.norm1", "logits"}
 
 
-def test_submodules_and_returned_intermediates_go_together(
-    port: Callable[[str], str], saved: Callable[[str], Path]
-) -> None:
+def test_submodules_and_intermediates_may_be_combined(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
     candidate = dataclasses.replace(
         find(port("nnx_tutorial.py")),
         sites={"final_norm": "norm", "squares": "patches"},
@@ -335,7 +336,7 @@ def failures_of(function: Callable, saved: Callable[[str], Path]) -> dict[str, s
     return {each.name: each.reason for each in check_behaviour(made(function, saved), IMAGES[:2]) if not each.passed}
 
 
-def test_a_port_that_stays_in_float32_has_not_been_judged(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_that_stays_in_float32_is_refused(saved: Callable[[str], Path]) -> None:
     def narrow(x: jax.Array) -> jax.Array:
         return ones(23, jnp.asarray(np.asarray(x, np.float32)))
 
@@ -343,7 +344,7 @@ def test_a_port_that_stays_in_float32_has_not_been_judged(saved: Callable[[str],
         checks_of(narrow, saved)
 
 
-def test_a_port_that_is_float32_in_one_place_is_judged_there(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_with_float32_at_one_site_fails_there(saved: Callable[[str], Path]) -> None:
     def narrow(x: jax.Array, tap: Callable = lambda name, value: value) -> jax.Array:
         patches = tap("patches", jnp.ones((len(x), 16, 33), jnp.float32))
         return ones(23, x) + patches.mean().astype(x.dtype)
@@ -353,7 +354,7 @@ def test_a_port_that_is_float32_in_one_place_is_judged_there(saved: Callable[[st
         assert checks[name].status == "failed" and checks[name].reason.startswith("float64 relative RMS"), name
 
 
-def test_a_right_port_in_numpy_passes_and_cannot_be_compiled(saved: Callable[[str], Path]) -> None:
+def test_a_right_numpy_candidate_passes_and_fails_to_compile(saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("one-block"))
     oracle = NumpyOracle(read_configuration(source), source.tensors)
     checks = checks_of(lambda x: oracle.trace(np.asarray(x))["logits"], saved, backward=True)
@@ -365,9 +366,9 @@ def test_a_right_port_in_numpy_passes_and_cannot_be_compiled(saved: Callable[[st
     assert "it cannot be differentiated" in checks["backward/pixels"].reason
 
 
-def test_a_port_that_is_float32_inside_is_told_so(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_in_float32_inside_is_reported(saved: Callable[[str], Path]) -> None:
     def narrow(x: jax.Array) -> jax.Array:
-        # Scaled by what the batch has in common, which rounds otherwise for each batch.
+        # Scaled by a value of the whole batch, which rounds differently for each batch.
         scale = 1 + x.mean() ** 2
         return rounded(ones(23, x) * scale) / rounded(scale)
 
@@ -380,35 +381,35 @@ def test_a_port_that_is_float32_inside_is_told_so(saved: Callable[[str], Path]) 
     )
 
 
-def test_a_port_whose_images_depend_on_each_other_is_seen(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_whose_images_depend_on_each_other_fails(saved: Callable[[str], Path]) -> None:
     assert failures_of(lambda x: ones(23, x - x.mean(axis=0)), saved) == {
         "batch": "an input alone comes out otherwise than in its batch"
     }
 
 
 @pytest.mark.parametrize("output", [lambda x: ones(23, x) * jnp.nan, lambda x: ones(23, x)[:0]], ids=["NaN", "empty"])
-def test_what_is_always_wrong_in_one_way_is_the_same_each_time(output: Callable, saved: Callable[[str], Path]) -> None:
+def test_a_constantly_wrong_candidate_repeats_its_values(output: Callable, saved: Callable[[str], Path]) -> None:
     checks = checks_of(output, saved)
     assert [name for name, check in checks.items() if check.status == "failed"] == ["forward/logits"]
 
 
-def test_a_port_that_is_another_when_compiled_is_seen(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_that_differs_when_compiled_fails(saved: Callable[[str], Path]) -> None:
     assert failures_of(lambda x: ones(23, x) * (2 if isinstance(x, jax.core.Tracer) else 1), saved) == {
         "jit": "compiled it computes something else than operation by operation"
     }
 
 
-def test_a_port_that_differs_from_run_to_run_is_seen(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_that_differs_between_runs_fails(saved: Callable[[str], Path]) -> None:
     rng = np.random.default_rng(0)
-    # float(): it cannot be traced, so that numpy draws anew in each run.
+    # float() cannot be traced, so numpy draws again in each run.
     failures = failures_of(lambda x: ones(23, x) + float(x[0, 0, 0, 0]) * rng.normal(), saved)
     assert failures["repeat"].startswith("two runs on the same inputs differ")
 
 
-def test_a_model_that_is_another_where_nobody_looks_is_seen(
+def test_a_model_that_differs_without_a_tap_fails(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention's probabilities are formed for a tap alone: users run another path."""
+    """The model computes attention's probabilities only for a tap, so users run another path."""
     monkeypatch.setattr(
         "vit_ref.model.vit.attend", lambda query, key, value: attention.weigh(1.001 * query, key, value)
     )
@@ -418,7 +419,7 @@ def test_a_model_that_is_another_where_nobody_looks_is_seen(
     assert failed.reason.startswith("its output is another where nobody looks at its sites")
 
 
-def test_a_port_is_called_as_its_users_call_it_where_nobody_looks(saved: Callable[[str], Path]) -> None:
+def test_without_a_tap_a_candidate_is_called_as_by_its_users(saved: Callable[[str], Path]) -> None:
     def fused(x: jax.Array, tap: Callable | None = None) -> jax.Array:
         return ones(23, x) if tap is None else tap("logits", 2 * ones(23, x))
 
@@ -441,11 +442,11 @@ def test_a_port_is_called_as_its_users_call_it_where_nobody_looks(saved: Callabl
     assert reason.startswith("without a tap lacking: the forward pass raised TypeError: 'NoneType' object is not call")
 
 
-def test_a_port_that_drops_the_axis_of_one_image_is_judged(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_that_drops_the_axis_of_one_image_fails(saved: Callable[[str], Path]) -> None:
     assert list(failures_of(lambda x: ones(23, x).squeeze(), saved)) == ["batch"]
 
 
-def test_what_an_uncompiled_pass_keeps_for_the_next_one_is_seen(saved: Callable[[str], Path]) -> None:
+def test_state_kept_by_an_uncompiled_pass_is_detected(saved: Callable[[str], Path]) -> None:
     kept: list[jax.Array] = []
 
     def keeping(x: jax.Array) -> jax.Array:
@@ -465,7 +466,7 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("fault", FAULTY)
-def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: str, tmp_path: Path) -> None:
+def test_a_contradictory_checkpoint_is_not_the_candidates_fault(fault: str, tmp_path: Path) -> None:
     source, changes = CASES["rectangular"].checkpoint(), FAULTY[fault]
     tensors = {name: changes.get(name, lambda x: x)(tensor) for name, tensor in source.tensors.items()}
     numbers = {name: value for name, value in changes.items() if isinstance(value, int)}
@@ -474,14 +475,14 @@ def test_a_checkpoint_that_contradicts_itself_is_no_fault_of_the_ports(fault: st
         check_port(lambda x: ones(23, x), tmp_path, backward=False)
 
 
-def test_what_is_left_over_outside_the_blocks_is_nobodys_fault(tmp_path: Path) -> None:
+def test_unexpected_tensors_outside_the_blocks_are_allowed(tmp_path: Path) -> None:
     source = CASES["rectangular"].checkpoint()
     tensors = {**source.tensors, "vit.pooler.dense.bias": np.zeros(33, np.float32)}
     writing.write_directory(tmp_path, tensors, source.config or {})
     assert check_port(lambda x: ones(23, x), tmp_path, backward=False).forward.semantic_failures
 
 
-def test_a_port_that_writes_into_jaxs_images_is_one_line(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_that_writes_into_jax_images_is_one_line(saved: Callable[[str], Path]) -> None:
     def centred(x: Any) -> Any:
         x = np.asarray(x)
         x -= x.mean()
@@ -491,15 +492,15 @@ def test_a_port_that_writes_into_jaxs_images_is_one_line(saved: Callable[[str], 
         check_behaviour(made(centred, saved), IMAGES)
 
 
-def test_logits_of_another_shape_have_failed_and_have_no_gradients(saved: Callable[[str], Path]) -> None:
+def test_logits_of_a_wrong_shape_fail_without_gradients(saved: Callable[[str], Path]) -> None:
     checks = checks_of(lambda x: ones(1, x), saved, backward=True)
     assert checks["forward/logits"].status == "failed"
     assert checks["backward/pixels"].reason.startswith("its output has shape (2, 1) and not (2, 23)")
 
 
-def test_a_port_that_cannot_be_differentiated_is_judged_forward(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_without_a_derivative_is_verified_forward(saved: Callable[[str], Path]) -> None:
     def calling_back(x: jax.Array) -> jax.Array:
-        # Not of its argument: jax may call back on a thread where float64 is not enabled, and give it in float32.
+        # It does not use its argument: jax may call back on a thread where float64 is not enabled, and pass float32.
         given = np.ones((len(x), 23), x.dtype)
         return jax.pure_callback(lambda _: given, jax.ShapeDtypeStruct(given.shape, x.dtype), ones(23, x))
 
@@ -510,7 +511,7 @@ def test_a_port_that_cannot_be_differentiated_is_judged_forward(saved: Callable[
     assert checks["backward/pixels"].reason.startswith("jax cannot differentiate it: calling_back: the forward pass")
 
 
-def test_a_loader_is_told_the_dtype_it_asks_for(saved: Callable[[str], Path]) -> None:
+def test_a_loader_with_a_dtype_argument_receives_the_dtype(saved: Callable[[str], Path]) -> None:
     told = []
 
     def load(path: Path, dtype: np.dtype) -> Callable:
@@ -520,12 +521,12 @@ def test_a_loader_is_told_the_dtype_it_asks_for(saved: Callable[[str], Path]) ->
     port = made(vit_ref.Candidate(load=load), saved)
     for dtype in (np.float64, np.float64, np.float32):
         assert port.trace(IMAGES, precision_of(dtype))["logits"].dtype == dtype
-    # Once each, though asked for twice: reading a checkpoint takes seconds.
+    # Each is loaded once, though it is used twice, because reading a checkpoint takes seconds.
     assert told == [(saved("rectangular"), np.dtype(np.float64)), (saved("rectangular"), np.dtype(np.float32))]
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"mask": True}, {"bias": True}])
-def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[str, Any]) -> None:
+def test_fused_attention_is_exact_only_in_float64(options: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     with precision_of(np.float64).active():
         query, key, value = (jnp.asarray(rng.normal(size=(2, 5, 3, 7))) for _ in range(3))
@@ -548,7 +549,7 @@ def test_fused_attention_is_exact_in_float64_and_itself_elsewhere(options: dict[
                     query, key, value, options.get("bias"), options.get("mask")
                 ),
             ]
-        # Rounding of a sum of five products; the fused softmax's own, in float32, is 1e-8.
+        # The rounding of a sum of five products. The float32 rounding inside the fused softmax is larger.
         for each in found:
             np.testing.assert_allclose(each, expected, rtol=0, atol=1e-14)
         assert np.abs(fused - expected).max() > 1e-10
@@ -569,7 +570,7 @@ def centred(x: Any) -> Any:
     return x - x.mean(-1, keepdims=True)
 
 
-# What a port does in float32 by design, and the same in NumPy.
+# Code that computes in float32 by design, and the same in NumPy.
 IN_FLOAT32: dict[str, tuple[Callable, Callable]] = {
     "softmax": (narrow_softmax, softmax),
     "mean": (lambda x: x - x.mean(-1, keepdims=True, dtype=jnp.float32), centred),
@@ -585,7 +586,7 @@ IN_FLOAT32: dict[str, tuple[Callable, Callable]] = {
 
 
 @pytest.mark.parametrize("what", IN_FLOAT32)
-def test_what_a_port_computes_in_float32_by_design_is_exact_in_float64(what: str, saved: Callable[[str], Path]) -> None:
+def test_a_candidate_float32_by_design_is_exact_in_float64(what: str, saved: Callable[[str], Path]) -> None:
     narrow, right = IN_FLOAT32[what]
 
     def forward(x: jax.Array) -> jax.Array:
@@ -600,12 +601,12 @@ def test_what_a_port_computes_in_float32_by_design_is_exact_in_float64(what: str
     assert 1e-10 < error(rounded[:, :1], expected).rms < 1e-5
     assert error(found[:, :1], expected).rms < SEMANTIC_RMS
     (note,) = port.notes
-    assert "to float32, the first before logits: undone for the float64 gate" in note
+    assert "to float32, the first before logits. This rounding is undone for the float64 gate" in note
 
 
-def test_a_port_that_needs_its_casts_is_judged_with_them(saved: Callable[[str], Path]) -> None:
+def test_a_candidate_that_needs_its_casts_keeps_them(saved: Callable[[str], Path]) -> None:
     def scanning(x: jax.Array) -> jax.Array:
-        # The carry is float32, and what is added to it has to be.
+        # The carry is float32, so the added value must be, too.
         rows = jnp.moveaxis(x, 1, 0).astype(jnp.float32)
         total, _ = jax.lax.scan(lambda carry, row: (carry + row, None), jnp.zeros(rows.shape[1:], jnp.float32), rows)
         return ones(23, total[:, None]).astype(x.dtype)
@@ -619,12 +620,12 @@ def test_a_port_that_needs_its_casts_is_judged_with_them(saved: Callable[[str], 
 def test_shapes_without_values_are_one_line(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
     tutorial = find(port("nnx_tutorial.py"))
     abstract = dataclasses.replace(tutorial, load=lambda path: nnx.eval_shape(lambda: tutorial.load(path)))
-    with pytest.raises(InputError, match=r"nnx_tutorial: 'classifier.bias\S*' is a shape without values") as caught:
+    with pytest.raises(InputError, match=r"nnx_tutorial: 'classifier.bias\S*' has a shape but no values") as caught:
         made(abstract, saved).trace(IMAGES, FLOAT64)
     assert "\n" not in str(caught.value)
 
 
-def test_pytorch_is_not_imported_to_see_that_a_port_is_none_of_its(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_is_not_imported_for_other_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert not is_torch(object())
     assert "torch" not in sys.modules

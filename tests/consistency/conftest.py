@@ -1,4 +1,4 @@
-"""What the questions of consistency are asked of: a model with a batch, in any dtype, and a loss."""
+"""A model with a batch, in any dtype, and a loss, for all questions of consistency."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vit_ref.weights.pretrained import build
 
 
 class Example(NamedTuple):
-    """A model and what its loss is taken of: pixels, class ids, and the key of its dropout."""
+    """A model and the arguments of its loss: pixels, class ids, and the key of its dropout."""
 
     model: VisionTransformer
     pixels: Array
@@ -32,11 +32,11 @@ class Example(NamedTuple):
 
 @pytest.fixture(scope="session")
 def example() -> Callable[..., Example]:
-    """`example(dtype, seed=0, training=False)`: parameters in float32, or float64 where `dtype` is that."""
+    """`example(dtype, seed=0, training=False)`: an example with float32 parameters, or float64 if `dtype` is that."""
 
     def make(dtype: DTypeLike = jnp.float32, seed: int = 0, *, training: bool = False) -> Example:
         case = dataclasses.replace(CASES["rectangular"], batch=3, seed=seed)
-        # Names of classes take no part in what is computed, so they may not take part in what is compiled either.
+        # Names of classes do not change what is computed, so they may not change what is compiled.
         named = dataclasses.replace(case.config, labels=tuple(f"{seed}-{i}" for i in range(case.config.num_labels)))
         stored = np.float64 if dtype == jnp.float64 else np.float32
         parameters = port(case.checkpoint().tensors, case.config, HF)

@@ -1,6 +1,6 @@
-"""Are the derivatives those of the function that is computed? In float64, for every group of parameters and the pixels.
+"""Are the derivatives right, in float64, for every group of parameters and for the pixels?
 
-Reverse mode is checked against differences of the loss, forward mode against reverse mode, second derivatives against
+The tests compare reverse mode with differences of the loss, forward mode with reverse mode, and second derivatives with
 their own symmetry.
 """
 
@@ -25,7 +25,7 @@ from vit_ref.verify.cases import CASES
 pytestmark = pytest.mark.xdist_group("derivatives")
 
 EPS = float(np.finfo(np.float64).eps)
-# A layer's kernel and bias, or scale and bias, are one group: they are used, and would be wrong, together.
+# A layer's kernel and bias, or scale and bias, are one group, because they are used together.
 LEAVES = (".kernel", ".bias", ".scale")
 
 
@@ -38,10 +38,10 @@ Point = dict[str, Array]
 
 
 class Functions(NamedTuple):
-    """The model as functions of one point, its parameters by path and its "pixels", compiled once.
+    """The model as functions of one point, which is its parameters by path and its "pixels". Compiled once.
 
     Attributes:
-      point: where derivatives are taken.
+      point: the point at which to differentiate.
       loss: point -> scalar.
       gradient: point -> gradient of the loss.
       pair: (point, tangent, cotangent of the logits) -> Jacobian times tangent, cotangent times Jacobian.
@@ -88,7 +88,7 @@ def functions(example, cross_entropy) -> Functions:
 
 
 def _direction(point: Point, group: str | None, draw: int = 0) -> Point:
-    """A random change of one group, or of all, as large as the values it changes, so that a step is a relative one."""
+    """Returns a random change of one group, or of all, as large as the values, so that a step is relative to them."""
     rng = np.random.default_rng([zlib.crc32((group or "all").encode()), draw])
 
     def change(path: str, value: Array) -> Array:
@@ -106,13 +106,14 @@ def _norm(a: Point) -> float:
     return math.sqrt(_dot(a, a))
 
 
-# Central differences err by truncation, h^2 |f'''| / 6, and by rounding, eps |f| / h for each unit that f is wrong by.
-# Their sum is least at h = (3 eps |f| / |f'''|)^(1/3): with a loss of 4.6 and third derivatives of up to 140, 3e-6.
+# Central differences have an error of truncation, h^2 |f'''| / 6, and one of rounding, eps |f| / h for each unit of
+# rounding in f. The sum is least at h = (3 eps |f| / |f'''|)^(1/3), about 3e-6 here.
 STEP = 2.0**-18
-# Units of rounding in the loss, a mean of differences of a logit and a logarithm; at most 0.8 were seen.
+# Units of rounding in the loss, which is a mean of differences of a logit and a logarithm.
 ROUNDINGS = 4
-# f''' comes from third differences, so that the bound owes nothing to the derivatives under test. At this step they are
-# wrong by 3 eps |f| / H^3 = 6e-9 from rounding and by H^2 f''''' / 4, some percent where f bends most.
+# f''' comes from third differences, so the bound does not depend on the derivatives under test. At this step their
+# error
+# is 3 eps |f| / H^3 = 6e-9 from rounding, and H^2 f''''' / 4, some percent where f bends most.
 THIRD_STEP = 2.0**-7
 
 
@@ -130,12 +131,12 @@ def test_the_gradient_is_what_central_differences_say(group: str, functions: Fun
         difference = (along(STEP) - along(-STEP)) / (2 * STEP)
         h = THIRD_STEP
         third = (along(2 * h) - 2 * along(h) + 2 * along(-h) - along(-2 * h)) / (2 * h**3)
-        # Half as much again for the third difference's own error.
+        # Half as much again allows for the error of the third difference.
         bound = 1.5 * STEP**2 * abs(third) / 6 + ROUNDINGS * EPS * abs(along(0.0)) / STEP
         analytic = _dot(gradient, direction)
         assert abs(analytic - difference) <= bound
         signal, noise = max(signal, abs(analytic)), max(noise, bound)
-    # Else a gradient could be wrong in its seventh digit unseen.
+    # Otherwise an error in the seventh digit of a gradient would pass.
     assert signal > 1e7 * noise
 
 
@@ -145,7 +146,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(group: str, functions: Fu
     cotangent = jnp.asarray(np.random.default_rng(0).standard_normal((3, 23)))
     pushed, pulled = functions.pair(functions.point, tangent, cotangent)
     forward, reverse = float(np.vdot(cotangent, pushed)), _dot(pulled, tangent)
-    # Either is a sum whose terms are at most of this size together; one unit of rounding was seen.
+    # Each side is a sum of terms with this total size.
     bound = 8 * EPS * float(jnp.linalg.norm(cotangent) * jnp.linalg.norm(pushed))
     assert abs(forward - reverse) <= bound
     assert abs(forward) > 1e10 * bound
@@ -155,7 +156,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(group: str, functions: Fu
 def test_second_derivatives_are_symmetric(group: str, functions: Functions) -> None:
     one, other = _direction(functions.point, group), _direction(functions.point, None)
     curved_one, curved_other = (functions.curvature(functions.point, direction) for direction in (one, other))
-    # Rounding is one unit of the products' sizes at worst; at most a thirtieth was seen.
+    # Rounding is at worst one unit of the products' sizes.
     bound = EPS * (_norm(other) * _norm(curved_one) + _norm(one) * _norm(curved_other))
     assert abs(_dot(other, curved_one) - _dot(one, curved_other)) <= bound
     assert abs(_dot(other, curved_one)) > 1e10 * bound

@@ -1,4 +1,4 @@
-"""Do extreme but finite inputs give finite values and gradients, without a NaN on the way?"""
+"""Do extreme but finite inputs give finite values and gradients, without any NaN on the way?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _scores(trace: Trace, block: int) -> NDArray:
 
 
 class Extreme(NamedTuple):
-    """Something extreme: what it does to parameters and pixels, and how the trace shows that it came about."""
+    """An extreme case: its change of parameters and pixels, and the check that the trace shows it."""
 
     apply: Callable[[Parameters, NDArray], NDArray]
     reached: Callable[[Trace], bool]
@@ -56,7 +56,7 @@ def one_pixel(value: float) -> Extreme:
 
 
 def all_scores(value: float) -> Extreme:
-    """Every score alike: a softmax that takes exponentials as they come divides infinities, or zeros."""
+    """Makes all scores equal and huge. A softmax without a shift would divide infinities, or zeros."""
 
     def apply(parameters: Parameters, pixels: NDArray) -> NDArray:
         # head_dim products of s * s / sqrt(head_dim)
@@ -72,7 +72,7 @@ def all_scores(value: float) -> Extreme:
 
 
 def scores_far_apart() -> Extreme:
-    """Scores from -10^4 to 10^4: most probabilities underflow to zero."""
+    """Spreads scores from -10^4 to 10^4. Most probabilities underflow to zero."""
 
     def apply(parameters: Parameters, pixels: NDArray) -> NDArray:
         for path in parameters:
@@ -87,7 +87,7 @@ def scores_far_apart() -> Extreme:
 
 
 def constant_tokens(value: float) -> Extreme:
-    """Every LayerNorm divides by sqrt(0 + epsilon), one millionth, and so does its gradient."""
+    """Makes tokens constant. Every LayerNorm, and its gradient, divides by sqrt(0 + epsilon), one millionth."""
 
     def apply(parameters: Parameters, pixels: NDArray) -> NDArray:
         for path in parameters:
@@ -103,12 +103,12 @@ def constant_tokens(value: float) -> Extreme:
 
 EXTREMES = {
     "zero-images": constant_image(0.0),
-    # Subnormal in float32
+    # Subnormal in float32.
     "tiny-images": constant_image(1e-40),
-    # The square of a token, which its variance takes, just stays below float32's 3e38.
+    # The square of a token, which is part of its variance, just stays below float32's 3e38.
     "huge-images": constant_image(1e18),
     "huge-negative-images": constant_image(-1e18),
-    # Here it does not, and LayerNorm divides by infinity. From 1e37 on the patches themselves overflow.
+    # Here it overflows, and LayerNorm divides by infinity. From 1e37 on the patches themselves overflow.
     "overflowing-variance": constant_image(1e30),
     "one-huge-pixel": one_pixel(1e30),
     "all-scores-1e4": all_scores(1e4),
@@ -122,7 +122,7 @@ EXTREMES = {
 
 @pytest.fixture(scope="module")
 def differentiate() -> Callable[..., tuple]:
-    """Values at all sites, and gradients to parameters and pixels with a tap and without, compiled."""
+    """Returns the values at all sites, and the compiled gradients for parameters and pixels with and without a tap."""
 
     def loss(graph: nnx.GraphDef, state: nnx.State, pixels: Array) -> tuple[Array, dict[str, Array]]:
         model, trace = nnx.merge(graph, state), {}

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-# One line for each thing that a seed decides: a hash of its bytes.
+# One line for each thing that a seed decides, with a hash of its bytes.
 PROGRAM = """
 import hashlib, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -43,7 +43,7 @@ report("logits with other dropout", logits)
 
 
 def test_two_processes_agree_to_the_last_bit() -> None:
-    # Python orders sets and hashes strings otherwise in every process, unless told; here it surely does.
+    # Unless told otherwise, each Python process orders sets and hashes strings differently. Here they surely differ.
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, "7"],
@@ -56,5 +56,5 @@ def test_two_processes_agree_to_the_last_bit() -> None:
     first, second = (process.communicate()[0].splitlines() for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     assert first == second
-    # The hashes see what the seed decides: other dropout gives other logits.
+    # The hashes depend on what the seed decides: another dropout gives other logits.
     assert len({line.split()[-1] for line in first}) == len(first) == 4

@@ -1,4 +1,4 @@
-"""Is what is traced clean: no leaked tracers, no calls to the host, no implicit promotion?"""
+"""Is tracing clean: no leaked tracers, no calls to the host, no implicit promotion?"""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jax import Array
 
 from vit_ref.verify.cases import CASES, Case
 
-# The cases whose formulas differ from those of "rectangular", on which all else here runs.
+# The cases whose formulas differ from those of "rectangular", which all other tests here use.
 OTHERS = [CASES[name] for name in ("no-qkv-bias", "one-head", "pooler", "headless", "rectangular-patch")]
 
 
 @pytest.fixture(params=[False, True], ids=["evaluation", "training"])
 def step(request: pytest.FixtureRequest, example, cross_entropy) -> tuple[Callable, tuple]:
-    """A function from parameters to loss and gradient, and its arguments."""
+    """Returns a function from parameters to loss and gradient, and its arguments."""
     model, *batch = example(training=request.param)
     graph, state = nnx.split(model)
 
@@ -33,7 +33,7 @@ def step(request: pytest.FixtureRequest, example, cross_entropy) -> tuple[Callab
 
 @contextmanager
 def checking_leaks() -> Iterator[None]:
-    """`jax.checking_leaks`, with a quick answer: it searches for what refers to a tracer in all that is not frozen."""
+    """Runs `jax.checking_leaks` faster: it searches all objects that are not frozen for references to a tracer."""
     gc.collect()
     gc.freeze()
     try:
@@ -62,7 +62,7 @@ def test_a_tap_that_keeps_a_tracer_is_found(example) -> None:
 
 
 def test_a_step_calls_nothing_on_the_host(step) -> None:
-    """`jax.transfer_guard` sees arguments come in, but on a CPU neither callbacks nor what goes out."""
+    """Searches the program, because on a CPU `jax.transfer_guard` sees arguments, but neither callbacks nor results."""
     differentiate, arguments = step
     traced = jax.jit(differentiate).trace(*arguments)
     assert not traced.jaxpr.effects

@@ -1,9 +1,9 @@
-"""Do all ways of running the model compute the same, in one trace, without asking the host?"""
+"""Do all ways of running the model compute the same, in one trace, without calling the host?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import chex
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from tests.helpers.precisions import precision_of
 from vit_ref.verify.gates import error, root_mean_square
 
-# What compiled programs compute is the question.
+# These tests are about the results of compiled programs.
 pytestmark = pytest.mark.optimised
 
 Objective = Callable[..., tuple[Array, Array]]
@@ -27,13 +27,14 @@ Objective = Callable[..., tuple[Array, Array]]
 Result = tuple[tuple[Array, Array], nnx.State]
 Way = Callable[..., Result]
 
-# Bounds on the difference from eager mode, in units of the dtype's rounding, as relative root mean squares. All ways
-# add up the same products; what differs is the order of sums, and which operations are fused into one rounding.
-# Logits: some fifty roundings of a third of a unit each, at random, are sqrt(50) / 3 = 2.4. Seen on 12 sets of weights:
-# at most 3.3 in float32 and float64; 1.1 in bfloat16, whose stream is float32.
+# Bounds on the difference from eager mode, as relative root mean squares in units of the dtype's rounding. All ways add
+# the same products. They differ in the order of sums, and in the operations that are fused into one rounding.
+# Logits: some fifty random roundings of a third of a unit each are sqrt(50) / 3 = 2.4. In bfloat16 the stream is
+# float32,
+# so there are fewer.
 LOGITS = 10
 # Gradients: that of the scores is P (dP - sum(P dP)), a difference of near equals that loses a digit, so query and key
-# are worst. Seen: at most 33. Another dropout mask, or images mixed up, is a million units in float32.
+# are worst. Another dropout mask, or exchanged images, makes a million units in float32.
 GRADIENTS = 100
 
 
@@ -71,7 +72,7 @@ def jax_checkpoint(objective: Objective) -> Way:
 
 
 def ahead_of_time_and_donated(objective: Objective) -> Way:
-    # The parameters' buffers become the gradient's. Where jax cannot reuse one it warns, and a warning is an error.
+    # The gradient reuses the buffers of the parameters. If jax cannot reuse one it warns, and a warning is an error.
     pure = jax.jit(_pure(objective), static_argnums=0, donate_argnums=1)
     compiled: list[jax.stages.Compiled] = []
 
@@ -100,21 +101,21 @@ def vmap_over_images(objective: Objective) -> Way:
 
 
 class Prepared(NamedTuple):
-    """A way of running the loss, how often it was traced so far, and the example to run it on."""
+    """A way of running the loss, the number of its traces so far, and the example to run it on."""
 
     run: Way
     traces: list[None]
-    example: Callable[..., tuple]
+    example: partial[tuple]
 
 
-# Remat runs the forward pass twice, so it is asked in training: it has to drop the same values twice.
+# Remat runs the forward pass twice, so it is tested in training: both passes have to drop the same values.
 EVALUATED = (nnx_jit, jax_jit, ahead_of_time_and_donated, vmap_over_images)
 TRAINED = (nnx_remat, jax_checkpoint)
 
 
 def _param(way: Callable[[Objective], Way]) -> object:
     training = way in TRAINED
-    # Under pytest-xdist one worker takes all that is compared with the same run of eager mode.
+    # Under pytest-xdist one worker runs all comparisons with the same run of eager mode.
     group = pytest.mark.xdist_group("ways-training" if training else "ways-evaluation")
     return pytest.param((way, training), id=way.__name__.replace("_", "-"), marks=group)
 
@@ -131,25 +132,32 @@ def prepared(request: pytest.FixtureRequest, example, cross_entropy: Objective) 
     return Prepared(way(counted), traces, partial(example, training=training))
 
 
+@pytest.fixture(scope="module")
+def eagerly(example, cross_entropy: Objective) -> Callable[[int, bool], Result]:
+    """`eagerly(seed, training)`: operation by operation, once for all ways."""
+    return cache(lambda seed, training: eager(cross_entropy)(*example(seed=seed, training=training)))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_loss_logits_and_gradients_are_those_of_eager_mode(
-    seed: int, prepared: Prepared, cross_entropy: Objective
+    seed: int, prepared: Prepared, eagerly: Callable[[int, bool], Result]
 ) -> None:
     (loss, logits), gradients = prepared.run(*prepared.example(seed=seed))
-    (eager_loss, eager_logits), eager_gradients = eager(cross_entropy)(*prepared.example(seed=seed))
+    (eager_loss, eager_logits), eager_gradients = eagerly(seed, prepared.example.keywords["training"])
     chex.assert_trees_all_equal_structs(gradients, eager_gradients)
     chex.assert_trees_all_equal_shapes_and_dtypes((loss, logits), (eager_loss, eager_logits))
     chex.assert_trees_all_equal_shapes_and_dtypes(gradients, eager_gradients)
     unit = np.finfo(np.float32).eps
-    # One number, with a logarithm that is of the order of one and added to it: as far as a logit may be.
+    # The loss is one number of the order of one, and may differ as much as a logit.
     assert abs(float(loss) - float(eager_loss)) <= LOGITS * unit * root_mean_square(np.asarray(eager_logits))
     assert error(np.asarray(logits), np.asarray(eager_logits, np.float64)).rms <= LOGITS * unit
     found, expected = (
         {".".join(map(str, path)): np.asarray(leaf[...], np.float64) for path, leaf in nnx.to_flat_state(tree)}
         for tree in (gradients, eager_gradients)
     )
-    # A softmax does not feel a shift of all its scores, so the gradient of a key's bias is zero and what is computed is
-    # rounding: it is measured on the scale of the query's, a sum over as many tokens.
+    # A softmax does not change when all its scores shift, so the gradient of a key's bias is zero, and its computed
+    # value
+    # is rounding. The scale is that of the query's bias, a sum over as many tokens.
     scale = {path: root_mean_square(expected[path.replace("key.bias", "query.bias")]) for path in expected}
     units = {path: root_mean_square(found[path] - expected[path]) / scale[path] / unit for path in expected}
     assert max(units.values()) <= GRADIENTS, max(units, key=units.get)
@@ -169,13 +177,13 @@ def test_what_is_compiled_asks_nothing_of_the_host(prepared: Prepared) -> None:
         jax.block_until_ready(prepared.run(*arguments))
 
 
-def test_a_stream_of_dropout_advances_under_jit_as_it_does_eagerly(example) -> None:
+def test_the_dropout_stream_advances_under_jit_as_eagerly(example) -> None:
     model, pixels, *_ = example(training=True)
     eager_rngs, rngs = nnx.Rngs(dropout=3), nnx.Rngs(dropout=3)
     forward = nnx.jit(lambda model, pixels, rngs: model(pixels, rngs=rngs))
     first, second = (forward(model, pixels, rngs) for _ in range(2))
     expected = [np.asarray(model(pixels, rngs=eager_rngs), np.float64) for _ in range(2)]
-    # Two sets of masks differ by a tenth and more, a hundred thousand times the bound.
+    # Two different sets of masks change the result by a hundred thousand times the bound.
     assert error(np.asarray(first), expected[0]).rms <= LOGITS * np.finfo(np.float32).eps
     assert error(np.asarray(second), expected[1]).rms <= LOGITS * np.finfo(np.float32).eps
     assert error(np.asarray(second), expected[0]).rms > 0.1
@@ -183,7 +191,7 @@ def test_a_stream_of_dropout_advances_under_jit_as_it_does_eagerly(example) -> N
 
 
 class VariantsTest(chex.TestCase):
-    """The forward pass in each dtype, with and without jit, fed from the device and from the host."""
+    """Runs the forward pass in each dtype, with and without jit, with inputs on the device and on the host."""
 
     @pytest.fixture(autouse=True)
     def _example(self, example) -> None:

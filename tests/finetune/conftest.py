@@ -1,10 +1,9 @@
-"""Runs that several tests ask about."""
+"""Runs that several tests examine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +11,7 @@ from click.testing import CliRunner
 from tests.helpers.finetuning import OPTIONS, Runner
 from vit_ref.cli.group import main
 
-# Most of these tests import what the extra installs. The run's header says that they were left out.
+# Most of these tests import what the extra installs. The header of the run says if they were left out.
 if not find_spec("grain"):
     collect_ignore_glob = ["test_*.py"]
 
@@ -24,23 +23,18 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 
 @pytest.fixture(scope="session")
 def whole_run(runner: Runner) -> tuple[str, tuple[bytes, bytes]]:
-    """A run that nobody stopped: what it printed, and its result."""
+    """A run that nothing interrupted: its output and its result."""
     return runner.run("whole"), runner.result("whole")
 
 
 @pytest.fixture
 def refused(runner: Runner) -> Callable[..., str]:
-    """`refused(out, *options)`: the one line that is said, with exit code 2; in this process unless told otherwise."""
+    """`refused(out, *options)`: the one line of a refusal with exit code 2, from this process."""
 
-    def refused(out: str, *options: str, apart: bool = False, **popen: Any) -> str:
-        if apart:
-            said = runner.run(out, *options, code=2, **popen)
-        else:
-            result = CliRunner().invoke(
-                main, ["finetune", "--output-dir", str(runner.directory / out), *OPTIONS, *options]
-            )
-            assert result.exit_code == 2, result.output
-            said = result.output
+    def refused(out: str, *options: str) -> str:
+        result = CliRunner().invoke(main, ["finetune", "--output-dir", str(runner.directory / out), *OPTIONS, *options])
+        assert result.exit_code == 2, result.output
+        said = result.output
         assert said.startswith("vit-ref: ")
         assert said.count("\n") == 1, said
         return said.removeprefix("vit-ref: ").rstrip()

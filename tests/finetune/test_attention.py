@@ -1,4 +1,4 @@
-"""Are the maps the attention that the model paid?"""
+"""Do the maps show the attention of the model?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vit_ref.weights.pretrained import get_parameters
 
 
 def rolled_out(trace: Trace, depth: int) -> np.ndarray:
-    """Abnar & Zuidema (2020), equation 1, with whole matrices: (B, 1, patches)."""
+    """Computes equation 1 of Abnar & Zuidema (2020) with whole matrices: (B, 1, patches)."""
     product = 1
     for i in range(depth):
         mean = trace[f"block.{i}.attn.probs"].mean(axis=1)
@@ -42,12 +42,12 @@ def test_maps_are_what_the_trace_has(
     for found, truth in ((last, expected), (rollout, rolled_out(trace, depth))):
         assert found.dtype == np.float32
         assert found.shape == (case.batch, truth.shape[1], *config.grid())
-        # One rounding to float32; the float64 below it is four hundred million times finer.
+        # One rounding to float32 of a value in float64.
         np.testing.assert_allclose(found.reshape(truth.shape), truth, rtol=1.01 * 2**-24)
     assert np.ptp(last, axis=(2, 3)).min() > 1e-3 and np.ptp(rollout, axis=(2, 3)).min() > 1e-3
 
 
-def test_a_model_in_training_mode_is_seen_as_in_evaluation_and_left_as_it_is(
+def test_attention_maps_are_of_evaluation_mode_and_keep_the_mode(
     filled: Callable[..., VisionTransformer],
 ) -> None:
     model, pixels = filled(CASES["rectangular"].config), CASES["rectangular"].images()
@@ -62,7 +62,7 @@ def test_maps_are_float32_under_bfloat16(filled: Callable[..., VisionTransformer
     with precision_of(jnp.bfloat16).active():
         found = compute_attention_maps(filled(case.config, dtype=jnp.bfloat16), case.images(), "rollout")
     assert found.dtype == np.float32
-    # In bfloat16 a row that is multiplied through the blocks would have no more than these 8 bits.
+    # In bfloat16, multiplying the row through the blocks would keep only these 8 bits.
     assert (found != found.astype(jnp.bfloat16).astype(np.float32)).any()
 
 

@@ -1,7 +1,7 @@
-"""Do the random changes of images have the distributions that their numbers say, and nothing but the image's own seed?
+"""Do the random changes of images have the distributions that their numbers say, and depend on the image's seed alone?
 
-Seeds are fixed, so that nothing here is flaky. Where a bound is on something random, the probability that it would be
-crossed under another seed is beside it.
+Seeds are fixed, so no test is flaky. A bound on something random has the probability of crossing it under another seed
+beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vit_ref.finetune.augmentation import Augmentation, augment_image
 
 DRAWS = 4000
 NOTHING = Augmentation(scale=(1, 1), ratio=(1, 1), flip=0, brightness=0, contrast=0, saturation=0)
-# Of so many draws the distribution is off by more than this with probability 1e-6 (Dvoretzky, Kiefer and Wolfowitz:
+# With this many draws the distribution is off by more than this with probability 1e-6 (Dvoretzky, Kiefer and Wolfowitz:
 # 2 exp(-2 n d**2)).
 FAR = math.sqrt(math.log(2 / 1e-6) / 2 / DRAWS)
 
@@ -36,14 +36,14 @@ def picture(height: int = 30, width: int = 30) -> Image.Image:
 
 
 def assert_uniform(values: NDArray, low: float, high: float, resolution: float = 0.0) -> None:
-    """Kolmogorov and Smirnov's test; `resolution`: how far rounding moves a value, as a part of the range."""
+    """Applies Kolmogorov and Smirnov's test. `resolution` is the rounding of a value, as a part of the range."""
     values = (np.sort(values) - low) / (high - low)
     assert values[0] >= -resolution and values[-1] <= 1 + resolution
     assert np.abs(values - (np.arange(len(values)) + 0.5) / len(values)).max() < FAR + resolution
 
 
 def boxes(augmentation: Augmentation, size: tuple[int, int]) -> NDArray:
-    """(DRAWS, 4): left, upper, right, lower."""
+    """Returns crop boxes (DRAWS, 4): left, upper, right, lower."""
     rng = np.random.default_rng(2)
     return np.array([augmentation.crop_box(rng, size) for _ in range(DRAWS)])
 
@@ -55,7 +55,7 @@ def test_area_and_the_logarithm_of_the_ratio_are_uniform(
     width, height = 3000, 2000
     crops = boxes(Augmentation(scale, ratio), (width, height))
     sides = crops[:, 2:] - crops[:, :2]
-    # None is longer than the image. Half a pixel is less than 0.1% of a side, which is 900 pixels at the least.
+    # No crop is longer than the image. Half a pixel is less than 0.1 % of a side, which is at least 900 pixels.
     assert_uniform(sides.prod(1) / (width * height), *scale, resolution=0.005)
     assert_uniform(np.log(sides[:, 0] / sides[:, 1]), *np.log(ratio), resolution=0.005)
 
@@ -64,7 +64,7 @@ def test_crops_lie_anywhere_in_the_image() -> None:
     crops = boxes(Augmentation((0.1, 0.1), (1, 1)), (2000, 1000))
     side = round(math.sqrt(0.1 * 2000 * 1000))
     assert (crops[:, 2:] - crops[:, :2] == side).all()
-    # One pixel of at least 553 places
+    # One pixel of at least 553 places.
     assert_uniform(crops[:, 0], 0, 2000 - side, resolution=0.002)
     assert_uniform(crops[:, 1], 0, 1000 - side, resolution=0.002)
 
@@ -73,7 +73,7 @@ def test_crops_lie_anywhere_in_the_image() -> None:
     ("size", "box"),
     [((400, 100), (133, 0, 266, 100)), ((100, 400), (0, 133, 100, 266)), ((1, 1), (0, 0, 1, 1))],
 )
-def test_an_image_too_long_for_any_crop_gets_the_largest_in_its_middle(
+def test_a_too_long_image_gets_the_largest_crop_in_its_middle(
     size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
     augmentation = Augmentation(scale=(0.9, 1.0))
@@ -96,15 +96,15 @@ def test_images_are_mirrored_as_often_as_asked(flip: float) -> None:
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     found = [changed(flip=flip)(image, rng, (30, 30)) for _ in range(DRAWS)]
     assert all(each in (image, mirrored) for each in found)
-    # Five standard deviations: probability 6e-7
+    # Five standard deviations: probability 6e-7.
     bound = 5 * math.sqrt(flip * (1 - flip) / DRAWS)
     assert abs(sum(each == mirrored for each in found) / DRAWS - flip) <= bound
 
 
-# Jitter -> (two pixels, how the factor is read off their red, green and blue)
+# Jitter -> (two pixels, how to read the factor from their red, green and blue)
 FACTORS: dict[str, tuple[list[list[int]], Callable[[NDArray], float]]] = {
     "brightness": ([[100, 100, 100]] * 2, lambda pixels: pixels[0, 0] / 100),
-    # Their difference, whatever the mean is
+    # The difference of the two, whatever the mean is.
     "contrast": ([[150, 150, 150], [50, 50, 50]], lambda pixels: (pixels[0, 0] - pixels[1, 0]) / 100),
     "saturation": ([[100, 80, 55]] * 2, lambda pixels: (pixels[0, 0] - pixels[0, 2]) / 45),
 }
@@ -116,7 +116,7 @@ def test_the_factor_of_a_jitter_is_uniform_around_one(name: str) -> None:
     image, rng = Image.fromarray(np.array([colours], np.uint8)), np.random.default_rng(4)
     jitter = changed(**{name: 0.5})
     found = np.array([factor(np.asarray(jitter.jittered(image, rng), float)[0]) for _ in range(DRAWS)])
-    # Two values are rounded or cut off, by up to 1 each, of 45 at the least.
+    # Two values are rounded or cut off, by up to 1 each, and are at least 45.
     assert_uniform(found, 0.5, 1.5, resolution=2 / 45)
 
 
@@ -133,7 +133,7 @@ def test_jitters_come_in_every_order() -> None:
             expected = step(expected).enhance(rng.uniform(0.1, 1.9))
         assert jitter.jittered(image, np.random.default_rng(seed)) == expected
         counts[order] = counts.get(order, 0) + 1
-    # 100 of each expected, with a standard deviation of 9.1
+    # 100 of each are expected, with a standard deviation of 9.1.
     assert len(counts) == 6 and min(counts.values()) > 50
 
 
@@ -155,7 +155,7 @@ def test_numbers_out_of_range_are_refused(fields: dict[str, Any], said: str) -> 
 
 
 def by_anybody(transform: Callable[[Any], Any], seed: int = 0) -> Image.Image:
-    # 1020 values, so that all of 0 to 255 are there but a few.
+    # 1020 values, so that nearly all of 0 to 255 occur.
     return augment_image(transform, picture(17, 20), np.random.default_rng(seed), (17, 20))
 
 
@@ -181,7 +181,7 @@ def test_whatever_a_transform_makes_of_an_image_is_an_image(transform: Callable[
         (lambda image: None, "returned NoneType of shape []"),
         (lambda image: np.asarray(image)[..., 0], "returned ndarray of shape [17, 20]"),
         (lambda image: np.asarray(image)[None], "returned ndarray of shape [1, 17, 20, 3]"),
-        (lambda image: np.asarray(image) / 127.5 - 1, "without normalisation"),
+        (lambda image: np.asarray(image) / 127.5 - 1, "do not normalise"),
         (lambda image: np.asarray(image) * np.nan, "returned values from nan"),
         (lambda image: np.asarray(image, np.int64), "returned int64"),
     ],
@@ -197,7 +197,7 @@ def global_draws() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python's", "NumPy's"])
-def test_a_transform_that_draws_from_a_global_generator_depends_on_the_images_seed_alone(
+def test_a_transform_with_global_randomness_depends_on_the_seed(
     draw: Callable[[], float],
 ) -> None:
     def grey(image: Image.Image) -> NDArray:
@@ -207,11 +207,11 @@ def test_a_transform_that_draws_from_a_global_generator_depends_on_the_images_se
     found = []
     for seed in (0, 0, 1):
         found.append(by_anybody(grey, seed))
-        draw()  # so that no two begin where they were left
+        draw()  # so that no two start from the state that the last one left
     assert found[0] == found[1] != found[2]
 
 
-def test_global_generators_are_left_as_they_were_even_by_a_transform_that_fails() -> None:
+def test_global_generators_are_restored_after_a_failure() -> None:
     def fails(image: Image.Image) -> Any:
         global_draws()
         raise KeyError("its own fault")
@@ -245,7 +245,7 @@ def test_pytorchs_generator_is_seeded_and_left_as_it_was() -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("seed", range(5))
 def test_crop_flip_and_jitter_are_torchvisions_to_the_last_bit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's operations on Pillow's images, with the parameters drawn here."""
+    """Applies torchvision's operations to Pillow's images, with the parameters drawn here."""
     functional = pytest.importorskip("torchvision.transforms.functional")
     augmentation, image = Augmentation(flip=1.0), picture(37, 53)
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Are the images of a data set all there, labelled as its folders or columns say, and its faults found up front?"""
+"""Are the images of a data set complete, labelled by folder or column, and their faults found at the start?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from vit_ref.errors import InputError
 from vit_ref.finetune.data import ImageDataset, open_dataset
 
-# Class -> the red of its images; file `k` has `k` for its green.
+# Class -> the red of its images. File `k` has `k` for its green.
 RED = {"ant": 10, "bee": 90, "cat": 170}
 
 
@@ -33,7 +33,7 @@ def fill(directory: Path, counts: dict[str, int]) -> Path:
 
 
 def seen(dataset: ImageDataset) -> list[tuple[str, int, int]]:
-    """(class by the label, red, green) of every image."""
+    """Returns (class by the label, red, green) of every image."""
     colours = [(photograph.label, photograph.image.getpixel((3, 2))) for photograph in dataset]
     return [(dataset.classes[label], red, green) for label, (red, green, _) in colours]
 
@@ -67,7 +67,7 @@ def test_a_class_without_validation_images_keeps_its_label(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("below", [".", "train"])
-def test_without_validation_images_a_fifth_of_each_class_is_held_out(tmp_path: Path, below: str) -> None:
+def test_a_fifth_of_each_class_is_held_out_without_validation(tmp_path: Path, below: str) -> None:
     counts = {"ant": 20, "bee": 11, "cat": 2}
     fill(tmp_path / below, counts)
     training, validation = (seen(open_dataset(tmp_path, split)) for split in ("train", "validation"))
@@ -81,7 +81,7 @@ def test_what_is_held_out_depends_on_the_names_alone(tmp_path: Path) -> None:
         save(there / "ant" / f"{k}.png", RED["ant"], k)
     held_out = seen(open_dataset(here, "validation"))
     assert held_out == seen(open_dataset(there, "validation"))
-    # Not the first in the order of names, in which cameras number what they take of one scene
+    # Not the first in the order of names, because cameras number the photographs of one scene in sequence.
     assert [green for _, _, green in held_out] != sorted(range(30), key=str)[:6]
 
 
@@ -119,7 +119,7 @@ def test_images_come_upright_and_rgb(tmp_path: Path) -> None:
 
 
 def spoil(directory: Path) -> list[str]:
-    """Four faults; the names of the files."""
+    """Makes four faulty files, and returns their names."""
     files = [directory / "ant" / f"{name}.jpg" for name in ("cut", "empty", "nowhere", "text")]
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(files[0])
@@ -130,7 +130,7 @@ def spoil(directory: Path) -> list[str]:
     return [os.fspath(file) for file in files]
 
 
-def test_images_that_cannot_be_read_are_counted_and_named_up_front(tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_and_named_up_front(tmp_path: Path) -> None:
     fill(tmp_path / "val", {"ant": 1})
     names = spoil(fill(tmp_path / "train", {"ant": 3}))
     message = refusal(lambda: open_dataset(tmp_path, "train"))
@@ -168,9 +168,9 @@ def emptied(name: str) -> Callable[[Path], None]:
     ("split", "harm", "said"),
     [
         ("train", without("train/ant"), "{root}/val/ant: {root}/train has no such class"),
-        ("train", without("train"), "there is no {root}/train beside it"),
-        ("train", emptied("train/cat"), "train/cat: no image in it, but 0 files"),
-        ("validation", emptied("val/ant"), "{root}/val: no validation images"),
+        ("train", without("train"), "no {root}/train exists beside it"),
+        ("train", emptied("train/cat"), "train/cat: it holds no image, but 0 files"),
+        ("validation", emptied("val/ant"), "{root}/val: it holds no validation images"),
         ("test", lambda root: None, "split is 'test'"),
     ],
 )
@@ -183,17 +183,19 @@ def test_folders_that_make_no_data_set_are_refused(
     assert said.format(root=tmp_path) in refusal(lambda: open_dataset(tmp_path, split))
 
 
-def test_names_that_are_no_text_are_refused_of_classes_and_taken_of_files(tmp_path: Path) -> None:
+def test_names_that_are_no_text_are_refused_only_for_classes(tmp_path: Path) -> None:
     fill(tmp_path, {"ant": 3, "bee": 3})
     os.rename(tmp_path / "ant" / "0.png", os.fsencode(tmp_path / "ant") + b"/caf\xe9.png")
     assert len(open_dataset(tmp_path, "train")) == 4
     os.rename(tmp_path / "bee", os.fsencode(tmp_path) + b"/caf\xe9")
-    assert r"'caf\udce9' is not: rename the folder" in refusal(lambda: open_dataset(tmp_path, "train"))
+    assert r"the class 'caf\udce9' is not valid text: rename the folder" in refusal(
+        lambda: open_dataset(tmp_path, "train")
+    )
 
 
 def test_a_directory_without_folders_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "0.png", 1, 1)
-    assert f"{tmp_path}: no folders in it" in refusal(lambda: open_dataset(tmp_path, "train"))
+    assert f"{tmp_path}: it holds no folders" in refusal(lambda: open_dataset(tmp_path, "train"))
 
 
 def test_a_url_is_no_data_set() -> None:
@@ -218,7 +220,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], sai
     assert said in refusal(lambda: open_dataset(None, **{"split": "train", **arguments}))
 
 
-def test_the_built_in_images_are_the_same_every_time_and_none_is_in_both_splits() -> None:
+def test_built_in_images_are_reproducible_and_in_one_split_only() -> None:
     training, again, validation = (open_dataset(None, split) for split in ("train", "train", "validation"))
     pixels = [[photograph.image.tobytes() for photograph in dataset] for dataset in (training, again, validation)]
     assert pixels[0] == pixels[1]
@@ -228,25 +230,25 @@ def test_the_built_in_images_are_the_same_every_time_and_none_is_in_both_splits(
 
 
 def test_the_built_in_images_can_be_learnt() -> None:
-    """Four numbers a picture and a linear model: how far the middle's colour is from grey tells the classes apart."""
+    """Trains a linear model on four numbers a picture, which measure how far the middle's colour is from grey."""
     features = []
     for split in ("train", "validation"):
         dataset = open_dataset(None, split)
         colours = np.stack([np.asarray(photograph.image, float) for photograph in dataset])
-        # The most colourful part is the shape, wherever it lies.
+        # The most colourful part is the shape, wherever it is.
         coarse = colours.reshape(len(dataset), 8, 8, 8, 8, 3).mean((2, 4)).reshape(len(dataset), 64, 3)
         grey = coarse - coarse.mean(-1, keepdims=True)
         strongest = np.abs(grey).sum(-1).argmax(1)
         features.append((np.c_[grey[range(len(dataset)), strongest], np.ones(len(dataset))], dataset.labels))
     (x, y), (x_new, y_new) = features
     weights, *_ = np.linalg.lstsq(x, np.eye(4)[y], rcond=None)
-    # By chance it is 1/4.
+    # Chance would give 1/4.
     assert ((x_new @ weights).argmax(1) == y_new).mean() > 0.9
 
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The package, with its cache in a place of its own."""
+    """The package `datasets`, with its cache in a temporary directory."""
     package = pytest.importorskip("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -254,7 +256,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def table_of(datasets: Any, rows: list[tuple[str | None, bytes | None]], **features: Any) -> Any:
-    """A table of (class, encoded image)."""
+    """Returns a table of (class, encoded image)."""
     names = list(RED)
     label = {**{name: k for k, name in enumerate(names)}, "?": -1}
     return datasets.Dataset.from_dict(
@@ -275,7 +277,7 @@ def table_of(datasets: Any, rows: list[tuple[str | None, bytes | None]], **featu
 
 
 def parquet(datasets: Any, directory: Path, rows: list[tuple[str | None, bytes | None]], **features: Any) -> Path:
-    """A directory as the hub has it."""
+    """Makes a directory as the hub has it."""
     (directory / "data").mkdir(parents=True)
     table_of(datasets, rows, **features).to_parquet(directory / "data" / "train-00000-of-00001.parquet")
     return directory
@@ -299,7 +301,7 @@ ROWS = [("cat", RED["cat"], 0), ("ant", RED["ant"], 1), ("cat", RED["cat"], 2), 
     [
         ("train[:4]", None, ("ant", "bee", "cat")),
         ("train[:4]", 2, ("ant", "bee")),
-        # The slice has no bee: the first two that it has.
+        # The slice has no bee, so this keeps its first two classes.
         ("train[:3]", 2, ("ant", "cat")),
         ("train[:4]", ("cat", "ant"), ("cat", "ant")),
     ],
@@ -337,8 +339,8 @@ def test_what_save_to_disk_wrote_is_read(
 def test_a_split_that_save_to_disk_did_not_write_is_one_line(tmp_path: Path, datasets: Any, rows: Any) -> None:
     table_of(datasets, rows).save_to_disk(tmp_path / "saved")
     assert refusal(lambda: open_dataset(tmp_path / "saved", "validation")) == (
-        f"{tmp_path / 'saved'}: split is 'validation', and it has train: give another split, or a slice of one, such as"
-        " train[:80%] to train and train[80%:] to validate (--train-split, --validation-split)"
+        f"{tmp_path / 'saved'}: split is 'validation', and it has only train: give one of these, or a slice of one,"
+        " such as train[:80%] to train and train[80%:] to validate (--train-split, --validation-split)"
     )
 
 

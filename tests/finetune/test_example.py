@@ -1,4 +1,4 @@
-"""Does the example do what it tells?"""
+"""Does the example do what its text says?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_example_learns_what_it_says(tmp_path: Path) -> None:
     assert "512 + 128 images of 4 classes" in ran.stdout
     assert "the starting model is right" in ran.stdout
     accuracy = float(re.search(r"best after epoch \d: ([\d.]+)% of 128", ran.stdout)[1])
-    assert accuracy > 70  # of four classes; 86 % was seen
+    assert accuracy > 70  # percent, of four classes
     assert "attention.png batches.png confusion.png curves.png predictions.png schedule.png" in ran.stdout
     (run,) = tmp_path.glob("finetune-*/run")
     assert (run / "model" / "model.safetensors").exists()

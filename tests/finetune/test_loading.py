@@ -1,4 +1,4 @@
-"""Does every image come once an epoch, and the same one whatever loads it and from wherever loading goes on?"""
+"""Does every image come once an epoch, the same for any loader and from any point of continuation?"""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def indices(loaded: Iterable[Batch]) -> list[list[int]]:
 
 
 def by_epoch(loaded: Iterable[Batch]) -> list[list[int]]:
-    """The indices of each epoch, in order; a batch of two epochs fails here."""
+    """Returns the indices of each epoch, in order. A batch with images of two epochs fails here."""
     found: list[list[int]] = [[] for _ in range(EPOCHS)]
     for batch in loaded:
         (epoch,) = np.unique(batch["epoch"])
@@ -70,7 +70,7 @@ def test_a_batch_has_the_shapes_and_dtypes_that_a_model_takes(dataset: ImageData
     assert found == {"pixels": ((BATCH, 6, 9, 3), "float32"), "label": each, "index": each, "epoch": each}
 
 
-def test_every_image_is_the_one_that_is_drawn_for_its_seed_epoch_and_index(dataset: ImageDataset) -> None:
+def test_every_image_depends_on_seed_epoch_and_index_alone(dataset: ImageDataset) -> None:
     for batch in loader(dataset):
         for k in range(BATCH):
             index, epoch = int(batch["index"][k]), int(batch["epoch"][k])
@@ -80,18 +80,18 @@ def test_every_image_is_the_one_that_is_drawn_for_its_seed_epoch_and_index(datas
 
 @pytest.mark.parametrize("other", [{"seed": 6}, {"epoch": 2}, {"index": 8}])
 def test_an_image_changes_with_seed_epoch_and_index(dataset: ImageDataset, other: dict[str, int]) -> None:
-    # One image, of which only the augmentation differs
+    # One image in two epochs, which differ only by the augmentation.
     twice = dataclasses.replace(dataset, rows=np.zeros_like(dataset.rows))
     place = {"seed": 5, "epoch": 1, "index": 7}
     first, second = (draw(twice, CONFIG, AUGMENT, **{**place, **changes}) for changes in ({}, other))
     assert (first != second).any()
 
 
-def test_an_epoch_is_a_permutation_and_leaves_out_others_each_time(dataset: ImageDataset) -> None:
+def test_an_epoch_is_a_permutation_that_drops_different_images(dataset: ImageDataset) -> None:
     epochs = by_epoch(loader(dataset))
     for order in epochs:
         assert len(set(order)) == len(order) == COUNT - COUNT % BATCH
-        # 20 images stay in order by themselves with probability 1 / 20!
+        # 20 images stay in order by chance with probability 1 / 20!
         assert order != sorted(order)
     # Each pair of epochs leaves out the same 3 of 23 with probability 1 / 1771.
     assert len({frozenset(order) for order in epochs}) == EPOCHS
@@ -101,7 +101,7 @@ def test_an_epoch_is_a_permutation_and_leaves_out_others_each_time(dataset: Imag
 def test_the_order_is_the_seeds(dataset: ImageDataset) -> None:
     orders = [by_epoch(loader(dataset, seed=seed, augment=None)) for seed in (5, 5, 6, 4)]
     assert orders[0] == orders[1]
-    # Nor are the epochs of one seed those of the next, one later.
+    # The epochs of one seed are not those of the next seed, one later.
     assert not {tuple(order) for order in orders[0]} & {tuple(order) for order in orders[2] + orders[3]}
 
 
@@ -110,7 +110,8 @@ def test_every_image_comes_in_every_place_equally_often(dataset: ImageDataset) -
     epochs = 800
     order = np.array(indices(loader(small, batch_size=8, epochs=epochs, augment=None)))
     counts = np.array([np.bincount(order[:, place], minlength=8) for place in range(8)])
-    # 100 of each expected, standard deviation 9.4; 64 of them are all within 4.5 of these with probability 0.9996
+    # 100 of each are expected, with standard deviation 9.4. 64 of them are all within 4.5 of these with probability
+    # 0.9996.
     assert counts.sum() == 8 * epochs and np.abs(counts - 100).max() < 42
 
 
@@ -125,7 +126,7 @@ def test_shards_have_different_images_and_as_many_batches(dataset: ImageDataset,
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_for_evaluation_every_image_comes_once_and_the_last_batch_is_filled_up(
+def test_evaluation_has_each_image_once_and_pads_the_last_batch(
     dataset: ImageDataset, shards: int, shuffle: bool
 ) -> None:
     arguments = {"shuffle": shuffle, "drop_remainder": False, "augment": None}
@@ -143,7 +144,7 @@ def test_for_evaluation_every_image_comes_once_and_the_last_batch_is_filled_up(
         assert not batch["pixels"][filled].any()
 
 
-def test_without_shuffle_the_images_come_in_order_as_the_checkpoint_asks(dataset: ImageDataset) -> None:
+def test_without_shuffle_images_come_in_order_and_preprocessed(dataset: ImageDataset) -> None:
     (first, *_) = loader(dataset, shuffle=False, augment=None, epochs=1)
     assert first["index"].tolist() == [0, 1, 2, 3]
     expected = preprocess([dataset[k].image for k in range(4)], CONFIG)
@@ -158,7 +159,7 @@ def test_loading_goes_on_from_a_state_to_the_last_bit(dataset: ImageDataset, don
     state = json.loads(json.dumps(before.get_state()))
     rest = list(before)
     after = loader(dataset)
-    next(after)  # it need not be a fresh one
+    next(after)  # the iterator need not be a fresh one
     after.set_state(state)
     assert after.get_state() == state
     if done == 15:
@@ -204,7 +205,7 @@ def test_an_image_that_becomes_unreadable_on_the_way_is_named(tmp_path: Path, wo
     assert str(caught.value).startswith(dataset.names[1]) and "\n" not in str(caught.value)
 
 
-def test_images_of_another_size_are_refused_where_nothing_resizes_them(dataset: ImageDataset) -> None:
+def test_images_of_another_size_are_refused_without_a_resize(dataset: ImageDataset) -> None:
     config = dataclasses.replace(CONFIG, preprocessor={"do_resize": False})
     assert draw(dataset, config, AUGMENT, 0, 0, 0).shape == (6, 9, 3)
     with pytest.raises(InputError, match="image 3: it has 10x12 pixels, the model takes 6x9, and do_resize is false"):
@@ -214,9 +215,9 @@ def test_images_of_another_size_are_refused_where_nothing_resizes_them(dataset: 
 def test_a_random_crop_takes_the_place_of_the_checkpoints(dataset: ImageDataset) -> None:
     cropping = {**CONFIG.preprocessor, "do_center_crop": True, "size": [8, 12], "crop_size": [6, 9]}
     config = dataclasses.replace(CONFIG, preprocessor=cropping)
-    # Augmented, an image is what it would be without the crop: as large as the model takes it, and cut once.
+    # An augmented image has the size that the model takes, and is cropped once.
     assert draw(dataset, config, AUGMENT, 0, 0, 3).tobytes() == draw(dataset, CONFIG, AUGMENT, 0, 0, 3).tobytes()
-    # Without augmentation, and of a transform that leaves images as large as they were, the checkpoint's is made.
+    # Without augmentation, or after a transform that keeps the size, the checkpoint's own crop is made.
     middle = preprocess([dataset[3].image], config)[0]
     assert middle.shape == (6, 9, 3)
     assert draw(dataset, config, None, 0, 0, 3).tobytes() == middle.tobytes()
@@ -226,8 +227,8 @@ def test_a_random_crop_takes_the_place_of_the_checkpoints(dataset: ImageDataset)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"batch_size": 24}, "23 images make no batch of 24 for each of 1"),
-        ({"batch_size": 12, "shard": (0, 2)}, "23 images make no batch of 12 for each of 2"),
+        ({"batch_size": 24}, "batch_size is 24 for each of 1 shards: there are only 23 images"),
+        ({"batch_size": 12, "shard": (0, 2)}, "batch_size is 12 for each of 2 shards: there are only 23 images"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"num_workers": -1}, "num_workers is -1"),

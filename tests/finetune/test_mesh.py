@@ -1,4 +1,4 @@
-"""Does every array lie where it is said to?"""
+"""Does every array have the sharding that the rules say?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = ViTConfig(
     patch_size=5,
     num_labels=7,
 )
-# Everything that a rule can ask of an optimizer: moments, sums of gradients, a lowest block without either.
+# All that a recipe can need of an optimizer: moments, sums of gradients, and a lowest block with neither.
 RECIPE = Recipe(optimizer="adamw", grad_accum_steps=2, layer_decay=0.9, freeze_blocks=1)
 
 
@@ -60,13 +60,13 @@ def test_large_parameters_are_divided_and_their_moments_with_them() -> None:
     patch = PartitionSpec(None, None, None, "data")
     assert {path: spec for path, spec in lies.items() if path.startswith("0.")} == {**model, "0.patch.kernel": patch}
     moments = [path for path in lies if path.startswith("1.")]
-    # The first block and the patches are frozen: what is left is one block's, in two moments and the sum.
+    # The first block and the patches are frozen. One block's arrays remain, in two moments and the sum.
     assert len(moments) == 3 * len(KERNELS)
     assert all(lies[path] == KERNELS[path.partition(".blocks.1.")[2]] for path in moments)
     assert len(lies) < len(specs)
 
 
-# 96 is no multiple of 5 or 7; a run on so many devices is a run with whole parameters.
+# 96 is no multiple of 5 or 7, so runs on that many devices keep whole parameters.
 @pytest.mark.parametrize(("kind", "devices"), [("data", 8), ("fsdp", 5), ("fsdp", 7)])
 def test_else_everything_is_on_every_device(kind: str, devices: int) -> None:
     assert divided(placed(kind, devices)) == {}
@@ -74,5 +74,5 @@ def test_else_everything_is_on_every_device(kind: str, devices: int) -> None:
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [None] * 8)
-    with pytest.raises(InputError, match="batch_size is 36: give a multiple of the 8 devices"):
+    with pytest.raises(InputError, match="batch_size is 36: give a multiple of 8, the number of devices"):
         make_mesh(36)

@@ -1,4 +1,4 @@
-"""Is an evaluation what counting gives, and does the log of a run survive a kill and a resume?"""
+"""Does an evaluation equal counting, and does the log of a run survive a kill and a resume?"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROUNDING = 16 * 2**-53
 
 
 def batch(seed: int = 0, images: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of six of the seven classes, a tenth of which stand for no image."""
+    """Returns logits and labels of six of the seven classes. A tenth of the labels is padding."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES - 1, images)
     logits = rng.normal(scale=2, size=(images, CLASSES))
@@ -74,7 +74,7 @@ def test_batches_add_up_to_the_whole(size: int) -> None:
     assert abs(summed.loss - whole.loss) <= 4 * ROUNDING * whole.loss
 
 
-def test_predicted_classes_alone_are_counted_alike_and_have_no_loss() -> None:
+def test_predicted_classes_alone_give_the_counts_and_no_loss() -> None:
     logits, labels = batch()
     found = Evaluation.of_predicted(logits.argmax(-1), labels, CLASSES)
     assert (found.confusion == Evaluation.of_logits(logits, labels).confusion).all()
@@ -129,7 +129,7 @@ def test_what_is_written_is_there_at_once_and_reads_back(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 8, "lo', '{"step": 8, "loss": 1.0}', '{"name": "f\udcc3'])
-def test_a_run_that_is_resumed_leaves_the_log_of_one_that_was_not_interrupted(torn: str, tmp_path: Path) -> None:
+def test_a_resumed_run_leaves_the_log_of_an_uninterrupted_one(torn: str, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     write(whole, *range(1, 10))
     write(resumed, *range(1, 8))
@@ -191,7 +191,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def events(directory: Path) -> list:
-    """The events of all files, in order: length (8 bytes) and its checksum (4), the event, its checksum (4)."""
+    """Returns the events of all files in order: length (8 bytes), its checksum (4), the event, its checksum (4)."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -204,7 +204,7 @@ def events(directory: Path) -> list:
     return found
 
 
-def test_tensorboard_gets_the_numbers_and_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_numbers_and_forgets_repeated_steps(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     for first, last in ((1, 3), (2, 4)):
         with MetricsLog(tmp_path / "log", tensorboard=tmp_path / str(first)) as log:
@@ -215,7 +215,7 @@ def test_tensorboard_gets_the_numbers_and_forgets_what_a_resumed_run_repeats(tmp
     before, after = events(tmp_path / "1"), events(tmp_path / "2")
     scalars = [(e.step, v.tag, v.simple_value) for e in before + after for v in e.summary.value]
     assert scalars == [(1, "loss", 0.25), (2, "loss", 0.5), (2, "loss", 0.5), (3, "loss", 0.75)]
-    # TensorBoard drops what is at or after the step of a start of a session.
+    # TensorBoard drops events at or after the step at which a session starts.
     assert [event.step for event in after if event.HasField("session_log")] == [2]
 
 

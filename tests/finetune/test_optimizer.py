@@ -1,4 +1,4 @@
-"""Does the optimizer do what the recipe says: rates, layers, decay, clipping, accumulation, frozen blocks?"""
+"""Does the optimizer follow the recipe: rates, layers, decay, clipping, accumulation, frozen blocks?"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def images(count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def stepped(recipe: Recipe, batches: list, updates: int = 10) -> dict[str, NDArray]:
-    """The parameters' changes by path, in float64."""
+    """Returns the changes of the parameters by path, in float64."""
     with precision_of(np.float64).active():
         model = made()
         before = get_parameters(model)
@@ -98,7 +98,8 @@ def test_kernels_decay_and_nothing_else(optimizer: str, batch: tuple) -> None:
     for path, value in before.items():
         if optimizer == "sgd" or not path.endswith("kernel"):
             expected = plain[path] - (0.1 * 0.3 * value if path.endswith("kernel") else 0)
-            # The rate is a float32, 1.5e-8 off: 3e-10 of the largest weights. Bit for bit where nothing decays.
+            # The rate is a float32, 1.5e-8 off, which is 3e-10 of the largest weights. Without decay the bits are
+            # equal.
             atol = 1e-9 if path.endswith("kernel") else 0
             np.testing.assert_allclose(decayed[path], expected, rtol=0, atol=atol, err_msg=path)
         else:
@@ -118,7 +119,7 @@ def test_accumulated_halves_are_the_whole_batch(batch: tuple) -> None:
     halves = [(pixels[:3], labels[:3]), (pixels[3:], labels[3:])]
     whole = stepped(Recipe(learning_rate=0.1), [batch])
     for path, change in stepped(Recipe(learning_rate=0.1, grad_accum_steps=2), halves).items():
-        # optax divides by the number of steps in float32. The changes are up to 0.05; half a batch changes others.
+        # optax divides by the number of steps in float32. The changes are up to 0.05; half a batch would change others.
         np.testing.assert_allclose(change, whole[path], rtol=0, atol=1e-8, err_msg=path)
     half = stepped(Recipe(learning_rate=0.1, grad_accum_steps=2), halves[:1])
     assert all((change == 0).all() for change in half.values())
@@ -144,7 +145,7 @@ def test_more_frozen_blocks_than_there_are_are_refused() -> None:
         select_trained(Recipe(freeze_blocks=4), 3)
 
 
-def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple) -> None:
+def test_smoothed_labels_are_a_mean_with_uniform_ones(batch: tuple) -> None:
     pixels, labels = batch
     with precision_of(np.float64).active():
         logits = np.asarray(made()(pixels))
@@ -154,7 +155,7 @@ def test_smoothed_labels_are_the_mean_with_the_uniform_distribution(batch: tuple
     assert found == pytest.approx(-(target * log_probabilities).sum(-1).mean(), rel=1e-12)
 
 
-def test_kernels_are_what_dense_layers_and_the_patches_multiply_by() -> None:
+def test_kernels_are_the_matrices_of_dense_layers_and_patches() -> None:
     with precision_of(np.float64).active():
         chosen = nnx.to_flat_state(select_kernels(nnx.state(made(), nnx.Param)))
     decaying = {path[-1]: set() for path, _ in chosen}

@@ -1,4 +1,4 @@
-"""Do the plots show the numbers they were given, legibly, and are they written whole or not at all?"""
+"""Do the plots show their numbers, legibly, and are files written whole or not at all?"""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.model.config import ViTConfig
 from vit_ref.preprocessing import preprocess
 
-# The longest that Food-101 has is of 23 letters; an apple is in no font of matplotlib's; dollar signs would
-# be mathematics, and here a mistake in it.
+# The longest name in Food-101 has 23 letters. No font of matplotlib's has an apple. Dollar signs would be mathematics,
+# with a mistake in it.
 NAMES = ("strawberry_shortcake", "ph\U0001f34f", "grilled_cheese_sandwich", "$\\x$")
 
 
@@ -52,7 +52,7 @@ def log(steps: int, per_epoch: int) -> list[dict[str, Any]]:
 
 
 def evaluated(classes: int, empty: int = 1) -> Evaluation:
-    """A class without an image among others that are mistaken for the next but one now and then."""
+    """An evaluation with a class without an image, and with confusions."""
     labels = np.repeat(np.delete(np.arange(classes), empty), 10)
     predicted = np.where(np.arange(len(labels)) % 5 == 0, (labels + 2) % classes, labels)
     return Evaluation.of_predicted(predicted, labels, classes)
@@ -82,7 +82,7 @@ PLOTS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
 
 
 class Drawn:
-    """What was written last: the figure, and where in it, in pixels, each text stands that shows."""
+    """The last figure that was written, and the pixels of each visible text in it."""
 
     def __init__(self) -> None:
         self.figure = Figure()
@@ -99,7 +99,7 @@ class Drawn:
 
 @pytest.fixture
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """Follows what is drawn."""
+    """Records what is drawn."""
     found, save, draw = Drawn(), plots._save, Text.draw
 
     def saved(figure: Figure, path: Path) -> None:
@@ -125,10 +125,10 @@ def test_a_plot_is_a_png_in_which_no_text_runs_over_another(name: str, drawn: Dr
     with Image.open(tmp_path / "plot.png") as image:
         assert image.format == "PNG"
         assert np.asarray(image.convert("L")).std() > 1
-        assert 200 < max(image.size) < 2400  # what a page or a screen shows in full size
+        assert 200 < max(image.size) < 2400  # it fits a page or a screen in full size
     assert len(drawn.boxes) >= 1
     for (one, box), (other, another) in combinations(drawn.boxes.items(), 2):
-        # A box is a pixel wider than what is drawn in it.
+        # A box is a pixel wider than its content.
         overlap = Bbox.intersection(box.padded(-1), another.padded(-1))
         assert overlap is None, f"{one.get_text()!r} runs over {other.get_text()!r}"
 
@@ -153,7 +153,7 @@ def test_curves_show_the_log(drawn: Drawn, tmp_path: Path) -> None:
     assert list(steps) == list(range(1, 201))
     assert np.isnan(losses[lines[30]["step"] - 1]) and np.isnan(losses).sum() == 1
     assert losses[99] == 3 * 0.99**100
-    # Five lines at a time, each mean at the last of them.
+    # A running mean over five lines stands at the last of them.
     steps, means = training.lines[1].get_data()
     assert steps[-1] == 200 and means[-1] == pytest.approx(np.mean(losses[-5:]), rel=1e-14)
     assert training.get_legend().get_texts()[0].get_text() == "running mean of 5"
@@ -163,7 +163,7 @@ def test_curves_show_the_log(drawn: Drawn, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rate", "scale"), [(0.99, "linear"), (0.95, "log")])
-def test_losses_that_span_more_than_a_factor_of_thirty_are_on_a_logarithmic_scale(
+def test_losses_over_a_factor_of_thirty_have_a_logarithmic_scale(
     rate: float, scale: str, drawn: Drawn, tmp_path: Path
 ) -> None:
     plots.plot_curves(tmp_path / "plot.png", [{"step": step, "loss": rate**step} for step in range(100)])
@@ -206,13 +206,13 @@ def test_attention_lies_over_its_own_image(heads: int, drawn: Drawn, tmp_path: P
         for axes, values in zip(row[1:], [each.mean(0), *each], strict=False):
             below, above = axes.images
             dark = below.get_array().astype(float)
-            # Grey, and no brighter than three fifths of the photograph; cut to whole numbers.
+            # Grey, at most three fifths as bright as the photograph, and cut to whole numbers.
             assert (dark == dark[..., :1]).all()
             assert np.abs(dark[..., 0] - 0.6 * image.mean(-1)).max() < 1
             spread = (values.astype(np.float64) - values.min()) / (values.max() - values.min())
-            # Differences of float32 values, in float64 or float32
+            # Differences of float32 values, in float64 or float32.
             np.testing.assert_allclose(above.get_array(), spread, rtol=0, atol=2**-22)
-            # Nothing of a colour where there is least, and most where there is most.
+            # No colour at the least value, and most at the largest.
             assert above.get_alpha().min() == 0 and above.get_alpha().max() == 0.8
             assert np.ptp(above.get_array() * 0.8 - above.get_alpha()) < 1e-15
             assert above.get_extent() == below.get_extent()
@@ -225,7 +225,7 @@ def test_a_map_that_is_the_same_everywhere_shows_nothing(drawn: Drawn, tmp_path:
     assert not drawn.axes[1].images[1].get_alpha().any()
 
 
-def test_a_confusion_matrix_has_the_truth_in_rows_and_counts_in_its_cells(drawn: Drawn, tmp_path: Path) -> None:
+def test_a_confusion_matrix_has_truth_in_rows_counts_in_cells(drawn: Drawn, tmp_path: Path) -> None:
     evaluation = Evaluation(np.array([[7, 0, 1], [0, 0, 0], [3, 1, 0]]), 1.0)
     plots.plot_confusion(tmp_path / "plot.png", evaluation, ["a", "b", "c"])
     axes = drawn.axes[0]

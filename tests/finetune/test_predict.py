@@ -1,4 +1,4 @@
-"""Does `predict` say what the model says, and is what cannot be predicted one line and exit code 2?"""
+"""Does `predict` print what the model computes, and is unusable input one line with exit code 2?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_predictions_are_the_models_own(batch_size: int, filled: Filled, photogr
         expected = np.exp(row) / np.exp(row).sum()
         names, probabilities = zip(*each, strict=True)
         assert list(names) == [CONFIG.labels[i] for i in sorted(range(6), key=lambda i: -expected[i])]
-        # float64 throughout; a batch of another size may add up in another order.
+        # float64 throughout. A batch of another size may add in another order.
         np.testing.assert_allclose(probabilities, sorted(expected, reverse=True), rtol=1e-12)
 
 
@@ -62,7 +62,7 @@ def test_as_many_classes_as_are_asked_for_and_are_there(top: int, filled: Filled
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
-def test_labels_that_do_not_exclude_each_other_have_numbers_of_their_own(
+def test_labels_that_are_not_exclusive_have_independent_numbers(
     problem_type: str, filled: Filled, photographs: list[Path]
 ) -> None:
     with precision_of(np.float64).active():
@@ -70,7 +70,7 @@ def test_labels_that_do_not_exclude_each_other_have_numbers_of_their_own(
         found = predict(model, photographs[:1], 3)[0]
         logits = np.asarray(model(jnp.asarray(preprocess(photographs[:1], CONFIG), np.float64))[0])
     if problem_type == "regression":
-        # All of them, in their own order: no value is likelier than another.
+        # All values, in their own order, because no value is likelier than another.
         expected = zip(CONFIG.labels, logits, strict=True)
         assert found == [(name, pytest.approx(value, rel=1e-12)) for name, value in expected]
     else:
@@ -94,7 +94,7 @@ def test_classes_without_names_have_hugging_faces() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "computed"), [(2, 2), (8, 5)])
-def test_images_are_compiled_for_once_and_no_more_are_computed_than_there_are(
+def test_prediction_compiles_once_and_computes_no_surplus_images(
     batch_size: int, computed: int, filled: Filled, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced, call = [], VisionTransformer.__call__
@@ -107,9 +107,7 @@ def test_images_are_compiled_for_once_and_no_more_are_computed_than_there_are(
     assert traced == [(computed, 10, 40, 3)]
 
 
-def test_a_model_in_training_mode_predicts_as_in_evaluation_and_is_left_as_it_is(
-    filled: Filled, photographs: list[Path]
-) -> None:
+def test_predictions_are_of_evaluation_mode_and_keep_the_mode(filled: Filled, photographs: list[Path]) -> None:
     model = filled(CONFIG)
     expected = predict(model, photographs)
     model.train()
@@ -125,12 +123,20 @@ def _without_numbers(model: VisionTransformer) -> VisionTransformer:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"num_labels": 0, "labels": ()}, {}, "the model has no head, so it knows no classes: "),
+        ({"num_labels": 0, "labels": ()}, {}, "the model has no head, so it has no classes: "),
         ({}, {"top": 0}, "top is 0: give at least 1"),
         ({}, {"batch_size": -1}, "batch_size is -1: give at least 1"),
-        ({"preprocessor": {"size": [20, 40]}}, {}, r"preprocessing with \[20, 40\] pixels, the model takes \[10, 40\]"),
+        (
+            {"preprocessor": {"size": [20, 40]}},
+            {},
+            r"preprocessing makes images of \[20, 40\] pixels, and the model takes \[10, 40\]",
+        ),
         ({"num_channels": 2}, {}, "the model takes 2"),
-        ({"extra": {"problem_type": "other"}}, {}, "^config.json: problem_type is 'other', so the logits mean nothing"),
+        (
+            {"extra": {"problem_type": "other"}},
+            {},
+            "^config.json: problem_type is 'other', which is unknown: give one of",
+        ),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(

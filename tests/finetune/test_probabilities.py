@@ -1,4 +1,4 @@
-"""Do the logits of a head mean what its configuration says they mean?"""
+"""Do the logits of a head mean what its configuration says?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config_of(problem_type: Any, labels: int) -> ViTConfig:
     return ViTConfig(num_labels=labels, extra={"problem_type": problem_type})
 
 
-# problem_type, number of labels -> what is printed of the first logits, whether as probabilities
+# (problem_type, number of labels) -> the output for the first logits, and whether it is probabilities
 MEANINGS = [
     (None, 3, SOFTMAX, "probability"),
     ("single_label_classification", 3, SOFTMAX, "probability"),
@@ -40,14 +40,14 @@ def test_problem_type_and_number_of_labels_decide(
 ) -> None:
     config = config_of(problem_type, labels)
     assert name_unit(config) == kind
-    # float64 throughout, and a handful of operations
+    # float64 throughout, and a handful of operations.
     np.testing.assert_allclose(compute_scores(LOGITS[:labels], config), expected, rtol=1e-15)
     batch = np.stack([LOGITS[:labels], np.zeros(labels)])
     np.testing.assert_allclose(compute_scores(batch, config)[0], expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize(("problem_type", "labels", "expected", "kind"), MEANINGS)
-def test_the_pipeline_of_transformers_agrees_on_all_but_regressions(
+def test_the_pipeline_of_transformers_agrees_except_regressions(
     problem_type: str | None, labels: int, expected: np.ndarray, kind: str
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -65,6 +65,6 @@ def test_an_unknown_problem_type_is_refused(problem_type: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         compute_scores(LOGITS, config_of(problem_type, 3))
     assert str(caught.value) == (
-        f"config.json: problem_type is {problem_type!r}, so the logits mean nothing known: give one of"
+        f"config.json: problem_type is {problem_type!r}, which is unknown: give one of"
         " single_label_classification, multi_label_classification, regression, or leave it out"
     )

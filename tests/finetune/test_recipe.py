@@ -1,4 +1,4 @@
-"""Is a recipe refused where it cannot be meant, and read back as it was written?"""
+"""Is a recipe with an impossible value refused, and a valid one read back as it was written?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a run's log say of each step what it was, and only once?"""
+"""Does the log of a run hold each step once, with the right values?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.record import Record
 
 RECIPE = Recipe(epochs=2, grad_accum_steps=2)
-# Of three, the first two were taken for what they are.
+# The model predicted the first two of three images correctly.
 FOUND = Evaluation(np.diag([1, 1, 0]) + np.eye(3, dtype=np.int64)[::-1] * [[0], [0], [1]], 1.5)
 
 
@@ -31,7 +31,7 @@ def test_every_step_has_its_number_epoch_loss_and_rate(tmp_path: Path) -> None:
     log = record(tmp_path)
     for step in range(1, 4):
         log.step(step, jnp.float32(step / 4))
-        # The last one's loss may not be there yet.
+        # The loss of the last step may not be there yet.
         assert len(read_metrics(tmp_path / METRICS)) == step - 1
     log.flush()
     log.validated(3, FOUND)
@@ -50,7 +50,7 @@ def test_every_step_has_its_number_epoch_loss_and_rate(tmp_path: Path) -> None:
 
 
 def test_the_speed_is_that_of_the_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Made at 0; a step until 4; looked at the validation images until 100; a step until 102.
+    # Created at 0; a step until 4; validation until 100; a step until 102.
     clock = iter([0.0, 4.0, 100.0, 102.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     log = record(tmp_path)
@@ -73,7 +73,7 @@ def test_what_was_logged_of_later_steps_is_dropped(tmp_path: Path) -> None:
     assert [line["loss"] for line in read_metrics(tmp_path / METRICS)] == [0, 0, 2, 2]
 
 
-def test_a_process_that_does_not_write_leaves_nothing_and_still_sees_that_a_loss_is_not_finite(tmp_path: Path) -> None:
+def test_a_process_that_does_not_write_still_checks_the_loss(tmp_path: Path) -> None:
     log = record(tmp_path, writes=False)
     log.step(1, jnp.float32(1))
     log.flush()

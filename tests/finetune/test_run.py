@@ -1,4 +1,4 @@
-"""Does a run end with the model that it says, whatever stops it on the way, and on however many devices?"""
+"""Does a run end with the right model, whatever stops it on the way, and on any number of devices?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from click.testing import CliRunner
 from flax import nnx
 from PIL import Image
 
 import vit_ref
-from tests.helpers.finetuning import STEPS, Runner
+from tests.helpers.finetuning import OPTIONS, STEPS, Runner
+from vit_ref.cli.group import main
 from vit_ref.errors import InputError
 from vit_ref.finetune import run
 from vit_ref.finetune.augmentation import Augmentation
@@ -30,7 +32,7 @@ from vit_ref.finetune.metrics import Evaluation, read_metrics
 from vit_ref.finetune.optimizer import make_schedule, make_transformation, select_trained
 from vit_ref.finetune.recipe import Recipe
 from vit_ref.finetune.run import Conduct, _require_same_run, finetune
-from vit_ref.finetune.start import make_starting_model
+from vit_ref.finetune.start import SCRATCH, make_starting_model
 from vit_ref.finetune.step import train_step
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
@@ -57,10 +59,10 @@ def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whol
     measured = [line for line in lines if "validation_accuracy" in line]
     best = max(measured, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
     assert found.images == 128
-    # Better than chance by far: what is measured is not noise.
+    # Far better than chance, so the run learnt something.
     assert found.accuracy == best["validation_accuracy"] > 0.4
     assert found.per_class.tolist() == best["validation_accuracy_by_class"]
-    assert found.loss == pytest.approx(best["validation_loss"], rel=1e-5)  # another batch size sums otherwise
+    assert found.loss == pytest.approx(best["validation_loss"], rel=1e-5)  # another batch size sums in another order
     assert f"best after epoch {best['epoch']}: {found.accuracy:.1%} of 128" in printed
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
@@ -70,7 +72,7 @@ def test_the_best_epoch_is_saved_and_does_what_was_measured(runner: Runner, whol
 
 
 def test_what_is_saved_is_verified(runner: Runner, whole_run: tuple) -> None:
-    report = vit_ref.check_port(None, runner.directory / "whole" / "model", backward=False)
+    report = vit_ref.check_port(None, runner.directory / "whole" / "model", reference="numpy", backward=False)
     assert report.passed, summary(report)
 
 
@@ -80,12 +82,12 @@ def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> N
     ours = vit_ref.from_pretrained(directory)
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     logits = np.asarray(flax(images.transpose(0, 3, 1, 2)).logits)
-    # Both round float32 sums of 64 terms through four blocks; another formula is 1e-3 off.
+    # Both round float32 sums of 64 terms through four blocks. Another formula is 1e-3 off.
     np.testing.assert_allclose(ours(images), logits, atol=2e-5)
     assert flax.config.id2label == dict(enumerate(open_dataset(None, "train").classes))
 
 
-def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runner, whole_run: tuple) -> None:
+def test_transformers_reads_the_pixels_of_a_run_from_scratch(runner: Runner, whole_run: tuple) -> None:
     directory = runner.directory / "whole" / "model"
     image = open_dataset(None, "validation")[0].image
     processor = transformers.AutoImageProcessor.from_pretrained(directory, use_fast=False)
@@ -94,29 +96,33 @@ def test_transformers_reads_the_pixels_that_a_run_from_scratch_saw(runner: Runne
     assert theirs.tobytes() == preprocess([image.convert("L")], vit_ref.from_pretrained(directory).config).tobytes()
 
 
-def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
-    """It is killed, and then its disk fills up."""
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
+    """Kills the run several times, and then lets its disk fill up."""
     out, options = "stopped", ("--save-steps", "3")
-    # Before the first checkpoint; while one is written, which is after every third step; in the second epoch, twice.
-    # The last three of its 18 lines are written within the time that this process may have to wait for its turn.
-    for lines in (1, 3, 10, 13):
+    # Before the first checkpoint; then in the second epoch, while the run writes a checkpoint, as after every third
+    # step: the tenth line is the ninth step, because each epoch has eight steps and a line of its own.
+    for lines in (1, 10):
         runner.killed(out, *options, *(["--resume"] if lines > 1 else []), lines=lines)
     checkpoints = runner.directory / out / "checkpoints"
     good = sorted(path.name for path in checkpoints.iterdir() if path.name.isdigit())
-    # The file that no disk holds is a checkpoint's: its largest ones are larger.
+    # The file that does not fit on the disk is one of a checkpoint, because those are the largest.
     said = runner.run(out, *options, "--resume", code=2, blocks=40)
-    # tensorstore's threads may print more after it.
+    # Threads of tensorstore may print more after it.
     assert "/checkpoints: the checkpoint cannot be written or read (File too large)\n" in said
     assert good[-1] in {path.name for path in checkpoints.iterdir()}
     runner.run(out, *options, "--resume")
     assert runner.result(out) == whole_run[1]
-    # What the run was killed while writing is gone, and so is all but the last two checkpoints and the best.
+    # The checkpoint that was being written is gone. Of the others, the last two and the best remain.
     assert len(list(checkpoints.iterdir())) <= 3
 
 
-def test_a_finished_run_that_is_resumed_only_saves_its_model_again(runner: Runner, whole_run: tuple) -> None:
+def test_a_finished_run_only_saves_its_model_when_resumed(runner: Runner, whole_run: tuple) -> None:
     (runner.directory / "whole" / "model" / "model.safetensors").unlink()
-    runner.run("whole", "--resume")
+    with jax.numpy_dtype_promotion("standard"):
+        ended = CliRunner().invoke(
+            main, ["finetune", "--output-dir", str(runner.directory / "whole"), *OPTIONS, "--resume"]
+        )
+    assert ended.exit_code == 0, ended.output
     assert runner.result("whole") == whole_run[1]
 
 
@@ -125,31 +131,41 @@ def losses(runner: Runner, out: str) -> np.ndarray:
     return np.array([line.get("loss", line.get("validation_loss")) for line in lines])
 
 
-# Sums of float32 in another order, over sixteen steps of Adam: 3e-6 was seen. Another image in one batch is 1e-3.
+# Sums of float32 in another order, over sixteen steps of Adam. Another image in one batch makes 1e-3.
 CLOSE = 5e-5
 
 
 @pytest.fixture(scope="module")
-def steady(runner: Runner) -> np.ndarray:
-    """The losses of one device without dropout, whose masks depend on how arrays are laid out."""
-    runner.run("steady", "--dropout", "0")
+def one_block(runner: Runner) -> str:
+    """Writes a checkpoint like the model of a run from scratch, but of one block: four take twice as long."""
+    config = dataclasses.replace(SCRATCH, num_hidden_layers=1, num_labels=4)
+    vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), runner.directory / "one-block")
+    return str(runner.directory / "one-block")
+
+
+@pytest.fixture(scope="module")
+def steady(runner: Runner, one_block: str) -> np.ndarray:
+    """Returns the losses of one device without dropout, because masks depend on the layout of arrays."""
+    runner.run("steady", one_block, "--dropout", "0")
     return losses(runner, "steady")
 
 
-@pytest.mark.parametrize("sharding", ["data", "fsdp"])
-def test_eight_devices_learn_what_one_learns(sharding: str, runner: Runner, steady: np.ndarray) -> None:
-    runner.run(f"eight-{sharding}", "--dropout", "0", "--sharding", sharding, devices=8)
+# Arrays are divided between the devices of two processes, below.
+@pytest.mark.parametrize("sharding", ["data"])
+def test_eight_devices_learn_what_one_learns(sharding: str, runner: Runner, steady: np.ndarray, one_block: str) -> None:
+    runner.run(f"eight-{sharding}", one_block, "--dropout", "0", "--sharding", sharding, devices=8)
     np.testing.assert_allclose(losses(runner, f"eight-{sharding}"), steady, rtol=CLOSE)
-    assert divided(runner, f"eight-{sharding}") == (sharding == "fsdp")
+    assert not divided(runner, f"eight-{sharding}")
 
 
-def test_two_processes_learn_what_one_learns(runner: Runner, steady: np.ndarray) -> None:
+def test_two_processes_learn_what_one_learns(runner: Runner, steady: np.ndarray, one_block: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    # With "data" the processes share less: the batch alone is divided.
+    # "data" divides only the batch, so the processes share less.
     out = "two"
-    together = ("--dropout", "0", "--sharding", "fsdp", "--coordinator", coordinator, "--num-processes", "2")
+    together = (one_block, "--dropout", "0", "--sharding", "fsdp")
+    together += ("--coordinator", coordinator, "--num-processes", "2")
     processes = [runner.start(out, *together, "--process-id", str(k), devices=2) for k in (0, 1)]
     ended = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended[0][1][-2000:] + ended[1][1][-2000:]
@@ -160,13 +176,13 @@ def test_two_processes_learn_what_one_learns(runner: Runner, steady: np.ndarray)
 
 
 def divided(runner: Runner, out: str) -> bool:
-    """Whether devices shared any array that was saved, as Orbax noted beside it: losses are the same either way."""
+    """Tells whether devices shared a saved array, from Orbax's notes. The losses are the same either way."""
     noted = json.loads(next((runner.directory / out / "checkpoints").rglob("_sharding")).read_text())
     return any(any(json.loads(each)["partition_spec"]) for each in noted.values())
 
 
 def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
-    """A checkpoint of two narrow blocks, 14 training images and 6 to validate with."""
+    """Makes a checkpoint of two narrow blocks, 14 training images and 6 validation images."""
     config = ViTConfig(
         hidden_size=8,
         num_hidden_layers=2,
@@ -187,7 +203,7 @@ def _tiny(directory: Path) -> tuple[Path, ImageDataset, ImageDataset]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"classes": ("other", "b", "c", "d")}, "have other classes: give both the same folders"),
+        ({"classes": ("other", "b", "c", "d")}, "have different classes: give both the same folders"),
         ({"names": (), "labels": np.zeros(0, int), "rows": np.zeros(0, int)}, "there are no validation images: give"),
     ],
 )
@@ -219,7 +235,10 @@ def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("preprocessor", "said"),
     [
         ({"size": {"shortest_edge": 8}}, r"^preprocessor_config\.json: size is {'shortest_edge': 8}: give a height"),
-        ({"size": 9}, r"^images come .* with \[9, 9\] pixels, the model takes \[8, 8\]: correct preprocessor_config"),
+        (
+            {"size": 9},
+            r"^preprocessing makes images of \[9, 9\] pixels, and the model takes \[8, 8\]: correct pre",
+        ),
         ({"resample": 9}, r"^preprocessor_config\.json: resample is 9: give one of"),
         (
             {"do_resize": False},
@@ -227,7 +246,7 @@ def test_a_url_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
     ],
 )
-def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
+def test_unusable_preprocessing_is_refused_before_any_write(
     preprocessor: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     start, training, validation = _tiny(tmp_path)
@@ -238,16 +257,14 @@ def test_preprocessing_that_cannot_be_used_is_said_before_anything_is_written(
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_epoch_is_saved_even_if_it_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, training, validation = _tiny(tmp_path)
     seen: list[dict[str, np.ndarray]] = []
 
     def look(self: Any, state: Any, dataset: ImageDataset, *_: Any) -> Evaluation:
         seen.append(get_state_parameters(state))
         right = np.eye(len(dataset.classes))[dataset.labels]
-        # All right after the first epoch, all wrong from then on.
+        # All right after the first epoch, and all wrong from then on.
         return Evaluation.of_logits(right if len(seen) == 1 else -right, dataset.labels)
 
     monkeypatch.setattr(run.Examiner, "__call__", look)
@@ -265,7 +282,7 @@ def test_what_did_best_is_what_is_saved_though_it_was_not_the_last(
 # optax counts in integers.
 @jax.numpy_dtype_promotion("standard")
 def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
-    # Two images of an epoch fill no batch; of the validation images two are left for a last one.
+    # Two images of an epoch fill no batch. Two validation images remain for a last one.
     start, training, validation = _tiny(tmp_path)
     recipe = Recipe(
         epochs=2,
@@ -300,7 +317,8 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
             model.train()
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for line, wanted in zip(lines, expected, strict=True):
-        # Another compilation sums otherwise, over six steps; another mask, image or rate is seen in the third digit.
+        # Another compilation sums in another order, over six steps. Another mask, image or rate shows in the third
+        # digit.
         assert {name: line[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
     best = max((0, 1), key=lambda epoch: (found[epoch].accuracy, -found[epoch].loss))
     assert outcome.epoch == best + 1
@@ -332,12 +350,14 @@ def test_what_cannot_be_used_is_said_in_one_line(options: tuple[str, ...], said:
     assert said in refused("refused", *options)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(refused: Callable, whole_run: tuple, runner: Runner) -> None:
-    model = vit_ref.from_pretrained(runner.directory / "whole" / "model")
+@jax.numpy_dtype_promotion("standard")
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    start, training, validation = _tiny(tmp_path)
+    model = vit_ref.from_pretrained(start)
     model.position_embeddings[...] = model.position_embeddings[...] * 0 + 3e38  # whose sum is no float32
-    vit_ref.save_pretrained(model, runner.directory / "large")
-    line = refused("diverged", str(runner.directory / "large"), apart=True)
-    assert "the loss at step 1 is nan: lower learning_rate" in line
+    vit_ref.save_pretrained(model, tmp_path / "large")
+    with pytest.raises(InputError, match="the loss at step 1 is nan: lower learning_rate"):
+        finetune(tmp_path / "large", training, validation, tmp_path / "run", Recipe(batch_size=4), Conduct(quiet=True))
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, whole_run: tuple) -> None:
@@ -379,7 +399,7 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(tmp_path: Path) -> 
             begin("there", change)
 
 
-def test_a_run_from_before_a_field_was_added_goes_on_with_its_default(tmp_path: Path) -> None:
+def test_a_run_older_than_a_field_continues_with_its_default(tmp_path: Path) -> None:
     training = open_dataset(None, "train")
     _require_same_run(tmp_path, Recipe(precision="mixed"), None, training, training)
     description = json.loads((tmp_path / "run.json").read_text())
@@ -418,7 +438,7 @@ def test_one_class_is_refused(refused: Callable, tmp_path: Path) -> None:
     assert "there is only one class, cat" in refused("one", "--data", str(tmp_path), "--batch-size", "8")
 
 
-def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_path: Path) -> None:
+def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, one_block: str, tmp_path: Path) -> None:
     drawn = open_dataset(None, "train")
     for index in range(160):
         image, label, _ = drawn[index]
@@ -429,7 +449,7 @@ def test_a_folder_of_images_with_a_bad_one_and_the_plots(runner: Runner, tmp_pat
     for place in ("train", "validation"):
         (tmp_path / place / "0" / "far.heic").touch()
     (tmp_path / "train" / "0" / "notes.txt").touch()
-    said = runner.run("folder", "--data", str(tmp_path), "--bad-images", "skip", "--epochs", "1", "--plots")
+    said = runner.run("folder", one_block, "--data", str(tmp_path), "--bad-images", "skip", "--epochs", "1", "--plots")
     assert f"vit-ref: skipped: {tmp_path / 'train' / '0' / 'torn.png'}: not a readable image" in said
     assert "vit-ref: left out, because the suffix is not that of an image: 3 files (2 .heic, 1 .txt)\n" in said
     assert "of 32 validation images" in said

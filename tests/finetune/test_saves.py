@@ -1,4 +1,4 @@
-"""Is what was saved what is read, only the last and the best kept, and a full disk seen before anything is written?"""
+"""Is what was saved also read, only the last few and the best kept, and a full disk seen before a write?"""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def arrays(step: int) -> dict[str, jax.Array]:
     return {"a.kernel": jnp.full((3, 2), step, jnp.float32), "count": jnp.array(step, jnp.int32)}
 
 
-# In one process, or in two, of which the second has to know which was the best of the first.
+# In one process, or in two. The second then has to know the best checkpoint of the first.
 @pytest.mark.parametrize("stopped", [None, 4, 6])
 def test_the_last_and_the_best_are_kept_and_read_back(stopped: int | None, tmp_path: Path) -> None:
     saves = Saves(tmp_path, keep=2)
-    # By accuracy, and among equals by loss: step 3.
+    # The best by accuracy and, among equals, by loss: step 3.
     found = {1: (0.5, 0.9), 2: (0.8, 0.7), 3: (0.8, 0.6), 4: None, 5: (0.7, 0.1), 6: None}
     for step, accuracy in found.items():
         if step == stopped:
             saves.close()
-            # As the first one leaves it that is killed while it writes.
+            # A process that is killed while it writes its first checkpoint leaves this.
             (tmp_path / "99.orbax-checkpoint-tmp").mkdir()
             saves = Saves(tmp_path, keep=2)
         saves.save(arrays(step), Progress(step, {"batches": step}, accuracy))
@@ -102,7 +102,7 @@ def test_the_arrays_of_another_model_are_refused(tmp_path: Path) -> None:
     ],
     ids=["no progress", "another progress", "no object", "no arrays", "torn arrays"],
 )
-# Of several arrays the first to fail ends Orbax' event loop, and tensorstore may come too late to it with the next.
+# The first array to fail ends the event loop of Orbax, and tensorstore may fail later with the next array.
 @pytest.mark.filterwarnings("ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_with_the_way_on(damage: Callable[[Path], object], tmp_path: Path) -> None:
     saves = Saves(tmp_path, keep=1)

@@ -1,4 +1,4 @@
-"""Does a run start from the checkpoint's backbone, with the head, size and precision that the recipe asks for?"""
+"""Does a run start from the checkpoint's backbone, with the recipe's head, size and precision?"""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_a_fresh_head_is_of_zeros_and_the_backbone_the_checkpoints(saved: Path) -> None:
+def test_a_fresh_head_is_zero_and_the_backbone_the_checkpoints(saved: Path) -> None:
     model = make_starting_model(saved, ["a", "b", "c", "d", "e"], Recipe())
     found, before = get_parameters(model), get_parameters(vit_ref.from_pretrained(saved))
     assert found["head.kernel"].shape == (12, 5) and not found["head.kernel"].any()
@@ -99,9 +99,9 @@ OF_THE_OLD_HEAD = {
 }
 
 
-# Other classes, and the same ones: their names alone would keep the old mapping.
+# Other classes, and the same ones, whose names alone would keep the old mapping.
 @pytest.mark.parametrize("classes", [("a", "b"), ("cat", "dog", "owl")])
-def test_nothing_that_described_the_old_head_is_saved_with_a_fresh_one(
+def test_a_fresh_head_drops_the_description_of_the_old_one(
     classes: tuple[str, ...], saved: Path, tmp_path: Path
 ) -> None:
     model = make_starting_model(described(saved, **OF_THE_OLD_HEAD, license="x"), classes, Recipe())
@@ -136,8 +136,8 @@ def test_a_head_that_cross_entropy_cannot_train_is_not_kept(
     with pytest.raises(InputError) as caught:
         make_starting_model(tmp_path, classes, Recipe(head="keep"))
     assert str(caught.value) == (
-        f"{tmp_path}: cross-entropy trains a head with one right class of several, and the head that is kept is none"
-        f" ({said}): take a fresh head (--head fresh)"
+        f"{tmp_path}: its head does not choose one of several classes ({said}), and cross-entropy needs that: take a"
+        " fresh head (--head fresh)"
     )
     assert make_starting_model(tmp_path, classes, Recipe()).config.extra.get("problem_type") is None
 
@@ -171,12 +171,12 @@ def test_preprocessing_that_is_not_written_down_is_saved_in_full(
 ) -> None:
     config = dataclasses.replace(CONFIG, preprocessor=preprocessor)
     vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), tmp_path / "source")
-    # With a size of its own the recipe writes one, too.
+    # A recipe with an image size writes one, too.
     model = make_starting_model(None if scratch else tmp_path / "source", ["a", "b"], Recipe())
     side = model.config.image_hw[0]
     vit_ref.save_pretrained(model, tmp_path / "new")
     written = json.loads((tmp_path / "new" / "preprocessor_config.json").read_bytes())
-    # transformers' own would be 224.
+    # transformers' own default would be 224.
     assert written["size"] == {"height": side, "width": side}
     assert written["image_mean"] == (0.25 if preprocessor else [0.5, 0.5, 0.5])
     assert steps(vit_ref.from_pretrained(tmp_path / "new").config) == steps(
@@ -184,7 +184,7 @@ def test_preprocessing_that_is_not_written_down_is_saved_in_full(
     )
 
 
-def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, tmp_path: Path) -> None:
+def test_positions_in_bfloat16_are_resized_in_float32(saved: Path, tmp_path: Path) -> None:
     model = vit_ref.from_pretrained(saved)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
     vit_ref.save_pretrained(model, tmp_path)
@@ -195,7 +195,7 @@ def test_positions_of_a_bfloat16_checkpoint_are_resized_in_float32(saved: Path, 
     np.testing.assert_array_equal(found, expected)
 
 
-def test_what_is_saved_of_a_bfloat16_checkpoint_says_that_it_is_float32(saved: Path, tmp_path: Path) -> None:
+def test_a_run_from_a_bfloat16_checkpoint_is_saved_as_float32(saved: Path, tmp_path: Path) -> None:
     config = json.loads((saved / "config.json").read_bytes())
     (saved / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     vit_ref.save_pretrained(make_starting_model(saved, ["a", "b"], Recipe()), tmp_path / "new")
@@ -241,7 +241,7 @@ def test_from_scratch_the_seed_decides() -> None:
     )
 
 
-def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path) -> None:
+def test_parameters_moments_and_loss_are_float32_in_mixed(saved: Path) -> None:
     half = {path: value.astype(jnp.bfloat16) for path, value in get_parameters(vit_ref.from_pretrained(saved)).items()}
     model = vit_ref.from_pretrained(saved)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
@@ -262,7 +262,7 @@ def test_masters_moments_and_loss_are_float32_under_mixed_precision(saved: Path)
     assert {value.dtype for value in get_parameters(model).values()} == {np.dtype(np.float32)}
 
 
-def test_gradients_are_float32_and_masters_keep_updates_below_bfloat16s_resolution(saved: Path) -> None:
+def test_float32_parameters_keep_updates_too_small_for_bfloat16(saved: Path) -> None:
     model = make_starting_model(saved, ["a", "b"], Recipe(precision="mixed", head="fresh", dropout=0.0))
     before, seen = get_parameters(model), set()
 
@@ -281,11 +281,12 @@ def test_gradients_are_float32_and_masters_keep_updates_below_bfloat16s_resoluti
     assert seen == {np.dtype(np.float32)}
     kernel = "blocks.0.mlp.fc1.kernel"
     moved = np.abs(get_parameters(model)[kernel] - before[kernel])
-    # All that bfloat16 tells apart, at the parameters' size, is larger.
+    # All steps that bfloat16 can represent at the parameters' size are larger.
     resolution = np.sqrt(np.square(before[kernel]).mean()) * float(jnp.finfo(jnp.bfloat16).eps)
     assert (moved > 0).mean() > 0.9
     assert moved.max() <= 1.1 * steps * rate < resolution / 10
-    # The softmaxes, the norms, the logarithm of the loss, Adam's root. Not exp: GELU's derivative has one in bfloat16.
+    # The softmaxes, the norms, the logarithm of the loss, and Adam's root. Not exp: GELU's derivative has one in
+    # bfloat16.
     needs_float32 = {"reduce_max", "rsqrt", "log", "sqrt"}
     graph, state = nnx.split((model, optimizer))
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-# A program of its own, so that a test need not know where the script was installed.
+# Start the command as a module, so that a test need not know where the script was installed.
 _PROGRAM = "from vit_ref.cli.group import main; main(prog_name='vit-ref')"
-# 512 images: eight steps an epoch, each a fraction of a second.
+# 512 images give eight steps an epoch, each a fraction of a second.
 OPTIONS = (
     *("--epochs", "2", "--batch-size", "64", "--optimizer", "adamw", "--learning-rate", "0.003", "--dropout", "0.1"),
     *("--grad-clip", "1", "--no-plots"),
@@ -21,7 +21,7 @@ STEPS = 16
 
 
 class Runner:
-    """Starts `vit-ref finetune` in a directory."""
+    """Starter of `vit-ref finetune` in a directory."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -29,8 +29,8 @@ class Runner:
     def start(
         self, out: str, *options: str, devices: int = 1, blocks: int | None = None, measured: bool = True
     ) -> subprocess.Popen:
-        """Starts it, with so many simulated devices; no file may become larger than so many blocks of 512 bytes."""
-        # Compiling is most of such a run: without LLVM's optimisations it takes a sixth less time.
+        """Starts a run with simulated devices. `blocks` of 512 bytes limit the size of any file it writes."""
+        # Most of such a run is compilation, which takes less time without LLVM's optimisations.
         quick = os.environ["VIT_REF_QUICK_XLA_FLAGS"]
         flags = f"--xla_force_host_platform_device_count={devices} {quick}"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -43,20 +43,20 @@ class Runner:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def run(self, out: str, *options: str, code: int = 0, **options_of_start: Any) -> str:
-        """What it printed, once it has ended with this exit code."""
+        """Returns the output of a run, and checks its exit code."""
         process = self.start(out, *options, **options_of_start)
         printed, errors = process.communicate()
         assert process.returncode == code, errors[-3000:]
         return printed + errors
 
     def result(self, out: str) -> tuple[bytes, bytes]:
-        """The metrics and the model's tensors, as bytes."""
+        """Returns the metrics and the model's tensors, as bytes."""
         run = self.directory / out
         return (run / "metrics.jsonl").read_bytes(), (run / "model" / "model.safetensors").read_bytes()
 
     def killed(self, out: str, *options: str, lines: int) -> None:
-        """Starts a run and kills it with SIGKILL once its log has so many lines."""
-        # The file of its coverage would be half-written, too.
+        """Starts a run, and kills it with SIGKILL once its log has this many lines."""
+        # A killed process would leave a half-written file of coverage.
         process, log = self.start(out, *options, measured=False), self.directory / out / "metrics.jsonl"
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
             time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""What a traced program computes in which dtype."""
+"""The operations of a traced program, and their dtypes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a program, those of the functions that it calls too."""
+    """Yields all equations of a program, with those of the functions that it calls."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr)):
@@ -20,7 +20,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def computed_in(jaxpr: Any, operations: set[str]) -> dict[str, set[np.dtype]]:
-    """Operation -> dtypes of what goes in and comes out, floats alone; only of the operations that there are."""
+    """Returns operation -> floating dtypes of its inputs and outputs, for the operations that occur."""
     found: dict[str, set[np.dtype]] = {}
     for equation in equations(jaxpr):
         if equation.primitive.name in operations:

@@ -1,4 +1,4 @@
-"""Reports made by hand: what is reported matters here, and not how it was measured."""
+"""Reports made by hand, for tests of how a report looks and not of how it was measured."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ ENVIRONMENT = {"jax": "0.10.2", "device": "cpu (cpu, x86_64)"}
 
 
 def measured(site: str, exact: float = 2e-16, alone: float | None = None, **fields: Any) -> SiteResult:
-    """One site; what is not given passes."""
+    """Returns the result of one site. What the caller does not give passes."""
     numbers = {"rounding": 1.1e-7, "reference_error": 9e-8, "gate": 3e-7, **fields}
     apart = None if alone is None else Error(alone, 2 * alone)
     return SiteResult(site, Error(1.5e-16, 2.5e-16), Error(exact, 3 * exact), apart, **numbers)
 
 
 def parity(*results: SiteResult, **fields: Any) -> ParityReport:
-    """A pass that shows these sites, and in that order."""
+    """Returns a pass with these sites, in that order."""
     order = tuple(result.site for result in results)
     given = {"title": "tiny", "precision": "float32", "results": results, "order": order, **fields}
     return ParityReport(reference="FlaxViT", **given)
 
 
 def ported(forward: ParityReport, backward: ParityReport | None = None, **fields: Any) -> CandidateReport:
-    """A whole report."""
+    """Returns a whole report."""
     behaviour = (Behaviour("repeat", 0.0, ""), Behaviour("inputs", None, ""))
     given = {"title": "tiny", "candidate": "mine", "behaviour": behaviour, "environment": ENVIRONMENT, **fields}
     given = {"checkpoint": ORIGIN, **given}
@@ -49,7 +49,7 @@ def ported(forward: ParityReport, backward: ParityReport | None = None, **fields
 
 
 def wrong(depth: int = 2) -> CandidateReport:
-    """A port that is wrong from its first LayerNorm on, with gradients, of which one is right."""
+    """Returns the report of a candidate that is wrong from its first LayerNorm on, with one right gradient."""
     names = [f"block.{i}.{site}" for i in range(depth) for site, _ in BLOCK_SITES]
     names = ["patches", "embeddings", *names, "norm", "logits"]
     numbers = itertools.cycle((5.6e-7, 2.1e-4, 9.9e-5))

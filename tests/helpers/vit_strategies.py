@@ -1,7 +1,7 @@
-"""Hypothesis strategies: configurations that are valid, and such that are not, each with its exact refusal.
+"""Hypothesis strategies for valid configurations, and for invalid ones with their exact error.
 
-What they draw is a configuration and plain integers, so that a failing example is printed as code to paste; weights,
-images and permutations follow from a seed.
+They draw a configuration and plain integers, so that a failing example prints as code to paste. Weights, images and
+permutations follow from a seed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ indices = st.integers(0, 255)
 
 
 def times(factor: int) -> settings:
-    """`factor` times the profile's examples, and shrinking in any profile: for tests that compile nothing."""
+    """Multiplies the number of the profile's examples, and shrinks in any profile. For tests that compile nothing."""
     return settings(max_examples=factor * settings.default.max_examples, phases=tuple(Phase))
 
 
 @st.composite
 def configs(draw: st.DrawFn, *, min_width: int = 1, min_patches: int = 1, max_blocks: int = 2) -> ViTConfig:
-    """Valid configurations: rectangular, odd and prime sizes, down to one head, one block, one patch and width one.
+    """Draws valid configurations: rectangular, odd and prime sizes, down to one head, block, patch and width one.
 
     Args:
-      draw: hypothesis's.
+      draw: hypothesis's function.
       min_width: the least `hidden_size`.
       min_patches: the least number of patches.
       max_blocks: the largest `num_hidden_layers`.
@@ -54,7 +54,7 @@ def configs(draw: st.DrawFn, *, min_width: int = 1, min_patches: int = 1, max_bl
         hidden_act=draw(st.sampled_from(ACTIVATION_NAMES)),
         layer_norm_eps=draw(st.sampled_from((1e-12, 1e-6, 1e-2))),
         qkv_bias=draw(st.booleans()),
-        # In evaluation mode nothing may drop, whatever the rates.
+        # Dropout does nothing in evaluation mode, whatever the rates.
         hidden_dropout_prob=draw(st.sampled_from((0.0, 0.1, 0.5))),
         attention_probs_dropout_prob=draw(st.sampled_from((0.0, 0.2))),
         image_size=(rows * patch[0], columns * patch[1]),
@@ -69,10 +69,10 @@ def configs(draw: st.DrawFn, *, min_width: int = 1, min_patches: int = 1, max_bl
 
 @st.composite
 def square_configs(draw: st.DrawFn) -> ViTConfig:
-    """Configurations of at least two blocks in which every dense kernel and every patch is square.
+    """Draws configurations of at least two blocks in which every dense kernel and every patch is square.
 
-    No shape then tells a transposed kernel or an exchanged layer. The activation is GELU, because under ReLU a layer of
-    few units may be dead and its weights without effect.
+    Then no shape shows a transposed kernel or an exchanged layer. The activation is GELU, because under ReLU a layer of
+    few units may be dead, and its weights without effect.
     """
     config = draw(configs(min_width=5))
     rows, columns = config.grid()
@@ -107,7 +107,7 @@ def _one_field(name: str, values: st.SearchStrategy[Any], message: str) -> st.Se
 
 
 def fields(config: ViTConfig) -> dict[str, Any]:
-    """The keyword arguments that make `config`."""
+    """Returns the keyword arguments that make `config`."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
@@ -162,7 +162,7 @@ _NOT_ACTIVATIONS = st.one_of(st.text(max_size=9), st.sampled_from(("GELU", "mish
 _NOT_PROBABILITIES = st.one_of(_NOT_NUMBERS, st.floats(min_value=1), st.floats(max_value=0, exclude_max=True))
 _NOT_POSITIVE = st.one_of(_NOT_NUMBERS, st.floats(max_value=0))
 
-# By the field or the contradiction at fault: keyword arguments of a configuration, and the message that refuses them.
+# Field or contradiction at fault -> keyword arguments of a configuration, and the message of its error.
 INVALID: dict[str, st.SearchStrategy[tuple[dict, str]]] = {
     **{
         name: _one_field(name, _not_integers(1) | st.none(), _whole(1, 1024 if name == "num_hidden_layers" else 2**20))
@@ -196,12 +196,12 @@ INVALID: dict[str, st.SearchStrategy[tuple[dict, str]]] = {
 
 
 def weights(config: ViTConfig, seed: int) -> dict[str, NDArray]:
-    """Random parameters by path, float32, none at its initial value."""
+    """Returns random parameters by path, float32, none at its initial value."""
     return port(Case("random", config, seed=seed).checkpoint().tensors, config, HF)
 
 
 def random_bits(config: ViTConfig, dtype: DTypeLike, seed: int = 0) -> dict[str, NDArray]:
-    """Parameters by path: random finite bit patterns, denormal numbers and negative zeros among them."""
+    """Returns parameters by path with random finite bits, denormal numbers and negative zeros among them."""
     rng, dtype = np.random.default_rng(seed), np.dtype(dtype)
     values = {}
     for path, shape in list_parameters(config).items():
@@ -212,12 +212,12 @@ def random_bits(config: ViTConfig, dtype: DTypeLike, seed: int = 0) -> dict[str,
 
 
 def within(layout: Layout, config: ViTConfig) -> ViTConfig:
-    """The configuration, without a pooler where the layout has no name for one."""
+    """Returns the configuration, without a pooler if the layout has no name for one."""
     return dataclasses.replace(config, pooler=False) if layout is TIMM else config
 
 
 def with_room(layout: Layout, parameters: Tensors) -> dict[str, NDArray]:
-    """The parameters, with zero for the cls token's position where the layout has no room for it."""
+    """Returns the parameters, with zero for the cls token's position if the layout cannot store it."""
     fitting = dict(parameters)
     if layout is BIG_VISION:
         fitting["position_embeddings"] = fitting["position_embeddings"].copy()
@@ -226,7 +226,7 @@ def with_room(layout: Layout, parameters: Tensors) -> dict[str, NDArray]:
 
 
 def random_cycle(length: int, seed: int) -> NDArray:
-    """A random permutation of `range(length)` that leaves nothing in its place, unless there is but one place."""
+    """Draws a permutation of `range(length)` that moves everything, if there is more than one position."""
     order = np.random.default_rng(seed).permutation(length)
     cycle = np.empty(length, int)
     cycle[order] = np.roll(order, 1)

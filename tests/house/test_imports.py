@@ -1,4 +1,4 @@
-"""Do imports point down only, does each room import no more than it needs, and is `import vit_ref` light?"""
+"""Do imports point only down, does each room import no more than it needs, and is `import vit_ref` light?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import vit_ref
 
 ROOT = Path(vit_ref.__file__).parent
-# Lower rooms first; a module may import from its own level, and from those below. What is no room is a single module.
+# Lower rooms first. A module may import from its own level and from those below. Some entries are single modules.
 LEVELS = (
     ("errors",),
     ("extras", "files", "image_files"),
@@ -23,7 +23,7 @@ LEVELS = (
     ("bench", "cli", "testing"),
     ("__main__",),
 )
-# What a room may not import, even inside a function or for types alone.
+# Modules that a room may not import, even inside a function or for types alone.
 FORBIDDEN = {
     "verify/compare": (
         "model",
@@ -37,7 +37,7 @@ FORBIDDEN = {
         "verify.stream",
         "verify.vit",
     ),
-    # Diagnosis edits the oracle; the oracle, which decides, knows no diagnosis.
+    # Diagnosis edits the oracle. The oracle decides, and does not depend on diagnosis.
     "verify/references": (
         "verify.candidates",
         "verify.diagnose",
@@ -55,7 +55,7 @@ FORBIDDEN = {
         "verify.vit",
     ),
 }
-# Upward on purpose, for types alone: an error carries the report of what was found before it.
+# Imports that point up on purpose, for types alone: an error carries a report.
 UPWARD = {("errors.py", "verify.results")}
 
 
@@ -64,7 +64,7 @@ def modules(room: str = "") -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules of this package that a file imports, without the package's name; a name that is a module counts."""
+    """Returns the modules of this package that a file imports, without the package's name. Submodules count too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -93,7 +93,7 @@ def test_no_import_points_up() -> None:
     upward = []
     for path in modules():
         place = path.relative_to(ROOT).as_posix()
-        if place == "__init__.py":  # it stands above all rooms
+        if place == "__init__.py":  # it is above all rooms
             continue
         own = level(place.split("/")[0].removesuffix(".py"))
         upward += [
@@ -128,7 +128,7 @@ def test_results_are_had_without_the_engine() -> None:
     ("imports", "heavy"),
     [
         ("vit_ref", ("jax", "flax", "torch", "transformers", "numpy")),
-        # The engine knows no ViT, whatever what it imports may import.
+        # The engine does not import the ViT, whatever its own imports may import.
         (
             ", ".join(f"vit_ref.verify.compare.{path.stem}" for path in modules("verify/compare")).replace(
                 ".__init__", ""

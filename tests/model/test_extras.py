@@ -1,4 +1,4 @@
-"""Is a missing extra said in one line?"""
+"""Is a missing extra reported in one line?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under half precision, does float32 stay where it has to, on the path with the tap and on the one without?"""
+"""In half precision, does float32 stay where it must, on the path with a tap and on the one without?"""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from vit_ref.verify.cases import CASES
 
 CASE = CASES["rectangular"]
 FLOAT32 = np.dtype(np.float32)
-# Of the softmax: exp, its maximum, sum and quotient; of LayerNorm: means, squares, reciprocal root and, with the stream
-# of tokens, the sums.
+# The softmax: exp, its maximum, sum and quotient. LayerNorm: means, squares, reciprocal root and, with the token
+# stream,
+# the sums.
 WIDE = {"exp", "reduce_max", "reduce_sum", "div", "integer_pow", "square", "sqrt", "rsqrt", "sub"}
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 
@@ -36,8 +37,8 @@ def test_softmax_and_norms_are_computed_in_float32(
     found = computed_in(traced, WIDE)
     assert {"exp", "reduce_max", "reduce_sum", "div", "rsqrt"} <= set(found)
     assert set().union(*found.values()) == {FLOAT32}, found
-    # What the softmax is taken of: products of queries with keys, one a block, that are not rounded on their way out.
-    # All others are.
+    # The arguments of the softmax are products of queries with keys, one a block, and keep float32. All other products
+    # are rounded.
     products = [e.outvars[0].aval.dtype for e in equations(traced) if e.primitive.name in PRODUCTS]
     blocks = CASE.config.num_hidden_layers
     assert Counter(products)[FLOAT32] == blocks

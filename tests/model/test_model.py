@@ -1,4 +1,4 @@
-"""Is the model by itself what its configuration says?"""
+"""Does the model alone do what its configuration says?"""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def test_the_plain_and_the_observed_path_agree(case: Case, filled: Filled) -> No
     plain = vit(pixels)
     observed = vit(pixels, tap=lambda site, value: value)
     scale = float(jnp.sqrt(jnp.mean(observed**2)))
-    # Both sum the same products; dividing by the sum of exponentials before or after the product costs a few roundings
-    # a block. At most 7e-7 was seen; a wrong scale or softmax is 1e-2 and more.
+    # Both sum the same products. Dividing by the sum of exponentials before or after the product costs a few roundings
+    # a
+    # block. A wrong scale or softmax makes 1e-2 and more.
     np.testing.assert_allclose(plain, observed, rtol=0, atol=16 * 2**-23 * scale)
 
 
@@ -92,7 +93,7 @@ def test_the_plain_and_the_observed_path_agree(case: Case, filled: Filled) -> No
 def test_probabilities_are_asked_for_by_a_tap_or_dropout_alone(
     dtype: type, rate: float, training: bool, observed: bool, asked: bool, monkeypatch, filled: Filled
 ) -> None:
-    """The values are the same either way, so only who is asked can tell."""
+    """Counts calls, because the values are the same either way."""
     attend, calls = vit_module.attend, []
     monkeypatch.setattr(vit_module, "attend", lambda *qkv: (calls.append(qkv), attend(*qkv))[1])
     config = dataclasses.replace(CASES["rectangular"].config, attention_probs_dropout_prob=rate)
@@ -112,7 +113,7 @@ def test_the_two_paths_agree_in_half_precision_too(dtype: type, filled: Filled) 
         vit, pixels = filled(case.config, dtype=dtype), jnp.asarray(case.images())
         plain, observed = vit(pixels), vit(pixels, tap=lambda site, value: value)
     off = error(np.asarray(plain), np.asarray(observed, np.float64)).rms
-    # On a CPU they are the same to the last bit.
+    # On a CPU they are equal to the last bit.
     assert off <= float(jnp.finfo(dtype).eps), f"{off:.1e}"
 
 
@@ -159,13 +160,13 @@ def test_attention_dropout_alone_is_live_in_training(filled: Filled) -> None:
 
 
 def test_layer_norm_survives_a_mean_far_above_the_deviation(filled: Filled) -> None:
-    """E[x^2] - E[x]^2 would lose mean^2 / variance = 1e8 units of rounding, all there are, or go negative."""
+    """Normalises large values: E[x^2] - E[x]^2 would lose mean^2 / variance = 1e8 units of rounding, or be negative."""
     vit = filled(ViTConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1, layer_norm_eps=1e-12))
     x = (1e4 + np.random.default_rng(0).normal(size=(1, 3, 64))).astype(np.float32)
     centred = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
     scale, bias = (np.asarray(parameter[...], np.float64) for parameter in (vit.norm.scale, vit.norm.bias))
     truth = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True)) * scale + bias
-    # One unit of rounding of the mean, 1e4 * 2^-24, is all that two passes lose: 6e-4 of the unit deviation.
+    # Two passes lose only one unit of rounding of the mean, 1e4 * 2^-24, which is 6e-4 of the unit deviation.
     np.testing.assert_allclose(vit.norm(x), truth, rtol=0, atol=1e-3)
 
 
@@ -186,7 +187,7 @@ def test_half_precision_keeps_stream_and_norms_in_float32(dtype: type, filled: F
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_rounds_the_softmax_once(dtype: type, filled: Filled) -> None:
-    """From the very queries and keys. Parity cannot ask for that: FlaxViT takes its softmax in the half precision."""
+    """Starts from the same queries and keys. Parity cannot test this, as FlaxViT's softmax is in half precision."""
     trace: dict[str, jax.Array] = {}
     case = CASES["rectangular"]
     with precision_of(dtype).active():
@@ -196,7 +197,7 @@ def test_half_precision_rounds_the_softmax_once(dtype: type, filled: Filled) -> 
         scores = np.exp(np.einsum("bqhk,bmhk->bhqm", query, key) / np.sqrt(case.config.head_dim))
         expected = scores / scores.sum(-1, keepdims=True)
         site = f"block.{i}.attn.probs"
-        # Half a unit of rounding. Where the scores were rounded too it was 2.4 and 2.6 times that.
+        # Half a unit of rounding. With rounded scores the error is more than twice that.
         off = np.abs(np.asarray(trace[site], np.float64) - expected) / (expected + float(jnp.finfo(dtype).tiny))
         assert off.max() <= 0.51 * float(jnp.finfo(dtype).eps), f"{site} is off by {off.max():.1e}"
 
@@ -206,7 +207,7 @@ def test_every_activation_is_the_oracles(name: str) -> None:
     with precision_of(np.float64).active():
         x = jnp.linspace(-6, 6, 97)
         found = ACTIVATIONS[name](x)
-    # A few roundings of values up to six. The two forms of GELU differ by 5e-4, quick_gelu from either by 2e-2.
+    # A few roundings of values up to six. The two forms of GELU differ by 5e-4, and quick_gelu from either by 2e-2.
     np.testing.assert_allclose(found, ORACLES_ACTIVATIONS[name](np.asarray(x)), rtol=0, atol=1e-14)
 
 
@@ -215,21 +216,21 @@ def test_gelu_in_half_precision_is_rounded_once(dtype: type) -> None:
     x = jnp.linspace(-6, 6, 1001, dtype=dtype)
     truth = ORACLES_ACTIVATIONS["gelu"](np.asarray(x, np.float64))
     off = np.abs(np.asarray(ACTIVATIONS["gelu"](x), np.float64) - truth)
-    # Half a unit of the result, and where it is small one of float32 at x: all that erf leaves of its sum with one.
-    # Rounded at each step it is up to four halves, and around -5 some per cent.
+    # Half a unit of the result and, for small results, one unit of float32 at x, which is left of the sum of one and
+    # erf. With a rounding at each step the error would be several times that.
     assert (off <= 0.51 * float(jnp.finfo(dtype).eps) * np.abs(truth) + 2.0**-23 * np.abs(x)).all()
 
 
 @pytest.mark.parametrize("name", sorted(set(ACTIVATION_NAMES) - {"relu", "tanh"}))
 def test_an_activation_keeps_its_argument_alone_for_the_way_back(name: str) -> None:
-    """relu and tanh need no more than their own result, which the layer after them keeps."""
+    """Leaves out relu and tanh, which need only their result, and the next layer keeps that."""
     x = jnp.linspace(-6, 6, 97)
     (kept,) = jax.tree.leaves(jax.vjp(ACTIVATIONS[name], x)[1])
     np.testing.assert_array_equal(kept, x)
 
 
 def test_a_model_starts_in_evaluation() -> None:
-    """Live dropout asks for `rngs`, whichever of the three it is: shapes alone show that none does."""
+    """Traces each part without `rngs`, which active dropout needs."""
     pixels = CASES["rectangular"].images()
 
     def output(training: bool, pixels: jax.Array) -> jax.Array:
@@ -243,12 +244,12 @@ def test_a_model_starts_in_evaluation() -> None:
         jax.eval_shape(partial(output, True), pixels)
 
 
-def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> None:
+def test_initialisation_has_the_deviation_and_is_reproducible() -> None:
     config = ViTConfig.variant("Ti/16", num_hidden_layers=1, initializer_range=0.05)
     vit, again = (VisionTransformer(config, rngs=nnx.Rngs(7)) for _ in range(2))
     other = VisionTransformer(config, rngs=nnx.Rngs(8))
     for drawn in (vit.patch.kernel, vit.position_embeddings, vit.blocks[0].attn.out.kernel, vit.head.kernel):
-        # 37,000 draws and more: the sample's deviation is within 3 % except once in 10^15.
+        # At least 37,000 draws: the sample's deviation is within 3 % except once in 10^15.
         assert abs(float(jnp.std(drawn[...])) / 0.05 - 1) < 0.03
     np.testing.assert_array_equal(vit.head.kernel[...], again.head.kernel[...])
     assert (vit.head.kernel[...] != other.head.kernel[...]).mean() > 0.99
@@ -283,19 +284,19 @@ def test_initialisation_has_the_configured_deviation_and_is_reproducible() -> No
     ],
 )
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
-    # Before anything is computed: a model without numbers does.
+    # The check needs no values: a model without arrays passes it.
     vit = nnx.eval_shape(lambda: VisionTransformer(CASES["rectangular"].config, rngs=nnx.Rngs(0)))
     with pytest.raises(InputError) as caught:
         vit(np.ones(shape, np.float32))
     assert str(caught.value) == message
 
 
-def test_an_image_that_is_no_multiple_of_the_patch_is_refused_where_all_sizes_are_welcome_too(filled: Filled) -> None:
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(filled: Filled) -> None:
     with pytest.raises(ValueError, match=r"images have \[12, 40\] pixels, not a multiple of the patch \[5, 5\]"):
         filled(CASES["rectangular"].config)(jnp.ones((2, 12, 40, 2)), interpolate_pos_encoding=True)
 
 
-def test_synthetic_images_differ_in_every_way_that_could_hide_a_bug() -> None:
+def test_synthetic_images_differ_in_every_way_that_hides_bugs() -> None:
     images = synthetic_images(CASES["rectangular"].config, batch=3)
     assert images.std(axis=(1, 2)).min() > 0.1
     assert np.abs(np.corrcoef(images.reshape(3, -1)) - np.eye(3)).max() < 0.9

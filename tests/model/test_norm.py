@@ -1,4 +1,4 @@
-"""Is LayerNorm's derivative, which is written out, that of its formula?"""
+"""Is LayerNorm's derivative in closed form that of its formula?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax import Array
 from tests.helpers.precisions import precision_of
 from vit_ref.model.norm import LayerNorm, layer_norm
 
-EPSILON = 0.3  # As large as the variance, so that a derivative without it shows.
+EPSILON = 0.3  # as large as the variance, so that a derivative without it is visible
 
 
 def formula(x: Array, scale: Array, bias: Array) -> Array:
@@ -50,30 +50,30 @@ def twice(norm: Callable[..., Array]) -> tuple[Array, ...]:
 def test_the_derivative_is_the_formulas(derivative: Callable[[Callable[..., Array]], tuple[Array, ...]]) -> None:
     with precision_of(np.float64).active():
         for found, expected in zip(derivative(written_out), derivative(formula), strict=True):
-            # Some roundings of float64 in values of ten and less; the smallest term is a hundredth of them.
+            # Some roundings of float64 in values of ten and less. The smallest term is a hundredth of them.
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
 def test_the_way_back_keeps_one_array_of_the_arguments_size() -> None:
-    """What differentiation makes of the formula keeps three."""
+    """Counts arrays. Automatic differentiation of the formula would keep three."""
     kept = [leaf.size for leaf in jax.tree.leaves(jax.vjp(written_out, *operands(0))[1])]
     assert sorted(kept) == [5, 6, 30]
 
 
 @pytest.mark.parametrize(("dtype", "mean", "deviation"), [(jnp.bfloat16, 10, 1), (jnp.float16, 0, 300)])
 def test_half_precision_is_rounded_once(dtype: type, mean: float, deviation: float) -> None:
-    """Means and differences rounded to eight bits err ten times as much; the squares of 300 overflow in float16."""
+    """Rounds once: means and differences in eight bits err ten times as much, and 300 squared overflows float16."""
     x = jnp.asarray(mean + deviation * np.random.default_rng(0).normal(size=(7, 64)), dtype)
     found = LayerNorm(64, epsilon=1e-6, param_dtype=dtype)(x)
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
     assert found.dtype == dtype
-    # Half a unit of the result, and some of float32 at the mean for results near zero.
+    # Half a unit of the result and, for results near zero, some units of float32 at the mean.
     bound = 0.51 * float(jnp.finfo(dtype).eps) * np.abs(exact) + 8 * 2.0**-23 * (1 + mean / deviation)
     assert (np.abs(np.asarray(found, np.float64) - exact) <= bound).all()
 
 
-def test_the_result_has_the_dtype_it_is_asked_for_and_else_the_widest() -> None:
+def test_the_result_has_the_given_dtype_or_else_the_widest() -> None:
     x = jnp.ones((2, 3), jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
         assert LayerNorm(3, epsilon=1e-6)(x).dtype == jnp.float32

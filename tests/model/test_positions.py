@@ -20,7 +20,7 @@ from vit_ref.verify.gates import SEMANTIC_RMS, error
 from vit_ref.weights import layouts, mapping
 from vit_ref.weights.pretrained import build, get_parameters
 
-# A 3 x 4 grid, and what torch 2.13.0 makes of it in float64:
+# A 3 x 4 grid, and the result of torch 2.13.0 in float64:
 # torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False)
 GRID = np.array([((7 * k * k + 3 * k) % 11 - 5) / 4 for k in range(12)]).reshape(3, 4)
 BY_TORCH = {
@@ -38,17 +38,18 @@ BY_TORCH = {
 def test_resized_positions_are_pytorchs(target: tuple[int, int]) -> None:
     with jax.enable_x64(True):
         cls = jnp.full((1, 1, 2), 7.0)
-        # Two features, the second twice the first, show that features are not mixed up.
+        # Two features, the second twice the first, show that features are not mixed.
         patches = jnp.asarray(GRID).reshape(1, 12, 1) * jnp.asarray([[[1.0, 2.0]]])
         resized = resize_positions(jnp.concatenate([cls, patches], axis=1), (3, 4), target)
     expected = np.array(BY_TORCH[target])[:, None] * [1.0, 2.0]
     np.testing.assert_array_equal(resized[0, 0], [7.0, 7.0])
-    # Sixteen products of values around 1, in float64: a kernel of a = -0.5, antialiasing or aligned corners are 1e-2.
+    # Sixteen products of values around 1, in float64. A kernel with a = -0.5, antialiasing or aligned corners make
+    # 1e-2.
     np.testing.assert_allclose(resized[0, 1:], expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("target", BY_TORCH)
-def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tuple[int, int]) -> None:
+def test_a_model_at_another_size_adds_resized_positions(target: tuple[int, int]) -> None:
     config = ViTConfig(
         hidden_size=2,
         num_attention_heads=1,
@@ -66,20 +67,20 @@ def test_a_model_at_another_size_adds_these_positions_to_its_patches(target: tup
         vit = build(config, parameters, dtype=jnp.float64)
         vit(jnp.ones((1, *target, 1)), tap=trace.setdefault, interpolate_pos_encoding=True)
     added = np.asarray(trace["embeddings"][0, 1:] - trace["patches"][0])
-    # As above, and one sum.
+    # Sixteen products, and one sum.
     np.testing.assert_allclose(added, np.array(BY_TORCH[target])[:, None] * [1.0, 2.0], rtol=0, atol=1e-14)
 
 
 def test_positions_at_the_native_size_are_untouched() -> None:
     positions = jnp.arange(26.0).reshape(1, 13, 2)
-    # Equal, and yet not one object, as two literals would be.
+    # Equal grids that are two objects, which two literals would not be.
     native, target = (tuple(size) for size in ([3, 4], [3, 4]))
     assert resize_positions(positions, native, target) is positions
 
 
 @pytest.mark.parametrize("target", BY_TORCH)
 def test_the_gradient_of_a_resize_is_its_transpose(target: tuple[int, int]) -> None:
-    """Resizing is linear, so positions that train at another size need no derivative but this."""
+    """Compares with the transpose, because resizing is linear."""
     rng = np.random.default_rng(0)
     with precision_of(np.float64).active():
         positions, moved = (jnp.asarray(rng.normal(size=(1, 13, 2))) for _ in range(2))
@@ -94,7 +95,7 @@ def test_the_gradient_of_a_resize_is_its_transpose(target: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
 def test_positions_are_resized_in_the_dtype_of_the_computation(stored: type) -> None:
-    """Whatever they are stored in: resized as bfloat16 they would be off by 1e-3."""
+    """Stores positions in bfloat16. Resized in bfloat16 they would be off by 1e-3."""
     case = replace(CASES["rectangular"], stored=stored)
     parameters = mapping.port(case.checkpoint().tensors, case.config, layouts.HF)
     pixels, embeddings = np.ones((1, 15, 30, 2)), {}
@@ -113,10 +114,10 @@ def test_positions_are_resized_in_the_dtype_of_the_computation(stored: type) -> 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("size", [(602, 546), (546, 602), (224, 238), (112, 98)])
-def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
+def test_a_square_checkpoint_at_another_size_equals_pytorch(
     size: tuple[int, int], filled: Callable[..., VisionTransformer]
 ) -> None:
-    """`ViTForImageClassification(..., interpolate_pos_encoding=True)`, in float64, end to end."""
+    """Runs `ViTForImageClassification(..., interpolate_pos_encoding=True)` in float64, from pixels to logits."""
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
     from transformers import ViTConfig as HFConfig
     from transformers import ViTForImageClassification
@@ -131,5 +132,5 @@ def test_a_square_checkpoint_at_another_size_equals_pytorchs_model(
     theirs.load_state_dict({name: torch.tensor(tensor).double() for name, tensor in tensors.items()}, strict=True)
     with torch.no_grad():
         expected = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True).logits.numpy()
-    # PyTorch's reference rounds its softmax to float32 even in float64, hence not the semantic gate's 1e-12.
+    # PyTorch's reference rounds its softmax to float32 even in float64, so the semantic gate's 1e-12 is too strict.
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.sqrt(np.mean(expected**2)))

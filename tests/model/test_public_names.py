@@ -1,4 +1,4 @@
-"""Is every public name there, and does nobody wait for jax who has not asked for anything yet?"""
+"""Does every public name exist, and does `import vit_ref` wait for jax only when a name is used?"""
 
 from __future__ import annotations
 

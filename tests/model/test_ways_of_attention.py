@@ -1,4 +1,4 @@
-"""Does every way of attention find the same, and does a model take the one that it is given?"""
+"""Do all forms of attention compute the same, and does a model use the one that it is given?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vit_ref.model.vit import VisionTransformer
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.gates import error
 
-# An odd number of tokens, as a class token makes it.
+# An odd number of tokens, which a cls token makes.
 TOKENS = 37
 
 
@@ -37,13 +37,13 @@ def qkv(dtype: Any) -> tuple[Array, Array, Array]:
 
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
-    """XLA does cuDNN's part of the work; the lengths that it was told."""
+    """Lets XLA do cuDNN's part of the work, and returns the lengths that it was given."""
     told: list[Array] = []
     own = jax.nn.dot_product_attention
 
     def by_xla(*operands: Array, implementation: str, **lengths: Array) -> Array:
         assert implementation == "cudnn"
-        # No odd number of tokens, no row that ends within 16 bytes.
+        # The number of tokens has to be even, and a row has to fill whole 16 bytes.
         assert not {operand.shape[1] for operand in operands} - {24, 40}
         assert len({id(each) for each in lengths.values()}) == 1 and len(lengths) == 2
         told.append(lengths["key_value_seq_lengths"])
@@ -51,17 +51,17 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     monkeypatch.setattr(attention, "_capability", lambda: 8.0)
-    # XLA's way relies on what the suite forbids.
+    # XLA's implementation needs the implicit promotion that the suite forbids.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield told
 
 
 def outputs(attend: Attend, dtype: Any) -> list[Array]:
-    """The context, and its gradients."""
+    """Returns the context and its gradients."""
 
     def weighted(*operands: Array) -> tuple[Array, Array]:
         context = attend(*operands)
-        # Another weight for each, so that no gradient is zero.
+        # Different weights, so that no gradient is zero.
         weights = jnp.arange(context.size, dtype=jnp.float32).reshape(context.shape) % 7
         return (context.astype(jnp.float32) * weights).sum(), context
 
@@ -73,11 +73,11 @@ def require_same(attend: Attend, dtype: Any, units: int = 1) -> None:
     for found, expected in zip(outputs(attend, dtype), outputs(attention.weigh, dtype), strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         off = error(np.asarray(found), np.asarray(expected, np.float64)).rms
-        # One rounding, where the two sum in another order; a row of padding that is seen makes 1e-2 and more of it.
+        # One rounding, because the two sum in another order. A padding row that is attended to makes 1e-2 and more.
         assert off <= units * float(jnp.finfo(dtype).eps), f"{off:.1e}"
 
 
-ON_GPU = pytest.mark.skipif(attention._capability() < 8, reason="needs one of NVIDIA's GPUs, Ampere or later")
+ON_GPU = pytest.mark.skipif(attention._capability() < 8, reason="needs an NVIDIA GPU, Ampere or later")
 HALF = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 
 
@@ -90,14 +90,14 @@ def test_cudnn_sees_every_token_and_no_padding(dtype: Any, lengths: list[Array])
 @ON_GPU
 @HALF
 def test_cudnn_itself_finds_the_same(dtype: Any) -> None:
-    """Its backward pass rounds the probabilities that it computes anew: within two units."""
+    """Allows two units, because its backward pass rounds the probabilities that it computes again."""
     require_same(attention.cudnn, dtype, units=2)
 
 
 def off_with_cudnn(times: int = 1) -> float:
-    """How far a model's loss and gradients with it, on images so many times as wide, are from those with `weigh`."""
+    """Returns how far a model's loss and gradients with cuDNN are from those with `weigh`, on images of that width."""
     case, found = CASES["rectangular"], []
-    # With this epsilon a row of zeros, normalised, is 0 * inf.
+    # With this epsilon a normalised row of zeros is 0 * inf.
     config = dataclasses.replace(case.config, hidden_size=48, num_attention_heads=3, layer_norm_eps=1e-38)
     config = dataclasses.replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     pixels = jnp.tile(jnp.asarray(case.images()), (1, 1, times, 1))
@@ -110,14 +110,14 @@ def off_with_cudnn(times: int = 1) -> float:
             return model(pixels, interpolate_pos_encoding=times > 1).astype(jnp.float32).var()
 
         value, gradients = nnx.value_and_grad(loss)(model)
-        # Together, for a key's bias gets none but of rounding.
+        # Query and key together, because a key's bias has no gradient but rounding.
         found.append(np.concatenate([np.ravel(each) for each in (value, *jax.tree.leaves(gradients))]))
     return error(found[0], found[1].astype(np.float64)).rms
 
 
 @pytest.mark.parametrize(("times", "tokens"), [(1, 17), (2, 33)])
 def test_a_model_pads_for_cudnn_once_and_no_token_sees_it(times: int, tokens: int, lengths: list[Array]) -> None:
-    # One rounding, where the two sum in another order; with rows of padding that are seen it is a half.
+    # One rounding, because the two sum in another order. Padding rows that are attended to make a half.
     assert off_with_cudnn(times) <= float(jnp.finfo(jnp.bfloat16).eps)
     assert [int(each[0]) for each in lengths] == [tokens] * CASES["rectangular"].config.num_hidden_layers
 
@@ -156,9 +156,7 @@ def test_a_model_that_shows_or_drops_probabilities_does_not_pad(lengths: list[Ar
     assert jnp.isfinite(model(pixels, rngs=nnx.Rngs(dropout=0))).all() and not lengths
 
 
-def test_one_block_that_drops_probabilities_leaves_cudnn_to_the_others(
-    lengths: list[Array], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_with_dropout_leaves_cudnn_to_the_others(lengths: list[Array], monkeypatch: pytest.MonkeyPatch) -> None:
     weighed: list[int] = []
     weigh = attention.weigh
     monkeypatch.setattr(
@@ -177,7 +175,7 @@ def test_one_block_that_drops_probabilities_leaves_cudnn_to_the_others(
 
 
 def test_cudnns_lengths_have_the_batch_that_the_images_have(lengths: list[Array]) -> None:
-    """Else jax cannot batch it again, as for one gradient an image."""
+    """Batches lengths, because otherwise jax cannot batch attention again, as for one gradient an image."""
     many = [operand[:, None] for operand in qkv(jnp.bfloat16)]
     jax.make_jaxpr(jax.vmap(attention.cudnn))(*many)
     assert lengths[0].shape == (1,)
@@ -199,7 +197,7 @@ def test_without_an_nvidia_gpu_cudnn_is_refused_in_one_line(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("capability", "widest"), [(8.0, 128), (8.9, 128), (9.0, 256), (12.0, 256)])
-def test_heads_of_another_width_than_cudnns_are_refused_in_one_line(
+def test_heads_too_wide_for_cudnn_are_refused_in_one_line(
     capability: float, widest: int, lengths: list[Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_capability", lambda: capability)
@@ -226,7 +224,7 @@ def test_cudnns_attention_is_there_on_ampere_and_later(
     device = SimpleNamespace(client=client, compute_capability=capability, device_kind="some")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     with (
-        nullcontext() if there else pytest.raises(InputError, match="Ampere or later, and jax's device is some: leave")
+        nullcontext() if there else pytest.raises(InputError, match="jax's device is some, and cuDNN's attention needs")
     ):
         attention.require_cudnn()
 
@@ -245,9 +243,9 @@ def test_in_float32_the_context_is_divided_and_no_probability() -> None:
 
 def test_scores_that_no_exponential_holds_are_weighed_too() -> None:
     query, key, value = qkv(jnp.float32)
-    # The largest score is some thousands; exp overflows from 89 on.
+    # The largest score is some thousands, and exp overflows from 89 on.
     found, expected = (each(64 * query, 64 * key, value) for each in (attention.attend, attention.weigh))
-    # Attention is one-hot but for a few queries, so products and sums are exact but for a few.
+    # Attention is one-hot except for a few queries, so products and sums are exact except for those.
     np.testing.assert_allclose(found, expected, rtol=0, atol=4 * 2**-23 * float(jnp.abs(value).max()))
 
 
@@ -264,7 +262,7 @@ def test_a_model_takes_the_attention_that_it_is_given(tmp_path: Path) -> None:
     loaded, pixels = vit_ref.from_pretrained(tmp_path, attention=uniform), jnp.asarray(case.images())
     np.testing.assert_array_equal(loaded(pixels), model(pixels))
     assert len(calls) == 2 * case.config.num_hidden_layers
-    # Whoever wants to see probabilities gets some.
+    # A tap that reads probabilities gets some.
     seen = []
     loaded(pixels, tap=lambda site, value: (seen.append(site), value)[1])
     assert "block.0.attn.probs" in seen and len(calls) == 2 * case.config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""Calls parity directly: pytest around it would cost more than the check."""
+"""Calls parity directly, because pytest around it would take longer than the check."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def judge(parity: Parity, *, compiled: bool = False) -> Outcome:
     """Checks this package's own model on one embedded case, as `-m parity` does.
 
     Args:
-      parity: which case, and forward or backward.
-      compiled: whether to compile the forward pass; else it runs operation by operation. Gradients are compiled.
+      parity: the case, and whether to go forward or backward.
+      compiled: whether to compile the forward pass; else it runs operation by operation. Gradients are always compiled.
     """
     case = CASES[parity.case]
     source, pixels = case.checkpoint(), case.images()
@@ -58,9 +58,9 @@ def _digests(source: Checkpoint, pixels: NDArray) -> dict[str, str]:
 
 @contextlib.contextmanager
 def operation_by_operation() -> Iterator[None]:
-    """This package's model runs forward without a compiler, which takes most of a small model's time.
+    """Runs this package's model forward without a compiler, which takes most of a small model's time.
 
-    What jax keeps of single operations holds no code of the model, so that it serves one mutant after another.
+    jax's cache of single operations holds no code of the model, so it serves one mutant after another.
     """
 
     def uncompiled(self: OwnCandidate, forward: Forward) -> Any:

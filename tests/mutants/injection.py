@@ -1,7 +1,7 @@
-"""The doors through which bugs get into the port under test, and into nothing else.
+"""Puts bugs into the candidate under test, and into nothing else.
 
-FlaxViT and the NumPy oracle use jax, flax and numpy too, so a library is never patched: only what one module of this
-package sees of it.
+FlaxViT and the NumPy oracle use jax, flax and numpy, too. So a library is never patched; only the view that one module
+of this package has of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Inject = Callable[[pytest.MonkeyPatch], None]
 
 
 class _Instead:
-    """A module with one name of it replaced."""
+    """A module with one of its names replaced."""
 
     def __init__(self, module: Any, name: str, value: Any):
         self._module = module
@@ -37,7 +37,7 @@ class _Instead:
 
 
 def instead(monkeypatch: pytest.MonkeyPatch, importer: ModuleType, dotted: str, value: Any) -> None:
-    """Makes `importer` alone see `value` where it says `dotted`, such as "jax.nn.softmax"."""
+    """Makes `importer` alone see `value` under the name `dotted`, such as "jax.nn.softmax"."""
     head, *path = dotted.split(".")
     outer = [getattr(importer, head)]
     for name in path[:-1]:
@@ -48,7 +48,7 @@ def instead(monkeypatch: pytest.MonkeyPatch, importer: ModuleType, dotted: str, 
 
 
 class Pass(NamedTuple):
-    """A forward pass so far, as seen from a site: `here["norm1"]` is an earlier value of the same block."""
+    """The forward pass up to a site: `here["norm1"]` is an earlier value of the same block."""
 
     model: VisionTransformer
     site: str
@@ -73,7 +73,7 @@ class Pass(NamedTuple):
 
 
 def at(pattern: str, change: Callable[[Array, Pass], Array]) -> Inject:
-    """The model computes `change(value, here)` at all sites like `pattern`; whatever follows uses it."""
+    """Makes the model compute `change(value, here)` at all sites like `pattern`. Later values depend on it."""
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
         call = VisionTransformer.__call__
@@ -96,9 +96,9 @@ def at(pattern: str, change: Callable[[Array, Pass], Array]) -> Inject:
 
 
 def loaded(change: Callable[[dict[str, NDArray], ViTConfig], dict[str, NDArray]]) -> Inject:
-    """The port under test fills its model with `change(parameters by path, config)`.
+    """Makes the candidate fill its model with `change(parameters by path, config)`.
 
-    `change` returns the parameters to replace. It may not write into arrays: some are the checkpoint's own.
+    `change` returns the parameters to replace. It must not write into arrays, because some are the checkpoint's own.
     """
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def loaded(change: Callable[[dict[str, NDArray], ViTConfig], dict[str, NDArray]]
 
 
 def fed(change: Callable[[Array], Array]) -> Inject:
-    """The model takes `change(pixels)` for the images."""
+    """Makes the model use `change(pixels)` as its images."""
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
         call = VisionTransformer.__call__
@@ -126,12 +126,12 @@ def fed(change: Callable[[Array], Array]) -> Inject:
 
 
 def layers(name: str, make: Callable[..., Any]) -> Inject:
-    """The model is built with `make` in place of flax's layer `name`."""
+    """Builds the model with `make` instead of flax's layer `name`."""
     return lambda monkeypatch: instead(monkeypatch, vit, f"nnx.{name}", make)
 
 
 def both(*injects: Inject) -> Inject:
-    """Several changes that make one bug."""
+    """Combines several changes that make one bug."""
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
         for each in injects:

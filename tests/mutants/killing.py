@@ -1,4 +1,4 @@
-"""What a mutant has to suffer: its check fails, for the right reason, and names it where it is."""
+"""Checks that a mutant is killed: its check fails, for the right reason, and names the right site."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.mutants.mutant import Mutant, Parity
 from tests.mutants.outcome import Outcome
 from vit_ref.errors import InputError
 
-# What a test fails with that found something wrong. A TypeError, say, would be a clumsy injection.
+# Exceptions of a test that found something wrong. A TypeError, for example, would mean a bad injection.
 RIGHT_REASONS = (AssertionError, pytest.fail.Exception, InputError, FloatingPointError)
 
 ALIVE = [mutant for mutant in MUTANTS if not mutant.equivalent]
@@ -33,11 +33,11 @@ def dosed(mutants: list[Mutant]) -> pytest.MarkDecorator:
 
 
 def require_killed(mutant: Mutant, dose: float | None, scratch: Path) -> None:
-    """Puts the mutant in, makes its check, and asks whether that failed as it should.
+    """Puts the mutant in, runs its check, and asserts that the check fails as it should.
 
     Args:
-      mutant: which.
-      dose: its dose, where it has doses.
+      mutant: the mutant.
+      dose: its dose, if it has doses.
       scratch: a directory for temporary files.
     """
     inject = mutant.inject if dose is None else functools.partial(mutant.inject, dose=dose)

@@ -1,4 +1,4 @@
-"""What a mutant is: a deliberate porting bug, and what the suite has to say about it."""
+"""A mutant: a deliberate porting bug, and what the suite must report about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-# pytest's arguments: a file, "-k", and which tests of it.
+# pytest's arguments: a file, "-k", and an expression that selects its tests.
 Tests = tuple[str, str, str]
 
 
@@ -14,8 +14,8 @@ class Parity(NamedTuple):
     """Parity of one embedded case in float32, which is called directly.
 
     Attributes:
-      case: its name.
-      backward: whether gradients are judged; else the forward pass.
+      case: the case's name.
+      backward: whether to compare gradients; else the forward pass.
     """
 
     case: str
@@ -29,39 +29,41 @@ class Parity(NamedTuple):
 
 
 def forward(case: str) -> Parity:
-    """Forward parity of one embedded case."""
+    """Returns forward parity of one embedded case."""
     return Parity(case)
 
 
 def backward(case: str) -> Parity:
-    """Backward parity of one embedded case."""
+    """Returns backward parity of one embedded case."""
     return Parity(case, backward=True)
 
 
-# Rectangular images, three heads, one block: where one block tells, a second one compiles for as long again.
+# The case has rectangular images, three heads and one block. If one block shows the bug, a second one only costs time
+# to compile.
 ONE_BLOCK = forward("stored-float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """A deliberate bug in the port under test, never in what judges it.
+    """A deliberate bug in the candidate under test, never in the reference.
 
     Attributes:
       name: its id.
-      story: what went wrong in whose port.
+      story: what went wrong, and in whose code.
       source: where it was seen, or why it can happen.
-      inject: puts the bug in through the monkeypatch that it is given, and the dose where there are doses.
-      number: its number in the catalogue of bugs that were seen in public ports; None for the others.
+      inject: puts the bug in through a monkeypatch, with the dose if there are doses.
+      number: its number among the bugs seen in public ports; None for the others.
       doses: sizes of the bug, the smallest last. Each must be caught.
       killed_by: the marker whose tests must fail.
-      tests: the check that must fail: parity of one case, or tests that pytest runs; few, so that a mutant takes
-        seconds.
-      compiled: whether compiling decides if the bug is there. Forward parity then compiles the model, as it does for
-        users; else it runs operation by operation, which takes a fifth of the time and computes the same.
-      first_site: the first site, gradient or tensor that the report must name; None where the kind of bug has none.
-      says: how the report names it.
-      cause: the one thing that the diagnosis must suggest, for each dose where there are doses; None where nothing.
-      equivalent: why no input can tell the mutant from the truth. Then nothing is run.
+      tests: the check that must fail: parity of one case, or tests that pytest runs. They are few, so that a mutant
+        takes seconds.
+      compiled: whether the bug exists only when the model is compiled. Forward parity then compiles the model, as for
+        users. Otherwise it runs operation by operation, which is faster and computes the same.
+      first_site: the first site, gradient or tensor that the report must name; None if this kind of bug has none.
+      says: the text with which the report names it.
+      cause: the only cause that the diagnosis must suggest, one per dose if there are doses; None if it must suggest
+        none.
+      equivalent: why no input can distinguish the mutant from the right model. Then nothing is run.
     """
 
     name: str
@@ -79,5 +81,5 @@ class Mutant:
     equivalent: str | None = None
 
     def cause_at(self, dose: float | None) -> str | None:
-        """What the diagnosis must suggest at this dose."""
+        """Returns the cause that the diagnosis must suggest at this dose."""
         return self.cause[self.doses.index(dose)] if isinstance(self.cause, tuple) else self.cause

@@ -1,4 +1,4 @@
-"""Runs tests of this suite as a person would, in this process, so that they meet a mutant that was injected here."""
+"""Runs tests of this suite in this process, so that they meet a mutant that was injected here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.mutants.outcome import Failure, Outcome
 from tests.mutants.remembered import remembered_references
 
 ROOT = Path(__file__).parents[2]
-# Plugins that would speak to the outer run's workers, files or hooks, shuffle, or collect garbage for seconds.
+# Plugins that would talk to the outer run's workers, files or hooks, shuffle tests, or collect garbage for seconds.
 _WITHOUT = (
     "xdist",
     "randomly",
@@ -46,19 +46,19 @@ class _Collector:
 
 
 def run(tests: tuple[str, ...], marker: str, scratch: Path) -> Outcome:
-    """Runs tests in a pytest of their own, which leaves nothing behind.
+    """Runs tests in an inner pytest that leaves nothing behind.
 
     Args:
       tests: pytest's arguments: paths from the project's root, and options.
-      marker: only tests with it are run.
-      scratch: a directory for their temporary files.
+      marker: only tests with this marker run.
+      scratch: a directory for temporary files.
 
     Raises:
-      AssertionError: none was run, or pytest itself failed.
+      AssertionError: no test ran, or pytest itself failed.
     """
     collector, printed = _Collector(), io.StringIO()
     arguments = [argument for name in _WITHOUT for argument in ("-p", f"no:{name}")]
-    # Not captured by the inner run, whose capture would fight the outer one's, but caught here.
+    # Output is caught here, because the inner run's capture would conflict with the outer one's.
     arguments += ["-m", marker, "--capture=no", "-q", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     arguments += ["--hypothesis-seed=0", f"--basetemp={scratch / 'inner'}", *tests]
     with contextlib.ExitStack() as stack:
@@ -76,9 +76,9 @@ def run(tests: tuple[str, ...], marker: str, scratch: Path) -> Outcome:
 
 @contextlib.contextmanager
 def _fresh_test_modules() -> Iterator[None]:
-    """The inner run imports conftests and tests anew: their caches hold what was found without the mutant."""
+    """Makes the inner run import conftests and tests again, because their caches hold results without the mutant."""
 
-    # Strings: of thousands of modules, paths would take a twentieth of a mutant's time.
+    # Strings, because paths of thousands of modules would take a noticeable part of a mutant's time.
     root = f"{ROOT}{os.sep}"
     places = (f"{root}conftest.py", f"{root}tests{os.sep}", os.sep.join((f"{root}vit_ref", "testing", "suite", "")))
 
@@ -106,9 +106,9 @@ def _fresh_test_modules() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh_compiler() -> Iterator[None]:
-    """No function compiled for the truth serves the mutant, or the other way round; jax's settings come back.
+    """Keeps compiled functions of the right model and the mutant apart, and restores jax's settings.
 
-    LLVM's optimisations, a fifth of a mutant's time, are off for both: what is compiled runs a few times at most.
+    LLVM's optimisations are off for both, because compiled code runs only a few times.
     """
     before = dict(jax.config.values)
     jax.clear_caches()
@@ -124,7 +124,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_hypothesis() -> Iterator[None]:
-    """The outer run's profile and seed come back."""
+    """Restores the outer run's profile and seed."""
     settings.register_profile("outer run", settings.default)
     seed = core.global_force_seed
     try:

@@ -1,4 +1,4 @@
-"""What came of a check that was made of a model with a mutant in it."""
+"""The outcome of a check of a model with a mutant in it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Failure(NamedTuple):
-    """How a check failed: with what, and the text that a person would read."""
+    """How a check failed: the exception, and the text for the reader."""
 
     error: type[BaseException]
     text: str
 
 
 class Outcome(NamedTuple):
-    """The failures by check, and how many checks passed."""
+    """The failures by check, and the number of checks that passed."""
 
     failed: dict[str, Failure]
     passed: int

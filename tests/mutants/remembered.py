@@ -1,4 +1,4 @@
-"""Keeps the references' answers between mutants, none of which may reach a reference."""
+"""Keeps the references' values between mutants, because no mutant may reach a reference."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ Differentiate = Callable[[Objective], Gradients]
 
 @contextlib.contextmanager
 def remembered_references() -> Iterator[None]:
-    """What references say is kept from run to run: nearly half the time goes into compiling them, and no mutant may
-    reach them. Other weights, images or objectives are another question."""
+    """Keeps the references' values from run to run, because compiling them takes nearly half the time.
+
+    Other weights, images or objectives have their own entries.
+    """
     with contextlib.ExitStack() as stack:
         for owner in (FlaxViTReference, NumpyReference):
             stack.enter_context(mock.patch.object(owner, "trace", _remembering(owner.trace)))
@@ -79,7 +81,7 @@ def _built_once(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def digest(*question: Any) -> str:
-    """A digest of strings, arrays and trees of them."""
+    """Returns a digest of strings, arrays and trees of them."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(question):
         digest.update(jax.tree_util.keystr(path).encode())

@@ -1,4 +1,4 @@
-"""Does the suite see what it is there to see? Each test puts one fault into a right port and reads the report."""
+"""Does the suite detect faults? Each test puts one fault into a right candidate and reads the report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check(name: str, fault) -> ParityReport:
 
 
 def check_with_config(name: str, **fields: object) -> ParityReport:
-    """The candidate follows a configuration other than the checkpoint's."""
+    """Makes the candidate follow another configuration than the checkpoint's."""
     case, source = CASES[name], CASES[name].checkpoint()
     wrong = OwnCandidate(dataclasses.replace(case.config, **fields), source)
     return Session(case.config, source, case.images(), wrong, title=name).forward()
@@ -64,7 +64,7 @@ def test_tanh_gelu_is_named_at_the_first_activation() -> None:
     report = Session(case.config, source, case.images(), OwnCandidate(case.config, source), title="tanh").forward()
     assert not report.passed
     assert report.semantic_failures[0].site == "block.0.mlp.hidden"
-    # Random weights spread the MLP's input wider than training does, where the two forms differ less: 552 was seen.
+    # Random weights spread the MLP's input wider than training does, and the two forms differ less there.
     assert report.results[-1].ratio > 100
     first, cause, _, blame, output = headline(report).splitlines()
     assert cause.startswith(
@@ -98,12 +98,12 @@ def test_layer_norm_epsilon_is_named_at_the_first_norm() -> None:
     assert report.semantic_failures[0].site == "block.0.norm1"
 
 
-def test_another_epsilon_is_seen_on_ordinary_tokens_too() -> None:
+def test_another_epsilon_fails_on_ordinary_tokens_too() -> None:
     report = check_with_config("rectangular", layer_norm_eps=1e-6)
     assert report.semantic_failures[0].site == "block.0.norm1"
 
 
-def test_one_wrong_element_of_one_tensor_in_one_block_is_localised() -> None:
+def test_one_wrong_element_of_one_tensor_is_localised() -> None:
     case, source = CASES["stored-bfloat16"], CASES["stored-bfloat16"].checkpoint()
     candidate = OwnCandidate(case.config, source)
     wrong = candidate.parameters["blocks.1.attn.value.kernel"].astype(np.float32)
@@ -111,7 +111,7 @@ def test_one_wrong_element_of_one_tensor_in_one_block_is_localised() -> None:
     candidate.parameters["blocks.1.attn.value.kernel"] = wrong
     report = Session(case.config, source, case.images(), candidate, title="element").forward()
     assert report.semantic_failures[0].site == "block.1.attn.value"
-    # Everything after it diverges, yet fed the reference's input only block 1 does.
+    # All later values diverge, but with the reference's input only block 1 does.
     assert {result.site for result in report.semantic_failures} >= {"block.2.mlp.out", "logits"}
     alone = {result.site for result in report.results if not result.alone.passes_semantic_gate}
     assert alone == {f"block.1.{site}" for site in ("attn.value", "attn.context", "attn.out", "attn.residual")} | {
@@ -120,7 +120,7 @@ def test_one_wrong_element_of_one_tensor_in_one_block_is_localised() -> None:
     assert "wrong even with the reference's input: block.1 " in headline(report)
 
 
-def test_rounding_beyond_the_reference_fails_the_numerical_gate_alone() -> None:
+def test_too_much_rounding_fails_only_the_numerical_gate() -> None:
     def half_precision_in_one_place(trace: Trace, dtype: np.dtype) -> Trace:
         if dtype == np.float32:
             site = "block.1.attn.context"
@@ -146,7 +146,7 @@ def test_a_site_that_is_not_shown_has_not_passed() -> None:
     assert "1 claimed site not shown, first block.1.norm2" in headline(report)
 
 
-def test_a_reference_that_is_not_observed_everywhere_is_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_with_an_unobserved_site_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = flax_vit.FlaxViTReference.trace
 
     def all_but_one(self, pixels: NDArray, dtype: DTypeLike) -> Trace:
@@ -168,7 +168,7 @@ def test_nan_and_wrong_shape_fail_both_gates() -> None:
     assert [result.site for result in report.numerical_failures] == ["norm", "logits"]
 
 
-def test_a_float64_that_is_float32_is_a_failure() -> None:
+def test_a_float64_value_truncated_to_float32_fails() -> None:
     def truncate(trace: Trace, dtype: np.dtype) -> Trace:
         return {site: value.astype(np.float32) for site, value in trace.items()}
 

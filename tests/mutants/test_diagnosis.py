@@ -1,6 +1,6 @@
-"""Does the diagnosis name what is known, at every kind of site, and nothing where it knows nothing?
+"""Does the diagnosis name known bugs at every kind of site, and nothing when it knows nothing?
 
-Where a bug is in the weights or the images, the NumPy oracle with those makes what a port with the bug would show.
+For a bug in the weights or images, the NumPy oracle with those computes what a candidate with the bug would show.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUBJECTS = {case.name: case for case in (CASES["rectangular-patch"], CASES["one-
 
 
 class Known:
-    """A case, its weights and images, and the truth."""
+    """A case with its weights and images, and the right values."""
 
     def __init__(self, case: Case):
         self.config, self.tensors, self.images = case.config, case.checkpoint().tensors, case.images()
@@ -71,11 +71,11 @@ def turned(tensor: NDArray) -> NDArray:
     ("name", "change", "site", "label"),
     [
         ("embeddings.patch_embeddings.projection.weight", upside_down, "patches", "patch kernel upside down"),
-        ("embeddings.patch_embeddings.projection.weight", turned, "patches", "patch kernel turned by 180 degrees"),
+        ("embeddings.patch_embeddings.projection.weight", turned, "patches", "patch kernel rotated by 180 degrees"),
         ("pooler.dense.weight", np.transpose, "pooler", "kernel not transposed"),
         ("pooler.dense.bias", np.zeros_like, "pooler", "bias left out"),
-        ("layernorm.weight", np.ones_like, "norm", "norm without scale"),
-        ("layernorm.weight", lambda scale: 1 + np.float64(scale), "norm", "norm's scale counted from one"),
+        ("layernorm.weight", np.ones_like, "norm", "LayerNorm without scale"),
+        ("layernorm.weight", lambda scale: 1 + np.float64(scale), "norm", "one added to the norm's scale"),
         ("embeddings.cls_token", np.zeros_like, "embeddings", "cls token left out"),
     ],
 )
@@ -93,17 +93,17 @@ def test_rounded_parameters_of_a_norm_are_named() -> None:
     assert known.causes("norm", wrong["norm"]) == ["parameters rounded to bfloat16"]
 
 
-def test_what_is_taken_of_the_logits_is_named() -> None:
+def test_a_softmax_of_the_logits_is_named() -> None:
     known = Known(CASES["rectangular"])
-    logits = known.truth["logits"] + 1000  # whose exponentials no float64 holds
+    logits = known.truth["logits"] + 1000  # float64 cannot hold their exponentials
     known.truth["logits"] = logits
     known.tensors = {**known.tensors, "classifier.bias": known.tensors["classifier.bias"].astype(np.float64) + 1000}
     normalised = logits - np.log(np.exp(logits - 1000).sum(axis=-1, keepdims=True)) - 1000
-    assert known.causes("logits", np.exp(normalised)) == ["softmax taken of the logits"]
-    assert known.causes("logits", normalised) == ["log_softmax taken of the logits"]
+    assert known.causes("logits", np.exp(normalised)) == ["softmax applied to the logits"]
+    assert known.causes("logits", normalised) == ["log_softmax applied to the logits"]
 
 
-def test_another_token_than_the_cls_is_named_where_there_is_no_head() -> None:
+def test_without_a_head_a_token_other_than_cls_is_named() -> None:
     known = Known(CASES["headless"])
     norm = known.truth["norm"]
     assert known.causes("cls", norm[:, 1:].mean(axis=1)) == ["mean of the patches pooled"]
@@ -126,14 +126,14 @@ def test_images_that_are_turned_are_named(change: Callable[[NDArray], NDArray], 
 
 @pytest.mark.parametrize(("site", "branch"), [("attn.residual", "attn.out"), ("mlp.residual", "mlp.out")])
 def test_a_branch_that_is_scaled_is_named(site: str, branch: str) -> None:
-    """LayerScale left at its initial value; a branch twice as large has a name of its own."""
+    """LayerScale keeps its initial value. A branch twice as large has its own label."""
     known = Known(CASES["rectangular"])
     right, added = (known.truth[f"block.1.{kind}"] for kind in (site, branch))
     assert known.causes(f"block.1.{site}", right - 0.9 * added) == ["0.1 x the branch added"]
     assert known.causes(f"block.1.{site}", right + added) == ["branch added twice"]
 
 
-def test_heads_of_a_fused_product_are_split_in_three_at_either_end() -> None:
+def test_heads_of_a_fused_product_are_split_at_either_end() -> None:
     known, site = Known(CASES["rectangular"]), "block.1.attn.key"
     fused = np.concatenate([known.truth[site.replace("key", role)] for role in ("query", "key", "value")], axis=2)
     flat = fused.reshape(*fused.shape[:2], -1)
@@ -154,20 +154,20 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("site", ORDERS)
-def test_what_is_in_another_order_is_named(site: str) -> None:
+def test_another_order_along_an_axis_is_named(site: str) -> None:
     known, (axis, name, first, said) = Known(CASES["rectangular"]), ORDERS[site]
     right = known.truth[site]
     order = [*first, *range(len(first), right.shape[axis])]
     wrong = np.take(right, order, axis)
     assert known.causes(site, wrong) == [f"another order along the {name} axis ({said})"]
-    # Two in one place is no order, and what is wrong besides is not explained by one.
+    # Two elements in one position are not an order, and another error beside the order is not explained by it.
     assert known.causes(site, np.take(right, [order[0], *order[:-1]], axis)) == []
     assert known.causes(site, wrong * (1 + 1e-6 * np.arange(right.shape[-1]))) == []
 
 
 @pytest.mark.parametrize("epsilon", [3e-4, 1.00001e-12])
 def test_any_epsilon_is_named(known: Known, epsilon: float) -> None:
-    """Of tokens that vary little: of others 1e-17 of a variance of one is below any rounding."""
+    """The tokens vary little. With a variance of one, an epsilon of 1e-17 is below any rounding."""
     config = dataclasses.replace(known.config, layer_norm_eps=1e-12)
     tensors = {
         name: value * np.float32(1e-6) if "embeddings" in name else value for name, value in known.tensors.items()
@@ -187,7 +187,7 @@ def test_any_scale_of_the_scores_is_named(known: Known, times: float) -> None:
     assert found == [f"attention scale {times} x the right one"]
 
 
-def test_rounding_does_not_explain_what_is_larger() -> None:
+def test_rounding_does_not_explain_a_larger_error() -> None:
     known, site = Known(CASES["rectangular"]), "block.0.mlp.hidden"
     for value, causes in ((known.truth[site], ["rounded to float32"]), (known.truth[site] * 1.001 + 1e-3, [])):
         assert known.causes(site, value.astype(np.float32).astype(np.float64)) == causes
@@ -205,7 +205,7 @@ def test_rounding_does_not_explain_what_is_larger() -> None:
 def test_a_wrong_formula_behind_a_rounding_is_found(
     changes: dict[str, object], expected: tuple[str, list[str]], unseen: tuple[str, ...]
 ) -> None:
-    """Every value is rounded to float32, as in a port whose layers carry that dtype, and one formula is wrong."""
+    """Every value is rounded to float32, as in a candidate whose layers carry that dtype, and one formula is wrong."""
     known = Known(CASES["rectangular"])
     oracle = NumpyOracle(dataclasses.replace(known.config, **changes), known.tensors)
     wrong: dict[str, NDArray] = {}
@@ -221,7 +221,7 @@ def test_a_wrong_formula_behind_a_rounding_is_found(
     assert (off > 1e-5) == bool(site)
 
 
-def test_what_is_not_finite_behind_a_rounding_is_found() -> None:
+def test_a_value_not_finite_behind_a_rounding_is_found() -> None:
     known, site = Known(CASES["rectangular"]), "block.1.norm1"
     rounded = Cause("rounded to float32", "patches", 1e-8, 0.0, "float32")
     shown = {**known.truth, site: known.truth[site] * np.nan}
@@ -229,13 +229,13 @@ def test_what_is_not_finite_behind_a_rounding_is_found() -> None:
     assert found == (site, np.inf, ())
 
 
-def test_a_wrong_shape_behind_a_rounding_is_found_and_fed_to_no_formula() -> None:
+def test_a_wrong_shape_behind_a_rounding_is_found() -> None:
     known, site = Known(CASES["rectangular"]), "block.0.mlp.hidden"
     rounded = Cause("rounded to float32", "patches", 1e-8, 0.0, "float32")
     names, shown = list(known.truth), {**known.truth, site: known.truth[site][..., :-1]}
     found = beyond_rounding(known.config, known.tensors, known.images, names, rounded, shown)
     assert found == (site, np.inf, ())
-    # Further back than what is wrong before it.
+    # This site is further back than the wrong value before it.
     shown["block.0.attn.query"] = shown["block.0.attn.query"] * 1.5
     found = beyond_rounding(known.config, known.tensors, known.images, names, rounded, shown)
     assert (found[0], [cause.label for cause in found[2]]) == ("block.0.attn.query", ["1.5 x the reference"])
@@ -258,10 +258,10 @@ def test_one_wrong_head_is_placed_and_explained() -> None:
     assert where(wrong, known.truth[site], site) == "only at head 2 of 3"
     assert where(known.truth[site], known.truth[site], site) == ""
     assert where(wrong[..., 0], known.truth[site], site) == f"shape {wrong.shape[:-1]}, not {wrong.shape}"
-    assert where(wrong * np.nan, known.truth[site], site) == "as it is not finite"
+    assert where(wrong * np.nan, known.truth[site], site) == "because it is not finite"
 
 
-def test_a_bug_in_one_image_alone_is_named_and_not_if_another_image_has_another_bug() -> None:
+def test_a_bug_in_one_image_is_named_unless_another_has_another() -> None:
     known, site = Known(CASES["rectangular"]), "block.1.mlp.hidden"
     tanh, relu = (
         NumpyOracle(dataclasses.replace(known.config, hidden_act=name), known.tensors).value(
@@ -315,20 +315,20 @@ def test_products_of_rounded_inputs_are_named(dtype: type, label: str) -> None:
 def test_a_gradient_that_cannot_be_compared_has_no_cause() -> None:
     truth = np.random.default_rng(0).normal(size=(2, 3))
     assert [cause.label for cause in diagnose_gradient(truth, "norm", 2 * truth)] == ["2 x the reference"]
-    assert [cause.label for cause in diagnose_gradient(truth, "norm", 0 * truth)] == ["zero"]
+    assert [cause.label for cause in diagnose_gradient(truth, "norm", 0 * truth)] == ["all zero"]
     assert diagnose_gradient(0 * truth, "norm", truth) == ()
     assert diagnose_gradient(truth, "norm", truth[:1]) == diagnose_gradient(truth, "norm", truth * np.nan) == ()
 
 
 def hidden_causes(known: Known, other: dict[str, object], shown: tuple[str, ...]) -> list[str]:
-    """The causes named for a model of another configuration that shows only these sites and those before the first."""
+    """Returns the causes for another configuration that shows only these sites and those before the first."""
     wrong = NumpyOracle(dataclasses.replace(known.config, **other), known.tensors).trace(known.images)
     names = list(known.truth)
     before = {name: known.truth[name] for name in names[: names.index("block.0.mlp.fc1")]} if len(shown) > 1 else {}
     exact = {**before, **{site: wrong[site] for site in shown}}
     site = next(site for site in shown if not np.array_equal(wrong[site], known.truth[site]))
     found = diagnose(known.config, known.tensors, known.images, known.truth, names, site, exact)
-    # The number that the report has above it, though one image alone was tried.
+    # The report shows this number above it, though only one image was tried.
     assert all(cause.before == error(wrong[site], known.truth[site]).rms for cause in found)
     return [cause.label for cause in found]
 
@@ -347,7 +347,7 @@ def test_a_cause_is_found_where_the_output_alone_is_shown() -> None:
     assert hidden_causes(known, {"layer_norm_eps": 3e-4}, ("logits",)) == []
 
 
-def test_what_is_hidden_before_a_site_ends_at_the_first_that_is_shown() -> None:
+def test_hidden_sites_end_at_the_last_shown_one() -> None:
     names = ["patches", "embeddings", "block.0.norm1", "block.0.attn.query"]
     assert hidden_before("block.0.attn.query", names, {"patches": 0}) == ("embeddings", "block.0.norm1")
     assert hidden_before("block.0.norm1", names, {"embeddings": 0}) == ()

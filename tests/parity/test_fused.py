@@ -1,4 +1,4 @@
-"""Does the reference's fused attention compute attention, and round as fused kernels do, neither less nor more?"""
+"""Does the reference's fused attention compute attention, and round as fused kernels do, no less and no more?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPE = (2, 7, 3, 5)
 
 
 def heads(sharp: float = 1.0) -> list[NDArray]:
-    """Query, key, value and the context's cotangent, the scores of the first head `sharp` times as large."""
+    """Returns query, key, value and the context's cotangent. Scores of the first head are `sharp` times as large."""
     rng = np.random.default_rng(0)
     query, key, value, cotangent = (rng.normal(size=SHAPE) for _ in range(4))
     query[:, :, 0] *= sharp
@@ -28,7 +28,7 @@ def heads(sharp: float = 1.0) -> list[NDArray]:
 
 
 def pulled(attend: Attend, given: list[NDArray], dtype: DTypeLike) -> list[NDArray]:
-    """The context, and the gradients of query, key and value."""
+    """Returns the context, and the gradients of query, key and value."""
     with precision_of(dtype).active():
         *arrays, cotangent = (jnp.asarray(x, dtype) for x in given)
         context, pull_back = jax.vjp(attend, *arrays)
@@ -42,10 +42,11 @@ def test_in_float64_it_is_attention(sharp: float) -> None:
         assert error(found, right).passes_semantic_gate
 
 
-def test_a_row_of_probabilities_errs_by_the_rounding_of_the_logarithm_of_its_sum() -> None:
-    """Each query attends to one key, with a score of 1000: the value's gradient is the context's cotangent, reordered.
+def test_fused_probabilities_err_by_the_rounded_log_of_their_sum() -> None:
+    """Each query attends to one key, so the value's gradient is the context's cotangent, reordered.
 
-    Explicit attention gets it without any error. Fused attention loses what rounding the logarithm loses.
+    The scores are 1000. Explicit attention computes this gradient exactly. Fused attention loses what the rounding of
+    the logarithm loses.
     """
     score = 1000.00001
     query, key = (np.zeros(SHAPE) for _ in range(2))
@@ -57,8 +58,8 @@ def test_a_row_of_probabilities_errs_by_the_rounding_of_the_logarithm_of_its_sum
         for attend, dtype in ((weigh, np.float64), (weigh, np.float32), (fused, np.float32))
     )
     assert error(explicit, truth).rms < 1e-7
-    assert error(found, truth).rms < 1e-7  # the logarithm is the score itself, and rounds as that does
-    # Two keys of one score: the logarithm is log(2) more, and has to be rounded.
+    assert error(found, truth).rms < 1e-7  # the logarithm is the score itself, and rounds as the score does
+    # Two keys have one score: the logarithm is larger by log(2), and must be rounded.
     key[:, 3, :, 0] = 1.0
     truth, explicit, found = (
         pulled(attend, given, dtype)[3]
@@ -71,8 +72,8 @@ def test_a_row_of_probabilities_errs_by_the_rounding_of_the_logarithm_of_its_sum
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-def test_in_half_precision_scores_and_their_logarithm_are_float32(dtype: type) -> None:
-    """A logarithm of eight bits would err by a quarter, and allow a candidate three times that."""
+def test_in_half_precision_scores_and_their_log_are_float32(dtype: type) -> None:
+    """A logarithm of eight bits would err by a quarter, and a candidate would be allowed three times that."""
     given = [x.astype(dtype).astype(np.float64) for x in heads(20.0)]
     truth = pulled(weigh, given, np.float64)
     errors = [error(x, right).rms for x, right in zip(pulled(fused, given, dtype), truth, strict=True)]

@@ -1,4 +1,4 @@
-"""Are errors and gates what they are said to be?"""
+"""Do errors and gates have their stated values?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_errors_are_relative_to_the_truth() -> None:
 def test_errors_can_be_relative_to_a_larger_scale() -> None:
     found = Truth(np.array([3.0, -4.0]), scale=50.0).error(np.array([3.0, -4.5]))
     assert (found.rms, found.max) == pytest.approx((np.sqrt(0.125) / 50, 0.5 / 50))
-    # A scale between the truth's root mean square and its largest element: each error has its own.
+    # The scale lies between the truth's root mean square and its largest element, so each error has its own.
     found = Truth(np.array([0.0, 4.0]), scale=3.0).error(np.array([0.0, 3.0]))
     assert (found.rms, found.max) == pytest.approx((np.sqrt(0.5) / 3, 0.25))
 
@@ -32,11 +32,11 @@ def test_carriers_count_the_elements_that_carry_an_error() -> None:
     noise = rng.normal(size=100_000)
     # The fourth moment of so many normal numbers is known to 1.3 %, three standard deviations to 4 %.
     assert error(noise, np.zeros_like(noise), carriers=True).carriers == pytest.approx(noise.size, rel=0.04)
-    # A heavier tail: the fourth moment of Laplace's distribution is six times the second's square.
+    # A heavier tail: the fourth moment of Laplace's distribution is six times the square of the second.
     heavy = rng.laplace(size=1_000_000)
     assert error(heavy, np.zeros_like(heavy), carriers=True).carriers == pytest.approx(heavy.size / 2, rel=0.05)
     few = np.where(np.arange(noise.size) % 1000 == 0, 1e-200, 0.0)
-    # 100 equal ones: no tail at all.
+    # 100 equal elements have no tail at all.
     assert error(few, np.zeros_like(few), carriers=True).carriers == pytest.approx(300)
     assert error(np.ones(7), np.ones(7), carriers=True).carriers == 7
     one = np.zeros(50)
@@ -44,40 +44,40 @@ def test_carriers_count_the_elements_that_carry_an_error() -> None:
     assert error(one, np.zeros(50), carriers=True).carriers == 3
 
 
-def test_carriers_are_counted_where_somebody_asks() -> None:
+def test_carriers_are_counted_only_on_request() -> None:
     assert error(np.ones(7), np.zeros(7)).carriers == 0
     assert Truth(np.zeros(7)).error(np.ones(7)).carriers == 0
 
 
-def test_errors_are_of_what_was_found_in_the_order_of_the_truths() -> None:
+def test_errors_cover_the_found_values_in_order() -> None:
     truths = {name: Truth(np.ones(7)) for name in "abc"}
     found = {name: np.full(7, 1.5) for name in "cad"}
     assert list(errors_of(found, truths).items()) == [("a", Error(0.5, 0.5, 0.0)), ("c", Error(0.5, 0.5, 0.0))]
     assert errors_of(found, truths, carriers=True)["c"].carriers == 7
 
 
-def test_the_channels_of_a_token_carry_its_error_together() -> None:
+def test_a_tokens_channels_count_as_one_carrier() -> None:
     tokens = np.ones((2, 3, 5))
     assert error(tokens, np.zeros_like(tokens), carriers=True).carriers == pytest.approx(6)
     tokens[1, 2] = 1e3
     assert error(tokens, np.zeros_like(tokens), carriers=True).carriers == pytest.approx(1, rel=1e-4)
     one_key = np.zeros((2, 3, 7, 7))
     one_key[..., 0] = 1.0
-    # Every query has its share.
+    # Every query carries a part.
     assert error(one_key, np.zeros_like(one_key), carriers=True).carriers == pytest.approx(14)
-    # Outputs: between the images and the elements.
+    # The count for outputs lies between the number of images and the number of elements.
     assert error(np.ones((2, 18)), np.zeros((2, 18)), carriers=True).carriers == pytest.approx(np.sqrt(2 * 36))
     one_logit = np.eye(2, 3) * [1, 0, 0]
     assert error(one_logit, np.zeros((2, 3)), carriers=True).carriers == pytest.approx(np.sqrt(1 * 3))
     uneven = np.array([[[1.0], [0.5]]])
     assert error(uneven, np.zeros_like(uneven), carriers=True).carriers == pytest.approx(1.25**2 / (1 + 0.25**2))
-    # By token where heads come after the tokens, as in a query, and before them, as in the probabilities.
+    # Tokens are counted where heads come after them, as in a query, and before them, as in the probabilities.
     for shape in ((2, 7, 3, 5), (2, 3, 7, 7)):
         assert error(np.ones(shape), np.zeros(shape), carriers=True).carriers == pytest.approx(14)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (70_001,), (3, 40_000), (2, 70, 3, 400), (2, 3, 40_000)])
-def test_an_array_that_is_measured_in_parts_errs_as_a_whole_one(shape: tuple[int, ...]) -> None:
+def test_an_array_measured_in_parts_has_the_error_of_the_whole(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(1)
     truth = rng.normal(size=shape)
     off = rng.normal(size=shape)
@@ -93,7 +93,7 @@ def test_an_array_that_is_measured_in_parts_errs_as_a_whole_one(shape: tuple[int
 
 
 @pytest.mark.parametrize("where", [0, 69_999, 70_000])
-def test_a_part_that_is_not_finite_makes_the_whole_infinitely_wrong(where: int) -> None:
+def test_a_part_that_is_not_finite_makes_the_error_infinite(where: int) -> None:
     value = np.ones(70_001, np.float32)
     value[where] = np.nan
     assert error(value, np.ones(70_001)) == Error(math.inf, math.inf, reason="not finite")
@@ -103,7 +103,7 @@ def test_errors_do_not_cancel() -> None:
     assert error(np.array([1.0, 3.0]), np.array([2.0, 2.0])).rms == 0.5
 
 
-def test_errors_against_nothing_are_absolute() -> None:
+def test_errors_against_zeros_are_absolute() -> None:
     assert error(np.array([3e-5, 0.0]), np.zeros(2)).max == 3e-5
 
 
@@ -118,7 +118,7 @@ def test_errors_against_nothing_are_absolute() -> None:
         (np.full((2, 1), np.nan), "wrong shape (2, 1), not (2,)"),
     ],
 )
-def test_what_cannot_be_compared_is_infinitely_wrong_and_says_why(value: np.ndarray, reason: str) -> None:
+def test_an_incomparable_value_has_an_infinite_error_and_reason(value: np.ndarray, reason: str) -> None:
     assert error(value, np.array([1.0, 1.0])) == Error(math.inf, math.inf, reason=reason)
     assert error(np.ones(2), np.array([1.0, 1.0])).reason == ""
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_compared_is_infinitely_wrong_and_says_why(value: np.ndar
         (math.nan, 1e-12, "nan, gate 1e-12"),
     ],
 )
-def test_an_error_and_its_gate_have_digits_enough_to_tell_them_apart(value: float, limit: float, said: str) -> None:
+def test_an_error_and_its_gate_are_printed_differently(value: float, limit: float, said: str) -> None:
     assert against(value, limit) == said
 
 
@@ -152,7 +152,7 @@ def test_a_margin_below_one_never_reads_as_one() -> None:
     ]
 
 
-def test_semantic_gate_is_as_stated() -> None:
+def test_the_semantic_gate_has_its_stated_bounds() -> None:
     assert Error(rms=0.0, max=0.0).passes_semantic_gate
     assert Error(rms=1e-12, max=1e-11).passes_semantic_gate
     assert not Error(rms=1.01e-12, max=0.0).passes_semantic_gate
@@ -180,16 +180,16 @@ def test_numerical_gate_follows_the_reference_and_its_precision(
 @pytest.mark.parametrize(
     ("dtype", "factor"), [(np.float32, 4), (ml_dtypes.bfloat16, 3), (np.float16, 2)], ids=["f4", "bf16", "f2"]
 )
-def test_a_reference_that_sums_in_another_order_allows_more_in_float32(dtype: type, factor: float) -> None:
+def test_a_reference_outside_xla_widens_the_gate_in_float32(dtype: type, factor: float) -> None:
     gate = numerical_gate(5.0, dtype, 100, foreign=True)
     assert gate == factor * 5.0 + float(ml_dtypes.finfo(dtype).eps)
     assert numerical_gate(5.0, np.float32, 100, backward=True, foreign=True) == 6 * 5.0 + 2**-23
 
 
 @pytest.mark.parametrize("carriers", [1, 3, 10, 40])
-def test_an_error_of_few_elements_fails_by_luck_once_in_a_million(carriers: int) -> None:
+def test_an_error_of_few_elements_fails_once_in_a_million(carriers: int) -> None:
     factor = numerical_gate(1.0, np.float32, carriers) - 2**-23
     assert factor > 2
-    # scipy.special's own inverse, asked the other way round.
+    # Checked with scipy.special's inverse function.
     assert special.fdtrc(carriers, carriers, factor**2) == pytest.approx(1e-6, rel=1e-6)
     assert numerical_gate(1.0, np.float32, 2 * carriers) < factor + 2**-23

@@ -1,4 +1,4 @@
-"""Are gradients judged by as many objectives as it takes, and by no fewer?"""
+"""Do as many objectives measure the gradients as it takes, and no fewer?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASE = CASES["rectangular"]
 
 
 def pooled(ratio: float, *, exact: float = 0.0, carriers: float = 1e3, objectives: int = SEMANTIC_OBJECTIVES) -> Pooled:
-    """Errors of one gradient, the candidate's as a multiple of the reference's."""
+    """Returns errors of one gradient. The candidate's is a multiple of the reference's."""
     return Pooled(
         ["pixels"],
         np.float32,
@@ -35,49 +35,52 @@ def pooled(ratio: float, *, exact: float = 0.0, carriers: float = 1e3, objective
     )
 
 
-def test_what_is_far_inside_its_gate_is_settled() -> None:
-    # The gate is 3 times the reference's error and a unit of rounding, which is nothing beside it.
+def test_an_error_far_inside_its_gate_is_settled() -> None:
+    # The gate is 3 times the reference's error plus a unit of rounding, which is small beside it.
     assert pooled(3 * SETTLED).settled
     assert not pooled(3 * SETTLED * 1.001).settled
     assert pooled(3.0).results()[0].passes_numerical_gate
 
 
-def test_what_is_wrong_in_float64_is_settled_whatever_its_rounding() -> None:
+def test_an_error_in_float64_is_settled_whatever_the_rounding() -> None:
     assert not pooled(100.0).settled
     assert pooled(100.0, exact=1e-3).settled
 
 
-def test_few_objectives_do_not_profit_from_the_luck_that_few_are_allowed() -> None:
-    """An error of one element an objective: of three the gate is 120 times the reference's, of twelve 5 times."""
+def test_few_objectives_get_no_allowance_for_luck() -> None:
+    """One element carries the error of each objective.
+
+    With three objectives the gate is 120 times the reference's error, with twelve 5 times.
+    """
     wide, narrow = (numerical_gate(1e-3, np.float32, carriers, backward=True) for carriers in (3, 12))
     assert wide > 20 * narrow > 60e-3
     for objectives in LOOKS:
         assert pooled(1.0, carriers=1.0, objectives=objectives).results()[0].gate == pytest.approx(narrow, rel=1e-12)
 
 
-def test_the_parameters_of_a_layer_have_one_reference_error_and_other_gradients_their_own() -> None:
+def test_a_layers_parameters_share_one_reference_error() -> None:
     own = {"norm.bias": 1e-6, "norm.scale": 3e-6, "head.kernel": 5e-6, "norm": 7e-6, "cls_token": 2e-6}
-    own |= {"attn.kernel": 4e-6, "patch.kernel": 8e-6}  # of other layers, before and after by name
+    own |= {"attn.kernel": 4e-6, "patch.kernel": 8e-6}  # of other layers, which come before and after by name
     errors = {name: Error(rms, rms, 1e3) for name, rms in own.items()}
     found = Pooled(list(own), np.float32, False, [errors] * 3, [errors] * 3, [errors] * 3).results()
     shared = {**own, "norm.bias": 3e-6}
     assert {result.site: result.reference_error for result in found} == pytest.approx(shared, rel=1e-12)
 
 
-def test_a_gradient_that_is_not_shown_has_no_result_and_the_others_have() -> None:
+def test_a_gradient_not_shown_leaves_the_others_their_results() -> None:
     shown = {name: Error(1e-6, 1e-6, 1e3) for name in ("cls_token", "patches", "pixels")}
     partly = {name: shown[name] for name in ("cls_token", "pixels")}
     found = Pooled(list(shown), np.float32, False, [shown] * 3, [shown] * 3, [shown, partly, shown])
     assert found.missing == ("patches",)
     assert [result.site for result in found.results()] == ["cls_token", "pixels"]
-    # Of gradients no second oracle is asked.
+    # Gradients have no second oracle.
     assert {result.oracles for result in found.results()} == {Error(0.0, 0.0)}
 
 
 @pytest.mark.parametrize("exact", [Error(1e-13, 1e-10), Error(1e-3, 1e-3)])
 @pytest.mark.parametrize("place", range(SEMANTIC_OBJECTIVES))
 def test_one_objective_that_is_wrong_in_float64_is_enough(exact: Error, place: int) -> None:
-    """By its largest element alone, too, where another objective errs more on the whole."""
+    """The largest element alone counts, too, even if another objective has a larger error overall."""
     found = pooled(1.0, exact=5e-13)
     found.exacts[place] = {"pixels": exact}
     assert not found.results()[0].exact.passes_semantic_gate
@@ -88,17 +91,17 @@ def test_one_objective_that_is_wrong_in_float64_is_enough(exact: Error, place: i
     [({}, 3e-3), ({"pixels": 0.5e-3}, 3e-3), ({"pixels": 4e-3}, 12e-3), ({"pixels": math.inf}, 3e-3)],
     ids=["not measured", "errs less", "errs more", "not finite"],
 )
-def test_fused_attention_widens_the_gate_to_a_multiple_of_its_own_error(fused: dict[str, float], gate: float) -> None:
+def test_fused_attention_widens_the_gate_by_its_own_error(fused: dict[str, float], gate: float) -> None:
     found = pooled(10.0)
     found.fused = [{name: Error(rms, rms, 1e3) for name, rms in fused.items()}] * SEMANTIC_OBJECTIVES if fused else []
     (result,) = found.results()
     assert result.gate == pytest.approx(gate + 2**-23, rel=1e-12)
-    # What is printed beside it stays the reference's own error, and the candidate's a multiple of that.
+    # The report shows the reference's own error beside it, and the candidate's as a multiple of that.
     assert (result.reference_error, result.ratio) == pytest.approx((1e-3, 10.0))
     assert found.passed == (gate > 10e-3)
 
 
-def test_fused_attention_shows_no_probabilities_and_leaves_their_gate_alone() -> None:
+def test_fused_attention_keeps_the_gate_of_the_probabilities() -> None:
     errors = {name: Error(1e-3, 1e-3, 1e3) for name in ("block.0.attn.value", "block.0.attn.probs")}
     wide = [{"block.0.attn.value": Error(4e-3, 4e-3, 1e3)}] * 3
     found = Pooled(list(errors), np.float32, False, [errors] * 3, [errors] * 3, [errors] * 3, wide)
@@ -120,18 +123,18 @@ def test_a_bias_errs_relative_to_the_terms_that_cancel_in_it(leaf: str) -> None:
 
 
 @pytest.mark.parametrize("rounding", [np.nan, np.inf])
-def test_what_is_not_finite_is_settled_and_fails(rounding: float) -> None:
+def test_an_error_not_finite_is_settled_and_fails(rounding: float) -> None:
     found = pooled(rounding)
     assert found.settled
     assert not found.results()[0].passes_numerical_gate
 
 
-def test_every_look_has_seen_bright_images_and_dark_ones() -> None:
+def test_every_look_has_bright_and_dark_images() -> None:
     brightness = [objective.brightness for objective in objectives_for((1, 23))]
     assert len(set(brightness)) == len(brightness) == LOOKS[-1]
     assert brightness[0] == 1
     for look in LOOKS:
-        # Every stretch of the range that is twice as long as it would be, were they spread evenly.
+        # Every stretch of the range that is twice as long as in an even spread.
         low, high = min(brightness), max(brightness)
         edges = np.linspace(low, high, look)
         gaps = np.diff(sorted(brightness[:look]))
@@ -140,7 +143,7 @@ def test_every_look_has_seen_bright_images_and_dark_ones() -> None:
 
 
 class Erring:
-    """An implementation whose gradients are the truth's, but for a relative error in float32; it counts objectives."""
+    """An implementation whose gradients are right, except for a relative error in float32. It counts objectives."""
 
     claims = None
     foreign = False
@@ -148,7 +151,7 @@ class Erring:
     config = CASE.config
 
     def __init__(self, name: str, errs: Callable[[str, int], float], truth: dict[str, NDArray]):
-        """errs: of a gradient's name and the objective's number."""
+        """Takes `errs`, a function of the gradient's name and the objective's number."""
         self.name, self.errs, self.truth, self.asked = name, errs, truth, {np.dtype("f8"): 0, np.dtype("f4"): 0}
 
     def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
@@ -167,7 +170,7 @@ def compared(reference: Erring, candidate: Erring) -> ParityReport:
 
 
 def judged(errs: Callable[[str, int], float]) -> tuple[ParityReport, Erring, Erring]:
-    """The verdict on a candidate whose gradients err so much, where the reference's err by a thousandth."""
+    """Returns the verdict on a candidate whose gradients err so much. The reference's err by a thousandth."""
     rng = np.random.default_rng(0)
     truth = {name: rng.normal(size=(50, 7)) for name in gradient_names(CASE.config)}
     judge, candidate = Erring("judge", lambda name, k: 1e-3, truth), Erring("candidate", errs, truth)
@@ -177,7 +180,7 @@ def judged(errs: Callable[[str, int], float]) -> tuple[ParityReport, Erring, Err
     return report, judge, candidate
 
 
-def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() -> None:
+def test_a_wrong_formula_is_reported_if_the_reference_overflows() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     judge = Erring("judge", lambda name, k: np.inf if name == "logits" else 1e-3, truth)
     candidate = Erring("candidate", lambda name, k: 1e-3, truth | {"block.1.norm1": 1.5 * np.ones((5, 7))})
@@ -185,7 +188,7 @@ def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() ->
     assert [result.site for result in report.semantic_failures] == ["block.1.norm1"]
 
 
-def test_a_gradient_is_wrong_where_it_is() -> None:
+def test_a_wrong_gradient_is_reported_at_its_site() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     changed = {name: value.copy() for name, value in truth.items()}
     changed["norm"][2, 3] = changed["head.kernel"][1, 1] = 1.5
@@ -195,7 +198,7 @@ def test_a_gradient_is_wrong_where_it_is() -> None:
     ).backward()
     assert [result.site for result in report.semantic_failures] == ["norm", "head.kernel"]
     assert report.place == "only at image 2 of 5; channel 3 of 7"
-    # Pixels' axes have names of their own, and a parameter's none.
+    # The axes of pixels have names, those of a parameter have none.
     pixels = {**truth, "pixels": np.ones((2, 3, 4, 3))}
     one = {**pixels, "pixels": pixels["pixels"] * np.array([1, 1.5])[:, None, None, None]}
     judge, other = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", pixels), ("b", one)))
@@ -210,8 +213,8 @@ def test_a_gradient_is_wrong_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_the_place_is_that_of_the_first_divergence_of_all_objectives(order: tuple[int, int]) -> None:
-    """The logits are wrong in one objective, and what comes after them, at one token, in the other."""
+def test_the_place_is_that_of_the_first_divergence(order: tuple[int, int]) -> None:
+    """The logits are wrong in one objective. In the other, the next value is wrong at one token."""
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     changed = [{name: value.copy() for name, value in truth.items()} for _ in range(2)]
     changed[0]["logits"][2, 3] = 1.5
@@ -233,7 +236,7 @@ def test_the_place_is_that_of_the_first_divergence_of_all_objectives(order: tupl
     assert report.place == "only at image 2 of 5; channel 3 of 7"
 
 
-def test_parameters_come_in_the_order_in_which_backpropagation_meets_them() -> None:
+def test_parameters_come_in_the_order_of_backpropagation() -> None:
     names = gradient_names(CASE.config)
     first = [name.rpartition(".")[0] for name in names if name.endswith(".kernel")]
     block = ["mlp.fc2", "mlp.fc1", "attn.out", "attn.value", "attn.key", "attn.query"]
@@ -242,7 +245,7 @@ def test_parameters_come_in_the_order_in_which_backpropagation_meets_them() -> N
     assert names[-5:] == ["position_embeddings", "cls_token", "patch.bias", "patch.kernel", "pixels"]
 
 
-def test_a_reference_that_overflows_judges_nothing() -> None:
+def test_a_reference_that_overflows_is_refused() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     judge = Erring("judge", lambda name, k: np.inf if (name, k) == ("block.1.norm1", 1) else 1e-3, truth)
     candidate = Erring("candidate", lambda name, k: 100.0, truth)
@@ -257,17 +260,17 @@ def test_a_reference_that_overflows_judges_nothing() -> None:
     ("errs", "objectives", "passes"),
     [
         (lambda name, k: 1.9e-3, LOOKS[0], True),
-        # One gradient that errs 2.5 times as much is right, and takes all objectives to be believed.
+        # A gradient with 2.5 times the reference's error is right, and takes all objectives to be believed.
         (lambda name, k: 2.5e-3 if name == "block.1.norm1" else 1e-3, LOOKS[2], True),
-        # It had bad luck at first: pooled over three 2.4, over six 1.8.
+        # This one had bad luck at first: pooled over three objectives 2.4, over six 1.8.
         (lambda name, k: 4e-3 if name == "block.1.norm1" and k == 1 else 1e-3, LOOKS[1], True),
-        # And this one good luck in the first objective only.
+        # This one had good luck in the first objective only.
         (lambda name, k: 4e-3 if name == "block.1.norm1" and k else 1e-3, LOOKS[2], False),
         (lambda name, k: 3.1e-3, LOOKS[2], False),
     ],
     ids=["right", "doubtful", "unlucky", "wrong in one", "wrong"],
 )
-def test_objectives_are_asked_until_the_verdict_is_settled(
+def test_objectives_are_added_until_the_verdict_is_settled(
     errs: Callable[[str, int], float], objectives: int, passes: bool
 ) -> None:
     report, judge, candidate = judged(errs)

@@ -1,4 +1,4 @@
-"""Is each precision what its name says, of reference and candidate both, and is it said where a device differs?"""
+"""Is each precision what its name says, for reference and candidate, and does the report say when a device differs?"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own() -> OwnCandidate:
 
 
 @pytest.mark.parametrize("given", ["mixed", np.float16, jnp.bfloat16, np.dtype("float32"), PRECISIONS["mixed"]])
-def test_a_precision_is_named_by_itself_or_by_the_dtype_of_its_name(given: Any) -> None:
+def test_a_precision_is_found_by_its_name_or_its_dtype(given: Any) -> None:
     expected = given if isinstance(given, str) else given.name if isinstance(given, Precision) else np.dtype(given).name
     assert resolve_precision(given) is PRECISIONS[expected]
 
@@ -54,7 +54,7 @@ def test_an_unknown_precision_is_one_line(given: Any) -> None:
         resolve_precision(given)
 
 
-def test_every_precision_has_its_gate_and_can_be_asked_for() -> None:
+def test_every_precision_has_a_gate_and_an_option() -> None:
     assert {precision.dtype.name for precision in PRECISIONS.values()} == set(ALLOWANCES)
     choices = re.search(
         r'"--precision".*?choices=\((.*?)\)', Path(vit_ref.testing.plugin.__file__).read_text(), re.DOTALL
@@ -64,7 +64,7 @@ def test_every_precision_has_its_gate_and_can_be_asked_for() -> None:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, str]]:
-    """Who was run in which dtype, under which precision of products and with parameters of which dtype."""
+    """Records who ran in which dtype, with which precision of products and with parameters of which dtype."""
     runs: list[tuple[str, str, str | None, str]] = []
 
     def watch(kind: type, stored: Callable[[Any], Any]) -> None:
@@ -93,7 +93,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, st
         ("float16", "float16", None, "float32"),
     ],
 )
-def test_reference_and_candidate_are_run_alike(
+def test_reference_and_candidate_run_in_one_precision(
     name: str, dtype: str, products: str | None, stored: str, seen: list[tuple[str, str, str | None, str]]
 ) -> None:
     report = Session(CASE.config, CASE.checkpoint(), CASE.images(), own(), name, title="alike").forward()
@@ -101,13 +101,13 @@ def test_reference_and_candidate_are_run_alike(
     assert {run[0]: run[1:] for run in seen if run[1] != "float64"} == dict.fromkeys(
         ("FlaxViT", "vit_ref"), (dtype, products, stored)
     )
-    # Whose parameters are rounded has its own oracle; formulas are judged with those of the checkpoint.
+    # A run with rounded parameters has its own oracle; formulas are compared with the checkpoint's parameters.
     oracles = {run[3] for run in seen if run[:2] == ("FlaxViT", "float64")}
     assert oracles == {"float32", stored}
     assert [run[3] for run in seen if run[:2] == ("vit_ref", "float64")] == ["float32"]
 
 
-def test_parameters_are_rounded_below_float64_alone() -> None:
+def test_parameters_are_rounded_only_below_float64() -> None:
     port, narrow = own(), own().storing(PRECISIONS["bfloat16"])
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow._ready(BFLOAT16)[0])} == {BFLOAT16}
     exact, kept = port.trace(CASE.images(), FLOAT64), narrow.trace(CASE.images(), FLOAT64)
@@ -115,8 +115,8 @@ def test_parameters_are_rounded_below_float64_alone() -> None:
     assert port.stored is None
 
 
-def test_a_fault_of_the_formula_is_one_in_bfloat16_too() -> None:
-    """Its blocks, each alone, are compared with the parameters that they have: only the wrong one is wrong."""
+def test_a_wrong_formula_fails_in_bfloat16_too() -> None:
+    """Each block alone is compared with the parameters that it has, so only the wrong block is wrong."""
     config = dataclasses.replace(CASE.config, hidden_act="gelu_new")
     report = Session(
         CASE.config, CASE.checkpoint(), CASE.images(), OwnCandidate(config, CASE.checkpoint()), "bfloat16", title="tanh"
@@ -127,22 +127,22 @@ def test_a_fault_of_the_formula_is_one_in_bfloat16_too() -> None:
 
 
 @pytest.mark.parametrize("implementation", [own, lambda: FlaxViTReference(CASE.config, CASE.checkpoint().tensors)])
-def test_products_of_float64_are_whole_whatever_the_setting(implementation: Callable[[], Any]) -> None:
+def test_float64_products_are_exact_whatever_the_setting(implementation: Callable[[], Any]) -> None:
     plain = implementation().trace(CASE.images(), FLOAT64)
-    # The setting that a CPU heeds: it would be 4e-3 at the logits.
+    # A CPU obeys this setting: without the fix the logits would be off by 4e-3.
     with jax.default_matmul_precision("BF16_BF16_F32"):
         found = implementation().trace(CASE.images(), FLOAT64)
     assert max(error(found[site], plain[site]).rms for site in plain) <= SEMANTIC_RMS
 
 
 def rounding(to: str) -> Callable[[Array, Array], Array]:
-    """A device whose products are of rounded operands."""
+    """Makes products of rounded operands, as on another device."""
     rounded = MULTIPLIED[to]
     return lambda left, right: jnp.asarray(rounded(np.asarray(left)) @ rounded(np.asarray(right)))
 
 
 def cut(left: Array, right: Array) -> Array:
-    """A device that cuts operands off after TF32's ten bits, as tensor cores may."""
+    """Cuts operands off after TF32's ten bits, as tensor cores may."""
     left, right = ((np.asarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (left, right))
     return jnp.asarray(left @ right)
 
@@ -157,13 +157,13 @@ def cut(left: Array, right: Array) -> Array:
     ],
     ids=["this-device", "tf32", "tf32-cut", "bfloat16"],
 )
-def test_what_a_device_makes_of_a_product_is_found_by_making_one(multiply: Any, kind: str) -> None:
+def test_the_devices_products_are_found_by_measuring(multiply: Any, kind: str) -> None:
     assert products(multiply) == kind
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
-    """`device(default, {asked: made})`: what products are by default, and what they are when asked for."""
+    """Returns `device(default, {asked: made})`: the products by default, and those for each requested precision."""
 
     def install(default: str, made: dict[str, str]) -> None:
         def found() -> str:
@@ -183,12 +183,12 @@ TPU = "bfloat16", {"float32": "float32", "tensorfloat32": "tensorfloat32"}
     ("kind", "setting", "precision", "said"),
     [
         (CPU, None, "float32", []),
-        (CPU, None, "tensorfloat32", ["tensorfloat32 products were asked for, and cpu made float32 ones"]),
+        (CPU, None, "tensorfloat32", ["this run requires tensorfloat32 products, but cpu computes float32 products"]),
         (
             CPU,
             "tensorfloat32",
             "float32",
-            ["products are in tensorfloat32 by default (jax_default_matmul_precision is"],
+            ["products are tensorfloat32 by default (jax_default_matmul_precision is"],
         ),
         (CPU, "highest", "float32", []),
         (CPU, "default", "float32", []),
@@ -196,9 +196,9 @@ TPU = "bfloat16", {"float32": "float32", "tensorfloat32": "tensorfloat32"}
             GPU,
             None,
             "float32",
-            ["products are in tensorfloat32 by default (the device's own choice), and this run asks"],
+            ["products are tensorfloat32 by default (the device's own choice), and this run uses"],
         ),
-        (GPU, "default", "float32", ["products are in tensorfloat32 by default (jax_default_matmul_precision is 'def"]),
+        (GPU, "default", "float32", ["products are tensorfloat32 by default (jax_default_matmul_precision is 'def"]),
         (GPU, "float32", "float32", []),
         (GPU, None, "tensorfloat32", []),
         (GPU, "high", "tensorfloat32", []),
@@ -206,15 +206,15 @@ TPU = "bfloat16", {"float32": "float32", "tensorfloat32": "tensorfloat32"}
             GPU,
             "highest",
             "tensorfloat32",
-            ["products are in float32 by default (jax_default_matmul_precision is 'highest"],
+            ["products are float32 by default (jax_default_matmul_precision is 'highest"],
         ),
         (GPU, None, "mixed", []),
         (GPU, "bfloat16", "bfloat16", []),
-        (TPU, None, "tensorfloat32", ["products are in bfloat16 by default (the device's own choice)"]),
-        (("bfloat16", {}), None, "float32", ["float32 products were asked for, and cpu made bfloat16 ones"]),
+        (TPU, None, "tensorfloat32", ["products are bfloat16 by default (the device's own choice)"]),
+        (("bfloat16", {}), None, "float32", ["this run requires float32 products, but cpu computes bfloat16 products"]),
     ],
 )
-def test_a_default_that_is_not_the_asked_one_is_said(
+def test_a_default_other_than_the_tested_precision_is_noted(
     kind: Any, setting: str | None, precision: str, said: list[str], device: Callable[..., None]
 ) -> None:
     device(*kind)
@@ -224,7 +224,7 @@ def test_a_default_that_is_not_the_asked_one_is_said(
     assert all(note.startswith(begun) for note, begun in zip(found, said, strict=True))
 
 
-def test_the_header_warns_of_the_asked_precisions(pytestconfig: pytest.Config, device: Callable[..., None]) -> None:
+def test_the_header_warns_about_the_tested_precisions(pytestconfig: pytest.Config, device: Callable[..., None]) -> None:
     device(*GPU)
     options = pytestconfig.option
     before = options.precision
@@ -237,12 +237,12 @@ def test_the_header_warns_of_the_asked_precisions(pytestconfig: pytest.Config, d
         options.precision = before
 
 
-def test_a_report_says_it_too(device: Callable[..., None]) -> None:
+def test_a_report_notes_the_products_of_the_device(device: Callable[..., None]) -> None:
     device(*CPU)
     found = environment.environment(PRECISIONS["tensorfloat32"])
     report = ported(parity(measured("norm"), measured("logits"), precision="tensorfloat32"), environment=found)
-    note = "note: tensorfloat32 products were asked for, and cpu made float32 ones"
-    assert note in summary(report)
+    note = "note: this run requires tensorfloat32 products, but cpu computes float32 products"
+    assert note in " ".join(summary(report).split())
     assert to_json(report)["environment"]["note"] == note.removeprefix("note: ")
     assert to_json(report)["precision"] == "tensorfloat32"
     assert "note" not in environment.environment(PRECISIONS["float32"])
@@ -251,10 +251,10 @@ def test_a_report_says_it_too(device: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("build", [own, lambda: FlaxViTReference(CASE.config, CASE.checkpoint().tensors)])
-def test_a_backward_pass_compiled_for_one_precision_of_products_serves_no_other(
+def test_a_compiled_backward_pass_serves_one_matmul_precision(
     build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A CPU multiplies alike in both, so that only the compilations can be counted.
+    # A CPU multiplies equally in both, so only the compilations can be counted.
     compiled: list[str] = []
 
     def counted(work: Callable[[], Any]) -> None:
@@ -267,7 +267,7 @@ def test_a_backward_pass_compiled_for_one_precision_of_products_serves_no_other(
     assert compiled == ["float32", "tensorfloat32"]
 
 
-def test_a_package_that_is_not_installed_is_said_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         if package == "torch":
             raise importlib.metadata.PackageNotFoundError(package)

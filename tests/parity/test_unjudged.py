@@ -1,4 +1,4 @@
-"""What is said where nobody can judge: the reference overflows, or the two oracles differ?"""
+"""What does the suite report if no verdict is possible: the reference overflows, or the two oracles differ?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CASE = CASES["rectangular"]
 
 
 class Changed:
-    """The oracle with its values at one site multiplied, in one dtype."""
+    """Multiplies the oracle's values at one site, in one dtype."""
 
     claims = stored = None
     foreign = False
@@ -64,7 +64,7 @@ def judged(judge: Changed, candidate: Changed, oracle: Changed | None = None) ->
 OVERFLOWING = Changed("judge", "block.1.mlp.out", np.inf, np.float32)
 
 
-def test_a_reference_that_overflows_judges_nothing() -> None:
+def test_a_reference_that_overflows_is_refused() -> None:
     with pytest.raises(
         ReferenceOverflowError,
         match=r"^judge itself is not finite in float32 at 1 of 30 places, first block\.1\.mlp\.out: judge another",
@@ -72,13 +72,13 @@ def test_a_reference_that_overflows_judges_nothing() -> None:
         judged(OVERFLOWING, Changed("candidate", "norm", 2.0, np.float32))
 
 
-def test_a_formula_that_is_wrong_is_reported_though_the_reference_overflows() -> None:
+def test_a_wrong_formula_is_reported_if_the_reference_overflows() -> None:
     report = judged(OVERFLOWING, Changed("candidate", "norm", 1.5, np.float64))
     assert [result.site for result in report.semantic_failures] == ["norm"]
 
 
-def test_oracles_that_differ_judge_nothing() -> None:
-    """Nor a candidate that is wrong besides."""
+def test_oracles_that_differ_are_refused() -> None:
+    """No verdict is given on a candidate either that is wrong elsewhere."""
     right, other = (Changed(name, "block.1.mlp.out", by, np.float64) for name, by in (("judge", 1.0), ("other", 1.001)))
     for candidate in (right, other):
         with pytest.raises(
@@ -91,7 +91,7 @@ def test_oracles_that_differ_judge_nothing() -> None:
 @pytest.mark.parametrize(
     ("error", "is_open"),
     [
-        (UnsupportedByReferenceError("NumPy judges no gradients"), False),
+        (UnsupportedByReferenceError("the NumPy oracle has no gradients"), False),
         (UndifferentiableError("its output has no gradient"), False),
         (ReferenceOverflowError("judge itself is not finite at {place}", "norm"), True),
         (InputError("another"), True),
@@ -99,7 +99,7 @@ def test_oracles_that_differ_judge_nothing() -> None:
     ids=lambda given: type(given).__name__ if isinstance(given, Exception) else "",
 )
 @pytest.mark.parametrize("name", ["right", "wrong"])
-def test_what_was_found_forward_is_not_lost_with_the_gradients(name: str, error: InputError, is_open: bool) -> None:
+def test_forward_findings_survive_missing_gradients(name: str, error: InputError, is_open: bool) -> None:
     def measure() -> ParityReport:
         raise error
 
@@ -114,15 +114,15 @@ def test_what_was_found_forward_is_not_lost_with_the_gradients(name: str, error:
         assert complete(report, unjudged) is report
 
 
-def test_gradients_that_were_measured_or_not_asked_for_leave_nothing_open() -> None:
+def test_gradients_measured_or_not_requested_settle_a_check() -> None:
     report = REPORTS["right"]().forward
     assert judge_gradients(lambda: report) == (report, "", False)
     assert judge_gradients(None) == (None, "not asked for", False)
 
 
 @pytest.mark.parametrize("reference", ["flax", pytest.param("torch", marks=pytest.mark.torch)])
-def test_a_reference_whose_gradients_overflow_judges_none(reference: str) -> None:
-    """Values that are small and then multiplied by much: forward all is well."""
+def test_a_reference_whose_gradients_overflow_is_refused(reference: str) -> None:
+    """Values are small and then multiplied by a large factor. The forward pass is finite."""
     source = CASE.checkpoint()
     block, tensors = "vit.encoder.layer.1", dict(source.tensors)
     for name, by in (

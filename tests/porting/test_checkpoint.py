@@ -57,7 +57,7 @@ def refusal(path: Path | str, error: type[Exception] = CheckpointError) -> str:
 
 
 def refusal_when_opened(path: Path) -> str:
-    """The refusal of a damaged file, which has to be the same where no tensor is read."""
+    """Returns the error for a damaged file, which has to be the same if no tensor is read."""
     with pytest.raises(CheckpointError) as caught:
         checkpoint.read(path, lazy=True)
     assert str(caught.value) == refusal(path)
@@ -152,15 +152,15 @@ def test_npz_without_a_cls_token_pools_in_another_way(
 
 
 def test_a_deit_without_distillation_is_a_vit(tmp_path: Path) -> None:
-    """As facebook/deit-base-patch16-224 is published: the model type is ViT's, the preprocessing DeiT's."""
-    # transformers' convert_vit_timm_to_pytorch.py made it, and writes of its configuration what deviates from B/16.
+    """Reads a configuration like that of facebook/deit-base-patch16-224: a ViT's model type, DeiT's preprocessing."""
+    # transformers' convert_vit_timm_to_pytorch.py made it. It writes only the values that deviate from B/16.
     config = {**CONFIG.to_hf(), "model_type": "vit", "architectures": ["ViTForImageClassification"]}
     preprocessor = {"feature_extractor_type": "DeiTFeatureExtractor", "do_center_crop": True, "crop_size": 8, "size": 9}
     source = Case("deit", CONFIG).checkpoint()
     writing.write_directory(tmp_path, source.tensors, config, preprocessor)
     model = vit_ref.from_pretrained(tmp_path)
     assert model.config == CONFIG and model.config.preprocessor == preprocessor
-    # With the distillation token under either model type it is another model.
+    # With a distillation token it is another model under either model type.
     token = {"vit.embeddings.distillation_token": np.zeros((1, 1, 6), np.float32)}
     writing.write_directory(tmp_path, {**source.tensors, **token}, config, preprocessor)
     assert "unexpected: vit.embeddings.distillation_token: " in refusal(tmp_path, MappingError)
@@ -179,7 +179,7 @@ def test_a_headless_checkpoint_makes_a_headless_model(tmp_path: Path, architectu
 
 
 def aligned(value: np.ndarray) -> np.ndarray:
-    """A copy that begins at a multiple of 64 bytes, where jax takes NumPy's memory for its own."""
+    """Returns a copy that begins at a multiple of 64 bytes, where jax uses NumPy's memory as its own."""
     memory = np.empty(value.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
@@ -187,9 +187,9 @@ def aligned(value: np.ndarray) -> np.ndarray:
     return copy
 
 
-def test_the_model_does_not_share_memory_with_the_tensors_it_was_made_from() -> None:
+def test_a_model_does_not_share_memory_with_its_source() -> None:
     ported = mapping.port(Case("alias", CONFIG).checkpoint().tensors, CONFIG, layouts.HF)
-    # Where an array begins is chance; files that are mapped into memory, and large arrays, begin at such places.
+    # Chance decides where an array begins. Memory-mapped files and large arrays begin at such addresses.
     parameters = {path: aligned(value) for path, value in ported.items()}
     model = pretrained.build(CONFIG, parameters)
     for value in parameters.values():
@@ -239,7 +239,7 @@ def test_a_hub_id_from_the_cache_while_offline(
 def test_a_hub_id_from_the_cache_without_a_network(
     package: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the two ways that huggingface_hub's releases take to the network."""
+    """Covers both ways in which releases of huggingface_hub use the network."""
     kind: Any = type("ConnectError", (OSError if package == "requests" else Exception,), {"__module__": package})
     asked = []
 
@@ -256,7 +256,7 @@ def test_a_hub_id_from_the_cache_without_a_network(
     assert {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.SHARDS} <= set(asked)
 
 
-def test_a_hub_repository_of_pickles_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_repository_of_pickles_is_refused_before_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"])
     assert refusal("someone/vit") == (
         "someone/vit/pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
@@ -362,13 +362,11 @@ def test_json_that_is_nested_without_end(directory: Path, name: str) -> None:
     assert refusal(directory).startswith(f"{directory / name}: not readable as JSON (maximum recursion depth exceeded")
 
 
-def test_weights_that_cannot_be_opened_are_not_called_missing_or_damaged(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unopenable_weights_are_not_called_missing_or_damaged(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = directory / checkpoint.WEIGHTS
 
     def forbidden(*arguments: object, **options: object) -> None:
-        raise FileNotFoundError  # what safetensors makes of any file that it cannot open
+        raise FileNotFoundError  # safetensors raises this for any file that it cannot open
 
     with monkeypatch.context() as patched:
         patched.setattr(tensor_files, "load_file", forbidden)
@@ -467,7 +465,7 @@ def test_npz_of_a_rectangle_does_not_say_which(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Creates a file where it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -551,14 +549,14 @@ def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message
     assert re.search(re.escape(message), refusal_when_opened(tmp_path))
 
 
-def test_safetensors_are_written_with_the_bytes_of_their_own_library(tmp_path: Path) -> None:
+def test_safetensors_have_the_bytes_of_their_own_library(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     kinds = (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)
     tensors = {f"é.{n}.{np.dtype(kind)}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
     tensors["scalar"] = np.full((), 3, np.float32)
     tensors["turned"] = np.asfortranarray(tensors["é.11.float32"])
     writing.write_safetensors(tmp_path / "ours", tensors)
-    # It writes memory as it lies.
+    # It writes memory in its own byte order.
     save_file({**tensors, "turned": tensors["é.11.float32"]}, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -583,7 +581,7 @@ def test_a_shard_size_that_is_none(directory: Path, size: Any) -> None:
 
 
 @google_layouts
-def test_npz_with_pre_logits_and_a_head_asks_which_to_leave_behind(tmp_path: Path, layout: layouts.Layout) -> None:
+def test_npz_with_pre_logits_and_head_asks_which_to_leave_out(tmp_path: Path, layout: layouts.Layout) -> None:
     extra = {"pre_logits/kernel": np.ones((6, 6), "f4"), "pre_logits/bias": np.ones(6, "f4")}
     google_npz(tmp_path / "ViT.npz", layout, **extra)
     assert "leave one out with ignore=['head/*'] or ignore=['pre_logits/*']" in refusal(tmp_path / "ViT.npz")
@@ -598,7 +596,7 @@ def test_npz_of_bfloat16(tmp_path: Path) -> None:
     assert all(found[path].tobytes() == value.tobytes() for path, value in parameters.items())
 
 
-def test_another_configuration_keeps_what_travels_with_the_checkpoint(directory: Path, tmp_path: Path) -> None:
+def test_another_configuration_keeps_the_other_json_fields(directory: Path, tmp_path: Path) -> None:
     other = ViTConfig(**{**CONFIG.__dict__, "layer_norm_eps": 1e-3, "extra": {}, "preprocessor": None})
     model = vit_ref.from_pretrained(directory, config=other)
     assert model.config.layer_norm_eps == 1e-3

@@ -1,4 +1,4 @@
-"""Whatever the configuration: is every fault of a checkpoint reported by name, and every wrong rule seen?"""
+"""For any configuration, is every fault of a checkpoint reported by name, and every wrong rule detected?"""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ faults = st.lists(
     min_size=1,
     max_size=4,
 )
-# A block's number in a tensor's name, in any layout.
+# The number of a block in a tensor's name, in any layout.
 BLOCK = re.compile(r"(layers?[./]|blocks\.|encoderblock_)(\d+)")
 
 
 def twin(name: str, layout: Layout, config: ViTConfig) -> str:
-    """The name that the same tensor would have in the block after the last or, outside the blocks, by its prefix."""
+    """Returns the tensor's name in the block after the last, or outside the blocks with a prefix."""
     beyond = BLOCK.sub(rf"\g<1>{config.num_hidden_layers}", name)
     if beyond != name:
         return beyond
@@ -48,7 +48,7 @@ def twin(name: str, layout: Layout, config: ViTConfig) -> str:
 
 
 def misshapen(tensor: NDArray, choice: int) -> NDArray:
-    """The tensor in one of the other shapes that a mistake gives it."""
+    """Returns the tensor in one of the wrong shapes that a mistake gives it."""
     shapes = (tensor[None], tensor.reshape(-1), tensor.squeeze(), tensor.T, tensor[:-1], tensor.repeat(2, axis=-1))
     others = [other for other in shapes if other.shape != tensor.shape]
     return others[choice % len(others)]
@@ -85,7 +85,7 @@ def test_all_faults_are_reported_and_nothing_else(
         assert [line for line in lines if line.startswith(f"  {kind}: {name}: ") and str(shape) in line]
 
 
-def test_nothing_is_handed_over_once_a_tensor_is_known_not_to_fit_and_all_else_is_still_looked_at() -> None:
+def test_after_a_fault_no_tensor_is_returned_but_all_are_checked() -> None:
     config = CASES["rectangular"].config
     source = dict(CASES["rectangular"].checkpoint().tensors)
     last, late = "vit.embeddings.cls_token", "vit.layernorm.weight"
@@ -116,12 +116,12 @@ def test_no_two_rules_can_match_one_name(layout: Layout, config: ViTConfig, pref
 
 @each_layout
 @given(config=configs(), depth=st.integers(11, 14), seed=seeds)
-def test_blocks_are_in_numeric_order_whatever_the_order_of_the_tensors(
+def test_blocks_are_in_numeric_order_for_any_order_of_tensors(
     layout: Layout, config: ViTConfig, depth: int, seed: int
 ) -> None:
     config = dataclasses.replace(within(layout, config), num_hidden_layers=depth)
     source = mapping.export(with_room(layout, random_bits(config, np.float32)), config, layout)
-    # Every tensor of a block is filled with the number in its name; files list 10 before 2, or nothing in order.
+    # Every tensor of a block is filled with the number in its name. Files list 10 before 2, or have no order.
     names = np.random.default_rng(seed).permutation(sorted(source))
     numbered = {
         str(name): np.full_like(source[name], int(match[2]) if (match := BLOCK.search(name)) else -1) for name in names
@@ -132,12 +132,12 @@ def test_blocks_are_in_numeric_order_whatever_the_order_of_the_tensors(
     assert list(dict.fromkeys(blocks.values())) == list(range(depth))
 
 
-# Where the effect of a parameter is seen first.
+# The site at which the effect of a parameter is seen first.
 _SITES = {"patch": "patches", "cls_token": "embeddings", "position_embeddings": "embeddings", "head": "logits"}
 
 
 def site_of(path: str) -> str:
-    """The site that the parameters at a destination, of the first block where it is a block's, write."""
+    """Returns the first site that the parameters of a destination write, in the first block if they are a block's."""
     layer = path.removesuffix(".kernel").removesuffix(".bias").removesuffix(".scale")
     layer = layer.replace("blocks.{i}.", "block.0.").replace("mlp.fc2", "mlp.out")
     return _SITES.get(layer, layer)
@@ -145,9 +145,9 @@ def site_of(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A checkpoint in one layout and its truth: the NumPy oracle, which takes no part in the weight map.
+    """A checkpoint in one layout, and the NumPy oracle as its truth, which does not use the weight map.
 
-    It sees any permutation of elements: a mean, a shape or a sorted list of values does not.
+    The oracle detects any permutation of elements. A mean, a shape or a sorted list of values does not.
     """
 
     config: ViTConfig
@@ -157,7 +157,7 @@ class Probe:
     traced: Traced
 
     def first_divergence(self, layout: Layout, source: Tensors | None = None) -> str | None:
-        """The first site beyond the semantic gate, where `layout` ports the checkpoint or another `source`."""
+        """Returns the first site beyond the semantic gate if `layout` maps the checkpoint, or another `source`."""
         parameters = mapping.port(self.source if source is None else source, self.config, layout)
         trace = self.traced(self.config, parameters, self.images)
         wrong = (site for site, value in trace.items() if not error(value, self.truth[site]).passes_semantic_gate)
@@ -177,14 +177,14 @@ def probe(traced: Traced) -> Callable[[ViTConfig, Layout, int], Probe]:
 
 
 def with_rules(layout: Layout, changed: Iterable[Rule]) -> Layout:
-    """The layout with other rules for the same sources, or parts of them."""
+    """Returns the layout with other rules for the same sources, or for parts of them."""
     replaced = {(rule.source, rule.part): rule for rule in changed}
     rules = tuple(replaced.get((rule.source, rule.part), rule) for rule in layout.rules)
     return dataclasses.replace(layout, rules=rules)
 
 
 def transposed(rule: Rule) -> Rule:
-    """The rule with the last two axes of its kernel exchanged, or the first two of a patch kernel, which are square."""
+    """Returns the rule with two square axes exchanged: the last two of a kernel, or the first two of a patch kernel."""
     axes = (0, 1) if rule.destination == "patch.kernel" else (-1, -2)
     right = rule.transform
     wrong = Transform(

@@ -1,4 +1,4 @@
-"""Is a converted checkpoint the same model to the last bit, and is what cannot be the same never written?"""
+"""Is a converted checkpoint the same model to the last bit, and one that cannot be the same never written?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vit_ref.weights.layouts import LAYOUTS
 
 LABELS = ("cat", "dog", "dog")
 PREPROCESSOR = {"image_mean": [0.4, 0.5, 0.6], "image_std": 0.25, "resample": 3}
-# What every layout's readers take for granted: epsilon 1e-6, tanh GELU, biases, squares.
+# The numerics that the readers of every layout assume: epsilon 1e-6, tanh GELU, biases, squares.
 CONFIG = ViTConfig(
     hidden_size=6,
     num_attention_heads=3,
@@ -55,12 +55,12 @@ def place(folder: Path, to: str) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A checkpoint that every layout can hold."""
+    """A checkpoint that every layout can store."""
     return write(tmp_path / "source", CONFIG, with_room(layouts.BIG_VISION, random_bits(CONFIG, np.float32)))
 
 
 def refusal(source: Path, destination: Path, to: Any, error: type[Exception] = CheckpointError, **options: Any) -> str:
-    """The message; and nothing was written."""
+    """Returns the error, and checks that nothing was written."""
     folder = destination.parent
     before = sorted(folder.iterdir())
     with pytest.raises(error) as caught:
@@ -74,8 +74,8 @@ def bits(parameters: mapping.Tensors) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("keys", [(), ("torch_dtype",), ("dtype",), ("torch_dtype", "dtype")])
-def test_the_configuration_says_the_dtype_of_the_tensors_beside_it(tmp_path: Path, keys: tuple[str, ...]) -> None:
-    """And not the one that it was read with: transformers rounds to whatever it says."""
+def test_the_configuration_states_the_dtype_of_the_tensors(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """Checks the dtype, because transformers rounds to the one that the configuration states."""
     config = replace(CONFIG, extra=dict.fromkeys(keys, "bfloat16"))
     source = write(tmp_path / "source", config, random_bits(config, np.float32))
     for to in ("hf", "flax"):
@@ -93,7 +93,7 @@ def test_the_configuration_says_the_dtype_of_the_tensors_beside_it(tmp_path: Pat
         ((ml_dtypes.bfloat16, np.float16), "float32"),
     ],
 )
-def test_of_several_dtypes_the_configuration_says_one_that_holds_all(dtypes: tuple[type, type], said: str) -> None:
+def test_the_configuration_states_a_dtype_that_holds_all_tensors(dtypes: tuple[type, type], said: str) -> None:
     tensors = {str(i): np.zeros(1, dtype) for i, dtype in enumerate(dtypes)}
     assert pretrained.hf_config(CONFIG, tensors)["torch_dtype"] == said
 
@@ -119,7 +119,7 @@ def test_every_bit_survives_there_and_back(tmp_path: Path, to: Target, dtype: ty
     assert (back.read, back.written) == (to, "hf")
     again, values, _ = pretrained.load(checkpoint.read(tmp_path / "back"))
     assert bits(values) == bits(parameters)
-    # gelu_new is the tanh form by another name; a pooler that is not there has neither width nor activation.
+    # gelu_new is another name of the tanh form. A model without a pooler has neither its width nor its activation.
     absent = {} if config.pooler else {"pooler_output_size": config.pooler_output_size, "pooler_act": config.pooler_act}
     assert replace(again, hidden_act="gelu_new", **absent) == config
 
@@ -187,7 +187,7 @@ def test_a_crop_is_written_for_timm_though_it_is_not_read_back(tmp_path: Path) -
     config = replace(CONFIG, preprocessor=preprocessor)
     done = convert(write(tmp_path / "source", config, random_bits(config, np.float32)), tmp_path / "timm", "timm")
     written = json.loads((tmp_path / "timm" / "config.json").read_bytes())["pretrained_cfg"]
-    # timm resizes to the image's size over crop_pct.
+    # timm resizes to the image's size divided by crop_pct.
     assert (written["crop_pct"], written["crop_mode"]) == (0.5, "squash")
     assert done.left_behind == ("preprocessing",)
 
@@ -197,7 +197,7 @@ SPECIAL = {
     "layer_norm_eps": {"layer_norm_eps": 1e-12},
     "qkv_bias": {"qkv_bias": False},
     "rectangle": {"image_size": (8, 12)},
-    # As many patches as a square has.
+    # The number of patches is that of a square.
     "disguised rectangle": {"image_size": (4, 16)},
     "patches": {"patch_size": (4, 2)},
     "pooler": {"num_labels": 0, "labels": (), "pooler": True},
@@ -238,7 +238,7 @@ REFUSES: dict[str, dict[str, str]] = {
 
 @targets
 @pytest.mark.parametrize("special", SPECIAL)
-def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: Path, to: Target, special: str) -> None:
+def test_a_layout_that_reads_as_another_model_is_not_written(tmp_path: Path, to: Target, special: str) -> None:
     config = replace(CONFIG, **SPECIAL[special])
     parameters = random_bits(config, np.float32)
     if special != "cls position":
@@ -254,7 +254,7 @@ def test_a_layout_that_would_be_read_as_another_model_is_not_written(tmp_path: P
         convert(source, destination, to)
         again, values, _ = pretrained.load(checkpoint.read(destination))
         assert bits(values) == bits(parameters)
-        # An activation has two names, and the width of a pooler may be left to the default.
+        # An activation has two names, and the width of a pooler may have its default.
         assert replace(again, hidden_act=config.hidden_act, pooler_output_size=None) == config
         assert again.hidden_act in (config.hidden_act, "gelu_pytorch_tanh")
 
@@ -302,7 +302,7 @@ def test_a_directory_that_is_not_there_is_made(tmp_path: Path, source: Path, to:
     assert list(destination.parent.iterdir()) == [destination]
 
 
-def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_path: Path, source: Path) -> None:
+def test_an_unusable_source_is_refused_as_by_from_pretrained(tmp_path: Path, source: Path) -> None:
     config = checkpoint.read(source).config or {}
     writing.write_json(source / "config.json", {**config, "model_type": "deit"})
     message = refusal(source, tmp_path / "timm", "timm", ConfigError)
@@ -314,7 +314,7 @@ def test_a_source_that_is_unusable_is_refused_as_it_is_by_from_pretrained(tmp_pa
 
 
 @pytest.mark.parametrize(("to", "is_sharded"), [("hf", True), ("timm", False)])
-def test_large_weights_are_sharded_but_for_timm_which_reads_no_shards(
+def test_large_weights_are_sharded_except_for_timm(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, to: Target, is_sharded: bool
 ) -> None:
     small = functools.partial(writing.write_directory, max_shard_size=900)
@@ -354,7 +354,7 @@ def test_what_comes_back_otherwise_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Target, damage: Callable[..., None], message: str
 ) -> None:
     parameters = with_room(layouts.BIG_VISION, random_bits(CONFIG, ml_dtypes.bfloat16))
-    # Ones of bfloat16, as bits of float16, are finite too.
+    # Ones in bfloat16 are finite as float16, too.
     parameters["cls_token"] = np.ones_like(parameters["cls_token"])
     source = write(tmp_path / "source", CONFIG, parameters)
     right = conversion._WRITERS[to]
@@ -374,13 +374,13 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     for name in ("write_safetensors", "write_tensors"):
-        monkeypatch.setattr(checkpoint, name, full_disk)
+        monkeypatch.setattr(writing, name, full_disk)
     message = refusal(source, place(tmp_path, to), to)
     assert message.startswith(f"{place(tmp_path, to)}: ")
     assert "cannot be written ([Errno 28] No space left on device)" in message
     with pytest.raises(CheckpointError, match="File name too long"):
         convert(source, place(tmp_path / ("y" * 300), to), to)
-    # Nor the directories that were to hold it; one that was there stays.
+    # The directories made for it are gone, and one that existed before stays.
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="No space left"):
         convert(source, place(tmp_path / "there" / "not" / "yet", to), to)
@@ -394,7 +394,7 @@ def test_flaxvit_loads_what_is_converted(tmp_path: Path, filled: Callable[..., V
     config = replace(CASES["rectangular"].config, image_size=20)
     parameters = pretrained.get_parameters(filled(config))
     convert(write(tmp_path / "hf", config, parameters), tmp_path / "flax", "flax")
-    # Without its own initialisation, which takes longer than all the rest.
+    # Leave out its own initialisation, which takes longer than all the rest.
     _, params = transformers.FlaxViTForImageClassification.from_pretrained(tmp_path / "flax", _do_init=False)
     found = flatten_dict(jax.device_get(params), sep="/")
     meant = mapping.export(parameters, config, layouts.FLAX)

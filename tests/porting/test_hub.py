@@ -1,4 +1,4 @@
-"""Is a checkpoint on the hub found by every way to name it, and does a verdict say which bytes it is about?"""
+"""Is a checkpoint on the hub found by every form of its name, and does a verdict name the bytes that it is about?"""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_two_revisions_are_one_too_many(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, without a network, with two commits of someone/vit."""
+    """The hub's cache without a network, with two commits of someone/vit."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--someone--vit"
@@ -115,7 +115,7 @@ def test_a_revision_that_the_cache_has_not_is_named(cached: Path) -> None:
 
 
 def sha256(*files: Path) -> str:
-    """As a shell has it: of one file `sha256sum`, of several `sha256sum FILES | sha256sum`."""
+    """Returns the digest that a shell prints: `sha256sum` of one file, `sha256sum FILES | sha256sum` of several."""
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     if len(files) == 1:
         return digests[0]

@@ -1,4 +1,4 @@
-"""Is a URL, given where a path of this machine belongs, refused before any work, and is nothing made of it?"""
+"""Is a URL in place of a local path refused before any work, without making a directory of that name?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ URL = "gs://bucket/run"
 ADVICE = "a URL is no path on this machine: give a local path, and copy the files yourself"
 
 
-# No checkpoint is there: what is refused later names it.
+# No checkpoint is at this path, so a later error would name it.
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

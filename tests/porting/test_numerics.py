@@ -1,4 +1,4 @@
-"""Does what is no numerics in config.json reach nobody who judges, and is what transformers loads loaded?"""
+"""Are entries of config.json that are no numerics ignored, and is every checkpoint that transformers loads loaded?"""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def judged(reference: type[Reference], **fields: Any) -> dict[str, np.ndarray]:
+def traced_by(reference: type[Reference], **fields: Any) -> dict[str, np.ndarray]:
     source = CASE.checkpoint()
     config = ViTConfig.from_hf({**CONFIG.to_hf(), **fields})
     return reference(config, source.tensors).trace(CASE.images(), FLOAT64)
@@ -73,7 +73,7 @@ def test_the_references_are_told_numerics_alone() -> None:
 
 def test_flaxvit_judges_whatever_else_the_config_holds() -> None:
     require_flaxvit()
-    plain, found = judged(FlaxViTReference), judged(FlaxViTReference, **FIELDS)
+    plain, found = traced_by(FlaxViTReference), traced_by(FlaxViTReference, **FIELDS)
     assert plain.keys() == found.keys()
     assert all((plain[site] == found[site]).all() for site in plain)
 
@@ -83,22 +83,22 @@ def test_pytorchs_vit_judges_whatever_else_the_config_holds() -> None:
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
     from vit_ref.verify.references.torch_vit import TorchViTReference
 
-    plain, found = judged(TorchViTReference), judged(TorchViTReference, **FIELDS)
+    plain, found = traced_by(TorchViTReference), traced_by(TorchViTReference, **FIELDS)
     assert plain.keys() == found.keys()
     assert all((plain[site] == found[site]).all() for site in plain)
 
 
 def test_gelu_python_is_the_erf_form_to_all_who_compute_it(tmp_path: Path) -> None:
     require_flaxvit()
-    trace = judged(FlaxViTReference)
+    trace = traced_by(FlaxViTReference)
     spelt = ViTConfig.from_hf({**CONFIG.to_hf(), "hidden_act": "gelu_python"})
     source = CASE.checkpoint()
     for theirs in (
-        judged(FlaxViTReference, hidden_act="gelu_python"),
+        traced_by(FlaxViTReference, hidden_act="gelu_python"),
         NumpyOracle(spelt, source.tensors).trace(CASE.images()),
     ):
         np.testing.assert_allclose(theirs["logits"], trace["logits"], rtol=0, atol=1e-13)
-    # The name comes back as it was.
+    # The name is written back unchanged.
     assert spelt.to_hf()["hidden_act"] == "gelu_python"
 
 
@@ -126,7 +126,7 @@ def test_class_ids_with_gaps_are_read_as_transformers_reads_them(
 
 
 def stored_as(path: Path, dtype: str, bits: int, tensors: mapping.Tensors) -> Path:
-    """A directory whose safetensors file stores all weights in another dtype; their values do not matter."""
+    """Makes a directory whose safetensors file stores all weights in another dtype. The values do not matter."""
     header, end = {}, 0
     for name, value in tensors.items():
         size = -(-value.size * bits // 8)
@@ -183,7 +183,7 @@ def test_float8_is_one_line_and_no_verdict(command: list[str], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("dtype", "bits", "name"), [("I8", 8, "int8"), ("BOOL", 8, "bool"), ("C64", 64, "complex64")])
-def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
+def test_a_readable_dtype_that_weights_may_not_have_is_a_fault(
     dtype: str, bits: int, name: str, tmp_path: Path
 ) -> None:
     path = stored_as(tmp_path / "vit", dtype, bits, CASE.checkpoint().tensors)
@@ -197,7 +197,7 @@ def test_a_dtype_that_numpy_reads_and_no_weight_may_have_is_a_fault(
 
 
 def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
-    """Whoever finds it: the loader, the judge of this package's model or of a candidate's, block by block or whole."""
+    """Covers every finder of a fault: the loader, and the check of a model or candidate, block by block or whole."""
     from vit_ref.verify.proposals.proposal import propose
     from vit_ref.verify.session import check_port
     from vit_ref.verify.stream import check_streamed
@@ -221,11 +221,11 @@ def test_every_fault_is_said_with_the_checkpoints_path(tmp_path: Path) -> None:
         ]
 
 
-def test_a_saved_config_says_nothing_of_tensors_that_are_stored_otherwise(tmp_path: Path) -> None:
+def test_a_saved_config_does_not_mention_quantised_tensors(tmp_path: Path) -> None:
     source = CASE.checkpoint()
     writing.write_directory(tmp_path / "given", source.tensors, {**(source.config or {}), **FIELDS})
     vit_ref.save_pretrained(vit_ref.from_pretrained(tmp_path / "given"), tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert not {"quantization_config", "pruned_heads"} & saved.keys()
-    # The rest travels along.
+    # All other entries are kept.
     assert saved["return_dict"] is False

@@ -1,6 +1,6 @@
-"""Is a checkpoint whose files are valid JSON with odd values used, or refused in words, and never a traceback?
+"""Is a checkpoint with odd but valid JSON used, or refused with a message, and never with a traceback?
 
-A traceback ends with exit code 1, which is the verdict that a port is wrong.
+A traceback ends with exit code 1, which means that a check failed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ PREPROCESSOR = {
     "crop_size": {"height": 8, "width": 8},
     "do_convert_rgb": None,
 }
-# Fields that are in no file here and that some reader knows.
+# Fields that no file here has and that some reader knows.
 OTHERS = {
     "config": (
         *("return_dict", "quantization_config", "pruned_heads", "dtype", "num_labels", "use_return_dict", "labels"),
@@ -122,12 +122,12 @@ ODD: tuple[Any, ...] = (
     ),
     *({"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, {"dtype": "F32"}),
 )
-# What numpy says of a factor that overflows float32; the logits are then not finite, which is said.
+# numpy's warning about a factor that overflows float32. The logits are then not finite, and the message says so.
 NOISE = ("overflow encountered", "invalid value encountered", "divide by zero encountered")
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to every value in a JSON object."""
+    """Yields the paths to every value in a JSON object."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in children:
         yield (*path, key)
@@ -135,7 +135,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutated(content: dict[str, Any], others: tuple[str, ...], draw: np.random.Generator) -> dict[str, Any]:
-    """A copy with one to three values changed, taken away or added."""
+    """Returns a copy with one to three values changed, removed or added."""
     result = copy.deepcopy(content)
     for _ in range(draw.integers(1, 4)):
         paths = list(places(result))
@@ -156,7 +156,7 @@ def mutated(content: dict[str, Any], others: tuple[str, ...], draw: np.random.Ge
 
 
 class Files:
-    """A right checkpoint's files, and the same with one of them odd."""
+    """The files of a right checkpoint, and the same with one of them odd."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -167,7 +167,7 @@ class Files:
         self.header, self.data = json.loads(whole[8:length]), whole[length:]
 
     def write(self, seed: int) -> str:
-        """Writes the files of a seed; returns which of them is odd, and what it says."""
+        """Writes the files for a seed. Returns which of them is odd, and its content."""
         draw = np.random.default_rng(seed)
         which = ("config", "preprocessor", "header")[seed % 3]
         contents = {"config": CONTENT, "preprocessor": PREPROCESSOR, "header": self.header}
@@ -180,7 +180,7 @@ class Files:
 
 
 def refused(ask: Callable[[], object]) -> bool:
-    """Whether it is refused, in words."""
+    """Tells whether a call is refused with a message."""
     try:
         ask()
     except ReferenceUnavailableError:
@@ -191,9 +191,9 @@ def refused(ask: Callable[[], object]) -> bool:
 
 
 def asked(directory: Path, out: Path, image: Path, seen: set[str]) -> bool:
-    """Does all that a command would do before it runs the model, and predicts; returns whether it was refused."""
+    """Does all that a command does before it runs the model, and predicts. Returns whether it was refused."""
     if refused(lambda: convert(directory, out, "hf")):
-        # Nothing is half-written, and who loads the checkpoint is told as much.
+        # Nothing is half-written, and the loader's message says the same.
         assert not out.exists()
         refused(lambda: predict(pretrained.from_pretrained(directory), [image]))
         return refused(lambda: prepare_candidate(None, *reversed(pretrained.open_checkpoint(directory))))
@@ -201,7 +201,7 @@ def asked(directory: Path, out: Path, image: Path, seen: set[str]) -> bool:
     refused(lambda: predict(pretrained.from_pretrained(directory), [image]))
     source, config = pretrained.open_checkpoint(directory)
     prepare_candidate(None, config, source)
-    # FlaxViT takes its time, and is asked once a configuration; PyTorch's ViT says most about odd fields.
+    # FlaxViT is slow, so it runs once a configuration. PyTorch's ViT reacts to most odd fields.
     told = json.dumps(config.hf_numerics())
     names = ("torch",) if told in seen else REFERENCES
     seen.add(told)
@@ -211,7 +211,7 @@ def asked(directory: Path, out: Path, image: Path, seen: set[str]) -> bool:
 
 
 def test_odd_files_are_used_or_refused_in_words(tmp_path: Path) -> None:
-    """200 files, always the same ones; in hypothesis's thorough profile 2,000, with those."""
+    """Uses 200 files, always the same ones, or 2,000 in hypothesis's thorough profile."""
     image_of = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install 'vit-ref[images]'")
     files, image = Files(tmp_path / "vit"), tmp_path / "images" / "a.png"
     image.parent.mkdir()
@@ -228,5 +228,5 @@ def test_odd_files_are_used_or_refused_in_words(tmp_path: Path) -> None:
         except Exception:
             faults.append(f"seed {seed}, {what}\n{''.join(traceback.format_exc()[-1500:])}")
     assert not faults, f"{len(faults)} faults\n" + "\n".join(faults[:5])
-    # Not all are refused at the door, and not all are used: both would be seen of a test that tries nothing.
+    # Some are refused and some are used. A test that tries nothing would fail here.
     assert count / 10 < used < count / 1.2

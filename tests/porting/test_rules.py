@@ -1,4 +1,4 @@
-"""Is the weight map complete, invertible, and does it report every fault by name?"""
+"""Is the weight map complete and invertible, and does it report every fault by name?"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.layouts import LAYOUTS, Layout
 from vit_ref.weights.pretrained import get_parameters
 
-# Square where kernels allow it, so that a transposed kernel has the right shape; eleven blocks and more, so that
-# numeric and lexicographic order differ.
+# Square dimensions, so that a transposed kernel has the right shape. At least eleven blocks, so that numeric and
+# lexicographic order differ.
 CONFIG = ViTConfig(
     hidden_size=6,
     num_attention_heads=2,
@@ -40,12 +40,12 @@ HEADLESS = ViTConfig(**{**CONFIG.__dict__, "num_labels": 0, "pooler": True, "poo
 
 
 def exported(layout: Layout, config: ViTConfig) -> dict[str, NDArray]:
-    """`parameters` in a layout, as far as it has room for them."""
+    """Returns `parameters` in a layout, as far as it can store them."""
     return mapping.export(with_room(layout, parameters(config)), config, layout)
 
 
 def parameters(config: ViTConfig, dtype: type = np.float32) -> dict[str, NDArray]:
-    """Every element of every parameter is another number, exactly representable in float32."""
+    """Returns parameters in which every element is another number, exactly representable in float32."""
     values, start = {}, 0
     for path, shape in list_parameters(config).items():
         size = int(np.prod(shape))
@@ -65,7 +65,7 @@ def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtyp
     config = within(layout, config)
     ours = with_room(layout, random_bits(config, dtype))
     source = mapping.export(ours, config, layout)
-    # big_vision leaves out the zeros at the cls token's position.
+    # big_vision leaves out the zeros at the position of the cls token.
     left_out = config.hidden_size if layout is layouts.BIG_VISION else 0
     assert sum(value.size for value in source.values()) == sum(value.size for value in ours.values()) - left_out
     assert layout.recognises(source) == len(source)
@@ -151,7 +151,7 @@ def test_a_tensor_ignored_by_name_is_left_behind(layout: Layout) -> None:
 def test_blocks_beyond_the_configuration_are_unexpected(layout: Layout) -> None:
     deeper = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 13})
     found = faults(exported(layout, deeper), CONFIG, layout)
-    # Query, key and value are one layer of timm's.
+    # Query, key and value are one layer in timm.
     assert {kind for kind, _ in found} == {"unexpected"} and len(found) == (12 if layout is layouts.TIMM else 16)
     assert all("12" in name for _, name in found)
 
@@ -182,7 +182,7 @@ def test_unknown_names_are_no_layout() -> None:
 
 @pytest.mark.parametrize(
     ("names", "shown"),
-    [(["d", "b", "c", "a"], "a, b, c"), (["b", "a"], "a, b"), ([], "none at all")],
+    [(["d", "b", "c", "a"], "a, b, c"), (["b", "a"], "a, b"), ([], "there are none")],
 )
 def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> None:
     with pytest.raises(MappingError, match=f"has such names: {shown}$"):
@@ -205,11 +205,11 @@ def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> 
 )
 def test_names_are_prefixed_where_more_than_half_of_the_bodys_are(carrying: int, bare: int, expected: bool) -> None:
     names = [f"vit.{k}" for k in range(carrying)] + [f"{k}" for k in range(bare)]
-    # However many tensors a head has, they say nothing.
+    # The number of the head's tensors tells nothing about the prefix.
     assert mapping.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], layouts.HF) is expected
 
 
-def test_the_first_element_that_is_not_finite_is_reported_with_its_place() -> None:
+def test_the_first_non_finite_element_is_reported_with_its_place() -> None:
     source = mapping.export(parameters(CONFIG), CONFIG, layouts.HF)
     kernel = source["classifier.weight"]
     kernel[1, 2], kernel[3, 0], kernel[4, 4] = -np.inf, np.nan, np.inf
@@ -224,7 +224,7 @@ def test_a_layout_is_shared_and_cannot_be_changed(layout: Layout) -> None:
         layout.prefix = "model."  # type: ignore[misc]
 
 
-def test_a_layout_without_a_rule_for_a_parameter_is_no_layout_for_it() -> None:
+def test_a_layout_without_a_rule_for_a_parameter_is_refused() -> None:
     incomplete = Layout("incomplete", tuple(rule for rule in layouts.HF.rules if rule.destination != "norm.bias"))
     with pytest.raises(
         MappingError, match=r"layout incomplete\): 1 no rule\n  no rule: norm\.bias: the layout has no name"
@@ -242,7 +242,7 @@ def test_timm_has_no_pooler() -> None:
 
 @pytest.mark.parametrize("position", [1e-45, -0.0])
 @pytest.mark.parametrize("element", [0, 5])
-def test_a_position_of_the_cls_token_is_not_dropped_for_big_vision(position: float, element: int) -> None:
+def test_big_vision_refuses_a_position_of_the_cls_token(position: float, element: int) -> None:
     ours = with_room(layouts.BIG_VISION, parameters(CONFIG))
     ours["position_embeddings"][0, 0, element] = position
     with pytest.raises(MappingError) as caught:
@@ -261,9 +261,10 @@ def test_a_port_error_lists_faults_of_one_kind_together() -> None:
     ]
 
 
-# Where single elements must go, worked out by hand from each layout's own definition of a layer, not from the rules:
-# PyTorch Linear is y[o] = sum_i W[o, i] x[i]; Conv2d is y[o] = sum W[o, c, h, w] x[c, h, w]; flax's attention is
-# q[h, k] = sum_d W[d, h, k] x[d] and y[d] = sum_hk W[h, k, d] z[h, k], heads flattened head first.
+# The destinations of single elements, worked out by hand from each layout's own definition of a layer, and not from the
+# rules. PyTorch's Linear is y[o] = sum_i W[o, i] x[i]. Conv2d is y[o] = sum W[o, c, h, w] x[c, h, w]. flax's attention
+# is
+# q[h, k] = sum_d W[d, h, k] x[d] and y[d] = sum_hk W[h, k, d] z[h, k], with heads flattened head first.
 @pytest.mark.parametrize(
     ("layout", "name", "at", "path", "to"),
     [
@@ -312,7 +313,7 @@ def test_single_elements_land_where_the_layer_says(
 
 
 def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionTransformer]) -> None:
-    """flax's own MultiHeadDotProductAttention, on the tensors as the .npz has them, against our attention."""
+    """Compares flax's MultiHeadDotProductAttention, with the tensors of the .npz, with our attention."""
     from flax import linen
 
     vit = filled(CONFIG)
@@ -330,7 +331,7 @@ def test_npz_attention_computes_what_flax_computes(filled: Callable[..., VisionT
 
 
 def test_names_of_transformers_5() -> None:
-    """As `ViTForImageClassification(...).state_dict()` has them in transformers 5.23.0."""
+    """Uses the names of `ViTForImageClassification(...).state_dict()` in transformers 5.23.0."""
     one_block = ViTConfig(**{**CONFIG.__dict__, "num_hidden_layers": 1})
     assert set(mapping.export(parameters(one_block), one_block, layouts.HF5)) == {
         "classifier.bias",
@@ -358,9 +359,9 @@ def test_names_of_transformers_5() -> None:
     }
 
 
-# Hugging Face's PyTorch name of every tensor of a block and of the rest, and its name in the other layouts, read off a
-# FlaxViT tree, transformers 5.23.0's `state_dict()`, vit_jax/models_vit.py, big_vision/models/vit.py and
-# timm/models/vision_transformer.py. Written out whole, beside the rules, so that one slip has to be made twice.
+# Hugging Face's PyTorch name of every tensor, and its name in the other layouts. They are read off a FlaxViT tree,
+# transformers 5.23.0's `state_dict()`, vit_jax/models_vit.py, big_vision/models/vit.py and
+# timm/models/vision_transformer.py. They are written out beside the rules, so that a slip has to be made twice.
 COLUMNS = ("flax", "hf5", "npz", "big_vision", "timm")
 NAMES = {
     "embeddings.cls_token": (
@@ -458,7 +459,7 @@ NAMES = {
 
 
 def pytorch_to_flax(name: str, tensor: NDArray) -> tuple[str, NDArray]:
-    """A PyTorch tensor's leaf name and value as flax has them: kernels are (in, out) and (height, width, in, out)."""
+    """Returns the leaf name and value in flax of a PyTorch tensor: kernels (in, out), (height, width, in, out)."""
     if "norm" in name:
         return ("scale" if name.endswith("weight") else "bias"), tensor
     if tensor.ndim == 4:
@@ -490,7 +491,7 @@ def test_every_layout_is_hugging_faces_under_other_names(layout: str) -> None:
                 tensor = tensor.reshape(next((s for key, s in apart.items() if full.endswith(key)), (-1, heads, width)))
             if full == "pos_embedding":
                 tensor = tensor[:, 1:]
-            # Query, key and value, in this order, are the rows of timm's one layer.
+            # Query, key and value, in this order, are the rows of one layer in timm.
             expected.setdefault(full if stem == "classifier" else prefix + full, []).append(tensor)
     found = mapping.export(ours, config, LAYOUTS[layout])
     assert found.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Is timm's config.json read as what timm builds from it, and refused where this model is another?"""
+"""Is timm's config.json read as the model that timm builds, and refused if this package's model is another?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vit_ref.verify.cases import CASES
 from vit_ref.weights import checkpoint, layouts, mapping, pretrained, writing
 from vit_ref.weights.timm import from_timm, to_timm
 
-# As timm 1.0.31 writes it for vit_base_patch16_224.
+# timm 1.0.31 writes this for vit_base_patch16_224.
 PRETRAINED = {
     "tag": "augreg2_in21k_ft_in1k",
     "custom_load": False,
@@ -48,8 +48,8 @@ def named(architecture: str, **arguments: Any) -> ViTConfig:
     return from_timm({**CONTENT, "architecture": architecture, "model_args": arguments})
 
 
-# Width, depth, heads, MLP and bias of query, key and value, as timm 1.0.31 builds them; epsilon is 1e-6 and GELU erf in
-# all of them.
+# Width, depth, heads, MLP and bias of query, key and value, as timm 1.0.31 builds them. All have epsilon 1e-6 and erf
+# GELU.
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -207,7 +207,7 @@ WRITABLE = {
 def test_a_config_that_timm_can_have_comes_back(name: str) -> None:
     config = WRITABLE[name]
     again = from_timm(to_timm(config))
-    # gelu_new is gelu_pytorch_tanh by another name, silu and swish are one.
+    # gelu_new is another name of gelu_pytorch_tanh, and silu and swish are one function.
     known = replace(again, hidden_act=config.hidden_act) if config.hidden_act in ("gelu_new", "swish") else again
     assert known == replace(config, attention_probs_dropout_prob=0.0, pooler_output_size=None)
     assert again.hidden_act == {"gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
@@ -228,7 +228,7 @@ def test_a_published_architecture_is_named_and_needs_no_arguments() -> None:
             assert written["pretrained_cfg"]["input_size"] == [3, side, side]
 
 
-def test_a_directory_of_timms_is_loaded_and_its_tensors_are_those_it_came_from(tmp_path: Path) -> None:
+def test_a_timm_directory_is_loaded_with_its_own_tensors(tmp_path: Path) -> None:
     config = replace(CASES["rectangular"].config, layer_norm_eps=1e-6)
     parameters = mapping.port(CASES["rectangular"].checkpoint().tensors, config, layouts.HF)
     writing.write_directory(tmp_path, mapping.export(parameters, config, layouts.TIMM), to_timm(config))
@@ -239,7 +239,7 @@ def test_a_directory_of_timms_is_loaded_and_its_tensors_are_those_it_came_from(t
         assert {name: value.tobytes() for name, value in found.items()} == {
             name: np.ascontiguousarray(value).tobytes() for name, value in parameters.items()
         }
-    # Nothing of timm's is carried into a Hugging Face config.json.
+    # A Hugging Face config.json gets no entry of timm's.
     vit_ref.save_pretrained(model, tmp_path / "hf")
     written = checkpoint.read(tmp_path / "hf").config
     assert written is not None and written["model_type"] == "vit" and "architecture" not in written

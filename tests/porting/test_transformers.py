@@ -1,4 +1,4 @@
-"""Does transformers load what is saved, with no key missing or left over, and compute the same?"""
+"""Does transformers load what this package saves, with no key missing or left over, and compute the same?"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_flaxvit_loads_what_is_saved(
     model = filled(config)
     vit_ref.save_pretrained(model, tmp_path)
     kind = transformers.FlaxViTForImageClassification if config.num_labels else transformers.FlaxViTModel
-    # transformers says what is missing or left over in its log alone.
+    # transformers reports missing and left-over keys only in its log.
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     transformers.logging.set_verbosity_warning()
     with caplog.at_level(logging.WARNING), caplog.filtering(lambda record: "deprecated" not in record.getMessage()):
@@ -46,7 +46,7 @@ def test_flaxvit_loads_what_is_saved(
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = theirs(pixel_values=pixels.transpose(0, 3, 1, 2))
     expected = output.logits if config.num_labels else output.pooler_output
-    # Two float32 implementations: a few dozen units of rounding after thirteen blocks; a misplaced tensor is O(1).
+    # Two float32 implementations: a few dozen units of rounding after thirteen blocks. A misplaced tensor makes O(1).
     np.testing.assert_allclose(model(jnp.asarray(pixels)), expected, rtol=0, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
@@ -71,7 +71,7 @@ def test_pytorch_loads_what_is_saved(name: str, tmp_path: Path, filled: Callable
 
 @pytest.mark.parametrize("name", ["rectangular", "pooler", "no-qkv-bias"])
 def test_the_flax_layout_is_flaxvits_own_tree(name: str) -> None:
-    """As transformers' converter makes it of the PyTorch tensors, every parameter drawn at random."""
+    """Compares with transformers' converter from PyTorch tensors, with every parameter drawn at random."""
     config, tensors = CASES[name].config, CASES[name].checkpoint().tensors
     theirs = flatten_dict(FlaxViTReference(config, tensors).params, sep="/")
     found = mapping.export(mapping.port(tensors, config, layouts.HF), config, layouts.FLAX)
@@ -81,7 +81,7 @@ def test_the_flax_layout_is_flaxvits_own_tree(name: str) -> None:
 
 
 def test_transformers_reads_what_was_saved_last(tmp_path: Path, filled: Callable[..., VisionTransformer]) -> None:
-    """Not the weights of another format that stood in the directory before."""
+    """Saves beside weights of another format, which were in the directory before."""
     from transformers import FlaxViTForImageClassification, ViTConfig
 
     config = CASES["deep"].config

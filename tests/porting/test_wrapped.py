@@ -1,4 +1,4 @@
-"""Are weights found under whatever a training loop writes before their names, and tensors left behind when asked?"""
+"""Are weights found under the prefixes of training loops, and are the tensors left behind that the caller names?"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIG = ViTConfig(
 )
 TENSORS = Case("wrapped", CONFIG).checkpoint().tensors
 PARAMETERS = mapping.port(TENSORS, CONFIG, layouts.HF)
-# Beside the weights, in the two ways of flax's optimizers.
+# State beside the weights, in the two forms of flax's optimizers.
 STATE = {"opt/state/step": np.int32(7), "opt/state/param_states/head/bias/grad_ema": np.zeros(3, "f4")}
 
 
@@ -84,7 +84,7 @@ def test_an_npz_of_a_training_loop_is_read(
 
 
 def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
-    """Its step is a number, which no weight may be."""
+    """Reads a state whose step is a plain number, which no weight may be."""
     weights = traverse_util.unflatten_dict(mapping.export(PARAMETERS, CONFIG, layouts.FLAX), sep="/")
     tree = {"step": 7, "params": weights, "opt_state": {"0": {"count": np.int32(7), "mu": weights}, "1": {}}}
     writing.write_directory(tmp_path, {}, CONFIG.to_hf())
@@ -109,7 +109,7 @@ def test_what_all_have_in_common_and_nothing_else_is_a_prefix(names: list[str], 
     assert (found, len(kept)) == (prefix, weights)
 
 
-def test_a_prefix_that_not_all_names_have_is_named_and_can_be_had_without_the_others(tmp_path: Path) -> None:
+def test_a_prefix_of_most_names_is_named_with_a_way_out(tmp_path: Path) -> None:
     wrapped = {f"model.{name}": value for name, value in TENSORS.items()}
     path = directory(tmp_path / "vit", {**wrapped, "criterion.weight": np.ones(3, "f4")})
     with pytest.raises(MappingError) as caught:
@@ -157,10 +157,10 @@ ALL = [word for name in LEFT_OVER for word in ("--ignore", name)]
 
 @pytest.mark.parametrize("options", [[], ["--stream"]], ids=["whole", "streamed"])
 def test_verify_judges_what_is_not_ignored(options: list[str], leftovers: Path) -> None:
-    judged = ["verify", leftovers, "--forward-only", "--reference", "numpy", *options]
-    code, said = run(*judged, *ALL)
+    verify = ["verify", leftovers, "--forward-only", "--reference", "numpy", *options]
+    code, said = run(*verify, *ALL)
     assert code == 0, said
-    code, said = run(*judged, *ALL[2:])
+    code, said = run(*verify, *ALL[2:])
     assert code == 2 and "1 unexpected" in said and "mask_token" in said
 
 
@@ -194,7 +194,7 @@ def test_predict_leaves_behind_what_is_ignored(leftovers: Path, tmp_path: Path) 
     assert len(json.loads((tmp_path / "a.json").read_text())[0]["predictions"]) == 3
 
 
-def test_a_pattern_to_ignore_that_names_nothing_is_said_to_verify_too(leftovers: Path) -> None:
+def test_verify_also_refuses_a_pattern_that_matches_nothing(leftovers: Path) -> None:
     for options in ([], ["--stream"]):
         code, said = run("verify", leftovers, "--forward-only", *options, *ALL, "--ignore", "nothing.*")
         assert code == 2

@@ -1,4 +1,4 @@
-"""Made pictures, a model that asks for them, and the reference's image processor."""
+"""Generated pictures, a model with preprocessing for them, and the reference's image processor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vit_ref.model.config import ViTConfig
 
 
 def _picture(height: int, width: int, seed: int = 0) -> NDArray:
-    """(height, width, 4) of uint8: ramps, an edge and grain, all channels different, with all of 0 to 255 in it."""
+    """Returns (height, width, 4), uint8: ramps, an edge and grain, with different channels and all of 0 to 255."""
     rng = np.random.default_rng(seed)
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
     smooth = np.stack([x, 1 - y, (x + y > 0.9).astype(float), np.sqrt(x * y)], axis=-1)
@@ -39,17 +39,17 @@ def _by_reference(
 
 @pytest.fixture(scope="session")
 def picture() -> Callable[..., NDArray]:
-    """`picture(height, width, seed=0)`: red, green, blue and alpha."""
+    """`picture(height, width, seed=0)`: an array with red, green, blue and alpha."""
     return _picture
 
 
 @pytest.fixture(scope="session")
 def asks_for() -> Callable[..., ViTConfig]:
-    """`asks_for(preprocessor, image_hw=(10, 14))`: the configuration of a model whose checkpoint has that file."""
+    """`asks_for(preprocessor, image_hw=(10, 14))`: the configuration of a model with that preprocessor file."""
     return _asks_for
 
 
 @pytest.fixture(scope="session")
 def by_reference() -> Callable[..., NDArray]:
-    """`by_reference(images, settings, processor="ViTImageProcessor", **options)`: what it makes of them, as NHWC."""
+    """`by_reference(images, settings, processor="ViTImageProcessor", **options)`: its result, as NHWC."""
     return _by_reference

@@ -1,4 +1,4 @@
-"""Is every image that Pillow reads found in a directory, and is what is left out counted?"""
+"""Is every image that Pillow reads found in a directory, and are the other files counted?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = ("a.gif", "b.JFIF", "c.jpg", "d.png", "e.ppm", "f.tga", "g.webp", "belo
 def fill(directory: Path) -> None:
     (directory / "below").mkdir()
     for name in IMAGES:
-        # Pillow saves by the suffix, in whatever case.
+        # Pillow chooses the format by the suffix, in upper or lower case.
         Image.new("RGB", (4, 4), (200, 0, 0)).save(directory / name)
     for name in ("notes.txt", "photograph.heic", "film.mpg", "rows.h5", "LICENSE", "below/paper.pdf", ".d.png"):
         (directory / name).write_bytes(b"no image")
@@ -68,7 +68,9 @@ def test_a_directory_without_images_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
     with pytest.raises(InputError) as caught:
         photographs.find(tmp_path, 4)
-    assert str(caught.value) == f"{tmp_path}: no image in it, but 1 file (1 .heic): give one with photographs"
+    assert (
+        str(caught.value) == f"{tmp_path}: it holds no image, but 1 file (1 .heic): give a directory with photographs"
+    )
 
 
 def test_without_pillow_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

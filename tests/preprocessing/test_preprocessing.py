@@ -1,4 +1,4 @@
-"""Are images what `ViTImageProcessor` makes of them, to the last bit, and do the two part only where it is said?"""
+"""Are images equal to those of `ViTImageProcessor`, to the last bit, except where the documentation says otherwise?"""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[Callable[[Image.Image], Image.Image], str]] = {
 
 
 def assert_same_bits(found: NDArray, expected: NDArray) -> None:
-    """Equal to the last bit; numpy's == would take -0.0 for 0.0."""
+    """Checks the bits, because numpy's == would take -0.0 for 0.0."""
     assert found.dtype == expected.dtype == np.float32 and found.shape == expected.shape
     wrong = np.ascontiguousarray(found).view(np.uint32) != np.ascontiguousarray(expected).view(np.uint32)
     assert not wrong.any(), f"{wrong.mean():.1%} differ, by at most {np.abs(found - expected).max():.2e}"
@@ -89,7 +89,7 @@ def test_every_step_can_be_left_out(
     settings = {**flags, "size": [10, 14], **IMAGENET}
     expected = by_reference([image], settings)
     assert expected.dtype == (np.float32 if do_rescale or do_normalize else np.uint8)
-    # Whole numbers to 255: float32 holds them as they are.
+    # Whole numbers to 255, which float32 represents exactly.
     assert_same_bits(preprocess([image], asks_for(settings)), expected.astype(np.float32))
 
 
@@ -102,7 +102,7 @@ def test_every_step_can_be_left_out(
         {"size": 19, "resample": 3, "rescale_factor": 1 / 127.5, "image_mean": 1, "image_std": 1.0},
         {"size": 19, "rescale_factor": 2, "do_normalize": False},
         {"size": 19, "image_mean": None, "image_std": [0.1, 0.2, 0.3]},
-        # A feature extractor's file of 2021, and steps that are there but off
+        # The file of a feature extractor of 2021, and steps that are switched off.
         {"do_normalize": True, "do_resize": True, "feature_extractor_type": "ViTFeatureExtractor",
          "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 2, "size": 224},
         {"size": 19, "do_center_crop": False, "crop_size": 8, "do_pad": None},
@@ -126,7 +126,7 @@ def test_the_file_that_the_reference_writes_is_followed(picture: Picture, asks_f
 
 
 DEIT = "DeiTImageProcessor"
-# As facebook/deit-base-patch16-224 has it, smaller.
+# Like the file of facebook/deit-base-patch16-224, but smaller.
 DEIT_OF_OLD = {
     "feature_extractor_type": "DeiTFeatureExtractor",
     **{"do_resize": True, "size": 32, "resample": 3, "do_center_crop": True, "crop_size": 28, "do_normalize": True},
@@ -140,12 +140,12 @@ DEIT_OF_OLD = {
         DEIT_OF_OLD,
         {**DEIT_OF_OLD, "size": 33},
         {**DEIT_OF_OLD, "size": [31, 40], "crop_size": {"height": 20, "width": 13}},
-        # Black around what is smaller than the crop, on one side or on both
+        # An image smaller than the crop gets a black border, on one side or on both.
         {**DEIT_OF_OLD, "size": 17},
         {**DEIT_OF_OLD, "size": [40, 17], "crop_size": [28, 30]},
         {**DEIT_OF_OLD, "do_resize": False, "crop_size": [30, 61]},
         {**DEIT_OF_OLD, "do_rescale": False, "do_normalize": False},
-        # What the file leaves out is as in DeiT's own processor: bicubic, and a crop
+        # Missing values are those of DeiT's own processor: bicubic, and a crop.
         {"image_processor_type": DEIT, "size": 32, "crop_size": 28},
         {"image_processor_type": DEIT, "size": 32, "do_center_crop": None},
     ],
@@ -167,14 +167,14 @@ def test_a_crop_has_the_bits_of_deits_own_processor(
     ],
     ids=str,
 )
-def test_sizes_that_a_cropping_file_leaves_out_follow_from_the_model(
+def test_sizes_missing_from_a_cropping_file_are_the_models(
     settings: dict[str, Any], written_out: dict[str, Any], picture: Picture, asks_for, by_reference
 ) -> None:
     image = Image.fromarray(picture(*SOURCE)).convert("RGB")
     expected = by_reference([image], written_out, DEIT)
     assert expected.shape == (1, 224, 224, 3)
     assert_same_bits(preprocess([image], asks_for(settings, (224, 224))), expected)
-    # Of a model of 28 pixels it is an eighth of all.
+    # For a model of 28 pixels it is an eighth of all.
     small = {name: value // 8 for name, value in written_out.items() if name != "resample"}
     if "size" not in settings:
         expected = by_reference([image], {**written_out, **small}, DEIT)
@@ -195,7 +195,7 @@ def test_a_step_that_is_null_is_left_out_as_by_the_reference(
 
 
 def test_null_is_the_default_in_the_file_of_a_fast_processor(picture: Picture, asks_for, by_reference) -> None:
-    """It needs torchvision. Its defaults are those of the slow one, which reads the same file without the nulls."""
+    """Needs torchvision. The defaults are those of the slow processor, for the same file without the nulls."""
     image = Image.fromarray(picture(*SOURCE)).convert("RGB")
     stated = {"size": {"height": 19, "width": 8}}
     nulls = ("crop_size", "do_center_crop", "do_normalize", "do_pad", "do_rescale", "do_resize", "resample")
@@ -207,7 +207,7 @@ def test_null_is_the_default_in_the_file_of_a_fast_processor(picture: Picture, a
     ("preprocessor", "processor"),
     [(None, "ViTImageProcessor"), ({"resample": 3}, "ViTImageProcessor"), ({"image_processor_type": DEIT}, DEIT)],
 )
-def test_preprocessing_written_out_in_full_is_the_same_to_the_reference(
+def test_explicit_preprocessing_is_the_same_to_the_reference(
     preprocessor: dict[str, Any] | None, processor: str, picture: Picture, asks_for, by_reference
 ) -> None:
     image, config = Image.fromarray(picture(*SOURCE)).convert("RGB"), asks_for(preprocessor, (19, 8))
@@ -238,7 +238,7 @@ def test_another_image_size_keeps_the_part_that_is_cropped(
 def test_without_a_size_images_get_the_models(
     settings: dict[str, Any] | None, picture: Picture, asks_for, by_reference
 ) -> None:
-    """`ViTImageProcessor` would make them 224 by 224, which only a model of that size takes."""
+    """Compares sizes: `ViTImageProcessor` makes 224 by 224, which only a model of that size takes."""
     image = Image.fromarray(picture(*SOURCE)).convert("RGB")
     assert by_reference([image], settings or {}).shape == (1, 224, 224, 3)
     assert_same_bits(preprocess([image], asks_for(settings, (224, 224))), by_reference([image], settings or {}))
@@ -247,7 +247,7 @@ def test_without_a_size_images_get_the_models(
 
 
 def test_a_batch_is_each_image_by_itself_in_order(picture: Picture, asks_for, tmp_path: Path) -> None:
-    """Though the reference judges a whole batch by its first image."""
+    """Mixes modes in a batch, because the reference treats a whole batch like its first image."""
     rgb = Image.fromarray(picture(*SOURCE)).convert("RGB")
     grey = Image.fromarray(picture(20, 9, seed=1)).convert("L")
     grey.save(tmp_path / "grey.png")
@@ -258,7 +258,7 @@ def test_a_batch_is_each_image_by_itself_in_order(picture: Picture, asks_for, tm
     assert_same_bits(together[:1], together[2:3])
 
 
-# EXIF orientation -> how the stored pixels become upright (EXIF 2.32, tag 274: where row 0 and column 0 are)
+# EXIF orientation -> transform to upright pixels (EXIF 2.32, tag 274: the sides of row 0 and column 0)
 UPRIGHT: dict[int, Callable[[NDArray], NDArray]] = {
     1: lambda stored: stored,
     2: np.fliplr,
@@ -273,11 +273,10 @@ UPRIGHT: dict[int, Callable[[NDArray], NDArray]] = {
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_images_are_turned_upright_where_the_reference_ignores_exif(
+def test_images_are_turned_upright_where_reference_ignores_exif(
     orientation: int, suffix: str, picture: Picture, asks_for, by_reference, tmp_path: Path
 ) -> None:
-    """The difference is the turn and nothing else: the reference has our bits for the upright pixels, and we have its
-    bits for the pixels as they are stored."""
+    """Compares two ways: the reference agrees for upright pixels, and we agree with it for the stored pixels."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{suffix}"
@@ -305,7 +304,7 @@ def test_a_tiff_which_pillow_itself_turns_is_turned_once(
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK"])
-def test_what_is_not_rgb_becomes_so_where_the_reference_must_be_told(mode: str, picture: Picture, by_reference) -> None:
+def test_every_image_becomes_rgb_without_the_references_flag(mode: str, picture: Picture, by_reference) -> None:
     image = Image.fromarray(picture(*SOURCE)).convert("RGB" if mode == "P" else "RGBA").convert(mode)
     with pytest.raises(ValueError, match=r"Unable to infer channel dimension|Unsupported number of image dimensions"):
         by_reference([image], {"do_convert_rgb": None})
@@ -319,7 +318,7 @@ def test_alpha_is_dropped_and_not_blended(picture: Picture, asks_for) -> None:
 
 
 def _png_16_bit(path: Path, values: NDArray) -> None:
-    """Pillow writes no 16-bit colour. `values` is (height, width, 3) of uint16."""
+    """Writes a 16-bit colour PNG, which Pillow cannot. `values` is (height, width, 3), uint16."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -331,10 +330,10 @@ def _png_16_bit(path: Path, values: NDArray) -> None:
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("RGB", "png")])
-def test_16_bits_keep_their_high_byte_where_the_reference_saturates(
+def test_16_bits_keep_the_high_byte_where_the_reference_clips(
     mode: str, suffix: str, picture: Picture, asks_for, by_reference, tmp_path: Path
 ) -> None:
-    """The difference is the conversion of 16-bit grey and nothing else: Pillow clips at 255, we shift by eight bits."""
+    """Shows that only the conversion of 16-bit grey differs: Pillow clips at 255, and we shift by eight bits."""
     high, low = picture(*SOURCE)[..., 0].astype(np.uint16), picture(*SOURCE, seed=1)[..., 0]
     values = high << 8 | low
     path = tmp_path / f"deep.{suffix}"
@@ -365,10 +364,10 @@ def test_16_bits_are_turned_upright_too(picture: Picture, asks_for, tmp_path: Pa
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_few_rows_are_an_image_where_the_reference_takes_them_for_channels(
+def test_few_rows_are_an_image_where_the_reference_sees_channels(
     rows: int, picture: Picture, asks_for, by_reference
 ) -> None:
-    """The difference is that guess and nothing else: told where the channels are, it has our bits."""
+    """Shows that only that guess differs: with the place of the channels given, the reference agrees."""
     image = Image.fromarray(picture(rows, 53)).convert("RGB")
     ours = preprocess([image], asks_for({}))
     assert_same_bits(ours, by_reference([image], {"size": [10, 14]}, input_data_format="channels_last"))

@@ -1,4 +1,4 @@
-"""Does what cannot be preprocessed end in one clear line, whatever is wrong with it?"""
+"""Does an image that cannot be preprocessed end in one clear line, whatever is wrong with it?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Picture = Callable[..., NDArray]
 
 
 def refusal(call: Callable[[], object], error: type[Exception] = InputError) -> str:
-    """The message of the refusal, which has to be one line."""
+    """Returns the message of the error, which has to be one line."""
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
@@ -39,7 +39,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def _bomb(bmp: bytes) -> bytes:
-    """The header says 60,000 by 60,000 pixels."""
+    """Makes a file whose header says 60,000 by 60,000 pixels."""
     return bmp[:18] + (60_000).to_bytes(4, "little") * 2 + bmp[26:]
 
 
@@ -50,7 +50,7 @@ def _bomb(bmp: bytes) -> bytes:
         ("PNG", lambda raw: b"no image", "cannot identify image file"),
         ("PNG", lambda raw: raw[: len(raw) // 2], "truncated"),
         ("JPEG", lambda raw: raw[: len(raw) // 2], "truncated"),
-        # The length of the image data, which leaves Pillow as a SyntaxError
+        # The length of the image data. Pillow raises a SyntaxError for it.
         ("PNG", lambda raw: raw.replace(b"IDAT", b"ID\0T"), ""),
         ("BMP", _bomb, "3600000000 pixels"),
     ],
@@ -66,7 +66,7 @@ def test_damaged_files_are_named_with_the_reason(
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
 def test_no_damage_ends_in_another_error(kind: str, picture: Picture, asks_for, tmp_path: Path) -> None:
-    """Pillow's decoders let out OSError, SyntaxError, ValueError, TypeError, struct.error and more."""
+    """Damages files. Pillow's decoders then raise OSError, SyntaxError, ValueError, TypeError and others."""
     rng, config = np.random.default_rng(0), asks_for({})
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -161,9 +161,9 @@ def test_settings_that_mean_nothing_are_refused(
 ) -> None:
     image, settings = Image.new("RGB", (5, 4)), {"size": 8, name: value}
     message = refusal(lambda: preprocess([image], asks_for(settings)), ConfigError)
-    # Of filters a newer Pillow knows more.
+    # A newer Pillow has more filters.
     assert re.match(re.escape(f"preprocessor_config.json: {name} is {value!r}: {advice}") + r"(, \d \w+)*$", message)
-    if reference_too is None:  # it takes gigabytes, or makes what is not finite
+    if reference_too is None:  # the reference takes gigabytes, or returns values that are not finite
         return
     if reference_too:
         with pytest.raises((ValueError, TypeError, IndexError, KeyError)):
@@ -191,15 +191,14 @@ def test_a_model_of_other_channels_is_refused(asks_for, tmp_path: Path) -> None:
     message = refusal(lambda: preprocess([Image.new("L", (5, 4))], config))
     assert message == "the model takes 1 channels, and RGB images have 3: give a model of colour images"
     message = refusal(lambda: photographs.load([tmp_path / "any.png"], config))
-    assert message == "photographs have 3 channels, the model takes 1: leave --images away"
+    assert message == "photographs have 3 channels, but the model takes 1: omit --images"
 
 
 def test_photographs_that_do_not_fit_the_model_are_refused(asks_for, tmp_path: Path) -> None:
     Image.new("RGB", (5, 4)).save(tmp_path / "small.png")
     message = refusal(lambda: photographs.load([tmp_path / "small.png"], asks_for({"size": 8}, (8, 9))))
     assert message == (
-        "photographs come out of the checkpoint's preprocessing with [8, 8] pixels, the model takes [8, 9]:"
-        " leave --images away"
+        "the checkpoint's preprocessing gives photographs of [8, 8] pixels, but the model takes [8, 9]: omit --images"
     )
 
 

@@ -16,7 +16,7 @@ from vit_ref.errors import ConfigError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.skeleton import list_parameters
 
-# "\u00b2", a raised two, is a digit and yet no number.
+# "\u00b2", a superscript two, is a digit and not a number.
 names_of_no_variant = st.one_of(
     st.sampled_from(("", "B", "B/", "/16", "b/16", "B/-1", "B/1.5", "B/\u00b2", "B/16/", "ViT-B/16")),
     st.text(max_size=4),
@@ -26,7 +26,7 @@ names_of_no_variant = st.one_of(
 @pytest.mark.parametrize("fault", INVALID)
 @times(4)
 @given(data=st.data())
-def test_an_invalid_configuration_is_refused_with_its_exact_reason(fault: str, data: st.DataObject) -> None:
+def test_an_invalid_configuration_is_refused_with_its_reason(fault: str, data: st.DataObject) -> None:
     fields, message = data.draw(INVALID[fault], label="ViTConfig(**fields), message")
     with pytest.raises(ConfigError) as caught:
         ViTConfig(**fields)
@@ -52,7 +52,7 @@ def test_a_configuration_is_printed_as_the_code_that_makes_it(config: ViTConfig)
 @given(config=configs())
 def test_a_configuration_survives_its_config_json(config: ViTConfig) -> None:
     again = ViTConfig.from_hf(json.loads(json.dumps(config.to_hf())))
-    # Hugging Face's config does not say whether there is a pooler; the checkpoint's tensors do.
+    # Hugging Face's config does not say whether there is a pooler. The tensors of the checkpoint do.
     assert dataclasses.replace(again, pooler=config.pooler) == config
 
 
@@ -62,7 +62,7 @@ def test_the_number_of_parameters_has_a_closed_form(config: ViTConfig) -> None:
     width, hidden = config.hidden_size, config.intermediate_size
     (image_height, image_width), (height, breadth) = config.image_hw, config.patch_hw
     tokens = image_height * image_width // (height * breadth) + 1
-    # A dense layer from m to n has (m + 1) n parameters, a LayerNorm 2 D; the cls token is one more row of D.
+    # A dense layer from m to n has (m + 1) n parameters, and a LayerNorm 2 D. The cls token is one more row of D.
     patch = (height * breadth * config.num_channels + 1) * width
     attention = 3 * (width + config.qkv_bias) * width + (width + 1) * width
     mlp = (width + 1) * hidden + (hidden + 1) * width

@@ -1,4 +1,4 @@
-"""Does a run show the sites, shapes and dtypes that `sites` foretells without running?"""
+"""Does a run show the sites, shapes and dtypes that `sites` predicts without running anything?"""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ grids = st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 
 class Shown(NamedTuple):
-    """What a forward pass shows: its sites in order, each with its dtype, and its output."""
+    """The sites of a forward pass in order, each with its dtype, and its output."""
 
     sites: list[tuple[Site, np.dtype]]
     output: tuple[tuple[int, ...], np.dtype]
 
 
 def image_of(config: ViTConfig, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of an image of `grid` patches, by default the native size."""
+    """Returns (height, width) of an image of `grid` patches, by default the native size."""
     rows, columns = grid or config.grid()
     return rows * config.patch_hw[0], columns * config.patch_hw[1]
 

@@ -1,6 +1,6 @@
-"""Do right ports pass, whatever the configuration, the weights and the images?
+"""Do right candidates pass, whatever the configuration, the weights and the images?
 
-A thousand of them, and 300 of a port in PyTorch:
+To run a thousand of them, and 300 of a candidate in PyTorch:
 pytest tests/properties/test_no_false_alarm.py --hypothesis-profile thousand
 """
 
@@ -26,14 +26,14 @@ from vit_ref.verify.session import Session, prepare_candidate
 from vit_ref.weights import checkpoint, writing
 from vit_ref.weights.checkpoint import Checkpoint
 
-# Rounding is judged as users see it.
+# These tests compile what users run.
 pytestmark = pytest.mark.optimised
 
 PORT = Path(__file__).parents[1] / "candidates" / "worked" / "torch_timm.py"
-# Every example compiles four functions of its own, which a thousand of them need not keep.
+# Every example compiles four functions of its own, which need not be kept for a thousand examples.
 _CHECKED = itertools.count(1)
-# In an MLP of one or two units all of a site may lie in GELU's far tail, where 1 + tanh cancels: 5e-11 was seen in
-# float64. Two tokens of so few channels are no port's size.
+# In an MLP of one or two units, a whole site may lie in GELU's far tail, where 1 + tanh cancels in float64. No real
+# candidate has two tokens of so few channels.
 plausible = configs(min_width=5).filter(lambda config: config.intermediate_size >= 7)
 
 
@@ -47,7 +47,7 @@ def test_a_right_port_passes_both_gates(config: ViTConfig, batch: int, seed: int
 
 @pytest.mark.parametrize("bias", [-3.5, -5.0, -9.0])
 def test_a_layer_far_in_the_tail_of_gelu_passes_too(bias: float) -> None:
-    """All units of a layer below zero, dead ones but for a trace: relative accuracy is all that its values have."""
+    """Puts all units of a layer far below zero, where values have relative accuracy only."""
     case = CASES["rectangular"]
     source = case.checkpoint()
     layer = "vit.encoder.layer.0.intermediate.dense"
@@ -58,9 +58,10 @@ def test_a_layer_far_in_the_tail_of_gelu_passes_too(bias: float) -> None:
 
 @st.composite
 def of_the_port(draw: st.DrawFn) -> ViTConfig:
-    """What the port in PyTorch can be, and FlaxViT too, which takes square patches in a square number.
+    """Limits configurations to those of the candidate in PyTorch and of FlaxViT, whose patches and grid are square.
 
-    At least five tokens of eight channels: two right gradients of fewer elements differ by more than any gate.
+    There are at least five tokens of eight channels, because right gradients of fewer elements may differ by more than
+    any gate.
     """
     side, patch = draw(st.integers(2, 4)), draw(st.sampled_from((2, 3, 5)))
     config = draw(configs(min_width=8).filter(lambda config: config.intermediate_size >= 7))
@@ -76,11 +77,12 @@ def of_the_port(draw: st.DrawFn) -> ViTConfig:
     batch=st.integers(2, 5),
     seed=seeds,
     attention=st.sampled_from(("fused", "candidate")),
-    # How far queries and keys of the first head's first channel are drawn apart: all tokens then attend to one, with
-    # scores of up to some hundred. Trained checkpoints have such heads, and there fused attention rounds most. A head
-    # like that has nearly no gradient, so it has to have others beside it.
+    # The distance of queries and keys in the first channel of the first head. All tokens then attend to one, with
+    # scores
+    # of up to some hundred. Trained checkpoints have such heads, and fused attention rounds most there. Such a head has
+    # nearly no gradient, so the model needs other heads beside it.
     sink=st.sampled_from((0, 5, 10)),
-    # FlaxViT takes four times as long to compile as the rest takes.
+    # To compile FlaxViT takes longer than all the rest.
     reference=st.sampled_from(("torch", "torch", "flax")),
 )
 def test_a_right_port_in_pytorch_passes_forward_and_backward(

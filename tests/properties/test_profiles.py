@@ -1,4 +1,4 @@
-"""Does a property that fails say how to make it fail again?"""
+"""Does a failing property print how to make it fail again?"""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_a_failing_example_is_printed_as_code_to_paste(profile: str) -> None:
 
 @profiles
 def test_draws_differ_from_run_to_run_and_may_take_their_time(profile: str) -> None:
-    """In CI too, where hypothesis of its own accord fixes the draws."""
+    """Runs as in CI, where hypothesis would otherwise fix the draws."""
     found = settings.get_profile(profile)
     assert (found.derandomize, found.deadline) == (False, None)

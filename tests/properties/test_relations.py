@@ -1,6 +1,6 @@
-"""Do the relations hold that hold for every ViT, whatever its weights: between images, patches, heads and positions?
+"""Do the relations between images, patches, heads and positions hold that hold for every ViT, whatever its weights?
 
-All in float64, where a relation that does not hold is off by ten orders of magnitude more than one that does.
+All tests are in float64, where a broken relation is off by ten orders of magnitude more than an intact one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from vit_ref.verify.cases import synthetic_images
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error
 
-# Relative RMS error allowed at a site, in units of float64 rounding. Two runs that sum in another order were at most 5
-# apart in 200 draws. A LayerNorm multiplies that by its token's rms over its deviation, which at widths of five and
-# more exceeds 200 once in 10^9 tokens. A relation that does not hold is off by 10^12.
+# Largest relative RMS error at a site, in units of float64 rounding. Two runs that sum in another order differ by a
+# few.
+# A LayerNorm multiplies that by its token's rms over its deviation, which exceeds 200 once in 10^9 tokens of at least
+# five channels. A broken relation is off by 10^12.
 ROUNDINGS = 2**10
 
 wide_configs = configs(min_width=5)
@@ -34,18 +35,18 @@ Traced = Callable[..., Trace]
 
 
 def diverging(found: Trace, expected: Trace) -> dict[str, float]:
-    """The sites at which two traces are further apart than rounding, with how many units they are."""
+    """Returns the sites at which two traces differ by more than rounding, with the difference in units."""
     units = {site: error(value, expected[site]).rms / np.finfo(np.float64).eps for site, value in found.items()}
     return {site: off for site, off in units.items() if not off <= ROUNDINGS}
 
 
 def at(trace: Trace, images: NDArray | slice | int) -> Trace:
-    """The trace of some of the images."""
+    """Returns the trace of some of the images."""
     return {site: value[images] for site, value in trace.items()}
 
 
 def rearranged(images: NDArray, config: ViTConfig, order: NDArray) -> NDArray:
-    """The images with patch `order[k]` moved to place `k`; patches are counted row by row."""
+    """Returns the images with patch `order[k]` at position `k`. Patches are counted row by row."""
     (rows, columns), (height, width) = config.grid(), config.patch_hw
     cut = images.reshape(-1, rows, height, columns, width, config.num_channels).swapaxes(2, 3)
     moved = cut.reshape(-1, rows * columns, height, width, config.num_channels)[:, order]
@@ -58,7 +59,7 @@ def test_an_image_does_not_depend_on_its_neighbours(
 ) -> None:
     parameters, images = weights(config, seed), synthetic_images(config, batch, seed)
     kept %= batch
-    # A hundred times as bright, so that a statistic taken over the batch would be theirs.
+    # A hundred times as bright, so that a statistic over the batch would change all images.
     others = 100 * synthetic_images(config, batch, seed + 1)
     others[kept] = images[kept]
     alone, beside = traced(config, parameters, images), traced(config, parameters, others)
@@ -77,7 +78,7 @@ def test_permuting_a_batch_permutes_everything(traced: Traced, config: ViTConfig
 def test_a_batch_in_parts_equals_the_whole(traced: Traced, config: ViTConfig, parts: int, size: int, seed: int) -> None:
     parameters, images = weights(config, seed), synthetic_images(config, parts * size, seed)
     whole = traced(config, parameters, images)
-    # Equal parts, because every size compiles anew.
+    # Equal parts, because every size is compiled anew.
     traces = [traced(config, parameters, part) for part in np.split(images, parts)]
     joined = {site: np.concatenate([trace[site] for trace in traces]) for site in whole}
     assert not diverging(joined, whole)
@@ -96,7 +97,7 @@ def test_patches_moved_with_their_positions_leave_the_logits(
     end = sites(config, batch)[-1].name
     expected = {**straight, "norm": straight["norm"][:, tokens]}
     assert not diverging({site: together[site] for site in ("norm", end)}, expected)
-    # Moved without them they are another image: positions take part.
+    # Moved without their positions, the patches make another image.
     assert diverging({"norm": traced(config, parameters, moved)["norm"]}, expected)
 
 
@@ -117,13 +118,13 @@ def test_a_head_whose_output_rows_are_zero_is_no_head(
     site = f"block.{block}.attn.out"
     expected = attention_without(head, trace[f"block.{block}.norm1"], weights(config, seed), attn, config)
     assert not diverging({site: trace[site]}, {site: expected})
-    # And whatever comes after sees no other trace of it than a head that says nothing leaves.
+    # All later values are those of a head whose own values are zero.
     names = list(trace)
     assert not diverging({site: trace[site] for site in names[names.index(site) :]}, muted)
 
 
 def attention_without(head: int, x: NDArray, parameters: dict[str, NDArray], attn: str, config: ViTConfig) -> NDArray:
-    """Vaswani et al. (2017), section 3.2.2, over all heads but one, whose parameters are gone."""
+    """Computes Vaswani et al. (2017), section 3.2.2, over all heads but one, whose parameters are removed."""
     out = parameters[f"{attn}.out.bias"].astype(np.float64)
     for other in set(range(config.num_attention_heads)) - {head}:
         theirs = slice(other * config.head_dim, (other + 1) * config.head_dim)
@@ -139,7 +140,7 @@ def attention_without(head: int, x: NDArray, parameters: dict[str, NDArray], att
 
 @given(config=configs())
 def test_at_the_native_size_positions_are_not_resized(config: ViTConfig) -> None:
-    """The compiler gets the very same program whether or not other sizes are allowed."""
+    """Compares programs: the compiler gets the same one whether other sizes are allowed or not."""
     graph, state = nnx.split(nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0))))
     pixels = jax.ShapeDtypeStruct((1, *config.image_hw, config.num_channels), np.float32)
 

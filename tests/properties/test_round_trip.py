@@ -23,7 +23,7 @@ def test_port_export_port_is_the_identity(layout: str, config: ViTConfig, dtype:
     config = within(LAYOUTS[layout], config)
     parameters = with_room(LAYOUTS[layout], random_bits(config, dtype, seed))
     source = mapping.export(parameters, config, LAYOUTS[layout])
-    # By the names alone the layout is known again.
+    # The names alone tell the layout again.
     ported = mapping.port(source, config, mapping.detect(source))
     assert {path: (value.dtype, value.shape, value.tobytes()) for path, value in ported.items()} == {
         path: (value.dtype, value.shape, value.tobytes()) for path, value in parameters.items()

@@ -1,4 +1,4 @@
-"""Do the references agree with one another, and would it be seen if PyTorch's were observed wrongly?"""
+"""Do the references agree with each other, and would a wrong observation of PyTorch's be noticed?"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vit_ref.verify.session import Session
 pytestmark = pytest.mark.torch
 
 SMALL = [name for name in CASES if name != "vit-b16"]
-# FlaxViT knows square patches only.
+# FlaxViT accepts square patches only.
 PAIRS = [
     pytest.param(name, pair, id=f"{name}-{'-'.join(pair)}", marks=pytest.mark.xdist_group(f"references {name}"))
     for name in SMALL
@@ -41,7 +41,7 @@ PAIRS = [
 
 
 def needs(*references: str) -> None:
-    """Skips where one is not installed: transformers 5 has no FlaxViT, and PyTorch is an extra."""
+    """Skips if one is not installed: transformers 5 has no FlaxViT, and PyTorch is an extra."""
     for reference in references:
         try:
             require(reference)
@@ -57,7 +57,7 @@ def trace(reference: str, name: str, dtype: DTypeLike = np.float64) -> Trace:
 
 
 def apart(found: Trace, truth: Trace) -> list[str]:
-    """The sites at which two traces differ, in the order of the forward pass."""
+    """Returns the sites at which two traces differ, in the order of the forward pass."""
     assert found.keys() == truth.keys()
     return [site for site in truth if not error(found[site], truth[site]).passes_semantic_gate]
 
@@ -87,11 +87,11 @@ def test_pytorch_passes_the_numerical_gate_as_a_candidate_would(name: str, dtype
 
 
 class TorchAsPort(TorchViTReference):
-    # Every site, as the judge shows them.
+    # Every site that the reference shows.
     claims = None
 
 
-# Every kind of output once, every precision once: FlaxViT's backward pass compiles for seconds.
+# Every kind of output once and every precision once, because FlaxViT's backward pass takes seconds to compile.
 @pytest.mark.parametrize(
     ("name", "dtype"), [("rectangular", np.float32), ("pooler", ml_dtypes.bfloat16), ("headless", np.float16)]
 )
@@ -103,7 +103,7 @@ def test_pytorchs_gradients_are_flaxvits(name: str, dtype: type) -> None:
     assert report.passed, f"{headline(report)}\n\n{table(report)}"
 
 
-def test_pytorch_judges_the_gradients_of_rectangular_patches() -> None:
+def test_pytorch_has_gradients_of_rectangular_patches() -> None:
     needs("torch")
     case, source = CASES["rectangular-patch"], CASES["rectangular-patch"].checkpoint()
     candidate = OwnCandidate(case.config, source)
@@ -115,14 +115,14 @@ def test_pytorch_judges_the_gradients_of_rectangular_patches() -> None:
 
 
 @pytest.mark.parametrize("site", [site for site, _ in BLOCK_SITES])
-def test_a_site_seen_in_the_wrong_place_is_found(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_seen_in_a_wrong_place_is_refused(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
     shapes = dict(BLOCK_SITES)
     other = next((mate for mate in shapes if shapes[mate] == shapes[site] and mate != site), None)
     for blocks in torch_vit._BLOCKS.values():
         if other:
             wrong = blocks[other]
-        else:  # only the probabilities have their shape
+        else:  # only the probabilities have this shape
             wrong = torch_vit._Seen(blocks[site].module, lambda arguments, returned: returned[1].transpose(2, 3))
         monkeypatch.setitem(blocks, site, wrong)
     case = CASES["rectangular"]
@@ -130,7 +130,7 @@ def test_a_site_seen_in_the_wrong_place_is_found(site: str, monkeypatch: pytest.
     assert apart(found, trace("numpy", "rectangular")) == [f"block.{i}.{site}" for i in range(2)]
 
 
-def test_a_value_that_the_model_does_not_go_on_with_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_the_model_does_not_use_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
     for blocks in torch_vit._BLOCKS.values():
         copy = torch_vit._Seen(blocks["attn.query"].module, lambda arguments, returned: returned.clone())
@@ -141,7 +141,7 @@ def test_a_value_that_the_model_does_not_go_on_with_has_no_gradient(monkeypatch:
         differentiate(objectives_for((case.batch, case.config.num_labels))[0])
 
 
-def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_softmax_rounded_to_float32_behind_its_dtype_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
     monkeypatch.setattr(torch_vit, "_softmax_in_float64", contextlib.nullcontext)
     case = CASES["rectangular"]
@@ -151,15 +151,17 @@ def test_a_softmax_rounded_to_float32_is_found_behind_its_dtype(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("ask", ["trace", "gradients"])
-def test_pytorch_judges_no_products_that_a_device_rounds(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_torch_reference_refuses_rounded_products(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("torch")
     monkeypatch.setattr(torch_vit, "products", lambda: "tensorfloat32")
     case = CASES["rectangular"]
     run = getattr(TorchViTReference(case.config, case.checkpoint().tensors), ask)
     run(case.images(), FLOAT64)
-    with pytest.raises(InputError, match="whole float32 products, and this device tensorfloat32 ones") as caught:
+    with pytest.raises(
+        InputError, match="unrounded float32 products, but this device rounds to tensorfloat32"
+    ) as caught:
         run(case.images(), precision_of(np.float32))
-    # Which a suite would skip.
+    # It must not be an error that a suite would skip.
     assert not isinstance(caught.value, UnsupportedByReferenceError)
 
 
@@ -176,7 +178,7 @@ def test_tensors_that_pytorch_does_not_take_are_named(kind: str) -> None:
     else:
         name = "vit.layernorm.gain"
         tensors[name] = np.ones(3)
-    with pytest.raises(InputError, match=rf"not those of PyTorch's ViT: {kind} .*{name}"):
+    with pytest.raises(InputError, match=rf"do not fit PyTorch's ViT: {kind} .*{name}"):
         TorchViTReference(case.config, tensors)
 
 
@@ -184,13 +186,13 @@ def test_a_vit_of_unknown_structure_is_refused(monkeypatch: pytest.MonkeyPatch) 
     needs("torch")
     monkeypatch.setattr(torch_vit, "_BLOCKS", {"transformer.blocks": torch_vit._BLOCKS["layers"]})
     case = CASES["rectangular"]
-    with pytest.raises(ReferenceUnavailableError, match="ViT of unknown structure"):
+    with pytest.raises(ReferenceUnavailableError, match="has an unknown structure"):
         TorchViTReference(case.config, case.checkpoint().tensors).trace(case.images(), FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["flax", "torch"])
-def test_a_reference_with_fused_attention_has_its_own_gradients_in_float64(name: str) -> None:
-    """Else the error of a wrong formula would be what a candidate is allowed."""
+def test_a_fused_reference_has_the_same_float64_gradients(name: str) -> None:
+    """Otherwise the candidate would be allowed the error of a wrong formula."""
     needs(name)
     case = CASES["rectangular"]
     judge = reference_for(case.config, case.checkpoint().tensors, name)

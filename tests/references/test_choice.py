@@ -1,4 +1,4 @@
-"""Does the option `--reference` get the reference that it names, or say why not?"""
+"""Does the option `--reference` select the reference that it names, or say why it cannot?"""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.session import Session
 
 
-def test_numpy_judges_forward() -> None:
+def test_numpy_is_a_forward_reference() -> None:
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
     candidate = OwnCandidate(case.config, source)
     report = Session(case.config, source, case.images(), candidate, reference="numpy", title="chosen").forward()
     assert report.passed and report.reference == "NumPy"
-    # It sums in another order than jax.
+    # NumPy sums in another order than jax.
     assert all(result.gate > 4 * result.reference_error for result in report.results)
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("float32", 2.0**-24), ("tensorfloat32", 2.0**-11), ("bfloat16", 2.0**-8)])
 def test_numpy_rounds_every_product_as_the_device_does(kind: str, unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that was asked for TF32: whole products would leave a right port no room."""
+    """A GPU uses TF32. With unrounded products the gate would leave a right candidate no room."""
     case, tensors = CASES["rectangular"], CASES["rectangular"].checkpoint().tensors
     judge, pixels, rounded = NumpyReference(case.config, tensors), case.images(), []
     truth = NumpyOracle(case.config, tensors).trace(pixels)
     round_operand = choice._OPERANDS[kind]
     monkeypatch.setattr(choice, "products", lambda: kind)
     monkeypatch.setitem(choice._OPERANDS, kind, lambda x: (rounded.append(x), round_operand(x))[1])
-    # A product's relative error is that of its operands, a unit of rounding at most and some tenths on average.
+    # The relative error of a product is that of its operands: at most a unit of rounding, and some tenths on average.
     assert 0.1 * unit < error(judge.trace(pixels, precision_of(np.float32))["patches"], truth["patches"]).rms < 2 * unit
-    # Of the patches, six layers, scores and context of each block, and of the head.
+    # Products of the patches, of six layers, scores and context in each block, and of the head.
     assert len(rounded) == 2 * (1 + 8 * case.config.num_hidden_layers + 1)
     for site, value in judge.trace(pixels, FLOAT64).items():
         np.testing.assert_array_equal(value, truth[site])
@@ -57,17 +57,16 @@ def test_numpy_rounds_every_product_as_the_device_does(kind: str, unit: float, m
         (
             "rectangular",
             "numpy",
-            "^NumPy judges no gradients: the reference torch does, of whole models, and flax of what it can express$",
+            "^the NumPy oracle has no gradients: use the reference flax, or torch for whole models$",
         ),
         (
             "rectangular-patch",
             "flax",
-            "^FlaxViT takes square patches .*, and NumPy judges no gradients: the reference torch does, "
-            "of whole models$",
+            "^FlaxViT needs square patches .*, and the NumPy oracle has no gradients: for .* torch$",
         ),
     ],
 )
-def test_numpy_judges_no_gradients(name: str, reference: str, message: str) -> None:
+def test_numpy_has_no_gradients(name: str, reference: str, message: str) -> None:
     case, source = CASES[name], CASES[name].checkpoint()
     try:
         require(reference)
@@ -84,7 +83,7 @@ def test_an_unknown_reference_is_refused() -> None:
         reference_for(case.config, case.checkpoint().tensors, "nobody")
 
 
-def test_who_asks_for_a_reference_that_is_not_installed_is_told_what_to_install() -> None:
+def test_a_missing_reference_names_the_package_to_install() -> None:
     missing = {}
     for name in REFERENCES:
         try:
@@ -102,18 +101,22 @@ def test_who_asks_for_a_reference_that_is_not_installed_is_told_what_to_install(
 @pytest.mark.parametrize(
     ("reference", "installed", "message"),
     [
-        ("flax", {"transformers": "5.1.0"}, "transformers 5.1.0 has no FlaxViT, 4.x has: .*'transformers>=4.50,<5'"),
+        (
+            "flax",
+            {"transformers": "5.1.0"},
+            "5.1.0 has no FlaxViT, but 4.x has it: .*'transformers>=4.50,<5'",
+        ),
         ("flax", {}, "FlaxViT needs transformers, which is not installed: .*'transformers>=4.50,<5'"),
         ("torch", {}, "needs torch, which is not installed: .*'torch>=2.4'"),
         ("torch", {"torch": "2.13.0+cpu"}, "needs transformers, which is not installed: .*'transformers>=4.57'"),
-        ("torch", {"torch": "2.13.0", "transformers": "4.50.3"}, "transformers 4.57 on, found 4.50.3: .*>=4.57'"),
-        ("torch", {"torch": "1.13.1", "transformers": "5.23.0"}, "torch 2.4 on, found 1.13.1: .*'torch>=2.4'"),
+        ("torch", {"torch": "2.13.0", "transformers": "4.50.3"}, "transformers 4.57 or later, found 4.50.3: .*>=4.57'"),
+        ("torch", {"torch": "1.13.1", "transformers": "5.23.0"}, "torch 2.4 or later, found 1.13.1: .*'torch>=2.4'"),
         ("torch", {"torch": "2.13.0+cpu", "transformers": "5.0.0rc1"}, None),
         ("flax", {"transformers": "4.57.6"}, None),
         ("numpy", {}, None),
     ],
 )
-def test_a_reference_that_is_asked_for_and_not_there_is_one_line_and_exit_code_2(
+def test_a_missing_reference_is_one_line_and_exit_code_2(
     reference: str, installed: Mapping[str, str], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(package: str) -> str:

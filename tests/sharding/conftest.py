@@ -1,4 +1,4 @@
-"""What eight simulated devices did: measured once, by one program of its own."""
+"""Results of eight simulated devices, measured once by a program of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start(directory: Path) -> Callable[..., subprocess.Popen]:
-    """`start(devices, program, *arguments)` runs a module of this folder with so many simulated devices."""
+    """`start(devices, program, *arguments)` runs a module of this folder with that many simulated devices."""
 
     def start(devices: int, program: str, *arguments: Any) -> subprocess.Popen:
         quick = os.environ["VIT_REF_QUICK_XLA_FLAGS"]
@@ -38,7 +38,7 @@ def start(directory: Path) -> Callable[..., subprocess.Popen]:
 
 @pytest.fixture(scope="session")
 def out(start: Callable[..., subprocess.Popen], directory: Path) -> Path:
-    """Where `measure.py` wrote what it saw."""
+    """The directory to which `measure.py` wrote its results."""
     out = directory.parent / "measured"
     out.mkdir()
     process = start(8, "measure", out)
@@ -49,5 +49,5 @@ def out(start: Callable[..., subprocess.Popen], directory: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def measured(out: Path) -> dict[str, Any]:
-    """What it saw."""
+    """The results of `measure.py`."""
     return json.loads((out / "measured.json").read_text(encoding="utf-8"))

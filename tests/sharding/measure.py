@@ -1,6 +1,6 @@
-"""On eight simulated devices: loads, runs, differentiates and saves a model in every way, and writes down what it saw.
+"""On eight simulated devices, loads, runs, differentiates and saves a model in every way, and writes its results.
 
-A program of its own, because the number of devices is settled when jax starts:
+It is a program of its own, because the number of devices is settled when jax starts:
 `python -m tests.sharding.measure CHECKPOINT DIRECTORY`.
 """
 
@@ -45,7 +45,7 @@ from vit_ref.weights.pretrained import get_arrays
 
 
 class OneDevice(OwnCandidate):
-    """The model on one device, which judges the others; it is asked once."""
+    """The model on one device as the reference of the others. It is computed once."""
 
     name = "one device"
     foreign = False
@@ -66,7 +66,7 @@ class OneDevice(OwnCandidate):
             differentiate = super().gradients(pixels, precision)
 
             def remembered(objective: Objective) -> Gradients:
-                # No two objectives have the same brightness.
+                # Each objective gets another brightness.
                 if objective.brightness not in found:
                     found[objective.brightness] = differentiate(objective)
                 return found[objective.brightness]
@@ -76,7 +76,7 @@ class OneDevice(OwnCandidate):
 
 
 class Sharded(OwnCandidate):
-    """The model as it was loaded onto a mesh, the batch divided over the axis "data"."""
+    """The model on a mesh, with the batch divided over the axis "data"."""
 
     name = "sharded"
 
@@ -86,7 +86,7 @@ class Sharded(OwnCandidate):
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         graph, _ = skeleton(CASE.config, dtype)
-        # As differentiation has them.
+        # In the form that differentiation gives them.
         state = jax.tree.map(lambda x: jnp.asarray(x, np.promote_types(dtype, np.float32)), self._state)
         before, after = get_arrays(self._state), get_arrays(state)
         moved = [
@@ -103,7 +103,7 @@ class Sharded(OwnCandidate):
 
 
 class Watched(tensor_files.LazyTensors):
-    """Tensors that are counted as they are read, and what the devices hold meanwhile."""
+    """Tensors that count their reads, and record what the devices hold meanwhile."""
 
     def __init__(self, *files: Path):
         super().__init__(*files)
@@ -122,10 +122,10 @@ class Watched(tensor_files.LazyTensors):
 
 
 def held() -> Counter[int]:
-    """Bytes of all arrays that live, by device."""
+    """Returns the bytes of all live arrays, by device."""
     found = Counter[int]()
     for array in jax.live_arrays():
-        # Asked for its shards an array would make arrays of them, which would be counted, too.
+        # To read the shards of an array would make arrays, which would be counted, too.
         part = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for device in array.sharding.addressable_devices:
             found[device.id] += part
@@ -133,7 +133,7 @@ def held() -> Counter[int]:
 
 
 def loaded(directory: Path, mesh: Mesh, way: Way) -> tuple[vit_ref.VisionTransformer, dict[str, Any]]:
-    """The model on its mesh, and what was asked of the host and held by the devices while it was loaded."""
+    """Loads the model onto its mesh, and returns it with the host's reads and the devices' memory meanwhile."""
     gc.collect()
     before, peak, placed = held(), Counter[int](), []
     make = jax.make_array_from_callback
@@ -175,13 +175,13 @@ def loaded(directory: Path, mesh: Mesh, way: Way) -> tuple[vit_ref.VisionTransfo
 
 
 def observed(report: ParityReport) -> dict[str, Any]:
-    """A report's numbers, by site or gradient: both errors in float64, the error in float32, and its gate."""
+    """Returns the numbers of a report by site or gradient: both errors in float64, the error in float32, its gate."""
     sites = {each.site: [each.exact.rms, each.exact.max, each.rounding, each.gate] for each in report.results}
     return {"unobserved": report.unobserved, "sites": sites}
 
 
 def communication(text: str) -> Counter[str]:
-    """How often a compiled program communicates, by the operation."""
+    """Counts how often a compiled program communicates, by operation."""
     return Counter(re.findall(rf"= [^=]*? ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
 
 
@@ -189,7 +189,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 def as_users_run_it(model: vit_ref.VisionTransformer, pixels: Any) -> tuple[NDArray, str]:
-    """Logits without a tap, and the compiled program."""
+    """Returns logits without a tap, and the compiled program."""
     graph, state = nnx.split(model)
     compiled = jax.jit(lambda state, pixels: nnx.merge(graph, state)(pixels)).lower(state, pixels).compile()
     return np.asarray(compiled(state, pixels)), compiled.as_text() or ""
@@ -197,10 +197,10 @@ def as_users_run_it(model: vit_ref.VisionTransformer, pixels: Any) -> tuple[NDAr
 
 def main(directory: Path, out: Path) -> None:
     source, images = checkpoint.read(directory), CASE.images()
-    judge = OneDevice(source)
+    one_device = OneDevice(source)
     alone = vit_ref.from_pretrained(directory)
     own_logits, _ = as_users_run_it(alone, images)
-    truth = judge.trace(images, FLOAT64)["logits"]
+    truth = one_device.trace(images, FLOAT64)["logits"]
     own = error(own_logits, truth, carriers=True)
     vit_ref.save_pretrained(alone, out / "one", max_shard_size="100KB")
     found: dict[str, Any] = {"one": digests(out / "one")}
@@ -211,7 +211,7 @@ def main(directory: Path, out: Path) -> None:
         vit_ref.save_pretrained(models[name], out / name, max_shard_size="100KB")
         found[name] = {"load": load, "saved": digests(out / name)}
 
-    def judged(name: str) -> None:
+    def measure_way(name: str) -> None:
         model = models[name]
         mesh = model.norm.scale[...].sharding.mesh
         logits, program = as_users_run_it(model, jax.device_put(images, NamedSharding(mesh, PartitionSpec("data"))))
@@ -221,17 +221,17 @@ def main(directory: Path, out: Path) -> None:
         }
         if name in JUDGED:
             candidate = Sharded(source, model, mesh)
-            session = Session(CASE.config, source, images, candidate, np.float32, judge, title=name)
+            session = Session(CASE.config, source, images, candidate, np.float32, one_device, title=name)
             found[name] |= {
                 "forward": observed(session.forward()),
                 "backward": observed(session.backward()),
             }
 
-    # The first has the judge compiled; then one is traced while another is compiled.
-    first, *others = WAYS
-    judged(first)
+    # The first way compiles the reference. After that one way is traced while another is compiled.
+    first, *others = sorted(WAYS, key=lambda name: name not in JUDGED)
+    measure_way(first)
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(judged, others))
+        list(threads.map(measure_way, others))
     (out / "measured.json").write_text(json.dumps(found), encoding="utf-8")
 
 

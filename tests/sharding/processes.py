@@ -1,7 +1,7 @@
-"""One of two processes of four simulated devices each: loads, runs, differentiates and saves a model with the other.
+"""One of two processes with four simulated devices each, which load, run, differentiate and save a model together.
 
-A program of its own: `python -m tests.sharding.processes CHECKPOINT DIRECTORY COORDINATOR NUMBER`. The first process
-writes down what it saw.
+It is a program of its own: `python -m tests.sharding.processes CHECKPOINT DIRECTORY COORDINATOR NUMBER`. The first
+process writes the results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vit_ref.weights.pretrained import get_arrays
 
 
 def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Array]:
-    """The logits, and the gradient of the loss for each parameter, in float64."""
+    """Returns the logits, and the gradient of the loss for each parameter, in float64."""
     graph, state = nnx.split(model)
     labels = objectives_for((CASE.batch, CASE.config.num_labels))[0].labels
 
@@ -47,8 +47,7 @@ def observed(model: vit_ref.VisionTransformer, images: Any) -> dict[str, jax.Arr
 
 
 def _fails_to_save(model: vit_ref.VisionTransformer, out: Path, when: str) -> str:
-    """What is said where the first process cannot write: nothing at all, not the second of three files, or for a reason
-    that nobody foresaw."""
+    """Returns the error if the first process cannot write anything or the second of three files, or fails otherwise."""
     (out / "a-file").touch()
     write, files = writing.write_safetensors, 0
 
@@ -86,7 +85,7 @@ def main(directory: Path, out: Path, coordinator: str, number: int) -> None:
     if number:
         return
     alone = observed(vit_ref.from_pretrained(directory, dtype=np.float64), images)
-    # The scale of a gradient is its layer's: the key's bias has none but rounding.
+    # The scale of a gradient is that of its layer, because the gradient of a key's bias is only rounding.
     errors = errors_of(together, truths_of({name: np.asarray(value) for name, value in alone.items()}))
     spans = [path for path, array in get_arrays(nnx.state(model)).items() if not array.is_fully_replicated]
     found = {

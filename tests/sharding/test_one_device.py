@@ -1,6 +1,6 @@
 """Do many devices compute what one computes, at every site and for every gradient?
 
-Judged by the gates of a port: in float64 against one device, in float32 with one device's own error as the measure.
+The gates are those of a candidate: in float64 against one device, and in float32 against one device's own error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_logits_of_the_path_without_a_tap_err_no_more(way: str, measured: dict[s
 
 
 # A block sums twice over the devices of "model", after attention's out and after fc2 (Megatron-LM, section 3). FSDP
-# gathers what it divides, once: the patches' kernel and six of the block. A batch alone asks nobody for anything.
+# gathers once what it divides: the patches' kernel and six kernels of the block. A divided batch alone needs nothing.
 @pytest.mark.parametrize(
     ("way", "gathers", "sums"),
     [
@@ -58,6 +58,6 @@ def test_logits_of_the_path_without_a_tap_err_no_more(way: str, measured: dict[s
 )
 def test_devices_communicate_as_published(way: str, gathers: int, sums: int, measured: dict[str, Any]) -> None:
     found = measured[way]["communication"]
-    # Devices may also trade places, once, where the mesh is not as the gather would have it.
+    # Devices may also exchange parts, once, if the mesh has another order than the gather.
     assert (found.get("all-gather", 0), found.get("all-reduce", 0)) == (gathers, sums)
     assert found.keys() <= {"all-gather", "all-reduce"} | ({"collective-permute"} if gathers and sums else set())

@@ -1,4 +1,4 @@
-"""Does a rule say of each parameter where it lies, and is what cannot be divided refused?"""
+"""Does a rule give the sharding of each parameter, and is an impossible division refused?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_ref.model.skeleton import list_parameters
 from vit_ref.weights.layouts import split_block_number
 from vit_ref.weights.partition import RULES, choose_shardings
 
-# Of ViT-B/16, on two dimensions as the papers have it: columns are a kernel's second. Whatever is not named is whole.
+# ViT-B/16 on two axes as in the papers: columns are the second dimension of a kernel. All others are whole.
 COLUMNS = ("attn.query", "attn.key", "attn.value", "mlp.fc1")
 ROWS = ("attn.out", "mlp.fc2")
 WIDTH = {"position_embeddings": P(None, None, "data"), "patch.kernel": P(None, None, None, "data")}
@@ -66,7 +66,7 @@ def test_each_rule_is_some_parameters_and_each_parameter_has_one(kind: str) -> N
 
 @pytest.mark.parametrize(("width", "divided"), [(56, 0), (64, 4)])
 def test_small_parameters_are_whole_and_need_not_be_divisible(width: int, divided: int) -> None:
-    # 64 x 64 elements are enough, in query, key, value and out; 56 is no multiple of 5, and nobody asks.
+    # 64 x 64 elements are enough, in query, key, value and out. 56 is no multiple of 5, which does not matter here.
     config = replace(CASE.config, hidden_size=width, intermediate_size=57)
     found = choose_shardings(config, mesh(data=8 if divided else 5), "fsdp")
     assert sum(any(where.spec) for where in found.values()) == divided
@@ -82,7 +82,7 @@ def refusal(config: ViTConfig, on: AbstractMesh, sharding: object) -> str:
 @pytest.mark.parametrize(
     ("config", "on", "sharding", "message"),
     [
-        # 768 columns can be divided over eight devices, twelve heads cannot.
+        # Eight devices divide 768 columns, but not twelve heads.
         (
             BASE,
             mesh(model=8),

@@ -1,4 +1,4 @@
-"""Does each device hold its own part of a checkpoint, never more, and is what is saved the same?"""
+"""Does each device hold only its own part of a checkpoint, at any time, and is the saved model the same?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TENSORS = CASE.checkpoint().tensors
 
 
 def part(path: str, way: Way) -> tuple[int, ...]:
-    """The shape of a device's part of a parameter, by Megatron's rule and FSDP's, in other words than the table's."""
+    """Returns the shape of a device's part by Megatron's and FSDP's rule, written apart from the package's table."""
     shape = list(SHAPES[path])
     layer = path.split(".")[-2] if "." in path else path
     if "tensor" in way.sharding:
@@ -26,7 +26,7 @@ def part(path: str, way: Way) -> tuple[int, ...]:
             shape[-1] //= way.model
         if path.endswith(("out.kernel", "fc2.kernel")):
             shape[0] //= way.model
-    # No two dimensions of a parameter but query's and its likes' are as wide as the stream.
+    # Only query's kernel and those like it have two dimensions as wide as the stream.
     if "fsdp" in way.sharding and math.prod(SHAPES[path]) >= LEAST:
         stream = 1 if layer in ("out", "fc2") else SHAPES[path].index(CASE.config.hidden_size)
         shape[stream] //= way.data
@@ -47,7 +47,7 @@ def test_no_device_ever_holds_more(way: str, measured: dict[str, Any]) -> None:
     own = sum(4 * math.prod(part(path, WAYS[way])) for path in SHAPES)
     load = measured[way]["load"]
     assert load["peak"] == [own] * 8
-    # In the order of the files' names; of each parameter at most a part was made at once.
+    # In the order of the files' names, with at most a part of each parameter at once.
     assert sorted(load["placed"]) == sorted(
         [list(SHAPES[path]), 4 * math.prod(part(path, WAYS[way]))] for path in SHAPES
     )
@@ -69,6 +69,6 @@ def test_the_host_reads_each_tensor_once_and_holds_one(way: str, measured: dict[
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_saved_from_shards_has_the_bytes_of_one_devices(way: str, measured: dict[str, Any]) -> None:
-    # Several files of weights, their index and the configuration.
+    # Several files of weights, their index, and the configuration.
     assert len(measured["one"]) > 4
     assert measured[way]["saved"] == measured["one"]

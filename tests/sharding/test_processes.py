@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("devices")
 
 @pytest.fixture(scope="module")
 def together(start: Callable[..., subprocess.Popen], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both wrote."""
+    """The directory to which both processes wrote."""
     out = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,9 +48,7 @@ def test_logits_and_gradients_are_the_same_formula(found: dict[str, Any]) -> Non
     }
 
 
-def test_the_first_process_saves_the_bytes_of_one_device_and_the_other_nothing(
-    together: Path, measured: dict[str, Any]
-) -> None:
+def test_only_the_first_process_saves_with_the_bytes_of_one(together: Path, measured: dict[str, Any]) -> None:
     assert digests(together / "process-0") == measured["one"]
     assert not (together / "process-1").exists()
 

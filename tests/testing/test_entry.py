@@ -1,4 +1,4 @@
-"""Does the plugin show itself in the runs of the suite, and in no other project's?"""
+"""Does the plugin add its options in runs of the suite, and in no other project?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
         (["tests/testing"], None, False),
     ],
 )
-def test_a_run_of_the_suite_is_told_from_any_other(
+def test_a_run_of_the_suite_is_recognised(
     arguments: list[str | Path], directory: Path | None, expected: bool, tmp_path: Path
 ) -> None:
     started = pytest.Config.InvocationParams(args=arguments, plugins=None, dir=directory or tmp_path)

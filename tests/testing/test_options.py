@@ -1,4 +1,4 @@
-"""Do pytest's options do what they say, and is bad input one line and exit code 2?"""
+"""Do pytest's options do what they say, and is unusable input one line and exit code 2?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vit_ref.verify.references.choice import REFERENCES
 from vit_ref.verify.report import SCHEMA
 
 ROOT = Path(__file__).parents[2]
-# A run collects the tests of the whole project in five seconds, and one file at once.
+# A run that collects the tests of the whole project takes seconds, one file takes none.
 SUITE = "vit_ref/testing/suite"
 FORWARD = f"{SUITE}/test_parity.py"
 
@@ -37,10 +37,10 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     ("arguments", "message"),
     [
         (["--checkpoint", "no/such/place"], "no/such/place: no such directory or file"),
-        (["--images", "."], "--images belongs to a --checkpoint: give one"),
-        (["--candidate", "gone.py"], "gone.py: no such file"),
-        (["--checkpoint", ".", "--images", "no-such-place"], "no-such-place: no such directory of images"),
-        (["--checkpoint", ".", "--images", "vit_ref"], "vit_ref: no image in it"),
+        (["--images", "."], "--images needs a --checkpoint: give one"),
+        (["--candidate", "gone.py"], "gone.py: this file does not exist"),
+        (["--checkpoint", ".", "--images", "no-such-place"], "no-such-place: this directory of images does not exist"),
+        (["--checkpoint", ".", "--images", "vit_ref"], "vit_ref: it holds no image"),
         (
             ["--collect-only", "--parity-report", "gs://bucket/reports"],
             "--parity-report is gs://bucket/reports: a URL is no path",
@@ -52,16 +52,16 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["--collect-only", "-n", "2", "--parity-report", "reports"], "give --dist loadgroup, too"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+def test_an_unusable_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
     ended = run(*arguments)
     assert ended.returncode == 2
     printed = (ended.stdout + ended.stderr).strip().splitlines()
     assert len(printed) == 1 and message in printed[0]
 
 
-def test_a_checkpoint_outside_the_checkout_is_tested_and_reported_as_by_the_command(tmp_path: Path, filled) -> None:
+def test_a_checkpoint_outside_has_the_report_of_the_command(tmp_path: Path, filled) -> None:
     directory = tmp_path / "given-vit"
-    # One block: another one would take half the time again, and is written down as the first is.
+    # One block, because a second one takes time and its report has the same form.
     vit_ref.save_pretrained(filled(CASES["stored-float64"].config), directory)
     ended = run(SUITE, "--checkpoint", directory, "--parity-report", tmp_path / "reports", "-k", "given-vit")
     assert ended.returncode == 0, ended.stdout
@@ -88,18 +88,18 @@ def test_a_part_that_no_test_judges_is_named_in_the_report(judged: str, tmp_path
     jsonschema.validate(report, json.loads(SCHEMA.read_text()))
     assert (report["title"], report["checkpoint"]["path"]) == ("one-head", "")
     assert report["passed"] and report["forward"]["passed"]
-    reason = "no test that judges it has run"
+    reason = "no selected test covers it"
     assert report["not_backward"] == reason
     behaviour = {"forward": {("not observed", reason)}, "behaviour": {("passed", "")}}[judged]
     assert {(each["status"], each["reason"]) for each in report["behaviour"]} == behaviour
 
 
-def test_files_below_images_that_are_none_are_counted_in_the_header(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_counted_in_the_header(tmp_path: Path) -> None:
     for name in ("a.gif", "b.heic", "notes.txt"):
         (tmp_path / name).touch()
     given = {"precision": None, "images": str(tmp_path)}
     config: Any = SimpleNamespace(getoption=given.get)
-    line = "warning: left out, no image by its suffix: 2 files (1 .heic, 1 .txt)"
+    line = "warning: left out, because the suffix is not that of an image: 2 files (1 .heic, 1 .txt)"
     assert line in vit_ref.testing.plugin.pytest_report_header(config)
     given["images"] = None
     assert line not in vit_ref.testing.plugin.pytest_report_header(config)
@@ -109,7 +109,7 @@ def test_the_reference_is_the_one_that_is_named() -> None:
     ended = run("--reference", "numpy", "-rs", "-k", "rectangular-float32")
     assert ended.returncode == 0, ended.stdout
     assert " x NumPy's own" in ended.stdout
-    assert "NumPy judges no gradients" in ended.stdout
+    assert "the NumPy oracle has no gradients" in ended.stdout
 
 
 def test_the_known_references_can_be_named_and_no_others() -> None:

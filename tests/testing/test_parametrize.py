@@ -1,4 +1,4 @@
-"""Does `parametrize_with_checks` hand on what is expected to fail?"""
+"""Does `parametrize_with_checks` pass on the expected failures?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPECTED = {"block.*": "known"}
 
 
 @pytest.mark.parametrize("given", [EXPECTED, lambda candidate: EXPECTED if candidate == "port.py" else {}])
-def test_expected_failures_are_a_mapping_or_a_function_of_the_candidate(
+def test_expected_failures_are_a_mapping_or_a_function(
     given: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, filled
 ) -> None:
     asked = []
@@ -35,7 +35,7 @@ def test_expected_failures_are_a_mapping_or_a_function_of_the_candidate(
     assert asked == [{"expected_failed_checks": EXPECTED}]
 
 
-def test_a_candidate_that_cannot_be_judged_is_asked_once(
+def test_a_candidate_that_cannot_be_used_is_loaded_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, filled
 ) -> None:
     asked = []
@@ -52,7 +52,7 @@ def test_a_candidate_that_cannot_be_judged_is_asked_once(
     assert len(asked) == 1
 
 
-def test_the_facade_is_light_until_it_is_used() -> None:
+def test_the_facade_imports_jax_only_when_used() -> None:
     program = (
         "import sys, vit_ref.testing\n"
         "assert not {'jax', 'flax', 'pytest'} & set(sys.modules)\n"

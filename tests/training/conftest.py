@@ -1,4 +1,4 @@
-"""Two ways to train the same weights on the same batches: this package's step, and FlaxViT's module under optax."""
+"""Two ways to train the same weights on the same batches: this package's step, and FlaxViT's module with optax."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Transformation = Callable[[], optax.GradientTransformation]
 
 
 class Run(NamedTuple):
-    """What a training run leaves: the loss before each step, and the parameters by path after some of them."""
+    """The loss before each step of a training run, and the parameters by path after some steps."""
 
     losses: NDArray
     parameters: dict[int, dict[str, NDArray]]
@@ -89,5 +89,5 @@ def train_ours() -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def train_flaxvit() -> Callable[..., Run]:
-    """The same with FlaxViT's module and optax alone."""
+    """`train_flaxvit(config, source, make_transformation, batches, dtype, keep)` with FlaxViT's module and optax."""
     return _train_flaxvit

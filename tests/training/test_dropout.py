@@ -1,7 +1,7 @@
-"""Does dropout act where, as often, as strongly and as independently as it should, and in training alone?
+"""Does dropout act at the right places, rate and strength, independently, and in training alone?
 
-All randomness has fixed seeds. With any others the bounds would fail by chance less than once in 10^6 runs of a test:
-they are Hoeffding's, and a test's comparisons share that chance.
+All randomness has fixed seeds. With other seeds a test's bounds would fail by chance less than once in 10^6 runs: they
+are Hoeffding's, and the comparisons of a test share that chance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vit_ref.weights.pretrained import build
 Filled = Callable[..., VisionTransformer]
 Trace = dict[str, jax.Array]
 
-# Two rates, so that neither can stand for the other, and fewer tokens (5) than a head has features (11): see
+# Two rates, so that neither can replace the other, and fewer tokens (5) than features in a head (11): see
 # `multipliers`.
 RATE, ATTENTION_RATE = 0.3, 0.45
 CONFIG = dataclasses.replace(
@@ -56,16 +56,16 @@ CHANCE = 1e-6
 
 
 def hoeffding(draws: int, comparisons: int) -> float:
-    """How far the mean of `draws` independent values in [0, 1] may be from its expectation.
+    """Returns how far the mean of `draws` independent values in [0, 1] may be from its expectation.
 
     Hoeffding (1963, theorem 1): it is further than t with a probability of at most 2 exp(-2 draws t^2). For the t of
-    this function that is CHANCE / comparisons, so by the union bound any of the comparisons fails with one of CHANCE.
+    this function that is CHANCE / comparisons. So by the union bound one of the comparisons fails with at most CHANCE.
     """
     return math.sqrt(math.log(2 * comparisons / CHANCE) / (2 * draws))
 
 
 def dropping(vit: VisionTransformer) -> VisionTransformer:
-    """The same, in training mode."""
+    """The model in training mode."""
     vit.train()
     return vit
 
@@ -73,7 +73,7 @@ def dropping(vit: VisionTransformer) -> VisionTransformer:
 def trace(
     vit: VisionTransformer, pixels: jax.Array, rngs: nnx.Rngs | None = None, replace: Trace | None = None
 ) -> Trace:
-    """What a tap sees at every site; the values of `replace` take the place of what it saw."""
+    """Returns the values at every site. The values of `replace` take the place of the model's own."""
     seen: Trace = {}
 
     def tap(site: str, value: jax.Array) -> jax.Array:
@@ -85,11 +85,11 @@ def trace(
 
 
 def multipliers(vit: VisionTransformer, pixels: jax.Array, rngs: nnx.Rngs) -> Trace:
-    """What each dropout multiplies by, 0 or 1 / (1 - rate): (B, N, D), for the attention's (B, H, N, N).
+    """Returns the factors of each dropout, 0 or 1 / (1 - rate): (B, N, D), or (B, H, N, N) for attention.
 
-    Taps put ones where a value enters a dropout and zeros into the stream it is added to. The probabilities, ones too,
-    are multiplied by values that are the identity, a feature for each token, and come out as the context. `vit` has a
-    cls token of ones and no position embeddings.
+    Taps put ones where a value enters a dropout, and zeros into the stream to which it is added. The probabilities are
+    ones, too. They are multiplied by values that are the identity, a feature for each token, and come out as the
+    context. `vit` has a cls token of ones and no position embeddings.
     """
     width = CONFIG.hidden_size
     ones, zeros = jnp.ones((BATCH, TOKENS, width)), jnp.zeros((BATCH, TOKENS, width))
@@ -99,7 +99,7 @@ def multipliers(vit: VisionTransformer, pixels: jax.Array, rngs: nnx.Rngs) -> Tr
         replace |= {f"block.{i}.attn.value": one_hot, f"block.{i}.attn.probs": jnp.ones((BATCH, HEADS, TOKENS, TOKENS))}
         replace |= {f"block.{i}.{part}.out": ones for part in ("attn", "mlp")}
         replace |= {f"block.{i}.{part}.residual": zeros for part in ("attn", "mlp")}
-    # The product with the identity is to be exact on any device.
+    # The product with the identity has to be exact on any device.
     with jax.default_matmul_precision("highest"):
         seen = trace(vit, pixels, rngs, replace)
     by_head = {site: seen[site].reshape(BATCH, TOKENS, HEADS, CONFIG.head_dim) for site in ATTENTION}
@@ -109,13 +109,13 @@ def multipliers(vit: VisionTransformer, pixels: jax.Array, rngs: nnx.Rngs) -> Tr
 
 
 def over_seeds(observe: Callable[..., Trace], vit: VisionTransformer, pixels: jax.Array, seeds: int) -> Any:
-    """`observe(vit, pixels, rngs)` under the seeds 0, 1, ...: the first axis of every value."""
+    """Returns `observe(vit, pixels, rngs)` under the seeds 0, 1, ..., stacked along the first axis."""
     graph, state = nnx.split(vit)
 
     def one(seed: jax.Array) -> Trace:
         return observe(nnx.merge(graph, state), pixels, nnx.Rngs(dropout=jax.random.key(seed)))
 
-    # One after the other: to compile the draws of all seeds at once takes three times as long as this altogether.
+    # One after the other, because to compile the draws of all seeds at once takes longer than all of this.
     return jax.device_get(jax.jit(lambda seeds: jax.lax.map(one, seeds))(jnp.arange(seeds)))
 
 
@@ -126,7 +126,7 @@ def config(request: pytest.FixtureRequest) -> ViTConfig:
 
 @pytest.fixture(scope="module")
 def drawn(filled: Filled) -> Callable[[ViTConfig], dict[str, NDArray]]:
-    """The `multipliers` of SEEDS seeds by site."""
+    """Returns the `multipliers` of SEEDS seeds by site."""
 
     @lru_cache
     def draw(config: ViTConfig) -> dict[str, NDArray]:
@@ -152,7 +152,7 @@ def test_every_element_is_dropped_at_the_configured_rate(config: ViTConfig, draw
     for site, mask in masks.items():
         if site in ATTENTION and config.broadcast_attention_dropout:
             mask = mask[:, :1, :1]  # the others are copies and no further draws
-        # All in all: 0.009 at the most. No element spared: 0.11, where it may not be 0.3.
+        # The bound over all elements is at most 0.009. That of one is 0.11, so an element that is never dropped fails.
         assert abs(mask.mean() - RATES[site]) < hoeffding(mask.size, comparisons), site
         assert np.abs(mask.mean(axis=0) - RATES[site]).max() < hoeffding(SEEDS, comparisons), site
 
@@ -163,7 +163,7 @@ def test_every_element_is_dropped_at_the_configured_rate(config: ViTConfig, draw
     ids=lambda value: value if isinstance(value, str) else "hidden" if value is HIDDEN_AXES else "attention",
 )
 def test_masks_are_independent_along_every_axis(axes: tuple[str, ...], axis: str, config: ViTConfig, drawn) -> None:
-    """Broadcasting shares the attention's masks between images and heads, and else nothing."""
+    """Covers broadcasting, which shares the attention's masks between images and heads, and nothing else."""
     sites, rate = (HIDDEN, RATE) if axes is HIDDEN_AXES else (ATTENTION, ATTENTION_RATE)
     masks = np.stack([drawn(config)[site] == 0 for site in sites])
     shared = config.broadcast_attention_dropout and axes is ATTENTION_AXES
@@ -184,7 +184,7 @@ def test_masks_are_independent_along_every_axis(axes: tuple[str, ...], axis: str
 
 
 def test_the_mean_over_many_seeds_is_the_value_in_evaluation(config: ViTConfig, filled: Filled) -> None:
-    """At each site behind a dropout, fed what enters it in evaluation. Float64, so that no rounding counts."""
+    """Feeds each site behind a dropout with the values of evaluation. In float64, so that rounding does not count."""
     with precision_of(np.float64).active():
         vit, pixels = filled(config, dtype=jnp.float64), jnp.asarray(CASE.images(), jnp.float64)
         evaluated = jax.jit(lambda pixels: trace(vit, pixels))(pixels)
@@ -200,8 +200,8 @@ def test_the_mean_over_many_seeds_is_the_value_in_evaluation(config: ViTConfig, 
     evaluated = jax.device_get(evaluated)
     comparisons = sum(mean.size for mean in means.values())
     for site, mean in means.items():
-        # A value is a sum of terms, each of them either 0 or term / (1 - rate). Where they differ in width, the root of
-        # the sum of their squares takes the place of the width (Hoeffding's theorem 2).
+        # A value is a sum of terms, each either 0 or term / (1 - rate). If their widths differ, the root of the sum of
+        # their squares replaces the width (Hoeffding's theorem 2).
         block = site.rsplit(".", 1)[0]
         if site in ATTENTION:
             squares = [np.square(evaluated[f"{block}.{part}"]) for part in ("probs", "value")]
@@ -213,9 +213,9 @@ def test_the_mean_over_many_seeds_is_the_value_in_evaluation(config: ViTConfig, 
 
 
 def sites_of_the_references_dropouts() -> set[str]:
-    """Where FlaxViT drops, found by running its submodules in training on what enters them in evaluation.
+    """Returns where FlaxViT drops, found by running its submodules in training on their inputs in evaluation.
 
-    The innermost that then return something else have a dropout.
+    The innermost submodules with another result have a dropout.
     """
     reference = FlaxViTReference(CONFIG, CASE.checkpoint().tensors)
     recorded: dict[tuple[str, ...], tuple[Any, Any]] = {}
@@ -254,7 +254,7 @@ def sites_of_the_references_dropouts() -> set[str]:
 
 
 def test_masks_act_where_the_references_do_and_nowhere_else(config: ViTConfig, filled: Filled) -> None:
-    """Each site is fed evaluation's values: what is not the same to the last bit has a dropout right before it."""
+    """Feeds each site with the values of evaluation. A changed bit means a dropout right before the site."""
     vit, pixels = filled(config), jnp.asarray(CASE.images())
     evaluated = trace(vit, pixels)
     trained = trace(dropping(vit), pixels, nnx.Rngs(dropout=0), replace=evaluated)
@@ -264,7 +264,7 @@ def test_masks_act_where_the_references_do_and_nowhere_else(config: ViTConfig, f
 
 @pytest.fixture
 def requested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, tuple[int, ...]]]:
-    """(probability of keeping, shape) of every mask drawn; the n-th of a shape is the same whoever draws it."""
+    """Records (probability of keeping, shape) of every mask. The n-th mask of a shape is the same for both models."""
     requests: list[tuple[float, tuple[int, ...]]] = []
 
     def bernoulli(key: Any, p: float = 0.5, shape: Any = None, **_: Any) -> jax.Array:
@@ -277,7 +277,7 @@ def requested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, tuple[int, .
 
 
 def test_with_the_references_masks_training_is_the_references(requested, filled: Filled) -> None:
-    """Broadcast, both ask for the same masks in the same order; given the same ones, they are one function."""
+    """Compares masks: both models draw the same ones in the same order and, given the same ones, are one function."""
     source, pixels = CASE.checkpoint(), CASE.images()
     reference = FlaxViTReference(CONFIG, source.tensors)
     shared = dataclasses.replace(CONFIG, broadcast_attention_dropout=True)
@@ -310,11 +310,11 @@ def test_by_default_each_image_and_head_has_its_own_mask(requested, filled: Fill
 def test_one_seed_has_one_result_and_two_seeds_have_two(config: ViTConfig, filled: Filled) -> None:
     vit, pixels = dropping(filled(config)), jnp.asarray(CASE.images())
     logits = [np.asarray(vit(pixels, rngs=nnx.Rngs(dropout=seed))) for seed in range(8)]
-    # 165 elements a mask and more: that two seeds draw the same ones has a chance below 10^-30.
+    # At least 165 elements a mask: two seeds draw the same with a probability below 10^-30.
     for i, first in enumerate(logits):
         assert all((first != second).any(axis=-1).all() for second in logits[:i])
     np.testing.assert_array_equal(logits[3], vit(pixels, rngs=nnx.Rngs(dropout=3)))
-    # Whether somebody looks makes no difference: no path without a tap leaves the attention's dropout out.
+    # A tap makes no difference: the path without a tap does not leave out the attention's dropout.
     np.testing.assert_array_equal(logits[3], trace(vit, pixels, nnx.Rngs(dropout=3))["logits"])
     stream = nnx.Rngs(dropout=3)
     np.testing.assert_array_equal(logits[3], vit(pixels, rngs=stream))

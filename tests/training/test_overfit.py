@@ -1,4 +1,4 @@
-"""Can the model learn one batch by heart, along the reference's own curve, and only where it may?"""
+"""Can the model learn one batch by heart, along the reference's own curve, and only where parameters are trained?"""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ READS_BIASES = ("query.bias", "key.bias", "value.bias", "fc1.bias", "head.bias")
 
 
 def fresh(config: ViTConfig) -> Checkpoint:
-    """A randomly initialised model's weights, as a checkpoint."""
+    """Returns the weights of a randomly initialised model, as a checkpoint."""
     model = VisionTransformer(config, rngs=nnx.Rngs(0))
     return Checkpoint(Path("fresh"), mapping.export(get_parameters(model), config, layouts.HF), config.to_hf())
 
 
 def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
-    """The same function and the same training, most sums in another order, so that rounding alone is another.
+    """Returns weights of the same function and the same training, with most sums in another order.
 
-    The token stream's channels are permuted in every parameter that reads or writes them, so are each MLP's hidden
-    units in its two layers, and the channels of each head in its three and in the one after them.
+    It permutes the channels of the token stream in every parameter that reads or writes them. It permutes the hidden
+    units of each MLP in its two layers, and the channels of each head in its three layers and the one after them. So
+    only rounding differs.
     """
     rng = np.random.default_rng(seed)
     channels, units = rng.permutation(config.hidden_size), rng.permutation(config.intermediate_size)
@@ -70,20 +71,19 @@ def permuted(source: Checkpoint, config: ViTConfig, seed: int) -> Checkpoint:
 def assert_same_curve(
     train_ours: Callable, train_flaxvit: Callable, arguments: tuple[Any, ...], truth: np.ndarray
 ) -> None:
-    """In float32 our losses leave the reference's float64 curve no further than its gradients' gate allows.
+    """Checks that our losses in float32 are as near the reference's float64 curve as its gradients' gate allows.
 
-    Up to each step the largest distance so far counts: where two curves happen to cross says nothing. And one curve
-    says little: with its sums in another order the reference's own came out between 9e-6 and 1e-4 from the truth on a
-    trained ViT-S/14, and ours between 3e-5 and 6e-5. So three of the reference's count, of which the furthest, and
-    ours have to be within that many times of it in one of three: what is wrong is wrong in all. The distance is what
-    steps of float32 gradients add up to, so it is allowed the multiple that they are, 3.
+    The largest distance up to each step counts, because a crossing of two curves says nothing. One curve says little:
+    with sums in another order, the reference's own distance varies by an order of magnitude. So the furthest of three
+    curves of the reference counts, and one of three of ours has to be within the bound. A wrong formula fails in all.
+    The distance adds up steps of float32 gradients, so their multiple is allowed, 3.
     """
     config, source, *rest = arguments
     orders = [source, permuted(source, config, 1), permuted(source, config, 2)]
     curves = [train_flaxvit(config, each, *rest, np.float32, set()).losses for each in orders]
     floor = 4 * 2**-23 * root_mean_square(truth)  # a loss is a mean of a few logarithms, each rounded
     drift = np.maximum.accumulate(np.abs(np.array(curves) - truth).max(axis=0))
-    assert drift[-1] < 1e-3  # ten times the furthest seen: beyond, nobody's curve would say anything
+    assert drift[-1] < 1e-3  # beyond that no curve would say anything
     allowed, ours = ALLOWANCES["float32"].backward, []
     for each in orders:
         losses = train_ours(config, each, *rest, np.float32, set()).losses
@@ -106,7 +106,7 @@ def test_one_batch_is_learnt_along_the_references_curve(train_ours: Callable, tr
 
 
 def test_permuted_weights_are_learnt_alike(train_flaxvit: Callable) -> None:
-    """Else the reference's own curves would be anywhere, and ours allowed to be."""
+    """Checks the permutation itself, without which the reference's curves, and the bound, would be arbitrary."""
     source = fresh(CONFIG)
     other = permuted(source, CONFIG, 1)
     assert all(
@@ -122,12 +122,12 @@ def test_permuted_weights_are_learnt_alike(train_flaxvit: Callable) -> None:
 
 
 def clipped_momentum() -> optax.GradientTransformation:
-    """Clipped, because a trained backbone's gradients are large: unclipped SGD and Adam leap about for ten steps."""
+    """Clips, because a trained backbone's gradients are large, and unclipped SGD and Adam jump about at first."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9))
 
 
 @pytest.mark.optimised
-def test_one_batch_is_learnt_from_the_given_checkpoints_with_a_new_head(
+def test_one_batch_is_learnt_from_given_checkpoints_and_new_head(
     pytestconfig: pytest.Config, train_ours: Callable, train_flaxvit: Callable
 ) -> None:
     paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)
@@ -155,7 +155,7 @@ def test_a_frozen_backbone_stays_as_it_is_bit_for_bit(filled: Callable[..., Visi
     is_head = nnx.All(nnx.Param, nnx.PathContains("head"))
     pixels, labels = jnp.asarray(synthetic_images(CONFIG, 4)), jnp.arange(4)
     step = nnx.jit(train_step)
-    with precision_of(np.float32).active():  # optax promotes silently
+    with precision_of(np.float32).active():  # optax promotes implicitly
         optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=is_head)
         losses = [float(step(model, optimizer, pixels, labels)) for _ in range(5)]
     assert losses[-1] < losses[0]
@@ -184,6 +184,6 @@ def test_the_cotangent_of_bfloat16_logits_is_computed_in_float32() -> None:
         found = jax.grad(lambda logits: classification_loss(lambda *_, **__: logits, logits, labels))(logits)
     exponentials = np.exp(np.asarray(logits, np.float64))
     expected = (exponentials / exponentials.sum(-1, keepdims=True) - np.eye(6, 7)) / 6
-    # Rounded once, on its way into the model: half a unit at most.
+    # Rounded once, when it enters the model: half a unit at most.
     off = np.abs(np.asarray(found, np.float64) - expected) / np.abs(expected)
     assert off.max() <= 0.501 * float(jnp.finfo(jnp.bfloat16).eps)

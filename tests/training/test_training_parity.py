@@ -1,4 +1,4 @@
-"""Does training follow the reference: the same batches and optimizer, the same losses and parameters?"""
+"""Does training follow the reference: with the same batches and optimizer, the same losses and parameters?"""
 
 from __future__ import annotations
 
@@ -40,18 +40,20 @@ def test_losses_and_parameters_follow_the_reference(
     arguments = CASE.config, CASE.checkpoint(), OPTIMIZERS[optimizer], batches
     truth = train_flaxvit(*arguments, np.float64, set(STEPS))
     exact = train_ours(*arguments, np.float64, set(STEPS))
-    # The two round differently at 1e-16; twenty steps of Adam, which divides by the gradient's own size, magnify that.
-    # Another order of decay and clipping, or a momentum of 0.9 for 0.8, is 1e-3 after five steps.
+    # The two round differently at 1e-16. Twenty steps of Adam, which divides by the gradient's own size, magnify that.
+    # Another order of decay and clipping, or a momentum of 0.9 for 0.8, makes 1e-3 after five steps.
     np.testing.assert_allclose(exact.losses, truth.losses, rtol=1e-9)
     for step in STEPS:
         for path, value in truth.parameters[step].items():
             assert error(exact.parameters[step][path], value).rms <= 1e-9, f"{path} after step {step}"
 
-    # In float32 both drift from the float64 run. How far a right implementation drifts, the reference says.
+    if optimizer != "adamw-clipped":
+        return  # float64 decides what each optimizer does to a gradient; one of them measures float32's drift
+    # In float32 both drift from the float64 run. The reference shows how far a right implementation drifts.
     drifted = train_flaxvit(*arguments, np.float32, set(STEPS))
     ours = train_ours(*arguments, np.float32, set(STEPS))
     for step in STEPS:
-        # Pooled over all parameters: a single small one drifts by luck.
+        # Pooled over all parameters, because a single small one drifts by chance.
         reference, found = (
             root_mean_square(np.array([error(run.parameters[step][path], value).rms for path, value in parameters]))
             for run in (drifted, ours)

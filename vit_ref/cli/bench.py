@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Images in a batch; repeatable.")
 @click.option("--precision", "precisions", multiple=True, help="float32, tensorfloat32, mixed or float16; repeatable.")
-@click.option("--pass", "passes", multiple=True, help="forward or train; repeatable. Default: both.")
+@click.option("--pass", "passes", multiple=True, help="Pass to time, forward or train; repeatable. Default: both.")
 @click.option("--implementation", "names", multiple=True, help="An installed implementation; repeatable. Default: all.")
 @click.option("--rounds", type=click.IntRange(2), default=7, show_default=True, help="Times to measure each one.")
 @click.option("--plot", "picture", type=LOCAL, metavar="FILE", help="Draw the throughput as a PNG file.")

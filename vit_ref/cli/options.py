@@ -22,7 +22,7 @@ class _LocalPath(click.Path):
 LOCAL = _LocalPath(path_type=Path)
 
 ignore_option = click.option(
-    "--ignore", multiple=True, metavar="PATTERN", help="Ignore unexpected tensors with such names; repeatable."
+    "--ignore", multiple=True, metavar="PATTERN", help="Leave out unexpected tensors with matching names; repeatable."
 )
 json_option = click.option(
     "--json", "json_file", type=LOCAL, metavar="FILE", help="Write the result as JSON; - prints it."

@@ -234,19 +234,19 @@ def _from_folders(directory: Path, split: str) -> ImageDataset:
     labels: list[int] = []
     for label, name in enumerate(classes):
         if split == "validation" and apart:
-            found, left_out = image_files.find(apart[0] / name)
+            images, left_out = image_files.find(apart[0] / name)
         else:
-            found, left_out = image_files.find(training / name)
-            if not found:
+            images, left_out = image_files.find(training / name)
+            if not images:
                 raise InputError(
                     f"{training / name}: it holds no image, but {image_files.counted(left_out)}: put images there, or"
                     " remove the folder"
                 )
             if not apart:
-                found = _part(found, split)
-        files += found
+                images = _part(images, split)
+        files += images
         others += left_out
-        labels += [label] * len(found)
+        labels += [label] * len(images)
     if apart:
         surplus = [name for name in _folders(apart[0]) if name not in classes]
         if surplus:

@@ -51,13 +51,13 @@ class Evaluation:
           InputError: a label is not one of the classes.
         """
         scores, truth = np.asarray(logits).astype(np.float64), np.asarray(labels)
-        found = cls.of_predicted(scores.argmax(-1), truth, scores.shape[1])
+        evaluation = cls.of_predicted(scores.argmax(-1), truth, scores.shape[1])
         scores, truth = scores[truth != PADDING], truth[truth != PADDING]
         # A run that diverged shows that in its loss, and not in a warning of NumPy.
         with np.errstate(invalid="ignore"):
             shifted = scores - scores.max(-1, keepdims=True)
             losses = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(truth)), truth]
-        return dataclasses.replace(found, total_loss=float(losses.sum()))
+        return dataclasses.replace(evaluation, total_loss=float(losses.sum()))
 
     @classmethod
     def of_predicted(cls, predicted: ArrayLike, labels: ArrayLike, classes: int) -> Evaluation:

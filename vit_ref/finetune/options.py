@@ -22,12 +22,12 @@ _HELP = {
     "layer_decay": "Learning rate of a block, divided by that of the block above it.",
     "freeze_blocks": "Number of lowest blocks to freeze; -1 freezes all but the head.",
     "grad_accum_steps": "Steps whose mean gradient makes one update.",
-    "grad_clip": "Largest global norm of the gradient.",
+    "grad_clip": "Largest global norm of the gradient. Default: no limit.",
     "label_smoothing": "Part of a label's weight that all classes share.",
     "dropout": "Dropout rate. Default: that of the checkpoint.",
     "precision": "mixed computes the blocks in bfloat16, the rest in float32.",
     "attention": "cudnn is fused; it needs mixed precision and an NVIDIA GPU.",
-    "image_size": "Side in pixels to resize images and position embeddings to.",
+    "image_size": "Side in pixels to resize images and position embeddings to. Default: that of the checkpoint.",
     "head": "fresh starts a new head; keep takes the checkpoint's.",
     "augment": "Crop, flip and jitter the training images.",
     "seed": "Seed of the head, the order, the augmentation and the dropout.",
@@ -40,7 +40,8 @@ def add_recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for field in reversed(dataclasses.fields(Recipe)):
         name, hint = field.name.replace("_", "-"), hints[field.name]
         kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not Literal else []
-        described = f"{_HELP.get(field.name, '')} [default: {field.default}]".strip()
+        default = ("" if field.default else "no-") + name if hint is bool else field.default
+        described = _HELP.get(field.name, "") + ("" if default is None else f" [default: {default}]")
         if hint is bool:
             option = click.option(f"--{name}/--no-{name}", default=None, help=described)
         elif get_origin(hint) is Literal:

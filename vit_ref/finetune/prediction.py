@@ -72,8 +72,7 @@ def predict_each(
 
     Raises:
       ConfigError: `problem_type` is unknown.
-      InputError: the model has no head, an image cannot be read or does not fit the model, a logit is not finite, or
-        `top` or `batch_size` is below 1.
+      InputError: the model has no head, an image cannot be used, a logit is not finite, or a number is below 1.
     """
     config = model.config
     if not config.num_labels:

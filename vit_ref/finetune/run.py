@@ -240,7 +240,7 @@ def compile_step(graph: Any, layout: Any, mesh: Mesh, recipe: Recipe) -> Callabl
 
 
 class Examiner:
-    """Evaluates states of a model on the validation images.
+    """Evaluation of a model's states on the validation images.
 
     Args:
       model: a model with the computation to use.

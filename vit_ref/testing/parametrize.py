@@ -1,4 +1,4 @@
-"""One pytest case a check, in the test suite of whoever wrote the port."""
+"""Turns each check into one pytest case, in your own test suite."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def parametrize_with_checks(
 ) -> Any:
     """Decorates a test that takes `check` and calls it: `def test_port(check): check()`.
 
-    The first case that runs judges the candidate, once for all. Each case then passes, fails with its reason and the
-    report's headline, is skipped if nothing observes its site, or is an expected failure.
+    The first case that runs verifies the candidate, once for all cases. Each case then passes, fails with its reason
+    and the report's headline, is skipped if its site is not observed, or is an expected failure.
 
     Args:
       candidate: see `check_port`.
-      checkpoint: see `check_port`; its configuration is read when tests are collected.
-      expected_failed_checks: see `check_port`; or a function from the candidate, as given, to such a mapping.
-      **options: see `check_port`.
+      checkpoint: see `check_port`. Its configuration is read when tests are collected.
+      expected_failed_checks: see `check_port`; or a function that takes `candidate` and returns such a mapping.
+      **options: further options of `check_port`.
 
     Raises:
       InputError: the checkpoint cannot be read.
@@ -53,42 +53,42 @@ def parametrize_with_checks(
         given = expected_failed_checks
         options["expected_failed_checks"] = given(candidate) if callable(given) else given
 
-    @cache  # which keeps no error that is raised
-    def judge() -> CandidateReport | InputError:
+    @cache  # it does not keep an exception, so an error is returned and not raised
+    def verify() -> CandidateReport | InputError:
         try:
             return check_port(candidate, checkpoint, **options)
         except InputError as error:
             return error
 
-    # Under pytest-xdist one worker takes them all, so that the port is judged once.
+    # Under pytest-xdist one worker runs all cases, so that the candidate is verified once.
     group = pytest.mark.xdist_group(f"{checkpoint} {getattr(candidate, 'name', candidate)}")
-    params = [pytest.param(SiteCheck(name, judge), id=name, marks=group) for name in names]
+    params = [pytest.param(SiteCheck(name, verify), id=name, marks=group) for name in names]
     return pytest.mark.parametrize("check", params)
 
 
 class SiteCheck:
-    """One check of a port that is judged when it is first asked for.
+    """One check of a candidate that is verified when the first case runs.
 
     Args:
-      name: as in `results.Check`.
-      judge: makes the report, or returns it again; or the error that leaves none.
+      name: the check's name, as in `results.Check`.
+      verify: returns the report, or the error if there is none. It does the work once.
     """
 
-    def __init__(self, name: str, judge: Callable[[], CandidateReport | InputError]):
+    def __init__(self, name: str, verify: Callable[[], CandidateReport | InputError]):
         self.name = name
-        self._judge = judge
+        self._verify = verify
 
     def __call__(self) -> None:
-        """Passes, fails, skips or is an expected failure."""
+        """Passes, fails, skips, or is an expected failure."""
         import pytest
 
-        report = self._judge()
+        report = self._verify()
         if isinstance(report, InputError):
             raise report
         check = {check.name: check for check in report.checks}.get(self.name)
         if check is None:
             backward = self.name.startswith("backward/")
-            pytest.skip(report.not_backward if backward else "not asked of a port of this kind")
+            pytest.skip(report.not_backward if backward else "does not apply to a candidate of this kind")
         elif check.status in ("failed", "stale expectation"):
             parts = {"forward": report.forward, "backward": report.backward}
             part = parts.get(self.name.partition("/")[0])

@@ -1,4 +1,4 @@
-"""The parity suite's options for pytest, and the parity section at the end of a run.
+"""The parity suite's options for pytest, and the section "parity" at the end of a run.
 
 `vit_ref.testing.entry` registers this plugin in the runs that have the suite.
 """
@@ -15,28 +15,30 @@ _PROPERTY = "parity "
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("vit_ref", "numerical parity of ViT ports")
+    group = parser.getgroup("vit_ref", "numerical parity of ViT candidates")
     group.addoption(
         "--checkpoint",
         action="append",
         default=[],
         metavar="DIR_OR_HUB_ID",
-        help="judge this checkpoint too; repeatable",
+        help="verify on this checkpoint, too; repeatable",
     )
     group.addoption(
         "--candidate",
         action="append",
         default=[],
         metavar="FILE.py|module:attr",
-        help="judge this candidate in place of vit_ref's own model, on the checkpoints of --checkpoint or else on the"
+        help="verify this candidate instead of vit_ref's own model, on each --checkpoint or, without one, on the"
         " embedded cases; repeatable",
     )
-    group.addoption("--images", metavar="DIR", help="judge --checkpoint on the photographs below DIR")
+    group.addoption(
+        "--images", metavar="DIR", help="use photographs below DIR for each --checkpoint (default: synthetic)"
+    )
     group.addoption(
         "--precision",
         action="append",
         choices=("float32", "tensorfloat32", "bfloat16", "mixed", "float16"),
-        help="let the numerical gate judge this precision; repeatable (default: float32)",
+        help="test this precision with the numerical gate; repeatable (default: float32)",
     )
     group.addoption(
         "--reference",
@@ -75,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for path in checkpoints if not reference or reference in choice.REFERENCES else ():
             checkpoint.locate(path)
         if images and not checkpoints:
-            raise InputError("--images belongs to a --checkpoint: give one")
+            raise InputError("--images needs a --checkpoint: give one, or omit --images")
         for spec in candidates:
             loading.find(spec)
         if images:
@@ -85,11 +87,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _require_reports(config: pytest.Config, directory: Path) -> None:
-    """Makes the directory of reports. A case's report takes all tests of the case in one process."""
+    """Makes the directory of reports, and checks that each case runs in one process, where its report is made."""
     from vit_ref.errors import InputError
 
     if config.getoption("dist", "no") not in ("no", "loadgroup"):
-        raise InputError("--parity-report needs every case in one process: give --dist loadgroup, too")
+        raise InputError("--parity-report needs all tests of a case in one process: give --dist loadgroup, too")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -101,24 +103,25 @@ def _require_reports(config: pytest.Config, directory: Path) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """What there is to know of this device to read a verdict in the precisions that are asked for."""
+    """Returns warnings about this device that matter for the verdict in the tested precisions."""
     from vit_ref import image_files
     from vit_ref.verify.environment import notes
     from vit_ref.verify.precision import PRECISIONS
 
     asked = config.getoption("precision") or ["float32"]
     others = image_files.find(Path(config.getoption("images"))).others if config.getoption("images") else []
-    left_out = [f"warning: left out, no image by its suffix: {image_files.counted(others)}"] if others else []
+    reason = "left out, because the suffix is not that of an image"
+    left_out = [f"warning: {reason}: {image_files.counted(others)}"] if others else []
     return left_out + [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
 
 
 def summarise(name: str, text: str, *, given: bool) -> tuple[str, str]:
-    """A test's property that carries a parity outcome to the end of the run, across worker processes too.
+    """Returns a test property that carries a parity outcome to the end of the run, also from a worker process.
 
     Args:
       name: case or checkpoint, with its precision.
-      text: what to print.
-      given: whether the person gave the checkpoint; those are printed last, where they are seen.
+      text: the text to print.
+      given: whether the caller gave the checkpoint or the candidate. These outcomes are printed last, to be seen.
     """
     return f"{_PROPERTY}{int(given)} {name}", text
 

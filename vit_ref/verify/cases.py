@@ -1,7 +1,7 @@
 """Embedded cases: configurations, weights and images in which bugs cannot hide.
 
-No parameter keeps its initial value, dimensions differ and are mostly prime, heads differ from head_dim, images are
-rectangular, batches hold several images, dropout rates are above zero though nothing may drop in evaluation.
+No parameter keeps its initial value. Dimensions differ and are mostly prime, and heads differ from head_dim. Images are
+rectangular, and batches hold several. Dropout rates are above zero, though nothing may be dropped in evaluation mode.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Case:
     """One embedded case.
 
     Attributes:
-      name: its id in test reports.
+      name: the case's name in test ids.
       config: the configuration.
-      batch: images per batch.
-      seed: of weights and images.
-      hard_tokens: give the tokens variances from 1e-8 to 1 and means of up to 10 standard deviations.
+      batch: number of images in a batch.
+      seed: seed of the weights and images.
+      hard_tokens: whether tokens have variances from 1e-8 to 1 and means of up to 10 standard deviations.
       stored: dtype of the checkpoint's tensors.
     """
 
@@ -56,7 +56,7 @@ class Case:
     stored: DTypeLike = np.float32
 
     def checkpoint(self) -> Checkpoint:
-        """Random weights under Hugging Face's names, as a file would hold them."""
+        """Returns random weights under Hugging Face's names, as a file would hold them."""
         rng = np.random.default_rng(self.seed)
         rules = layouts.HF.bind(self.config, prefixed=bool(self.config.num_labels))
         shapes = list_parameters(self.config)
@@ -66,7 +66,8 @@ class Case:
             if self.hard_tokens:
                 value = _harden(rule.destination, value)
             if self.stored == np.float64:
-                # Else float32 would hold the values as well, and who rounds them to it would not be seen.
+                # Without this factor float32 would hold the values exactly, and a loader that rounds to float32 would
+                # pass.
                 value = value * np.float64(1 + 2**-30)
             tensors[rule.source] = np.ascontiguousarray(rule.transform.to_source(value, self.config)).astype(
                 self.stored
@@ -74,20 +75,28 @@ class Case:
         return Checkpoint(Path(self.name), tensors, self.config.to_hf())
 
     def write(self, directory: Path) -> Checkpoint:
-        """Writes the checkpoint to a directory that is made for it, from which a candidate can load it."""
+        """Writes the checkpoint to a new directory, from which a candidate can load it.
+
+        Args:
+          directory: the directory to make.
+
+        Returns:
+          The checkpoint, with that directory as its path.
+        """
         source = self.checkpoint()
         write_directory(directory, source.tensors, source.config or {})
         return dataclasses.replace(source, path=directory, files=(directory / WEIGHTS,))
 
     def images(self) -> NDArray:
-        """Structured images (batch, height, width, C), float32."""
+        """Returns structured images (batch, height, width, C), float32."""
         return synthetic_images(self.config, self.batch, self.seed)
 
 
 def _parameter(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> NDArray:
     draw = rng.standard_normal(shape, dtype=np.float32)
     if path.endswith("kernel"):
-        # Unit variance in, about unit variance out; queries and keys larger, so that attention is far from uniform.
+        # Variance stays about one through the layer. Queries and keys are larger, so that attention is far from
+        # uniform.
         gain = 1.5 if ".query." in path or ".key." in path else 1.0
         return draw * np.float32(gain / np.sqrt(np.prod(shape[:-1])))
     if path.endswith("scale"):
@@ -96,19 +105,26 @@ def _parameter(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> N
 
 
 def _harden(path: str, value: NDArray) -> NDArray:
-    """Makes what is added up to a token tiny, and gives each position its own deviation and mean."""
+    """Makes the terms of each token tiny, and gives each position its own deviation and mean."""
     if path == "position_embeddings":
         tokens = value.shape[1]
         deviation = np.logspace(-4, 0, tokens, dtype=np.float32)
-        # Ten deviations: the fast form of the variance, which FlaxViT has, then errs by 100 units of rounding, visible
-        # in float32 and still 1e-13 in float64's gradients, under the semantic gate; thirty would come to 7e-13.
+        # A mean of ten deviations makes FlaxViT's fast form of the variance err visibly in float32. In float64 its
+        # gradients still pass the semantic gate, which they would hardly do with thirty.
         mean = np.where(np.arange(tokens) % 3 == 0, 10 * deviation, 0).astype(np.float32)
         return value * 2 * deviation[:, None] + mean[:, None]
     return value * np.float32(1e-4) if path in ("cls_token", "patch.kernel", "patch.bias") else value
 
 
 def synthetic_images(config: ViTConfig, batch: int, seed: int = 0) -> NDArray:
-    """Images with structure at every scale, no two alike: gratings, a ramp and grain, with unequal axes and channels.
+    """Returns images with structure at every scale, no two alike: gratings, a ramp and grain.
+
+    Axes and channels differ from each other.
+
+    Args:
+      config: the model's configuration.
+      batch: the number of images.
+      seed: the seed.
 
     Returns:
       (batch, height, width, C), float32, about zero mean and unit variance.
@@ -133,7 +149,7 @@ def _tiny(**fields: Any) -> ViTConfig:
 
 _ALL = (
     Case("rectangular", _TINY),
-    # Thirteen blocks: in lexicographic order 10 comes before 2.
+    # Thirteen blocks, because in lexicographic order 10 comes before 2.
     Case("deep", _tiny(num_hidden_layers=13, image_size=15, num_channels=1), seed=1),
     Case("hard-tokens", _tiny(image_size=20), seed=2, hard_tokens=True),
     Case("no-qkv-bias", _tiny(qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-5), seed=3),
@@ -141,9 +157,9 @@ _ALL = (
     Case("pooler", _tiny(num_labels=0, pooler=True, pooler_output_size=29, hidden_act="silu"), seed=5),
     Case("headless", _tiny(num_labels=0, num_attention_heads=11, hidden_act="relu", layer_norm_eps=1e-2), seed=6),
     Case("stored-bfloat16", _tiny(num_hidden_layers=3), seed=7, stored=ml_dtypes.bfloat16),
-    # Rectangular patches in a number that is no square: beyond FlaxViT, so NumPy alone is the reference.
+    # Rectangular patches whose number is not a square. FlaxViT cannot do this, so NumPy alone is the reference.
     Case("rectangular-patch", _tiny(image_size=(9, 35), patch_size=(3, 5)), seed=8),
-    # One image: at this size a second one costs as much time as all other cases.
+    # One image, because a second one of this size would take as long as all other cases.
     Case("vit-b16", ViTConfig.variant("B/16", hidden_dropout_prob=0.1), batch=1, seed=9),
     Case("stored-float64", _tiny(num_hidden_layers=1), seed=10, stored=np.float64),
 )

@@ -1,4 +1,4 @@
-"""On what a verdict was reached: versions and device, and how that multiplies."""
+"""Records the environment of a verdict: versions, the device, and how the device multiplies."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ PACKAGES = ("vit-ref", "jax", "flax", "transformers", "numpy", "torch")
 
 
 def environment(asked: Precision | None = None) -> dict[str, str]:
-    """Versions of what takes part in a verdict, the device and the precision of its matrix products; `notes` as one."""
-    found = {package: _version(package) for package in PACKAGES}
+    """Returns the versions, the device and the precision of its matrix products, by name.
+
+    Args:
+      asked: the tested precision. If it is given, the key "note" holds what `notes` returns.
+    """
+    versions = {package: _version(package) for package in PACKAGES}
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return {
         "python": platform.python_version(),
-        **found,
+        **versions,
         "device": f"{jax.default_backend()} ({kinds}, {platform.machine()})",
-        "default matmul precision": precision or f"the backend's own: {products()}",
-        **({"note": "; ".join(said)} if asked and (said := notes(asked)) else {}),
+        "default matmul precision": precision or f"the device's own choice: {products()}",
+        **({"note": "; ".join(lines)} if asked and (lines := notes(asked)) else {}),
     }
 
 
@@ -36,16 +40,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-# Relative RMS error of a product of two random matrices, 256 wide. Operands in float32: 3e-7, all from the sums.
-# Rounded to TF32 4e-4, or twice that where the last bits are cut off; to bfloat16 2.3e-3. Each limit lies halfway, and
-# the first one leaves room for what is called "high" on a TPU, three products of bfloat16: 1e-5 at most.
+# Limits of the relative RMS error of a product of two random matrices, 256 wide. Each limit lies halfway between the
+# errors of two kinds of operands. The first limit leaves room for "high" on a TPU, which is three products of bfloat16.
 _LIMITS = {"float32": 2e-6, "tensorfloat32": 1.3e-3}
 
 
 def products(multiply: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul) -> str:
-    """What float32 products are on this device now, "float32", "tensorfloat32" or "bfloat16": found by making one.
+    """Returns what float32 products are on this device now: "float32", "tensorfloat32" or "bfloat16".
 
-    Asked, and not looked up by the device's name: flags and environment variables of XLA and CUDA change it, too.
+    It multiplies and measures, because flags and environment variables of XLA and CUDA change the device's default.
+
+    Args:
+      multiply: the product to measure.
     """
     left, right = np.random.default_rng(0).normal(size=(2, 256, 256)).astype(np.float32)
     truth = left.astype(np.float64) @ right
@@ -54,26 +60,30 @@ def products(multiply: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul)
     return next((name for name, limit in _LIMITS.items() if relative <= limit), "bfloat16")
 
 
-# jax's other words. "default" and "bfloat16" are one to it, and mean what the device likes best.
+# Other names that jax has for these. "default" and "bfloat16" mean the same to jax: the device's preference.
 _WORDS = {"highest": "float32", "F32_F32_F32": "float32", "high": "tensorfloat32"}
 
 
 def notes(precision: Precision) -> tuple[str, ...]:
-    """What a person has to know of this device and of jax's settings to read a verdict in this precision."""
+    """Returns what a reader of the verdict must know about this device and jax's settings.
+
+    Args:
+      precision: the tested precision.
+    """
     asked = precision.products
     if asked is None:
         return ()
-    said = []
+    lines = []
     with precision.active():
         here = products()
     if here != asked:
-        said.append(f"{asked} products were asked for, and {jax.default_backend()} made {here} ones")
+        lines.append(f"this run requires {asked} products, but {jax.default_backend()} computes {here} products")
     setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     default = _WORDS.get(setting, setting) if setting not in (None, "default") else products()
     if default not in (asked, here):
         why = f"jax_default_matmul_precision is {setting!r}" if setting else "the device's own choice"
-        said.append(
-            f"products are in {default} by default ({why}), and this run asks for {asked}: what is to be as exact"
-            f" elsewhere needs jax.default_matmul_precision({asked!r})"
+        lines.append(
+            f"products are {default} by default ({why}), and this run uses {asked}: to get the same accuracy in your"
+            f" own program, use jax.default_matmul_precision({asked!r})"
         )
-    return tuple(said)
+    return tuple(lines)

@@ -1,4 +1,4 @@
-"""Images for a given checkpoint: photographs, preprocessed as it asks, or synthetic ones."""
+"""Prepares images for a checkpoint: photographs preprocessed as the checkpoint says, or synthetic images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from vit_ref.verify.cases import synthetic_images
 
 
 def pixels_for(config: ViTConfig, images: str | os.PathLike[str] | None, count: int) -> NDArray:
-    """`count` images for a given checkpoint: photographs from below `images`, or synthetic ones where that is None.
+    """Returns `count` images for a checkpoint, or fewer if there are fewer photographs.
 
-    Of fewer photographs fewer; but one alone is joined by its mirror image, because a port that mixes images is right
-    on one.
+    A single photograph is joined by its mirror image, because a candidate that mixes images is right on one image.
+
+    Args:
+      config: the model's configuration.
+      images: a directory of photographs; None for synthetic images.
+      count: the number of images.
+
+    Returns:
+      (count, height, width, C), float32.
 
     Raises:
       InputError: see `find` and `load`.
@@ -31,21 +38,29 @@ def pixels_for(config: ViTConfig, images: str | os.PathLike[str] | None, count: 
 
 
 def find(directory: Path, count: int) -> list[Path]:
-    """`count` image files below `directory`, spread evenly over the sorted list so that they come from many classes.
+    """Returns `count` image files below `directory`, evenly spread over the sorted list.
+
+    Files of one class often lie together, so an even spread finds many classes.
+
+    Args:
+      directory: a directory with photographs at any depth.
+      count: the number of files.
 
     Raises:
-      InputError: no such directory, or no image in it.
+      InputError: the directory does not exist or has no image in it.
     """
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory of images")
+        raise InputError(f"{directory}: this directory of images does not exist: give one that does")
     files, others = image_files.find(directory)
     if not files:
-        raise InputError(f"{directory}: no image in it, but {image_files.counted(others)}: give one with photographs")
+        raise InputError(
+            f"{directory}: it holds no image, but {image_files.counted(others)}: give a directory with photographs"
+        )
     return [files[k] for k in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)]
 
 
 def load(files: list[Path], config: ViTConfig) -> NDArray:
-    """Photographs preprocessed as the checkpoint's own preprocessing config asks.
+    """Loads photographs, preprocessed as the checkpoint's own preprocessing configuration says.
 
     Args:
       files: image files.
@@ -55,14 +70,14 @@ def load(files: list[Path], config: ViTConfig) -> NDArray:
       (len(files), height, width, 3), float32.
 
     Raises:
-      InputError: see `preprocessing.preprocess`; or what comes out does not fit the model.
+      InputError: see `preprocessing.preprocess`; or the images do not fit the model.
     """
     if config.num_channels != 3:
-        raise InputError(f"photographs have 3 channels, the model takes {config.num_channels}: leave --images away")
+        raise InputError(f"photographs have 3 channels, but the model takes {config.num_channels}: omit --images")
     pixels = preprocess(files, config)
     if pixels.shape[1:3] != config.image_hw:
         raise InputError(
-            f"photographs come out of the checkpoint's preprocessing with {list(pixels.shape[1:3])} pixels, the model"
-            f" takes {list(config.image_hw)}: leave --images away"
+            f"the checkpoint's preprocessing gives photographs of {list(pixels.shape[1:3])} pixels, but the model takes"
+            f" {list(config.image_hw)}: omit --images"
         )
     return pixels

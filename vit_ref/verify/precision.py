@@ -1,7 +1,7 @@
-"""The precisions that the numerical gate judges, by name: what reference and candidate both are told to compute in.
+"""The precisions of the numerical gate, by name: what the reference and the candidate are both told to compute in.
 
-The device's own habits are no part of them: where GPUs and TPUs round the operands of float32 products, a run in
-"float32" asks for whole ones, of reference and candidate alike.
+The device's own habits are no part of them. GPUs and TPUs may round the operands of float32 products by default. A run
+in "float32" asks for unrounded operands, from the reference and the candidate alike.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vit_ref.errors import InputError
 
 
 class Precision(NamedTuple):
-    """What is computed in what.
+    """The dtypes of one computation.
 
     Attributes:
-      name: how it is asked for and reported.
-      dtype: of the computation; its row of `gates.ALLOWANCES` is the gate.
-      stored: the dtype that the parameters are rounded to; None for that of the checkpoint, as a rule float32.
-      products: `jax.default_matmul_precision`; None to leave it.
+      name: the precision's name in options and reports.
+      dtype: dtype of the computation; its row of `gates.ALLOWANCES` is the gate.
+      stored: dtype that the parameters are rounded to; None keeps the checkpoint's, usually float32.
+      products: value of `jax.default_matmul_precision`; None leaves it as it is.
     """
 
     name: str
@@ -36,17 +36,17 @@ class Precision(NamedTuple):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it, jax computes in this precision: in float64 where it is that, and only there.
+        """Makes jax compute in this precision within the context. Float64 is enabled only for the precision float64.
 
-        Products of float64 are whole ones, whatever jax_default_matmul_precision is: with "BF16_BF16_F32" a CPU makes
-        them of bfloat16, and an oracle would err by 2e-3.
+        Float64 products keep all their digits, whatever jax_default_matmul_precision is. With "BF16_BF16_F32" a CPU
+        would compute them from bfloat16, and the oracle would be wrong.
 
-        Strictness about implicit promotion is lifted: the reference and flax's own layers rely on it, and what a
-        candidate computes is compared here, not how it is written.
+        Strict checks of implicit promotion are off within it. The reference and flax's own layers rely on promotion,
+        and this suite compares what a candidate computes, not how it is written.
         """
         products = jax.default_matmul_precision(self.products) if self.products else nullcontext()
         promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-        # Under JAX_DISABLE_JIT nothing can be compiled ahead.
+        # Under JAX_DISABLE_JIT nothing could be compiled ahead of time.
         with (
             jax.enable_x64(self.dtype == np.float64),
             products,
@@ -57,7 +57,11 @@ class Precision(NamedTuple):
             yield
 
     def rounded(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """A checkpoint's tensors as they are stored."""
+        """Returns a checkpoint's tensors, rounded to the dtype that they are stored in.
+
+        Args:
+          tensors: arrays by name. Integers and booleans stay as they are.
+        """
         return {
             name: tensor if self.stored is None or tensor.dtype.kind in "iub" else tensor.astype(self.stored)
             for name, tensor in tensors.items()
@@ -68,33 +72,36 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PRECISIONS: dict[str, Precision] = {
     precision.name: precision
     for precision in (
-        # Whole products, which GPUs (TF32) and TPUs (bfloat16) do not make unless they are asked.
+        # GPUs (TF32) and TPUs (bfloat16) round the operands unless they are told not to.
         Precision("float32", np.dtype(np.float32), products="float32"),
-        # The same arrays; operands of products have ten bits of mantissa. The reference rounds likewise, so the row is
-        # float32's: what is no product errs no more than there. A CPU has none, and `environment.notes` says so.
+        # The same arrays, but operands of products have ten bits of mantissa. The reference rounds in the same way, so
+        # the gate is float32's. A CPU has no such products, and `environment.notes` reports that.
         Precision("tensorfloat32", np.dtype(np.float32), products="tensorfloat32"),
-        # A model that was cast: parameters of eight bits. Their rounding is the checkpoint's loss and not the port's,
-        # so the oracle takes the same ones, and the gate is no wider for it: 4.9e-3 is FlaxViT's error at the logits of
-        # "rectangular", and 5.2e-3 under "mixed". Products of bfloat16 are exact everywhere, so they are left alone
-        # here and below.
+        # A model that was cast: its parameters have eight bits. Their rounding is a loss of the checkpoint, not of the
+        # candidate. So the oracle uses the same rounded parameters, and the gate is no wider for it. Products of
+        # bfloat16 are exact on every device, so they are left alone here and below.
         Precision("bfloat16", _BFLOAT16, stored=_BFLOAT16),
-        # What training uses: parameters stay float32, and the token stream, norms and softmax of this package's model.
+        # The usual precision in training: parameters stay float32, and so do the token stream, norms and softmax of
+        # this package's model.
         Precision("mixed", _BFLOAT16),
-        # Likewise with float32 parameters: float16 is not asked for to save a model in.
+        # Parameters stay float32 here, too: float16 is not used to store models.
         Precision("float16", np.dtype(np.float16)),
     )
 }
 
 
-# What formulas are compared in.
+# The precision in which formulas are compared.
 FLOAT64 = Precision("float64", np.dtype(np.float64), products="highest")
 
 
 def resolve_precision(given: str | DTypeLike | Precision) -> Precision:
-    """A precision by its name, or by the dtype of that name.
+    """Returns a precision by its name, or by the dtype of that name.
+
+    Args:
+      given: a precision, a name in `PRECISIONS`, or a dtype.
 
     Raises:
-      InputError: there is none.
+      InputError: no precision has that name.
     """
     if isinstance(given, Precision):
         return given

@@ -1,9 +1,9 @@
-"""Verification block by block, of this package's own model, in memory that does not grow with the depth.
+"""Verifies this package's own model block by block, in memory that does not grow with the depth.
 
-Each block in turn becomes a model of one block, between the checkpoint's embeddings, norm and head. Reference, oracle
-and candidate each feed it the token stream that they themselves had after the block before, in place of the embeddings;
-backward, the gradient that the block after it left takes the place of the objective. So errors add up from block to
-block as in the whole model, and what is compiled for one block serves all.
+Each block in turn becomes a model of one block, between the checkpoint's embeddings, norm and head. Forward, the
+reference, the oracle and the candidate each feed it their own token stream after the block before, instead of the
+embeddings. Backward, the gradient from the block after it replaces the objective. So errors add up from block to block
+as in the whole model, and the code that is compiled for one block serves all.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import open_checkpoint
 from vit_ref.weights.tensor_files import LazyTensors
 
-# The token stream into a model of one block, and out of its block.
+# The sites at which the token stream enters a model of one block and leaves its block.
 _INTO, _OUT_OF = "embeddings", "block.0.mlp.residual"
-# Sites, parameters and pixels before the first block; neither these nor a block's are after the last.
+# Sites, parameters and pixels before the first block. A name that is neither here nor in a block is after the last.
 _BEFORE = ("patch", "embeddings", "cls_token", "position_embeddings", "pixels")
-# A block's number in any layout's names: "encoder.layer.3.", "layers.3.", "blocks.3.", "encoderblock_3/".
+# The number of a block in the names of any layout: "encoder.layer.3.", "layers.3.", "blocks.3.", "encoderblock_3/".
 _NUMBER = re.compile(r"(?<=[./])(encoderblock_)?(\d+)(?=[./])")
 
 
@@ -62,13 +62,16 @@ def check_streamed(
     backward: bool = True,
     progress: Progress = silent,
 ) -> CandidateReport:
-    """`check_port` of this package's own model, holding the tensors of one block at a time.
+    """Checks this package's own model, like `check_port`, with the tensors of one block in memory at a time.
 
-    Sites, gradients, gates and errors are those of `check_port`, though other numbers of objectives may settle the
-    gradients. In the precision bfloat16 the parameters are rounded when they are read, so that float64 compares the
-    formulas with rounded parameters too. FlaxViT's own error, where weights are stored and computed with in bfloat16,
-    differs from that in the whole model, in which XLA leaves out roundings of its stream: by up to a third on models of
-    two and three blocks. How the whole model behaves is not asked.
+    Sites, gradients, gates and errors are those of `check_port`. It differs in these points:
+
+    - Another number of objectives may settle the gradients.
+    - In the precision bfloat16 parameters are rounded when they are read. So float64, too, compares formulas with
+      rounded parameters.
+    - FlaxViT's own error in the precision bfloat16 differs from that in the whole model, because XLA leaves out some
+      roundings of the whole model's stream.
+    - The behaviour of the whole model is not checked.
 
     Args:
       checkpoint: safetensors: a directory, sharded or not, a file or a hub id.
@@ -76,26 +79,29 @@ def check_streamed(
       revision: see `check_port`.
       ignore: see `check_port`.
       precision: see `check_port`.
-      reference: who judges: "flax" or "numpy", the latter forward only.
-      backward: whether to judge gradients too. The streams into every block are kept in a temporary directory.
-      progress: told what is being done next.
+      reference: "flax", or "numpy", which has no backward pass.
+      backward: whether to compare gradients, too. A temporary directory keeps the streams into every block.
+      progress: called with the name of each step before it begins.
+
+    Returns:
+      Every check with its status; `report.passed` is the verdict.
 
     Raises:
       InputError: see `check_port`; or the checkpoint or the reference cannot be streamed.
     """
     asked = resolve_precision(precision)
     if reference == "torch":
-        raise InputError("the reference torch runs whole models only: with --stream take flax or numpy")
+        raise InputError("the reference torch runs whole models only: with --stream use flax or numpy")
     source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore, lazy=True)
     if not isinstance(source.tensors, LazyTensors):
         raise InputError(
-            f"{source.path}: only safetensors can be read block by block: convert it first, with"
+            f"{source.path}: only safetensors can be read block by block: convert the checkpoint first, with"
             " vit-ref convert SRC DST --to hf"
         )
     progress("reading every tensor once")
     with mapping.name_checkpoint_in_errors(source.path):
         for _ in mapping.port_each(source.tensors, config, mapping.detect(source.tensors)):
-            pass  # what is missing, left over, misshapen or not finite is said here, all at once
+            pass  # this reports all tensors that are missing, unexpected, misshapen or not finite at once
     pixels = pixels_for(config, images, FORWARD)
     with tempfile.TemporaryDirectory() as directory:
         blocks = _Blocks(config, source, reference, asked, Path(directory))
@@ -103,7 +109,7 @@ def check_streamed(
 
 
 class _Stage(NamedTuple):
-    """One block's turn. The first answers for all before it too, the last for all after it."""
+    """One block's turn. The first stage also covers all that is before the blocks, the last all that is after."""
 
     block: int
     depth: int
@@ -114,22 +120,34 @@ class _Stage(NamedTuple):
         return self.block == self.depth - 1
 
     def answers_for(self, name: str) -> bool:
-        """Whether a site, or a gradient's name, of the model of one block is this stage's."""
+        """Returns whether a site or gradient of the model of one block belongs to this stage.
+
+        Args:
+          name: its name in the model of one block.
+        """
         if name.startswith("block"):
             return True
         return self.block == 0 if name.startswith(_BEFORE) else self.last
 
     def sites(self, names: Iterable[str]) -> list[str]:
-        """The stage's sites, and those before the first block: the stream is compared where it enters, too."""
+        """Returns the stage's sites and those before the first block, because the incoming stream is compared, too.
+
+        Args:
+          names: sites of the model of one block.
+        """
         return [name for name in names if name.startswith(_BEFORE) or self.answers_for(name)]
 
     def renamed(self, name: str) -> str:
-        """Such a name in the whole model."""
+        """Returns the name in the whole model.
+
+        Args:
+          name: the name in the model of one block.
+        """
         return re.sub(r"^(blocks?)\.0\.", rf"\1.{self.block}.", name)
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
-        """Where nobody can judge is said of the whole model."""
+        """Gives an `UnjudgedError` the name of its site in the whole model."""
         try:
             yield
         except UnjudgedError as error:
@@ -141,11 +159,11 @@ One = TypeVar("One", bound=Any)
 
 
 class _Chained(Generic[One]):
-    """One implementation of one block, run as every block in turn: a `Reference`, and an `Observable`.
+    """One implementation of one block, which runs as every block in turn: a `Reference` and an `Observable`.
 
     Args:
-      one: the implementation, which holds the weights of the block whose turn it is.
-      directory: where the streams into the blocks are kept.
+      one: the implementation, which holds the weights of the present block.
+      directory: the directory that keeps the streams into the blocks.
     """
 
     claims: frozenset[str] | None = None
@@ -158,18 +176,22 @@ class _Chained(Generic[One]):
         self.one = one
         self._directory = directory
         self._stage = _Stage(0, 1)
-        # By dtype and brightness of the images: the streams into this block and out of it; and by dtype and brightness
-        # the gradients with respect to the latter.
+        # By dtype and brightness of the images: the streams into this block and out of it, and the gradients of the
+        # stream out of it.
         self._into: dict[Any, NDArray] = {}
         self._out_of: dict[Any, NDArray] = {}
         self._cotangents: dict[Any, NDArray] = {}
 
     def enter(self, stage: _Stage) -> None:
-        """Goes on to a block: with `trace` and `keep` from the first to the last, then with `gradients` back."""
+        """Goes on to a block: forward with `trace` and `keep`, then back with `gradients`.
+
+        Args:
+          stage: the block's turn.
+        """
         self._stage, self._into, self._out_of = stage, self._out_of, {}
 
     def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Observable.trace`: the values at the stage's sites and at those before the first block."""
+        """See `Observable.trace`. Returns the stage's sites and those before the first block."""
         key = precision.dtype
         fed = {_INTO: self._into[key]} if self._stage.block else {}
         trace = {**self.one.trace(pixels, precision, {**fed, **(replace or {})}), **fed}
@@ -178,7 +200,13 @@ class _Chained(Generic[One]):
         return {site: trace[site] for site in self._stage.sites(trace)}
 
     def keep(self, pixels: NDArray, precision: Precision, brightness: float) -> None:
-        """Keeps the stream of brighter images into this block, and finds the one out of it."""
+        """Keeps the stream of brighter images into this block, and computes the stream out of it.
+
+        Args:
+          pixels: float32 images (B, height, width, C).
+          precision: the precision to compute in.
+          brightness: the factor of the images.
+        """
         key = precision.dtype, brightness
         if self._stage.block:
             np.save(self._file(*key), self._into[key].astype(np.promote_types(precision.dtype, np.float32)))
@@ -186,7 +214,7 @@ class _Chained(Generic[One]):
             self._out_of[key] = self.one.trace(pixels * np.float32(brightness), precision, self._fed(*key))[_OUT_OF]
 
     def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`: those that are the stage's."""
+        """See `Reference.gradients`. Returns those of the stage."""
         stage = self._stage
 
         def of_this_block(objective: Objective) -> Objective:
@@ -210,7 +238,7 @@ class _Chained(Generic[One]):
         return gradients
 
     def storing(self, precision: Precision) -> _Chained[One]:
-        """See `Reference.storing`; parameters are rounded when they are read."""
+        """See `Reference.storing`. Returns itself, because parameters are rounded when they are read."""
         return self
 
     def _fed(self, dtype: np.dtype, brightness: float) -> dict[str, NDArray]:
@@ -221,7 +249,7 @@ class _Chained(Generic[One]):
 
 
 class _Blocks:
-    """Reference, oracle and candidate, who take their turn at each block together."""
+    """The reference, the oracle and the candidate, which go through the blocks together."""
 
     def __init__(self, config: ViTConfig, source: Checkpoint, reference: str, asked: Precision, directory: Path):
         self.source = source
@@ -236,12 +264,16 @@ class _Blocks:
 
     @property
     def tensors(self) -> mapping.Tensors:
-        """The block's, under Hugging Face's names."""
+        """The block's tensors under Hugging Face's names."""
         tensors: mapping.Tensors = self.oracle.one.tensors
         return tensors
 
     def stages(self, indices: Iterable[int]) -> Iterator[_Stage]:
-        """Each block's turn, during which its tensors, and no other block's, are held."""
+        """Yields each block's turn. During a turn only the tensors of that block are in memory.
+
+        Args:
+          indices: the blocks' numbers.
+        """
         for index in indices:
             self._let_go()
             tensors = hf_tensors(self.config, self._numbered(index))
@@ -255,41 +287,41 @@ class _Blocks:
             yield stage
 
     def _let_go(self) -> None:
-        """Nobody holds the block any more."""
+        """Frees the present block's tensors."""
         held = [weakref.ref(array) for array in (*self.tensors.values(), *self.candidate.one.parameters.values())]
         self.reference.one.fill({})
         self.oracle.one.fill({})
         self.candidate.one.parameters = {}
-        gc.collect(0)  # jax forgets the arrays that it was lent only when Python collects
+        gc.collect(0)  # jax frees arrays that it borrowed only when Python collects garbage
         if any(array() is not None for array in held):
-            gc.collect()  # What refers to itself, a caught exception's frame say, has grown old meanwhile.
-            gc.collect(0)  # Only now is what that had lent to jax forgotten.
+            gc.collect()  # A cycle, such as the frame of a caught exception, is in an older generation by now.
+            gc.collect(0)  # Only now does jax free the arrays that the cycle held.
 
     def _numbered(self, index: int) -> Checkpoint:
-        """A block as the only one, found by the number in its tensors' names: the weight map has no part in it."""
-        found = {}
+        """Returns one block as the only one, by the number in its tensors' names and without the weight map."""
+        tensors = {}
         for name in self.source.tensors:
             number = _NUMBER.search(name)
             if number is None or int(number[2]) == index:
-                found[_NUMBER.sub(r"\g<1>0", name, count=1)] = self.source.tensors[name]
-        return dataclasses.replace(self.source, tensors=self.asked.rounded(found))
+                tensors[_NUMBER.sub(r"\g<1>0", name, count=1)] = self.source.tensors[name]
+        return dataclasses.replace(self.source, tensors=self.asked.rounded(tensors))
 
     def _mapped(self, index: int) -> Checkpoint:
-        """A block as the only one, found by the whole model's weight map, which is under test."""
+        """Returns one block as the only one, by the whole model's weight map, which is under test."""
         layout = mapping.detect(self.source.tensors)
         name_of = {rule.destination: rule.source for rule in layout.bind(self.whole, self._prefixed)}
         names = {
             rule.source: name_of[_Stage(index, 0).renamed(rule.destination)]
             for rule in layout.bind(self.config, self._prefixed)
         }
-        found = {short: self.source.tensors[name] for short, name in names.items()}
-        return dataclasses.replace(self.source, tensors=self.asked.rounded(found))
+        tensors = {short: self.source.tensors[name] for short, name in names.items()}
+        return dataclasses.replace(self.source, tensors=self.asked.rounded(tensors))
 
 
 class _Streamed(Session):
-    """A session whose blocks are compared one after another."""
+    """A session that compares one block after another."""
 
-    not_behaviour = "it is the whole model's, and blocks were judged one by one"
+    not_behaviour = "with --stream only single blocks run, and behaviour belongs to the whole model"
 
     def __init__(self, blocks: _Blocks, source: Checkpoint, pixels: NDArray, precision: Precision, progress: Progress):
         super().__init__(
@@ -303,7 +335,7 @@ class _Streamed(Session):
             progress=progress,
         )
         self._blocks = blocks
-        # Whatever rounds parameters has rounded them when they are read: the engine is to do nothing more.
+        # Parameters are rounded when they are read, so the engine must not round them again.
         self._rounded = precision._replace(stored=None)
 
     def forward(self) -> ParityReport:
@@ -313,7 +345,7 @@ class _Streamed(Session):
         for stage in blocks.stages(range(blocks.whole.num_hidden_layers)):
             self.progress(f"block {stage.block} of {stage.depth}")
             part = problem.only(stage.sites(problem.shapes))
-            # After the first divergence a block is fed what diverges already.
+            # After the first divergence the input of a block is wrong already, so its causes mean nothing.
             diverged = any(before.semantic_failures for _, before in reports)
             with stage.naming():
                 report = compare_forward(
@@ -332,7 +364,7 @@ class _Streamed(Session):
         """See `Session.backward`."""
         blocks, pixels, precision = self._blocks, self.pixels[: self.images_backward], self._rounded
         if isinstance(blocks.reference.one, NumpyReference):
-            blocks.reference.one.gradients(pixels, precision)  # says why there are none
+            blocks.reference.one.gradients(pixels, precision)  # raises an error that says why there are none
         problem = problem_of(blocks.config, pixels)
         explainer = ViTExplainer(blocks.config, {}, problem)
         objectives = objectives_for(problem.output)
@@ -357,7 +389,7 @@ class _Streamed(Session):
                 with stage.naming():
                     for objective in objectives[start:stop]:
                         comparison.measure(objective, pooled)
-                del comparison  # which holds this block while the next one is read
+                del comparison  # it would keep this block in memory while the next one is read
             if all(pooled.settled for pooled in found.values()):
                 break
         title = f"{self.title}, backward"
@@ -368,12 +400,12 @@ class _Streamed(Session):
         return _whole(reports, gradient_names(blocks.whole))
 
     def behaviour(self) -> tuple[Behaviour, ...]:
-        """Nothing: it is the whole model's."""
+        """Returns nothing, because only the whole model has a behaviour."""
         return ()
 
 
 def _whole(reports: list[tuple[_Stage, ParityReport]], order: list[str]) -> ParityReport:
-    """The report of the whole model, of its stages'."""
+    """Makes one report of the whole model from those of its stages."""
     found = {
         stage.renamed(result.site): result._replace(site=stage.renamed(result.site))
         for stage, report in reports

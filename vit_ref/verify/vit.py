@@ -1,4 +1,4 @@
-"""What the engine is told of a ViT: its problem, its tensors under the reference's names, what explains its faults."""
+"""Describes a ViT to the engine: its problem, its tensors under the reference's names, and what explains its faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ViTExplainer:
 
     Args:
       config: the model's configuration.
-      tensors: the checkpoint's, under Hugging Face's names; gradients are explained without.
+      tensors: the checkpoint's tensors under Hugging Face's names. Gradients are explained without them.
       problem: what is compared.
     """
 
@@ -48,13 +48,13 @@ class ViTExplainer:
 
     def explain_gradient(self, name: str, value: NDArray, truth: NDArray) -> Explanation:
         """See `Explainer.explain_gradient`."""
-        # A parameter's axes have no names.
+        # The axes of a parameter have no names.
         placed = name == "pixels" or name in self._problem.shapes
         return Explanation(diagnose_gradient(truth, name, value), where(value, truth, name) if placed else "")
 
 
 def problem_of(config: ViTConfig, pixels: NDArray) -> Problem:
-    """The problem that a ViT's configuration poses.
+    """Returns the problem of a ViT's configuration.
 
     Args:
       config: the model's configuration.
@@ -71,7 +71,11 @@ def problem_of(config: ViTConfig, pixels: NDArray) -> Problem:
 
 
 def gradient_names(config: ViTConfig) -> list[str]:
-    """Every gradient: sites, then parameters, both in the order in which backpropagation meets them; and pixels."""
+    """Returns the names of all gradients: sites, then parameters, each in the order of backpropagation, then pixels.
+
+    Args:
+      config: the model's configuration.
+    """
     return [
         *(site.name for site in reversed(sites(config, 1))),
         *sorted(list_parameters(config), key=_from_the_output),
@@ -84,7 +88,7 @@ _IN_A_BLOCK = ("mlp.fc2", "mlp.fc1", "norm2", "attn.out", "attn.value", "attn.ke
 
 
 def _from_the_output(path: str) -> tuple[int, int, int]:
-    """How far from the output a parameter is."""
+    """Returns how far a parameter is from the output, as a key to sort by."""
     layer, _, rest = path.partition(".")
     if layer != "blocks":
         return _LAYERS.index(layer), 0, 0
@@ -93,10 +97,14 @@ def _from_the_output(path: str) -> tuple[int, int, int]:
 
 
 def hf_tensors(config: ViTConfig, source: Checkpoint) -> dict[str, NDArray]:
-    """A checkpoint's tensors under Hugging Face's names, as reference and oracle read them.
+    """Returns a checkpoint's tensors under Hugging Face's names, as the reference and the oracle read them.
 
-    Files with those names are handed over untouched: the weight map has no part in what judges it. Other layouts are
-    renamed by the weight map, and `-m porting` vouches for that.
+    Files with those names are passed on unchanged, so the weight map has no part in judging itself. The weight map
+    renames other layouts, and the tests of `-m porting` check that.
+
+    Args:
+      config: the model's configuration.
+      source: the checkpoint.
     """
     layout = mapping.detect(source.tensors)
     if layout is layouts.HF:

@@ -55,7 +55,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy", ".msgpack", "
 
 
 def find_origin_of(path: Path) -> Origin:
-    """The origin of a directory or file of any kind: the digest is that of its weights, found by their suffix.
+    """Returns the origin of a directory or file of any kind, whose weights are found by their suffix.
 
     Raises:
       CheckpointError: no file of weights is there, or one cannot be read.

@@ -1,8 +1,8 @@
-"""A port in equinox: written for one image, channels first, and mapped over a batch.
+"""A candidate in equinox: written for one image, channels first, and mapped over a batch.
 
-Under `jax.vmap` nothing can be observed from outside, so the model returns its intermediates, under the sites' own
-names: then no table is needed. `wrong` adds the positions before the cls token is there; `wrong_epsilon` leaves
-LayerNorm at equinox's own epsilon.
+Nothing can be observed inside `jax.vmap`. So the model returns its intermediates under the sites' own names, and needs
+no table. `wrong` adds the positions before the cls token exists. `wrong_epsilon` leaves LayerNorm at equinox's own
+epsilon.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class VisionTransformer(eqx.Module):
 
 
 def load(checkpoint: Path, *, epsilon: float | None = None, cls_has_position: bool = True) -> VisionTransformer:
-    """The model, filled; an epsilon of None is the checkpoint's."""
+    """Returns the model, filled from the checkpoint; an epsilon of None is the checkpoint's."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = load_file(checkpoint / "model.safetensors")
     width, depth = config["hidden_size"], config["num_hidden_layers"]
@@ -101,7 +101,7 @@ def load(checkpoint: Path, *, epsilon: float | None = None, cls_has_position: bo
     )
 
     def fill(model: VisionTransformer, where, name: str) -> VisionTransformer:
-        # equinox keeps PyTorch's shapes; only a convolution's bias has two axes more.
+        # equinox keeps PyTorch's shapes, except that a convolution's bias has two more axes.
         layer = where(model)
         new = [jnp.asarray(tensors[f"{name}.{leaf}"]) for leaf in ("weight", "bias")]
         new[1] = new[1].reshape(layer.bias.shape)
@@ -136,7 +136,7 @@ for theirs, ours in {
     "norm": "norm",
     "head": "head",
 }.items():
-    # Linear's weight is (out, in), the convolution's (out, in, height, width), and this package's are (..., in, out).
+    # Linear's weight is (out, in) and the convolution's (out, in, height, width). This package's are (..., in, out).
     moved = (lambda w: w.transpose(2, 3, 1, 0)) if ours == "patch" else (lambda w: w.T)
     weight = f"{ours}.scale" if "norm" in ours else (f"{ours}.kernel", moved)
     PARAMETERS |= {f"{theirs}.weight": weight, f"{theirs}.bias": f"{ours}.bias"}

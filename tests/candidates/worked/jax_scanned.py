@@ -1,7 +1,7 @@
-"""A port in plain JAX: a function of parameters and images, whose blocks are stacked and scanned.
+"""A candidate in plain JAX: a function of parameters and images, whose blocks are stacked and scanned.
 
-The scan returns what it saw of each block, stacked on the first axis. `wrong` stacks the blocks in the order in which
-`sorted` puts their names, where 10 comes before 2.
+The scan returns its values of each block, stacked on the first axis. `wrong` stacks the blocks in the order of their
+sorted names, in which 10 comes before 2.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ LAYERS = {
 
 
 def load(checkpoint: Path, *, counted: bool = True) -> tuple[Callable, dict]:
-    """The function and its parameters, filled."""
+    """Returns the function and its parameters, filled from the checkpoint."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = load_file(checkpoint / "model.safetensors")
 
@@ -93,7 +93,7 @@ def load(checkpoint: Path, *, counted: bool = True) -> tuple[Callable, dict]:
     return partial(forward, heads=config["num_attention_heads"], epsilon=config["layer_norm_eps"]), params
 
 
-# Without {i} on the left: stacked over the blocks.
+# A key without {i} is a value stacked over the blocks.
 SITES = {
     "patches": "patches",
     "embeddings": "embeddings",

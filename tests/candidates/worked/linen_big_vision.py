@@ -1,7 +1,7 @@
-"""A port in linen, with the modules, names and shapes of big_vision and of google-research's vision_transformer.
+"""A candidate in linen, with the modules, names and shapes of big_vision and google-research's vision_transformer.
 
-linen's attention keeps its heads apart, so that PyTorch's kernels have to be reshaped on their way. `wrong` does so in
-the wrong order for the one that merges the heads: right shapes, wrong numbers. `wrong_epsilon` has linen's default.
+linen's attention keeps heads on an axis of their own, so PyTorch's kernels must be reshaped. `wrong` reshapes the
+kernel that merges the heads in the wrong order: right shapes, wrong numbers. `wrong_epsilon` has linen's default.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class VisionTransformer(nn.Module):
 def load(
     checkpoint: Path, *, epsilon: float | None = None, merged_in_order: bool = True
 ) -> tuple[VisionTransformer, dict]:
-    """The module and its variables; an epsilon of None is the checkpoint's."""
+    """Returns the module and its variables; an epsilon of None is the checkpoint's."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = load_file(checkpoint / "model.safetensors")
     heads, width = config["num_attention_heads"], config["hidden_size"]
@@ -122,7 +122,7 @@ def load(
     return module, {"params": params}
 
 
-# Where the sites are: in the outputs of submodules, and in the inputs of those that come next.
+# The sites are outputs of submodules, and inputs of the next submodules.
 _B, _A = "encoderblock_{i}", "encoderblock_{i}.MultiHeadDotProductAttention_0"
 SITES = {
     "embedding": "patches",

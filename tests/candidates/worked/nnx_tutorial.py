@@ -1,6 +1,6 @@
-"""A port in the style of Flax's own tutorial on ViTs (flax.readthedocs.io, examples/vit_training).
+"""A candidate in the style of Flax's own tutorial on ViTs (flax.readthedocs.io, examples/vit_training).
 
-It is built from `nnx.MultiHeadAttention` and `nnx.Sequential`. As the tutorial has it, `wrong`, it computes the tanh
+It is built from `nnx.MultiHeadAttention` and `nnx.Sequential`. `wrong` is as the tutorial has it. It computes the tanh
 form of GELU, which is what `nnx.gelu` is, and LayerNorm with flax's epsilon, whatever the checkpoint was trained with.
 """
 
@@ -72,7 +72,7 @@ erf_gelu = partial(nnx.gelu, approximate=False)
 
 
 def load(checkpoint: Path, *, epsilon: float | None = None, gelu: Callable = erf_gelu) -> VisionTransformer:
-    """The model, filled; an epsilon of None is the checkpoint's."""
+    """Returns the model, filled from the checkpoint; an epsilon of None is the checkpoint's."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = load_file(checkpoint / "model.safetensors")
     kernel = tensors["vit.embeddings.patch_embeddings.projection.weight"]
@@ -82,7 +82,7 @@ def load(checkpoint: Path, *, epsilon: float | None = None, gelu: Callable = erf
     )
 
     def fill(layer: nnx.Module, name: str) -> None:
-        # PyTorch's kernels are (out, in) and (out, in, height, width). Attention keeps its heads apart.
+        # PyTorch's kernels are (out, in) and (out, in, height, width). Attention keeps heads on an axis of their own.
         weight = tensors[f"{name}.weight"]
         target = layer.scale if isinstance(layer, nnx.LayerNorm) else layer.kernel
         target[...] = (weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T).reshape(target.shape)
@@ -105,7 +105,7 @@ def load(checkpoint: Path, *, epsilon: float | None = None, gelu: Callable = erf
     return model
 
 
-# Where the sites are. Attention's probabilities are computed inside `nnx.dot_product_attention`, out of sight.
+# The sites. Attention's probabilities are computed inside `nnx.dot_product_attention`, where they cannot be observed.
 SITES = {
     "patch_embeddings": "patches",
     "dropout": "embeddings",

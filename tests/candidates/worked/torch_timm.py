@@ -1,7 +1,7 @@
-"""A port in PyTorch in timm's style: one linear for query, key and value.
+"""A candidate in PyTorch in timm's style: one linear layer for query, key and value.
 
-`wrong` splits what it returns in the wrong order. `wrong_mode` is never put into evaluation mode, so that dropout is
-live. `fused` has PyTorch's fused attention, timm's default, which shows no probabilities.
+`wrong` splits the output of that layer in the wrong order. `wrong_mode` is never put into evaluation mode, so its
+dropout is active. `fused` has PyTorch's fused attention, timm's default, which shows no probabilities.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.split_in_order = split_in_order
         self.fused = False
         self.qkv = nn.Linear(width, 3 * width)
-        # Where some models normalise; here they only show which query and key are used.
+        # Some models normalise here. In this one these layers only show which query and key are used.
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         self.attn_drop = nn.Dropout(dropout)
@@ -110,7 +110,7 @@ RENAMED = (
 def load(
     checkpoint: Path, *, split_in_order: bool = True, evaluated: bool = True, fused: bool = False
 ) -> VisionTransformer:
-    """The model, filled."""
+    """Returns the model, filled from the checkpoint."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = {}
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
@@ -130,7 +130,7 @@ def load(
 
 
 def chunk(k: int) -> Callable:
-    """A selection: the query (0), key (1) or value (2) of what is fused on the last axis."""
+    """Returns a selection of the query (0), key (1) or value (2) from a value that fuses them on the last axis."""
     return lambda x: x[..., k * (x.shape[-1] // 3) : (k + 1) * (x.shape[-1] // 3)]
 
 

@@ -1,4 +1,4 @@
-"""Bugs in activations: another one than the checkpoint was trained with, or another derivative."""
+"""Bugs in activations: a function other than the checkpoint's, or another derivative."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vit_ref.model import vit
 
 
 def _computes(act: str) -> Inject:
-    """The MLPs compute this activation, whatever the configuration says."""
+    """Makes the MLPs compute this activation, whatever the configuration says."""
     return lambda monkeypatch: monkeypatch.setattr(
         vit, "ACTIVATIONS", dict.fromkeys(vit.ACTIVATIONS, vit.ACTIVATIONS[act])
     )
@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(
         number=3,
         name="no-activation",
-        story="the MLP's two linears follow each other directly",
+        story="the MLP has no activation between its two linear layers",
         source="keras-cv #1014",
         inject=at("block.*.mlp.hidden", lambda value, here: here["mlp.fc1"]),
         first_site="block.0.mlp.hidden",
@@ -90,7 +90,7 @@ MUTANTS = (
     Mutant(
         name="tanh-gelu-in-block-7",
         story="one block of thirteen was left with the old activation after a search and replace",
-        source="the last of several edits is the one that is forgotten",
+        source="one of several edits is forgotten",
         inject=at("block.7.mlp.hidden", lambda value, here: jax.nn.gelu(here["mlp.fc1"], approximate=True)),
         tests=forward("deep"),
         first_site="block.7.mlp.hidden",
@@ -99,17 +99,17 @@ MUTANTS = (
     Mutant(
         name="gelu-with-the-derivative-of-tanh-gelu",
         story="a hand-written kernel with the right values and the other form's derivative",
-        source="custom derivatives are written apart from the function",
+        source="custom derivatives are written separately from the function",
         inject=at("block.*.mlp.hidden", lambda value, here: _gelu(here["mlp.fc1"])),
         tests=backward("rectangular"),
         first_site="block.1.mlp.fc1",
     ),
     Mutant(
         name="gelu-tail-clipped",
-        story="a quantised lookup table that ends where GELU's left tail was taken for zero",
+        story="a quantised lookup table replaces GELU's left tail by zero",
         source="tables of int8 inference",
         inject=_hidden_clipped,
-        # GELU's least value is -0.17, which a clip at 0.1699 just touches.
+        # GELU's smallest value is -0.17, which a clip at 0.1699 just touches.
         doses=(0.1, 0.1699),
         first_site="block.0.mlp.hidden",
     ),

@@ -23,7 +23,7 @@ def _probs(query: Array, key: Array, scale: float, mask: Array | None = None, ax
 
 
 def _scaled(scale: Callable[[ViTConfig], float]) -> Inject:
-    """Scores are multiplied by this."""
+    """Multiplies the scores by this factor."""
     return at(
         "block.*.attn.probs",
         lambda value, here: _probs(here["attn.query"], here["attn.key"], scale(here.model.config)),
@@ -35,7 +35,7 @@ def _nearly_scaled(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
 
 
 def _roles(order: dict[str, str]) -> Inject:
-    """Query, key and value get each other's parameters."""
+    """Gives query, key and value each other's parameters."""
     return loaded(
         lambda parameters, config: {
             path: parameters[path.replace(f".{mine}.", f".{theirs}.")]
@@ -97,7 +97,7 @@ def _unshifted(scores: Array, axis: int) -> Array:
 
 
 def _untapped(factor: Callable[[Array], float]) -> Inject:
-    """Where nobody observes the probabilities, scores are multiplied by this besides."""
+    """Multiplies the scores by this factor, too, if the probabilities are not observed."""
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
         right = vit.attend
@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         number=7,
         name="query-and-key-swapped",
-        story="query and key were mapped the other way round",
-        source="two tensors of one shape; with a single token nothing shows",
+        story="query and key are exchanged in the weight map",
+        source="two tensors of one shape; with one token the output is right",
         inject=_roles({"query": "key", "key": "query"}),
         first_site="block.0.attn.query",
         cause="parameters of block.0.attn.key",
@@ -155,7 +155,7 @@ MUTANTS = (
     Mutant(
         number=13,
         name="attention-scale-twice",
-        story="the query is scaled, and then the scores are",
+        story="both the query and the scores are scaled",
         source="HF #39043; jax.nn.dot_product_attention scales by itself",
         inject=_scaled(lambda config: 1 / config.head_dim),
         first_site="block.0.attn.probs",
@@ -189,7 +189,7 @@ MUTANTS = (
     ),
     Mutant(
         name="attention-scale-nearly-right",
-        story="a scale that was rounded, to two digits or in half precision",
+        story="the scale is rounded, to two digits or in half precision",
         source="scales stored in configs and in quantised kernels",
         inject=_nearly_scaled,
         doses=(1 + 1e-2, 1 + 1e-4, 1 + 1e-10),
@@ -211,13 +211,13 @@ MUTANTS = (
         story="the number of heads is hidden_size // 64",
         source="jimm",
         inject=_heads_from_width,
-        # Values of another shape are infinitely wrong.
+        # The error of values with a wrong shape is infinite.
         first_site="block.0.attn.query",
     ),
     Mutant(
         number=47,
         name="qkv-bias-false-ignored",
-        story="biases that the checkpoint has not are made and initialised at random",
+        story="the model has random biases that the checkpoint lacks",
         source="a default of use_bias=True that the config does not reach",
         inject=at("block.*.attn.query", lambda value, here: value + 0.02 * jnp.cos(jnp.arange(value.shape[-1]))),
         tests=forward("no-qkv-bias"),
@@ -225,7 +225,7 @@ MUTANTS = (
     ),
     Mutant(
         name="causal-mask",
-        story="a token attends to itself and those before it alone",
+        story="a token attends only to itself and earlier tokens",
         source="a block reused from a language model",
         inject=at("block.*.attn.probs", _causal),
         first_site="block.0.attn.probs",
@@ -233,19 +233,19 @@ MUTANTS = (
     ),
     Mutant(
         name="softmax-over-the-queries",
-        story="the columns of the probabilities add up to one, not the rows",
-        source="softmax(dim=-2), or einsum letters the other way round",
+        story="the columns of the probabilities sum to one, not the rows",
+        source="softmax(dim=-2), or exchanged letters in einsum",
         inject=at("block.*.attn.probs", _over_queries),
         first_site="block.0.attn.probs",
         cause="softmax over the queries",
     ),
     Mutant(
         name="softmax-without-the-maximum",
-        story="exponentials of the scores as they come",
-        source="the textbook's formula; overflows at scores of 89",
+        story="exponentials of the scores without subtracting their maximum",
+        source="the textbook's formula; it overflows at scores of 89",
         inject=lambda monkeypatch: instead(monkeypatch, attention, "jax.nn.softmax", _unshifted),
         killed_by="consistency",
-        # Within range it is the same function: only extreme scores tell, by a NaN, which names no site.
+        # It is the same function within range: only extreme scores show it, by a NaN, which names no site.
         tests=("tests/consistency/test_extremes.py", "-k", "all-scores-1e4-float32"),
     ),
     Mutant(
@@ -260,21 +260,21 @@ MUTANTS = (
     ),
     Mutant(
         name="no-gradient-through-the-probabilities",
-        story="attention weights are detached, as they are for visualisation",
-        source="the tap for drawing maps is left in the training code",
+        story="attention weights are detached, as for visualisation",
+        source="code for drawing maps is left in the training code",
         inject=at("block.*.attn.probs", lambda value, here: jax.lax.stop_gradient(value)),
         tests=backward("rectangular"),
         # The gradient at the probabilities themselves is right; queries and keys get none.
         first_site="block.1.attn.key",
-        cause="zero",
+        cause="all zero",
     ),
     Mutant(
         name="untapped-attention-off-in-half-precision",
-        story="the path without a tap has another scale, a sixteenth more, in half precision alone",
+        story="only the path without a tap has a scale larger by a sixteenth, only in half precision",
         source="fused kernels have a path of their own for each dtype",
         inject=_untapped(lambda query: 1 if query.dtype == jnp.float32 else 1 + 2**-4),
         killed_by="model",
-        # No site: a path without a tap has none.
+        # It has no site, because the bug is in a path without a tap.
         tests=("tests/model/test_model.py", "-k", "two_paths_agree"),
     ),
     Mutant(
@@ -283,7 +283,7 @@ MUTANTS = (
         source="two paths for one formula, one of them tested",
         inject=_untapped(lambda query: 0.25 * query.shape[-1] ** 0.5),
         killed_by="model",
-        # No site: a path without a tap has none.
+        # It has no site, because the bug is in a path without a tap.
         tests=("tests/model/test_model.py", "-k", "plain and rectangular and not patch"),
     ),
 )

@@ -18,7 +18,7 @@ from vit_ref.model.norm import LayerNorm
 
 
 def _norms(make: Callable[..., Any]) -> Inject:
-    """The model is built with `make` in place of its LayerNorm."""
+    """Builds the model with `make` instead of its LayerNorm."""
     return lambda monkeypatch: monkeypatch.setattr(vit, "LayerNorm", make)
 
 
@@ -27,12 +27,12 @@ def _epsilon(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
 
 
 def _formula(normalise: Callable[[Array, float], Array]) -> Inject:
-    """The model's norms normalise as this does, then scale and shift as ever."""
+    """Makes the model's norms normalise with this function. Scale and shift stay the same."""
 
     class Norm(LayerNorm):
         def __call__(self, x: Array) -> Array:
             x = x if self.dtype is None else x.astype(self.dtype)
-            # Spread over all axes by hand, for a strict run.
+            # Broadcast by hand over all axes, for a run with strict promotion.
             scale, bias = (jnp.broadcast_to(each[...].astype(x.dtype), x.shape) for each in (self.scale, self.bias))
             return normalise(x, self.epsilon) * scale + bias
 
@@ -89,7 +89,7 @@ MUTANTS = (
         story="flax's default epsilon, 1e-6, PyTorch's, 1e-5, or nearly the right one",
         source="HF #18137, mindone #225, kornia #2786",
         inject=_epsilon,
-        # 1.00001e-12 is 1e-17 more under a variance of 1e-8: 5e-10 on the smallest token.
+        # 1.00001e-12 adds 1e-17 to a variance of 1e-8: an error of 5e-10 on the smallest token.
         doses=(1e-5, 1e-6, 1.00001e-12),
         tests=forward("hard-tokens"),
         first_site="block.0.norm1",
@@ -97,7 +97,7 @@ MUTANTS = (
     ),
     Mutant(
         name="layer-norm-epsilon-on-ordinary-tokens",
-        story="the same, where every token has a variance of about one",
+        story="the same, but every token has a variance of about one",
         source="as above; a float32 check of a ViT-B/16 shows nothing",
         inject=lambda monkeypatch: _epsilon(monkeypatch, 1e-6),
         first_site="block.0.norm1",
@@ -106,10 +106,10 @@ MUTANTS = (
     Mutant(
         number=5,
         name="fast-variance",
-        story="E[x^2] - E[x]^2, nnx.LayerNorm's default, which cancels where the mean exceeds the deviation",
+        story="E[x^2] - E[x]^2, nnx.LayerNorm's default, which cancels if the mean exceeds the deviation",
         source="nnx.LayerNorm's default",
         inject=_norms(lambda width, **options: nnx.LayerNorm(width, **options, rngs=nnx.Rngs(0))),
-        # FlaxViT has it too, so parity has no better measure; no site, a LayerNorm by itself.
+        # FlaxViT has this bug, too, so parity cannot measure it. It has no site, because a LayerNorm is tested alone.
         killed_by="model",
         tests=("tests/model/test_model.py", "-k", "layer_norm_survives"),
     ),
@@ -119,7 +119,7 @@ MUTANTS = (
         story="the same without flax's max(0, ...): rounding makes the variance negative, and its root NaN",
         source="equinox #314",
         inject=_formula(_difference_of_squares),
-        # No site: a LayerNorm by itself.
+        # It has no site, because a LayerNorm is tested alone.
         killed_by="model",
         tests=("tests/model/test_model.py", "-k", "layer_norm_survives"),
     ),
@@ -130,12 +130,12 @@ MUTANTS = (
         source="kornia #2786",
         inject=at("norm", lambda value, here: here.stream),
         first_site="norm",
-        cause="no norm",
+        cause="LayerNorm left out",
     ),
     Mutant(
         number=32,
         name="norms-exchanged",
-        story="layernorm_before and layernorm_after were mapped the other way round",
+        story="layernorm_before and layernorm_after are exchanged in the weight map",
         source="two tensors of one shape",
         inject=loaded(_exchanged),
         first_site="block.0.norm1",
@@ -156,10 +156,10 @@ MUTANTS = (
         story="(x - mean) / (deviation + epsilon)",
         source="Ba et al. (2016) leaves epsilon out; The Annotated Transformer puts it there",
         inject=_formula(_epsilon_outside),
-        # At a variance of one the two differ by 5e-13, under the gate: only faint tokens tell them apart.
+        # At a variance of one the two differ by 5e-13, below the gate. Only faint tokens show the bug.
         tests=forward("hard-tokens"),
         first_site="block.0.norm1",
-        cause="epsilon added to the deviation",
+        cause="epsilon added to the standard deviation",
     ),
     Mutant(
         name="unbiased-variance",
@@ -171,11 +171,11 @@ MUTANTS = (
     ),
     Mutant(
         name="rms-norm",
-        story="the mean is not taken away, as in language models",
+        story="the mean is not subtracted, as in language models",
         source="Zhang and Sennrich (2019); a block reused from a Llama port",
         inject=_formula(_not_centred),
         first_site="block.0.norm1",
-        cause="mean not taken away",
+        cause="mean not subtracted",
     ),
     Mutant(
         name="norm-without-scale-and-bias",
@@ -187,7 +187,7 @@ MUTANTS = (
             }
         ),
         first_site="block.0.norm1",
-        cause="norm without scale and bias",
+        cause="LayerNorm without scale and bias",
     ),
     Mutant(
         name="one-norm-for-two",
@@ -199,11 +199,11 @@ MUTANTS = (
     ),
     Mutant(
         name="no-gradient-through-the-variance",
-        story="the statistics are taken for constants in the backward pass",
+        story="the backward pass treats the statistics as constants",
         source="torch's detach() in hand-written norms",
         inject=_formula(_detached),
         tests=backward("rectangular"),
-        # The last norm's own gradient is right; what it hands back is not.
+        # The last norm's own gradient is right; the gradient that it passes back is wrong.
         first_site="block.1.mlp.residual",
     ),
 )

@@ -1,4 +1,4 @@
-"""Bugs in the patch embedding, and in how images are laid out."""
+"""Bugs in the patch embedding, and in the layout of images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _by_columns_if_wide(value: Array, here: Pass) -> Array:
 
 
 def _padded(pixels: Array) -> Array:
-    """As a convolution of stride 5 and kernel 5 pads them where it is told "SAME"."""
+    """Pads as a convolution with stride 5, kernel 5 and padding "SAME" does."""
     missing = [(-side % 5) * (pixels.ndim == 4) for side in pixels.shape[1:3]]
     return jnp.pad(
         pixels, [(0, 0), *((each // 2, each - each // 2) for each in missing), *[(0, 0)] * (pixels.ndim - 3)]
@@ -72,16 +72,16 @@ MUTANTS = (
     Mutant(
         number=20,
         name="same-padding",
-        story="nnx.Conv's own default pads images that are no multiple of the patch, and nobody refuses them",
+        story="nnx.Conv's default pads images whose size is not a multiple of the patch, and the model accepts them",
         source="nnx.Conv's default",
         inject=fed(_padded),
         killed_by="model",
-        # On sizes that fit, SAME pads nothing: only that others are refused keeps it out, before the first site.
+        # "SAME" pads nothing for sizes that fit. Only the refusal of other sizes shows the bug, before the first site.
         tests=("tests/model/test_model.py", "-k", "do_not_fit or no_multiple"),
     ),
     Mutant(
         name="same-padding-behind-the-check",
-        story="nnx.Conv's own default, where sizes are checked first",
+        story="nnx.Conv's default, but sizes are checked first",
         source="nnx.Conv's default",
         inject=layers("Conv", lambda *sizes, **options: nnx.Conv(*sizes, **{**options, "padding": "SAME"})),
         equivalent="with stride = kernel = p an image of n p pixels is padded by max((n - 1) p + p - n p, 0) = 0, and"
@@ -97,8 +97,8 @@ MUTANTS = (
     ),
     Mutant(
         name="only-for-rectangular-images",
-        story="the grid's two sides are exchanged: square images, which every demo has, come out right",
-        source="dinov2 #333 is such a one",
+        story="the grid's two sides are exchanged: square images, as in every demo, come out right",
+        source="dinov2 #333 is one",
         inject=at("patches", _by_columns_if_wide),
         first_site="patches",
         cause="patches column by column",
@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant(
         name="one-image-of-the-batch-off",
         story="the last image of a batch passes through another path",
-        source="padded batches and remainders have one of their own",
+        source="padded batches and remainders take another path",
         inject=_last_image,
         doses=(1e-2, 1e-9),
         first_site="patches",
@@ -122,19 +122,19 @@ MUTANTS = (
     ),
     Mutant(
         name="channels-reversed",
-        story="blue, green, red",
-        source="OpenCV reads images so",
+        story="the channels are blue, green, red",
+        source="OpenCV reads images in this order",
         inject=fed(lambda pixels: pixels[..., ::-1]),
         first_site="patches",
         cause="channels in reverse order",
     ),
     Mutant(
         name="an-image-knows-its-neighbours",
-        story="activations are scaled by a maximum over the whole batch and back, not quite",
+        story="activations are scaled by a maximum over the whole batch and scaled back inexactly",
         source="dynamic quantisation takes its range over the batch",
         inject=at("embeddings", lambda value, here: value * (1 + 1e-6 * jnp.tanh(jnp.abs(value).max()))),
         killed_by="properties",
-        # The property compares a model with itself: it prints the sites of both runs, the first among them.
+        # The property compares a model with itself and prints the sites of both runs, with the first one among them.
         tests=("tests/properties/test_relations.py", "-k", "neighbours"),
         first_site="embeddings",
         says="'{site}'",

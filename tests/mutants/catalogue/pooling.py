@@ -1,4 +1,4 @@
-"""Bugs behind the last block: which token, which pooler, which head."""
+"""Bugs after the last block: which token, which pooler, which head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vit_ref.weights.layouts import Layout
 
 
 def _head_reads(pool: Any) -> Inject:
-    """The head reads `pool(here)` for the normalised cls token."""
+    """Makes the head read `pool(here)` instead of the normalised cls token."""
     return at("logits", lambda value, here: here.model.head(pool(here)))
 
 
@@ -55,7 +55,7 @@ MUTANTS = (
     ),
     Mutant(
         name="norm-after-the-pool",
-        story="the mean of the patches' tokens, and only then the norm",
+        story="the mean of the patches' tokens is taken before the norm",
         source="MAE's and BEiT's fc_norm",
         inject=_head_reads(lambda here: here.model.norm(here.stream[:, 1:].mean(axis=1))),
         first_site="logits",
@@ -81,7 +81,7 @@ MUTANTS = (
     ),
     Mutant(
         name="tanh-before-the-head",
-        story="the classifier gets pre-logits' tanh, which the checkpoint has not",
+        story="the classifier has the tanh of pre-logits, which the checkpoint lacks",
         source="PyTorch-Pretrained-ViT #7",
         inject=_head_reads(lambda here: jnp.tanh(here["norm"][:, 0])),
         first_site="logits",
@@ -90,20 +90,20 @@ MUTANTS = (
     Mutant(
         number=30,
         name="missing-tensors-made-up",
-        story="a head or pooler that the checkpoint lacks is initialised at random, and nothing is said",
+        story="a head or pooler that the checkpoint lacks is initialised at random without a message",
         source="HF #14017, #25377",
         inject=_missing_made_up,
         killed_by="porting",
-        # Nothing is computed: the test asks for a refusal and gets none.
+        # Nothing is computed: the test expects a refusal and gets none.
         tests=("tests/porting/test_rules.py", "-k", "any_one_tensor_dropped and classifier-hf"),
     ),
     Mutant(
         name="left-over-tensors-ignored",
-        story="what no rule takes is left behind, and nothing is said",
+        story="tensors that match no rule are ignored without a message",
         source="strict=False",
         inject=lambda monkeypatch: monkeypatch.setattr(mapping, "port", functools.partial(mapping.port, ignore=["*"])),
         killed_by="porting",
-        # Nothing is computed: the test asks for a refusal and gets none.
+        # Nothing is computed: the test expects a refusal and gets none.
         tests=("tests/porting/test_rules.py", "-k", "beyond_the_configuration and hf5"),
     ),
     Mutant(

@@ -17,7 +17,7 @@ from tests.mutants.mutant import Mutant
 from vit_ref.model import vit
 from vit_ref.model.config import ViTConfig
 
-# What PyTorch made of a small grid, number by number. No checkpoint takes part, so there are no sites.
+# PyTorch's result for a small grid, number by number. No checkpoint takes part, so there are no sites.
 RESIZED = ("tests/model/test_positions.py", "-k", "resized_positions_are_pytorchs")
 
 
@@ -33,7 +33,7 @@ def _with(**wrong: Any) -> Inject:
 
 
 def _by_scale_factor(x: Array, shape: tuple[int, ...], method: Any, antialias: bool) -> Array:
-    # (target + 0.1) / grid, which was to keep a rounded factor from losing a row.
+    # (target + 0.1) / grid, which should keep a rounded factor from losing a row.
     scale = jnp.array([(shape[axis] + 0.1) / x.shape[axis] for axis in (1, 2)])
     return jax.image.scale_and_translate(x, shape, (1, 2), scale, jnp.zeros(2), method, antialias=antialias)
 
@@ -48,7 +48,7 @@ def _cls_position(factor: float) -> Inject:
 
 
 def _grid(change: Any) -> Inject:
-    """The grid of position embeddings (rows, columns, D) is read as `change(grid)`."""
+    """Reads the grid of position embeddings (rows, columns, D) as `change(grid)`."""
 
     def read(parameters: dict, config: ViTConfig) -> dict:
         positions = parameters["position_embeddings"]
@@ -65,7 +65,7 @@ def _cls_last(parts: list[Array], axis: int) -> Array:
 
 def _promoted_without_positions(values: tuple, dtype: Any) -> tuple:
     *others, positions = values
-    # As stored through the resize; what is added to the tokens is promoted there.
+    # Keeps the stored dtype through the resize. Adding to the tokens promotes the result.
     return (*promote_dtype(tuple(others), dtype=dtype), positions)
 
 
@@ -107,7 +107,7 @@ MUTANTS = (
     Mutant(
         number=24,
         name="positions-by-scale-factor",
-        story="a scale factor with 0.1 added against rounding, in place of the target's size",
+        story="a scale factor, with 0.1 added against rounding, instead of the target's size",
         source="dinov2 #378, HF #32410",
         inject=_resized_by(_by_scale_factor),
         killed_by="model",
@@ -116,7 +116,7 @@ MUTANTS = (
     Mutant(
         number=25,
         name="position-grid-transposed",
-        story="rows are taken for columns; on square grids of like sides it still runs",
+        story="rows and columns are exchanged; on square grids it still runs",
         source="dinov2 #333",
         inject=_grid(lambda grid: grid.swapaxes(0, 1)),
         first_site="embeddings",
@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant(
         number=26,
         name="cls-position-omitted",
-        story="positions are added to the patches alone, and the cls token comes after",
+        story="positions are added to the patches only, before the cls token is added",
         source="big_vision adds positions before it concatenates",
         inject=_cls_position(0),
         first_site="embeddings",
@@ -150,8 +150,8 @@ MUTANTS = (
     ),
     Mutant(
         name="no-positions",
-        story="position embeddings are made and never added",
-        source="PyTorch says nothing of a parameter without use",
+        story="position embeddings are created but never added",
+        source="PyTorch gives no message about an unused parameter",
         inject=at(
             "embeddings",
             lambda value, here: value - here.model.position_embeddings[...].astype(value.dtype),
@@ -161,7 +161,7 @@ MUTANTS = (
     ),
     Mutant(
         name="embeddings-times-sqrt-hidden-size",
-        story="embeddings are multiplied by sqrt(D), as Transformers for text have it",
+        story="embeddings are multiplied by sqrt(D), as in Transformers for text",
         source="Vaswani et al. (2017), section 3.4",
         inject=at("embeddings", lambda value, here: value * 33**0.5),
         first_site="embeddings",
@@ -176,29 +176,29 @@ MUTANTS = (
     ),
     Mutant(
         name="positions-resized-to-width-by-height",
-        story="the resize is right, and is asked for (columns, rows)",
+        story="the resize is right, but it gets (columns, rows)",
         source="dinov2 #333 and #378",
         inject=_asked_for_columns_by_rows,
         killed_by="model",
-        # Made of a small grid by hand, outside parity, whose images have the native size.
+        # Tested with a small grid by hand and not by parity, whose images have the native size.
         tests=("tests/model/test_positions.py", "-k", "another_size_adds"),
     ),
     Mutant(
         name="no-gradient-through-the-resize",
-        story="resized positions are a constant, and do not train at another size than the checkpoint's",
+        story="resized positions are constants, so they do not train at a size other than the checkpoint's",
         source="a resize done on load, or in NumPy",
         inject=_resized_by(lambda *sizes, **options: jax.lax.stop_gradient(jax.image.resize(*sizes, **options))),
         killed_by="model",
-        # One function and its derivative: no site.
+        # One function and its derivative are tested, so there is no site.
         tests=("tests/model/test_positions.py", "-k", "gradient"),
     ),
     Mutant(
         name="positions-resized-as-stored",
-        story="positions are resized in the bfloat16 that they are stored in",
+        story="positions are resized in bfloat16, in which they are stored",
         source="an earlier state of this model",
         inject=lambda monkeypatch: monkeypatch.setattr(vit, "promote_dtype", _promoted_without_positions),
         killed_by="model",
-        # The test is of one function and its one value.
+        # The test compares one value of one function.
         tests=("tests/model/test_positions.py", "-k", "resized_in_the_dtype"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Bugs of dtypes, and of what is compiled."""
+"""Bugs of dtypes and of compilation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vit_ref.verify.candidates.own import OwnCandidate
 
 
 def _rounded(dtype: Any) -> Callable[[Array, Pass], Array]:
-    """To `dtype` and back, where the computation is in float32."""
+    """Rounds to `dtype` and back, if the computation is in float32."""
     return lambda value, here: value.astype(dtype) if value.dtype == jnp.float32 else value
 
 
@@ -53,7 +53,7 @@ def _truncated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _traced(under: bool) -> Inject:
-    """Wrong by a hundredth, under jit alone or without it alone."""
+    """Adds an error of a hundredth, only under jit or only without it."""
 
     def change(value: Array, here: Pass) -> Array:
         return value * 1.01 if isinstance(value, jax.core.Tracer) == under else value
@@ -85,13 +85,12 @@ MUTANTS = (
     Mutant(
         number=37,
         name="softmax-in-bfloat16",
-        story="scores and their softmax in the computation's own dtype",
+        story="scores and their softmax have the computation's dtype",
         source="axlearn #18",
         inject=lambda monkeypatch: instead(monkeypatch, attention, "jnp.einsum", _narrow),
         killed_by="model",
-        # FlaxViT does so itself, so parity cannot tell under bfloat16: at the probabilities of "rectangular" the right
-        # model is 0.85 and this one 1.00 times as far off as FlaxViT, at the logits 0.90 and 1.15; 3 and more would
-        # fail. Float32 and float64 are right. So a test of its own looks at one site.
+        # FlaxViT does this, too, so parity cannot see it under bfloat16: the right model and this one err about as
+        # much. Float32 and float64 are right. So a separate test looks at one site.
         tests=("tests/model/test_model.py", "-k", "softmax"),
         first_site="block.0.attn.probs",
         says="{site} is",
@@ -99,17 +98,17 @@ MUTANTS = (
     Mutant(
         number=38,
         name="loss-in-bfloat16",
-        story="the cross-entropy is taken of bfloat16 logits, in bfloat16",
+        story="the cross-entropy of bfloat16 logits is computed in bfloat16",
         source="optax #1020",
         inject=lambda monkeypatch: instead(monkeypatch, step, "jnp.float32", jnp.bfloat16),
         killed_by="training",
-        # A loss comes after the last site, where parity ends.
+        # The loss comes after the last site, where parity ends.
         tests=("tests/training/test_overfit.py", "-k", "loss_is_float32"),
     ),
     Mutant(
         number=39,
         name="backward-in-bfloat16",
-        story="forward in full precision, the gradient of the logits in bfloat16",
+        story="the forward pass has full precision, the gradient of the logits bfloat16",
         source="marin #8217",
         inject=at("logits", lambda value, here: _backward_in_bfloat16(value)),
         tests=backward("rectangular"),
@@ -118,16 +117,16 @@ MUTANTS = (
     Mutant(
         number=40,
         name="x64-off",
-        story="what was to be float64 is float32",
-        source="jax's gotchas: without jax_enable_x64 it silently is",
+        story="float64 values are float32",
+        source="jax's gotchas: without jax_enable_x64 this happens silently",
         inject=_truncated,
-        # The first in the alphabet, in which jax returns a dictionary.
+        # The first site in alphabetical order, in which jax returns a dictionary.
         first_site="block.0.attn.context",
         says="sites are not, first {site}: float32",
     ),
     Mutant(
         name="bfloat16-in-float32-alone",
-        story="one value goes through bfloat16, and only where the computation is float32",
+        story="one value is rounded to bfloat16, only in a float32 computation",
         source="autocast: the float64 check never sees it",
         inject=at("block.1.attn.context", _rounded(jnp.bfloat16)),
         tests=forward("rectangular"),
@@ -136,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         name="float16-in-float32-alone",
-        story="the same through float16",
+        story="the same with float16",
         source="autocast: the float64 check never sees it",
         inject=at("block.1.mlp.hidden", _rounded(jnp.float16)),
         tests=forward("rectangular"),
@@ -145,7 +144,7 @@ MUTANTS = (
     ),
     Mutant(
         name="softmax-in-float32-under-float64",
-        story="the oracle's own precision is lost in one place",
+        story="one value of a float64 computation is rounded to float32",
         source="jax.nn.dot_product_attention always takes its softmax in float32",
         inject=at("block.*.attn.probs", lambda value, here: value.astype(jnp.float32)),
         first_site="block.0.attn.probs",
@@ -153,7 +152,7 @@ MUTANTS = (
     ),
     Mutant(
         name="matmul-of-rounded-operands",
-        story="the products of queries and keys take operands of eight bits, as matrix units do by default",
+        story="operands of the products of queries and keys have eight bits, as in matrix units by default",
         source="jax_default_matmul_precision on TPU, TF32 on GPU",
         inject=lambda monkeypatch: instead(monkeypatch, attention, "jnp.einsum", _rounded_operands),
         first_site="block.0.attn.probs",
@@ -162,7 +161,7 @@ MUTANTS = (
     Mutant(
         name="wrong-under-jit-alone",
         story="a branch on whether a value is concrete",
-        source="isinstance(x, jax.core.Tracer), and numpy for what is not",
+        source="isinstance(x, jax.core.Tracer), and numpy otherwise",
         inject=_traced(under=True),
         compiled=True,
         first_site="block.0.mlp.out",
@@ -170,8 +169,8 @@ MUTANTS = (
     ),
     Mutant(
         name="wrong-without-jit-alone",
-        story="the same branch the other way round: parity, which compiles, cannot see it",
-        source="isinstance(x, jax.core.Tracer), and numpy for what is not",
+        story="the opposite branch: parity, which compiles, cannot see it",
+        source="isinstance(x, jax.core.Tracer), and numpy otherwise",
         inject=_traced(under=False),
         compiled=True,
         killed_by="consistency",
@@ -180,29 +179,29 @@ MUTANTS = (
     ),
     Mutant(
         name="traced-anew-for-every-checkpoint",
-        story="configurations that compute the same are not equal, so nothing compiled is used again",
+        story="equal configurations compare as different, so compiled code is not used again",
         source="a static argument compared by identity or with its labels",
         inject=_never_equal,
         killed_by="consistency",
-        # Nothing is computed wrongly.
+        # No value is wrong.
         tests=("tests/consistency/test_ways.py", "-k", "do_not_trace_again and nnx-jit"),
     ),
     Mutant(
         name="a-tracer-is-kept",
-        story="attention maps are kept in a list for later, under jit too",
+        story="attention maps are kept in a list, also under jit",
         source="jax's gotchas; UnexpectedTracerError months later",
         inject=_keeping,
         killed_by="consistency",
-        # Nothing is computed wrongly.
+        # No value is wrong.
         tests=("tests/consistency/test_tracing.py", "-k", "no_tracer_outlives and evaluation"),
     ),
     Mutant(
         name="a-callback-is-left-in",
-        story="a print from debugging asks the host in every step",
+        story="a debug print calls the host in every step",
         source="jax.debug.print",
         inject=at("block.0.mlp.out", _printed),
         killed_by="consistency",
-        # Nothing is computed wrongly.
+        # No value is wrong.
         tests=("tests/consistency/test_tracing.py", "-k", "calls_nothing_on_the_host and evaluation"),
     ),
 )

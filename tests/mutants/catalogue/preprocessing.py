@@ -1,4 +1,4 @@
-"""Bugs in preprocessing. They come before the first site, so none of them has one."""
+"""Bugs in preprocessing. It comes before the first site, so none of them has a site."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _default(**wrong: Any) -> Inject:
 
 
 def _applied(change: Any) -> Inject:
-    """`change(apply, steps, image)` takes the place of the resizing, rescaling and normalising of one image."""
+    """Calls `change(apply, steps, image)` instead of resizing, rescaling and normalising one image."""
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
         apply = preprocessing._apply
@@ -69,7 +69,7 @@ MUTANTS = (
     Mutant(
         number=43,
         name="bicubic-images",
-        story="images are resized with another filter than the file says",
+        story="images are resized with a filter other than the file's",
         source="HF #37112",
         inject=_bicubic,
         killed_by="preprocessing",
@@ -103,7 +103,7 @@ MUTANTS = (
     ),
     Mutant(
         name="centre-cropped",
-        story="the middle square, as torchvision's usual transform has it",
+        story="images are cropped to the middle square, as in torchvision's usual transform",
         source="timm's evaluation transform has crop_pct",
         inject=_applied(_centre_cropped),
         killed_by="preprocessing",
@@ -111,7 +111,7 @@ MUTANTS = (
     ),
     Mutant(
         name="exif-ignored",
-        story="photographs of a phone lie on their side",
+        story="photographs from a phone lie on their side",
         source="Pillow opens them as stored; ViTImageProcessor too",
         inject=_as_stored,
         killed_by="preprocessing",
@@ -119,8 +119,8 @@ MUTANTS = (
     ),
     Mutant(
         name="alpha-blended",
-        story="what is transparent becomes white",
-        source="viewers do so; Pillow's convert does not",
+        story="transparent pixels become white",
+        source="viewers do this; Pillow's convert does not",
         inject=_blended,
         killed_by="preprocessing",
         tests=(FOLDER, "-k", "alpha_is_dropped"),

@@ -11,7 +11,7 @@ MUTANTS = (
     Mutant(
         number=33,
         name="residual-after-the-norm",
-        story="what is added is the normalised stream",
+        story="the residual is the normalised stream",
         source="post-norm and pre-norm blocks differ in one line",
         inject=both(
             at("block.*.attn.residual", lambda value, here: here["norm1"] + here["attn.out"]),
@@ -22,7 +22,7 @@ MUTANTS = (
     ),
     Mutant(
         name="no-residual-around-the-mlp",
-        story="the MLP's output takes the stream's place",
+        story="the MLP's output replaces the stream",
         source="Hugging Face's ViTOutput adds it in another module than the dense layer's own",
         inject=at("block.*.mlp.residual", lambda value, here: here["mlp.out"]),
         first_site="block.0.mlp.residual",
@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         name="mlp-reads-the-stream",
-        story="the second norm is computed, and the MLP gets its input",
+        story="the second norm is computed, but the MLP gets the norm's input",
         source="x and its normalised self under one name",
         inject=at("block.*.mlp.fc1", lambda value, here: here.block.mlp.fc1(here["attn.residual"])),
         first_site="block.0.mlp.fc1",
@@ -42,16 +42,17 @@ MUTANTS = (
         source="zero initialisation of residual branches",
         inject=at("block.*.mlp.out", lambda value, here: 0 * value),
         first_site="block.0.mlp.out",
-        cause="zero",
+        cause="all zero",
     ),
     Mutant(
         number=50,
         name="gradient-stopped-at-the-residual",
-        story="the stream is detached where attention is added; forward all is right",
+        story="the stream is detached where attention is added; the forward pass is right",
         source="stop_gradient left over from another objective",
         inject=at("block.*.attn.residual", lambda value, here: jax.lax.stop_gradient(here.stream) + here["attn.out"]),
         tests=backward("rectangular"),
-        # In the last block the gradients of attention are right; what the stream hands to the block before is not.
+        # The gradients of attention are right in the last block; the gradient that the stream passes to the block
+        # before is wrong.
         first_site="block.0.mlp.residual",
     ),
     Mutant(

@@ -15,20 +15,20 @@ from tests.mutants.injection import Inject, Pass, at, instead, layers
 from tests.mutants.mutant import Mutant
 from vit_ref.finetune import step
 
-# One test that sees each mask's rate and shape as it is asked for. Masks have shapes, no sites.
+# One test that sees the rate and shape of each mask. Masks have shapes, but no sites.
 MASKS = ("tests/training/test_dropout.py", "-k", "by_default_each_image_and_head")
 FOLLOWS = ("tests/training/test_training_parity.py", "-k", "follow_the_reference and nesterov")
 
 
 class _Live(nnx.Dropout):
-    """Drops whatever mode the model is in."""
+    """Drops values in every mode of the model."""
 
     def __call__(self, inputs: Array, *, rngs: Any = None, **_: Any) -> Array:
         return super().__call__(inputs, rngs=rngs or nnx.Rngs(dropout=0), deterministic=False)
 
 
 class _Unscaled(nnx.Dropout):
-    """Zeroes, and leaves the rest as it is."""
+    """Zeroes values, and does not rescale the rest."""
 
     def __call__(self, inputs: Array, **options: Any) -> Array:
         kept = super().__call__(inputs, **options)
@@ -51,14 +51,14 @@ def _dropped_inside(value: Array, here: Pass) -> Array:
 
 
 def _shared(rate: float, **options: Any) -> nnx.Dropout:
-    # The attention's alone says along which axes it broadcasts.
+    # Only the dropout of attention has an argument for the axes along which it broadcasts.
     return nnx.Dropout(rate, **{**options, **({"broadcast_dims": (0, 1)} if "broadcast_dims" in options else {})})
 
 
 def _updated(change: Any) -> Inject:
-    """`change(update, optimizer, model, gradients)` takes the place of an optimizer's update.
+    """Calls `change(update, optimizer, model, gradients)` instead of an optimizer's update.
 
-    It is flax's, but FlaxViT's training has none: it calls optax.
+    The optimizer is flax's. FlaxViT's training has none, because it calls optax.
     """
 
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ MUTANTS = (
     Mutant(
         number=34,
         name="dropout-in-evaluation",
-        story="dropout stays live, because nobody called eval()",
+        story="dropout stays active, because eval() was not called",
         source="equinox #287",
         inject=layers("Dropout", _Live),
         first_site="embeddings",
@@ -105,7 +105,7 @@ MUTANTS = (
     Mutant(
         number=49,
         name="dropout-inside-the-mlp",
-        story="a dropout between the MLP's linears, which the reference has not",
+        story="a dropout between the MLP's linear layers, which the reference lacks",
         source="the NNX tutorial",
         inject=at("block.*.mlp.hidden", _dropped_inside),
         killed_by="training",
@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         name="dropout-rate-for-probability-of-keeping",
-        story="a rate of 0.3 keeps 0.3",
+        story="with a rate of 0.3, 0.3 of the values are kept",
         source="TensorFlow 1's keep_prob",
         inject=layers("Dropout", lambda rate, **options: nnx.Dropout(1 - rate, **options)),
         killed_by="training",
@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         name="dropout-not-rescaled",
-        story="what is kept is not divided by the probability of keeping",
+        story="kept values are not divided by the probability of keeping",
         source="Srivastava et al. (2014) rescale in evaluation instead",
         inject=layers("Dropout", _Unscaled),
         killed_by="training",
@@ -145,27 +145,27 @@ MUTANTS = (
         source="bias correction and schedules count from 0 or from 1",
         inject=_updated(_late),
         killed_by="training",
-        # Losses are compared first, and a loss comes after the last site.
+        # Losses are compared first, and the loss comes after the last site.
         tests=FOLLOWS,
     ),
     Mutant(
         name="labels-smoothed",
-        story="a label smoothing of 0.001 that the reference has not",
+        story="a label smoothing of 0.001 that the reference lacks",
         source="a default of the training script",
         inject=lambda monkeypatch: instead(
             monkeypatch, step, "optax.softmax_cross_entropy_with_integer_labels", _smoothed
         ),
         killed_by="training",
-        # Losses are compared first, and a loss comes after the last site.
+        # Losses are compared first, and the loss comes after the last site.
         tests=FOLLOWS,
     ),
     Mutant(
         name="frozen-weights-decay",
-        story="weight decay reaches what was to be frozen",
-        source="optax's masks and partitions are easily put the wrong way round",
+        story="weight decay changes frozen parameters",
+        source="optax's masks and partitions are easily inverted",
         inject=_updated(_decaying_all),
         killed_by="training",
         tests=("tests/training/test_overfit.py", "-k", "frozen_backbone"),
-        # All but the head's parameters have changed: a set of them, printed in part and in no order.
+        # All parameters except the head's have changed. The message shows some of them, in no fixed order.
     ),
 )

@@ -23,7 +23,7 @@ from vit_ref.weights.layouts import HF, SAME, Layout
 
 
 def _layout(layout: Layout) -> Inject:
-    """The candidate, and nobody else, reads checkpoints by this weight map."""
+    """Makes only the candidate read checkpoints with this weight map."""
     return lambda monkeypatch: monkeypatch.setattr(own, "detect", lambda names: layout)
 
 
@@ -33,7 +33,7 @@ def _untransposed(destination: str) -> Layout:
 
 
 class _FirstTwice(Layout):
-    """Block 1 is filled with block 0's tensors."""
+    """Fills block 1 with block 0's tensors."""
 
     def bind(self, config: ViTConfig, prefixed: bool) -> tuple:
         return tuple(
@@ -45,12 +45,12 @@ class _FirstTwice(Layout):
 def _duplicated(monkeypatch: pytest.MonkeyPatch) -> None:
     port = own.port
     _layout(_FirstTwice(**{field.name: getattr(HF, field.name) for field in dataclasses.fields(HF)}))(monkeypatch)
-    # A port that does not ask what was left over.
+    # A candidate that does not check for unused tensors.
     monkeypatch.setattr(own, "port", lambda *arguments: port(*arguments, ignore=["vit.encoder.layer.1.*"]))
 
 
 def _blocks(order: Callable[[int], Sequence[int]]) -> Inject:
-    """Block i is filled with block order(depth)[i]."""
+    """Fills block i with block order(depth)[i]."""
 
     def change(parameters: dict, config: ViTConfig) -> dict:
         source = order(config.num_hidden_layers)
@@ -64,7 +64,7 @@ def _blocks(order: Callable[[int], Sequence[int]]) -> Inject:
 
 
 def _exchanged(one: str, other: str) -> Inject:
-    """Two layers get each other's parameters."""
+    """Gives two layers each other's parameters."""
     return loaded(
         lambda parameters, config: {
             path: parameters[path.replace(mine, theirs)]
@@ -85,7 +85,7 @@ def _one_element(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
 
 
 def _all_rounded(dtype: Any) -> Inject:
-    """All parameters went through `dtype`."""
+    """Rounds all parameters to `dtype` and back."""
     return loaded(
         lambda parameters, config: {path: value.astype(dtype).astype(value.dtype) for path, value in parameters.items()}
     )
@@ -126,7 +126,7 @@ MUTANTS = (
     Mutant(
         number=11,
         name="square-kernel-not-transposed",
-        story="PyTorch's (out, in) goes in as (in, out): for a square kernel shape and mean agree",
+        story="PyTorch's (out, in) is loaded as (in, out): the shape and mean of a square kernel agree",
         source="jax-ai-stack's check compares means",
         inject=_layout(_untransposed("blocks.{i}.attn.out.kernel")),
         first_site="block.0.attn.out",
@@ -145,7 +145,7 @@ MUTANTS = (
     Mutant(
         number=41,
         name="checkpoint-changed-in-place",
-        story="the port rounds the checkpoint's own arrays, and so what judges it",
+        story="the candidate rounds the checkpoint's own arrays, which the reference reads, too",
         source="jax #37830: NumPy's memory is shared, not copied",
         inject=_rounding_in_place,
         first_site="vit.encoder.layer.0.attention.attention.key.bias",
@@ -153,16 +153,16 @@ MUTANTS = (
     ),
     Mutant(
         name="memory-shared-with-the-checkpoint",
-        story="jax.device_put takes aligned arrays for its own: who writes to them changes the model",
+        story="jax.device_put shares aligned arrays: writing to them changes the model",
         source="jax #37830",
         inject=lambda monkeypatch: instead(monkeypatch, pretrained, "jnp.array", lambda x, copy: jax.device_put(x)),
         killed_by="porting",
-        # A set of parameters that changed, printed in no order.
+        # The message shows the changed parameters in no fixed order.
         tests=("tests/porting/test_checkpoint.py", "-k", "does_not_share_memory"),
     ),
     Mutant(
         name="images-changed-in-place",
-        story="the port normalises the very images that it is judged on",
+        story="the candidate normalises its images in place, which the reference reads, too",
         source="x *= on an argument",
         inject=_normalising_in_place,
         first_site="the images",
@@ -171,8 +171,8 @@ MUTANTS = (
     Mutant(
         number=48,
         name="one-layer-loaded-twice",
-        story="block 1 gets block 0's weights, and its own are read by nobody",
-        source="an index that is not advanced; only completeness both ways would say so",
+        story="block 1 gets block 0's weights, and its own are never read",
+        source="an index that is not advanced; only a check of completeness in both directions finds it",
         inject=_duplicated,
         tests=forward("rectangular"),
         first_site="block.1.norm1",
@@ -180,7 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         name="layers-exchanged",
-        story="value and output of attention were mapped the other way round",
+        story="value and output of attention are exchanged in the weight map",
         source="two tensors of one shape",
         inject=_exchanged("attn.value", "attn.out"),
         first_site="block.0.attn.value",
@@ -206,17 +206,17 @@ MUTANTS = (
     ),
     Mutant(
         name="one-element-off-seen-backward",
-        story="the same, where gradients alone are looked at",
+        story="the same, but only gradients are compared",
         source="a flipped bit, a hand-made patch",
         inject=lambda monkeypatch: _one_element(monkeypatch, 1e-4),
         tests=backward("rectangular"),
-        # The output's own gradient is the loss's, which the logits enter.
+        # The output's own gradient is that of the loss, which depends on the logits.
         first_site="logits",
     ),
     Mutant(
         name="config-forgets-qkv-bias",
         story="a saved config.json does not say that there are no biases",
-        source="fields that are left out where they seem to be the default",
+        source="fields with default values are left out",
         inject=_shorter_config,
         killed_by="properties",
         # Configurations are compared, and nothing is computed.
@@ -224,7 +224,7 @@ MUTANTS = (
     ),
     Mutant(
         name="weights-through-float16",
-        story="the checkpoint was converted by way of half precision",
+        story="the checkpoint was converted through half precision",
         source="download sizes; errors of 1e-4 pass as noise",
         inject=_all_rounded(np.float16),
         first_site="patches",
@@ -233,7 +233,7 @@ MUTANTS = (
     Mutant(
         name="float64-weights-through-float32",
         story="a float64 checkpoint loses its lower half",
-        source="jax without x64 does so with a warning, torch.load().float() without",
+        source="jax without x64 does this with a warning, torch.load().float() without one",
         inject=_all_rounded(np.float32),
         tests=forward("stored-float64"),
         first_site="patches",

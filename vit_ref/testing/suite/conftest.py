@@ -1,4 +1,4 @@
-"""The tests' parameters and fixtures: each part of a subject's check is judged once a session."""
+"""Parameters and fixtures of the tests. Each part of a subject's check runs once per session."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(
                 (subject, precision),
                 id=f"{subject.name}-{precision}",
-                # Under pytest-xdist one worker takes all tests of a subject, which make one report.
+                # Under pytest-xdist one worker takes all tests of a subject, because they share one report.
                 marks=pytest.mark.xdist_group(subject.name),
             )
             for subject in find_subjects(metafunc.config)
             for precision in (_precisions(metafunc.config) if part != "behaviour" else [BEHAVIOUR_PRECISION])
-            if _asked(part, subject)
+            if _included(part, subject)
         ]
         metafunc.parametrize(part, params, indirect=True, scope="session")
 
@@ -41,10 +41,10 @@ def _precisions(config: pytest.Config) -> list[str]:
     return config.getoption("precision", None) or ["float32"]
 
 
-def _asked(part: str, subject: Subject) -> bool:
+def _included(part: str, subject: Subject) -> bool:
     if part == "gradients":
         return subject.backward
-    # Of this package's own model `-m consistency` asks more than this on embedded cases: a few are enough.
+    # `-m consistency` tests the behaviour of this package's own model more thoroughly, so a few embedded cases do here.
     return part == "parity" or subject.candidate is not None or subject.given or subject.backward
 
 
@@ -75,18 +75,18 @@ def gradients(request: pytest.FixtureRequest) -> ParityReport:
 
 @pytest.fixture(scope="session")
 def behaviour(request: pytest.FixtureRequest) -> tuple[Behaviour, ...]:
-    """What a candidate does besides computing the right values."""
+    """The properties of a candidate besides right values."""
     return _checked(request)
 
 
 @pytest.fixture(autouse=True)
 def _summary(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    """Hands the outcome to the summary at the end of the run, across worker processes too."""
+    """Passes the outcome to the summary at the end of the run, also from worker processes."""
     for part in {"parity", "gradients"} & set(request.fixturenames):
         subject, precision = request.node.callspec.params[part]
         report = request.getfixturevalue(part)
         outcome = judge(part, subject, precision)
-        assert isinstance(outcome, Judged)  # else the fixture has raised
+        assert isinstance(outcome, Judged)  # otherwise the fixture raised an error
         text = headline(report) + (f"{outcome.weights}\n\n{table(report)}\n" if subject.given else "")
         name = f"{report.what == 'gradients'} {subject.name} {precision}"
         record_property(*summarise(name, text, given=subject.given))

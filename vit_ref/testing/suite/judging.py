@@ -1,4 +1,4 @@
-"""The parts of a case's check, each judged once, and the report that they make together."""
+"""Runs the parts of a case's check, each once, and writes the report that they make together."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ PARTS: dict[str, Callable[[Judgement], Any]] = {
     "gradients": lambda session: session.backward(),
     "behaviour": lambda session: session.behaviour(),
 }
-# Behaviour is that of float64, whatever precision the numerical gate tests.
+# Behaviour is checked in float64, whatever precision the numerical gate tests.
 BEHAVIOUR_PRECISION = "float64"
-NOT_SELECTED = "no test that judges it has run"
+NOT_SELECTED = "no selected test covers it"
 
 
 class Judged(NamedTuple):
-    """What judging a part found.
+    """The result of one part of a check.
 
     Attributes:
       found: a `ParityReport`, or the behaviours.
-      weights: a line that names the bytes that were judged; "" for an embedded case in memory.
-      report: of the forward pass, a report of that part alone; None of the others.
+      weights: a line with the digest of the weights; "" for an embedded case in memory.
+      report: for the forward pass, a report of that part alone; None for the others.
     """
 
     found: Any
@@ -56,7 +56,16 @@ _OUTCOMES: dict[tuple[Subject, str], dict[str, Outcome]] = defaultdict(dict)
 
 
 def judge(part: str, subject: Subject, precision: str) -> Outcome:
-    """Judges one of `PARTS`, once; or returns what a test has to raise in its place."""
+    """Runs one part of a check, once.
+
+    Args:
+      part: one of `PARTS`.
+      subject: the subject.
+      precision: the tested precision's name.
+
+    Returns:
+      The result, or the exception that a test must raise instead.
+    """
     outcomes = _OUTCOMES[subject, precision]
     if part not in outcomes:
         outcomes[part] = _judge(part, subject, precision)
@@ -69,8 +78,8 @@ def _judge(part: str, subject: Subject, precision: str) -> Outcome:
         with _copying(subject, session, before):
             found = PARTS[part](session)
     except (UnsupportedByReferenceError, UndifferentiableError) as error:
-        # The forward pass is judged. Backward the NumPy oracle has nothing to compare with, or the candidate cannot be
-        # differentiated.
+        # There is a verdict on the forward pass. There is none backward, because the NumPy oracle has no gradients or
+        # the candidate cannot be differentiated.
         return pytest.skip.Exception(str(error))
     except InputError as error:
         return pytest.fail.Exception(str(error), pytrace=False)
@@ -81,9 +90,9 @@ def _judge(part: str, subject: Subject, precision: str) -> Outcome:
     return Judged(found, weights, report)
 
 
-@lru_cache(maxsize=1)  # one holds a whole checkpoint, and the tests of a case that follow each other share it
+@lru_cache(maxsize=1)  # one holds a whole checkpoint, which consecutive tests of a case share
 def _prepare(subject: Subject, precision: str) -> tuple[Judgement, dict[str, int]]:
-    """A session, and the checksums of what the reference reads."""
+    """Returns a session, and the checksums of the arrays that the reference reads."""
     if subject.declared:
         assert subject.candidate is not None
         pair = PairSession(
@@ -107,12 +116,14 @@ def _prepare(subject: Subject, precision: str) -> tuple[Judgement, dict[str, int
 
 @contextlib.contextmanager
 def _copying(subject: Subject, session: Judgement, before: dict[str, int]) -> Iterator[None]:
-    """Fails if the candidate writes into what the reference reads."""
+    """Fails if the candidate writes into arrays that the reference reads."""
     yield
     after = _checksums(session.given())
     changed = [name for name in before if after.get(name) != before[name]]
     if changed:
-        pytest.fail(f"{subject.name}: the candidate changed {changed[0]} in place: it has to copy it", pytrace=False)
+        pytest.fail(
+            f"{subject.name}: the candidate changed {changed[0]} in place: make it copy them first", pytrace=False
+        )
 
 
 def _checksums(arrays: Mapping[str, NDArray]) -> dict[str, int]:
@@ -120,10 +131,15 @@ def _checksums(arrays: Mapping[str, NDArray]) -> dict[str, int]:
 
 
 def write_report(directory: Path, subject: Subject, precision: str) -> None:
-    """Writes what has been judged of a case so far as text, JSON and a page.
+    """Writes the results of a case so far as text, JSON and a page.
 
-    A report needs the forward pass, which is judged now if no test has asked for it. Nothing is written of a case whose
-    forward pass cannot be judged.
+    A report needs the forward pass, which runs now if no test has run it. Nothing is written if the forward pass cannot
+    be compared.
+
+    Args:
+      directory: the directory to write to.
+      subject: the subject.
+      precision: the tested precision's name.
     """
     forward = judge("parity", subject, precision)
     if isinstance(forward, BaseException):
@@ -148,7 +164,7 @@ def write_report(directory: Path, subject: Subject, precision: str) -> None:
 
 
 def _named_as_by_the_command(report: CandidateReport, subject: Subject) -> CandidateReport:
-    """A report of the name that `vit-ref verify` gives it. A case's directory is gone when somebody reads it."""
+    """Returns the report with the names that `vit-ref verify` uses. The directory of an embedded case is left out."""
     checkpoint = report.checkpoint
     if subject.embedded:
         checkpoint = checkpoint._replace(name=subject.embedded, path="")

@@ -1,4 +1,4 @@
-"""The subjects of parity: embedded cases, and what was given with --checkpoint and --candidate."""
+"""The subjects of parity: embedded cases, and those given with --checkpoint and --candidate."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.pretrained import read_configuration
 
-# A backward pass compiles for three times as long as a forward pass, so these stand for all: the others have no other
-# derivative. "rectangular-patch" is beyond FlaxViT, and the NumPy oracle goes forward only.
+# A backward pass takes long to compile, so these cases stand for all: the others have the same derivatives. FlaxViT
+# does not support "rectangular-patch", and the NumPy oracle has no backward pass.
 BACKWARD = ("rectangular", "hard-tokens", "no-qkv-bias", "one-head", "pooler")
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What a parity test is about.
+    """The subject of a parity test: a candidate on a checkpoint.
 
     Attributes:
       name: its id.
-      load: reads the checkpoint, its configuration and images.
-      backward: whether to go backward too.
+      load: reads the configuration, the checkpoint and images.
+      backward: whether to compare gradients, too.
       reference: the reference's name.
-      embedded: the name of the embedded case; "" if the person gave the checkpoint.
-      given: whether the person gave the checkpoint or the candidate.
+      embedded: the name of the embedded case; "" if the user gave the checkpoint.
+      given: whether the user gave the checkpoint or the candidate.
       candidate: the candidate, as given; None for this package's own model.
       checkpoint: the path that the person gave; None for an embedded case, or where a declared reference needs none.
     """
@@ -58,7 +58,11 @@ class Subject:
 
 
 def find_subjects(config: pytest.Config) -> list[Subject]:
-    """The subjects that the options of a run ask for."""
+    """Returns the subjects that the options of a run select.
+
+    Args:
+      config: pytest's configuration.
+    """
     option = partial(config.getoption, default=None)
     return _subjects(
         tuple(option("checkpoint") or ()),
@@ -84,7 +88,7 @@ def _subjects(
             for name, candidate in zip(_names(candidates, lambda path: Path(path).stem), candidates, strict=True)
             for base, path in _with_names(checkpoints)
         ]
-    # A candidate reads the files by itself, and a report names their bytes.
+    # A candidate reads the files itself, and a report names their digest.
     load_case = _load_written if candidates or reports else _load_case
     embedded = [
         Subject(name, partial(load_case, case), name in BACKWARD, reference, embedded=name)
@@ -97,7 +101,7 @@ def _subjects(
     ]
     if not candidates:
         return embedded + given
-    # The person asks about the candidate: this package's own model has no part in the answer.
+    # With candidates, this package's own model is not verified.
     return [
         dataclasses.replace(subject, name=f"{subject.name}-{name}", given=True, candidate=candidate)
         for name, candidate in zip(_names(candidates, lambda path: Path(path).stem), candidates, strict=True)
@@ -115,12 +119,12 @@ def _load_nothing() -> tuple[ViTConfig, Checkpoint, NDArray]:
 
 
 def _names(given: tuple[str, ...], short: Callable[[str], str], taken: Iterable[str] = ()) -> list[str]:
-    """A short name for each thing that was given, which no other has: reports and files are named by it."""
-    found = [short(path) for path in given]
-    count = Counter([*found, *taken])
+    """Returns a short and unique name for each given value. Reports and files use these names."""
+    shortened = [short(path) for path in given]
+    count = Counter([*shortened, *taken])
     return [
         name if count[name] == 1 else f"{position}-{re.sub(r'[/:]', '-', path.strip('./'))}"
-        for position, (name, path) in enumerate(zip(found, given, strict=True), start=1)
+        for position, (name, path) in enumerate(zip(shortened, given, strict=True), start=1)
     ]
 
 
@@ -134,7 +138,7 @@ def _load_written(case: Case) -> tuple[ViTConfig, Checkpoint, NDArray]:
 
 @cache
 def _written(case: Case) -> Checkpoint:
-    """An embedded case's checkpoint in a directory of its own."""
+    """Writes an embedded case's checkpoint to a directory of its own."""
     return case.write(Path(_scratch().name) / case.name)
 
 

@@ -1,4 +1,4 @@
-"""Does a candidate give the same each time, for an image alone as in its batch, compiled as uncompiled?"""
+"""Does a candidate repeat its values, for an image alone and in its batch, compiled and uncompiled?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the port numerically right, backward: for every parameter, every site and the pixels?"""
+"""Is the candidate numerically right backward: at every site, for every parameter and for the pixels?"""
 
 from __future__ import annotations
 

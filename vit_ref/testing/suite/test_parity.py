@@ -1,4 +1,4 @@
-"""Is the port numerically right, forward, at every site?"""
+"""Is the candidate numerically right forward, at every site?"""
 
 from __future__ import annotations
 

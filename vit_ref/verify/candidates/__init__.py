@@ -1,1 +1,1 @@
-"""Ports that are not ours: declared by the person in a few lines, and observed from outside."""
+"""Candidates of other people: a declaration of a few lines, and what observes them from outside."""

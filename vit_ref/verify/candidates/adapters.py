@@ -1,9 +1,9 @@
-"""How each kind of JAX port is split into parameters and a forward pass, and observed while that is traced.
+"""Splits each kind of JAX candidate into parameters and a forward pass, and observes it while it is traced.
 
 Submodules are observed from outside: nnx's by wrapping the `__call__` of their classes, linen's by flax's method
-interception. Values without a submodule of their own are seen as inputs of the next one, as named intermediates, or
-through a tap where the port takes one. Without a tap the port is called as its users call it. What a port runs under a
-transformation of its own (`nnx.jit`, `jax.vmap`, a scan) is out of reach from outside.
+interception. A value without a submodule of its own is seen in one of three ways: as the input of the next submodule,
+as a named intermediate, or through a tap if the candidate takes one. Without a tap the candidate is called as its users
+call it. Values inside a candidate's own transformation (`nnx.jit`, `jax.vmap`, a scan) cannot be observed.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from vit_ref.verify.candidates.loading import split_named
 from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.compare.trace import Tap
 
-# (parameters, arguments, table, tap) -> whatever the port returns.
+# (parameters, arguments, table, tap) -> whatever the candidate returns.
 Run = Callable[[Any, Arguments, Table, Tap | None], Any]
 Call = Callable[..., Any]
 
 
 def adapted(port: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
-    """A port's parameters, any tree, and its forward pass from them.
+    """Returns a model's parameters, which may be any tree, and its forward pass.
 
     Args:
       port: what a candidate's loader returned.
       call: see `Candidate.call`.
-      name: the candidate's, for messages.
+      name: the candidate's name, for messages.
       dtype: what is computed in. For float64 the arrays that are no parameters, such as statistics, are widened.
 
     Raises:
-      CandidateError: it is nothing that can be called.
+      CandidateError: it cannot be called.
     """
     if isinstance(port, nnx.Module):
         return _nnx(port, call, name, dtype)
@@ -54,7 +54,7 @@ def adapted(port: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[
         return _function(*port, call)
     if not callable(port):
         raise CandidateError(
-            f"{name}: load() returned a {type(port).__name__}: see vit_ref.Candidate for what it may return"
+            f"{name}: load() returned a {type(port).__name__}: return one of the models that vit_ref.Candidate lists"
         )
     return _tree(port, call)
 
@@ -64,11 +64,11 @@ def _nnx(port: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tu
     rest = _wide_enough(rest, dtype)
 
     def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
-        # A copy: nnx refuses to change a variable that belongs to an outer trace, and transformations such as
-        # `nnx.remat` write back what they were given, changed or not.
+        # It must be a copy. nnx refuses to change a variable that belongs to an outer trace, and transformations such
+        # as `nnx.remat` write back all variables, changed or not.
         model = nnx.merge(graph, parameters, rest, copy=True)
         taps = takes(call or model, "tap")
-        # What shows its values itself would be seen twice.
+        # A model that passes its values through a tap would show them twice.
         seen = () if taps else nnx.iter_modules(model)
         modules = {counted(".".join(map(str, parts))): module for parts, module in seen}
         try:
@@ -77,8 +77,8 @@ def _nnx(port: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tu
         except TraceContextError as error:
             reason = str(error).partition(" (")[0]
             raise CandidateError(
-                f"{name}: the forward pass changes state that was made outside the port ({reason}): give the port"
-                " that state, and load it in evaluation mode"
+                f"{name}: the forward pass changes state outside the model ({reason}): make that state part of the"
+                " model, and load it in evaluation mode"
             ) from error
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
             require_same(model, arguments, table, returned)
@@ -86,18 +86,18 @@ def _nnx(port: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tu
         return returned
 
     def require_same(model: nnx.Module, arguments: Arguments, table: Table, returned: Any) -> None:
-        """Raises where the forward pass changed the port's state so that the next one comes out otherwise."""
+        """Raises an error if the forward pass changed the model's state and so the output of the next pass."""
         changed = _changed(rest, model)
         gathered = [path for path, variable in changed.items() if not isinstance(variable, nnx.RngState)]
         if not changed:
             return
-        # An nnx module that was made from a linen one draws a key for each call, used or not.
+        # An nnx module that wraps a linen module draws a key for each call, even if it does not use it.
         if not gathered and _same(_called(model, arguments, call, table, None), returned):
             return
         raise CandidateError(
-            f"{name}: the forward pass changes the port's own state, {next(iter(gathered or changed))!r}"
-            f"{'' if gathered else ', and its next output with it'}: is dropout live, are statistics gathered? load"
-            " it in evaluation mode"
+            f"{name}: the forward pass changes the model's own state, {next(iter(gathered or changed))!r}"
+            f"{'' if gathered else ', and its next output'}: dropout may be active, or statistics be updated: load the"
+            " model in evaluation mode"
         )
 
     return parameters, run
@@ -111,7 +111,7 @@ def _wide_enough(tree: Any, dtype: DTypeLike) -> Any:
 
 
 def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
-    """The variables of a model that no longer have the value that they had, by path."""
+    """Returns the variables of a model whose value changed, by path."""
     after = dict(nnx.to_flat_state(nnx.state(model)))
     return {
         ".".join(map(str, path)): variable
@@ -121,7 +121,7 @@ def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two trees of arrays, random keys among them, are equal."""
+    """Returns whether two trees of arrays are equal. They may hold random keys."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(np.array_equal(_bits(left), _bits(right), equal_nan=True) for left, right in pairs)
 
@@ -134,11 +134,11 @@ def _bits(leaf: Any) -> Any:
 def _linen(module: linen.Module, variables: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise CandidateError(
-            f"{name}: load() returned a linen module with a {type(variables).__name__} without 'params': give"
+            f"{name}: load() returned a linen module with a {type(variables).__name__} without 'params': return"
             " (module, {'params': parameters})"
         )
 
-    # A box says how a parameter is divided among devices, which is no part of its name.
+    # A box holds the division of a parameter among devices, which is not part of its name.
     parameters = linen.meta.unbox(variables["params"])
     variables = _wide_enough({kind: each for kind, each in variables.items() if kind != "params"}, dtype)
 
@@ -163,7 +163,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str, d
 
 
 def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
-    """A callable tree, such as an equinox module; or a function, without any parameters."""
+    """Splits a callable tree, such as an equinox module. A function has no parameters."""
     parameters, filled = _floats(port)
 
     def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
@@ -173,7 +173,7 @@ def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
 
 
 def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
-    """A function of parameters and inputs."""
+    """Splits a function of parameters and inputs."""
     parameters, filled = _floats(tree)
 
     def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
@@ -185,9 +185,10 @@ def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
 
 
 def _floats(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The float arrays of a tree, which are its parameters, by path; and what puts others in their place.
+    """Returns the float arrays of a tree by path, which are its parameters, and a function that replaces them.
 
-    A number of heads, an epsilon or a key stay as they are. A state of nnx has parameters alone, under nnx's own names.
+    Other leaves stay as they are, such as a number of heads, an epsilon or a key. A state of nnx holds only parameters,
+    under nnx's own names.
     """
     if isinstance(tree, nnx.State):
         return tree, lambda values: values
@@ -211,10 +212,15 @@ def _called(port: Any, arguments: Arguments, call: Call | None, table: Table, ta
 
 
 def tapping(function: Call, table: Table, tap: Tap | None) -> dict[str, Any]:
-    """The tap as an argument, for a port that takes one.
+    """Returns the tap as a keyword argument, for a function that takes one.
 
-    A port that has to be given one gets `identity` where there is no tap. That is what this package's model, which the
-    port may call, takes for none.
+    A function that requires a tap gets `identity` if there is none. This package's model, which the function may call,
+    treats `identity` as no tap.
+
+    Args:
+      function: the model or its `call`.
+      table: the candidate's table, which translates names into sites.
+      tap: called with every site and its value; None for no tap.
     """
     if not takes(function, "tap"):
         return {}
@@ -233,7 +239,7 @@ def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap | None) 
 
     def observed(cls: type, method: Call) -> Call:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            # A subclass that calls its parent's method is seen once, as itself.
+            # A subclass that calls its parent's method is observed once, as the subclass.
             if type(self) is not cls or id(self) not in watched:
                 return method(self, *args, **kwargs)
             path = watched[id(self)]
@@ -249,13 +255,17 @@ def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap | None) 
 
 
 def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any = None) -> None:
-    """Raises `CandidateError` where a table names neither a submodule nor an intermediate that was returned.
+    """Checks that each name of a table is a submodule, a name given to the tap, or a returned intermediate.
 
     Args:
-      table: whose names they are.
-      modules: paths of submodules, or names that a tap was given; of submodules by path, `port` tells which has two.
-      returned: by the port.
-      port: of which the paths are.
+      table: the candidate's table.
+      modules: paths of submodules, or names that were given to the tap. A mapping from paths to submodules lets the
+        message name a module that has two paths.
+      returned: what the model returned.
+      port: the model that has these submodules.
+
+    Raises:
+      CandidateError: a name is unknown.
     """
     known = {*modules, *split_named(returned)[1]}
     for path in sorted(table.paths - known):
@@ -263,15 +273,15 @@ def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any
         for name, module in modules.items() if isinstance(modules, Mapping) else ():
             if module is found:
                 raise CandidateError(
-                    f"sites: {path!r} is the same module as {name!r}, with its parameters: make one for each"
+                    f"sites: {path!r} and {name!r} are one module with one set of parameters: make a module for each"
                 )
         raise CandidateError(
-            f"sites: the port has no submodule {path!r}, and returns nothing of that name{hint(path, known)}"
+            f"sites: the candidate has no submodule {path!r} and returns no value of that name{hint(path, known)}"
         )
 
 
 def _at(port: Any, path: str) -> Any:
-    """What is at a path of attributes and indices; None where there is nothing."""
+    """Returns the object at a path of attributes and indices; None if there is none."""
     try:
         for key in path.split("."):
             port = port[int(key)] if key.isdecimal() else getattr(port, key)
@@ -281,5 +291,9 @@ def _at(port: Any, path: str) -> Any:
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether a leaf is an array of floats, and so a parameter."""
+    """Returns whether a leaf is an array of floats, and so a parameter.
+
+    Args:
+      leaf: a leaf of a tree.
+    """
     return isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)

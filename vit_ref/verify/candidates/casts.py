@@ -1,8 +1,8 @@
-"""Casts to float32 in a candidate's forward pass, which are undone where the candidate is asked for float64.
+"""Undoes a candidate's casts to float32 when it is run in float64.
 
-A softmax or a norm that is widened to float32, or a layer that carries that dtype, narrows float64. The rounding is the
-candidate's precision and not its formula. The semantic gate would hide a wrong formula behind it, so the casts are
-undone there; the numerical gate judges them, untouched, in the tested precision.
+A softmax or a norm that is widened to float32, or a layer that carries that dtype, narrows float64. That rounding is
+the candidate's precision and not its formula. The semantic gate could not see a wrong formula behind it, so the casts
+are undone there. The numerical gate tests the candidate with its casts, in the tested precision.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from vit_ref.verify.compare.trace import Tap
 
 
 class Casts:
-    """What was undone in one forward pass.
+    """The casts that were undone in one forward pass.
 
     Args:
       who: the candidate or the reference, for the report.
 
     Attributes:
-      number: how many casts.
-      before: the first site that was shown after the first cast; "" without any.
+      number: the number of casts.
+      before: the first site that was shown after the first cast; "" if there was no cast.
     """
 
     def __init__(self, who: str = "candidate") -> None:
@@ -29,7 +29,11 @@ class Casts:
         self.before = ""
 
     def watching(self, tap: Tap) -> Tap:
-        """The same tap, which tells this object how far the forward pass is."""
+        """Returns a tap that also tells this object which site the forward pass has reached.
+
+        Args:
+          tap: the tap to call.
+        """
 
         def passed(site: str, value: Any) -> Any:
             if self.number and not self.before:
@@ -40,12 +44,12 @@ class Casts:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a report says of it, in one line or none."""
+        """The report's note about the casts, in one line or none."""
         if not self.number:
             return ()
         casts = "a cast" if self.number == 1 else f"{self.number} casts"
         return (
-            f"the {self._who} makes {casts} of float64 to float32, the first before {self.before}: undone for the"
-            " float64 gate, because that rounding is no formula, and judged in the tested precision. A layer that"
-            " carries a dtype gets it from load(checkpoint, dtype)",
+            f"the {self._who} makes {casts} from float64 to float32, the first before {self.before}. This rounding"
+            " is undone for the float64 gate, because it is not part of a formula; the tested precision keeps it. To"
+            " give a layer its dtype, use load(checkpoint, dtype)",
         )

@@ -1,4 +1,4 @@
-"""What a person writes to have a port of their own judged: a `Candidate`."""
+"""The declaration of a candidate: a `Candidate`."""
 
 from __future__ import annotations
 
@@ -10,51 +10,64 @@ from typing import Any
 
 from vit_ref.errors import CandidateError
 
-# A site (or a parameter of this package's model), or one with a selection: a function that picks the site's value out
-# of the port's, by indexing, transposing and reshaping only.
+# A site, or a parameter of this package's model. With a selection: a function that picks the site's value out of the
+# candidate's, by indexing, transposing and reshaping only.
 Target = str | tuple[str, Callable[[Any], Any]]
 Mapped = Mapping[str, Target | Sequence[Target]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A port under test, as declared by the person who wrote it.
+    """A candidate, as the person who wrote it declares it.
 
     Attributes:
-      load: `load(checkpoint)` or `load(checkpoint, dtype)`, with the path of the checkpoint's directory or file and a
-        NumPy dtype. It returns the port, filled from that checkpoint, in evaluation mode:
+      load: `load(checkpoint)` or `load(checkpoint, dtype)`, called with the path of the checkpoint's directory or file
+        and a NumPy dtype. It returns the model, filled from that checkpoint, in evaluation mode. The model is one of
+        these:
 
-        - an `nnx.Module`, a `torch.nn.Module`, or a pair `(linen module, variables)`: submodules are observed from
-          outside;
-        - a callable tree such as an `equinox.Module`, a pair `(function, parameters)` called as
-          `function(parameters, pixels)`, or a function of the pixels.
+        - an `nnx.Module`, a `torch.nn.Module`, or a pair `(linen module, variables)`, whose submodules are observed
+          from outside;
+        - a callable tree such as an `equinox.Module`;
+        - a pair `(function, parameters)`, called as `function(parameters, pixels)`;
+        - a function of the pixels.
 
-        Any of them, called with images (B, height, width, C) - (B, C, height, width) for PyTorch - returns the logits
-        (B, classes), or of a model without a head the pooler's output or else the cls token (B, D); or an object with
-        `.logits`, or a pair of logits and a mapping of named intermediates. One that takes an argument `tap` is given a
-        function `(name, value) -> value` to pass its values through.
+        The model takes float images (B, height, width, C), or (B, C, height, width) in PyTorch. It returns one of
+        these:
 
-        A loader without `dtype` gets its float parameters widened to float64 for the semantic gate; one with it
-        computes in that dtype. PyTorch promotes nothing, so that `.to(dtype)` is done to its modules in any precision.
-      sites: where the sites are: `{"blocks.{i}.attn.query": "block.{i}.attn.query"}`. A key is the path of a submodule,
-        whose output is meant, or of a named intermediate. `:input` after it means the submodule's first argument, and
-        `[0]` or `[name]` after that an element of a tuple, a mapping or the arguments. Values are sites; `(site,
-        selection)` picks a part or moves axes; a list of them takes several sites from one output. Axes that only need
-        merging or splitting fit by themselves. `{i}` is the block's number, which the port may write with zeros before
-        it ("block07"); a key without it, for a site with it, is a value stacked over the blocks on its first axis.
-        Intermediates in mappings of mappings have one name each, as "encoder.block{i}.norm". None: intermediates bear
-        the sites' own names.
-      parameters: the same for gradients of parameters: the port's paths to this package's (see
-        `list_parameters`). None: recognised by a known layout's names, or else not observed.
-      call: `call(port, pixels)` where the port wants other arguments than the images.
-      channels_first: whether the images are handed over as (B, C, height, width); None: to PyTorch alone.
-      adapt: for `compare`: `adapt(**inputs)` makes this side's arguments of the inputs, NumPy arrays: a mapping of
-        keyword arguments, a tuple of positional ones, or one array. It only moves elements, or adds arrays of integers.
-        None: one input is the first positional argument, several are keyword arguments.
+        - logits (B, classes), or, for a model without a head, the pooler's output or else the cls token (B, D);
+        - an object with `.logits`;
+        - a pair of logits and a mapping of named intermediates.
+
+        A model with an argument `tap` receives a function `(name, value) -> value`, and passes its values through it.
+        If `load` has no `dtype`, the float parameters are widened to float64 for the semantic gate. If it has, it must
+        return a model that computes in that dtype. PyTorch promotes nothing, so its modules get `.to(dtype)` in every
+        precision.
+      sites: where the sites are, such as `{"blocks.{i}.attn.query": "block.{i}.attn.query"}`; None if the intermediates
+        have the sites' own names. Keys:
+
+        - A key is the path of a submodule, whose output is meant, or the name of an intermediate. Intermediates in
+          nested mappings have one name each, such as "encoder.block{i}.norm".
+        - `:input` after a path means the submodule's first argument. `[0]` or `[name]` after that picks an element of a
+          tuple, a mapping or the arguments.
+        - `{i}` is the number of the block, which may have leading zeros ("block07").
+        - A key without `{i}`, for a site with it, means a value stacked over the blocks on its first axis.
+
+        Values:
+
+        - A value is a site. Axes that only need merging or splitting are fitted automatically.
+        - `(site, selection)` picks a part or moves axes.
+        - A list takes several sites from one output.
+      parameters: the same for the gradients of parameters: the candidate's paths to this package's (see
+        `list_parameters`). None: they are recognised by the names of a known layout, or else not observed.
+      call: `call(model, pixels)`, if the model needs other arguments than the images.
+      channels_first: whether images are passed as (B, C, height, width). None: only to PyTorch.
+      adapt: for `compare`: `adapt(**inputs)` makes this side's arguments of the inputs, NumPy arrays. It returns a
+        mapping of keyword arguments, a tuple of positional ones, or one array. It only moves elements, or adds
+        arrays of integers. None: one input is the first positional argument, several are keyword arguments.
       output: `output(returned)` picks the output that is compared: an array (B, ...), or several in a mapping or a
         tuple. None: `.logits`, the value itself, or its first element.
-      name: how reports call it.
-      directory: where what it imports lies beside it; set where it was found in a file.
+      name: the candidate's name in reports.
+      directory: the directory of the candidate's file, from which it may import; None if it was not found in a file.
     """
 
     load: Callable[..., Any]
@@ -86,7 +99,11 @@ class Reference(Candidate):
 
 
 def declared(value: Any, name: str) -> Candidate:
-    """A `Candidate` from what a person gave: one already, or a function from pixels to logits.
+    """Returns a `Candidate` from whatever the caller gave.
+
+    Args:
+      value: a `Candidate`, or a function from pixels to logits.
+      name: the candidate's name, unless it has one.
 
     Raises:
       CandidateError: it is neither.
@@ -96,18 +113,28 @@ def declared(value: Any, name: str) -> Candidate:
     if callable(value) and not inspect.isclass(value):
         return Candidate(load=lambda checkpoint: value, name=name)
     raise CandidateError(
-        f"{name}: a {type(value).__name__}: give a vit_ref.Candidate, or a function from pixels to logits"
+        f"{name}: it has the type {type(value).__name__}: give a vit_ref.Candidate, or a function from pixels to logits"
     )
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known one that was probably meant, or ""."""
+    """Returns the end of a message about an unknown name: the known name that was probably meant, or "".
+
+    Args:
+      name: the unknown name.
+      known: the known names.
+    """
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def takes(function: Callable[..., Any], argument: str) -> bool:
-    """Whether a callable takes an argument of that name."""
+    """Returns whether a callable takes an argument of that name.
+
+    Args:
+      function: the callable.
+      argument: the argument's name.
+    """
     try:
         return argument in inspect.signature(function).parameters
     except (TypeError, ValueError):

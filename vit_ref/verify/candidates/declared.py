@@ -1,4 +1,4 @@
-"""What every declared candidate has, whatever it runs in: its declaration, its tables, and float64 without casts."""
+"""The part that all declared candidates share: the declaration, the tables, and float64 without casts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Declared(ABC):
         self.tables: Callable[[Any], Table] = lambda inputs: self._table(candidate.sites, inputs)
         self._candidate = candidate
         self._checkpoint = checkpoint
-        # The last one loaded, and its dtype: reading a checkpoint takes seconds.
+        # The model that was loaded last, with its dtype: reading a checkpoint takes seconds.
         self._loaded = None if loaded is None else (np.dtype(np.float64), loaded)
 
     def path_of(self, site: str) -> str:
@@ -63,11 +63,11 @@ class Declared(ABC):
     @staticmethod
     @abstractmethod
     def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """A function's value, and what pulls a cotangent back."""
+        """Returns a function's value, and the function that pulls a cotangent back."""
 
     @abstractmethod
     def _undoing(self, casts: Casts) -> AbstractContextManager[Any]:
-        """Within it the candidate makes no float32 of a float64 value, and `casts` counts where it would have."""
+        """Keeps the candidate from casting float64 to float32 within the context; `casts` counts the casts."""
 
     def _table(self, sites: Any, inputs: Any) -> Table:
         return Table(sites, self.outline, inputs, self._vjp)
@@ -86,13 +86,13 @@ class Declared(ABC):
         return Feeding(inputs, self._candidate.adapt, self.name)
 
     def _in_float64(self, forward: Callable[[Tap | None], Output], tap: Tap | None) -> Output:
-        """One forward pass in float64, without its casts to float32 where it bears that."""
+        """Runs one forward pass in float64, without casts to float32 if it can run without them."""
         casts = Casts(self.role)
         try:
             with self._undoing(casts):
                 output = forward(casts.watching(tap) if tap else None)
         except CandidateError:
-            # A scan whose carry is float32 refuses float64, for one.
+            # For example, a scan whose carry is float32 refuses float64.
             if not casts.number:
                 raise
             return forward(tap)

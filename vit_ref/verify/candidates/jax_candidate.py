@@ -1,4 +1,4 @@
-"""A declared candidate that runs in JAX, as the engine judges it."""
+"""Runs a declared candidate that is written in JAX."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vit_ref.weights.pretrained import get_state_parameters
 
 
 class JaxCandidate(Declared, Tapped):
-    """A declared candidate of any kind but PyTorch's."""
+    """A declared candidate of any kind except PyTorch's."""
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         """See `Tapped.ready`."""
@@ -79,7 +79,7 @@ class JaxCandidate(Declared, Tapped):
         return recognised(self._candidate, self.outline, _leaves(gradients))
 
     def parameters(self) -> dict[str, NDArray]:
-        """The port's parameters in float64, on the host, by its own paths."""
+        """Returns the candidate's parameters in float64, on the host, by its own paths."""
         with FLOAT64.active(), in_one_line(self.name, "reading its parameters"):
             return {counted(name): value for name, value in _leaves(self.ready(np.float64)[0]).items()}
 
@@ -89,7 +89,7 @@ def _require_values(parameters: Any, name: str) -> None:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             raise CandidateError(
-                f"{name}: {where!r} is a shape without values, as `eval_shape` makes it: fill it from the checkpoint"
+                f"{name}: {where!r} has a shape but no values, as after `eval_shape`: fill it from the checkpoint"
             )
 
 
@@ -104,14 +104,14 @@ def _leaves(tree: Any) -> dict[str, NDArray]:
 
 @contextlib.contextmanager
 def without_casts(dtype: DTypeLike, casts: Casts) -> Iterator[None]:
-    """In float64, makes no float32 of a float64 value, whoever asks for it; see `casts`.
+    """Keeps jax from casting float64 to float32 within the context; see the module `casts`.
 
-    What is replaced are the primitives, because a function such as `jax.nn.dot_product_attention` is known to
-    candidates under any name. Whatever is traced inside a transformation goes through them, too.
+    It replaces primitives, because candidates may import a function such as `jax.nn.dot_product_attention` under any
+    name. Code that is traced inside a transformation uses the primitives, too.
 
     Args:
-      dtype: what is computed in; below float64 nothing is replaced.
-      casts: counts what was undone.
+      dtype: the dtype of the computation. Below float64 nothing is replaced.
+      casts: counts the casts that were undone.
     """
     if np.dtype(dtype) != np.float64:
         yield
@@ -143,7 +143,7 @@ def without_casts(dtype: DTypeLike, casts: Casts) -> Iterator[None]:
         return fused(query, key, value, bias, mask, False, scale, None, None, None)
 
     def mixing(bind: Callable[..., Any]) -> Callable[..., Any]:
-        """An operation that takes a constant in float32 beside a value that would have been narrowed to it."""
+        """Returns an operation that accepts a float32 constant beside a float64 value."""
 
         def operated(x: Any, y: Any, **how: Any) -> Any:
             if {x.dtype, y.dtype} == _MIXED:
@@ -155,18 +155,18 @@ def without_casts(dtype: DTypeLike, casts: Casts) -> Iterator[None]:
     replaced = {lax.convert_element_type_p: converted, lax.dot_general_p: multiplied}
     replaced |= {operation: mixing(operation.bind) for operation in _OPERATIONS}
     with contextlib.ExitStack() as stack:
-        # The same products as "highest". jax keeps what it traced by such settings, and so finds no trace here that
-        # was made elsewhere, nor one there that was made here.
+        # These are the same products as with "highest". But jax caches traces by this setting, so a trace from outside
+        # the context is not used within it, nor the other way round.
         stack.enter_context(jax.default_matmul_precision("float32"))
         for operation, bind in replaced.items():
             stack.enter_context(mock.patch.object(operation, "bind", bind))
-        # cuDNN's attention has no float64 at all.
+        # cuDNN's attention does not support float64.
         stack.enter_context(mock.patch.dict(attention, {_CUDNN: on_gpu} if fused and cudnn else {}))
         yield
 
 
 _OPERATIONS = (lax.add_p, lax.sub_p, lax.mul_p, lax.div_p, lax.max_p, lax.min_p, lax.pow_p)
 _MIXED = {np.dtype(np.float32), np.dtype(np.float64)}
-# Not public: a test holds that they are there.
+# These names are not public; a test checks that jax still has them.
 _FUSED = "_dot_product_attention_xla"
 _CUDNN = "cudnn_dot_product_attention"

@@ -1,4 +1,4 @@
-"""From `FILE.py` or `module:attribute` to a candidate, and from its loader to a port, of whatever kind."""
+"""Finds a candidate by `FILE.py` or `module:attribute`, and calls its loader."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ from vit_ref.verify.candidates.outline import Outline
 from vit_ref.verify.candidates.table import Table, described, elements, flat, gradients_by_path
 from vit_ref.verify.compare.trace import Tap
 
-# A script that ends with sys.exit(0) would otherwise end the judge, with the exit code of a port that is right.
+# Includes SystemExit: a file that ends with sys.exit(0) would end this process with the exit code of a right candidate.
 RAISED = (Exception, SystemExit)
 
 
 def find(spec: str, default: str = "candidate") -> Candidate:
-    """The candidate, or the reference, that a person names.
+    """Returns the candidate, or the reference, that a person names.
 
     Args:
       spec: `FILE.py` or `module`, or `FILE.py:attribute` or `module:attribute`.
-      default: the attribute that is meant where none is named.
+      default: the attribute that is meant if none is named.
 
     Raises:
-      CandidateError: there is no such file, module or attribute, or importing it failed.
+      CandidateError: the file, module or attribute does not exist, or importing it failed.
     """
     place, _, attribute = spec.partition(":")
     attribute = attribute or default
     directory = str(Path(place).parent.resolve()) if place.endswith(".py") else None
     with beside_it(directory):
-        found = _file(Path(place)) if directory else _module(place)
+        value = _file(Path(place)) if directory else _module(place)
     for name in attribute.split("."):
-        if not hasattr(found, name):
+        if not hasattr(value, name):
             raise CandidateError(f"{place}: it has no {attribute!r}: name one as {place}:NAME")
-        found = getattr(found, name)
+        value = getattr(value, name)
     name = Path(place).stem if attribute == default else f"{Path(place).stem}-{attribute}"
-    return dataclasses.replace(declared(found, name), directory=directory)
+    return dataclasses.replace(declared(value, name), directory=directory)
 
 
 def _file(path: Path) -> Any:
     if not path.is_file():
-        raise CandidateError(f"{path}: no such file")
-    # A name of its own: a port in a file jax.py is not to stand for jax.
+        raise CandidateError(f"{path}: this file does not exist: check the path")
+    # It needs a name of its own: a candidate in a file jax.py must not replace jax.
     name = f"vit_ref_candidate_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise CandidateError(f"{path}: not a Python file")
+        raise CandidateError(f"{path}: this is not a Python file: give one")
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look a class's module up by its name.
+    # dataclasses look up a class's module by its name.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -70,15 +70,18 @@ def _file(path: Path) -> Any:
     return module
 
 
-# What was imported from beside a file, by the file's directory: nobody else is to meet it.
+# Modules that were imported from beside a file, by the file's directory. No other code may meet them.
 _imported: dict[str, dict[str, ModuleType]] = {}
 
 
 @contextlib.contextmanager
 def beside_it(directory: str | None) -> Iterator[None]:
-    """Lets the neighbours of a candidate's file be imported, as when Python runs the file, and hides them afterwards.
+    """Lets a candidate's file import its neighbours, as when Python runs the file, and hides them afterwards.
 
-    Two ports may have a model.py each, and the second would be judged with the first's.
+    Two candidates may each have a model.py. Without this, the second one would import the first one's.
+
+    Args:
+      directory: the directory of the candidate's file; None does nothing.
     """
     if directory is None:
         yield
@@ -92,7 +95,7 @@ def beside_it(directory: str | None) -> Iterator[None]:
     finally:
         if directory in sys.path:
             sys.path.remove(directory)
-        # Of a package that was there before, what is new is everybody's.
+        # New modules of a package that was imported before stay visible to all code.
         tops = {name: name.partition(".")[0] for name in sys.modules.keys() - before.keys()}
         own = {top for top in set(tops.values()) - before.keys() if _is_neighbour(top, directory)} | known.keys()
         known |= {name: sys.modules[name] for name, top in tops.items() if top in own}
@@ -104,7 +107,7 @@ def beside_it(directory: str | None) -> Iterator[None]:
 
 
 def _is_neighbour(name: str, directory: str) -> bool:
-    """Whether a module was found in this very directory, and not in an environment below it, say."""
+    """Returns whether a module lies in this very directory, and not below it, for example in an environment."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
     # A package is a directory itself.
@@ -114,7 +117,7 @@ def _is_neighbour(name: str, directory: str) -> bool:
 
 def _module(name: str) -> Any:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise CandidateError(f"{name}: neither a Python file nor the name of a module")
+        raise CandidateError(f"{name}: this is neither a Python file nor the name of a module: give FILE.py or module")
     try:
         return importlib.import_module(name)
     except RAISED as error:
@@ -122,17 +125,22 @@ def _module(name: str) -> Any:
 
 
 def find_declaration(given: Candidate | Callable[..., Any] | str, default: str = "candidate") -> Candidate:
-    """The declaration that a person gave, or said where to find; see `find` for `default`."""
+    """Returns the declaration that the caller gave, or said where to find; see `find` for `default`."""
     if isinstance(given, str):
         return find(given, default)
     return declared(given, getattr(given, "__name__", default))
 
 
 def load(candidate: Candidate, checkpoint: Path | None, dtype: DTypeLike) -> Any:
-    """What the candidate's loader returns.
+    """Calls the candidate's loader and returns the model.
+
+    Args:
+      candidate: the declaration.
+      checkpoint: the checkpoint's directory or file; None for none.
+      dtype: the dtype for a loader that takes one.
 
     Raises:
-      CandidateError: it raised something.
+      CandidateError: the loader raised an exception.
     """
     try:
         with beside_it(candidate.directory):
@@ -144,7 +152,11 @@ def load(candidate: Candidate, checkpoint: Path | None, dtype: DTypeLike) -> Any
 
 
 def is_torch(port: Any) -> bool:
-    """Whether a port is a PyTorch module, found out without importing PyTorch: who made one has."""
+    """Returns whether a model is a PyTorch module, without importing PyTorch: the loader of one has imported it.
+
+    Args:
+      port: what a loader returned.
+    """
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(port, torch.nn.Module)
 
@@ -152,20 +164,23 @@ def is_torch(port: Any) -> bool:
 def observed(
     candidate: Candidate, outline: Outline, run: Callable[[Table, Tap | None], Any], table: Table, tap: Tap | None
 ) -> Any:
-    """The output of one forward pass, every value that the port shows passed through a tap.
+    """Runs one forward pass and passes every value that the candidate shows through a tap.
 
-    The output's own site is what is returned, whatever the port shows under its name: a port that shows logits and
-    returns their softmax has to fail.
+    The output's own site is the returned value, whatever the candidate shows under that name. So a candidate that
+    shows logits but returns their softmax fails.
 
     Args:
       candidate: the declaration.
       outline: what it is compared with.
       run: the forward pass.
-      table: the candidate's, for these inputs; an empty one without a tap.
-      tap: called with every site that the candidate shows; None to run it as its users do.
+      table: the candidate's table for these inputs; an empty one without a tap.
+      tap: called with every site that the candidate shows; None to run the candidate as its users do.
+
+    Returns:
+      The output (B, width).
 
     Raises:
-      CandidateError: the forward pass raised something, its values do not fit the table, or there is no output.
+      CandidateError: the forward pass raised an exception, its values do not fit the table, or there is no output.
     """
     last = outline.output
 
@@ -185,18 +200,18 @@ def observed(
 
 @contextlib.contextmanager
 def in_one_line(name: str, what: str) -> Iterator[None]:
-    """Turns what a person's object raises into one line.
+    """Turns an exception from the candidate's own code into a message of one line.
 
     Args:
-      name: the candidate's.
-      what: what was done with the object, for the message.
+      name: the candidate's name.
+      what: what the candidate was doing, for the message.
 
     Raises:
-      CandidateError: it raised something. Errors of this package say more already, and pass.
+      CandidateError: the candidate's code raised an exception. Errors of this package pass unchanged.
     """
     try:
         yield
-    # The caller acts on jax's own word that a function cannot be traced.
+    # The caller handles jax's own errors, which mean that a function cannot be traced.
     except (InputError, jax.errors.JAXTypeError):
         raise
     except RAISED as error:
@@ -204,14 +219,18 @@ def in_one_line(name: str, what: str) -> Iterator[None]:
 
 
 def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
-    """What a port returned, and the intermediates with it by flat names, of which there may be none."""
+    """Splits what a model returned into its output and its intermediates by flat names, if there are any.
+
+    Args:
+      returned: what the model returned.
+    """
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
         return returned[0], flat(returned[1])
     return returned, {}
 
 
 def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str, Any]]:
-    """A candidate's output, and the intermediates that it returned with it.
+    """Returns a candidate's output, and the intermediates that it returned with it.
 
     Raises:
       CandidateError: there is no array in it, or `Candidate.output` cannot pick one.
@@ -223,7 +242,7 @@ def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str,
         if not getattr(output, "shape", ()) and not isinstance(output, Mapping | list):
             output = next(iter(elements(output).values()), output)
         if not getattr(output, "shape", ()):
-            raise CandidateError(f"{name}: it returned a {described(output)}: logits (B, classes) are expected")
+            raise CandidateError(f"{name}: it returned a {described(output)}, but must return logits (B, classes)")
         return output, named
     _, named = split_named(returned)
     try:
@@ -243,20 +262,20 @@ def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str,
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """Arrays of one framework, side by side along their last axis."""
+    """Joins arrays of one framework along their last axis."""
     if is_torch_tensor(parts[0]):
         return sys.modules["torch"].cat(list(parts), dim=-1)
     return jax.numpy.concatenate(parts, axis=-1)
 
 
 def is_torch_tensor(value: Any) -> bool:
-    """Whether a value is PyTorch's, found out without importing PyTorch."""
+    """Returns whether a value is PyTorch's, found out without importing PyTorch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def recognised(candidate: Candidate, outline: Outline, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-    """A candidate's gradients by the outline's names: by its table, or as the outline recognises them."""
+    """Returns a candidate's gradients by the outline's names, told by its table, or else by the outline."""
     if candidate.parameters is not None:
         return gradients_by_path(candidate.parameters, outline, gradients)
     return outline.recognise(gradients)

@@ -39,7 +39,7 @@ class OwnCandidate(Tapped):
         self._by_dtype: dict[np.dtype, tuple[nnx.State, Forward]] = {}
 
     def fill(self, source: Checkpoint) -> None:
-        """Takes another checkpoint's weights; what was compiled serves them too."""
+        """Takes the weights of another checkpoint. Compiled code is used again."""
         self.parameters = port(source.tensors, self.config, detect(source.tensors))
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
@@ -52,7 +52,7 @@ class OwnCandidate(Tapped):
 
             self._by_dtype[np.dtype(dtype)] = shapes, forward
         shapes, same = self._by_dtype[np.dtype(dtype)]
-        # On the host, as they are, for as long as nobody runs them: a real model's are large.
+        # Weights stay on the host until a pass needs them, because a real model's are large.
         return replace_arrays(shapes, narrowed(self.parameters, dtype)), same
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:

@@ -1,4 +1,4 @@
-"""Whatever runs in JAX and passes its values through a tap: recorded, replaced, perturbed and differentiated alike."""
+"""Base of the implementations in JAX that pass their values through a tap, which records, replaces or perturbs them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vit_ref.verify.precision import Precision
 
 
 class _Compiled(NamedTuple):
-    """What was compiled of one forward pass, for whichever parameters.
+    """The compiled functions of one forward pass, which work for any parameters.
 
     Attributes:
-      recorder: see `trace.recorder`, compiled when it is called.
+      recorder: see `trace.recorder`; it is compiled when it is called.
       differentiators: see `objectives.differentiator`.
-      perturbed: the sites that were met when those were traced.
+      perturbed: the sites that were met when the differentiators were traced.
     """
 
     recorder: Callable[..., dict[str, jax.Array]]
@@ -42,14 +42,14 @@ class Tapped(ABC):
     """An implementation in JAX that can be observed and changed at its sites.
 
     Attributes:
-      name: how reports call it.
-      claims: the sites that it promises to show, None for all. Others are not observed; a claimed one that is not shown
-        has failed.
-      fixed: the sites among those shown at which it can be neither replaced nor perturbed; known once it has run.
-      stored: the dtype that its parameters are rounded to, None for as they were loaded.
-      foreign: whether it is no jax program; what is in jax never is.
-      compiles: whether it can be compiled; what cannot can write into its inputs instead.
-      notes: what a report says of how it was run, a line each; known once it has run.
+      name: its name in reports.
+      claims: the sites that it promises to show; None for all. A claimed site that is not shown fails. Other sites are
+        not observed.
+      fixed: the shown sites whose values can be neither replaced nor perturbed; known after the first run.
+      stored: the dtype that its parameters are rounded to; None leaves them as they were loaded.
+      foreign: whether it runs outside jax. This is always False here.
+      compiles: whether it can be compiled. A candidate that cannot may write into its inputs instead.
+      notes: notes for the report on how it was run, one line each; known after the first run.
     """
 
     name: str
@@ -62,7 +62,11 @@ class Tapped(ABC):
 
     @abstractmethod
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
-        """Parameters, and the forward pass in `dtype` from them; called where that precision is active."""
+        """Returns the parameters, and the forward pass that computes with them in `dtype`.
+
+        Args:
+          dtype: the dtype of the computation. Its precision is active during the call.
+        """
 
     @abstractmethod
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
@@ -105,12 +109,12 @@ class Tapped(ABC):
         """See `Observable.trace`.
 
         Args:
-          inputs: as there.
-          precision: as there.
-          replace: values by site that take the place of the model's own, after those were recorded.
+          inputs: see `Problem.inputs`.
+          precision: the precision to compute in.
+          replace: values by site that replace the model's own, after those were recorded.
 
         Raises:
-          InputError: a value is out of reach.
+          InputError: a value cannot be observed from outside.
         """
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
@@ -122,25 +126,31 @@ class Tapped(ABC):
             except jax.errors.JAXTypeError:
                 pass
             try:
-                # It leaves jax for Python or NumPy. Its values can still be judged; `check_behaviour` says the rest.
+                # It leaves jax for Python or NumPy. Its values can still be compared; `check_behaviour` reports it.
                 shown = recorder(forward)(parameters, fed, given)
             except jax.errors.JAXTypeError as error:
                 raise CandidateError.raised(self.name, "the forward pass", error) from error
             inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
             if inside:
                 raise InputError(
-                    f"{self.name}: {inside[0]} is computed under a transformation of its own (jit, vmap, scan), where"
-                    " nothing can be seen from outside: return it with the logits, or call what is transformed"
+                    f"{self.name}: {inside[0]} is computed inside the candidate's own jit, vmap or scan, and cannot be"
+                    " observed there: return it with the logits, or call the function without the transformation"
                 )
             return {site: np.asarray(value) for site, value in shown.items()}
 
     def outputs(
         self, batches: Sequence[Inputs], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """The outputs alone of several batches of inputs, compiled or operation by operation; by default without a tap.
+        """Returns the outputs of several batches of inputs, compiled or operation by operation.
+
+        Args:
+          batches: the inputs of each.
+          precision: the precision to compute in.
+          jit: whether to compile.
+          tap: called with every site and its value; None runs without a tap.
 
         Raises:
-          jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
+          jax.errors.JAXTypeError: jax cannot trace it, so it cannot be compiled.
         """
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
@@ -171,7 +181,7 @@ class Tapped(ABC):
 
             def kept(site: str, value: jax.Array) -> jax.Array:
                 tapped = tap(site, value)
-                if tapped is value:  # it has another shape, and was not perturbed
+                if tapped is value:  # it has a wrong shape, and was not perturbed
                     return value
                 perturbed.add(site)
                 return _kept_backward(tapped, one)
@@ -189,7 +199,7 @@ class Tapped(ABC):
                 compiled=compiled,
             )
         except CandidateError as error:
-            # It ran forward: it calls what jax has no derivative of, such as a callback.
+            # The forward pass ran, so the candidate calls something that jax cannot differentiate, such as a callback.
             raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error
         except jax.errors.JAXTypeError as error:
             reason = f"jax cannot trace it ({type(error).__name__}), so it cannot be differentiated"
@@ -197,7 +207,7 @@ class Tapped(ABC):
 
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_fed = differentiate(objective)
-            # A site that was never met has a gradient of zeros, which says nothing about the port.
+            # A site that was never met has a gradient of zeros, which says nothing about the candidate.
             met = {site: gradient for site, gradient in by_site.items() if site in perturbed - self.fixed}
             return Gradients(met, self.by_path(by_parameter), self.by_input(inputs, by_fed))
 
@@ -224,10 +234,10 @@ def _size(fed: Any) -> Any:
 
 @jax.custom_vjp
 def _kept_backward(x: jax.Array, one: jax.Array) -> jax.Array:
-    """x itself, whose cotangent XLA computes once and keeps, because it divides it, by one.
+    """Returns x, and divides its cotangent by one, so that XLA computes the cotangent once and keeps it.
 
-    Where all is cheap, on CPU, it fuses the sum that is the stream's cotangent, a term a branch, into each of its
-    readers anew: the backward pass of twelve blocks then takes 19 s to compile in place of 4. It skips barriers.
+    Without the division, XLA on CPU fuses the sum that is the stream's cotangent into each of its readers again. The
+    backward pass of twelve blocks then takes several times as long to compile. A barrier does not help: XLA skips it.
     """
     return x
 

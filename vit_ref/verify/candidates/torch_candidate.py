@@ -1,4 +1,4 @@
-"""A declared candidate that is a PyTorch module, as the engine judges it: observed, and changed, through hooks."""
+"""Runs a declared candidate that is a PyTorch module, and observes and changes its values through hooks."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from vit_ref.verify.precision import Precision
 
 
 class TorchCandidate(Declared):
-    """A candidate whose loader returns a `torch.nn.Module`; as `Runnable` has it.
+    """A candidate whose loader returns a `torch.nn.Module`; see `Runnable`.
 
-    It runs as it was loaded, on the device of its parameters: whether it is in evaluation mode is part of what is
-    judged.
+    It runs as it was loaded, on the device of its parameters. The loader must put it in evaluation mode, because that
+    is part of what is tested.
     """
 
     compiles = False
@@ -60,27 +60,27 @@ class TorchCandidate(Declared):
     def outputs(
         self, batches: Sequence[Inputs], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """See `Tapped.outputs`; `jit` has no meaning here."""
+        """See `Tapped.outputs`; `jit` has no effect here."""
         module = self._ready(precision.dtype)
-        found = []
+        outputs = []
         for batch in batches:
             with in_one_line(self.name, "the forward pass"), torch.no_grad():
                 arguments = self._tensors(batch, _like(module, precision.dtype))
                 before = [tensor.clone() for tensor in _leaves(arguments)]
-                found.append(_array(self._forward(module, batch, arguments, tap)))
+                outputs.append(_array(self._forward(module, batch, arguments, tap)))
                 written = any(
                     not torch.equal(tensor, kept) for tensor, kept in zip(_leaves(arguments), before, strict=True)
                 )
                 if written:
                     # The caller is to see it in the arrays that it gave.
                     map_arrays(_spoil, batch)
-        return found
+        return outputs
 
     def gradients(self, inputs: Inputs, precision: Precision) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`; parameters are those that `torch.nn.Module.to` makes."""
         module = self._ready(precision.dtype)
-        with in_one_line(self.name, "asking its parameters for gradients"):
-            # One by one: a ScriptModule has no `requires_grad_` of its own.
+        with in_one_line(self.name, "requires_grad_ of its parameters"):
+            # One by one, because a ScriptModule has no `requires_grad_` of its own.
             parameters = {name: value.requires_grad_(True) for name, value in module.named_parameters()}
         like = _like(module, precision.dtype)
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -95,7 +95,9 @@ class TorchCandidate(Declared):
 
             def tap(site: str, value: torch.Tensor) -> torch.Tensor:
                 if site == last and not value.requires_grad:
-                    raise UndifferentiableError("its output has no gradient: does it run under torch.no_grad?")
+                    raise UndifferentiableError(
+                        "its output has no gradient: it may run under torch.no_grad; remove that from the forward pass"
+                    )
                 if tuple(value.shape) != shapes[site]:
                     return value
                 perturbations[site] = torch.zeros(value.shape, dtype=wide, device=value.device, requires_grad=True)
@@ -133,7 +135,7 @@ class TorchCandidate(Declared):
         return narrow
 
     def parameters(self) -> dict[str, NDArray]:
-        """The port's parameters in float64, on the host, by its own paths."""
+        """Returns the candidate's parameters in float64, on the host, by its own paths."""
         module = self._ready(np.float64)
         with in_one_line(self.name, "reading its parameters"):
             return {counted(name): _array(value) for name, value in module.named_parameters()}
@@ -143,12 +145,12 @@ class TorchCandidate(Declared):
         return self._candidate.channels_first is not False
 
     def _ready(self, dtype: DTypeLike) -> torch.nn.Module:
-        """A module of its own, which nobody else sees changed, that computes in `dtype`."""
+        """Returns a copy of the module that computes in `dtype`, so that changes to it stay in the copy."""
         converts = takes(self._candidate.load, "dtype")
         if self._loaded is None or (converts and self._loaded[0] != np.dtype(dtype)):
             self._loaded = np.dtype(dtype), load(self._candidate, self._checkpoint, dtype)
         self._require_values(self._loaded[1])
-        # Without gradients, or a ScriptModule's copy has parameters that were computed.
+        # Without no_grad, the parameters of a ScriptModule's copy would not be leaves.
         with in_one_line(self.name, "copying it"), torch.no_grad(), _results_copied():
             module = copy.deepcopy(self._loaded[1])
         if self._stored is not None:
@@ -162,8 +164,8 @@ class TorchCandidate(Declared):
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             if tensor.is_meta:
                 raise CandidateError(
-                    f"{self.name}: {name!r} is on the device 'meta', where a tensor has no values: load the checkpoint"
-                    " into it on another device"
+                    f"{self.name}: {name!r} is on the device 'meta' and has no values: load the checkpoint into it on"
+                    " another device"
                 )
 
     def _tensors(self, inputs: Inputs, like: torch.Tensor) -> Arguments:
@@ -185,7 +187,7 @@ class TorchCandidate(Declared):
 
         def run(table: Table, tap: Tap | None) -> Any:
             named = tapping(call or module.forward, table, tap)
-            # What shows its values itself would be seen twice.
+            # A model that passes its values through a tap would show them twice.
             modules = {} if named else {counted(path): part for path, part in module.named_modules()}
             with _watching(modules, table, tap):
                 returned = call(module, *args, **kwargs, **named) if call else module(*args, **kwargs, **named)
@@ -204,7 +206,7 @@ class TorchCandidate(Declared):
 
     @staticmethod
     def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
-        # torch types it with a third value, which it returns on request.
+        # torch's annotation has a third value, which it returns only on request.
         both: Any = torch.func.vjp(function, value)
         picked, pull_back = both
         return picked, lambda cotangent: pull_back(cotangent)[0]
@@ -257,10 +259,10 @@ def _spoil(value: NDArray) -> NDArray:
 
 @contextlib.contextmanager
 def _results_copied() -> Iterator[None]:
-    """Lets `copy.deepcopy` copy a tensor that was computed, which PyTorch refuses.
+    """Lets `copy.deepcopy` copy a computed tensor, which PyTorch refuses.
 
-    A module holds such a tensor where `weight_norm` keeps the weight that it makes before each call, or where a layer
-    keeps its last attention map. The copy has the same values and no history.
+    A module may hold such a tensor: `weight_norm` keeps the weight that it computes before each call, and a layer may
+    keep its last attention map. The copy has the same values and no history.
     """
     copied = torch.Tensor.__deepcopy__
 
@@ -275,10 +277,10 @@ def _results_copied() -> Iterator[None]:
 
 
 def _norms_anew(module: torch.nn.Module) -> torch.nn.Module:
-    """The module, where each norm that `weight_norm` took of a weight in float32 is taken again in its own dtype.
+    """Computes each norm that `weight_norm` took of a float32 weight again, in the module's dtype.
 
-    Widened with the other parameters, a norm would keep its rounding, and the weight that is made with it would differ
-    from the checkpoint's in float64. A norm that is off by more than that rounding stays as it is.
+    A norm that is only widened keeps its float32 rounding. The weight computed from it would then differ from the
+    checkpoint's in float64. A norm that is off by more than that rounding stays as it is.
     """
     parameters = dict(module.named_parameters())
     for name, norm in parameters.items():
@@ -293,19 +295,22 @@ def _norms_anew(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-# A float32 norm of some thousand elements is this near to the right one.
+# The float32 norm of some thousand elements is this close to the right one.
 _NORM_ROUNDING = 2**-21
 
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
 def _like(module: torch.nn.Module, dtype: DTypeLike) -> torch.Tensor:
-    """An empty tensor of the dtype on the module's device, for `Tensor.to`."""
+    """Returns an empty tensor of the dtype on the module's device, for `Tensor.to`."""
     device = next((parameter.device for parameter in module.parameters()), None)
     return torch.empty(0, dtype=_DTYPES[np.dtype(dtype).name], device=device)
 
 
 def _array(value: torch.Tensor) -> NDArray:
-    """A copy on the host: a port may add to the tensor in place later. NumPy has no name for bfloat16, but a type."""
+    """Returns a copy on the host, because a candidate may change the tensor in place later.
+
+    NumPy has no name for bfloat16, but ml_dtypes has a type.
+    """
     value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()

@@ -74,6 +74,6 @@ class ViTOutline:
         """See `Outline.require_output`: without a head and a pooler a ViT's output is one token."""
         if self.output == "cls" and len(output.shape) == 3:
             raise CandidateError(
-                f"{name}: it returned a value of shape {tuple(output.shape)}: without a head the cls token (B, D)"
-                " is expected: give call=lambda port, images: port(images)[:, 0]"
+                f"{name}: it returned shape {tuple(output.shape)}, but a model without a head must return the"
+                " cls token (B, D): give call=lambda model, images: model(images)[:, 0]"
             )

@@ -1,1 +1,1 @@
-"""The known bugs, and which of them explain a divergence."""
+"""Explains a divergence: the known bugs, and which of them reproduce the candidate's values."""

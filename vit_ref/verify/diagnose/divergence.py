@@ -17,12 +17,21 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 class Divergence(NamedTuple):
-    """A wrong value at a site, the right one, and the relative RMS error up to which a bug explains it."""
+    """A wrong value at a site.
+
+    Attributes:
+      site: its name.
+      value: the candidate's value.
+      truth: the right value.
+      bound: the relative RMS error up to which a bug explains the value.
+      made_in: see `Cause.made_in`.
+    """
 
     site: str
     value: NDArray
     truth: NDArray
     bound: float = SEMANTIC_RMS
+    made_in: str = "oracle"
 
     @property
     def comparable(self) -> bool:
@@ -31,37 +40,37 @@ class Divergence(NamedTuple):
 
     @property
     def worst(self) -> slice:
-        """The image that is most wrong."""
+        """The index of the image with the largest error."""
         image = int(np.abs(self.value - self.truth).reshape(len(self.value), -1).max(axis=1).argmax())
         return slice(image, image + 1)
 
     def by_value(self) -> Iterator[Prediction]:
-        """Explanations that are read off the value itself."""
+        """Yields explanations that are read off the value itself."""
         return explain_by_value(self.truth, self.value, np.ix_(*find_wrong(self.value, self.truth)))
 
     def causes(self, *explanations: Iterable[Prediction]) -> tuple[Cause, ...]:
-        """The explanations that fit, the best first."""
+        """Returns the explanations that fit, the best first."""
         before = error(self.value, self.truth).rms
         wrong = np.ix_(*find_wrong(self.value, self.truth))
         everywhere: list[Cause] = []
         there_alone: list[Cause] = []
-        # One at a time: of a real model each value is megabytes.
+        # One at a time, because each value of a real model is megabytes.
         for label, value, rounded_to in chain(*explanations):
-            # One head, image or token alone may have the bug, which has to explain that one and no more.
+            # The bug may be in one head, image or token alone. Then it must explain that one and no more.
             mixed = self.truth.copy()
             mixed[wrong] = value[wrong]
             for fitting, tried in ((everywhere, value), (there_alone, mixed)):
                 after = error(self.value, tried).rms
                 if after <= self.bound and after < before / 4:
-                    fitting.append(Cause(label, self.site, before, after, rounded_to))
+                    fitting.append(Cause(label, self.site, before, after, rounded_to, self.made_in))
                     break
         causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
-        # An epsilon of 1e-13 fits a port that has 1e-12, though a thousand times less well.
+        # An epsilon of 1e-13 fits a candidate that has 1e-12, though a thousand times less well.
         return tuple(cause for cause in causes if cause.after <= 100 * max(causes[0].after, _EPS))[:3]
 
 
 def find_wrong(value: NDArray, truth: NDArray) -> list[NDArray]:
-    """Along each axis, where an element is further out than the largest one may be."""
+    """Returns, for each axis, the indices of elements that differ by more than the semantic gate allows."""
     limit = SEMANTIC_MAX * max(float(np.abs(truth).max()), np.finfo(np.float64).tiny)
     wrong = np.abs(value - truth) > limit
     if not wrong.any():

@@ -1,6 +1,6 @@
-"""Sites before a divergence that a candidate does not show, and what bugs there make of the first that it shows.
+"""Tries bugs at hidden sites, which lie before a divergence and which the candidate does not show.
 
-The oracle carries each bug on from the site where it is to the site that is seen.
+The oracle carries each bug on from its own site to the first site that is shown.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from vit_ref.verify.diagnose.known_bugs import NAMED, list_bugs_at
 from vit_ref.verify.diagnose.predictions import Prediction
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, split
 
-# What ports write into their LayerNorms whatever the checkpoint says: the defaults of flax and big_vision, of PyTorch,
-# and of Hugging Face's ViT.
+# Candidates often write these into their LayerNorms, whatever the checkpoint says. They are the defaults of flax and
+# big_vision, of PyTorch, and of Hugging Face's ViT.
 _EPSILONS = (1e-6, 1e-5, 1e-12)
 
 
 def explain_across(
     oracle: NumpyOracle, site: str, pixels: NDArray, known: Mapping[str, NDArray], gap: tuple[str, ...]
 ) -> Iterator[Prediction]:
-    """Bugs inside a gap, and what each makes of the site after it, the cheap and likely ones first.
+    """Yields bugs inside a gap with the value that each gives at the site after it, the cheap and likely ones first.
 
     Args:
-      oracle: the right one.
+      oracle: the right oracle.
       site: the first site that diverges.
-      pixels: the images.
-      known: right values of the sites before it.
-      gap: the sites right before it that are not shown.
+      pixels: float32 images (B, height, width, C).
+      known: right values of the sites before `site`.
+      gap: the hidden sites right before `site`.
 
     Yields:
-      Every known bug of every hidden site, where the gap lies in one block; then whole models of another activation or
+      Every known bug of every hidden site, if the gap lies in one block. Then whole models with another activation or
       epsilon, which have the same bug in every block of the gap.
     """
     if len({split(name)[0] for name in gap}) == 1:
@@ -46,9 +46,9 @@ def explain_across(
     activations = dict.fromkeys([config.hidden_act, *NAMED])
     epsilons = dict.fromkeys([config.layer_norm_eps, *_EPSILONS])
     for epsilon, activation in itertools.product(epsilons, activations):
-        said = [NAMED.get(activation, activation)] if activation != config.hidden_act else []
-        said += [f"LayerNorm epsilon {epsilon:g}"] if epsilon != config.layer_norm_eps else []
-        if said:
+        changes = [NAMED.get(activation, activation)] if activation != config.hidden_act else []
+        changes += [f"LayerNorm epsilon {epsilon:g}"] if epsilon != config.layer_norm_eps else []
+        if changes:
             other = dataclasses.replace(config, hidden_act=activation, layer_norm_eps=epsilon)
             value = NumpyOracle(other, oracle.tensors).value(site, pixels, oracle.before(gap[0], known))
-            yield Prediction(f"{' and '.join(said)} throughout", value)
+            yield Prediction(f"{' and '.join(changes)} throughout", value)

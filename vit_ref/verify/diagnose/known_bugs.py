@@ -1,7 +1,8 @@
-"""The known porting bugs: each is one edit of the NumPy oracle, which then makes what a port with that bug makes.
+"""Lists the known porting bugs: each one is an edit of the NumPy oracle.
 
-`list_known_bugs` is the table. A bug that is not in it yet is one more line there, its label and one edit of how a
-site's value is made: another configuration, other tensors, other values read, or another formula.
+The edited oracle computes what a candidate with that bug computes. `list_known_bugs` is the table. A new bug is one
+more line there: its label, and one edit of how a site's value is computed. The edit changes the configuration, the
+tensors, the values that the formula reads, or the formula itself.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from vit_ref.verify.references import numpy_oracle as right
 from vit_ref.verify.references.numpy_oracle import Formula, Layer, NumpyOracle, Step, centred, split
 from vit_ref.weights.mapping import Tensors
 
-# Makes of the right way to a site's value a wrong one.
+# Turns the right way to compute a site's value into a wrong one.
 Edit = Callable[[Step], Step]
 
 
 class KnownBug(NamedTuple):
-    """A bug that ports are known to have.
+    """A known porting bug.
 
     Attributes:
-      label: what was done, or taken, instead.
-      edit: puts it into the oracle.
-      at: the site that is edited, where that is one before the site at which the bug shows.
+      label: what the candidate does instead of the right thing.
+      edit: the change of the oracle that introduces the bug.
+      at: the site that is edited, if the bug shows at a later site only; else "".
     """
 
     label: str
@@ -43,13 +44,13 @@ class KnownBug(NamedTuple):
     at: str = ""
 
     def value(self, oracle: NumpyOracle, site: str, pixels: NDArray, known: Mapping[str, NDArray]) -> NDArray:
-        """The float64 value that a port with this bug, and no other, has at a site.
+        """Returns the float64 value at a site of a model that has this bug and no other.
 
         Args:
-          oracle: the right one.
-          site: which.
-          pixels: the images.
-          known: right values by site. Those before the bug are taken as they are.
+          oracle: the right oracle.
+          site: the site's name.
+          pixels: float32 images (B, height, width, C).
+          known: right values by site. Values before the bug are taken from here.
         """
         at = self.at or site
         wrong = oracle.edited(at, self.edit(oracle.step(at)))
@@ -57,22 +58,22 @@ class KnownBug(NamedTuple):
 
 
 def read(*names: str) -> Edit:
-    """Values of other sites, named as in `Step.reads`."""
+    """Makes the formula read other sites, named as in `Step.reads`."""
     return lambda step: step._replace(reads=names)
 
 
 def compute(formula: Formula) -> Edit:
-    """Another formula."""
+    """Replaces the formula."""
     return lambda step: step._replace(formula=formula)
 
 
 def finish(change: Callable[[NDArray], NDArray]) -> Edit:
-    """The right value, changed."""
+    """Changes the right value after it is computed."""
     return lambda step: compute(lambda layer, *values: change(step.formula(layer, *values)))(step)
 
 
 def feed(change: Callable[..., Any]) -> Edit:
-    """The right formula of other values, made of those that it reads: of one value one, of several a tuple."""
+    """Changes the values that the right formula reads. `change` returns one array, or a tuple for several."""
 
     def changed(*values: NDArray) -> tuple[NDArray, ...]:
         found = change(*values)
@@ -82,22 +83,22 @@ def feed(change: Callable[..., Any]) -> Edit:
 
 
 def multiply(*factors: float) -> Edit:
-    """The right formula of multiples of the values that it reads."""
+    """Multiplies the values that the right formula reads, one factor each."""
     return feed(lambda *values: tuple(factor * value for factor, value in zip(factors, values, strict=True)))
 
 
 def equip(change: Callable[[Layer], Mapping[str, Any]]) -> Edit:
-    """The right formula in a layer some of whose fields are others."""
+    """Changes some fields of the layer that the right formula uses."""
     return lambda step: compute(lambda layer, *values: step.formula(layer._replace(**change(layer)), *values))(step)
 
 
 def configure(**fields: Any) -> Edit:
-    """Another configuration."""
+    """Changes the configuration."""
     return equip(lambda layer: {"config": dataclasses.replace(layer.config, **fields)})
 
 
 def load(every: Callable[[NDArray], NDArray] = np.asarray, **by_name: Callable[[NDArray], NDArray]) -> Edit:
-    """The site's own tensors, every one or some by name, changed. One that would not fit then stays as it is."""
+    """Changes the site's own tensors, all of them or some by name. A change that alters a shape is not applied."""
 
     def changed(leaf: str, tensor: NDArray) -> NDArray:
         other = by_name.get(leaf, every)(tensor)
@@ -106,7 +107,7 @@ def load(every: Callable[[NDArray], NDArray] = np.asarray, **by_name: Callable[[
     return equip(lambda layer: {"tensors": {leaf: changed(leaf, tensor) for leaf, tensor in layer.tensors.items()}})
 
 
-# How a cause calls an activation. Other names of the same functions are left out.
+# Names of activations in causes. Other names of the same functions are left out.
 NAMED = {
     "gelu": "erf GELU",
     "gelu_new": "tanh GELU",
@@ -115,17 +116,21 @@ NAMED = {
     "silu": "SiLU",
     "tanh": "tanh",
 }
-# No configuration has an epsilon of zero, and the least number does the same.
+# A configuration cannot have an epsilon of zero. The smallest number has the same effect.
 _EPSILONS = {"0e+00": float(np.finfo(np.float64).tiny)} | {f"1e-{k:02}": 10.0**-k for k in range(1, 17)}
 
 
 def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
-    """The table: what makes up each `KnownBug`, by the kind of site where the bug shows."""
+    """Returns the table of known bugs: the fields of each `KnownBug`, by the kind of site at which the bug shows.
+
+    Args:
+      config: the model's configuration.
+    """
     heads, width = config.num_attention_heads, config.head_dim
     grids = config.grid(), config.grid()[::-1]
 
     def regroup(*axes: int) -> Callable[[NDArray], NDArray]:
-        """Makes of merged heads (B, N, H, K) such as were merged in another order of the axes."""
+        """Returns an edit of merged heads, as if the axes (B, N, H, K) had another order before the merge."""
         return lambda x: x.reshape(*x.shape[:2], heads, width).transpose(axes).reshape(x.shape)
 
     rounded = [(f"parameters rounded to {name}", load(to)) for name, to in STORED.items()]
@@ -136,18 +141,21 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
     ]
     norm = [
         *((f"LayerNorm epsilon {label}", configure(layer_norm_eps=epsilon)) for label, epsilon in _EPSILONS.items()),
-        ("no norm", compute(lambda layer, x: x)),
-        ("norm without scale and bias", load(weight=np.ones_like, bias=np.zeros_like)),
-        ("norm without scale", load(weight=np.ones_like)),
-        ("norm without bias", load(bias=np.zeros_like)),
-        ("norm's scale counted from one", load(weight=lambda scale: 1 + scale)),
+        ("LayerNorm left out", compute(lambda layer, x: x)),
+        ("LayerNorm without scale and bias", load(weight=np.ones_like, bias=np.zeros_like)),
+        ("LayerNorm without scale", load(weight=np.ones_like)),
+        ("LayerNorm without bias", load(bias=np.zeros_like)),
+        ("one added to the norm's scale", load(weight=lambda scale: 1 + scale)),
         *rounded,
         (
             "variance over D - 1",
             _normalise(lambda x, eps: centred(x) / np.sqrt(x.var(-1, ddof=1, keepdims=True) + eps)),
         ),
-        ("epsilon added to the deviation", _normalise(lambda x, eps: centred(x) / (x.std(-1, keepdims=True) + eps))),
-        ("mean not taken away", _normalise(lambda x, eps: x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps))),
+        (
+            "epsilon added to the standard deviation",
+            _normalise(lambda x, eps: centred(x) / (x.std(-1, keepdims=True) + eps)),
+        ),
+        ("mean not subtracted", _normalise(lambda x, eps: x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps))),
     ]
     projection = [
         *dense,
@@ -160,7 +168,7 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
         ("branch added twice", multiply(2, 1)),
         ("branch subtracted", multiply(-1, 1)),
     ]
-    # The right formulas take the first of the tokens that they are fed.
+    # The right formulas take the first token of those that they read.
     pooled = [
         ("mean of the tokens pooled", feed(lambda norm: norm.mean(axis=1, keepdims=True))),
         ("mean of the patches pooled", feed(lambda norm: norm[:, 1:].mean(axis=1, keepdims=True))),
@@ -178,7 +186,7 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
             ("patch kernel's channels mixed with its pixels", load(weight=_mix_channels)),
             ("patch kernel upside down", load(weight=lambda w: w[:, :, ::-1])),
             ("patch kernel mirrored", load(weight=lambda w: w[:, :, :, ::-1])),
-            ("patch kernel turned by 180 degrees", load(weight=lambda w: w[:, :, ::-1, ::-1])),
+            ("patch kernel rotated by 180 degrees", load(weight=lambda w: w[:, :, ::-1, ::-1])),
             ("channels in reverse order", load(weight=lambda w: w[:, ::-1])),
             ("bias left out", load(bias=np.zeros_like)),
             *rounded,
@@ -219,7 +227,7 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
             ("heads merged without moving the axis", finish(regroup(0, 2, 1, 3))),
             ("heads merged in the wrong order", finish(regroup(0, 1, 3, 2))),
             ("attention over the queries", feed(lambda probs, value: (probs.swapaxes(2, 3), value))),
-            ("keys attended to", read("attn.probs", "attn.key")),
+            ("keys used in place of values", read("attn.probs", "attn.key")),
         ],
         "attn.out": [*dense, ("heads merged in the wrong order", feed(regroup(0, 1, 3, 2)))],
         "attn.residual": [*residual, ("residual taken after the norm", read("attn.out", "norm1"))],
@@ -236,8 +244,8 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "logits": [
             *dense,
-            ("softmax taken of the logits", finish(right.softmax)),
-            ("log_softmax taken of the logits", finish(partial(special.log_softmax, axis=-1))),
+            ("softmax applied to the logits", finish(right.softmax)),
+            ("log_softmax applied to the logits", finish(partial(special.log_softmax, axis=-1))),
             *pooled,
         ],
         "pooler": [
@@ -251,17 +259,17 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def _normalise(normalise: Callable[[NDArray, float], NDArray]) -> Edit:
-    """A LayerNorm that normalises otherwise, with its scale and bias."""
+    """Replaces a LayerNorm's normalisation, but keeps its scale and bias."""
     return compute(lambda layer, x: right.affine(layer, normalise(x, layer.config.layer_norm_eps)))
 
 
 def _mix_channels(weight: NDArray) -> NDArray:
-    """A patch kernel (D, C, height, width) whose numbers lie as in one with the channels last."""
+    """Returns a patch kernel (D, C, height, width) whose numbers are laid out as if channels came last."""
     return np.moveaxis(weight.reshape(len(weight), *weight.shape[2:], -1), -1, 1)
 
 
 def _transpose(x: NDArray, grid: tuple[int, int]) -> NDArray:
-    """A grid of patches column by column. A cls token before it stays."""
+    """Returns a grid of patches column by column. A cls token before the grid stays."""
     cls, patches = np.split(x, [x.shape[1] - math.prod(grid)], axis=1)
     turned = patches.reshape(len(x), *grid, -1).swapaxes(1, 2)
     return np.concatenate([cls, turned.reshape(patches.shape)], axis=1)
@@ -280,11 +288,11 @@ def _mask_later(scores: NDArray) -> NDArray:
 
 
 def list_bugs_at(oracle: NumpyOracle, site: str, known: Mapping[str, NDArray]) -> Iterator[KnownBug]:
-    """The known bugs of one site: those in the table, other layers' tensors, and other sites' values.
+    """Yields the known bugs of one site: those in the table, other layers' tensors, and other sites' values.
 
     Args:
-      oracle: the right one.
-      site: which.
+      oracle: the right oracle.
+      site: the site's name.
       known: right values of the sites before it.
     """
     (block, kind), own = split(site), oracle.own(site)
@@ -316,7 +324,7 @@ _FUSED = ("attn.query", "attn.key", "attn.value")
 
 
 def _take(theirs: Tensors, *leaves: str) -> Edit:
-    """Some tensors of another layer."""
+    """Takes some tensors from another layer."""
 
     def taken(layer: Layer) -> Mapping[str, Any]:
         kept = {leaf: tensor for leaf, tensor in layer.tensors.items() if leaf not in leaves}
@@ -328,32 +336,40 @@ def _take(theirs: Tensors, *leaves: str) -> Edit:
 def fit_bugs(
     oracle: NumpyOracle, site: str, known: Mapping[str, NDArray], value: NDArray, truth: NDArray
 ) -> Iterator[KnownBug]:
-    """Bugs with a number that the candidate's value tells: an epsilon, a scale, a branch's factor."""
+    """Yields bugs with a number that follows from the candidate's value: an epsilon, a scale, a branch's factor.
+
+    Args:
+      oracle: the right oracle.
+      site: the site's name.
+      known: right values of the sites before it.
+      value: the candidate's value.
+      truth: the right value.
+    """
     kind = split(site)[1]
     if kind.startswith("norm"):
         own, apart = oracle.own(site), centred(known[oracle.reads(site)[0]])
         variance = np.square(apart).mean(axis=-1)
-        # In the row with the least variance epsilon weighs most.
+        # Epsilon weighs most in the row with the least variance.
         row = np.unravel_index(np.argmin(np.where(variance > 0, variance, np.inf)), variance.shape)
         reciprocal = slope(apart[row] * own["weight"], value[row] - own["bias"])
         if reciprocal and (epsilon := float(1 / reciprocal**2 - variance[row])) > 0:
             yield KnownBug(f"LayerNorm epsilon {epsilon:.6g}", configure(layer_norm_eps=epsilon))
     if kind == "attn.probs" and (value > 0).all() and (truth > 0).all():
         times = slope(centred(np.log(truth)), centred(np.log(value)))
-        yield KnownBug(f"attention scale {_told(times)} x the right one", multiply(times, 1))
+        yield KnownBug(f"attention scale {_in_digits(times)} x the right one", multiply(times, 1))
     if kind.endswith("residual"):
         branch, stream = (known[name] for name in oracle.reads(site))
         factor = slope(branch, value - stream)
-        yield KnownBug(f"{_told(factor)} x the branch added", multiply(factor, 1))
+        yield KnownBug(f"{_in_digits(factor)} x the branch added", multiply(factor, 1))
 
 
-def _told(factor: float) -> str:
-    """A factor in as many digits as tell it from one."""
+def _in_digits(factor: float) -> str:
+    """Returns a factor with enough digits to differ from 1."""
     return f"{factor:.6g}" if abs(factor - 1) > 1e-5 else f"{factor:.12g}"
 
 
 def list_roundings(site: str, rounded: Callable[[NDArray], NDArray]) -> Iterator[KnownBug]:
-    """Products whose operands were rounded first; at a site without a product this changes nothing."""
+    """Yields products whose operands were rounded first. At a site without a product this changes nothing."""
     operands = equip(lambda layer: {"operand": rounded})
     if split(site)[1] != "attn.probs":
         yield KnownBug("inputs of the product", operands)

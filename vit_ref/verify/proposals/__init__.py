@@ -1,1 +1,1 @@
-"""Proposes the table of a candidate's sites, by running it beside the oracle."""
+"""Proposes the table of a candidate's sites, from one run beside the oracle."""

@@ -1,4 +1,4 @@
-"""A proposal: the tables of a candidate as they are found, and as the Python code that a person pastes."""
+"""The proposed tables of a candidate, as data and as Python code to paste."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from vit_ref.verify.candidates.declaration import Mapped, Target
 from vit_ref.verify.proposals.matching import CLOSE, EQUAL, Match
 from vit_ref.verify.proposals.readings import evaluate
 
-# The width of the printed lines, and how many keys with the same value are named.
+# The width of the printed lines, and how many keys with the same value a remark names.
 _WIDTH, _NAMED = 120, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Tables to be checked by a person. `str()` is Python code that makes them, with all that is to be known of it.
+    """Proposed tables, for a person to check. `str()` is Python code that makes them, with remarks.
 
     Attributes:
-      candidate: the port's name.
-      checkpoint: the checkpoint's.
-      site_matches: what shows the sites, in their order.
-      parameter_matches: what the parameters are, in their order.
-      unshown: sites that nothing shows.
-      unowned: parameters that nothing is.
-      ambiguous: of those, parameters that several of the port's could be.
-      unused: submodules and named values of the port that match nothing.
-      unused_parameters: the port's parameters that match nothing.
-      repeated: submodules and named values that came more than once, which no table can tell apart.
-      diverges: the first site whose match is not equal; "" where all are.
+      candidate: the candidate's name.
+      checkpoint: the checkpoint's name.
+      site_matches: the value that shows each site, in the order of the sites.
+      parameter_matches: the candidate's parameter for each parameter, in order.
+      unshown: sites that no value shows.
+      unowned: parameters that none of the candidate's equals.
+      ambiguous: parameters that several of the candidate's equal, with those.
+      unused: submodules and named values of the candidate that match nothing.
+      unused_parameters: the candidate's parameters that match nothing.
+      repeated: submodules and named values that were met more than once. No table can tell these times apart.
+      diverges: the first site whose match is not equal; "" if all are equal.
     """
 
     candidate: str
@@ -57,7 +57,7 @@ class Proposal:
         return _table(self.parameter_matches)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for machines. A selection is the Python expression of `x` that makes it, or None."""
+        """Returns the proposal for machines. A selection is a Python expression of `x`, or None."""
         return {
             "candidate": self.candidate,
             "checkpoint": self.checkpoint,
@@ -76,19 +76,19 @@ class Proposal:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"# Proposed for {self.candidate} by its values on {self.checkpoint}."
-        yield "# Check each line: a port is judged at the points that its table names."
+        yield f"# Proposed for {self.candidate} from its values on {self.checkpoint}."
+        yield "# Check each line: a candidate is verified at the sites that its table names."
         if self.diverges:
-            yield f"# The port differs from {self.diverges} on, or what is said below not to be equal is not that site."
+            yield f"# From {self.diverges} on the values differ: the candidate is wrong there, or the line below is."
         yield from _code("sites", self.site_matches)
         yield from _code("parameters", self.parameter_matches)
-        yield from _comment("Sites that nothing shows", self.unshown)
-        yield from _comment("Of the port, and like no site", self.unused)
-        yield from _comment("Of the port, and of no use because they ran more than once", self.repeated)
-        yield from _comment("Parameters with no equal in the port", self.unowned)
+        yield from _comment("Sites without a value in the candidate", self.unshown)
+        yield from _comment("Values of the candidate that match no site", self.unused)
+        yield from _comment("Values of the candidate met more than once, so no table can name them", self.repeated)
+        yield from _comment("Parameters of the checkpoint without an equal in the candidate", self.unowned)
         for target, keys in self.ambiguous.items():
-            yield from _comment(f"Which of these is {target} its value does not tell", keys)
-        yield from _comment("Parameters of the port with no equal in the checkpoint", self.unused_parameters)
+            yield from _comment(f"Several parameters of the candidate equal {target}, choose one", keys)
+        yield from _comment("Parameters of the candidate without an equal in the checkpoint", self.unused_parameters)
 
 
 def _match_to_json(match: Match) -> dict[str, Any]:
@@ -148,12 +148,12 @@ def _remarks(match: Match) -> Iterator[str]:
         if where and wrong == list(range(wrong[0], blocks)):
             where = f" from block {wrong[0]} on"
         near = "close, not equal" if max(match.errors) <= CLOSE else "not equal"
-        yield f"{near}{where} ({max(match.errors):.0e}){', told by its parameters' if match.by_place else ''}"
+        yield f"{near}{where} ({max(match.errors):.0e}){', matched by its parameters' if match.by_place else ''}"
         for i, key in match.instead:
-            yield f"equal in block {i} is {key}"
+            yield f"{key} is equal in block {i}"
     if match.also:
         more = f" and {len(match.also) - _NAMED} more" if len(match.also) > _NAMED else ""
-        yield f"the same as {', '.join(match.also[:_NAMED])}{more}"
+        yield f"same value as {', '.join(match.also[:_NAMED])}{more}"
 
 
 def _comment(title: str, names: Sequence[str]) -> Iterator[str]:

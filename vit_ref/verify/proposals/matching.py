@@ -1,7 +1,7 @@
-"""Which of a port's values is which of this package's, told by the values themselves: names mean nothing here.
+"""Matches a candidate's values to this package's, by the values themselves and not by names.
 
-Blocks are matched together: a point of the port stands for a site if it does in all blocks, or in those before the
-port diverges.
+All blocks are matched together. A key of the candidate stands for a site if its values agree in all blocks, or in the
+blocks before the first divergence.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.proposals.readings import SAMPLE, Place, Reading, Readings, Shape, patterns
 
-# In float64 two right implementations are within 1e-12 (see `gates`), and the smallest wrong formula 5e-7 away.
+# In float64 two right implementations are within 1e-12 of each other (see `gates`), and a wrong formula is 5e-7 away.
 EQUAL = 1e-9
-# Nearer than this and ten times nearer than anything else is close: tanh GELU comes to 1e-3 at most.
+# A value is close if it is nearer than this, and ten times nearer than any other. Tanh GELU is well below it.
 CLOSE, CLEARLY = 0.1, 10
 
 
 class Match(NamedTuple):
-    """What stands for a site or a parameter.
+    """The candidate's value that stands for a site or a parameter.
 
     Attributes:
-      target: its name, with `{i}` for all blocks.
-      reading: what was chosen.
-      errors: relative RMS by block.
+      target: name of the site or parameter, with `{i}` for all blocks.
+      reading: the chosen value.
+      errors: relative RMS error by block.
       also: keys that show the same value.
-      by_place: it was not told by its value, but by the parameters of the layer.
-      instead: (block, key) where another key is equal and the chosen one is not.
+      by_place: whether it was matched by the parameters of the layer, and not by its value.
+      instead: (block, key) pairs of another key that is equal where the chosen one is not.
     """
 
     target: str
@@ -43,13 +43,13 @@ class Match(NamedTuple):
 
 
 class Search:
-    """The search for targets among the values that a port shows.
+    """The search for targets among the values that a candidate shows.
 
     Args:
-      shown: the port's values by key, in the order in which they came.
-      targets: the values looked for.
+      shown: the candidate's values by key, in the order of the run.
+      targets: the values to look for, by name.
       config: the model's configuration.
-      parameters: whether these are parameters, of which two with the same value, such as zeros, are two all the same.
+      parameters: whether these are parameters. Two parameters with the same value, such as zeros, are still two.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Search:
         parameters: bool = False,
     ):
         self.matches: dict[str, Match] = {}
-        # Parameters of which several leaves have the value.
+        # Parameters whose value several of the candidate's parameters have.
         self.ambiguous: dict[str, tuple[str, ...]] = {}
         self._shown = shown
         self._parameters = parameters
@@ -80,11 +80,11 @@ class Search:
         }
 
     def run(self, owners: Callable[[str], Collection[Place]], *, guess: bool = False) -> None:
-        """Looks for what has no match yet.
+        """Looks for targets that have no match yet.
 
         Args:
-          owners: the places where a target is to be, as far as is known.
-          guess: whether unequal values count: those at the target's own place, or else close ones.
+          owners: returns the keys at which a target should be, as far as they are known.
+          guess: whether to accept unequal values: those at the target's own key, or else close ones.
         """
         for template, names in self._groups.items():
             if not any(name in self.matches for name in (template, *names)) and "{i}" in template:
@@ -96,7 +96,7 @@ class Search:
 
     @property
     def unmatched(self) -> list[str]:
-        """Targets without a match; `{i}` where no block has one."""
+        """Targets without a match, with `{i}` if no block has one."""
         missing: list[str] = []
         for template, names in self._groups.items():
             left = [name for name in names if not {name, template} & self.matches.keys()]
@@ -134,7 +134,7 @@ class Search:
                 at_home = [k for k in tied if k in owned]
                 tied = at_home or tied
                 self.ambiguous.pop(target, None)
-                # Equal to several, or as equal to another target: the one that is left over need not be it.
+                # It equals several, or equals another target too. Then the one that remains need not be the right one.
                 shared = not at_home and _count(truth[0], self._truths[shape]) > _count(truth[0], truth)
                 if shared or len({(readings[k].key, readings[k].part) for k in tied}) > 1:
                     self.ambiguous[target] = tuple(dict.fromkeys(readings[k].key for k in tied))
@@ -150,7 +150,7 @@ class Search:
         else:
             return
         equal = (_relative(values, values[winner]) <= EQUAL).all(axis=-1) if not self._parameters else ()
-        # Also where it is not finite, and so equal to nothing.
+        # The winner is added because a value that is not finite equals nothing, not even itself.
         same = sorted({winner, *(int(k) for k in np.flatnonzero(equal))})
         chosen = readings[same[0]]
         also = dict.fromkeys(readings[k].key for k in same if readings[k].key != chosen.key)
@@ -158,7 +158,7 @@ class Search:
         self.matches[target] = Match(target, chosen, errors, tuple(also), by_place, self._instead(names, errors))
 
     def _taken(self, target: str, values: NDArray) -> NDArray:
-        """Which readings are known to show something else: equal to another target in any block, or chosen for one."""
+        """Returns which readings show another target: they equal it in any block, or were chosen for it."""
         shape = self._shape(target)
         taken = np.zeros(len(values), bool)
         for truth in self._truths[shape]:
@@ -170,7 +170,7 @@ class Search:
         return taken
 
     def _is_clear(self, values: NDArray, off: NDArray, name: str) -> bool:
-        """Whether the nearest value is near, no other one nearly as near, and no other target nearer to it."""
+        """Returns whether the nearest value is close, no other is nearly as close, and no other target is closer."""
         nearest = values[off.argmin()]
         rivals = off[_relative(values, nearest) > EQUAL]
         targets = self._truths[self._shapes[name]]
@@ -182,16 +182,16 @@ class Search:
         )
 
     def _instead(self, names: Sequence[str], errors: Sequence[float]) -> tuple[tuple[int, str], ...]:
-        found = []
+        better: list[tuple[int, str]] = []
         for i, (name, error) in enumerate(zip(names, errors, strict=True)):
             pool = self._readings[self._shapes[name]].single if error > EQUAL else []
             equal = np.flatnonzero(_relative(_values(pool), self._truth[name]) <= EQUAL)
-            found += [(i, pool[k].key) for k in equal[:1]]
-        return tuple(found)
+            better += [(i, pool[k].key) for k in equal[:1]]
+        return tuple(better)
 
     @property
     def leftover(self) -> list[str]:
-        """Keys that stand for nothing, and of sites those whose value is not even another one's."""
+        """Keys that match nothing. For sites, keys whose value equals that of a matched key are left out."""
         known = {name for match in self.matches.values() for name in self._expanded(match.reading.key)}
         for shape, pool in self._readings.items() if not self._parameters else ():
             readings = pool.single
@@ -213,7 +213,7 @@ class Search:
 
 
 def _values(readings: Sequence[Reading]) -> NDArray:
-    """(readings, blocks or 1, SAMPLE)."""
+    """Returns the values as one array (readings, blocks or 1, SAMPLE)."""
     return np.stack([reading.values for reading in readings]) if readings else np.zeros((0, 1, SAMPLE))
 
 
@@ -222,7 +222,7 @@ def _count(value: NDArray, among: NDArray) -> int:
 
 
 def _relative(values: NDArray, truth: NDArray) -> NDArray:
-    """Relative RMS over the last axis; what is not finite is infinitely far."""
+    """Returns the relative RMS error over the last axis. It is infinite for values that are not finite."""
     with np.errstate(all="ignore"):
         off = np.linalg.norm(values - truth, axis=-1) / np.maximum(np.linalg.norm(truth, axis=-1), np.finfo(float).tiny)
     return np.nan_to_num(off, nan=np.inf)

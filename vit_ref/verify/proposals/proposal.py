@@ -1,4 +1,4 @@
-"""`propose`: the tables of a candidate that has none, found by running it beside the oracle."""
+"""`propose`: finds the tables of a candidate by running it beside the oracle."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from vit_ref.weights import mapping
 from vit_ref.weights.origin import find_origin
 from vit_ref.weights.pretrained import open_checkpoint
 
-# More than one, so that what is the same for all images is not taken for what is each image's.
+# More than one, so that a value that is the same for all images is not taken for a value of each image.
 IMAGES = 2
 
-# The layer of this package's model that has a site for its output, or for its input, where that is not the site's name.
+# The layer of this package's model whose output (or input) is a site, if the layer's name differs from the site's.
 _LAYERS = {
     "patches": ("patch", ""),
     "attn.context": ("attn.out", ":input"),
@@ -51,15 +51,15 @@ def propose(
     """Proposes the tables of a candidate, from one run in float64 beside the oracle.
 
     Args:
-      candidate: as for `check_port`; tables that it has are set aside.
-      checkpoint: a directory, file or hub id that the port's loader can load.
-      images: a directory of photographs, preprocessed as the checkpoint asks; None for synthetic images.
+      candidate: see `check_port`. Tables that it has are ignored.
+      checkpoint: a directory, file or hub id that the candidate's loader can load.
+      images: a directory of photographs, preprocessed as the checkpoint says; None for synthetic images.
 
     Returns:
-      The tables, with what is doubtful in them and what is missing from them.
+      The tables, with remarks on doubtful lines and on missing sites.
 
     Raises:
-      InputError: checkpoint, candidate or images cannot be used, or nothing of the port can be seen from outside.
+      InputError: checkpoint, candidate or images cannot be used, or no value of the candidate can be observed.
     """
     source, config = open_checkpoint(checkpoint)
     declared = dataclasses.replace(find_declaration(candidate), sites=None, parameters=None)
@@ -76,21 +76,21 @@ def propose(
     own = port.parameters()
     if not shown and not own:
         raise CandidateError(
-            f"{port.name}: nothing of it can be seen from outside: return (logits, named intermediates), take a `tap`,"
-            " or give the module itself"
+            f"{port.name}: no value of it can be observed: return (logits, named intermediates), take a `tap`, or"
+            " return the module itself from load()"
         )
     truth = NumpyOracle(config, hf_tensors(config, source)).trace(pixels)
     layout = mapping.detect(source.tensors)
     wanted = {name: value.astype(np.float64) for name, value in mapping.port(source.tensors, config, layout).items()}
     sites = Search(shown, truth, config)
     parameters = Search(own, wanted, config, parameters=True)
-    # Equal values first. Then each side helps the other: a bias of zeros belongs to the layer whose output is known, or
-    # whose kernel is; and a layer whose parameters are known shows its site even where the port has diverged.
+    # Equal values come first. Then sites and parameters help each other. A bias of zeros belongs to the layer whose
+    # output or kernel is known. A layer whose parameters are known shows its site even after the first divergence.
     sites.run(lambda site: ())
     for guess in (False, True):
         parameters.run(lambda name: _homes(name.rpartition(".")[0], parameters) | _outputs(name, sites), guess=guess)
     sites.run(lambda site: _homes_of_site(site, parameters), guess=True)
-    # What the port returns is observed without a table.
+    # The returned output is observed without a table.
     output = output_site(config)
     order = {name: k for k, name in enumerate([*truth, *wanted])}
     matched = _sorted((match for match in sites.matches.values() if match.target != output), order)
@@ -111,20 +111,20 @@ def propose(
 
 
 def _layer(site: str) -> tuple[str, str]:
-    """The layer whose output or input a site is, and what a key ends in for that."""
+    """Returns the layer whose output or input a site is, and the end of its key."""
     _, block, name = re.split(r"^(?:block\.([^.]+)\.)?", site, maxsplit=1)
     layer, end = _LAYERS.get(name, (name, ""))
     return f"blocks.{block}.{layer}" if block else layer, end
 
 
 def _homes(layer: str, parameters: Search) -> set[Place]:
-    """The submodules of the port that hold parameters of a layer."""
-    found = [match for match in parameters.matches.values() if match.target.rpartition(".")[0] == layer]
-    return {(match.reading.place, match.reading.part) for match in found}
+    """Returns the submodules of the candidate that hold parameters of a layer."""
+    owners = [match for match in parameters.matches.values() if match.target.rpartition(".")[0] == layer]
+    return {(match.reading.place, match.reading.part) for match in owners}
 
 
 def _homes_of_site(site: str, parameters: Search) -> set[Place]:
-    """The keys at which a site should be, as the parameters have it: around a layer, or around the whole block."""
+    """Returns the keys at which a site should be, by the parameters: around a layer, or around the whole block."""
     within = [match for match in parameters.matches.values() if match.target.startswith("blocks.{i}.")]
     levels = zip(*(match.reading.place.split(".") for match in within), strict=False)
     block = ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
@@ -137,10 +137,10 @@ def _homes_of_site(site: str, parameters: Search) -> set[Place]:
 
 
 def _outputs(parameter: str, sites: Search) -> set[Place]:
-    """The submodules of the port that show the output of a parameter's layer."""
+    """Returns the submodules of the candidate that show the output of a parameter's layer."""
     layer = parameter.rpartition(".")[0]
-    found = [match for match in sites.matches.values() if _layer(match.target) == (layer, "")]
-    return {(key, match.reading.part) for match in found for key in (match.reading.key, *match.also)}
+    shown = [match for match in sites.matches.values() if _layer(match.target) == (layer, "")]
+    return {(key, match.reading.part) for match in shown for key in (match.reading.key, *match.also)}
 
 
 def _sorted(matches: Iterable[Match], order: Mapping[str, int]) -> tuple[Match, ...]:
@@ -148,5 +148,5 @@ def _sorted(matches: Iterable[Match], order: Mapping[str, int]) -> tuple[Match, 
 
 
 def _unequal(match: Match) -> list[str]:
-    """The sites, one by one, at which a match is not equal."""
+    """Returns the sites, one by one, at which a match is not equal."""
     return [match.target.replace("{i}", str(i)) for i, error in enumerate(match.errors) if error > EQUAL]

@@ -1,6 +1,7 @@
-"""Every way to read the values that a port shows: other axes, one of several in one, one layer of a stack.
+"""Lists every way to read a candidate's values: with other axes, as one of several fused values, as a layer of a stack.
 
-Each only moves elements, as a table's selections do, and is written as Python code: what is printed is what was tried.
+A way only moves elements, as the selections of a table do. It is written as Python code, and the code that is printed
+is the code that was tried.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from numpy.typing import NDArray
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.table import fitted
 
-# So many elements tell two values apart: of one token in 257 that differs, four are seen.
+# So many elements tell two values apart: if one token in 257 differs, some four of its elements are among them.
 SAMPLE = 1024
 
-# Where a value belongs to, and which of how many parts of it.
+# The submodule or key of a value, and (number of parts, which part) if it holds several.
 Place = tuple[str, tuple[int, int] | None]
 Shape = tuple[int, ...]
 
-# Ways to order axes anew, by rank, in methods that NumPy, JAX and PyTorch share.
+# Ways to reorder axes, by rank, with methods that NumPy, JAX and PyTorch share.
 _MOVES = {
     # (out, in) -> (in, out)
     2: ("", ".swapaxes(0, 1)"),
@@ -40,15 +41,15 @@ _MOVES = {
 
 
 class Reading(NamedTuple):
-    """One way to read one of the port's values.
+    """One way to read one of the candidate's values.
 
     Attributes:
-      key: the value's name in a table, with `{i}` where there is one for each block.
-      select: the code that picks it out of `x`; "" for all of it.
+      key: the value's key in a table, with `{i}` if each block has one.
+      select: the code that selects it from `x`; "" for all of it.
       place: the submodule whose parameter it is; for a site, its key.
-      part: (parts, which) of a value that holds several.
-      rank: the smaller is preferred among equal values.
-      values: (blocks or 1, SAMPLE).
+      part: (number of parts, which part) if the value holds several.
+      rank: among equal values, the one with the smallest rank is preferred.
+      values: float64 samples (blocks or 1, SAMPLE).
     """
 
     key: str
@@ -60,10 +61,10 @@ class Reading(NamedTuple):
 
 
 class Readings:
-    """All readings of a port's values that have a given shape, those preferred among equal ones first.
+    """All readings of a candidate's values that have a given shape, the preferred ones first.
 
     Args:
-      shown: the port's values by key, in the order in which they came.
+      shown: the candidate's values by key, in the order of the run.
       shape: the shape.
       config: the model's configuration.
       parameters: whether these are parameters, which belong to submodules.
@@ -71,7 +72,7 @@ class Readings:
     Attributes:
       positions: the elements that are compared.
       single: readings of one value.
-      blocked: readings of one value for each block, or of one that stacks the blocks on its first axis.
+      blocked: readings of one value per block, or of one value that stacks the blocks on its first axis.
     """
 
     def __init__(self, shown: Mapping[str, NDArray], shape: Shape, config: ViTConfig, parameters: bool):
@@ -99,8 +100,8 @@ class Readings:
     def _reading(
         self, key: str, select: str, part: tuple[int, int] | None, order: int, layers: Sequence[NDArray]
     ) -> Reading:
-        # Outputs before inputs, what needs no selection before what does, the whole before an element; then the
-        # outermost, which stays where it is when the author changes what is inside, and the first that had the value.
+        # Outputs come before inputs, whole values before selections and elements. Then the outermost module comes
+        # first, because its key stays when the author changes its inside, and then the first that had the value.
         rank = (":" in key, bool(select), "[" in key, 0 if self._parameters else key.count("."), order)
         values = np.stack([layer.reshape(-1)[self.positions] for layer in layers])
         return Reading(key, select, self._place(key), part, rank, values)
@@ -110,7 +111,7 @@ class Readings:
 
 
 def _ways(value: NDArray, shape: Shape, heads: int) -> Iterator[tuple[str, tuple[int, int] | None, NDArray]]:
-    """Every way to read a value of that shape out of another: the code, which part it takes, and the result."""
+    """Yields every way to read a value of that shape from another: the code, the part that it takes, and the result."""
     parts, rest = divmod(value.size, math.prod(shape))
     if rest or parts not in (1, 2, 3):
         return
@@ -124,7 +125,7 @@ def _ways(value: NDArray, shape: Shape, heads: int) -> Iterator[tuple[str, tuple
 
 
 def _pieces(shape: Shape, parts: int, heads: int) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """The code of all equal parts of a value in which several are fused, such as query, key and value."""
+    """Yields the code of each part of a value that fuses several equal parts, such as query, key and value."""
     if parts == 1:
         yield "", None
         return
@@ -145,24 +146,36 @@ def _pieces(shape: Shape, parts: int, heads: int) -> Iterator[tuple[str, tuple[i
 
 
 def evaluate(select: str) -> Callable[[Any], Any]:
-    """The selection that a text means, which is built here and nowhere else."""
+    """Returns the selection that a text describes. `_ways` is the only source of such texts.
+
+    Args:
+      select: a Python expression of `x`.
+    """
     return eval(f"lambda x: {select}")
 
 
 def patterns(keys: Collection[str], depth: int) -> dict[str, list[str]]:
-    """Keys by what they have in common: one number in them, the first that counts the blocks and nothing else."""
+    """Groups keys that differ in one number, which counts the blocks.
+
+    Args:
+      keys: the keys.
+      depth: the number of blocks.
+
+    Returns:
+      Pattern with `{i}` -> the keys of blocks 0 to depth - 1.
+    """
     members: dict[str, dict[int, str]] = {}
     for key in keys:
         path = re.split(r"[:\[]", key)[0]
         for number in re.finditer(r"(?<!\d)(0|[1-9]\d*)(?!\d)", path):
             pattern = f"{key[: number.start()]}{{i}}{key[number.end() :]}"
             members.setdefault(pattern, {})[int(number[0])] = key
-    found: dict[str, list[str]] = {}
+    blocks: dict[str, list[str]] = {}
     taken: set[str] = set()
-    # From left to right: mlp.0 and mlp.1 are no blocks where layers.0 and layers.1 are.
+    # From left to right: if layers.0 and layers.1 are blocks, mlp.0 and mlp.1 inside them are not.
     for pattern in sorted(members, key=lambda pattern: pattern.index("{i}")):
         numbered = members[pattern]
         if numbered.keys() == set(range(depth)) and not taken & set(numbered.values()):
-            found[pattern] = [numbered[i] for i in range(depth)]
+            blocks[pattern] = [numbered[i] for i in range(depth)]
             taken |= set(numbered.values())
-    return found
+    return blocks

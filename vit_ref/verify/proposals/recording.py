@@ -1,4 +1,4 @@
-"""Everything that a port shows in one run, by the keys under which a table would ask for it."""
+"""Records every value that a candidate shows in one run, by the keys that a table would use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vit_ref.verify.compare.trace import Tap
 
 
 class _Every(frozenset[str]):
-    """The paths of a table that asks for all there are: it contains any, and lists none that a port could lack."""
+    """The paths of a table that asks for every value: it contains any path, but lists none that could be missing."""
 
     def __contains__(self, path: object) -> bool:
         return True
@@ -25,7 +25,7 @@ class _Every(frozenset[str]):
 
 
 class Recorder(Table):
-    """A table that changes nothing and keeps what passes, from whatever kind of port.
+    """A table that keeps every value and changes none, for candidates of any kind.
 
     Args:
       outline: of the model that the values are looked for in.
@@ -37,7 +37,7 @@ class Recorder(Table):
         self.paths = _Every()
         # In the order of the computation.
         self.values: dict[str, NDArray] = {}
-        # What came more than once, as a shared module does: a table cannot tell one time from another.
+        # Paths that were met more than once, such as a shared module's: a table cannot tell one time from another.
         self.repeated: set[str] = set()
 
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
@@ -59,7 +59,7 @@ class Recorder(Table):
         return value
 
     def _keep(self, path: str, suffix: str, value: Any) -> None:
-        # What is inside a transformation of the port's own has no value that could be read.
+        # A value inside the candidate's own transformation cannot be read.
         if not path or not hasattr(value, "shape") or isinstance(value, jax.core.Tracer):
             return
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)

@@ -1,1 +1,1 @@
-"""The references, which decide, and the NumPy oracle, which has to agree with them."""
+"""The references, which decide, and the NumPy oracle, which must agree with them."""

@@ -1,4 +1,4 @@
-"""The references by name, and what each needs."""
+"""The references by name, and the packages that each needs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _OPERANDS: dict[str, Callable[[NDArray], NDArray]] = {
 
 
 class NumpyReference(NumpyOracle):
-    """The NumPy oracle as a reference. It goes forward only, and rounds its products as this device does.
+    """The NumPy oracle as a reference. It has no backward pass, and rounds its products as this device does.
 
     Args:
       config: the model's configuration.
       tensors: see `NumpyOracle`.
-      reason: why it stands in for another reference, if it does.
+      reason: why it replaces another reference; "" if it does not.
     """
 
     foreign = True
@@ -44,16 +44,19 @@ class NumpyReference(NumpyOracle):
         self.reason = reason
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
-        """As jax rounds them here and now, for a candidate in jax.
+        """Returns the function that rounds operands as jax does on this device now.
 
-        On a GPU that was asked for TF32, a right one errs a thousand times more than whole products would allow.
+        A right candidate in TF32 errs a thousand times more than one with unrounded operands.
+
+        Args:
+          dtype: the dtype of the computation.
         """
         return _OPERANDS[products()] if dtype == np.float32 else super().operands(dtype)
 
     def trace(  # type: ignore[override]  # the oracle takes a dtype
         self, pixels: NDArray, precision: Precision = FLOAT64, replace: Mapping[str, NDArray] | None = None
     ) -> Trace:
-        """See `Reference.trace`; values in `replace` take the place of its own at those sites."""
+        """See `Reference.trace`; values in `replace` are used instead of its own at those sites."""
         with precision.active():
             return super().trace(pixels, precision.dtype, replace)
 
@@ -62,13 +65,18 @@ class NumpyReference(NumpyOracle):
         return NumpyReference(self.config, precision.rounded(self.tensors), self.reason)
 
     def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
-        """Raises `UnsupportedByReferenceError`."""
+        """Raises an error, because NumPy has no backward pass.
+
+        Raises:
+          UnsupportedByReferenceError: always.
+        """
         if self.reason:
             raise UnsupportedByReferenceError(
-                f"{self.reason}, and NumPy judges no gradients: the reference torch does, of whole models"
+                f"{self.reason}, and the NumPy oracle has no gradients: for gradients of whole models use the reference"
+                " torch"
             )
         raise UnsupportedByReferenceError(
-            "NumPy judges no gradients: the reference torch does, of whole models, and flax of what it can express"
+            "the NumPy oracle has no gradients: use the reference flax, or torch for whole models"
         )
 
 
@@ -85,28 +93,39 @@ REFERENCES: dict[str, _Entry] = {
 
 
 def require(name: str) -> None:
-    """Raises `ReferenceUnavailableError`, saying what to install, where what a reference needs is not there."""
+    """Checks that the packages of a reference are installed.
+
+    Args:
+      name: one of `REFERENCES`.
+
+    Raises:
+      ReferenceUnavailableError: a package is missing; the message says what to install.
+    """
     REFERENCES[name].require()
 
 
 def with_fused_attention(reference: Reference) -> Reference:
-    """The same reference, whose gradients are those of fused attention, see `fused`, without probabilities."""
+    """Returns the same reference, but with fused attention in its backward pass and without probabilities.
+
+    Args:
+      reference: a reference of this package; see the module `fused`.
+    """
     other: Any = copy(reference)
     other.fused = True
     return other
 
 
 def reference_for(config: ViTConfig, tensors: Mapping[str, NDArray], name: str = "flax") -> Reference:
-    """A reference filled with a checkpoint's tensors.
+    """Returns a reference filled with a checkpoint's tensors.
 
     Args:
       config: the model's configuration.
-      tensors: Hugging Face's names and shapes, those of transformers 4.
-      name: one of `REFERENCES`. Where "flax" cannot express the configuration, NumPy stands in for it.
+      tensors: the tensors under Hugging Face's names and shapes, those of transformers 4.
+      name: one of `REFERENCES`. The NumPy oracle replaces a reference that cannot express the configuration.
 
     Raises:
-      ReferenceUnavailableError: it is not installed.
-      InputError: there is no such reference, or the tensors do not fit it.
+      ReferenceUnavailableError: the reference is not installed.
+      InputError: no reference has that name, or the tensors do not fit it.
     """
     if name not in REFERENCES:
         raise InputError(f"reference is {name!r}: known are {', '.join(REFERENCES)}")

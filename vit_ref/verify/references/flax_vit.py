@@ -1,7 +1,7 @@
-"""The reference that nobody here wrote: transformers' FlaxViT, observed at every site from outside.
+"""The reference FlaxViT of transformers, observed at every site from outside.
 
-flax's method interception sees, and can replace, each submodule's inputs and outputs, so transformers is neither edited
-nor copied.
+flax's method interception sees and replaces the inputs and outputs of submodules. So transformers is neither edited nor
+copied.
 """
 
 from __future__ import annotations
@@ -53,14 +53,18 @@ _HEADS = {(*_ATTENTION, role): f"attn.{role}" for role in ("query", "key", "valu
 
 
 def require_flaxvit() -> None:
-    """Raises `ReferenceUnavailableError`, saying what to install, where transformers has no FlaxViT."""
+    """Checks that the installed transformers has FlaxViT.
+
+    Raises:
+      ReferenceUnavailableError: it has not; the message says what to install.
+    """
     install = "install it with: pip install 'transformers>=4.50,<5', or use the reference torch or numpy"
     try:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         raise ReferenceUnavailableError(f"FlaxViT needs transformers, which is not installed: {install}") from None
     if int(version.split(".")[0]) >= 5:
-        raise ReferenceUnavailableError(f"transformers {version} has no FlaxViT, 4.x has: {install}")
+        raise ReferenceUnavailableError(f"transformers {version} has no FlaxViT, but 4.x has it: {install}")
 
 
 class FlaxViTReference:
@@ -68,8 +72,8 @@ class FlaxViTReference:
 
     Args:
       config: the model's configuration.
-      tensors: Hugging Face's PyTorch names and shapes. transformers' own converter turns them into FlaxViT's tree, so
-        that this package's weight map has no part in it.
+      tensors: the tensors under Hugging Face's PyTorch names and shapes. transformers' own converter turns them into
+        FlaxViT's tree, so that this package's weight map has no part in it.
 
     Raises:
       ReferenceUnavailableError: transformers is missing or of the wrong version.
@@ -84,7 +88,7 @@ class FlaxViTReference:
         require_flaxvit()
         import transformers
 
-        # Its notice that Flax classes end with transformers 5 is why the NumPy oracle exists; once is enough.
+        # transformers warns that its Flax classes end with version 5, which the caller need not read each time.
         transformers.logging.set_verbosity_error()
         from transformers.models.vit import modeling_flax_vit
 
@@ -101,10 +105,14 @@ class FlaxViTReference:
         self.fill(tensors)
 
     def fill(self, tensors: Mapping[str, NDArray]) -> None:
-        """Takes other weights, or none, which lets go of those it has; what was compiled serves them too."""
+        """Takes other weights. Compiled code is used again.
+
+        Args:
+          tensors: see `FlaxViTReference`; an empty mapping frees the present weights.
+        """
         self.tensors = tensors
         self.params: Any = {}
-        if not tensors:  # which transformers does not convert where PyTorch is installed
+        if not tensors:  # with PyTorch installed, transformers cannot convert an empty mapping
             return
         from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
@@ -119,11 +127,15 @@ class FlaxViTReference:
         return jax.ShapeDtypeStruct((1, *config.image_hw, config.num_channels), np.float32)
 
     def module(self, dtype: DTypeLike) -> linen.Module:
-        """The linen module that computes in `dtype`; apply it to `params`."""
+        """Returns the linen module that computes in `dtype`; apply it to `params`.
+
+        Args:
+          dtype: the dtype of the computation.
+        """
         return self._build(self._hf_config, dtype=dtype)
 
     def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Reference.trace`; values in `replace` take the place of its own at those sites."""
+        """See `Reference.trace`; values in `replace` are used instead of its own at those sites."""
         dtype = precision.dtype
         with precision.active():
             if dtype not in self._recorders:
@@ -136,7 +148,7 @@ class FlaxViTReference:
     ) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`, and `differentiator` for `like`.
 
-        Gradients of parameters get our paths by the weight map of FlaxViT's tree.
+        The weight map of FlaxViT's tree gives the gradients of parameters this package's paths.
         """
         forward, compiled = self._forward_in(precision.dtype), self._differentiators[self.fused]
         shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
@@ -145,7 +157,7 @@ class FlaxViTReference:
         def gradients(objective: Objective) -> Gradients:
             by_parameter, by_site, by_pixel = differentiate(objective)
             named = port(flatten_dict(by_parameter, sep="/"), self.config, FLAX, finite=False)
-            if self.fused:  # what is not there has a gradient of zeros
+            if self.fused:  # probabilities do not exist, so their gradients are zeros
                 by_site = {site: value for site, value in by_site.items() if not site.endswith(".attn.probs")}
             return Gradients(by_site, named, {"pixels": by_pixel})
 
@@ -155,12 +167,12 @@ class FlaxViTReference:
         return lambda params, pixels, tap: self._forward(params, pixels, dtype, tap)
 
     def _forward(self, params: Any, pixels: jax.Array, dtype: DTypeLike, tap: Tap) -> jax.Array:
-        """The module's output, with every site's value passed through a tap.
+        """Runs the module and passes the value at every site through a tap.
 
-        Values are intercepted as submodules return them. Two are not returned by any: the attention probabilities, for
-        which the function that computes them is wrapped while this runs, and the stream between attention and MLP,
-        which is replaced where it enters the second norm and the second addition. Fused attention takes the place of
-        the whole of FlaxViT's, and has no probabilities to show.
+        Values are intercepted when a submodule returns them. No submodule returns two of them. The function that
+        computes the attention probabilities is wrapped while this runs. The stream between attention and MLP is
+        replaced at the inputs of the second norm and the second addition. Fused attention replaces all of FlaxViT's
+        attention, and has no probabilities to show.
         """
         from transformers.models.vit import modeling_flax_vit
 
@@ -212,15 +224,16 @@ class FlaxViTReference:
 
 
 def _square(config: ViTConfig) -> dict[str, int]:
-    """The image and patch sizes to tell FlaxViT, which knows squares only.
+    """Returns image and patch sizes for FlaxViT, which accepts only squares.
 
-    It uses the image's size for nothing but the number of position embeddings, so a rectangle of as many patches as
-    some square runs in it unchanged.
+    FlaxViT uses the image's size only for the number of position embeddings. So a rectangle runs in it unchanged if its
+    number of patches is a square.
     """
     rows, columns = config.grid()
     side = round((rows * columns) ** 0.5)
     if config.patch_hw[0] != config.patch_hw[1] or side * side != rows * columns:
         raise UnsupportedByReferenceError(
-            f"FlaxViT takes square patches in a square number, not {rows}x{columns} patches of {config.patch_hw} pixels"
+            f"FlaxViT needs square patches whose number is a square, not {rows}x{columns} patches of"
+            f" {config.patch_hw} pixels"
         )
     return {"image_size": side * config.patch_hw[0], "patch_size": config.patch_hw[0]}

@@ -1,12 +1,15 @@
-"""The NumPy oracle: a ViT written from the papers, in float64, on a checkpoint's own tensors and names.
+"""The NumPy oracle: a ViT written from the papers, in float64, with a checkpoint's own tensors and names.
 
-Independent on purpose: it shares no code with the model, the weight map or jax, so what both get wrong in the same way
-has to be wrong twice; the names of the sites and their order are all that it takes from elsewhere. Tensors carry
-Hugging Face's PyTorch names and shapes. Sources: Dosovitskiy et al. (2021), eq. 1-4 (the model); Vaswani et al. (2017),
-eq. 1 (attention); Ba et al. (2016), eq. 3-4 (LayerNorm); Hendrycks and Gimpel (2016), section 2 (GELU and its two
-approximations).
+It is independent on purpose and shares no code with the model, the weight map or jax. So a mistake must be made twice
+to go unnoticed. It takes only the names and the order of the sites from elsewhere. Tensors carry Hugging Face's PyTorch
+names and shapes. Sources:
 
-`STEPS` is the model, a formula for each site. The diagnosis edits one of them at a time.
+- the model: Dosovitskiy et al. (2021), eq. 1-4;
+- attention: Vaswani et al. (2017), eq. 1;
+- LayerNorm: Ba et al. (2016), eq. 3-4;
+- GELU and its two approximations: Hendrycks and Gimpel (2016), section 2.
+
+`STEPS` is the model, one formula per site. The diagnosis edits one formula at a time.
 """
 
 from __future__ import annotations
@@ -49,29 +52,42 @@ ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
 
 
 def centred(x: NDArray) -> NDArray:
-    """Without the mean over the last axis."""
+    """Subtracts the mean over the last axis.
+
+    Args:
+      x: an array (..., D).
+    """
     return x - x.mean(axis=-1, keepdims=True)
 
 
 def softmax(scores: NDArray, axis: int = -1) -> NDArray:
-    """Over one axis, by default the last."""
+    """Returns the softmax over one axis.
+
+    Args:
+      scores: an array.
+      axis: the axis, by default the last.
+    """
     exponentials = np.exp(scores - scores.max(axis=axis, keepdims=True))
     return exponentials / exponentials.sum(axis=axis, keepdims=True)
 
 
 def whole(operand: NDArray) -> NDArray:
-    """An operand of a product as it is, not rounded."""
+    """Returns an operand of a product as it is, not rounded.
+
+    Args:
+      operand: an array.
+    """
     return operand
 
 
 class Layer(NamedTuple):
-    """What a site's formula is given besides the values that it reads.
+    """The parameters and settings of a site's formula.
 
     Attributes:
       config: the model's configuration.
       dtype: the dtype of the computation.
-      tensors: the site's own, by the last part of their names, in that dtype.
-      operand: what is done to each operand of a product before they are multiplied.
+      tensors: the site's own tensors by the last part of their names, in that dtype.
+      operand: the function that is applied to each operand before a product.
     """
 
     config: ViTConfig
@@ -80,82 +96,88 @@ class Layer(NamedTuple):
     operand: Callable[[NDArray], NDArray] = whole
 
     def product(self, left: NDArray, right: NDArray) -> NDArray:
-        """The matrix product."""
+        """Returns the matrix product of two arrays.
+
+        Args:
+          left: the left operand.
+          right: the right operand.
+        """
         return self.operand(left) @ self.operand(right)
 
 
-# Makes a site's value of its layer and of the values that it reads. Letters in the shapes are those of `model.sites`.
+# Computes a site's value from its layer and from the values that it reads. `model.sites` explains the letters in
+# shapes.
 Formula = Callable[..., NDArray]
 
 
 def patches(layer: Layer, pixels: NDArray) -> NDArray:
-    """Pixels (B, height, width, C) -> (B, P, D)."""
+    """Returns the patches (B, P, D) of pixels (B, height, width, C)."""
     config, kernel = layer.config, layer.tensors["weight"]
     (height, width), (rows, columns) = config.patch_hw, config.grid(pixels.shape[1:3])
-    # Patches row by row; inside one, channel first, then row, then column, as PyTorch's kernel is laid out.
+    # Patches lie row by row. Inside a patch the order is channel, row, column, as in PyTorch's kernel.
     cut = pixels.reshape(-1, rows, height, columns, width, config.num_channels).transpose(0, 1, 3, 5, 2, 4)
     flat = kernel.reshape(config.hidden_size, -1)
     return layer.product(cut.reshape(len(pixels), rows * columns, -1), flat.T) + layer.tensors["bias"]
 
 
 def tokens(layer: Layer, patches: NDArray) -> NDArray:
-    """The cls token, then the patches: (B, N, D)."""
+    """Returns the cls token followed by the patches (B, N, D)."""
     cls_token = np.broadcast_to(layer.tensors["cls_token"], (len(patches), 1, patches.shape[-1]))
     return np.concatenate([cls_token, patches], axis=1)
 
 
 def embeddings(layer: Layer, patches: NDArray) -> NDArray:
-    """Tokens and their positions."""
+    """Returns tokens plus their positions (B, N, D)."""
     return tokens(layer, patches) + layer.tensors["position_embeddings"]
 
 
 def affine(layer: Layer, x: NDArray) -> NDArray:
-    """Scale and bias of a LayerNorm."""
+    """Applies the scale and bias of a LayerNorm."""
     return x * layer.tensors["weight"] + layer.tensors["bias"]
 
 
 def norm(layer: Layer, x: NDArray) -> NDArray:
-    """Ba et al. (2016), eq. 3-4, over the last axis, in x's dtype."""
+    """Normalises over the last axis in x's dtype: Ba et al. (2016), eq. 3-4."""
     apart = centred(x)
     variance = np.square(apart).mean(axis=-1, keepdims=True)
     return affine(layer, apart / np.sqrt(variance + x.dtype.type(layer.config.layer_norm_eps)))
 
 
 def linear(layer: Layer, x: NDArray) -> NDArray:
-    """A kernel, and a bias where there is one."""
+    """Multiplies by a kernel and adds the bias, if there is one."""
     y = layer.product(x, layer.tensors["weight"].T)
     return y + layer.tensors["bias"] if "bias" in layer.tensors else y
 
 
 def heads(layer: Layer, x: NDArray) -> NDArray:
-    """A projection for each head: (B, N, H, K)."""
+    """Returns a projection split into heads (B, N, H, K)."""
     return linear(layer, x).reshape(*x.shape[:2], layer.config.num_attention_heads, layer.config.head_dim)
 
 
 def scores(layer: Layer, query: NDArray, key: NDArray) -> NDArray:
-    """Scaled products of each query with each key: (B, H, N, N)."""
+    """Returns the scaled products of each query with each key (B, H, N, N)."""
     products = layer.product(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1))
     return products / layer.dtype.type(np.sqrt(layer.config.head_dim))
 
 
 def probs(layer: Layer, query: NDArray, key: NDArray) -> NDArray:
-    """Vaswani et al. (2017), eq. 1, without the value."""
+    """Returns the attention probabilities (B, H, N, N): Vaswani et al. (2017), eq. 1, without the value."""
     return softmax(scores(layer, query, key))
 
 
 def context(layer: Layer, probs: NDArray, value: NDArray) -> NDArray:
-    """What each query gathers, the heads beside each other again: (B, N, D)."""
+    """Returns the sum of values that each query attends to, with heads merged (B, N, D)."""
     gathered = layer.product(probs, value.transpose(0, 2, 1, 3))
     return gathered.transpose(0, 2, 1, 3).reshape(*value.shape[:2], -1)
 
 
 def logits(layer: Layer, norm: NDArray) -> NDArray:
-    """The head on the cls token: (B, L)."""
+    """Applies the head to the cls token: (B, L)."""
     return linear(layer, norm[:, 0])
 
 
 def pooler(layer: Layer, norm: NDArray) -> NDArray:
-    """The pooler on the cls token: (B, O)."""
+    """Applies the pooler to the cls token: (B, O)."""
     return ACTIVATIONS[layer.config.pooler_act](logits(layer, norm))
 
 
@@ -164,13 +186,13 @@ def _add(layer: Layer, branch: NDArray, stream: NDArray) -> NDArray:
 
 
 class Step(NamedTuple):
-    """How the value at a kind of site is made.
+    """How the value at a kind of site is computed.
 
     Attributes:
-      formula: makes it.
+      formula: the function that computes it.
       reads: the values that the formula takes: "pixels", sites of the same block or outside all blocks, or "stream",
-        which is what enters the block.
-      layer: Hugging Face's name of its parameters, inside a block without the block's.
+        which is the value that enters the block.
+      layer: Hugging Face's name of its parameters, without the block's part.
     """
 
     formula: Formula
@@ -205,17 +227,21 @@ _LEAVES = ("weight", "bias", "cls_token", "position_embeddings")
 
 
 def split(site: str) -> tuple[str, str]:
-    """A site's block and kind: of "block.3.attn.query" "block.3." and "attn.query", outside the blocks "" and all."""
+    """Returns a site's block and kind: ("block.3.", "attn.query"), or ("", "norm") outside the blocks.
+
+    Args:
+      site: the site's name.
+    """
     parts = site.split(".", 2)
     return (f"{parts[0]}.{parts[1]}.", parts[2]) if len(parts) > 1 else ("", site)
 
 
 class NumpyOracle:
-    """The oracle of one checkpoint. In float64 it is the truth; in float32 it says what rounding alone costs.
+    """The oracle of one checkpoint. In float64 it is the truth; in float32 it shows the effect of rounding alone.
 
     Args:
       config: the model's configuration.
-      tensors: Hugging Face's names (with or without "vit.") and shapes, any float dtype.
+      tensors: arrays of any float dtype under Hugging Face's names, with or without "vit.".
 
     Attributes:
       sites: all sites in order.
@@ -230,26 +256,34 @@ class NumpyOracle:
         self.fill(tensors)
 
     def fill(self, tensors: Mapping[str, NDArray]) -> None:
-        """Takes other weights."""
+        """Takes other weights.
+
+        Args:
+          tensors: see `NumpyOracle`.
+        """
         self.tensors = {name.removeprefix("vit."): np.asarray(tensor) for name, tensor in tensors.items()}
 
     def trace(
         self, pixels: NDArray, dtype: DTypeLike = np.float64, replace: Mapping[str, NDArray] | None = None
     ) -> Trace:
-        """See `Observable.trace`; what is replaced is not computed, and its replacement recorded."""
+        """See `Observable.trace`. A replaced value is not computed, and its replacement is recorded."""
         return self._run(pixels, np.dtype(dtype), replace or {}, self.sites)
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
-        """What is done to each operand of a product before they are multiplied: here nothing."""
+        """Returns the function that is applied to each operand before a product: here none.
+
+        Args:
+          dtype: the dtype of the computation.
+        """
         return whole
 
     def value(self, site: str, pixels: NDArray, known: Mapping[str, NDArray]) -> NDArray:
-        """The float64 value at one site, where values of sites before it are given: only the rest is computed.
+        """Returns the float64 value at one site, and computes only what the known values leave open.
 
         Args:
-          site: which.
-          pixels: as in `trace`.
-          known: values by site, taken as they are.
+          site: the site's name.
+          pixels: float32 images (B, height, width, C).
+          known: values by site, which are used as they are.
         """
         needed = {site}
         for name in reversed(self.sites):
@@ -258,12 +292,12 @@ class NumpyOracle:
         return self._run(pixels, np.dtype(np.float64), known, needed)[site]
 
     def formulas(self, pixels: NDArray, shown: Mapping[str, NDArray]) -> Trace:
-        """What the right formula of each site makes, in float64, of the values that somebody shows before it.
+        """Returns what the right formula of each site computes, in float64, from a candidate's values before it.
 
         Args:
-          pixels: as in `trace`.
-          shown: somebody's values by site. A site that is not among them, or there in another shape, which no formula
-            could take, has the right formula's own.
+          pixels: float32 images (B, height, width, C).
+          shown: the candidate's values by site. The right value stands in for a site that is missing or has a wrong
+            shape.
         """
         dtype, made = np.dtype(np.float64), Trace()
         values = {"pixels": pixels.astype(dtype)}
@@ -274,38 +308,65 @@ class NumpyOracle:
         return made
 
     def edited(self, site: str, step: Step) -> NumpyOracle:
-        """An oracle that makes the value at one site in another way."""
+        """Returns an oracle that computes the value at one site in another way.
+
+        Args:
+          site: the site's name.
+          step: the other way.
+        """
         other = copy(self)
         other._edits = {site: step}
         return other
 
     def before(self, site: str, known: Mapping[str, NDArray]) -> Trace:
-        """What of some values comes before a site."""
+        """Returns those of the known values that come before a site.
+
+        Args:
+          site: the site's name.
+          known: values by site.
+        """
         return {name: known[name] for name in self.sites[: self.sites.index(site)] if name in known}
 
     def step(self, site: str) -> Step:
-        """How the value at a site is made."""
+        """Returns how the value at a site is computed.
+
+        Args:
+          site: the site's name.
+        """
         return self._edits.get(site) or STEPS[split(site)[1]]
 
     def reads(self, site: str) -> tuple[str, ...]:
-        """The sites that a site's formula reads, or "pixels"."""
+        """Returns the sites that a site's formula reads, or "pixels".
+
+        Args:
+          site: the site's name.
+        """
         return tuple(self.read(site, name) for name in self.step(site).reads)
 
     def read(self, site: str, name: str) -> str:
-        """The site that a name among `Step.reads` means."""
+        """Returns the site that a name of `Step.reads` means.
+
+        Args:
+          site: the site whose formula reads it.
+          name: the name.
+        """
         if name == "stream":
             return stream_before(site, self.config.num_hidden_layers) or ""
         return f"{split(site)[0]}{name}"
 
     def own(self, site: str) -> dict[str, NDArray]:
-        """A site's tensors, by the last part of their names."""
+        """Returns a site's tensors by the last part of their names.
+
+        Args:
+          site: the site's name.
+        """
         block, _ = split(site)
         prefix = f"{block.replace('block.', 'encoder.layer.')}{self.step(site).layer}."
         return {leaf: self.tensors[prefix + leaf] for leaf in _LEAVES if prefix + leaf in self.tensors}
 
     def _run(self, pixels: NDArray, dtype: np.dtype, known: Mapping[str, NDArray], needed: Collection[str]) -> Trace:
         values = {"pixels": pixels.astype(dtype)}
-        # In half precision the token stream is wider than the products: what takes its place may be, too.
+        # In half precision the token stream is wider than the products, and its replacement may be, too.
         wide = np.promote_types(dtype, np.float32)
         for site in self.sites:
             if site in needed:

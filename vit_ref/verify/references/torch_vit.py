@@ -1,7 +1,7 @@
-"""The reference in PyTorch: transformers' ViT, versions 4 and 5, observed at every site from outside by forward hooks.
+"""The reference in PyTorch: the ViT of transformers 4 and 5, observed at every site by forward hooks.
 
-It knows rectangular images and patches, which FlaxViT does not. Autograd gives the gradient at a site without a
-perturbation, because what a hook sees is the tensor that the rest of the model computes with. It runs on the CPU.
+Unlike FlaxViT it accepts rectangular images and patches. Autograd gives the gradient at a site without a perturbation,
+because a hook sees the very tensor that the rest of the model computes with. It runs on the CPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from vit_ref.verify.environment import products
 from vit_ref.verify.precision import Precision
 from vit_ref.weights.mapping import detect, port
 
-# What a forward hook picks of a module's arguments and of what it returns.
+# Picks a value from a module's arguments and from what it returns.
 Pick = Callable[[tuple[Any, ...], Any], Any]
 
 
 class _Seen(NamedTuple):
-    """Where a site's value is seen: at which module, and what of it."""
+    """The module at which a site's value is seen, and how to pick the value."""
 
     module: str
     pick: Pick = lambda arguments, returned: returned
@@ -55,8 +55,8 @@ _NORMS = {
     "norm2": _Seen("layernorm_after"),
     "mlp.residual": _Seen(""),
 }
-# By the modules' names in the two versions: the path of a block, and what is seen in it. Attention returns its
-# probabilities beside its output.
+# For each of the two versions: the path of the blocks, and what is seen in a block. Attention returns its probabilities
+# beside its output.
 _BLOCKS: dict[str, dict[str, _Seen]] = {
     "encoder.layer": {
         **_NORMS,
@@ -86,8 +86,12 @@ _BLOCKS: dict[str, dict[str, _Seen]] = {
 
 
 def require_torch() -> None:
-    """Raises `ReferenceUnavailableError`, saying what to install, where PyTorch or its ViT is missing."""
-    # Below 4.57 attention does not return its probabilities unless asked.
+    """Checks that PyTorch and its ViT in transformers are installed.
+
+    Raises:
+      ReferenceUnavailableError: they are not; the message says what to install.
+    """
+    # Before 4.57 attention does not return its probabilities by default.
     for package, least in (("torch", (2, 4)), ("transformers", (4, 57))):
         oldest = ".".join(map(str, least))
         install = f"install it with: pip install '{package}>={oldest}'"
@@ -95,25 +99,25 @@ def require_torch() -> None:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise ReferenceUnavailableError(
-                f"PyTorch's ViT needs {package}, which is not installed: {install}"
+                f"the reference torch needs {package}, which is not installed: {install}"
             ) from None
         if tuple(int(part) for part in version.split(".")[:2]) < least:
             raise ReferenceUnavailableError(
-                f"PyTorch's ViT is observed from {package} {oldest} on, found {version}: {install}"
+                f"the reference torch needs {package} {oldest} or later, found {version}: {install}"
             )
 
 
 class TorchViTReference:
     """`ViTForImageClassification` in PyTorch, or `ViTModel` for a model without a head.
 
-    Half precision is autocast's: parameters, token stream and LayerNorm in float32, matrix products in `dtype`, as in
-    FlaxViT. With `model.to(bfloat16)` the stream too would be rounded, twice a block, and what it errs would be no
-    measure for a port that does better.
+    Half precision is autocast's, as in FlaxViT: parameters, token stream and LayerNorm are in float32, matrix products
+    in `dtype`. `model.to(bfloat16)` would also round the stream, twice per block. Its error would be too large to
+    measure a better candidate with.
 
     Args:
       config: the model's configuration.
-      tensors: names and shapes of transformers 4, which version 5 renames itself, so that this package's weight map has
-        no part in it.
+      tensors: the tensors under the names of transformers 4. Version 5 renames them itself, so that this package's
+        weight map has no part in it.
 
     Raises:
       ReferenceUnavailableError: PyTorch or transformers is missing or too old.
@@ -128,14 +132,14 @@ class TorchViTReference:
         require_torch()
         self.config = config
         self.tensors = tensors
-        self._model(np.float32)  # says now what does not fit
+        self._model(np.float32)  # so that tensors that do not fit are reported now
 
     def _model(self, dtype: DTypeLike) -> Any:
-        """The module with parameters of `dtype`, in evaluation mode."""
+        """Returns the module with parameters of `dtype`, in evaluation mode."""
         import torch
         import transformers
 
-        # It would print a table of what `info` says, and a bar for a load of milliseconds.
+        # transformers would print a table with the content of `info`, and a progress bar for milliseconds.
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         kind: Any = transformers.ViTForImageClassification if self.config.num_labels else transformers.ViTModel
@@ -151,7 +155,9 @@ class TorchViTReference:
         )
         faults = [f"{kind.replace('_keys', '')} {sorted(map(str, found))}" for kind, found in info.items() if found]
         if faults:
-            raise InputError(f"the tensors are not those of PyTorch's ViT: {', '.join(faults)}")
+            raise InputError(
+                f"the tensors do not fit PyTorch's ViT: {', '.join(faults)}: use the reference flax or numpy"
+            )
         return model
 
     def storing(self, precision: Precision) -> TorchViTReference:
@@ -162,7 +168,7 @@ class TorchViTReference:
         """See `Reference.trace`.
 
         Raises:
-          InputError: jax rounds the operands of float32 products here and now, which PyTorch does not.
+          InputError: jax rounds the operands of float32 products on this device, and PyTorch does not.
         """
         import torch
 
@@ -174,7 +180,7 @@ class TorchViTReference:
         return self._named(observed, len(pixels))
 
     def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`. Those of parameters get our paths by the weight map of PyTorch's names.
+        """See `Reference.gradients`. The weight map of PyTorch's names gives those of parameters this package's paths.
 
         Raises:
           InputError: see `trace`.
@@ -193,7 +199,7 @@ class TorchViTReference:
             output = output.to(_torch(wide))
             loss = torch.nn.functional.cross_entropy(output, torch.from_numpy(objective.labels))
             product = torch.sum(torch.from_numpy(objective.cotangent.astype(wide)) * output)
-            # A tensor on which the output does not depend is an error here, and no gradient of zero.
+            # If the output does not depend on a tensor, this raises an error and does not return zeros.
             *found, by_pixel = torch.autograd.grad(
                 objective.loss_weight * loss + product, [*observed.values(), *parameters.values(), images]
             )
@@ -205,7 +211,7 @@ class TorchViTReference:
         return gradients
 
     def _forward(self, model: Any, pixels: Any, dtype: DTypeLike) -> tuple[Any, dict[str, Any]]:
-        """The model's output on (B, height, width, C), and the tensor at every site."""
+        """Runs the model on pixels (B, height, width, C), and returns its output and the tensor at every site."""
         import torch
 
         observed: dict[str, Any] = {}
@@ -213,7 +219,7 @@ class TorchViTReference:
         def hook(site: str, pick: Pick) -> Callable[..., None]:
             def keep(module: Any, arguments: tuple[Any, ...], returned: Any) -> None:
                 value = pick(arguments, returned)
-                if value is not None:  # fused attention returns None in place of its probabilities
+                if value is not None:  # fused attention returns None instead of its probabilities
                     observed[site] = value
 
             return keep
@@ -237,12 +243,14 @@ class TorchViTReference:
 
 
 def _places(model: Any, wanted: tuple[Site, ...]) -> Iterator[tuple[str, Any, Pick]]:
-    """Every site with the module at which it is seen, and what to pick there."""
+    """Yields every site with the module at which it is seen, and how to pick the value."""
     modules = {name.removeprefix("vit."): module for name, module in model.named_modules()}
     blocks = next((path for path in _BLOCKS if path in modules), None)
     if blocks is None:
         version = importlib.metadata.version("transformers")
-        raise ReferenceUnavailableError(f"transformers {version} has a ViT of unknown structure: install another one")
+        raise ReferenceUnavailableError(
+            f"the ViT of transformers {version} has an unknown structure: install another version"
+        )
     for site in wanted:
         if not site.name.startswith("block."):
             seen, path = _OUTSIDE[site.name], ""
@@ -254,10 +262,10 @@ def _places(model: Any, wanted: tuple[Site, ...]) -> Iterator[tuple[str, Any, Pi
 
 @contextmanager
 def _softmax_in_float64() -> Iterator[None]:
-    """Takes back the rounding of attention's softmax to float32, which transformers asks for whatever comes in.
+    """Keeps the softmax of attention in float64 within the context. transformers always rounds it to float32.
 
-    In float64 it would cost the oracle nine digits, behind a dtype that says nothing of it: the probabilities are made
-    float64 again.
+    The rounding would cost the oracle nine digits, and the dtype would not show it, because the probabilities are
+    widened to float64 again.
     """
     import torch
 
@@ -277,7 +285,7 @@ def _torch(dtype: DTypeLike) -> Any:
 
 
 def _array(tensor: Any) -> NDArray:
-    """A NumPy array of a tensor; NumPy's own bfloat16 is ml_dtypes'."""
+    """Returns a tensor as a NumPy array. For bfloat16 NumPy uses the type of ml_dtypes."""
     import torch
 
     tensor = tensor.detach()
@@ -287,12 +295,12 @@ def _array(tensor: Any) -> NDArray:
 
 
 def _require_whole_products(precision: Precision) -> None:
-    # It computes on the CPU, with a thousandth of the error that a GPU makes of the same products in TF32.
+    # This reference computes on the CPU. A GPU's error in TF32 is a thousand times larger for the same products.
     with precision.active():
         here = products() if precision.dtype == np.float32 else "float32"
     if here != "float32":
-        # No UnsupportedByReferenceError, which is a reason to skip: nothing would have been judged.
+        # Not UnsupportedByReferenceError, which would skip the check: nothing would have been verified.
         raise InputError(
-            f"PyTorch makes whole float32 products, and this device {here} ones: take the reference flax, forward"
-            " numpy, or the precision float32"
+            f"PyTorch computes unrounded float32 products, but this device rounds to {here}: use the reference flax,"
+            " the reference numpy (forward only), or the precision float32"
         )
