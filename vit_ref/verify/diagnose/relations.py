@@ -124,8 +124,8 @@ def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction
         heads = truth.reshape(*truth.shape[:-1], -1, size)
         label = "" if size == truth.shape[-1] else f" of every {size} channels"
         yield Prediction(f"the two halves{label} swapped", np.roll(heads, size // 2, axis=-1).reshape(truth.shape))
-        yield Prediction(f"the channels{label} interleaved", interleave(truth, size))
-        yield Prediction(f"the channels{label} split where they are interleaved", interleave(truth, size, back=True))
+        yield Prediction(f"the channels{label} in halves, for interleaved ones", interleave(truth, size))
+        yield Prediction(f"the channels{label} interleaved, for halves", interleave(truth, size, back=True))
     for axis in range(truth.ndim):
         yield Prediction(f"reversed along axis {axis}", np.flip(truth, axis))
     for first in range(1, truth.ndim):
