@@ -23,6 +23,7 @@ class Mutant(NamedTuple):
 
 
 INTERLEAVED = {"interleaved": True}
+TURNED = "rotary positions turn adjacent channels"
 ROPE = ("rope[0]", "rope[1]")
 DINOV2, SIGLIP, CLIP, LLAMA = "dinov2_with_registers", "vision_model", "vision_model", "model"
 MUTANTS: dict[str, dict[str, Mutant]] = {
@@ -41,10 +42,8 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
     },
     "dinov3": {
         "rope_on_registers": Mutant({"turn_registers": True}, "layer.0.attention.o_proj"),
-        "rope_interleaved": Mutant(INTERLEAVED, "rope_embeddings", "the channels split"),
-        "rope_interleaved_unseen": Mutant(
-            INTERLEAVED, "layer.0.attention.o_proj", "rotary positions turn adjacent channels", without=ROPE
-        ),
+        "rope_interleaved": Mutant(INTERLEAVED, "rope_embeddings", "the channels interleaved, for halves"),
+        "rope_interleaved_unseen": Mutant(INTERLEAVED, "layer.0.attention.o_proj", TURNED, without=ROPE),
     },
     "siglip": {
         "erf_gelu": Mutant({"erf": True}, f"{SIGLIP}.encoder.layers.0.mlp.activation_fn", "erf GELU for tanh GELU"),
@@ -61,8 +60,8 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
     },
     "deit": {"one_head": Mutant({"one_head": True}, "output", "the value of cls_classifier in its place")},
     "llama": {
-        "rope_interleaved": Mutant(INTERLEAVED, f"{LLAMA}.rotary_emb"),
-        "rope_interleaved_unseen": Mutant(INTERLEAVED, f"{LLAMA}.layers.0.self_attn.o_proj", without=ROPE),
+        "rope_interleaved": Mutant(INTERLEAVED, f"{LLAMA}.rotary_emb", "the channels interleaved, for halves"),
+        "rope_interleaved_unseen": Mutant(INTERLEAVED, f"{LLAMA}.layers.0.self_attn.o_proj", TURNED, without=ROPE),
         "epsilon": Mutant({"epsilon": 1e-6}, f"{LLAMA}.layers.0.input_layernorm", "epsilon 1e-06 for 1e-05"),
         "kv_heads_tiled": Mutant({"tiled": True}, f"{LLAMA}.layers.0.self_attn.o_proj"),
     },
