@@ -30,7 +30,7 @@ class SiteResult(NamedTuple):
 
     Attributes:
       site: the site's name.
-      oracles: error of the reference against the NumPy oracle, both in float64.
+      oracles: error of the reference against the NumPy oracle, both in float64; None without an oracle.
       exact: error of the candidate in float64.
       alone: error of the candidate when each block is fed the reference's own token stream. One wrong block then does
         not spoil all blocks after it. It is measured only if a site fails: in float64 if the semantic gate failed, else
@@ -42,7 +42,7 @@ class SiteResult(NamedTuple):
     """
 
     site: str
-    oracles: Error
+    oracles: Error | None
     exact: Error
     alone: Error | None
     rounding: float
@@ -149,6 +149,7 @@ class ParityReport:
       objectives: over how many objectives the rounding of gradients is pooled; None for the forward pass.
       beyond: if the first divergence is rounding, the next divergence that this rounding does not explain, and its
         size. Its causes are among `causes`. "" if there is none.
+      everywhere: whether the reference's values were fed at every site for `SiteResult.alone`, and not to each block.
     """
 
     title: str
@@ -164,6 +165,7 @@ class ParityReport:
     order: tuple[str, ...] = ()
     objectives: int | None = None
     beyond: str = ""
+    everywhere: bool = False
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:
