@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+import vit_ref
+from vit_ref.cli import compare
 from vit_ref.cli.group import main
+from vit_ref.verify.precision import PRECISIONS
 
 FILE = """
 import jax
@@ -105,6 +108,12 @@ def test_what_cannot_be_used_is_said_in_one_line(file: str, arguments: list[str]
         assert "Traceback" not in found.output and len(found.output.splitlines()) == 1
     else:  # A single input is positional, whatever its name.
         assert found.exit_code == 0
+
+
+def test_the_precisions_are_those_of_the_package_but_mixed(file: str) -> None:
+    assert {*compare.PRECISIONS, "mixed"} == PRECISIONS.keys()
+    with pytest.raises(vit_ref.InputError, match="precision is 'mixed', in which this package's model alone computes"):
+        vit_ref.compare(file, file, precision="mixed")
 
 
 def test_an_output_of_another_shape_fails_and_says_both(file: str) -> None:

@@ -53,7 +53,7 @@ class Judgement(ABC):
 
     @abstractmethod
     def given(self) -> dict[str, NDArray]:
-        """By name, the arrays that the reference reads and a candidate may not change."""
+        """Returns the arrays that the reference reads, by name. A candidate may not change them."""
 
     def report(
         self,
@@ -63,7 +63,7 @@ class Judgement(ABC):
         behaviour: tuple[Behaviour, ...] = (),
         not_behaviour: str = "",
     ) -> CandidateReport:
-        """The report of parts that were judged; the fields are those of `CandidateReport`."""
+        """Returns the report of parts that were judged; the fields are those of `CandidateReport`."""
         return CandidateReport(
             title=self.title,
             checkpoint=self.origin,
@@ -93,7 +93,7 @@ class Judgement(ABC):
 
 
 def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityReport | None, str, bool]:
-    """The report of the gradients, or why there is none, and whether that leaves a question open.
+    """Returns the report of the gradients, or why there is none, and whether that leaves a question open.
 
     Where the reference or the candidate has no backward pass there is nothing to judge. Where something else cannot be
     used there was, and who asked for it has no answer.
@@ -112,7 +112,7 @@ def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityR
 
 
 def complete(report: CandidateReport, unjudged: bool) -> CandidateReport:
-    """The report, if it is an answer: a failure is one whatever the gradients are.
+    """Returns the report if it is an answer: a failure is one, whatever the gradients are.
 
     Raises:
       PartlyJudgedError: nothing failed, and gradients that were asked for could not be judged.

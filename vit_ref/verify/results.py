@@ -101,6 +101,7 @@ class Cause(NamedTuple):
       before: relative RMS error of the candidate at that site, against the oracle.
       after: the same error against an oracle that has the same bug.
       format: the format that the value was rounded to, if that is the bug; else "".
+      made_in: what was given the same bug: the oracle, or the reference if there is no oracle.
     """
 
     label: str
@@ -108,11 +109,12 @@ class Cause(NamedTuple):
     before: float
     after: float
     format: str = ""
+    made_in: str = "oracle"
 
     def __str__(self) -> str:
         return (
-            f"{self.label}: the same bug in the oracle lowers the error at {self.site} from {self.before:.1e} to"
-            f" {self.after:.1e}"
+            f"{self.label}: the same bug in the {self.made_in} lowers the error at {self.site} from"
+            f" {self.before:.1e} to {self.after:.1e}"
         )
 
 

@@ -52,7 +52,7 @@ class Feeding:
         self._require_moves(start)
 
     def arguments(self) -> Arguments:
-        """The arguments: floats as they are in the inputs, in float32, all else as the adaptor made it."""
+        """Returns the arguments: floats of the inputs in float32, all else as the adaptor made it."""
         values = self._values.astype(np.float32)
         return _mapped(lambda leaf: values[leaf.astype(np.int64)] if is_float(leaf) else leaf, self._moved)
 
@@ -117,12 +117,12 @@ class Feeding:
 
 
 def name_input(name: str) -> str:
-    """The name of the gradient with respect to an input."""
+    """Returns the name of the gradient with respect to an input."""
     return f"input:{name}"
 
 
 def cast_floats(inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
-    """The same inputs, floats rounded once to float32, so that no precision rounds them but half precision."""
+    """Rounds floats once to float32, so that no precision rounds them again but half precision."""
     return {name: value.astype(np.float32) if is_float(value) else value for name, value in inputs.items()}
 
 

@@ -24,7 +24,7 @@ class Outline(Protocol):
     takes_first: bool
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
-        """Every site with the shape of its value, in order.
+        """Returns every site with the shape of its value, in order.
 
         Args:
           inputs: arrays of any framework, as the engine has them: one array of images, or arrays by name.
@@ -32,23 +32,23 @@ class Outline(Protocol):
         ...
 
     def parameters(self) -> Mapping[str, Shape]:
-        """Every parameter with its shape."""
+        """Returns every parameter with its shape."""
         ...
 
     def numbers(self, pattern: str, known: Container[str]) -> Iterable[int]:
-        """The numbers that `{i}` in a name stands for."""
+        """Returns the numbers that `{i}` in a name stands for."""
         ...
 
     def optional(self, what: str) -> Container[str]:
-        """The names that a table may hold although this model has none of them; `what` is "sites" or "parameters"."""
+        """Returns names that a table may hold although this model lacks them; `what` is "sites" or "parameters"."""
         ...
 
     def goes_past(self, site: str) -> bool:
-        """Whether the value that enters a submodule there is used elsewhere, too."""
+        """Tells whether the value that enters a submodule there is used elsewhere, too."""
         ...
 
     def recognise(self, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """A candidate's gradients under this model's names, told without a table; those that it can tell."""
+        """Returns the gradients whose names in this model it can tell without a table."""
         ...
 
     def require_output(self, output: Any, name: str) -> None:

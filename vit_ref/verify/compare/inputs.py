@@ -14,35 +14,35 @@ Inputs = NDArray | Mapping[str, NDArray]
 
 
 def is_float(value: Any) -> bool:
-    """Whether an array holds floats, which are cast and differentiated."""
+    """Tells whether an array holds floats, which are cast and differentiated."""
     return np.issubdtype(value.dtype, np.floating)
 
 
 def map_arrays(function: Callable[[NDArray], NDArray], inputs: Inputs) -> Any:
-    """The same inputs with a function applied to each array."""
+    """Applies a function to each array."""
     if isinstance(inputs, Mapping):
         return {name: function(value) for name, value in inputs.items()}
     return function(inputs)
 
 
 def count_rows(inputs: Inputs) -> int:
-    """The number of rows in the batch."""
+    """Returns the number of rows in the batch."""
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 
 def take_rows(inputs: Inputs, rows: slice) -> Any:
-    """Some rows of the batch. An array with another number of rows, as positions for all rows, is kept whole."""
+    """Returns some rows of the batch. An array with another number of rows is kept whole."""
     batch = count_rows(inputs)
     return map_arrays(lambda value: value[rows] if value.ndim and len(value) == batch else value, inputs)
 
 
 def copy_inputs(inputs: Inputs) -> Any:
-    """Arrays of their own, into which an implementation may write."""
+    """Copies the arrays, so that an implementation may write into them."""
     return map_arrays(np.copy, inputs)
 
 
 def is_same(one: Inputs, other: Inputs) -> bool:
-    """Whether all arrays of two inputs are equal."""
+    """Tells whether all arrays of two inputs are equal."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return all(np.array_equal(one[name], other[name]) for name in one)
     return bool(np.array_equal(np.asarray(one), np.asarray(other)))

@@ -17,12 +17,21 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 class Divergence(NamedTuple):
-    """A wrong value at a site, the right value, and the relative RMS error up to which a bug explains it."""
+    """A wrong value at a site.
+
+    Attributes:
+      site: its name.
+      value: the candidate's value.
+      truth: the right value.
+      bound: the relative RMS error up to which a bug explains the value.
+      made_in: see `Cause.made_in`.
+    """
 
     site: str
     value: NDArray
     truth: NDArray
     bound: float = SEMANTIC_RMS
+    made_in: str = "oracle"
 
     @property
     def comparable(self) -> bool:
@@ -57,7 +66,7 @@ class Divergence(NamedTuple):
             for fitting, tried in ((everywhere, value), (there_alone, mixed)):
                 after = error(self.value, tried).rms
                 if after <= self.bound and after < before / 4:
-                    fitting.append(Cause(label, self.site, before, after, rounded_to))
+                    fitting.append(Cause(label, self.site, before, after, rounded_to, self.made_in))
                     break
         causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
         # An epsilon of 1e-13 fits a candidate that has 1e-12, though a thousand times less well.

@@ -35,7 +35,7 @@ _ROWS = 6
 def explain_by_relation(
     truth: NDArray, value: NDArray, before: Mapping[str, NDArray], parameters: Mapping[str, NDArray]
 ) -> Iterator[Prediction]:
-    """A term that is missing or too much, a scale or a constant a channel, an epsilon: fitted to the wrong value.
+    """Yields what is fitted to the wrong value: a term that is missing or too much, a scale or a constant a channel.
 
     Args:
       truth: the right value.
@@ -100,7 +100,7 @@ def _named(
 
 
 def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
-    """What a value would be with another formula: whatever of the right one its own inputs tell.
+    """Yields what the value would be with another formula, if its inputs tell the right one.
 
     Args:
       truth: the right value.
@@ -124,8 +124,8 @@ def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction
         heads = truth.reshape(*truth.shape[:-1], -1, size)
         label = "" if size == truth.shape[-1] else f" of every {size} channels"
         yield Prediction(f"the two halves{label} swapped", np.roll(heads, size // 2, axis=-1).reshape(truth.shape))
-        yield Prediction(f"the channels{label} interleaved", interleave(truth, size))
-        yield Prediction(f"the channels{label} split where they are interleaved", interleave(truth, size, back=True))
+        yield Prediction(f"the channels{label} in halves, for interleaved ones", interleave(truth, size))
+        yield Prediction(f"the channels{label} interleaved, for halves", interleave(truth, size, back=True))
     for axis in range(truth.ndim):
         yield Prediction(f"reversed along axis {axis}", np.flip(truth, axis))
     for first in range(1, truth.ndim):
@@ -135,7 +135,7 @@ def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction
 
 
 def interleave(x: NDArray, size: int, *, back: bool = False) -> NDArray:
-    """Channels in pairs (0, 1), (2, 3), ... made halves of every `size` channels, or back."""
+    """Makes halves of every `size` channels from the pairs (0, 1), (2, 3), ..., or the other way round."""
     heads = x.reshape(*x.shape[:-1], -1, size)
     split = (2, size // 2) if back else (size // 2, 2)
     return np.swapaxes(heads.reshape(*heads.shape[:-1], *split), -1, -2).reshape(x.shape)

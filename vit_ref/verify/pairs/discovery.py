@@ -8,12 +8,9 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError
 from vit_ref.verify.candidates.declaration import Mapped
-from vit_ref.verify.candidates.jax_candidate import JaxCandidate
 from vit_ref.verify.candidates.outline import Shape
 from vit_ref.verify.candidates.table import Table, counted, elements
 from vit_ref.verify.compare.inputs import Inputs, is_float
@@ -167,7 +164,7 @@ def _path(site: str) -> str:
 
 
 def counted_out(given: Mapped, paths: Set[str]) -> dict[str, Any]:
-    """A reference's own table with a line for each number that `{i}` stands for among its paths.
+    """Returns a reference's own table with a line for each number that `{i}` stands for.
 
     Raises:
       CandidateError: `{i}` stands for no number.
@@ -193,9 +190,3 @@ def _numbered(targets: Any, i: int) -> Any:
     if isinstance(targets, tuple):
         return (_numbered(targets[0], i), *targets[1:])
     return [_numbered(target, i) for target in targets]
-
-
-def values_at(reference: JaxCandidate, inputs: Inputs) -> dict[str, NDArray]:
-    """Every site's value in float64, in order."""
-    trace = reference.trace(inputs, FLOAT64)
-    return {site: np.asarray(trace[site]) for site in reference.outline.shapes(inputs) if site in trace}

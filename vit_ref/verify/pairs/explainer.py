@@ -41,7 +41,7 @@ class PairExplainer:
 
     def explain_formula(self, site: str, shown: Trace, truth: Trace) -> Explanation:
         """See `Explainer.explain_formula`."""
-        found = Divergence(site, shown[site], truth[site])
+        found = Divergence(site, shown[site], truth[site], made_in="reference")
         if found.value.shape != found.truth.shape:
             return Explanation((), f"as its shape is {found.value.shape}, not {found.truth.shape}")
         if not found.comparable:
@@ -57,7 +57,6 @@ class PairExplainer:
             explain_by_order(found.truth, found.value, _axes(found.truth)),
             found.by_value(),
         )
-        # A value that is off by the rounding of float32 may hide more, and so needs no further look.
         if causes:
             return Explanation(causes)
         return Explanation(found.causes(self._within(found, known, hidden_before(site, self._order, shown))))
@@ -72,7 +71,7 @@ class PairExplainer:
 
     def explain_gradient(self, name: str, value: NDArray, truth: NDArray) -> Explanation:
         """See `Explainer.explain_gradient`: a factor, nothing at all, a rounding, another order."""
-        found = Divergence(name, value, truth)
+        found = Divergence(name, value, truth, made_in="reference")
         if not found.comparable or value.size > _LARGEST:
             return Explanation()
         return Explanation(found.causes(found.by_value(), explain_by_order(truth, value, _axes(truth))))

@@ -20,7 +20,7 @@ Given = Mapping[str, Any] | str | os.PathLike[str] | None
 
 
 def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, NDArray]:
-    """The inputs as both sides get them: floats in float32.
+    """Returns the inputs as both sides get them, with floats in float32.
 
     Args:
       reference: the declaration, whose `inputs` is asked where nothing else is given.
@@ -52,7 +52,7 @@ def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, 
 
 
 def random_inputs(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, NDArray]:
-    """Normal random numbers in the shapes that are given by name."""
+    """Returns normal random numbers in the given shapes."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 

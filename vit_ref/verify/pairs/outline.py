@@ -37,7 +37,7 @@ class DeclaredOutline:
         return self._sites
 
     def only(self, sites: Container[str]) -> DeclaredOutline:
-        """The same with these sites alone, and the output."""
+        """Returns the outline with these sites alone, and the output."""
         kept = {site: shape for site, shape in self._sites.items() if site in sites and site != OUTPUT}
         return DeclaredOutline(kept, self._sites[OUTPUT], self._parameters)
 

@@ -18,7 +18,7 @@ Move = Callable[[Any], Any]
 
 
 def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) -> dict[str, Any]:
-    """The table of parameters of a candidate, for `Candidate.parameters`.
+    """Returns the table of parameters of a candidate, for `Candidate.parameters`.
 
     Args:
       own: the candidate's parameters.
@@ -41,7 +41,7 @@ def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) 
 
 
 def find_move(value: NDArray, wanted: NDArray) -> Move | None:
-    """A function that moves a value's axes and reshapes it into the wanted one; None where none does."""
+    """Returns a function that moves a value's axes and reshapes it into the wanted one; None if none does."""
     return next((move for move in _moves(value.shape, wanted.shape) if np.array_equal(move(value), wanted)), None)
 
 

@@ -63,7 +63,7 @@ class PairProposal:
     unused: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for machines."""
+        """Returns all of it, for machines."""
         return {
             "candidate": self.candidate,
             "reference": self.reference,

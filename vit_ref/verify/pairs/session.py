@@ -34,12 +34,14 @@ from vit_ref.verify.pairs.given import Given as GivenInputs
 from vit_ref.verify.pairs.given import find_inputs
 from vit_ref.verify.pairs.outline import OUTPUT
 from vit_ref.verify.pairs.parameters import match_parameters
-from vit_ref.verify.pairs.truth import require_same_attention
+from vit_ref.verify.pairs.truth import note_constants, require_same_attention
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.weights.origin import Origin, find_origin_of
 
+# Where the parameters stay float32 and products are bfloat16, each model decides what else it rounds.
+MIXED = "mixed"
 # What a person may give for either side.
 Given = Candidate | Callable[..., Any] | str
 
@@ -104,6 +106,10 @@ class PairSession(Judgement):
     ):
         self.progress = progress
         self.precision = resolve_precision(precision)
+        if self.precision.name == MIXED:
+            raise InputError(
+                f"precision is {MIXED!r}, in which this package's model alone computes: give bfloat16, or float32"
+            )
         self._path = None if checkpoint is None else _existing(Path(checkpoint))
         declared = find_declaration(reference, "reference")
         judged = find_declaration(candidate)
@@ -125,7 +131,7 @@ class PairSession(Judgement):
         if getattr(declared, "attention", True):
             progress(f"{declared.name}: its ways of attention")
             attention = require_same_attention(declared.name, loaded, partial(self._output_of, declared))
-        self.notes = self._notes(attention)
+        self.notes = self._notes(attention, note_constants(loaded))
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
@@ -176,8 +182,8 @@ class PairSession(Judgement):
             return frozenset(every)
         return claimed(declaration.sites, self.found.outline, every) | {OUTPUT}
 
-    def _notes(self, attention: str) -> tuple[str, ...]:
-        notes = ["the reference is the only truth: no oracle knows what it computes", attention, *self.whole.notes]
+    def _notes(self, *found: str) -> tuple[str, ...]:
+        notes = ["the reference is the only truth: no oracle knows what it computes", *found, *self.whole.notes]
         if several := self.found.repeated:
             more = ", ..." if len(several) > 3 else ""
             notes.append(f"no sites, because they run more than once in a pass: {', '.join(several[:3])}{more}")
@@ -246,7 +252,7 @@ class PairSession(Judgement):
 
 
 def count_steps(*, backward: bool) -> int:
-    """How often `compare` tells its progress for a candidate that is right, and whose rounding is soon settled."""
+    """Returns how often `compare` tells its progress for a right candidate whose rounding is soon settled."""
     return 11 + (LOOKS[0] if backward else 0)
 
 

@@ -50,3 +50,18 @@ def require_same_attention(name: str, loaded: Any, run: Callable[[Any], NDArray]
             "output",
         )
     return f"the reference's {own} and {other} attention agree in float64 to {off.rms:.0e}"
+
+
+def note_constants(loaded: Any) -> str:
+    """Returns what a report says of constants that a PyTorch model computed when it was made; "" without any.
+
+    They were rounded then, and widening them does not undo it: a candidate has to hold the same numbers.
+    """
+    if not hasattr(loaded, "named_buffers"):
+        return ""
+    saved = loaded.state_dict().keys()
+    names = [name for name, buffer in loaded.named_buffers() if buffer.is_floating_point() and name not in saved]
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 3 else ""
+    return f"constants that the reference computed when it was made are part of the truth: {', '.join(names[:3])}{more}"
