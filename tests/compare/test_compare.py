@@ -11,6 +11,8 @@ import pytest
 
 import vit_ref
 from tests.compare import sides
+from vit_ref.verify.compare.forward import isolated
+from vit_ref.verify.gates import Error
 from vit_ref.verify.report import summary
 from vit_ref.verify.results import CandidateReport
 
@@ -117,3 +119,10 @@ def test_bfloat16_is_compared_on_parameters_that_are_rounded() -> None:
     report = vit_ref.compare(torch_side.reference(), sides.function(), precision="bfloat16", backward=False)
     assert report.passed
     assert 1e-4 < report.forward.results[-1].reference_error < 1e-1
+
+
+def test_what_cannot_be_replaced_passes_its_fault_on_to_no_other_part() -> None:
+    right, wrong = Error(1e-16, 1e-16), Error(1e-3, 1e-3)
+    errors = {"fc1": right, "act": wrong, "fc2": wrong, "block": right, "norm": wrong, "head": right}
+    assert list(isolated(errors, frozenset({"act", "fc1"}))) == ["fc1", "act", "block", "norm", "head"]
+    assert list(isolated(errors, frozenset())) == list(errors)

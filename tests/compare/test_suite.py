@@ -30,7 +30,7 @@ def test_each_candidate_is_compared_with_the_declared_reference(tmp_path: Path) 
     ("arguments", "message"),
     [
         (["--reference", "sides.py"], "--reference sides.py makes its own inputs: give a --candidate"),
-        (["--reference", "flux"], "flux: importing it raised ModuleNotFoundError"),
+        (["--reference", "no.such"], "no.such: importing it raised ModuleNotFoundError"),
     ],
 )
 def test_a_reference_that_cannot_be_used_is_said_in_one_line(

@@ -10,7 +10,6 @@ import click
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.options import json_option
 from vit_ref.cli.outputs import print_result, require_outputs
-from vit_ref.errors import InputError
 
 
 @click.command()
@@ -24,7 +23,7 @@ def propose(checkpoint: str | None, reference: str | None, candidate: str, json_
     The command runs the candidate on CHECKPOINT beside the oracle, or beside --reference, and compares the values.
     """
     if checkpoint is None and reference is None:
-        raise InputError("propose needs a CHECKPOINT of a ViT, or the --reference of another model: give one")
+        raise click.MissingParameter(param_hint="'CHECKPOINT'", param_type="argument")
     require_outputs(json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.pairs import proposal as pairs

@@ -72,6 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if reference in choice.REFERENCES:
             choice.require(reference)
         elif reference:
+            if reference.isidentifier():
+                known = ", ".join(choice.REFERENCES)
+                raise InputError(f"--reference is {reference!r}: give {known}, or declare one: FILE.py or module:attr")
             loading.find(reference, "reference")
             if not candidates or images:
                 raise InputError(f"--reference {reference} makes its own inputs: give a --candidate, and no --images")
