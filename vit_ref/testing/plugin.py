@@ -43,8 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--reference",
         metavar="flax|torch|numpy|FILE.py|module:attr",
-        help="compare with this reference: FlaxViT of transformers 4, the ViT of transformers in PyTorch, or the NumPy"
-        " oracle, which judges the forward pass alone (default: flax); or with one that you declare, of any model",
+        help="compare with this reference: flax is FlaxViT of transformers 4, torch is the ViT of transformers in"
+        " PyTorch, numpy is the NumPy oracle, which has no backward pass (default: flax); a file or module declares"
+        " a reference for any model",
     )
     group.addoption("--parity-report", metavar="DIR", help="write every case's report to DIR: text, JSON, HTML")
 
@@ -67,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 require_local(path, option)
         if reports:
             _require_reports(config, Path(reports))
-        # Not asked for, it fails the tests that need it and no others.
+        # A missing default reference fails only the tests that need it.
         if reference in choice.REFERENCES:
             choice.require(reference)
         elif reference:

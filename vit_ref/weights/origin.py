@@ -55,10 +55,13 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy", ".msgpack", "
 
 
 def find_origin_of(path: Path) -> Origin:
-    """Returns the origin of a directory or file of any kind, whose weights are found by their suffix.
+    """Returns the origin of a directory or file of any kind. Its digest covers the files of weights, told by suffix.
+
+    Args:
+      path: the directory or file.
 
     Raises:
-      CheckpointError: no file of weights is there, or one cannot be read.
+      CheckpointError: there is no file of weights, or one cannot be read.
     """
     files = (path,) if path.is_file() else tuple(sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS))
     if not files:

@@ -25,7 +25,7 @@ from vit_ref.verify.results import CandidateReport
 from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
 from vit_ref.verify.session import BACKWARD_OWN, Session, prepare_candidate
 
-# By the fixture that hands it to a test.
+# By the name of the fixture that passes the result to a test.
 PARTS: dict[str, Callable[[Judgement], Any]] = {
     "parity": lambda session: session.forward(),
     "gradients": lambda session: session.backward(),

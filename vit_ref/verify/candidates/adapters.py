@@ -41,7 +41,7 @@ def adapted(port: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[
       port: what a candidate's loader returned.
       call: see `Candidate.call`.
       name: the candidate's name, for messages.
-      dtype: what is computed in. For float64 the arrays that are no parameters, such as statistics, are widened.
+      dtype: the dtype of the computation. Float64 widens arrays that are not parameters, too, such as statistics.
 
     Raises:
       CandidateError: it cannot be called.

@@ -61,9 +61,9 @@ class Candidate:
         `list_parameters`). None: they are recognised by the names of a known layout, or else not observed.
       call: `call(model, pixels)`, if the model needs other arguments than the images.
       channels_first: whether images are passed as (B, C, height, width). None: only to PyTorch.
-      adapt: for `compare`: `adapt(**inputs)` makes this side's arguments of the inputs, NumPy arrays. It returns a
-        mapping of keyword arguments, a tuple of positional ones, or one array. It only moves elements, or adds
-        arrays of integers. None: one input is the first positional argument, several are keyword arguments.
+      adapt: for `compare`: `adapt(**inputs)` turns the inputs, NumPy arrays, into this side's arguments: a mapping of
+        keyword arguments, a tuple of positional ones, or one array. It may only move elements, or add integer arrays.
+        None: one input is the first positional argument, and several are keyword arguments.
       output: `output(returned)` picks the output that is compared: an array (B, ...), or several in a mapping or a
         tuple. None: `.logits`, the value itself, or its first element.
       name: the candidate's name in reports.

@@ -24,16 +24,16 @@ Output = TypeVar("Output")
 
 
 class Declared(ABC):
-    """An implementation that a person declared.
+    """A candidate that was declared with a `Candidate`, or a reference that was declared with a `Reference`.
 
     Attributes:
       role: "candidate" or "reference", for the report.
 
     Args:
       candidate: the declaration.
-      outline: what it is compared with.
-      checkpoint: the path that its loader is given, None for none.
-      loaded: what the loader returned for float64, where it was asked already.
+      outline: the names and shapes of the model that it is compared with.
+      checkpoint: the path that the loader gets; None for none.
+      loaded: what the loader returned for float64, if it was called already.
 
     Raises:
       CandidateError: its table does not fit the outline.
@@ -48,8 +48,7 @@ class Declared(ABC):
         self.claims: frozenset[str] | None = claimed(candidate.sites, outline, known) | {outline.output}
         self.fixed: frozenset[str] = frozenset()
         self.notes: tuple[str, ...] = ()
-        # From inputs, of which the shapes matter, to what observes the candidate; a proposal puts one in its place that
-        # asks for everything.
+        # Makes the table of sites from the inputs' shapes. A proposal replaces it by one that asks for every value.
         self.tables: Callable[[Any], Table] = lambda inputs: self._table(candidate.sites, inputs)
         self._candidate = candidate
         self._checkpoint = checkpoint
@@ -86,7 +85,7 @@ class Declared(ABC):
         return Feeding(inputs, self._candidate.adapt, self.name)
 
     def _in_float64(self, forward: Callable[[Tap | None], Output], tap: Tap | None) -> Output:
-        """Runs one forward pass in float64, without casts to float32 if it can run without them."""
+        """Runs one forward pass in float64, without its own casts to float32 if it can run without them."""
         casts = Casts(self.role)
         try:
             with self._undoing(casts):

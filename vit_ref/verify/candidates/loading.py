@@ -29,11 +29,11 @@ RAISED = (Exception, SystemExit)
 
 
 def find(spec: str, default: str = "candidate") -> Candidate:
-    """Returns the candidate, or the reference, that a person names.
+    """Returns the candidate, or the reference, that the caller names.
 
     Args:
-      spec: `FILE.py` or `module`, or `FILE.py:attribute` or `module:attribute`.
-      default: the attribute that is meant if none is named.
+      spec: `FILE.py:attribute` or `module:attribute`; the attribute may be left out.
+      default: the attribute that is meant if the caller names none.
 
     Raises:
       CandidateError: the file, module or attribute does not exist, or importing it failed.
@@ -45,7 +45,7 @@ def find(spec: str, default: str = "candidate") -> Candidate:
         value = _file(Path(place)) if directory else _module(place)
     for name in attribute.split("."):
         if not hasattr(value, name):
-            raise CandidateError(f"{place}: it has no {attribute!r}: name one as {place}:NAME")
+            raise CandidateError(f"{place}: it has no {attribute!r}: name the {default} as {place}:NAME")
         value = getattr(value, name)
     name = Path(place).stem if attribute == default else f"{Path(place).stem}-{attribute}"
     return dataclasses.replace(declared(value, name), directory=directory)
@@ -125,7 +125,15 @@ def _module(name: str) -> Any:
 
 
 def find_declaration(given: Candidate | Callable[..., Any] | str, default: str = "candidate") -> Candidate:
-    """Returns the declaration that the caller gave, or said where to find; see `find` for `default`."""
+    """Returns the declaration that the caller gave or named.
+
+    Args:
+      given: a `Candidate`, a function from pixels to logits, or a name for `find`.
+      default: see `find`.
+
+    Raises:
+      CandidateError: it is none of these, or `find` raised it.
+    """
     if isinstance(given, str):
         return find(given, default)
     return declared(given, getattr(given, "__name__", default))
@@ -230,10 +238,14 @@ def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
 
 
 def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str, Any]]:
-    """Returns a candidate's output, and the intermediates that it returned with it.
+    """Returns a model's output, and the intermediates that it returned with it.
+
+    Args:
+      returned: what the model returned.
+      candidate: the declaration, whose `output` picks the output.
 
     Raises:
-      CandidateError: there is no array in it, or `Candidate.output` cannot pick one.
+      CandidateError: the output is not an array, or `Candidate.output` cannot pick one.
     """
     name = candidate.name
     if candidate.output is None:
@@ -254,7 +266,7 @@ def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str,
     parts = list(elements(output).values()) or [output]
     for part in parts:
         if not getattr(part, "shape", ()):
-            raise CandidateError(f"{name}: output() returned a {described(part)}: pick an array, or several")
+            raise CandidateError(f"{name}: output() returned a {described(part)}: make it pick one array, or several")
     if len(parts) == 1:
         return parts[0] if len(parts[0].shape) > 1 else parts[0][:, None], named
     flattened = [part.reshape(part.shape[0], -1) for part in parts]
@@ -262,20 +274,37 @@ def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str,
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """Joins arrays of one framework along their last axis."""
+    """Returns arrays of one framework, joined along their last axis.
+
+    Args:
+      parts: the arrays, all of PyTorch or all of JAX.
+    """
     if is_torch_tensor(parts[0]):
         return sys.modules["torch"].cat(list(parts), dim=-1)
     return jax.numpy.concatenate(parts, axis=-1)
 
 
 def is_torch_tensor(value: Any) -> bool:
-    """Returns whether a value is PyTorch's, found out without importing PyTorch."""
+    """Returns whether a value is a PyTorch tensor, without importing PyTorch.
+
+    Args:
+      value: the value.
+    """
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def recognised(candidate: Candidate, outline: Outline, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-    """Returns a candidate's gradients by the outline's names, told by its table, or else by the outline."""
+    """Returns a candidate's gradients by the outline's names.
+
+    Args:
+      candidate: the declaration.
+      outline: the names of the model that it is compared with.
+      gradients: gradients by the candidate's own paths.
+
+    Returns:
+      Gradients that the candidate's table names, or that the outline recognises; else none.
+    """
     if candidate.parameters is not None:
         return gradients_by_path(candidate.parameters, outline, gradients)
     return outline.recognise(gradients)

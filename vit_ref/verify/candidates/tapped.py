@@ -70,18 +70,35 @@ class Tapped(ABC):
 
     @abstractmethod
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
-        """Gradients with respect to the parameters, on the host, by the names of the model that decides."""
+        """Returns gradients of the parameters, on the host, by the names of the model that it is compared with.
+
+        Args:
+          gradients: a tree like the parameters.
+        """
 
     @abstractmethod
     def shapes(self, inputs: Inputs) -> Mapping[str, Shape]:
-        """Every site that can be shown, with the shape of its value, in order."""
+        """Returns the shape of the value at every site that can be shown, in order.
+
+        Args:
+          inputs: the inputs.
+        """
 
     def feed(self, inputs: Inputs) -> Any:
-        """What the forward pass is given for these inputs: a tree of arrays."""
+        """Returns what the forward pass gets for these inputs: a tree of arrays.
+
+        Args:
+          inputs: the inputs.
+        """
         return inputs
 
     def by_input(self, inputs: Inputs, gradients: Any) -> dict[str, NDArray]:
-        """Gradients with respect to what was fed, by the names of the inputs."""
+        """Returns gradients by the names of the inputs.
+
+        Args:
+          inputs: the inputs.
+          gradients: a tree like that of `feed`.
+        """
         return {"pixels": gradients}
 
     def _ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
@@ -109,7 +126,7 @@ class Tapped(ABC):
         """See `Observable.trace`.
 
         Args:
-          inputs: see `Problem.inputs`.
+          inputs: float32 images (B, height, width, C), or arrays by name.
           precision: the precision to compute in.
           replace: values by site that replace the model's own, after those were recorded.
 
@@ -144,7 +161,7 @@ class Tapped(ABC):
         """Returns the outputs of several batches of inputs, compiled or operation by operation.
 
         Args:
-          batches: the inputs of each.
+          batches: float32 images (B, height, width, C), or arrays by name.
           precision: the precision to compute in.
           jit: whether to compile.
           tap: called with every site and its value; None runs without a tap.
@@ -174,7 +191,7 @@ class Tapped(ABC):
         _, compiled, perturbed = self._compiled_of(forward)
 
         def keeping(parameters: Any, fed: Any, tap: Tap) -> jax.Array:
-            # No constant, so that no compiler can take a division by it for nothing.
+            # It is computed and not a constant, so that no compiler can remove a division by it.
             some = jax.tree.leaves(fed)[0]
             some = jax.lax.stop_gradient(some[(0,) * some.ndim])
             one = 1 + 0 * (some if is_float(some) else some.astype(np.float32))

@@ -72,12 +72,12 @@ class TorchCandidate(Declared):
                     not torch.equal(tensor, kept) for tensor, kept in zip(_leaves(arguments), before, strict=True)
                 )
                 if written:
-                    # The caller is to see it in the arrays that it gave.
+                    # The caller must see that in the batch.
                     map_arrays(_spoil, batch)
         return outputs
 
     def gradients(self, inputs: Inputs, precision: Precision) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`; parameters are those that `torch.nn.Module.to` makes."""
+        """See `Reference.gradients`; the parameters are those after `torch.nn.Module.to`."""
         module = self._ready(precision.dtype)
         with in_one_line(self.name, "requires_grad_ of its parameters"):
             # One by one, because a ScriptModule has no `requires_grad_` of its own.
@@ -104,7 +104,7 @@ class TorchCandidate(Declared):
                 return value + perturbations[site].to(value.dtype)
 
             with in_one_line(self.name, "the forward pass with gradients"), torch.enable_grad():
-                # Multiplied: a candidate that writes into its inputs must not meet a leaf.
+                # Multiplied by one, because a candidate that writes into its inputs must not meet a leaf.
                 met = _map(lambda x: x.to(like.dtype) * 1 if x.is_floating_point() else x, arguments)
                 output = self._forward(module, inputs, met, tap).to(wide)
                 require_shape(output.shape, o.cotangent.shape)
@@ -129,7 +129,7 @@ class TorchCandidate(Declared):
         return gradients
 
     def storing(self, precision: Precision) -> TorchCandidate:
-        """See `Reference.storing`. Below float64 `torch.nn.Module.to` rounds its parameters by itself."""
+        """See `Reference.storing`. Below float64, `torch.nn.Module.to` rounds the parameters itself."""
         narrow = copy.copy(self)
         narrow._stored = precision.stored
         return narrow

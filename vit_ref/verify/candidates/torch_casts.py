@@ -1,4 +1,4 @@
-"""Casts to float32 in a PyTorch module's forward pass, undone where it is asked for float64; see `casts`."""
+"""Undoes the casts to float32 of a PyTorch module that runs in float64; see the module `casts`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vit_ref.verify.candidates.casts import Casts
 
 
 class WithoutCasts(TorchDispatchMode):
-    """Makes no float32 of a float64 tensor nor of numbers, whoever asks for it.
+    """Keeps PyTorch from casting float64 tensors, or numbers, to float32.
 
-    It sees the operations that PyTorch's functions come down to: `x.float()`, `softmax(x, dtype=torch.float32)` and
-    `torch.arange(n, dtype=torch.float32)` all name the dtype there. What is float32 already, as a constant that was
-    computed when the module was made, stays so.
+    It sees the operations below PyTorch's functions. There `x.float()`, `softmax(x, dtype=torch.float32)` and
+    `torch.arange(n, dtype=torch.float32)` all name the dtype. A tensor that is float32 already stays so, such as a
+    constant that was computed when the module was made.
     """
 
     def __init__(self, casts: Casts):
@@ -38,7 +38,7 @@ class WithoutCasts(TorchDispatchMode):
 
 
 def _is_exact(function: Any, first: Any) -> bool:
-    """Whether float32 holds what is made, as it holds integers and zeros."""
+    """Returns whether float32 holds the result exactly, as it holds integers and zeros."""
     if isinstance(first, torch.Tensor):
         return not first.is_floating_point()
     return function.overloadpacket in _CONSTANT
@@ -53,10 +53,13 @@ def _narrows(first: Any) -> bool:
 
 @contextlib.contextmanager
 def forgetting(module: torch.nn.Module) -> Iterator[None]:
-    """Empties the caches of functions in a module's package, before and after a pass.
+    """Empties the caches of the functions in a module's package, before and after a pass.
 
-    DINOv3 keeps the places of its patches by their nominal dtype: a pass in float32 would meet what one in float64,
-    without its casts, has left there, and the other way round.
+    DINOv3 caches the positions of its patches by their nominal dtype. Without this, a pass in float32 would read the
+    positions that a pass in float64 without casts left there, and the reverse.
+
+    Args:
+      module: the module.
     """
     package = type(module).__module__.partition(".")[0]
     _forget(package)
@@ -74,7 +77,7 @@ def _forget(package: str) -> None:
 
 @functools.cache
 def _caches_of(module: str) -> tuple[Any, ...]:
-    """The functions of a module that keep what they returned, also where a decorator hides them."""
+    """Returns the cached functions of a module, including those that a decorator hides."""
     defined = [value for value in vars(sys.modules[module]).values() if getattr(value, "__module__", "") == module]
     methods = [each for value in defined if isinstance(value, type) for each in vars(value).values()]
     return tuple(found for value in (*defined, *methods) for found in _within(value, depth=3))

@@ -59,7 +59,7 @@ class ViTOutline:
         return site in ("embeddings", "norm") or site.endswith((".norm1", ".residual"))
 
     def recognise(self, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """See `Outline.recognise`: by this package's names, or by a known layout's; else none."""
+        """See `Outline.recognise`: the names are this package's or a known layout's; else it recognises none."""
         if gradients.keys() == list_parameters(self.config).keys():
             return dict(gradients)
         for separator in "./":
@@ -71,7 +71,7 @@ class ViTOutline:
         return {}
 
     def require_output(self, output: Any, name: str) -> None:
-        """See `Outline.require_output`: without a head and a pooler a ViT's output is one token."""
+        """See `Outline.require_output`: without a head and a pooler, the output of a ViT is one token."""
         if self.output == "cls" and len(output.shape) == 3:
             raise CandidateError(
                 f"{name}: it returned shape {tuple(output.shape)}, but a model without a head must return the"

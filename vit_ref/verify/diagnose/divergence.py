@@ -1,4 +1,4 @@
-"""A wrong value at a site, and which of many explanations meet it."""
+"""A wrong value at a site, and the explanations that fit it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Divergence(NamedTuple):
 
     @property
     def comparable(self) -> bool:
-        """Whether there is anything to explain: a finite value of the right shape."""
+        """Whether the value is finite and has the right shape, so that it can be explained."""
         return self.value.shape == self.truth.shape and bool(np.isfinite(self.value).all())
 
     @property
@@ -45,11 +45,15 @@ class Divergence(NamedTuple):
         return slice(image, image + 1)
 
     def by_value(self) -> Iterator[Prediction]:
-        """Yields explanations that are read off the value itself."""
+        """Yields the explanations that follow from the value itself."""
         return explain_by_value(self.truth, self.value, np.ix_(*find_wrong(self.value, self.truth)))
 
     def causes(self, *explanations: Iterable[Prediction]) -> tuple[Cause, ...]:
-        """Returns the explanations that fit, the best first."""
+        """Returns the explanations that fit, the best first.
+
+        Args:
+          *explanations: the explanations to try.
+        """
         before = error(self.value, self.truth).rms
         wrong = np.ix_(*find_wrong(self.value, self.truth))
         everywhere: list[Cause] = []
@@ -70,7 +74,12 @@ class Divergence(NamedTuple):
 
 
 def find_wrong(value: NDArray, truth: NDArray) -> list[NDArray]:
-    """Returns, for each axis, the indices of elements that differ by more than the semantic gate allows."""
+    """Returns, for each axis, the indices of elements that differ by more than the semantic gate allows.
+
+    Args:
+      value: the wrong value.
+      truth: the right value.
+    """
     limit = SEMANTIC_MAX * max(float(np.abs(truth).max()), np.finfo(np.float64).tiny)
     wrong = np.abs(value - truth) > limit
     if not wrong.any():

@@ -28,8 +28,8 @@ class Recorder(Table):
     """A table that keeps every value and changes none, for candidates of any kind.
 
     Args:
-      outline: of the model that the values are looked for in.
-      inputs: what enters, of which the shapes matter.
+      outline: the names and shapes of the model that the values are searched in.
+      inputs: the inputs, whose values do not matter, only their shapes.
     """
 
     def __init__(self, outline: Outline, inputs: Any):
