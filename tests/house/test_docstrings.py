@@ -13,9 +13,6 @@ ROOT = Path(vit_ref.__file__).parent
 UNFINISHED = (
     "vit_ref/testing",
     "vit_ref/verify",
-    "vit_ref/weights/checkpoint.py",
-    "vit_ref/weights/tensor_files.py",
-    "vit_ref/weights/writing.py",
 )
 # A word in -s before one of these is a plural noun, as in "Images of a batch".
 AFTER_A_NOUN = frozenset({"and", "are", "as", "by", "in", "is", "of", "or", "that", "to", "which", "with"})
