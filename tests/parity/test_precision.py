@@ -195,6 +195,9 @@ def test_a_setting_that_the_device_refuses_is_named() -> None:
         found = environment.environment(PRECISIONS["float32"])
     assert found["default matmul precision"] == "TF32_TF32_F32: refused by this cpu"
     assert found["note"].startswith("products are refused by this cpu by default (jax_default_matmul_precision is")
+    # Half precision leaves the setting as it is.
+    with jax.default_matmul_precision("TF32_TF32_F32"):
+        assert environment.environment(PRECISIONS["bfloat16"])["products"] == "refused by this cpu"
 
 
 @pytest.mark.parametrize(

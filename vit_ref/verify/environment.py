@@ -31,7 +31,7 @@ def environment(asked: Precision | None = None) -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
         "device": f"{jax.default_backend()} ({kinds}, {platform.machine()})",
-        "default matmul precision": f"{setting}: {_default_products()}",
+        "default matmul precision": f"{setting}: {_measure_products()}",
         **({"products": describe_products(asked)} if asked else {}),
         **({"note": "; ".join(lines)} if asked and (lines := notes(asked)) else {}),
     }
@@ -82,7 +82,7 @@ def describe_products(precision: Precision) -> str:
       precision: the tested precision.
     """
     with precision.active():
-        here = products(dtype=precision.dtype)
+        here = _measure_products(precision.dtype)
     if precision.products in (None, here):
         return here
     backend = jax.default_backend()
@@ -101,7 +101,7 @@ def notes(precision: Precision) -> tuple[str, ...]:
         return ()
     described = describe_products(precision)
     lines = [f"products are {described}"] if described != asked else []
-    default, setting = _default_products(), _setting()
+    default, setting = _measure_products(), _setting()
     if default not in (asked, described.partition(" ")[0]):
         why = f"jax_default_matmul_precision is {setting!r}" if setting else "the device's own choice"
         lines.append(
@@ -115,9 +115,9 @@ def _setting() -> str | None:
     return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
-def _default_products() -> str:
+def _measure_products(dtype: DTypeLike = np.float32) -> str:
     try:
-        return products()
+        return products(dtype=dtype)
     # jax has names that some devices refuse: "TF32_TF32_F32" on a CPU. The exception depends on the device.
     except (ValueError, RuntimeError):
         return f"refused by this {jax.default_backend()}"
