@@ -178,7 +178,7 @@ def test_a_gradient_that_is_cut_off_is_found_in_its_block(tmp_path: Path, monkey
     )
 
 
-def test_where_the_reference_overflows_is_said_of_the_whole_model(tmp_path: Path) -> None:
+def test_an_overflow_of_the_reference_is_reported_for_all_blocks(tmp_path: Path) -> None:
     """Overflows forward after block 1, and backward from small values multiplied by a large factor."""
     source = THREE.checkpoint()
     layer, tensors = "vit.encoder.layer.1", dict(source.tensors)

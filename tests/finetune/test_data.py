@@ -344,7 +344,7 @@ def test_a_split_that_save_to_disk_did_not_write_is_one_line(tmp_path: Path, dat
     )
 
 
-def test_missing_and_broken_images_of_a_data_set_are_named_by_row(tmp_path: Path, datasets: Any, rows: Any) -> None:
+def test_missing_and_broken_images_are_reported_by_row(tmp_path: Path, datasets: Any, rows: Any) -> None:
     rows[1], rows[3] = ("ant", None), ("bee", b"no image")
     directory = parquet(datasets, tmp_path / "hub", rows)
     message = refusal(lambda: open_dataset(directory, "train"))

@@ -53,7 +53,7 @@ KERNELS = {
 }
 
 
-def test_large_parameters_are_divided_and_their_moments_with_them() -> None:
+def test_large_parameters_and_their_moments_are_divided() -> None:
     specs = placed("fsdp", 8)
     lies = divided(specs)
     model = {f"0.blocks.{i}.{path}": spec for i in (0, 1) for path, spec in KERNELS.items()}

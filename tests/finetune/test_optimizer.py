@@ -76,7 +76,7 @@ def test_the_rate_rises_and_falls(recipe: Recipe, rates: dict[int, float]) -> No
     assert {update: float(rate(update)) for update in rates} == pytest.approx(rates, abs=1e-6)
 
 
-def test_a_lower_layer_learns_more_slowly_by_the_same_factor_each(batch: tuple) -> None:
+def test_each_lower_layer_learns_more_slowly_by_the_same_factor(batch: tuple) -> None:
     plain = stepped(Recipe(learning_rate=0.1, momentum=0.0), [batch])
     decayed = stepped(Recipe(learning_rate=0.1, momentum=0.0, layer_decay=0.5), [batch])
     heights = {"head": 0, "norm": 0, "blocks.2": 1, "blocks.1": 2, "blocks.0": 3, "patch": 4, "cls": 4, "position": 4}

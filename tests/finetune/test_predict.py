@@ -161,7 +161,7 @@ def saved(model: VisionTransformer, directory: Path) -> Path:
     return directory
 
 
-def test_the_command_prints_each_image_with_its_likeliest_classes(
+def test_the_command_prints_the_likeliest_classes_of_each_image(
     filled: Filled, photographs: list[Path], tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     model = filled(CONFIG)

@@ -367,7 +367,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(refused: Callable, 
     assert "run.json: training_images was '512 (" in refused("whole", "--resume", "--classes", "3")
 
 
-def test_an_earlier_run_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_an_earlier_run_is_found_before_jax_is_imported(tmp_path: Path) -> None:
     (tmp_path / "run.json").touch()
     program = (
         "import sys\n"

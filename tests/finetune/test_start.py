@@ -202,7 +202,7 @@ def test_a_run_from_a_bfloat16_checkpoint_is_saved_as_float32(saved: Path, tmp_p
     assert json.loads((tmp_path / "new" / "config.json").read_bytes())["torch_dtype"] == "float32"
 
 
-def test_dropout_is_the_checkpoints_unless_the_recipe_has_its_own(saved: Path) -> None:
+def test_the_recipes_dropout_replaces_the_checkpoints(saved: Path) -> None:
     assert make_starting_model(saved, ["a", "b"], Recipe()).config.hidden_dropout_prob == 0.1
     config = make_starting_model(saved, ["a", "b"], Recipe(dropout=0.2)).config
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.2, 0.2)

@@ -22,7 +22,7 @@ def test_every_public_name_is_what_its_module_defines(package: str) -> None:
     assert not hasattr(module, "nothing")
 
 
-def test_preprocessing_is_there_after_importing_the_package_alone() -> None:
+def test_importing_the_package_makes_preprocessing_available() -> None:
     program = "import vit_ref; print(vit_ref.preprocessing.preprocess.__name__)"
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed == "preprocess\n"

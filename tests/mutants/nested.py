@@ -77,7 +77,6 @@ def run(tests: tuple[str, ...], marker: str, scratch: Path) -> Outcome:
 @contextlib.contextmanager
 def _fresh_test_modules() -> Iterator[None]:
     """Makes the inner run import conftests and tests again, because their caches hold results without the mutant."""
-
     # Strings, because paths of thousands of modules would take a noticeable part of a mutant's time.
     root = f"{ROOT}{os.sep}"
     places = (f"{root}conftest.py", f"{root}tests{os.sep}", os.sep.join((f"{root}vit_ref", "testing", "suite", "")))

@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from tests.helpers.precisions import precision_of
+from tests.mutants.catalogue.activation import one_plus_erf
+from tests.mutants.direct import operation_by_operation
 from vit_ref.errors import TruncatedError
 from vit_ref.model import vit
 from vit_ref.model.config import ViTConfig
@@ -133,6 +135,29 @@ def test_too_much_rounding_fails_only_the_numerical_gate() -> None:
     assert "float32 rounding is too large: first divergence at block.1.attn.context" in headline(report)
     marked = [line for line in table(report).splitlines() if line.endswith("rounding")]
     assert [line.split()[0] for line in marked] == ["block.1.attn.context"]
+
+
+@pytest.mark.parametrize(
+    ("shift", "seen"),
+    # The error of the site in units of the reference's own: 1, 2, 17, 57.
+    [(0, False), (-2, False), (-4, True), (-5, True)],
+)
+def test_a_gelu_that_cancels_is_rounding_that_only_shows_in_the_tail(
+    shift: float, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shifts every input of the activations. Around 0 no gate can tell the two forms apart."""
+    monkeypatch.setitem(vit.ACTIVATIONS, "gelu", one_plus_erf)
+    case = CASES["rectangular"]
+    tensors = {
+        name: value + np.float32(shift) if name.endswith("intermediate.dense.bias") else value
+        for name, value in case.checkpoint().tensors.items()
+    }
+    source = dataclasses.replace(case.checkpoint(), tensors=tensors)
+    with operation_by_operation():
+        candidate = OwnCandidate(case.config, source)
+        report = Session(case.config, source, case.images(), candidate, title="tail").forward()
+    assert not report.semantic_failures
+    assert [result.site for result in report.numerical_failures[:1]] == (["block.0.mlp.hidden"] if seen else [])
 
 
 def test_a_site_that_is_not_shown_has_not_passed() -> None:

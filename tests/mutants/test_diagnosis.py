@@ -63,6 +63,12 @@ def upside_down(tensor: NDArray) -> NDArray:
     return tensor[:, :, ::-1]
 
 
+def in_jax_memory(tensor: NDArray) -> NDArray:
+    """Returns what a reader finds after safetensors' NumPy writer stored a transposed view of jax's kernel."""
+    kernel = np.ascontiguousarray(tensor.transpose(2, 3, 1, 0))
+    return np.frombuffer(kernel.tobytes(), kernel.dtype).reshape(tensor.shape)
+
+
 def turned(tensor: NDArray) -> NDArray:
     return tensor[:, :, ::-1, ::-1]
 
@@ -72,6 +78,12 @@ def turned(tensor: NDArray) -> NDArray:
     [
         ("embeddings.patch_embeddings.projection.weight", upside_down, "patches", "patch kernel upside down"),
         ("embeddings.patch_embeddings.projection.weight", turned, "patches", "patch kernel rotated by 180 degrees"),
+        (
+            "embeddings.patch_embeddings.projection.weight",
+            in_jax_memory,
+            "patches",
+            "patch kernel saved with the memory of its transpose",
+        ),
         ("pooler.dense.weight", np.transpose, "pooler", "kernel not transposed"),
         ("pooler.dense.bias", np.zeros_like, "pooler", "bias left out"),
         ("layernorm.weight", np.ones_like, "norm", "LayerNorm without scale"),

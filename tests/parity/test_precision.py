@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import Array
+from jax.typing import DTypeLike
 
 import vit_ref.testing.plugin
 from tests.helpers.synthetic_reports import measured, parity, ported
@@ -29,7 +30,7 @@ from vit_ref.verify.formats import MULTIPLIED
 from vit_ref.verify.gates import ALLOWANCES, SEMANTIC_RMS, error
 from vit_ref.verify.precision import FLOAT64, PRECISIONS, Precision, resolve_precision
 from vit_ref.verify.references.flax_vit import FlaxViTReference
-from vit_ref.verify.report import summary, table, to_json
+from vit_ref.verify.report import summary, table, to_html, to_json
 from vit_ref.verify.session import Session
 
 CASE = CASES["rectangular"]
@@ -161,13 +162,75 @@ def test_the_devices_products_are_found_by_measuring(multiply: Any, kind: str) -
     assert products(multiply) == kind
 
 
+def summing(left: Array, right: Array) -> Array:
+    """Rounds each sum of a product, as a device may that sums in half precision."""
+    total = np.zeros((len(left), right.shape[1]), left.dtype)
+    wide = np.asarray(left, np.float32), np.asarray(right, np.float32)
+    for k in range(right.shape[0]):
+        total = (total.astype(np.float32) + wide[0][:, k : k + 1] * wide[1][k]).astype(left.dtype)
+    return jnp.asarray(total)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_the_dtype_of_the_sums_is_found_by_measuring(dtype: type) -> None:
+    name = np.dtype(dtype).name
+    assert products(dtype=dtype) == f"{name}, summed in float32"
+    assert products(summing, dtype) == f"{name}, summed in {name}"
+
+
+@pytest.mark.parametrize("setting", ["BF16_BF16_F32", "BF16_BF16_F32_X3", "bfloat16", "tensorfloat32"])
+def test_on_a_cpu_a_setting_that_rounds_nothing_is_not_believed(setting: str) -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("another device may round")
+    with jax.default_matmul_precision(setting):
+        found = environment.environment(PRECISIONS["float32"])
+    assert found["default matmul precision"] == f"{setting}: float32"
+    assert found["products"] == "float32" and "note" not in found
+
+
+def test_a_setting_that_the_device_refuses_is_named() -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("another device may accept it")
+    with jax.default_matmul_precision("TF32_TF32_F32"):
+        found = environment.environment(PRECISIONS["float32"])
+    assert found["default matmul precision"] == "TF32_TF32_F32: refused by this cpu"
+    assert found["note"].startswith("products are refused by this cpu by default (jax_default_matmul_precision is")
+    # Half precision leaves the setting as it is.
+    with jax.default_matmul_precision("TF32_TF32_F32"):
+        assert environment.environment(PRECISIONS["bfloat16"])["products"] == "refused by this cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("float32", "float32"),
+        ("tensorfloat32", "float32 (asked tensorfloat32: this cpu rounds nothing)"),
+        ("bfloat16", "bfloat16, summed in float32"),
+        ("mixed", "bfloat16, summed in float32"),
+        ("float16", "float16, summed in float32"),
+    ],
+)
+def test_a_cpus_products_are_named_in_every_precision(name: str, made: str, pytestconfig: pytest.Config) -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("another device may round")
+    assert environment.environment(PRECISIONS[name])["products"] == made
+    options = pytestconfig.option
+    before, options.precision = options.precision, [name]
+    try:
+        (line,) = vit_ref.testing.plugin.pytest_report_header(pytestconfig)
+    finally:
+        options.precision = before
+    assert line == f"{'warning: ' * (name == 'tensorfloat32')}{name}: products are {made}"
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
     """Returns `device(default, {asked: made})`: the products by default, and those for each requested precision."""
 
     def install(default: str, made: dict[str, str]) -> None:
-        def found() -> str:
-            return made.get(jax.config.jax_default_matmul_precision, default)
+        def found(dtype: DTypeLike = np.float32) -> str:
+            setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+            return made.get(setting, default) if dtype == np.float32 else f"{np.dtype(dtype)}, summed in float32"
 
         monkeypatch.setattr(environment, "products", found)
 
@@ -175,7 +238,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], N
 
 
 CPU = "float32", {}
-GPU = "tensorfloat32", {"float32": "float32"}
+GPU = "tensorfloat32", {"float32": "float32", "highest": "float32"}
 TPU = "bfloat16", {"float32": "float32", "tensorfloat32": "tensorfloat32"}
 
 
@@ -183,13 +246,8 @@ TPU = "bfloat16", {"float32": "float32", "tensorfloat32": "tensorfloat32"}
     ("kind", "setting", "precision", "said"),
     [
         (CPU, None, "float32", []),
-        (CPU, None, "tensorfloat32", ["this run requires tensorfloat32 products, but cpu computes float32 products"]),
-        (
-            CPU,
-            "tensorfloat32",
-            "float32",
-            ["products are tensorfloat32 by default (jax_default_matmul_precision is"],
-        ),
+        (CPU, None, "tensorfloat32", ["products are float32 (asked tensorfloat32: this cpu rounds nothing)"]),
+        (CPU, "tensorfloat32", "float32", []),
         (CPU, "highest", "float32", []),
         (CPU, "default", "float32", []),
         (
@@ -211,7 +269,7 @@ TPU = "bfloat16", {"float32": "float32", "tensorfloat32": "tensorfloat32"}
         (GPU, None, "mixed", []),
         (GPU, "bfloat16", "bfloat16", []),
         (TPU, None, "tensorfloat32", ["products are bfloat16 by default (the device's own choice)"]),
-        (("bfloat16", {}), None, "float32", ["this run requires float32 products, but cpu computes bfloat16 products"]),
+        (("bfloat16", {}), None, "float32", ["products are bfloat16 (asked float32: this cpu rounds in another way)"]),
     ],
 )
 def test_a_default_other_than_the_tested_precision_is_noted(
@@ -232,7 +290,9 @@ def test_the_header_warns_about_the_tested_precisions(pytestconfig: pytest.Confi
         for asked, warned in ((None, ["float32"]), (["mixed"], []), (["tensorfloat32", "float32"], ["float32"])):
             options.precision = asked
             lines = vit_ref.testing.plugin.pytest_report_header(pytestconfig)
-            assert [line.split(":")[:2] for line in lines] == [["warning", f" {name}"] for name in warned]
+            warnings = [line for line in lines if line.startswith("warning")]
+            assert [line.split(":")[1] for line in warnings] == [f" {name}" for name in warned]
+            assert [line.split(":")[0] for line in lines if line not in warnings] == (asked or ["float32"])
     finally:
         options.precision = before
 
@@ -241,9 +301,11 @@ def test_a_report_notes_the_products_of_the_device(device: Callable[..., None]) 
     device(*CPU)
     found = environment.environment(PRECISIONS["tensorfloat32"])
     report = ported(parity(measured("norm"), measured("logits"), precision="tensorfloat32"), environment=found)
-    note = "note: this run requires tensorfloat32 products, but cpu computes float32 products"
-    assert note in " ".join(summary(report).split())
-    assert to_json(report)["environment"]["note"] == note.removeprefix("note: ")
+    made = "float32 (asked tensorfloat32: this cpu rounds nothing)"
+    assert f"note: products are {made}" in " ".join(summary(report).split())
+    assert to_json(report)["environment"]["note"] == f"products are {made}"
+    assert to_json(report)["environment"]["products"] == made
+    assert f"<dt>products</dt><dd>{made}</dd>" in to_html(report)
     assert to_json(report)["precision"] == "tensorfloat32"
     assert "note" not in environment.environment(PRECISIONS["float32"])
     header, row, _ = table(report.forward).splitlines()

@@ -259,7 +259,7 @@ def test_a_hub_id_from_the_cache_without_a_network(
 def test_a_hub_repository_of_pickles_is_refused_before_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"])
     assert refusal("someone/vit") == (
-        "someone/vit/pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
+        "someone/vit/pytorch_model.bin: it is a pickle, which can run code when read: convert it to safetensors first"
     )
 
 
@@ -267,7 +267,8 @@ def test_a_hub_repository_without_weights(monkeypatch: pytest.MonkeyPatch) -> No
     files = ["README.md", "model.onnx"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
     assert refusal("someone/vit") == (
-        "someone/vit: no weights: expected model.safetensors, model.safetensors.index.json or flax_model.msgpack"
+        "someone/vit: it has no weights: give a repository with model.safetensors, model.safetensors.index.json or"
+        " flax_model.msgpack"
     )
 
 
@@ -302,13 +303,14 @@ def test_a_hub_id_online() -> None:
 
 def test_no_config(directory: Path) -> None:
     (directory / checkpoint.CONFIG).unlink()
-    assert refusal(directory) == f"{directory}: no config.json in this directory"
+    assert refusal(directory) == f"{directory}: it has no config.json: fetch the whole checkpoint again"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
 def test_a_config_that_is_no_json_object(directory: Path, content: str) -> None:
     (directory / checkpoint.CONFIG).write_text(content)
-    assert refusal(directory).startswith(f"{directory / 'config.json'}: not ")
+    said = refusal(directory).removeprefix(f"{directory / 'config.json'}: ")
+    assert said.startswith(("it cannot be read as JSON (", "it is not a JSON object"))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +361,7 @@ def test_an_integer_without_end_is_refused_by_who_uses_it(directory: Path, field
 @pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.PREPROCESSOR])
 def test_json_that_is_nested_without_end(directory: Path, name: str) -> None:
     (directory / name).write_text("[" * 100_000)
-    assert refusal(directory).startswith(f"{directory / name}: not readable as JSON (maximum recursion depth exceeded")
+    assert refusal(directory).startswith(f"{directory / name}: it cannot be read as JSON (maximum recursion depth")
 
 
 def test_unopenable_weights_are_not_called_missing_or_damaged(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,21 +373,22 @@ def test_unopenable_weights_are_not_called_missing_or_damaged(directory: Path, m
     with monkeypatch.context() as patched:
         patched.setattr(tensor_files, "load_file", forbidden)
         patched.setattr(tensor_files.safetensors, "safe_open", forbidden)
-        assert refusal_when_opened(directory) == f"{weights}: may not be read: change its permissions"
+        assert refusal_when_opened(directory) == f"{weights}: this user may not read it: change its permissions"
     weights.unlink()
     weights.symlink_to("gone")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: a link to no file: fetch it again$"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: it is a link to no file: fetch it again$"):
         tensor_files.read_tensors(weights)
     weights.unlink()
     weights.mkdir()
-    assert refusal_when_opened(directory) == f"{weights}: is a directory, and was to be a file of weights"
+    message = f"{weights}: it is a directory in place of a file of weights: fetch the file again"
+    assert refusal_when_opened(directory) == message
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -100])
 def test_truncated_safetensors(directory: Path, keep: int) -> None:
     whole = (directory / checkpoint.WEIGHTS).read_bytes()
     (directory / checkpoint.WEIGHTS).write_bytes(whole[:keep])
-    damage = f"{directory / 'model.safetensors'}: damaged or truncated, fetch it again ("
+    damage = f"{directory / 'model.safetensors'}: it is damaged or truncated ("
     assert refusal_when_opened(directory).startswith(damage)
 
 
@@ -393,7 +396,7 @@ def test_corrupt_safetensors_header(directory: Path) -> None:
     whole = bytearray((directory / checkpoint.WEIGHTS).read_bytes())
     whole[8:20] = b"\xff" * 12
     (directory / checkpoint.WEIGHTS).write_bytes(whole)
-    assert "model.safetensors: damaged or truncated" in refusal_when_opened(directory)
+    assert "model.safetensors: it is damaged or truncated" in refusal_when_opened(directory)
 
 
 def test_tensors_read_one_by_one_are_those_in_the_file_now(directory: Path) -> None:
@@ -402,7 +405,7 @@ def test_tensors_read_one_by_one_are_those_in_the_file_now(directory: Path) -> N
     before = tensors[name]
     assert tensors[name] is not before and tensors[name].tobytes() == before.tobytes()
     (directory / checkpoint.WEIGHTS).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged or truncated"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: it is damaged or truncated"):
         tensors[name]
     (directory / checkpoint.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors: no such file"):
@@ -421,27 +424,28 @@ def test_files_that_cannot_be_read_one_by_one_are_read_whole(tmp_path: Path, lay
 def test_damaged_msgpack(directory: Path, content: bytes) -> None:
     (directory / checkpoint.WEIGHTS).unlink()
     (directory / checkpoint.FLAX_WEIGHTS).write_bytes(content)
-    assert "flax_model.msgpack: damaged or truncated" in refusal(directory)
+    assert "flax_model.msgpack: it is damaged or truncated" in refusal(directory)
 
 
 def test_damaged_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "cut.npz", cls=np.zeros((1, 1, 6)))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
-    assert "cut.npz: damaged or truncated" in refusal(tmp_path / "cut.npz")
+    assert "cut.npz: it is damaged or truncated" in refusal(tmp_path / "cut.npz")
 
 
 def test_npz_with_a_member_that_is_no_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", cls=np.zeros((1, 1, 6)))
     with zipfile.ZipFile(tmp_path / "odd.npz", "a") as archive:
         archive.writestr("note.txt", "hello")
-    assert "odd.npz: damaged or truncated, fetch it again (note.txt is not an array)" in refusal(tmp_path / "odd.npz")
+    message = "odd.npz: it is damaged or truncated (note.txt is not an array): fetch it again"
+    assert message in refusal(tmp_path / "odd.npz")
 
 
 @pytest.mark.parametrize(
     ("descr", "shape", "said"),
     [
-        ("<f4", "(1000000000000000,)", "does not fit in memory, or is damaged (Unable to allocate 3.55 PiB"),
-        ("(f4", "(1,)", "damaged or truncated, fetch it again ("),
+        ("<f4", "(1000000000000000,)", "it does not fit in memory, or is damaged (Unable to allocate 3.55 PiB"),
+        ("(f4", "(1,)", "it is damaged or truncated ("),
     ],
 )
 def test_npz_whose_header_cannot_be(tmp_path: Path, descr: str, shape: str, said: str) -> None:
@@ -478,23 +482,24 @@ def test_pickles_are_refused_and_never_run(directory: Path, tmp_path: Path) -> N
     (directory / checkpoint.WEIGHTS).unlink()
     pickled = pickle.dumps(Bomb(tmp_path / "exploded"))
     (directory / "pytorch_model.bin").write_bytes(pickled)
-    message = "pytorch_model.bin: is a pickle, which can run code when read: convert it to safetensors first"
+    message = "pytorch_model.bin: it is a pickle, which can run code when read: convert it to safetensors first"
     assert refusal(directory).endswith(message)
     assert refusal(directory / "pytorch_model.bin").endswith(message)
     np.savez(tmp_path / "bomb.npz", cls=np.array([Bomb(tmp_path / "exploded")], dtype=object))
-    assert "bomb.npz: damaged" in refusal(tmp_path / "bomb.npz")
+    assert "bomb.npz: it is damaged" in refusal(tmp_path / "bomb.npz")
     assert not (tmp_path / "exploded").exists()
 
 
 def test_no_weights_at_all(directory: Path) -> None:
     (directory / checkpoint.WEIGHTS).unlink()
-    assert "no weights: expected model.safetensors, model.safetensors.index.json or flax_model" in refusal(directory)
+    message = "it has no weights: give a directory with model.safetensors, model.safetensors.index.json or flax_model"
+    assert message in refusal(directory)
 
 
 def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "weights.onnx").write_bytes(b"x")
     assert refusal(tmp_path / "weights.onnx").endswith(
-        "weights.onnx: unknown kind of file: give one of .safetensors, .msgpack, .npz"
+        "weights.onnx: it is no known kind of file: give one of .safetensors, .msgpack, .npz"
     )
 
 
@@ -530,10 +535,10 @@ def test_missing_extra_misshapen_and_nan_tensors_are_all_listed(directory: Path)
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda index: index.pop("weight_map"), "no weight_map from tensors to files"),
+        (lambda index: index.pop("weight_map"), "it has no weight_map from tensors to files"),
         (lambda index: index["weight_map"].update(x="model-00001-of-00004.safetensors"), "the index and the file disa"),
         (lambda index: index["weight_map"].update(x="absent.safetensors"), "absent.safetensors: no such file"),
-        (lambda index: index["weight_map"].update(x="../out.safetensors"), "is not a file name beside the index"),
+        (lambda index: index["weight_map"].update(x="../out.safetensors"), "is not the name of a file beside"),
     ],
 )
 def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message: str) -> None:
@@ -605,7 +610,7 @@ def test_another_configuration_keeps_the_other_json_fields(directory: Path, tmp_
 
 def test_a_save_where_a_file_stands(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(CheckpointError, match="taken: cannot be written"):
+    with pytest.raises(CheckpointError, match="taken: it cannot be written"):
         vit_ref.save_pretrained(vit_ref.from_pretrained(directory), tmp_path / "taken")
 
 
@@ -618,13 +623,13 @@ def test_saving_over_another_sharding_leaves_no_stale_weights(directory: Path) -
         assert vit_ref.from_pretrained(directory).config == CONFIG
 
 
-def test_saving_a_model_without_preprocessing_beside_some_says_so(directory: Path) -> None:
+def test_saving_without_preprocessing_warns_of_an_old_file(directory: Path) -> None:
     model = vit_ref.from_pretrained(directory)
     assert model.config.preprocessor == PREPROCESSOR
     vit_ref.save_pretrained(model, directory)
     model.config = replace(model.config, preprocessor=None)
     with pytest.warns(
-        UserWarning, match=r"preprocessor_config\.json stays, and images will be preprocessed by it, tho"
+        UserWarning, match=r"preprocessor_config\.json: the model has no preprocessing of its own, so this file stays"
     ):
         vit_ref.save_pretrained(model, directory)
     assert vit_ref.from_pretrained(directory).config.preprocessor == PREPROCESSOR

@@ -73,7 +73,7 @@ def test_two_revisions_are_one_too_many(tmp_path: Path) -> None:
     for ask in (vit_ref.from_pretrained, partial(vit_ref.check_port, None), check_streamed):
         with pytest.raises(CheckpointError, match=r"^a/b@x: it names revision 'x', and revision is 'y': give one$"):
             ask("a/b@x", revision="y")
-    with pytest.raises(CheckpointError, match=r": is no hub id, so it has no revision 'y': leave revision out$"):
+    with pytest.raises(CheckpointError, match=r": it is no hub id, so it has no revision 'y': leave revision out$"):
         vit_ref.from_pretrained(tmp_path, revision="y")
 
 

@@ -80,7 +80,7 @@ def test_port_inverts_export_bit_for_bit(layout: Layout, config: ViTConfig, dtyp
 
 
 @each_layout
-def test_rules_share_no_destination_and_a_source_in_all_its_parts(layout: Layout) -> None:
+def test_destinations_are_unique_and_sources_give_every_part(layout: Layout) -> None:
     assert len({rule.destination for rule in layout.rules}) == len(layout.rules)
     parts: dict[str, list[int]] = {}
     for rule in layout.rules:
@@ -203,7 +203,7 @@ def test_unknown_names_are_shown_three_at_most(names: list[str], shown: str) -> 
         (3, 4, False),
     ],
 )
-def test_names_are_prefixed_where_more_than_half_of_the_bodys_are(carrying: int, bare: int, expected: bool) -> None:
+def test_a_prefix_counts_if_most_names_of_the_body_have_it(carrying: int, bare: int, expected: bool) -> None:
     names = [f"vit.{k}" for k in range(carrying)] + [f"{k}" for k in range(bare)]
     # The number of the head's tensors tells nothing about the prefix.
     assert mapping.is_prefixed([*names, *(f"classifier.{k}" for k in range(9))], layouts.HF) is expected

@@ -220,7 +220,7 @@ def test_the_width_of_the_mlp_survives_its_ratio(width: int) -> None:
         assert from_timm(to_timm(config)).intermediate_size == mlp
 
 
-def test_a_published_architecture_is_named_and_needs_no_arguments() -> None:
+def test_a_published_architecture_is_written_without_arguments() -> None:
     for name, architecture in (("B/16", "vit_base_patch16_224"), ("Ti/16", "vit_tiny_patch16_224")):
         for side in (224, 384):
             written = to_timm(ViTConfig.variant(name, layer_norm_eps=1e-6, image_size=side))

@@ -1,4 +1,4 @@
-"""Are weights found under the prefixes of training loops, and are the tensors left behind that the caller names?"""
+"""Are weights found under the prefixes of training loops, and are the tensors left out that the caller names?"""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def same(path: Path, **options: object) -> bool:
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "model.model."])
 @pytest.mark.parametrize("lazy", [False, True])
-def test_a_prefix_of_pytorchs_wrappers_is_stripped_and_said(
+def test_a_prefix_of_pytorchs_wrappers_is_removed_with_a_warning(
     prefix: str, lazy: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = directory(tmp_path / "vit", {f"{prefix}{name}": value for name, value in TENSORS.items()})
     with caplog.at_level(logging.WARNING, "vit_ref"):
         found = checkpoint.read(path, lazy=lazy).tensors
-    assert caplog.messages == [f"{path}: all weights' names begin with {prefix!r}, which is stripped"]
+    assert caplog.messages == [f"{path}: all weights' names begin with {prefix!r}, which is removed"]
     assert found.keys() == TENSORS.keys()
     assert all((found[name] == value).all() for name, value in TENSORS.items())
     if isinstance(found, tensor_files.LazyTensors):
@@ -80,7 +80,7 @@ def test_an_npz_of_a_training_loop_is_read(
     assert model.config == CONFIG
     assert all((found[name] == value).all() for name, value in parameters.items())
     (said,) = caplog.messages
-    assert said.endswith(", and 2 tensors of training state beside them are left behind" if state else "is stripped")
+    assert said.endswith(", and 2 tensors of training state are left out" if state else "is removed")
 
 
 def test_a_flax_train_state_is_read(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_prefix_of_most_names_is_named_with_a_way_out(tmp_path: Path) -> None:
     path = directory(tmp_path / "vit", {**wrapped, "criterion.weight": np.ones(3, "f4")})
     with pytest.raises(MappingError) as caught:
         vit_ref.from_pretrained(path)
-    said = f"the prefix 'model.' is stripped only if all names begin with it, and 1 of {len(TENSORS) + 1} do not, first"
+    said = f"the prefix 'model.' is removed only if all names begin with it, and 1 of {len(TENSORS) + 1} do not, first"
     assert f"{said} criterion.weight: leave these out with --ignore PATTERN" in str(caught.value)
     assert same(path, ignore=["criterion.*"])
 
@@ -175,7 +175,7 @@ def test_a_command_says_that_it_strips_a_prefix(tmp_path: Path) -> None:
     path = directory(tmp_path / "vit", {f"module.{name}": value for name, value in TENSORS.items()})
     ended = CliRunner().invoke(main, ["convert", str(path), str(tmp_path / "out"), "--to", "hf"])
     assert ended.exit_code == 0, ended.output
-    assert ended.stderr == f"vit-ref: {path}: all weights' names begin with 'module.', which is stripped\n"
+    assert ended.stderr == f"vit-ref: {path}: all weights' names begin with 'module.', which is removed\n"
 
 
 def test_convert_leaves_behind_what_is_ignored(leftovers: Path, tmp_path: Path) -> None:

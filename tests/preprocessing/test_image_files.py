@@ -40,7 +40,7 @@ def test_what_pillow_reads_is_an_image_and_the_rest_is_not(tmp_path: Path) -> No
     assert {read_image(path, path.name).size for path in found.images} == {(4, 4)}
 
 
-def test_suffixes_of_plug_ins_count_from_when_they_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plug_in_adds_its_suffixes_when_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ".heic" not in suffixes()
     Image.registered_extensions()
     monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")

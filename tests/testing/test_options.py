@@ -125,5 +125,5 @@ def test_a_damaged_checkpoint_fails_with_its_reason(tmp_path: Path, filled) -> N
     (directory / "model.safetensors").write_bytes(b"nothing")
     ended = run(FORWARD, "--checkpoint", directory, "-k", "given-vit")
     assert ended.returncode == 1
-    assert f"{directory / 'model.safetensors'}: damaged or truncated, fetch it again" in ended.stdout
+    assert f"{directory / 'model.safetensors'}: it is damaged or truncated (" in ended.stdout
     assert "Traceback" not in ended.stdout

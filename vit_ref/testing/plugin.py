@@ -107,16 +107,19 @@ def _require_reports(config: pytest.Config, directory: Path) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Returns warnings about this device that matter for the verdict in the tested precisions."""
+    """Returns what products are in the tested precisions, and warnings that matter for the verdict."""
     from vit_ref import image_files
-    from vit_ref.verify.environment import notes
+    from vit_ref.verify.environment import describe_products, notes
     from vit_ref.verify.precision import PRECISIONS
 
     asked = config.getoption("precision") or ["float32"]
     others = image_files.find(Path(config.getoption("images"))).others if config.getoption("images") else []
     reason = "left out, because the suffix is not that of an image"
     left_out = [f"warning: {reason}: {image_files.counted(others)}"] if others else []
-    return left_out + [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
+    made = [f"{name}: products are {describe_products(PRECISIONS[name])}" for name in asked]
+    warnings = [f"warning: {name}: {note}" for name in asked for note in notes(PRECISIONS[name])]
+    # A warning about the products holds the whole line about them.
+    return left_out + [line for line in made if f"warning: {line}" not in warnings] + warnings
 
 
 def summarise(name: str, text: str, *, given: bool) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Checkpoints: found here or on the hub, and read whole. What the tensors mean is `mapping`'s business."""
+"""Reading of checkpoints, from a directory, a file or the hub. The module `mapping` knows what the tensors mean."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _LOG = logging.getLogger("vit_ref")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it stands in its files.
+    """Content of a checkpoint's files.
 
     Attributes:
       path: the directory or file that it was read from.
-      tensors: by name, in the file's dtypes; names of nested trees are joined with "/". A `LazyTensors` where they were
-        to be read one by one.
-      config: `config.json`, or None where a lone file has none beside it.
+      tensors: by name, in the file's dtypes. Names of nested trees are joined with "/". A `LazyTensors` if the caller
+        reads them one by one.
+      config: `config.json`, or None if a lone file has none beside it.
       preprocessor: `preprocessor_config.json`, or None.
-      files: those that hold the tensors, sorted by name; none of a checkpoint that was made in memory.
+      files: those that hold the tensors, sorted by name. Empty if the checkpoint was made in memory.
     """
 
     path: Path
@@ -55,31 +55,31 @@ class Checkpoint:
 
 
 def locate(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The local directory or file of a checkpoint, fetched from the Hugging Face hub where the name is one of its.
+    """Returns the local directory or file of a checkpoint, after fetching it from the hub if it is not here.
 
     Args:
-      path_or_hub_id: a directory, a file, or whatever `hub.parse_name` takes.
-      revision: see `hub.fetch`.
+      path_or_hub_id: a directory, a file, or a name that `hub.parse_name` takes.
+      revision: a branch, a tag or a commit on the hub; None for the newest commit of the main branch.
 
     Raises:
-      CheckpointError: there is no such directory or file, and no such repository on the hub, or no way to it.
+      CheckpointError: there is no such directory, file or repository on the hub, or the hub cannot be reached.
     """
     name = os.fspath(path_or_hub_id)
     if not name:
         raise CheckpointError("the checkpoint's name is empty: give a directory or a hub id")
-    if os.path.exists(name):  # unlike Path.exists, it takes a name that is too long for a file
+    if os.path.exists(name):  # Path.exists raises an error if the name is too long for a file.
         if revision is not None:
-            raise CheckpointError(f"{name}: is no hub id, so it has no revision {revision!r}: leave revision out")
+            raise CheckpointError(f"{name}: it is no hub id, so it has no revision {revision!r}: leave revision out")
         return Path(name)
     return hub.fetch(hub.parse_name(name, revision), _wanted)
 
 
 def _wanted(name: str, files: Iterable[str] | None) -> list[str]:
-    """The files to fetch from a repository of the hub: the configuration, and the weights in one format.
+    """Returns the files to fetch from a repository of the hub: the configuration, and the weights in one format.
 
     Args:
       name: the repository, for a message.
-      files: what it has; None where that is not known, and all that the cache has is taken.
+      files: its files. None if they are not known: the cache is then searched for every format.
     """
     if files is None:
         return [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, SHARDS, FLAX_WEIGHTS]
@@ -90,7 +90,7 @@ def _wanted(name: str, files: Iterable[str] | None) -> list[str]:
     pickles = sorted(file for file in files if file.endswith(PICKLES))
     if pickles:
         raise CheckpointError(f"{name}/{pickles[0]}: {PICKLE_REFUSAL}")
-    raise CheckpointError(f"{name}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
+    raise CheckpointError(f"{name}: it has no weights: give a repository with {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
 
 
 def read(
@@ -102,16 +102,17 @@ def read(
 ) -> Checkpoint:
     """Reads a checkpoint: a Hugging Face directory, a hub id, or a `.safetensors`, `.msgpack` or `.npz` file.
 
-    One prefix that all names have in common is stripped, and the logger "vit_ref" says so; see `wrappers`.
+    If all names share one of the prefixes in `wrappers`, it is removed, and the logger "vit_ref" warns of it.
 
     Args:
-      path_or_hub_id: which.
-      revision: see `hub.fetch`.
-      lazy: read headers only, and each tensor when it is asked for. Of safetensors; other files are read whole.
-      ignore: names or patterns of tensors that the caller will leave behind; they need not have the prefix.
+      path_or_hub_id: the checkpoint.
+      revision: a branch, a tag or a commit on the hub; None for the newest commit of the main branch.
+      lazy: whether to read the headers now and each tensor on access. It applies to safetensors. Other files are read
+        whole.
+      ignore: names or patterns of tensors that the caller will leave out. They need not have the prefix.
 
     Raises:
-      CheckpointError: it cannot be found, is damaged, is a pickle, or lacks its config.
+      CheckpointError: the checkpoint is not found, is damaged, is a pickle, or has no configuration.
     """
     path = locate(path_or_hub_id, revision)
     directory = path.parent if path.is_file() else path
@@ -123,23 +124,23 @@ def read(
 
 
 def _unwrapped(tensors: Mapping[str, NDArray], path: Path, ignore: tuple[str, ...]) -> Mapping[str, NDArray]:
-    """The weights under the names that they have without what a training loop puts before them all."""
-    left_behind = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in ignore)}
-    prefix, weights = find_wrapper(name for name in tensors if name not in left_behind)
+    """Returns the weights under their names without the prefix that a training loop puts before all of them."""
+    ignored = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in ignore)}
+    prefix, weights = find_wrapper(name for name in tensors if name not in ignored)
     if not prefix:
         return tensors
-    state = len(tensors) - len(left_behind) - len(weights)
-    beside = f", and {state} tensors of training state beside them are left behind" if state else ""
-    _LOG.warning("%s: all weights' names begin with %r, which is stripped%s", path, prefix, beside)
-    # Those to be left behind stay until it is seen that every pattern names one.
-    kept = [name for name in tensors if name.startswith(prefix) or name in left_behind]
+    state = len(tensors) - len(ignored) - len(weights)
+    beside = f", and {state} tensors of training state are left out" if state else ""
+    _LOG.warning("%s: all weights' names begin with %r, which is removed%s", path, prefix, beside)
+    # The ignored tensors stay, because the caller checks that every pattern names one.
+    kept = [name for name in tensors if name.startswith(prefix) or name in ignored]
     return rename_tensors(tensors, {name.removeprefix(prefix): name for name in kept})
 
 
 def _read_directory(
     path: Path, reader: Callable[[Path], Mapping[str, NDArray]]
 ) -> tuple[Mapping[str, NDArray], tuple[Path, ...]]:
-    """The tensors, and the files that they stand in."""
+    """Returns the tensors, and the files that hold them."""
     if (path / WEIGHTS).exists():
         return reader(path / WEIGHTS), (path / WEIGHTS,)
     if (path / INDEX).exists():
@@ -149,7 +150,7 @@ def _read_directory(
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise CheckpointError(f"{path / pickles[0]}: {PICKLE_REFUSAL}")
-    raise CheckpointError(f"{path}: no weights: expected {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
+    raise CheckpointError(f"{path}: it has no weights: give a directory with {WEIGHTS}, {INDEX} or {FLAX_WEIGHTS}")
 
 
 def _read_shards(
@@ -158,16 +159,18 @@ def _read_shards(
     index = _read_json(path / INDEX, required=True) or {}
     shard_of = index.get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise CheckpointError(f"{path / INDEX}: no weight_map from tensors to files")
+        raise CheckpointError(f"{path / INDEX}: it has no weight_map from tensors to files: save the checkpoint again")
     shards: dict[str, Mapping[str, NDArray]] = {}
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
-            raise CheckpointError(f"{path / INDEX}: {shard!r} is not a file name beside the index")
+            raise CheckpointError(
+                f"{path / INDEX}: {shard!r} is not the name of a file beside the index: save the checkpoint again"
+            )
         shards[shard] = reader(path / shard)
         listed = {name for name, file in shard_of.items() if file == shard}
         if shards[shard].keys() != listed:
             names = ", ".join(sorted(shards[shard].keys() ^ listed))
-            raise CheckpointError(f"{path / shard}: the index and the file disagree on {names}")
+            raise CheckpointError(f"{path / shard}: the index and the file disagree on {names}: fetch both again")
     files = tuple(path / shard for shard in shards)
     if all(isinstance(tensors, LazyTensors) for tensors in shards.values()):
         return LazyTensors(*files), files
@@ -175,7 +178,7 @@ def _read_shards(
 
 
 def _number(digits: str) -> int | float:
-    """An integer; a float where it has not 64 bits, which whoever uses it can say something about."""
+    """Returns an integer, or a float if the number may need more than 64 bits. The field's own check reports it."""
     return int(digits) if len(digits) <= 18 else float(digits)
 
 
@@ -185,9 +188,9 @@ def _read_json(file: Path, *, required: bool) -> dict[str, Any] | None:
     except FileNotFoundError:
         if not required:
             return None
-        raise CheckpointError(f"{file.parent}: no {file.name} in this directory") from None
+        raise CheckpointError(f"{file.parent}: it has no {file.name}: fetch the whole checkpoint again") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
+        raise CheckpointError(f"{file}: it cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
+        raise CheckpointError(f"{file}: it is not a JSON object: fetch it again")
     return content

@@ -54,7 +54,7 @@ def detect(names: Iterable[str]) -> Layout:
         prefix, others = guess_wrapper(names)
         if prefix:
             said += (
-                f"; the prefix {prefix!r} is stripped only if all names begin with it, and {len(others)} of"
+                f"; the prefix {prefix!r} is removed only if all names begin with it, and {len(others)} of"
                 f" {len(names)} do not, first {min(others)}: leave these out with --ignore PATTERN, or"
                 " ignore=[PATTERN] in Python"
             )

@@ -1,6 +1,6 @@
-"""Files of tensors, read whole or tensor by tensor: safetensors, flax msgpack, npz.
+"""Reading of tensor files, whole or tensor by tensor: safetensors, flax msgpack, npz.
 
-Pickle is refused: unpickling runs whatever code the file holds.
+Pickles are refused, because unpickling runs the code in the file.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from vit_ref.weights.stored_dtypes import require_readable
 from vit_ref.weights.wrappers import is_state
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-PICKLE_REFUSAL = "is a pickle, which can run code when read: convert it to safetensors first"
+PICKLE_REFUSAL = "it is a pickle, which can run code when read: convert it to safetensors first"
 
 
 class LazyTensors(Mapping[str, NDArray]):
-    """Tensors of safetensors files, read each time they are asked for, and kept by nobody here.
+    """Tensors of safetensors files. Every access reads the tensor from its file, and none is kept in memory.
 
     Args:
-      files: the files, whose headers are read and checked now.
+      files: the files. Their headers are read and checked now.
 
     Raises:
-      CheckpointError: a file is missing, damaged or truncated; also when a tensor is read.
+      CheckpointError: a file is missing, damaged or truncated. Every access may raise it too.
     """
 
     def __init__(self, *files: Path):
@@ -45,48 +45,60 @@ class LazyTensors(Mapping[str, NDArray]):
         for file in files:
             require_readable(file)
             with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
-                self._stored |= {name: (file, name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
+                self._stored |= {name: (file, name) for name in stored.keys()}  # noqa: SIM118  # not a mapping
 
     def renamed(self, names: Mapping[str, str]) -> LazyTensors:
-        """Some of these tensors under other names, new name -> name here."""
+        """Returns some of these tensors under other names.
+
+        Args:
+          names: new name -> present name.
+        """
         view = LazyTensors()
         view._stored = {new: self._stored[name] for new, name in names.items()}
         return view
 
     def __getitem__(self, name: str) -> NDArray:
-        """The tensor, in the file's dtype."""
+        """Reads a tensor in the file's dtype."""
         file, inner = self._stored[name]
         with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
             return stored.get_tensor(inner)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor; a mapping's own way is to read it."""
+        """Tells whether there is such a tensor. `Mapping` would read it to find out."""
         return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """Yields the names."""
         return iter(self._stored)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of tensors."""
         return len(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without its values."""
+        """Reads a tensor's shape, and not its values."""
         file, inner = self._stored[name]
         with _damage_of(file), safetensors.safe_open(file, framework="numpy") as stored:
             return tuple(stored.get_slice(inner).get_shape())
 
 
 def rename_tensors(tensors: Mapping[str, NDArray], names: Mapping[str, str]) -> Mapping[str, NDArray]:
-    """Some of these tensors under other names, new name -> name in `tensors`; of `LazyTensors` nothing is read."""
+    """Returns some tensors under other names. It reads none of `LazyTensors`.
+
+    Args:
+      tensors: by present name.
+      names: new name -> present name.
+    """
     if isinstance(tensors, LazyTensors):
         return tensors.renamed(names)
     return {new: tensors[name] for new, name in names.items()}
 
 
 def read_tensors(file: Path) -> dict[str, NDArray]:
-    """All tensors of one file, by name.
+    """Reads all tensors of one file.
+
+    Returns:
+      Tensors by name, in the file's dtypes.
 
     Raises:
       CheckpointError: the file is missing, damaged, of an unknown kind, or a pickle.
@@ -99,53 +111,55 @@ def read_tensors(file: Path) -> dict[str, NDArray]:
         ".npz": _read_npz,
     }
     if file.suffix not in readers:
-        raise CheckpointError(f"{file}: unknown kind of file: give one of {', '.join(readers)}")
+        raise CheckpointError(f"{file}: it is no known kind of file: give one of {', '.join(readers)}")
     with _damage_of(file):
         return readers[file.suffix](file)
 
 
 def read_lazily(file: Path) -> Mapping[str, NDArray]:
-    """Tensors of one file, each read when it is asked for if the file is safetensors."""
+    """Returns tensors of one file by name. Each access reads a tensor if the file is safetensors."""
     return LazyTensors(file) if file.suffix == ".safetensors" else read_tensors(file)
 
 
 @contextmanager
 def _damage_of(file: Path) -> Iterator[None]:
-    """Makes whatever readers raise of a damaged file one line."""
+    """Turns the errors that readers raise into a `CheckpointError` of one line."""
     damage = (
         safetensors.SafetensorError,
         msgpack.exceptions.UnpackException,
         zipfile.BadZipFile,
         zlib.error,
-        # zipfile on an encrypted member, and on a version or a compression that it has not
+        # zipfile, for an encrypted member, and for a version or a compression that it does not support
         RuntimeError,
         NotImplementedError,
-        # numpy on a member that is a pickle or cut short, msgpack on an inconsistent tree
+        # numpy, for a member that is a pickle or truncated; msgpack, for an inconsistent tree
         ValueError,
         KeyError,
         EOFError,
         TypeError,
         OSError,
-        # numpy on the name of a dtype that is none
+        # numpy, for a dtype that does not exist
         SyntaxError,
     )
-    if os.path.isdir(file):  # unlike Path.is_dir, it takes a name that is too long
-        raise CheckpointError(f"{file}: is a directory, and was to be a file of weights")
+    if os.path.isdir(file):  # Path.is_dir raises an error if the name is too long.
+        raise CheckpointError(f"{file}: it is a directory in place of a file of weights: fetch the file again")
     try:
         yield
     except CheckpointError:
         raise
     except (FileNotFoundError, PermissionError):
-        # safetensors finds no file wherever it cannot open one.
+        # safetensors reports a missing file also if it may not open the file.
         if os.path.exists(file):
-            reason = "may not be read: change its permissions"
+            reason = "this user may not read it: change its permissions"
         else:
-            reason = "a link to no file: fetch it again" if os.path.islink(file) else "no such file"
+            reason = "it is a link to no file: fetch it again" if os.path.islink(file) else "no such file"
         raise CheckpointError(f"{file}: {reason}") from None
     except MemoryError as error:
-        raise CheckpointError(f"{file}: does not fit in memory, or is damaged ({str(error).strip()})") from None
+        raise CheckpointError(
+            f"{file}: it does not fit in memory, or is damaged ({str(error).strip()}): free memory, or fetch it again"
+        ) from None
     except damage as error:
-        raise CheckpointError(f"{file}: damaged or truncated, fetch it again ({str(error).strip()})") from None
+        raise CheckpointError(f"{file}: it is damaged or truncated ({str(error).strip()}): fetch it again") from None
 
 
 def _read_safetensors(file: Path) -> dict[str, NDArray]:
@@ -161,16 +175,16 @@ def _read_msgpack(file: Path) -> dict[str, NDArray]:
 
 
 def _read_npz(file: Path) -> dict[str, NDArray]:
-    # Opened here, because np.load leaves a damaged file open.
+    # np.load itself leaves a damaged file open.
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         tensors = _arrays({name: archive[name] for name in archive.files})
-    # numpy has no name for bfloat16 and writes two bytes of "void" in its place.
+    # NumPy has no name for bfloat16, and writes it as "void" of two bytes.
     return {name: value.view(ml_dtypes.bfloat16) if value.dtype == "V2" else value for name, value in tensors.items()}
 
 
 def _arrays(found: dict[str, Any]) -> dict[str, NDArray]:
     arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-    # flax keeps a training loop's step as a number.
+    # flax saves a training loop's step as a number.
     odd = [name for name in found.keys() - arrays.keys() if not is_state(name)]
     if odd:
         raise ValueError(f"{min(odd)} is not an array")

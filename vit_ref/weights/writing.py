@@ -1,4 +1,4 @@
-"""Checkpoints written: a whole directory or nothing, and one tensor at a time in memory."""
+"""Writing of checkpoints: a whole directory or nothing, with one tensor at a time in memory."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _STORED = {
 
 
 class Deferred(NamedTuple):
-    """A tensor to be written that is made when its turn comes, and held no longer.
+    """A tensor that the writer makes when it writes it, and does not keep.
 
     Attributes:
       shape: its shape.
       dtype: its dtype.
-      make: makes it.
+      make: returns its values.
     """
 
     shape: tuple[int, ...]
@@ -45,11 +45,11 @@ class Deferred(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray:
-        """Makes it."""
+        """Makes the tensor."""
         return self.make()
 
 
@@ -63,25 +63,25 @@ def write_directory(
 ) -> None:
     """Writes a Hugging Face directory.
 
-    Everything is written under temporary names first and then renamed, the config last: each file appears whole, and a
-    save that fails while writing changes nothing. Weights of an earlier save are removed after that.
+    It writes every file under a temporary name, then renames all, the configuration last. So each file appears whole,
+    and an error while writing changes nothing. Then it removes weights of an earlier save.
 
     Args:
-      directory: made where it does not exist; other files in it stay.
-      tensors: by name. Of those that are deferred one at a time is made.
-      config: becomes `config.json`.
-      preprocessor: becomes `preprocessor_config.json`, where given. Else one that is there stays, with a warning: it
-        may have been put there for this model, or be left from another.
-      max_shard_size: larger weights are split, in bytes or as "5GB".
+      directory: made if it does not exist. Its other files stay.
+      tensors: by name. Those that are `Deferred` are made one at a time.
+      config: content of `config.json`.
+      preprocessor: content of `preprocessor_config.json`. If it is None, an existing file stays, with a warning:
+        somebody may have put it there for this model, or it may be left from another.
+      max_shard_size: largest size of a file, in bytes or as "5GB". Larger weights are split into several files.
 
     Raises:
-      CheckpointError: the directory cannot be written.
+      CheckpointError: the directory cannot be written to, or `max_shard_size` is no size.
     """
     directory = Path(directory)
     if preprocessor is None and (directory / PREPROCESSOR).exists():
         warnings.warn(
-            f"{directory / PREPROCESSOR} stays, and images will be preprocessed by it, though the model that is saved"
-            " brings none: remove it unless it is meant for it",
+            f"{directory / PREPROCESSOR}: the model has no preprocessing of its own, so this file stays and its"
+            " images will be preprocessed by it: remove the file unless it belongs to the model",
             stacklevel=3,
         )
     split = _split(tensors, max_shard_size)
@@ -98,20 +98,20 @@ def write_directory(
             written = sorted((file.name for file in Path(stage).iterdir()), key=lambda name: name == CONFIG)
             for name in written:
                 os.replace(Path(stage, name), directory / name)
-        # Weights of an earlier save, in whichever format, would be read in place of these by some reader.
+        # Some readers would read an earlier save's weights in place of these, whatever their format.
         earlier = [directory / WEIGHTS, directory / INDEX, directory / FLAX_WEIGHTS, *directory.glob(SHARDS)]
         for superseded in earlier:
             if superseded.name not in written:
                 superseded.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error})") from None
+        raise CheckpointError(f"{directory}: it cannot be written ({error}): give another place") from None
 
 
 def order_names(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str) -> list[str]:
-    """The names, in the order in which `write_directory` makes these tensors.
+    """Returns the names in the order in which `write_directory` makes these tensors.
 
     Raises:
-      CheckpointError: no file may be of that size.
+      CheckpointError: `max_shard_size` is no size.
     """
     files = _split(tensors, max_shard_size).filename_to_tensors.values()
     return [name for names in files for name in _as_stored({name: tensors[name] for name in names})]
@@ -131,7 +131,7 @@ def _split(tensors: Mapping[str, NDArray | Deferred], max_shard_size: int | str)
 
 
 def _shard_size(given: Any) -> int | str:
-    """A size as huggingface_hub reads it; zero and negative ones, which it would take, are refused."""
+    """Returns a size in a form that huggingface_hub reads. Refuses zero and negative sizes, which it would take."""
     whole = hasattr(given, "__index__") and not isinstance(given, bool)
     size = operator.index(given) if whole else given
     text = isinstance(size, str) and re.search("[1-9]", size) and not size.strip().startswith("-")
@@ -141,20 +141,21 @@ def _shard_size(given: Any) -> int | str:
 
 
 def _as_stored(tensors: Mapping[str, NDArray | Deferred]) -> list[str]:
-    # The widest first, then by name, so that each is aligned. Of two widths alike bfloat16 comes first there.
+    # The widest dtypes come first, so that each tensor is aligned. safetensors sorts bfloat16 before float16.
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, _STORED[tensors[name].dtype], name))
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, NDArray | Deferred]) -> None:
-    """Writes the bytes that safetensors' own `save_file` does, which wants all tensors at once.
+    """Writes the same bytes as safetensors' own `save_file`, which needs all tensors in memory at once.
 
-    The format (https://huggingface.co/docs/safetensors) is the header's length, the header, the tensors without gaps.
+    The format (https://huggingface.co/docs/safetensors) is the header's length, the header, and the tensors without
+    gaps.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     names = _as_stored(tensors)
-    # transformers refuses a safetensors file that does not say which framework's names it holds.
+    # transformers refuses a safetensors file that does not name the framework of its tensors.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -166,15 +167,15 @@ def write_safetensors(file: Path, tensors: Mapping[str, NDArray | Deferred]) -> 
     with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            # numpy has no buffer of bfloat16.
+            # NumPy offers no buffer for bfloat16.
             stream.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, NDArray]) -> None:
-    """Writes one `.npz` or `.msgpack` file, which `read_tensors` reads; names become a tree at each "/" in the latter.
+    """Writes one `.npz` or `.msgpack` file, which `read_tensors` reads. In the latter each "/" in a name makes a tree.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     if file.suffix == ".npz":
         np.savez(file, allow_pickle=False, **tensors)
@@ -183,7 +184,7 @@ def write_tensors(file: Path, tensors: Mapping[str, NDArray]) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes an object for people to read, too."""
-    # Half a surrogate pair, which JSON may escape, is no UTF-8: it stays escaped.
+    """Writes an object as indented JSON, which people can read too."""
+    # JSON may escape half a surrogate pair. UTF-8 cannot hold it, so it stays escaped.
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -13,7 +13,7 @@ from jax import Array
 
 from tests.mutants.injection import Inject, at, loaded
 from tests.mutants.mutant import Mutant, backward, forward
-from vit_ref.model import vit
+from vit_ref.model import norm, vit
 from vit_ref.model.norm import LayerNorm
 
 
@@ -51,6 +51,10 @@ def _epsilon_outside(x: Array, epsilon: float) -> Array:
 
 def _not_centred(x: Array, epsilon: float) -> Array:
     return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+
+
+def _centred_for_the_variance_only(x: Array, epsilon: float) -> Array:
+    return x / jnp.sqrt(_moments(x)[1] + epsilon)
 
 
 def _over_width_less_one(x: Array, epsilon: float) -> Array:
@@ -107,7 +111,7 @@ MUTANTS = (
         number=5,
         name="fast-variance",
         story="E[x^2] - E[x]^2, nnx.LayerNorm's default, which cancels if the mean exceeds the deviation",
-        source="nnx.LayerNorm's default",
+        source="the default of nnx.LayerNorm and of penzai",
         inject=_norms(lambda width, **options: nnx.LayerNorm(width, **options, rngs=nnx.Rngs(0))),
         # FlaxViT has this bug, too, so parity cannot measure it. It has no site, because a LayerNorm is tested alone.
         killed_by="model",
@@ -176,6 +180,24 @@ MUTANTS = (
         inject=_formula(_not_centred),
         first_site="block.0.norm1",
         cause="mean not subtracted",
+    ),
+    Mutant(
+        name="mean-subtracted-for-the-variance-only",
+        story="the deviation is right, but it divides the row with its mean",
+        source="Keras' LayerNormalization(rms_scaling=True), which is no RMSNorm",
+        inject=_formula(_centred_for_the_variance_only),
+        first_site="block.0.norm1",
+        cause="mean subtracted for the variance only",
+    ),
+    Mutant(
+        name="norm-in-bfloat16",
+        story="means and variances are computed in the computation's dtype",
+        source="haiku's LayerNorm in bfloat16",
+        inject=lambda monkeypatch: monkeypatch.setattr(norm, "at_least_float32", lambda dtype: dtype),
+        # The model's token stream is float32 in every precision, so its norms never see bfloat16. A LayerNorm is tested
+        # alone, and there is no site.
+        killed_by="model",
+        tests=("tests/model/test_norm.py", "-k", "rounded_once"),
     ),
     Mutant(
         name="norm-without-scale-and-bias",

@@ -38,6 +38,18 @@ def _by_scale_factor(x: Array, shape: tuple[int, ...], method: Any, antialias: b
     return jax.image.scale_and_translate(x, shape, (1, 2), scale, jnp.zeros(2), method, antialias=antialias)
 
 
+def _without_edges(x: Array, shape: tuple[int, ...], method: Any, antialias: bool) -> Array:
+    # PyTorch's kernel, with a = -0.75. Weights of points outside the grid are left out, and the others are scaled up.
+    for axis in (1, 2):
+        size, target = x.shape[axis], shape[axis]
+        d = np.abs((np.arange(target)[:, None] + 0.5) * size / target - 0.5 - np.arange(size))
+        near, far = (1.25 * d - 2.25) * d**2 + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3
+        weights = np.where(d <= 1, near, np.where(d < 2, far, 0))
+        weights = jnp.asarray(weights / weights.sum(1, keepdims=True), x.dtype)
+        x = jnp.moveaxis(jnp.tensordot(weights, x, (1, axis)), 0, axis)
+    return x
+
+
 def _cls_position(factor: float) -> Inject:
     def change(parameters: dict, config: ViTConfig) -> dict:
         positions = parameters["position_embeddings"].copy()
@@ -80,9 +92,17 @@ MUTANTS = (
     Mutant(
         number=21,
         name="bicubic-of-another-kernel",
-        story="jax's \"cubic\" has a = -0.5, PyTorch's bicubic -0.75",
+        story="jax's cubic: a = -0.5 and no points beyond the border; PyTorch has -0.75 and repeats the edge",
         source="jax #15768",
         inject=_with(method="cubic"),
+        killed_by="model",
+        tests=RESIZED,
+    ),
+    Mutant(
+        name="bicubic-without-repeated-edges",
+        story="the kernel is PyTorch's, but points beyond the border are left out, not repeated from the edge",
+        source="jax.image.scale_and_translate, with any kernel but PyTorch's",
+        inject=_resized_by(_without_edges),
         killed_by="model",
         tests=RESIZED,
     ),

@@ -75,6 +75,15 @@ def _exchanged(one: str, other: str) -> Inject:
     )
 
 
+def _in_the_memory_of_its_transpose(parameters: dict, config: ViTConfig) -> dict:
+    """Reads kernels that were saved under (out, in) with the memory of (in, out)."""
+    return {
+        path: value.reshape(value.shape[::-1]).T
+        for path, value in parameters.items()
+        if ".mlp." in path and path.endswith("kernel")
+    }
+
+
 def _one_element(monkeypatch: pytest.MonkeyPatch, dose: float) -> None:
     def change(parameters: dict, config: ViTConfig) -> dict:
         kernel = parameters["blocks.1.mlp.fc2.kernel"].astype(np.float64)
@@ -133,10 +142,18 @@ MUTANTS = (
         cause="kernel not transposed",
     ),
     Mutant(
+        name="saved-with-the-memory-of-its-transpose",
+        story="a transposed kernel is saved with its new shape and its old memory; if not square, every value moves",
+        source="safetensors.numpy.save_file of a transposed NumPy array (0.8.0)",
+        inject=loaded(_in_the_memory_of_its_transpose),
+        first_site="block.0.mlp.fc1",
+        cause="kernel saved with the memory of its transpose",
+    ),
+    Mutant(
         number=36,
         name="layers-in-lexicographic-order",
         story="names are sorted as text: block 10 comes before block 2",
-        source="nnli #1",
+        source="nnli #1; Orbax gives a tree's integer keys back as text",
         inject=_blocks(lambda depth: sorted(range(depth), key=str)),
         tests=forward("deep"),
         first_site="block.2.norm1",

@@ -63,19 +63,19 @@ def _checked(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def parity(request: pytest.FixtureRequest) -> ParityReport:
-    """The forward check of one subject."""
+    """Returns the forward report of one subject."""
     return _checked(request)
 
 
 @pytest.fixture(scope="session")
 def gradients(request: pytest.FixtureRequest) -> ParityReport:
-    """The backward check of one subject."""
+    """Returns the backward report of one subject."""
     return _checked(request)
 
 
 @pytest.fixture(scope="session")
 def behaviour(request: pytest.FixtureRequest) -> tuple[Behaviour, ...]:
-    """The properties of a candidate besides right values."""
+    """Returns the results of the behaviour checks of one subject."""
     return _checked(request)
 
 

@@ -137,6 +137,7 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
     dense = [
         ("bias left out", load(bias=np.zeros_like)),
         ("kernel not transposed", load(weight=np.transpose)),
+        ("kernel saved with the memory of its transpose", load(weight=_keep_memory)),
         *rounded,
     ]
     norm = [
@@ -156,6 +157,10 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
             _normalise(lambda x, eps: centred(x) / (x.std(-1, keepdims=True) + eps)),
         ),
         ("mean not subtracted", _normalise(lambda x, eps: x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps))),
+        (
+            "mean subtracted for the variance only",
+            _normalise(lambda x, eps: x / np.sqrt(x.var(-1, keepdims=True) + eps)),
+        ),
     ]
     projection = [
         *dense,
@@ -184,6 +189,7 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
         "patches": [
             ("patch kernel's height and width exchanged", load(weight=lambda w: w.swapaxes(2, 3))),
             ("patch kernel's channels mixed with its pixels", load(weight=_mix_channels)),
+            ("patch kernel saved with the memory of its transpose", load(weight=_keep_patch_memory)),
             ("patch kernel upside down", load(weight=lambda w: w[:, :, ::-1])),
             ("patch kernel mirrored", load(weight=lambda w: w[:, :, :, ::-1])),
             ("patch kernel rotated by 180 degrees", load(weight=lambda w: w[:, :, ::-1, ::-1])),
@@ -261,6 +267,19 @@ def list_known_bugs(config: ViTConfig) -> dict[str, list[tuple[Any, ...]]]:
 def _normalise(normalise: Callable[[NDArray, float], NDArray]) -> Edit:
     """Replaces a LayerNorm's normalisation, but keeps its scale and bias."""
     return compute(lambda layer, x: right.affine(layer, normalise(x, layer.config.layer_norm_eps)))
+
+
+def _keep_memory(weight: NDArray) -> NDArray:
+    """Returns a kernel (out, in) whose numbers are laid out as in (in, out), unless it is square.
+
+    `safetensors.numpy.save_file` stores a transposed array so. A square kernel is then merely not transposed.
+    """
+    return weight if weight.shape[0] == weight.shape[1] else weight.T.reshape(weight.shape)
+
+
+def _keep_patch_memory(weight: NDArray) -> NDArray:
+    """Returns a patch kernel (D, C, height, width) whose numbers are laid out as in (height, width, C, D)."""
+    return weight.transpose(2, 3, 1, 0).reshape(weight.shape)
 
 
 def _mix_channels(weight: NDArray) -> NDArray:

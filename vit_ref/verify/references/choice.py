@@ -56,12 +56,12 @@ class NumpyReference(NumpyOracle):
     def trace(  # type: ignore[override]  # the oracle takes a dtype
         self, pixels: NDArray, precision: Precision = FLOAT64, replace: Mapping[str, NDArray] | None = None
     ) -> Trace:
-        """See `Reference.trace`; values in `replace` are used instead of its own at those sites."""
+        """Implements `Reference.trace`. Values in `replace` take the place of its own at those sites."""
         with precision.active():
             return super().trace(pixels, precision.dtype, replace)
 
     def storing(self, precision: Precision) -> NumpyReference:
-        """See `Reference.storing`."""
+        """Implements `Reference.storing`."""
         return NumpyReference(self.config, precision.rounded(self.tensors), self.reason)
 
     def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:

@@ -144,7 +144,7 @@ def norm(layer: Layer, x: NDArray) -> NDArray:
 
 
 def linear(layer: Layer, x: NDArray) -> NDArray:
-    """Multiplies by a kernel and adds the bias, if there is one."""
+    """Multiplies the input by a kernel and adds the bias, if there is one."""
     y = layer.product(x, layer.tensors["weight"].T)
     return y + layer.tensors["bias"] if "bias" in layer.tensors else y
 
@@ -266,7 +266,7 @@ class NumpyOracle:
     def trace(
         self, pixels: NDArray, dtype: DTypeLike = np.float64, replace: Mapping[str, NDArray] | None = None
     ) -> Trace:
-        """See `Observable.trace`. A replaced value is not computed, and its replacement is recorded."""
+        """Implements `Observable.trace`. It records a replacement without computing the replaced value."""
         return self._run(pixels, np.dtype(dtype), replace or {}, self.sites)
 
     def operands(self, dtype: np.dtype) -> Callable[[NDArray], NDArray]:
