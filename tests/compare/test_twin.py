@@ -28,7 +28,7 @@ def load_twin(checkpoint: Path) -> Any:
 
 
 def sites() -> dict[str, Any]:
-    """From the paths of transformers 4 to the sites of `verify`."""
+    """Returns the table from the paths of transformers 4 to the sites of `verify`."""
     heads = CASE.config.num_attention_heads
 
     def split(x: Any) -> Any:
