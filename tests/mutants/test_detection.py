@@ -142,7 +142,7 @@ def test_too_much_rounding_fails_only_the_numerical_gate() -> None:
     # The error of the site in units of the reference's own: 1, 2, 17, 57.
     [(0, False), (-2, False), (-4, True), (-5, True)],
 )
-def test_a_gelu_that_cancels_is_rounding_that_only_shows_in_the_tail(
+def test_a_gelu_that_cancels_fails_only_far_from_zero(
     shift: float, seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shifts every input of the activations. Around 0 no gate can tell the two forms apart."""

@@ -72,7 +72,7 @@ class Table:
         self._vjp = vjp
 
     def path_of(self, site: str) -> str:
-        """Returns the submodule or the named value that stands for a site."""
+        """Returns the path of the submodule, or the name of the value, that stands for a site."""
         found = (point.path for point, entries in self.points.items() for entry in entries if entry.destination == site)
         return next(found, site)
 
