@@ -1,4 +1,4 @@
-"""What each framework calls the operations that are measured, with its own defaults.
+"""The measured operations in each framework, with the framework's own defaults.
 
 An adapter imports its framework, so that `measure.py` needs no other framework. Each entry takes NumPy arrays and
 returns what NumPy can read. An adapter leaves out an operation that its framework lacks.

@@ -27,7 +27,7 @@ def test_xla_counts_the_products_and_few_operations_besides(
         return (lambda *given: given[:2]), Cost(0.0)
 
     monkeypatch.setattr(contenders, "compile_twice", lowered_only)
-    # Of each size four blocks: twelve take three times as long to lower.
+    # Each size has only four blocks, because twelve take three times as long to lower.
     for name, (width, _, *rest) in {name: config._VARIANTS[name] for name in ("Ti", "S")}.items():
         monkeypatch.setitem(config._VARIANTS, name, (width, 4, *rest))
     workload = Workload(size, 2, "float32", what)

@@ -102,7 +102,7 @@ def test_a_site_without_a_value_is_not_observed(tiny: Path) -> None:
     assert report.passed
     assert [name for name in found["passed"] if name.startswith("forward/")] == ["forward/logits"]
     assert len([name for name in found["not observed"] if name.startswith("forward/")]) == 16
-    assert report.not_backward == "not asked for"
+    assert report.not_backward == "not requested"
 
 
 def test_a_function_of_the_pixels_is_a_candidate(tiny: Path) -> None:
@@ -137,11 +137,11 @@ def test_without_a_backward_pass_the_reason_is_given(tiny: Path) -> None:
     ("report", "name", "outcome", "text"),
     [
         ("right", "forward/logits", None, ""),
-        ("right", "backward/pixels", pytest.skip.Exception, "not asked for"),
+        ("right", "backward/pixels", pytest.skip.Exception, "not requested"),
         ("right", "behaviour/jit", pytest.skip.Exception, "does not apply to a candidate of this kind"),
         ("wrong", "forward/block.0.norm1", pytest.fail.Exception, "tiny: first divergence at block.0.norm1"),
         ("wrong", "backward/pixels", pytest.fail.Exception, "float64 relative RMS error 3.3e-05, gate 1e-12"),
-        ("misbehaving", "behaviour/batch", pytest.fail.Exception, "otherwise than in its batch"),
+        ("misbehaving", "behaviour/batch", pytest.fail.Exception, "another output than in its batch"),
         ("expected failures", "forward/block.0.norm1", pytest.xfail.Exception, "known"),
         (
             "expected failures",

@@ -278,11 +278,11 @@ def test_a_candidate_that_cannot_compute_in_float64_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
 ) -> None:
     def truncated(*arguments: Any, **options: Any) -> CandidateReport:
-        raise TruncatedError("mine was to compute in float64")
+        raise TruncatedError("mine must compute in float64")
 
     monkeypatch.setattr(session, "check_port", truncated)
     ended = invoke("verify", "anywhere", "--json", tmp_path / "a.json")
-    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: mine was to compute in float64\n")
+    assert (ended.exit_code, ended.stderr) == (2, "vit-ref: mine must compute in float64\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -62,7 +62,7 @@ def test_a_candidate_that_writes_into_its_images_fails(timm: vit_ref.Candidate, 
     for changed in (timm, dataclasses.replace(timm, channels_first=False, sites=None, load=lambda _: Summing())):
         behaviour = check_behaviour(made(calling(changed, call), saved), IMAGES[:2])
         failed = [(each.name, each.reason) for each in behaviour if not each.passed]
-        assert failed == [("inputs", "it writes into the inputs that it is given: it has to copy them")]
+        assert failed == [("inputs", "it writes into its inputs: make it copy them first")]
 
 
 class Summing(torch.nn.Module):

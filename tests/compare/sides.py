@@ -1,4 +1,4 @@
-"""One small model in several frameworks: token ids and features in, seven numbers a row out."""
+"""One small model in several frameworks. It takes token ids and features, and returns seven numbers a row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Act = Callable[[Any], Any]
 
 
 def weights(seed: int = 0) -> dict[str, NDArray]:
-    """Float32 parameters by PyTorch's names, none at its initial value."""
+    """Returns float32 parameters by PyTorch's names. None has its initial value."""
     rng = np.random.default_rng(seed)
     shapes = {"embed.weight": (WORDS, WIDTH), "proj.weight": (WIDTH, FEATURES), "proj.bias": (WIDTH,)}
     for i in range(BLOCKS):
@@ -36,23 +36,23 @@ def weights(seed: int = 0) -> dict[str, NDArray]:
 
 
 def inputs(seed: int) -> dict[str, NDArray]:
-    """Two rows of four words with features."""
+    """Returns two rows of four words with features."""
     rng = np.random.default_rng(seed)
     return {"ids": rng.integers(0, WORDS, (2, 4)), "features": rng.normal(size=(2, 4, FEATURES))}
 
 
 def gelu(x: Any) -> Any:
-    """The exact GELU, in jax."""
+    """Returns the exact GELU, in jax."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def tanh_gelu(x: Any) -> Any:
-    """The approximate GELU, in jax."""
+    """Returns the approximate GELU, in jax."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def run(w: Mapping[str, Any], ids: Any, features: Any, tap: Any, act: Act = gelu, *, residual: bool = True) -> Any:
-    """The model as a function, whose values pass through a tap under the reference's names."""
+    """Returns the model as a function that passes its values through a tap, under the reference's names."""
 
     def linear(name: str, x: Any) -> Any:
         return tap(name, x @ w[f"{name}.weight"].T + w[f"{name}.bias"])
@@ -71,7 +71,7 @@ def run(w: Mapping[str, Any], ids: Any, features: Any, tap: Any, act: Act = gelu
 
 
 def function(**changes: Any) -> vit_ref.Candidate:
-    """The model as a function of its parameters that takes a tap."""
+    """Declares the model as a function of its parameters that takes a tap."""
 
     def forward(w: Mapping[str, Any], ids: Any, features: Any, tap: Any = lambda name, value: value) -> Any:
         return run(w, ids, features, tap, **changes)
@@ -129,7 +129,7 @@ NNX_SITES: dict[str, Any] = {
 
 
 def in_nnx(act: Act = gelu) -> vit_ref.Candidate:
-    """The model in NNX, with its table."""
+    """Declares the model in NNX, with its table."""
     return vit_ref.Candidate(load=lambda checkpoint: NnxModel(act), sites=NNX_SITES, name="nnx")
 
 
@@ -147,7 +147,7 @@ class LinenModel(linen.Module):
 
 
 def in_linen(kind: type[vit_ref.Candidate] = vit_ref.Candidate, **fields: Any) -> Any:
-    """The model in linen, as a candidate or as a reference."""
+    """Declares the model in linen, as a candidate or as a reference."""
     w = weights()
 
     def layer(name: str, matrix: str = "kernel") -> dict[str, NDArray]:

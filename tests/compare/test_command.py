@@ -1,4 +1,4 @@
-"""Does `vit-ref compare` say what it found, and end with the exit code that this has?"""
+"""Does `vit-ref compare` report its findings, and end with the right exit code?"""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_right_candidate_passes_and_its_report_is_written(file: str, tmp_path:
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
-def test_a_wrong_candidate_fails_and_its_first_divergence_is_printed(file: str) -> None:
+def test_a_wrong_candidate_fails_at_its_first_divergence(file: str) -> None:
     found = run(file, f"{file}:wrong", "--forward-only")
     assert found.exit_code == 1
     assert "first divergence at last" in found.output

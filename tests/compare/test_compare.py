@@ -1,4 +1,4 @@
-"""Is a candidate of any kind compared with a reference of any kind, and is a wrong one found out where it is wrong?"""
+"""Can any candidate be compared with any reference, and is a wrong one found at its wrong site?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def right() -> CandidateReport:
     return vit_ref.compare(torch_side.reference(), sides.in_nnx())
 
 
-def test_a_right_candidate_passes_at_every_site_gradient_and_behaviour(right: CandidateReport) -> None:
+def test_a_right_candidate_of_any_kind_passes_every_check(right: CandidateReport) -> None:
     assert right.passed and not names(right, "failed")
     assert {result.site for result in right.forward.results} == EVERY
     gradients = {result.site for result in right.backward.results}
@@ -77,7 +77,7 @@ def test_either_side_may_be_written_in_anything(reference: Callable[[], Any], ca
         (sides.in_nnx(sides.tanh_gelu), "blocks.0.act", "tanh GELU for erf GELU"),
         (sides.function(act=jax.nn.silu), "blocks.0.act", "SiLU for erf GELU"),
         (sides.function(residual=False), "blocks.0", "the value of blocks.0.fc2 in its place"),
-        # Where the activation is not shown, the reference is run with another one.
+        # The activation is not shown, so the reference is run with another one.
         (
             vit_ref.Candidate(
                 load=lambda checkpoint: sides.NnxModel(sides.tanh_gelu), sites={"layers.{i}": "blocks.{i}"}
@@ -121,7 +121,7 @@ def test_bfloat16_is_compared_on_parameters_that_are_rounded() -> None:
     assert 1e-4 < report.forward.results[-1].reference_error < 1e-1
 
 
-def test_what_cannot_be_replaced_passes_its_fault_on_to_no_other_part() -> None:
+def test_a_fault_that_cannot_be_replaced_blames_no_other_part() -> None:
     right, wrong = Error(1e-16, 1e-16), Error(1e-3, 1e-3)
     errors = {"fc1": right, "act": wrong, "fc2": wrong, "block": right, "norm": wrong, "head": right}
     assert list(isolated(errors, frozenset({"act", "fc1"}))) == ["fc1", "act", "block", "norm", "head"]

@@ -1,4 +1,4 @@
-"""Are named inputs made, adapted and differentiated as declared, and refused in one line where they cannot be?"""
+"""Are named inputs made, adapted and differentiated as declared, and else refused in one line?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_an_adaptor_moves_values_and_their_gradients_come_back() -> None:
     np.testing.assert_array_equal(found["input:images"], gradient[:, ::-1].transpose(0, 2, 3, 1))
 
 
-def test_a_value_that_is_used_twice_has_the_sum_of_both_gradients() -> None:
+def test_a_value_that_is_used_twice_gets_the_sum_of_gradients() -> None:
     fed = feeding(lambda images: (images, images[:1]), images=IMAGES)
     found = fed.by_input(Arguments((np.ones((2, 3, 5, 4)), np.ones((1, 3, 5, 4))), {}))
     np.testing.assert_array_equal(found["input:images"][:, 0, 0, 0], [2, 1])
@@ -89,7 +89,7 @@ def test_a_file_that_holds_no_named_arrays_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object))
     for name, message in (
         ("text.npz", "cannot be read"),
-        ("one.npy", "a single array"),
+        ("one.npy", "it holds an array without a name"),
         ("objects.npz", "cannot be"),
         ("none.npz", "no such file"),
     ):
@@ -100,11 +100,11 @@ def test_a_file_that_holds_no_named_arrays_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "no array in it"),
-        ({"x": np.array(["a"])}, "'x' is of <U1"),
-        ({"x": np.zeros((0, 3))}, "no element"),
-        ({"x": np.full((2, 3), np.nan)}, "'x' is NaN somewhere"),
-        ({"x": np.float32(1)}, "'x' is a number"),
+        ({}, "it has no array"),
+        ({"x": np.array(["a"])}, "'x' has dtype <U1"),
+        ({"x": np.zeros((0, 3))}, "it is empty"),
+        ({"x": np.full((2, 3), np.nan)}, "'x' has NaN in it"),
+        ({"x": np.float32(1)}, "'x' is a single number"),
     ],
 )
 def test_inputs_that_cannot_be_meant_are_refused(given: dict[str, Any], message: str) -> None:
@@ -115,7 +115,7 @@ def test_inputs_that_cannot_be_meant_are_refused(given: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (None, "theirs: no inputs: declare"),
+        (None, "theirs: it declares no inputs: use"),
         (lambda seed: IMAGES, "returned a ndarray"),
         (lambda seed: 1 / 0, "raised ZeroDivisionError"),
     ],

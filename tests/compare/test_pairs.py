@@ -27,7 +27,7 @@ families = pytest.mark.parametrize("name", MUTANTS)
 
 @cache
 def family(name: str) -> Any:
-    """The `Family` in that pair's file, which imports its neighbours."""
+    """Returns the `Family` in that pair's file, which imports its neighbours."""
     spec = importlib.util.spec_from_file_location(f"pair_{name}", PAIRS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with beside_it(str(PAIRS)):

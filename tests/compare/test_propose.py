@@ -1,4 +1,4 @@
-"""Is the table proposed that a person would write?"""
+"""Does the command propose the table that a person would write?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a wrong value explained by what was done to it, and by nothing else?"""
+"""Is a wrong value explained by its bug, and by no other?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def normed(x: NDArray, epsilon: float = 1e-5) -> NDArray:
 
 
 def labels(truth: NDArray, value: NDArray, **before: NDArray) -> list[str]:
-    """What explains the value, where these values came before it."""
+    """Returns the explanations of a value, given the values before it."""
 
     def explanations() -> Iterator[Prediction]:
         yield from change(truth, before)

@@ -1,4 +1,4 @@
-"""Do pytest's options compare a candidate with a reference that a person declared?"""
+"""Do pytest's options compare a candidate with a reference that a file declares?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_each_candidate_is_compared_with_the_declared_reference(tmp_path: Path) 
     found = run(tmp_path, "--reference", "sides.py", "--candidate", "sides.py", "--candidate", "sides.py:wrong")
     assert found.returncode == 1, found.stdout + found.stderr
     assert "first divergence at last" in found.stdout
-    # Of the wrong one the formula and the rounding fail, forward and backward, and it behaves.
+    # The wrong candidate fails both gates, forward and backward, but no check of behaviour.
     assert "4 failed, 6 passed" in found.stdout
 
 

@@ -1,4 +1,4 @@
-"""Is checked of a reference what can be, where it is the only truth?"""
+"""Is a reference that is the only truth checked as far as possible?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torch
 
 
 class Attending:
-    """What of a model of transformers is asked: which attention it has, and to take another one."""
+    """Stand-in for a model of transformers that has one attention, and can be set to another."""
 
     def __init__(self, own: str = "sdpa", off: float = 0.0):
         self.config, self.off = SimpleNamespace(_attn_implementation=own), off
@@ -29,7 +29,7 @@ class Attending:
 
 
 def run(model: Attending) -> Any:
-    """An output that depends on the way of attention by so much."""
+    """Returns an output that depends on the attention by `off`."""
     return torch.ones(2, 3, dtype=torch.float64).numpy() + (
         model.off if model.config._attn_implementation == "eager" else 0
     )
@@ -41,14 +41,14 @@ def test_both_ways_of_attention_are_run_and_named() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_ways_of_attention_that_differ_leave_nobody_to_decide() -> None:
+def test_a_reference_whose_ways_of_attention_differ_is_refused() -> None:
     with pytest.raises(
         UnjudgedError, match=r"theirs: its sdpa and its eager attention differ in float64 at output by 1\.0e-08"
     ):
         require_same_attention("theirs", Attending(off=1e-8), run)
 
 
-def test_a_model_with_another_way_of_attention_or_none_is_left_alone() -> None:
+def test_a_model_with_other_attention_or_none_is_not_changed() -> None:
     assert require_same_attention("theirs", Attending("flash_attention_2"), run) == ""
     assert require_same_attention("theirs", torch.nn.Linear(2, 3), run) == ""
 

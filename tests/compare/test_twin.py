@@ -28,7 +28,7 @@ def load_twin(checkpoint: Path) -> Any:
 
 
 def sites() -> dict[str, Any]:
-    """From the paths of transformers 4 to the sites of `verify`."""
+    """Returns the table from the paths of transformers 4 to the sites of `verify`."""
     heads = CASE.config.num_attention_heads
 
     def split(x: Any) -> Any:
@@ -108,5 +108,5 @@ def test_a_directory_of_transformers_is_a_reference_by_itself(checkpoint: Path) 
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
     for place in (None, tmp_path):
-        with pytest.raises(vit_ref.InputError, match=r"no config\.json in it"):
+        with pytest.raises(vit_ref.InputError, match=r"it has no config\.json"):
             pretrained.load(place)

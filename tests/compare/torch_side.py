@@ -41,18 +41,18 @@ class Model(torch.nn.Module):
 
 
 def loaded(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with the weights that all sides have, in evaluation mode."""
+    """Returns the model with the weights that all sides share, in evaluation mode."""
     model.load_state_dict({name: torch.from_numpy(value) for name, value in sides.weights().items()})
     return model.eval()
 
 
 def reference(model: type[torch.nn.Module] = Model, **fields: Any) -> vit_ref.Reference:
-    """The model as the reference."""
+    """Declares the model as the reference."""
     given = {"load": lambda checkpoint: loaded(model()), "inputs": sides.inputs, "name": "torch"}
     return vit_ref.Reference(**{**given, **fields})
 
 
 def candidate() -> vit_ref.Candidate:
-    """The model as the candidate, with all sites under their own names."""
+    """Declares the model as the candidate, with all sites under their own names."""
     names = ["embed", "proj", "head", *(f"blocks.{{i}}{end}" for end in ("", ".norm", ".fc1", ".act", ".fc2"))]
     return vit_ref.Candidate(load=lambda checkpoint: loaded(Model()), sites={name: name for name in names}, name="twin")

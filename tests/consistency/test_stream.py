@@ -224,7 +224,7 @@ def in_an_old_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "compare_forward", keeping)
 
 
-# What holds with a ring holds without one.
+# Without a ring the same holds.
 @pytest.mark.parametrize("caught", [True])
 def test_one_block_is_held_at_a_time_whatever_the_depth(
     caught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 WORKED = ROOT / "tests" / "candidates" / "worked"
 # Seconds for one shell block. The longest, which fine-tunes a small model, takes a minute on two quiet cores.
 LIMIT = 900
-# What may differ between two machines: a digest, a site with its block, a number.
+# Two machines may print another digest, site of a block, or number.
 _VARYING = re.compile(r"\b[0-9a-f]{64}\b|\bblocks?\.\d+[\w.]*|\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?")
 
 

@@ -99,8 +99,9 @@ def test_transformers_reads_the_pixels_of_a_run_from_scratch(runner: Runner, who
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, whole_run: tuple) -> None:
     """Kills the run several times, and then lets its disk fill up."""
     out, options = "stopped", ("--save-steps", "3")
-    # Before the first checkpoint; then in the second epoch, while the run writes a checkpoint, as after every third
-    # step: the tenth line is the ninth step, because each epoch has eight steps and a line of its own.
+    # The first kill comes before the first checkpoint. The second comes in the second epoch, while the run writes a
+    # checkpoint, which it does after every third step. Each epoch has eight steps and one line more, so the tenth line
+    # is the ninth step.
     for lines in (1, 10):
         runner.killed(out, *options, *(["--resume"] if lines > 1 else []), lines=lines)
     checkpoints = runner.directory / out / "checkpoints"
@@ -112,7 +113,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(runner: Runner, w
     assert good[-1] in {path.name for path in checkpoints.iterdir()}
     runner.run(out, *options, "--resume")
     assert runner.result(out) == whole_run[1]
-    # The checkpoint that was being written is gone. Of the others, the last two and the best remain.
+    # The checkpoint that was being written is gone. The last two and the best of the others remain.
     assert len(list(checkpoints.iterdir())) <= 3
 
 

@@ -22,7 +22,7 @@ ENVIRONMENT = {"jax": "0.10.2", "device": "cpu (cpu, x86_64)"}
 
 
 def measured(site: str, exact: float = 2e-16, alone: float | None = None, **fields: Any) -> SiteResult:
-    """Returns the result of one site. What the caller does not give passes."""
+    """Returns the result of one site. It passes unless the caller gives other numbers."""
     numbers = {"rounding": 1.1e-7, "reference_error": 9e-8, "gate": 3e-7, **fields}
     apart = None if alone is None else Error(alone, 2 * alone)
     return SiteResult(site, Error(1.5e-16, 2.5e-16), Error(exact, 3 * exact), apart, **numbers)
@@ -40,7 +40,7 @@ def ported(forward: ParityReport, backward: ParityReport | None = None, **fields
     behaviour = (Behaviour("repeat", 0.0, ""), Behaviour("inputs", None, ""))
     given = {"title": "tiny", "candidate": "mine", "behaviour": behaviour, "environment": ENVIRONMENT, **fields}
     given = {"checkpoint": ORIGIN, **given}
-    reason = "" if backward else "not asked for"
+    reason = "" if backward else "not requested"
     return CandidateReport(
         **{"reference": "FlaxViT", "precision": forward.precision, "not_backward": reason, "expected_failed_checks": {}}
         | {"forward": forward, "backward": backward}
@@ -98,7 +98,7 @@ def _infinite() -> CandidateReport:
 def _misbehaving() -> CandidateReport:
     forward = parity(measured("logits"))
     return ported(
-        forward, behaviour=(Behaviour("batch", 0.25, "an input alone comes out otherwise than in its batch"),)
+        forward, behaviour=(Behaviour("batch", 0.25, "an input alone gives another output than in its batch"),)
     )
 
 

@@ -8,7 +8,7 @@ from tests.mutants import table
 from tests.mutants.killing import ALIVE, dosed
 from tests.mutants.mutant import Mutant
 
-# What is run with a fault in it, other tests run without: to measure it here would take a tenth of the time.
+# Coverage is not measured here: other tests run the same code without faults, and measuring takes a tenth of the time.
 pytestmark = pytest.mark.no_cover
 
 

@@ -142,7 +142,7 @@ def test_too_much_rounding_fails_only_the_numerical_gate() -> None:
     # The error of the site in units of the reference's own: 1, 2, 17, 57.
     [(0, False), (-2, False), (-4, True), (-5, True)],
 )
-def test_a_gelu_that_cancels_is_rounding_that_only_shows_in_the_tail(
+def test_a_gelu_that_cancels_fails_only_far_from_zero(
     shift: float, seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shifts every input of the activations. Around 0 no gate can tell the two forms apart."""
@@ -197,7 +197,7 @@ def test_a_float64_value_truncated_to_float32_fails() -> None:
     def truncate(trace: Trace, dtype: np.dtype) -> Trace:
         return {site: value.astype(np.float32) for site, value in trace.items()}
 
-    with pytest.raises(TruncatedError, match="vit_ref was to compute in float64, but 30 of 30 sites are not"):
+    with pytest.raises(TruncatedError, match="vit_ref must compute in float64, but 30 of 30 sites do not"):
         check("rectangular", truncate)
 
 
@@ -215,7 +215,7 @@ def test_the_reference_in_float32_is_no_oracle(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Precision, "active", lambda precision: active(precision_of(np.float32)))
     case, source = CASES["rectangular"], CASES["rectangular"].checkpoint()
     with (
-        pytest.raises(TruncatedError, match="FlaxViT was to compute in float64"),
+        pytest.raises(TruncatedError, match="FlaxViT must compute in float64"),
         pytest.warns(UserWarning, match="float64"),
     ):
         Session(case.config, source, case.images(), OwnCandidate(case.config, source), title="x64 off").forward()

@@ -17,7 +17,7 @@ from tests.mutants.killing import ALIVE, dosed, require_killed
 from tests.mutants.mutant import ONE_BLOCK, Mutant, Parity, backward
 from vit_ref.model import vit
 
-# What is run with a fault in it, other tests run without: to measure it here would take a tenth of the time.
+# Coverage is not measured here: other tests run the same code without faults, and measuring takes a tenth of the time.
 pytestmark = pytest.mark.no_cover
 
 JUDGED = [mutant for mutant in ALIVE if isinstance(mutant.tests, Parity)]

@@ -117,7 +117,7 @@ def test_forward_findings_survive_missing_gradients(name: str, error: InputError
 def test_gradients_measured_or_not_requested_settle_a_check() -> None:
     report = REPORTS["right"]().forward
     assert judge_gradients(lambda: report) == (report, "", False)
-    assert judge_gradients(None) == (None, "not asked for", False)
+    assert judge_gradients(None) == (None, "not requested", False)
 
 
 @pytest.mark.parametrize("reference", ["flax", pytest.param("torch", marks=pytest.mark.torch)])

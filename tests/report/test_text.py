@@ -37,9 +37,9 @@ def test_a_summary_names_site_cause_and_next_step_first() -> None:
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("right", ["not observed: gradients (not asked for)"]),
+        ("right", ["not observed: gradients (not requested)"]),
         ("wrong", []),
-        ("output alone is shown", ["not observed: 3 sites, gradients (not asked for)"]),
+        ("output alone is shown", ["not observed: 3 sites, gradients (not requested)"]),
         (
             "expected failures",
             [
@@ -50,7 +50,7 @@ def test_a_summary_names_site_cause_and_next_step_first() -> None:
         ),
         (
             "misbehaving",
-            ["failed: behaviour/batch: an input alone comes out otherwise than in its batch"],
+            ["failed: behaviour/batch: an input alone gives another output than in its batch"],
         ),
     ],
 )
@@ -58,7 +58,7 @@ def test_every_status_has_lines_of_its_own_that_begin_with_it(name, lines) -> No
     found = summary(REPORTS[name]()).splitlines()
     assert [line for line in found if line in lines] == lines
     begun = ("failed: ", "not observed: ", "expected failure: ", "stale expectation: ")
-    assert {line for line in found if line.startswith(begun)} <= {*lines, "not observed: gradients (not asked for)"}
+    assert {line for line in found if line.startswith(begun)} <= {*lines, "not observed: gradients (not requested)"}
 
 
 def test_only_failing_rows_of_the_table_end_with_a_mark() -> None:

@@ -46,8 +46,8 @@ WAYS = {
 }
 
 
-# These ways are compared at every site and for every gradient: they divide all that the others divide, alone and with
-# all else at once. Of the others only the logits are compared, because each way takes ten seconds to compile.
+# These ways are compared at every site and for every gradient. They divide all that the others divide, alone and
+# together. The others are compared at the logits only, because each way takes ten seconds to compile.
 JUDGED = ("tensor-1x8", "fsdp+tensor-4x2")
 
 

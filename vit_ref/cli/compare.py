@@ -1,4 +1,4 @@
-"""`vit-ref compare`: the verdict on a candidate by a reference of any kind."""
+"""`vit-ref compare`: compares a candidate with a reference of any kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_outpu
 from vit_ref.cli.verify import WRONG
 from vit_ref.errors import InputError, PartlyJudgedError
 
-# "mixed" is a way in which this package's model computes, and no other.
+# Without "mixed", because only this package's own model computes in it.
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "float16")
 
 
@@ -34,12 +34,17 @@ class _Shape(click.ParamType):
 @click.command()
 @click.argument("reference", metavar="REFERENCE")
 @click.argument("candidate", metavar="CANDIDATE")
-@click.option("--checkpoint", type=LOCAL, metavar="PATH", help="What both sides load; without it they load nothing.")
-@click.option("--inputs", type=LOCAL, metavar="FILE.npz", help="Arrays by name; else the reference's inputs function.")
-@click.option("--shape", "shapes", type=_Shape(), multiple=True, help="Random input of this shape; repeatable.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of inputs that are made.")
+@click.option("--checkpoint", type=LOCAL, metavar="PATH", help="Checkpoint that both sides load.")
+@click.option(
+    "--inputs",
+    type=LOCAL,
+    metavar="FILE.npz",
+    help="Arrays by name. Default: the reference's inputs(seed).",
+)
+@click.option("--shape", "shapes", type=_Shape(), multiple=True, help="Use a random input of this shape. Repeatable.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs that are made.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
-@click.option("--forward-only", is_flag=True, help="No gradients.")
+@click.option("--forward-only", is_flag=True, help="Compare no gradients.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
 @json_option

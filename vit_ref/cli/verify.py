@@ -112,7 +112,7 @@ def verify(
                 except PartlyJudgedError as error:
                     report, unjudged = error.report, error
             if checkpoint is None:
-                # The temporary directory no longer exists when somebody reads the report.
+                # The temporary directory no longer exists when a person reads the report.
                 report = dataclasses.replace(report, checkpoint=report.checkpoint._replace(path=""))
             if json_file:
                 write_json(json_file, to_json(report))

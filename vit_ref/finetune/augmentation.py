@@ -150,7 +150,7 @@ def augment_image(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    # A transform can draw from PyTorch's generator only if somebody imported torch.
+    # A transform can draw from PyTorch's generator only if torch is imported.
     torch = sys.modules.get("torch")
     with _GLOBAL_GENERATORS:
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the transforms of others use it

@@ -24,7 +24,7 @@ PADDING = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a classifier predicts for labelled images. Batches add up: `sum(batches, start=Evaluation.empty(classes))`.
+    """Predictions of a classifier for labelled images. Batches add up: `sum(batches, start=Evaluation.empty(classes))`.
 
     Attributes:
       confusion: (classes, classes), int64. Row i, column j counts the images of class i that the model took for j.

@@ -58,7 +58,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     return height, width
 
 
-# What to do with a checkpoint of another model.
+# Advice for a checkpoint of another model.
 _ANOTHER_MODEL = (
     "A candidate of another model is compared with transformers' by: vit-ref compare vit_ref.verify.pairs.pretrained"
     " CANDIDATE.py --checkpoint PATH --shape pixel_values=2,HEIGHT,WIDTH,3"

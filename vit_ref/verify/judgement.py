@@ -1,4 +1,4 @@
-"""One check of a candidate by any reference: its parts, and the report that they make."""
+"""One check of a candidate against any reference: its parts, and the report that they make."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vit_ref.weights.origin import Origin
 
 
 class Judgement(ABC):
-    """One candidate and one reference, made ready to be compared.
+    """A candidate and a reference that are ready to be compared.
 
     Attributes:
-      title: which checkpoint or case, for reports.
+      title: name of the checkpoint or case, for reports.
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
-      origin: which checkpoint that is, and the digest of its weights.
-      notes: what a report says besides of how the two were run, a line each.
-      not_behaviour: why nothing is known of the candidate's behaviour; "" where something is.
+      origin: the checkpoint's name and the digest of its weights.
+      notes: notes for the report on how the two were run, one line each.
+      not_behaviour: the reason why nothing is known of the candidate's behaviour; "" if something is.
     """
 
     title: str
@@ -83,7 +83,7 @@ class Judgement(ABC):
     def check(
         self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
     ) -> CandidateReport:
-        """Does all of it; arguments and errors are those of `check_port` or `compare`."""
+        """Runs the whole check. See `check_port` or `compare` for arguments and errors."""
         forward = self.forward()
         gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
         report = self.report(forward, gradients, reason, self.behaviour(), self.not_behaviour)
@@ -93,16 +93,16 @@ class Judgement(ABC):
 
 
 def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityReport | None, str, bool]:
-    """Returns the report of the gradients, or why there is none, and whether that leaves a question open.
+    """Returns the report of the gradients, or the reason why there is none, and whether a question remains open.
 
-    Where the reference or the candidate has no backward pass there is nothing to judge. Where something else cannot be
-    used there was, and who asked for it has no answer.
+    If the reference or the candidate has no backward pass, there is nothing to check. After any other error the
+    caller's question has no answer.
 
     Args:
-      measure: measures them; None where nobody asked.
+      measure: measures the gradients; None if the caller does not want them.
     """
     if measure is None:
-        return None, "not asked for", False
+        return None, "not requested", False
     try:
         return measure(), "", False
     except (UnsupportedByReferenceError, UndifferentiableError) as error:
@@ -112,10 +112,14 @@ def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityR
 
 
 def complete(report: CandidateReport, unjudged: bool) -> CandidateReport:
-    """Returns the report if it is an answer: a failure is one, whatever the gradients are.
+    """Returns the report if it answers the caller's question. A failure answers it, whatever the gradients are.
+
+    Args:
+      report: the report.
+      unjudged: whether the gradients could not be checked.
 
     Raises:
-      PartlyJudgedError: nothing failed, and gradients that were asked for could not be judged.
+      PartlyJudgedError: nothing failed, but the gradients could not be checked.
     """
     if unjudged and report.passed:
         raise PartlyJudgedError(report.not_backward, report)

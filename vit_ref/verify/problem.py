@@ -1,4 +1,4 @@
-"""What is compared: inputs, the sites of a computation in order, and the gradients."""
+"""The problem that is compared: inputs, the sites of a computation in order, and the gradients."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Problem:
     """One computation on one batch of inputs, as the engine sees it.
 
     Attributes:
-      inputs: what enters: one array of images, or any arrays by name; floats are float32.
-      shapes: every site that is compared, with the shape of its value, in the order of the pass.
-      streams: by site, the site whose value enters its part; None where nothing but the inputs does. Feeding a
-        reference's value there isolates the part: what diverges after it diverges in it. Without streams, every value
-        that the candidate shows is fed, and a part is what lies between two of them.
+      inputs: one array of images, or any arrays by name. Floats are float32.
+      shapes: the shape of the value at every compared site, in the order of the pass.
+      streams: by site, the site whose value enters the part that computes it; None if only the inputs enter. If the
+        reference's value is fed there, a divergence after it comes from this part alone. Without streams, the reference
+        is fed at every site that the candidate shows, and a part is whatever lies between two of these.
       output: the shape of the output (B, ..., width), from which gradients are pulled back.
-      gradients: names of all gradients, of sites, parameters and inputs, in the order in which backpropagation meets
-        them. A parameter's name is its path: "layer.kernel".
-      passed: all sites in the order of the pass, where more are known than are compared.
+      gradients: names of all gradients, of sites, parameters and inputs, in the order of backpropagation. A parameter's
+        name is its path, such as "layer.kernel".
+      passed: all known sites in the order of the pass; empty if all of them are compared.
     """
 
     inputs: Inputs
@@ -42,12 +42,18 @@ class Problem:
         return list(self.passed or self.shapes)
 
     def only(self, sites: Iterable[str]) -> Problem:
-        """The same with these sites alone."""
+        """Returns the same problem with these sites only."""
         return dataclasses.replace(self, shapes={site: self.shapes[site] for site in sites})
 
 
 def hidden_before(site: str, names: Sequence[str], shown: Container[str]) -> tuple[str, ...]:
-    """The sites right before `site` that a candidate does not show, in order."""
+    """Returns the sites right before `site` that a candidate does not show, in order.
+
+    Args:
+      site: the site's name.
+      names: all sites in order.
+      shown: the sites that the candidate shows.
+    """
     gap: list[str] = []
     for name in reversed(names[: names.index(site)]):
         if name in shown:

@@ -119,7 +119,7 @@ class Cause(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What the diagnosis found out about a divergence besides its size.
+    """The findings of the diagnosis about a divergence.
 
     Attributes:
       causes: known bugs that explain it, the best first.

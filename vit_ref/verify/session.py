@@ -1,4 +1,4 @@
-"""One check of a ViT, prepared once for the command line, `check_port`, pytest and `--stream` alike."""
+"""One check of a ViT, for the command line, `check_port`, pytest and `--stream`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import (
-    MappingError,
-)
+from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.jax_candidate import JaxCandidate
@@ -42,12 +40,12 @@ from vit_ref.weights.pretrained import open_checkpoint
 if TYPE_CHECKING:
     from vit_ref.verify.candidates.torch_candidate import TorchCandidate
 
-# What a person may give for a candidate; None stands for this package's own model.
+# The forms in which a caller may give a candidate. None stands for this package's own model.
 Given = Candidate | Callable[..., Any] | str | None
 
-# Images forward. Backward, one takes as much memory as four forward: 3.3 GB of a ViT-S/14, and two 5.6 GB.
-# A candidate that mixes images in its backward pass is right on one. Of this package's own model, which embedded cases
-# check on batches, one is enough.
+# Numbers of images. One image backward takes as much memory as four forward: 3.3 GB for a ViT-S/14. Two take 5.6 GB.
+# A candidate that mixes images in its backward pass would pass on one image. One image is enough for this package's own
+# model, because embedded cases test it on batches.
 FORWARD, BACKWARD, BACKWARD_OWN, BEHAVIOUR = 4, 2, 1, 2
 
 
@@ -67,27 +65,32 @@ def check_port(
     """Checks a candidate against reference and oracle, at every site that it shows, forward and backward.
 
     Args:
-      candidate: a `Candidate`; a function from pixels (B, height, width, C) to logits (B, classes); "FILE.py" or
-        "module:attribute" where one of these is; or None for this package's own model.
+      candidate: one of these:
+
+        - a `Candidate`;
+        - a function from pixels (B, height, width, C) to logits (B, classes);
+        - "FILE.py" or "module:attribute", which holds one of these;
+        - None for this package's own model.
       checkpoint: a directory, file or hub id.
-      images: a directory of photographs, preprocessed as the checkpoint asks; None for synthetic images.
-      revision: of a hub id, as in `vit_ref.from_pretrained`.
-      ignore: names or patterns of tensors in the checkpoint to leave behind, as in `vit_ref.from_pretrained`. A
-        candidate's loader reads the files by itself.
-      precision: whose rounding is judged: "float32", "tensorfloat32", "bfloat16", "mixed" or "float16", or a dtype of
-        that name; `precision.PRECISIONS` says what each is.
-      reference: who judges: "flax", "torch" or "numpy", the last forward only.
-      backward: whether to judge gradients too.
-      expected_failed_checks: pattern (`*`, `?`) of check names or sites -> why they fail. One that passes is an error.
-      progress: told what is being done next.
+      images: a directory of photographs, which are preprocessed as the checkpoint says; None for synthetic images.
+      revision: a revision of a hub id, as in `vit_ref.from_pretrained`.
+      ignore: names or patterns of tensors in the checkpoint to leave out, as in `vit_ref.from_pretrained`. A
+        candidate's loader reads the files itself.
+      precision: the precision whose rounding is tested: "float32", "tensorfloat32", "bfloat16", "mixed" or "float16",
+        or a dtype of that name. `precision.PRECISIONS` describes each.
+      reference: the reference that decides: "flax", "torch" or "numpy". NumPy has no backward pass.
+      backward: whether to check gradients too.
+      expected_failed_checks: pattern (`*`, `?`) of check names or sites -> the reason why they fail. An expected
+        failure that passes is an error.
+      progress: gets a description of each next step.
 
     Returns:
-      Every check with its status; `report.passed` is the verdict.
+      Every check with its status. `report.passed` is the verdict.
 
     Raises:
-      PartlyJudgedError: nothing failed forward, and backward somebody cannot be used, as a reference that overflows.
+      PartlyJudgedError: nothing failed forward, but the gradients cannot be checked: the reference may overflow.
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
-      TruncatedError: nothing of the candidate is in float64 when asked to be.
+      TruncatedError: the candidate computes nothing in float64 when it should.
     """
     resolved = resolve_precision(precision)
     source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore)
@@ -102,7 +105,7 @@ def check_port(
 
 
 class Session(Judgement):
-    """What one check of a ViT takes, and the parts of the check.
+    """One check of a ViT and its parts.
 
     Args:
       config: the model's configuration.
@@ -110,13 +113,13 @@ class Session(Judgement):
       pixels: float32 images (B, height, width, C).
       candidate: the implementation under test.
       precision: the precision whose rounding is measured, see `precision.resolve_precision`.
-      reference: what decides: one of `choice.REFERENCES` by name, or one that is filled already.
-      title: which checkpoint or case, for reports; by default the name of the checkpoint's files.
-      images_backward: how many of the images go backward; None for all.
-      progress: told what is being done next.
+      reference: the reference that decides: one of `choice.REFERENCES` by name, or one that holds the weights already.
+      title: name of the checkpoint or case, for reports; by default the name of the checkpoint's files.
+      images_backward: the number of images for the backward pass; None for all.
+      progress: gets a description of each next step.
     """
 
-    # Why nothing is known of the candidate's behaviour.
+    # The reason why nothing is known of the candidate's behaviour.
     not_behaviour = ""
 
     def __init__(
@@ -140,12 +143,12 @@ class Session(Judgement):
 
     @cached_property
     def origin(self) -> Origin:
-        """Which checkpoint that is, and the digest of its weights."""
+        """The checkpoint's name and the digest of its weights."""
         return find_origin(self.source)
 
     @cached_property
     def tensors(self) -> dict[str, NDArray]:
-        """The checkpoint's tensors as reference and oracle read them, see `hf_tensors`."""
+        """The checkpoint's tensors under the names that reference and oracle read, see `hf_tensors`."""
         return hf_tensors(self.config, self.source)
 
     @cached_property
@@ -177,7 +180,7 @@ class Session(Judgement):
         problem = problem_of(self.config, self.pixels[: self.images_backward])
         claims = self.candidate.claims
         probabilities = {site for site in problem.shapes if site.endswith(".attn.probs")}
-        # Attention may be a fused kernel; one that shows its probabilities computes with them.
+        # A candidate that does not show its probabilities may use a fused kernel.
         hides = claims is not None and not probabilities <= claims
         return compare_backward(
             f"{self.title}, backward",
@@ -191,7 +194,7 @@ class Session(Judgement):
         )
 
     def given(self) -> dict[str, NDArray]:
-        """See `Judgement.given`."""
+        """Implements `Judgement.given`."""
         return {"the images": self.pixels, **self.source.tensors}
 
     def behaviour(self) -> tuple[Behaviour, ...]:
@@ -200,12 +203,17 @@ class Session(Judgement):
 
 
 def count_steps(*, backward: bool) -> int:
-    """How often `check_port` tells its progress for a candidate that is right, and whose rounding is soon settled."""
+    """Returns how often `check_port` reports progress for a right candidate whose rounding settles at once."""
     return 7 + (LOOKS[0] if backward else 0)
 
 
 def prepare_candidate(given: Given, config: ViTConfig, source: Checkpoint) -> Runnable:
-    """The engine's view of whatever `check_port` takes for a candidate.
+    """Returns the engine's view of a candidate.
+
+    Args:
+      given: see `check_port`.
+      config: the model's configuration.
+      source: the checkpoint.
 
     Raises:
       MappingError: the checkpoint does not fit its configuration.
@@ -217,7 +225,7 @@ def prepare_candidate(given: Given, config: ViTConfig, source: Checkpoint) -> Ru
 def load_candidate(
     given: Candidate | Callable[..., Any] | str, config: ViTConfig, source: Checkpoint
 ) -> JaxCandidate | TorchCandidate:
-    """Loads a declared candidate in float64; see `prepare_candidate`."""
+    """Loads a declared candidate in float64. See `prepare_candidate` for arguments and errors."""
     _require_fit(config, source)
     declaration = find_declaration(given)
     with FLOAT64.active():
@@ -234,13 +242,13 @@ _IN_A_BLOCK = re.compile(r"[./_]\d+[./]")
 
 
 def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
-    """Says of the checkpoint what would else be blamed on the candidate, or on the references."""
+    """Checks the checkpoint, so that its faults are not reported as the candidate's or a reference's."""
     layout = mapping.detect(source.tensors)
     try:
         for _ in mapping.port_each(source.tensors, config, layout):
             pass
     except MappingError as error:
-        # What is left over outside the blocks, such as a pooler beside a head, nobody need load.
+        # Left-over tensors outside the blocks, such as a pooler beside a head, do no harm.
         faults = [fault for fault in error.faults if fault.kind != "unexpected" or _IN_A_BLOCK.search(fault.name)]
         if faults:
             raise MappingError(faults, layout.name) from None

@@ -191,7 +191,7 @@ class _Chained(Generic[One]):
         self._stage, self._into, self._out_of = stage, self._out_of, {}
 
     def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Observable.trace`. Returns the stage's sites and those before the first block."""
+        """Implements `Observable.trace`. Returns the stage's sites and those before the first block."""
         key = precision.dtype
         fed = {_INTO: self._into[key]} if self._stage.block else {}
         trace = {**self.one.trace(pixels, precision, {**fed, **(replace or {})}), **fed}
@@ -214,7 +214,7 @@ class _Chained(Generic[One]):
             self._out_of[key] = self.one.trace(pixels * np.float32(brightness), precision, self._fed(*key))[_OUT_OF]
 
     def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`. Returns those of the stage."""
+        """Implements `Reference.gradients`. Returns those of the stage."""
         stage = self._stage
 
         def of_this_block(objective: Objective) -> Objective:
@@ -238,7 +238,7 @@ class _Chained(Generic[One]):
         return gradients
 
     def storing(self, precision: Precision) -> _Chained[One]:
-        """See `Reference.storing`. Returns itself, because parameters are rounded when they are read."""
+        """Implements `Reference.storing`. Returns itself, because parameters are rounded when they are read."""
         return self
 
     def _fed(self, dtype: np.dtype, brightness: float) -> dict[str, NDArray]:

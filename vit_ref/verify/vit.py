@@ -20,7 +20,7 @@ from vit_ref.weights.checkpoint import Checkpoint
 
 
 class ViTExplainer:
-    """Explains divergences of a ViT by known bugs, see `Explainer`.
+    """An `Explainer` of divergences of a ViT, which knows porting bugs.
 
     Args:
       config: the model's configuration.
@@ -32,7 +32,7 @@ class ViTExplainer:
         self._config, self._tensors, self._problem = config, tensors, problem
 
     def explain_formula(self, site: str, shown: Trace, truth: Trace) -> Explanation:
-        """See `Explainer.explain_formula`."""
+        """Implements `Explainer.explain_formula`."""
         config, tensors, names = self._config, self._tensors, self._problem.names
         pixels = np.asarray(self._problem.inputs)
         causes = diagnose(config, tensors, pixels, truth, names, site, shown)
@@ -43,11 +43,11 @@ class ViTExplainer:
         return Explanation(causes + more, place, f"{other}, relative RMS error {off:.1e}" if other else "")
 
     def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
-        """See `Explainer.explain_rounding`."""
+        """Implements `Explainer.explain_rounding`."""
         return diagnose_rounding(self._config, precision.rounded(self._tensors), site, shown, truth)
 
     def explain_gradient(self, name: str, value: NDArray, truth: NDArray) -> Explanation:
-        """See `Explainer.explain_gradient`."""
+        """Implements `Explainer.explain_gradient`."""
         # The axes of a parameter have no names.
         placed = name == "pixels" or name in self._problem.shapes
         return Explanation(diagnose_gradient(truth, name, value), where(value, truth, name) if placed else "")

@@ -1,4 +1,4 @@
-"""What a pair is: a reference from transformers with random weights, a candidate, and what that can get wrong."""
+"""A pair: a reference from transformers with random weights, a candidate, and the candidate's mutants."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pixels(
 
 
 def channels_first(pixel_values: NDArray) -> dict[str, NDArray]:
-    """Returns images as PyTorch has them."""
+    """Returns images (B, C, height, width)."""
     return {"pixel_values": pixel_values.transpose(0, 3, 1, 2)}
 
 
@@ -38,7 +38,7 @@ def token_ids(
 def draw_vision(
     rng: np.random.Generator, head_dims: Sequence[int] = (2, 3, 5, 7)
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Returns what every configuration of a vision model says, and the size of images for it."""
+    """Returns the fields that every configuration of a vision model has, and the size of its images."""
     heads, patch, side = (int(rng.choice(values)) for values in ((1, 2, 3, 5), (1, 2, 3, 5), (2, 3, 4)))
     config = {
         "hidden_size": heads * int(rng.choice(head_dims)),
@@ -55,7 +55,7 @@ def draw_vision(
 
 
 def at_any_size(model: torch.nn.Module, **inputs: Any) -> Any:
-    """Calls a model that resizes its positions when it is asked to."""
+    """Calls a model with the option to resize its positions."""
     return model(**inputs, interpolate_pos_encoding=True)
 
 

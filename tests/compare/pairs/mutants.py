@@ -1,4 +1,4 @@
-"""What people get wrong in each family, the first site where it shows, and what a report calls it."""
+"""The mutants of each family: the first site that diverges, and the cause that a report names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Mutant(NamedTuple):
     """A deliberate bug.
 
     Attributes:
-      keywords: what the candidate's model is told.
+      keywords: arguments of the candidate's model.
       site: the first site that diverges.
-      cause: the beginning of the cause that a report names; None where none explains the value.
+      cause: the beginning of the cause that a report names; None if no cause explains the value.
       without: paths of the candidate's table that a model with this bug does not have, or does not show.
     """
 

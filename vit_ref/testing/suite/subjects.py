@@ -39,7 +39,7 @@ class Subject:
       embedded: the name of the embedded case; "" if the user gave the checkpoint.
       given: whether the user gave the checkpoint or the candidate.
       candidate: the candidate, as given; None for this package's own model.
-      checkpoint: the path that the person gave; None for an embedded case, or where a declared reference needs none.
+      checkpoint: the path that the caller gave; None for an embedded case, or if a declared reference needs none.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Subject:
 
     @property
     def declared(self) -> bool:
-        """Whether the reference is one that the person declared, of a model that need be no ViT."""
+        """Whether the caller declared the reference. Its model may be no ViT."""
         return self.reference not in REFERENCES
 
 

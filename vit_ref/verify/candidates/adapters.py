@@ -1,9 +1,14 @@
 """Splits each kind of JAX candidate into parameters and a forward pass, and observes it while it is traced.
 
 Submodules are observed from outside: nnx's by wrapping the `__call__` of their classes, linen's by flax's method
-interception. A value without a submodule of its own is seen in one of three ways: as the input of the next submodule,
-as a named intermediate, or through a tap if the candidate takes one. Without a tap the candidate is called as its users
-call it. Values inside a candidate's own transformation (`nnx.jit`, `jax.vmap`, a scan) cannot be observed.
+interception. A value without a submodule can be shown in three ways:
+
+- as the input of the next submodule;
+- as a named intermediate;
+- through a tap, if the candidate takes one.
+
+Without a tap the candidate is called as its users call it. Values inside a candidate's own transformation (`nnx.jit`,
+`jax.vmap`, a scan) cannot be observed.
 """
 
 from __future__ import annotations
@@ -104,7 +109,7 @@ def _nnx(port: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tu
 
 
 def _wide_enough(tree: Any, dtype: DTypeLike) -> Any:
-    """A tree of arrays, floats widened where float64 is computed in."""
+    """Returns a tree of arrays, with floats widened if the computation is in float64."""
     if np.dtype(dtype) != np.float64:
         return tree
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree)
@@ -121,7 +126,7 @@ def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Returns whether two trees of arrays are equal. They may hold random keys."""
+    """Tells whether two trees of arrays are equal. They may hold random keys."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(np.array_equal(_bits(left), _bits(right), equal_nan=True) for left, right in pairs)
 
@@ -291,7 +296,7 @@ def _at(port: Any, path: str) -> Any:
 
 
 def is_float(leaf: Any) -> bool:
-    """Returns whether a leaf is an array of floats, and so a parameter.
+    """Tells whether a leaf is an array of floats, and so a parameter.
 
     Args:
       leaf: a leaf of a tree.

@@ -83,14 +83,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference(Candidate):
-    """An implementation that decides: any PyTorch, NNX, linen, equinox or plain JAX model, declared as a candidate is.
+    """The declaration of a reference: any model in PyTorch, NNX, linen, equinox or plain JAX.
 
     Attributes:
-      sites: from its own paths to the names of sites. None: the outputs of all its named submodules under their paths,
-        in the order in which they come. Of a tuple the first element has the path, element k is `path:k`; a field of a
-        mapping or a dataclass is `path:field`.
-      inputs: `inputs(seed)` makes the inputs: NumPy arrays by name, of which the first axis is the batch.
-      attention: whether the eager and the fused attention of a model from transformers have to agree.
+      sites: its own paths -> names of sites. None: the outputs of all its named submodules, in the order of the pass. A
+        site then has the submodule's path. In a tuple the first element has the path, and element k is `path:k`. In a
+        mapping or a dataclass a field is `path:field`.
+      inputs: `inputs(seed)` returns the inputs: NumPy arrays by name. The first axis of each is the batch.
+      attention: whether the eager and the fused attention of a model from transformers must agree.
     """
 
     inputs: Callable[[int], Mapping[str, Any]] | None = None
@@ -129,7 +129,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def takes(function: Callable[..., Any], argument: str) -> bool:
-    """Returns whether a callable takes an argument of that name.
+    """Tells whether a callable takes an argument of that name.
 
     Args:
       function: the callable.

@@ -56,7 +56,7 @@ class Declared(ABC):
         self._loaded = None if loaded is None else (np.dtype(np.float64), loaded)
 
     def path_of(self, site: str) -> str:
-        """See `Runnable.path_of`."""
+        """Implements `Runnable.path_of`."""
         return self.tables(self.outline.example).path_of(site)
 
     @staticmethod
@@ -72,11 +72,20 @@ class Declared(ABC):
         return Table(sites, self.outline, inputs, self._vjp)
 
     def feed(self, inputs: Inputs) -> Any:
-        """What is handed over: the arguments that named arrays become, or images as they are."""
+        """Returns what the candidate gets: the arguments made of named arrays, or images unchanged.
+
+        Args:
+          inputs: see `Problem.inputs`.
+        """
         return self._feeding(inputs).arguments() if isinstance(inputs, Mapping) else inputs
 
     def by_input(self, inputs: Inputs, gradients: Any) -> dict[str, NDArray]:
-        """Gradients with respect to what was handed over, by the names of the inputs."""
+        """Returns gradients by the names of the inputs.
+
+        Args:
+          inputs: see `Problem.inputs`.
+          gradients: gradients with respect to what `feed` returned.
+        """
         if isinstance(inputs, Mapping):
             return self._feeding(inputs).by_input(gradients)
         return {"pixels": gradients}

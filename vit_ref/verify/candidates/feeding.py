@@ -1,4 +1,4 @@
-"""From the inputs that both sides share to the arguments of one side, and from its gradients back to the inputs."""
+"""Turns the inputs that both sides share into the arguments of one side, and its gradients into those of the inputs."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Adapt = Callable[..., Any]
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call, positional and by keyword: a tree for jax."""
+    """The arguments of a call, positional and by keyword. It is a tree for jax."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Feeding:
-    """What one side makes of the inputs.
+    """The arguments that one side makes of the inputs.
 
-    An adaptor is called once, on the numbers of all elements in place of their values. So it is known where each
-    element goes, values of any dtype follow, and gradients find their way back, whatever the adaptor is written in.
+    The adaptor is called on the numbers of all elements in place of their values. The result shows where each element
+    goes. So values of any dtype and gradients can be moved, whatever the adaptor is written in.
 
     Args:
       inputs: arrays by name.
       adapt: `adapt(**inputs)` returns a mapping of keyword arguments, a tuple of positional ones, or one array. None:
         one input is the first positional argument, several are keyword arguments.
-      name: the side's, for messages.
+      name: the side's name, for messages.
 
     Raises:
-      CandidateError: the adaptor raised something, returned no arrays, or computed values and did not only move them.
+      CandidateError: the adaptor raised an exception, returned no arrays, or computed values instead of moving them.
     """
 
     def __init__(self, inputs: Mapping[str, NDArray], adapt: Adapt | None, name: str):
@@ -52,18 +52,18 @@ class Feeding:
         self._require_moves(start)
 
     def arguments(self) -> Arguments:
-        """Returns the arguments: floats of the inputs in float32, all else as the adaptor made it."""
+        """Returns the arguments. Floats of the inputs are float32, and the rest is as the adaptor made it."""
         values = self._values.astype(np.float32)
         return _mapped(lambda leaf: values[leaf.astype(np.int64)] if is_float(leaf) else leaf, self._moved)
 
     def by_input(self, gradients: Arguments) -> dict[str, NDArray]:
-        """Gradients with respect to the arguments, as gradients with respect to the inputs that are floats.
+        """Returns gradients with respect to the inputs that are floats, by name.
 
         Args:
-          gradients: in place of an argument that is no float anything, as None.
+          gradients: gradients with respect to the arguments. An argument that is no float may have None.
         """
         found: dict[str, NDArray] = {}
-        # By name: jax puts the keys of a mapping in order.
+        # Keyword arguments are matched by name, because jax sorts the keys of a mapping.
         both = [
             *zip(self._moved.args, gradients.args, strict=True),
             *((moved, gradients.kwargs[name]) for name, moved in self._moved.kwargs.items()),
@@ -122,7 +122,7 @@ def name_input(name: str) -> str:
 
 
 def cast_floats(inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
-    """Rounds floats once to float32, so that no precision rounds them again but half precision."""
+    """Rounds floats once to float32. After that, only half precision rounds them again."""
     return {name: value.astype(np.float32) if is_float(value) else value for name, value in inputs.items()}
 
 

@@ -35,7 +35,7 @@ class JaxCandidate(Declared, Tapped):
     """A declared candidate of any kind except PyTorch's."""
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
-        """See `Tapped.ready`."""
+        """Implements `Tapped.ready`."""
         candidate = self._candidate
         if self._loaded is None or self._loaded[0] != np.dtype(dtype):
             self._loaded = np.dtype(dtype), load(candidate, self._checkpoint, dtype)
@@ -60,7 +60,7 @@ class JaxCandidate(Declared, Tapped):
         return parameters, forward
 
     def shapes(self, inputs: Inputs) -> Mapping[str, Shape]:
-        """See `Tapped.shapes`."""
+        """Implements `Tapped.shapes`."""
         return self.outline.shapes(inputs)
 
     def _images(self, images: jax.Array) -> Arguments:
@@ -75,7 +75,7 @@ class JaxCandidate(Declared, Tapped):
         return without_casts(np.float64, casts)
 
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
-        """See `Tapped.by_path`."""
+        """Implements `Tapped.by_path`."""
         return recognised(self._candidate, self.outline, _leaves(gradients))
 
     def parameters(self) -> dict[str, NDArray]:

@@ -107,7 +107,7 @@ def beside_it(directory: str | None) -> Iterator[None]:
 
 
 def _is_neighbour(name: str, directory: str) -> bool:
-    """Returns whether a module lies in this very directory, and not below it, for example in an environment."""
+    """Tells whether a module lies in this very directory, and not below it, for example in an environment."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
     # A package is a directory itself.
@@ -160,7 +160,7 @@ def load(candidate: Candidate, checkpoint: Path | None, dtype: DTypeLike) -> Any
 
 
 def is_torch(port: Any) -> bool:
-    """Returns whether a model is a PyTorch module, without importing PyTorch: the loader of one has imported it.
+    """Tells whether a model is a PyTorch module, without importing PyTorch: the loader of one has imported it.
 
     Args:
       port: what a loader returned.
@@ -179,7 +179,7 @@ def observed(
 
     Args:
       candidate: the declaration.
-      outline: what it is compared with.
+      outline: the names and shapes of the model that it is compared with.
       run: the forward pass.
       table: the candidate's table for these inputs; an empty one without a tap.
       tap: called with every site that the candidate shows; None to run the candidate as its users do.
@@ -285,7 +285,7 @@ def joined(parts: Sequence[Any]) -> Any:
 
 
 def is_torch_tensor(value: Any) -> bool:
-    """Returns whether a value is a PyTorch tensor, without importing PyTorch.
+    """Tells whether a value is a PyTorch tensor, without importing PyTorch.
 
     Args:
       value: the value.

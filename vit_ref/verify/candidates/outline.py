@@ -1,4 +1,4 @@
-"""What a candidate is compared with, as its tables see it: the names and shapes of the model that decides."""
+"""The outline of a reference: the names and shapes that a candidate's tables may use."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Outline(Protocol):
     """The names that a candidate's tables may use.
 
     Attributes:
-      output: the site of the output, which is the last.
-      example: inputs whose shapes stand for any.
+      output: the site of the output, which is the last site.
+      example: inputs of typical shapes.
       takes_first: whether a submodule that returns a tuple stands for its first element.
     """
 
@@ -27,7 +27,7 @@ class Outline(Protocol):
         """Returns every site with the shape of its value, in order.
 
         Args:
-          inputs: arrays of any framework, as the engine has them: one array of images, or arrays by name.
+          inputs: one array of images, or arrays by name, of any framework.
         """
         ...
 
@@ -44,13 +44,17 @@ class Outline(Protocol):
         ...
 
     def goes_past(self, site: str) -> bool:
-        """Tells whether the value that enters a submodule there is used elsewhere, too."""
+        """Tells whether the value that enters a submodule at this site is used elsewhere too."""
         ...
 
     def recognise(self, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Returns the gradients whose names in this model it can tell without a table."""
+        """Returns the gradients that it recognises without a table, by their names in this model."""
         ...
 
     def require_output(self, output: Any, name: str) -> None:
-        """Raises `CandidateError` where a candidate's output is not one of this model."""
+        """Checks that a candidate's output may be an output of this model.
+
+        Raises:
+          CandidateError: it cannot be one.
+        """
         ...

@@ -43,7 +43,7 @@ class OwnCandidate(Tapped):
         self.parameters = port(source.tensors, self.config, detect(source.tensors))
 
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
-        """See `Tapped.ready`."""
+        """Implements `Tapped.ready`."""
         if np.dtype(dtype) not in self._by_dtype:
             graph, shapes = skeleton(self.config, dtype)
 
@@ -56,9 +56,9 @@ class OwnCandidate(Tapped):
         return replace_arrays(shapes, narrowed(self.parameters, dtype)), same
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
-        """See `Tapped.shapes`."""
+        """Implements `Tapped.shapes`."""
         return {site.name: site.shape for site in sites(self.config, len(inputs), inputs.shape[1:3])}
 
     def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
-        """See `Tapped.by_path`."""
+        """Implements `Tapped.by_path`."""
         return get_state_parameters(gradients)

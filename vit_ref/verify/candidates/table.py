@@ -1,8 +1,8 @@
-"""The table of a candidate, bound to one outline: which of its values is which site, and how to get there.
+"""The table of a candidate for one outline: which of its values belongs to which site, and how to select it.
 
-One direction picks a site's value out of the port's. The other writes a changed value back, so that a site can be
-replaced or perturbed from outside: a selection only moves elements, so its transpose, which any framework's
-differentiation gives, puts them back in their places.
+The table picks a site's value out of a value of the candidate. It also writes a changed value back, so that a site can
+be replaced or perturbed from outside. A selection only moves elements. So its transpose, which any framework's
+differentiation gives, puts them back.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vit_ref.verify.candidates.declaration import Mapped, hint
 from vit_ref.verify.candidates.outline import Outline
 from vit_ref.verify.compare.trace import Tap
 
-# (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
+# (function, value) -> (function(value), pull-back): jax.vjp, or torch.func.vjp in the same form.
 Vjp = Callable[[Callable[[Any], Any], Any], tuple[Any, Callable[[Any], Any]]]
 
 _POINT = re.compile(r"(?P<path>[^:\[\]]*)(?P<input>:input)?(?:\[(?P<key>[^\[\]]+)\])?")
 
 
 class Point(NamedTuple):
-    """A place in the port: the output of the submodule at `path`, or its input; all of it, or one element."""
+    """A place in the candidate: the output of the submodule at `path`, or its input, or one element of either."""
 
     path: str
     of_input: bool = False
@@ -34,7 +34,12 @@ class Point(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One line of the bound table: the destination, and what picks it out of the value at a point, None for all."""
+    """One line of the bound table.
+
+    Attributes:
+      destination: the site or parameter.
+      select: picks it out of the value at a point; None for the whole value.
+    """
 
     destination: str
     select: Callable[[Any], Any] | None = None
@@ -44,10 +49,10 @@ class Table:
     """A candidate's table for one outline and batch.
 
     Args:
-      mapped: see `Candidate.sites`; None for names that are the sites' own.
-      outline: whose names its values are.
-      inputs: what enters, of which the shapes matter.
-      vjp: the framework's.
+      mapped: see `Candidate.sites`; None if the candidate uses the sites' own names.
+      outline: the outline that has the sites.
+      inputs: the inputs. Only their shapes matter.
+      vjp: the framework's function for pull-backs.
 
     Raises:
       CandidateError: a key cannot be read, a value is no site, or two keys claim one site.
@@ -60,19 +65,29 @@ class Table:
         entries = bind(mapped, "sites", outline, self.shapes) if mapped is not None else {}
         self.points = {_point(key): found for key, found in entries.items()}
         self.paths = frozenset(point.path for point in self.points)
-        # Sites that were shown after their use, or beside it: a change there would change nothing, or too little.
+        # Sites that are shown after their use, or not at every use. A change there would have no effect, or too little.
         self.fixed: set[str] = set()
-        # Names that the port gave to its tap, or returned.
+        # Names that the candidate gave to its tap, or returned.
         self.met: set[str] = set()
         self._vjp = vjp
 
     def path_of(self, site: str) -> str:
-        """The submodule or the named value that stands for a site."""
+        """Returns the path of the submodule, or the name of the value, that stands for a site."""
         found = (point.path for point, entries in self.points.items() for entry in entries if entry.destination == site)
         return next(found, site)
 
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
-        """A submodule's arguments, passed through the sites that stand for them."""
+        """Passes a submodule's arguments through the tap at their sites.
+
+        Args:
+          path: the submodule's path.
+          args: its positional arguments.
+          kwargs: its keyword arguments.
+          tap: called with every site and its value.
+
+        Returns:
+          The arguments to use in their place.
+        """
         for point in self.points:
             if point.path != path or not point.of_input:
                 continue
@@ -85,7 +100,16 @@ class Table:
         return args, kwargs
 
     def at_output(self, path: str, output: Any, tap: Tap) -> Any:
-        """A submodule's output, passed through the sites that stand for it."""
+        """Passes a submodule's output through the tap at its sites.
+
+        Args:
+          path: the submodule's path.
+          output: its output.
+          tap: called with every site and its value.
+
+        Returns:
+          The output to use in its place.
+        """
         for point in self.points:
             if point.path != path or point.of_input:
                 continue
@@ -98,7 +122,13 @@ class Table:
         return output
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
-        """A named value, passed through the sites that stand for it."""
+        """Passes a named value through the tap at its sites, and returns the value to use in its place.
+
+        Args:
+          name: the value's name.
+          value: the value.
+          tap: called with every site and its value.
+        """
         name = counted(name)
         self.met.add(name)
         if self.given:
@@ -106,7 +136,12 @@ class Table:
         return self._pass(Entry(name), value, tap) if name in self.shapes else value
 
     def returned(self, named: Mapping[str, Any], tap: Tap) -> None:
-        """Intermediates that came back with the output, and are past being changed."""
+        """Shows the tap intermediates that came back with the output. They can no longer be changed.
+
+        Args:
+          named: the intermediates by name.
+          tap: called with every site and its value.
+        """
         for name, value in named.items():
             self.at_name(name, value, self._fixing(tap))
 
@@ -122,7 +157,7 @@ class Table:
         for entry in self.points.get(point, ()):
             whole = not point.of_input or any(path.startswith(f"{point.path}.") for path in self.paths)
             site = entry.destination
-            # What enters a module that holds others enters all of them.
+            # The input of a module that holds others enters all of them.
             value = self._pass(entry, value, tap if whole or not self._outline.goes_past(site) else self._fixing(tap))
         return value
 
@@ -132,8 +167,8 @@ class Table:
         if select is None:
             if not hasattr(value, "shape"):
                 raise CandidateError(
-                    f"sites: {entry.destination}: the port has a {described(value)} there: name one of its elements,"
-                    " as in 'path[0]'"
+                    f"sites: {entry.destination}: the candidate has a {described(value)} there: name one of its"
+                    " elements, as in 'path[0]'"
                 )
             picked = fitted(value, shape)
             changed = tap(entry.destination, picked)
@@ -149,12 +184,17 @@ class Table:
 
 
 def counted(name: str) -> str:
-    """A name whose numbers are written as a table's `{i}` writes them: "block07" is "block7"."""
+    """Returns a name with its numbers written as `{i}` writes them in a table: "block7" for "block07"."""
     return re.sub(r"(?<!\d)0+(?=\d)", "", name)
 
 
 def flat(named: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Values in mappings of mappings by one name each: `out["encoder"]["block00"]` is "encoder.block0"."""
+    """Flattens nested mappings: the name of `out["encoder"]["block00"]` is "encoder.block0".
+
+    Args:
+      named: values or mappings by name.
+      before: prefix of all names.
+    """
     found: dict[str, Any] = {}
     for name, value in named.items():
         path = f"{before}{counted(str(name))}"
@@ -163,7 +203,7 @@ def flat(named: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def elements(output: Any) -> dict[str, Any]:
-    """The elements of what a submodule returns, by number or by name; none of a single value."""
+    """Returns the elements of a submodule's output, by number or by name. A single value has none."""
     if isinstance(output, Mapping):
         return {str(name): value for name, value in output.items()}
     if isinstance(output, (tuple, list)):
@@ -174,11 +214,17 @@ def elements(output: Any) -> dict[str, Any]:
 
 
 def with_element(output: Any, key: int | str, value: Any) -> Any:
-    """The same output with another value in the place of one of its elements."""
+    """Returns the same output with another value in place of one element.
+
+    Args:
+      output: a submodule's output, which has elements.
+      key: the element's number or name.
+      value: the new value.
+    """
     if type(output) is dict:
         return {**output, key: value}
     if isinstance(output, Mapping):
-        # Such as transformers' outputs, whose elements are attributes, too.
+        # For example transformers' outputs, whose elements are attributes too.
         changed: Any = copy.copy(output)
         changed[key] = value
         return changed
@@ -189,22 +235,24 @@ def with_element(output: Any, key: int | str, value: Any) -> Any:
 
 
 def bind(mapped: Mapped, what: str, outline: Outline, known: Mapping[str, Any]) -> dict[str, tuple[Entry, ...]]:
-    """A table with its numbers counted out.
+    """Returns a table with a line for each number that `{i}` stands for.
 
     Args:
       mapped: see `Candidate`.
       what: "sites" or "parameters", for messages.
-      outline: whose names the destinations are.
+      outline: the outline that has the destinations.
       known: all destinations.
 
     Returns:
       Entries by key.
 
     Raises:
-      CandidateError: what was given is no table, or a destination in it is unknown or claimed twice.
+      CandidateError: `mapped` is no table, or a destination in it is unknown or claimed twice.
     """
     if not isinstance(mapped, Mapping):
-        raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
+        raise CandidateError(
+            f"{what}: a {type(mapped).__name__}: give a dict, from the candidate's names to this package's"
+        )
     optional = outline.optional(what)
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
@@ -237,7 +285,13 @@ def bind(mapped: Mapped, what: str, outline: Outline, known: Mapping[str, Any]) 
 
 
 def claimed(mapped: Mapped | None, outline: Outline, known: Mapping[str, Any]) -> frozenset[str]:
-    """The sites among all that are known which a table promises to show."""
+    """Returns the known sites that a table promises to show.
+
+    Args:
+      mapped: see `Candidate.sites`.
+      outline: the outline that has the sites.
+      known: all sites.
+    """
     if mapped is None:
         return frozenset()
     return frozenset(
@@ -246,16 +300,21 @@ def claimed(mapped: Mapped | None, outline: Outline, known: Mapping[str, Any]) -
 
 
 def gradients_by_path(mapped: Mapped, outline: Outline, gradients: Mapping[str, Any]) -> dict[str, Any]:
-    """A candidate's gradients under the outline's names and in its shapes, those that the table names.
+    """Returns the gradients that a table names, under the outline's names and in its shapes.
+
+    Args:
+      mapped: see `Candidate.parameters`.
+      outline: the outline that has the parameters.
+      gradients: gradients by the candidate's own paths.
 
     Raises:
-      CandidateError: the table names a parameter that the candidate or the outline has not.
+      CandidateError: the table names a parameter that the candidate or the outline does not have.
     """
     shapes, gradients = outline.parameters(), {counted(name): value for name, value in gradients.items()}
     found = {}
     for source, entries in bind(mapped, "parameters", outline, shapes).items():
         if source not in gradients:
-            raise CandidateError(f"parameters: the port has no parameter {source!r}{hint(source, gradients)}")
+            raise CandidateError(f"parameters: the candidate has no parameter {source!r}{hint(source, gradients)}")
         for entry in entries:
             try:
                 value = entry.select(gradients[source]) if entry.select else gradients[source]
@@ -269,9 +328,13 @@ def gradients_by_path(mapped: Mapped, outline: Outline, gradients: Mapping[str, 
 
 
 def fitted(value: Any, shape: tuple[int, ...]) -> Any:
-    """The value in the wanted shape, where merging or splitting neighbouring axes gives it; otherwise as it is.
+    """Returns the value in another shape if merging or splitting neighbouring axes gives it; else the value unchanged.
 
-    Any other reshape, of (B, H, N, K) to (B, N, H, K) say, would scramble the elements.
+    Any other reshape would scramble the elements, for example one of (B, H, N, K) to (B, N, H, K).
+
+    Args:
+      value: the value.
+      shape: the wanted shape.
     """
     have = tuple(getattr(value, "shape", ()))
     if have == shape:
@@ -291,7 +354,7 @@ def _of_block(i: int | None, select: Callable[[Any], Any] | None) -> Callable[[A
 
 
 def described(value: Any) -> str:
-    """What a value is, for messages: its shape, or its type."""
+    """Returns a description of a value for messages: its shape or its type."""
     shape = getattr(value, "shape", None)
     return f"value of shape {tuple(shape)}" if shape is not None else type(value).__name__
 

@@ -113,17 +113,17 @@ class Tapped(ABC):
         return jax.tree.map(lambda leaf: rounded(leaf) if is_float(leaf) else leaf, parameters), forward
 
     def storing(self, precision: Precision) -> Self:
-        """See `Reference.storing`."""
+        """Implements `Reference.storing`."""
         narrow = copy(self)
         narrow.stored = precision.stored
         return narrow
 
     def path_of(self, site: str) -> str:
-        """See `Runnable.path_of`."""
+        """Implements `Runnable.path_of`."""
         return site
 
     def trace(self, inputs: Inputs, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Observable.trace`.
+        """Implements `Observable.trace`.
 
         Args:
           inputs: float32 images (B, height, width, C), or arrays by name.
@@ -185,7 +185,7 @@ class Tapped(ABC):
     def gradients(
         self, inputs: Inputs, precision: Precision, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`, and `differentiator` for `like`."""
+        """Implements `Reference.gradients`, and `differentiator` for `like`."""
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
         _, compiled, perturbed = self._compiled_of(forward)
@@ -241,7 +241,7 @@ class Tapped(ABC):
 
 
 def _cast(fed: Any, dtype: DTypeLike) -> Any:
-    """A tree of arrays for jax, floats in the dtype."""
+    """Returns a tree of arrays for jax, with floats in the dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if is_float(leaf) else None), fed)
 
 

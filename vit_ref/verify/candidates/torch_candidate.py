@@ -44,7 +44,7 @@ class TorchCandidate(Declared):
     _stored: DTypeLike | None = None
 
     def trace(self, inputs: Inputs, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Tapped.trace`."""
+        """Implements `Tapped.trace`."""
         module = self._ready(precision.dtype)
         given = {site: torch.tensor(np.ascontiguousarray(value)) for site, value in (replace or {}).items()}
         recorded: Trace = {}
@@ -60,7 +60,7 @@ class TorchCandidate(Declared):
     def outputs(
         self, batches: Sequence[Inputs], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """See `Tapped.outputs`; `jit` has no effect here."""
+        """Implements `Tapped.outputs`. `jit` has no effect here."""
         module = self._ready(precision.dtype)
         outputs = []
         for batch in batches:
@@ -77,7 +77,7 @@ class TorchCandidate(Declared):
         return outputs
 
     def gradients(self, inputs: Inputs, precision: Precision) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`; the parameters are those after `torch.nn.Module.to`."""
+        """Implements `Reference.gradients`, for the parameters after `torch.nn.Module.to`."""
         module = self._ready(precision.dtype)
         with in_one_line(self.name, "requires_grad_ of its parameters"):
             # One by one, because a ScriptModule has no `requires_grad_` of its own.
@@ -129,7 +129,7 @@ class TorchCandidate(Declared):
         return gradients
 
     def storing(self, precision: Precision) -> TorchCandidate:
-        """See `Reference.storing`. Below float64, `torch.nn.Module.to` rounds the parameters itself."""
+        """Implements `Reference.storing`. Below float64, `torch.nn.Module.to` rounds the parameters itself."""
         narrow = copy.copy(self)
         narrow._stored = precision.stored
         return narrow
@@ -169,7 +169,7 @@ class TorchCandidate(Declared):
                 )
 
     def _tensors(self, inputs: Inputs, like: torch.Tensor) -> Arguments:
-        """The arguments that the inputs become, floats in the dtype of `like`, all on its device."""
+        """Returns the arguments made of the inputs: floats in the dtype of `like`, and all on its device."""
         fed = self.feed(inputs)
         if isinstance(fed, Arguments):
             return _map(lambda x: torch.tensor(x).to(like if is_float(x) else like.device), fed)
@@ -246,7 +246,7 @@ def _map(function: Callable[[Any], Any], arguments: Arguments) -> Arguments:
 
 
 def _dtype(module: torch.nn.Module, arguments: Arguments) -> torch.dtype | None:
-    """The dtype that a pass computes in: that of its floats, or of the module's where it is given none."""
+    """Returns the dtype of a pass: that of its float arguments, or of the module if there are none."""
     floats = [tensor for tensor in (*_leaves(arguments), *module.parameters()) if tensor.is_floating_point()]
     return floats[0].dtype if floats else None
 

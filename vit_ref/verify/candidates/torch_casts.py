@@ -16,7 +16,7 @@ from vit_ref.verify.candidates.casts import Casts
 
 
 class WithoutCasts(TorchDispatchMode):
-    """Keeps PyTorch from casting float64 tensors, or numbers, to float32.
+    """A mode of PyTorch in which float64 tensors, and numbers, are not cast to float32.
 
     It sees the operations below PyTorch's functions. There `x.float()`, `softmax(x, dtype=torch.float32)` and
     `torch.arange(n, dtype=torch.float32)` all name the dtype. A tensor that is float32 already stays so, such as a
@@ -38,7 +38,7 @@ class WithoutCasts(TorchDispatchMode):
 
 
 def _is_exact(function: Any, first: Any) -> bool:
-    """Returns whether float32 holds the result exactly, as it holds integers and zeros."""
+    """Tells whether float32 holds the result exactly, as it holds integers and zeros."""
     if isinstance(first, torch.Tensor):
         return not first.is_floating_point()
     return function.overloadpacket in _CONSTANT

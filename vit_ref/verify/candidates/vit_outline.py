@@ -17,7 +17,7 @@ from vit_ref.weights import mapping
 
 
 class ViTOutline:
-    """See `Outline`.
+    """The outline of a ViT.
 
     Args:
       config: the model's configuration.
@@ -31,22 +31,22 @@ class ViTOutline:
         self.example = np.empty((1, *config.image_hw, 0))
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
-        """See `Outline.shapes`; the inputs are images (B, height, width, C)."""
+        """Implements `Outline.shapes`, for images (B, height, width, C)."""
         batch, height, width, *_ = inputs.shape
         return {site.name: site.shape for site in sites(self.config, batch, (height, width))}
 
     def parameters(self) -> Mapping[str, Shape]:
-        """See `Outline.parameters`."""
+        """Implements `Outline.parameters`."""
         return list_parameters(self.config)
 
     def numbers(self, pattern: str, known: Container[str]) -> Iterable[int]:
-        """See `Outline.numbers`: those of all blocks."""
+        """Implements `Outline.numbers`: returns the numbers of all blocks."""
         return range(self.config.num_hidden_layers)
 
     def optional(self, what: str) -> Container[str]:
-        """See `Outline.optional`.
+        """Implements `Outline.optional`.
 
-        A table may serve checkpoints with a head and without one, with biases of query, key and value and without.
+        One table may serve checkpoints with and without a head, and with and without biases of query, key and value.
         """
         if what == "sites":
             return OUTPUTS.keys()
@@ -55,11 +55,11 @@ class ViTOutline:
         return biases | {f"{layer}.{part}" for layer in ("pooler", "head") for part in ("kernel", "bias")}
 
     def goes_past(self, site: str) -> bool:
-        """See `Outline.goes_past`: the token stream goes past the norm that it enters."""
+        """Implements `Outline.goes_past`. The token stream goes past the norm that it enters."""
         return site in ("embeddings", "norm") or site.endswith((".norm1", ".residual"))
 
     def recognise(self, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """See `Outline.recognise`: the names are this package's or a known layout's; else it recognises none."""
+        """Implements `Outline.recognise`. It recognises this package's names and those of known layouts."""
         if gradients.keys() == list_parameters(self.config).keys():
             return dict(gradients)
         for separator in "./":
@@ -71,7 +71,7 @@ class ViTOutline:
         return {}
 
     def require_output(self, output: Any, name: str) -> None:
-        """See `Outline.require_output`: without a head and a pooler, the output of a ViT is one token."""
+        """Implements `Outline.require_output`. Without a head and a pooler, the output of a ViT must be one token."""
         if self.output == "cls" and len(output.shape) == 3:
             raise CandidateError(
                 f"{name}: it returned shape {tuple(output.shape)}, but a model without a head must return the"

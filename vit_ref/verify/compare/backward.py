@@ -1,6 +1,6 @@
 """The backward comparison: a candidate's gradients against the reference's, under the same two gates as forward.
 
-Observed is the gradient with respect to every parameter, every site's activation and the inputs.
+It observes the gradients with respect to every parameter, every site's activation and the inputs.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ def compare_backward(
     """Measures every gradient of the candidate against the reference's in float64.
 
     Args:
-      title: which checkpoint or case, for the report.
-      problem: what is compared.
-      reference: what decides.
+      title: name of the checkpoint or case, for the report.
+      problem: the problem to compare.
+      reference: the implementation that decides.
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
-      explainer: finds the cause of a divergence; None not to look for one.
-      fuse: gives the same reference with fused attention, for a candidate that may have it. Its rounding is then
-        allowed, too. None for any other candidate.
-      progress: told what is being done next.
+      explainer: finds the cause of a divergence; None does not look for one.
+      fuse: returns the same reference with fused attention, for a candidate that may have it. The rounding of fused
+        attention is then allowed too. None for any other candidate.
+      progress: gets a description of each next step.
 
     Returns:
-      One result a gradient of the problem. In float64 each holds the worst of `SEMANTIC_OBJECTIVES`. Rounding is pooled
-      over as many objectives as it takes, see `pooling.Pooled.settled`, as a root mean square: a single pull-back is
-      lucky or unlucky (see `objectives.DARKER`).
+      One result for each gradient of the problem. Its float64 error is the worst of `SEMANTIC_OBJECTIVES`. Its rounding
+      is the root mean square over several objectives, because the error of one pull-back depends on luck (see
+      `objectives.DARKER`). `pooling.Pooled.settled` decides how many.
 
     Raises:
       UnsupportedByReferenceError: the reference has no backward pass.
-      UndifferentiableError: the candidate has none.
-      ReferenceOverflowError: the formulas agree, and the reference is not finite in the tested precision.
+      UndifferentiableError: the candidate has no backward pass.
+      ReferenceOverflowError: the formulas agree, but the reference is not finite in the tested precision.
     """
     pooled = Pooled(problem.gradients, precision.dtype, reference.foreign)
     comparison = Comparison(problem, reference, candidate, precision, explainer)
@@ -71,15 +71,15 @@ def compare_backward(
 
 
 class Comparison:
-    """Reference and candidate, made ready to be differentiated.
+    """A reference and a candidate that are ready to be differentiated.
 
     Args:
-      problem: what is compared.
-      reference: what decides.
+      problem: the problem to compare.
+      reference: the implementation that decides.
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
       explainer: see `compare_backward`.
-      formula: whether the candidate is asked for float64 at all.
+      formula: whether the candidate's formulas are compared in float64.
 
     Raises:
       UnsupportedByReferenceError: the reference has no backward pass.
@@ -99,7 +99,7 @@ class Comparison:
         self._reference, self._candidate = reference.name, candidate.name
         self._truth = reference.gradients(self._inputs, FLOAT64)
         self._exact = candidate.gradients(self._inputs, FLOAT64) if formula else None
-        # Of the parameters as they are stored, which the semantic gate has nothing to do with.
+        # The right gradients for the parameters as they are stored. The semantic gate does not use them.
         self._stored_truth = self._truth
         if precision.stored is not None:
             reference, candidate = reference.storing(precision), candidate.storing(precision)
@@ -109,12 +109,13 @@ class Comparison:
         self._rounding = candidate.gradients(self._inputs, precision)
 
     def measure(self, objective: Objective, pooled: Pooled) -> None:
-        """Adds the errors of one objective's gradients: in float64 too, until `SEMANTIC_OBJECTIVES` have been.
+        """Adds the errors of one objective's gradients. The first `SEMANTIC_OBJECTIVES` include those in float64.
 
-        The gradients of a real model take a gigabyte, their errors nothing: two of them are held at a time.
+        The gradients of a real model take a gigabyte, and their errors take almost nothing. So only two sets of
+        gradients are in memory at a time.
 
         Raises:
-          InputError: no formula was wrong so far, and the reference is not finite in the tested precision.
+          InputError: no formula was wrong so far, but the reference is not finite in the tested precision.
         """
         truth, truths = self._in_float64(self._truth, objective)
         if self._exact and len(pooled.exacts) < SEMANTIC_OBJECTIVES:
@@ -123,7 +124,7 @@ class Comparison:
             pooled.exacts.append(errors)
             failed = [{name for name, e in found.items() if not e.passes_semantic_gate} for found in pooled.exacts]
             first = next((name for name in pooled.names if any(name in names for names in failed)), "")
-            # What is explained is the first divergence of all objectives, which need not be wrong in each.
+            # The first divergence of all objectives is explained. It may be right in some of them.
             known = {cause.site for cause in pooled.explanation.causes}
             if self._explainer and first in failed[-1] and first not in known:
                 pooled.explanation = self._explainer.explain_gradient(first, exact[first], truth[first])
@@ -131,8 +132,8 @@ class Comparison:
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)
         reference_errors = errors_of(self._own(objective).named(), truths, carriers=True)
-        if not pooled.wrong:  # else the verdict stands
-            # In the order of the pass, which a compiled one's results have not.
+        if not pooled.wrong:  # otherwise the verdict is known
+            # The results of a compiled pass come in another order than the pass.
             require_finite(
                 {name: reference_errors[name] for name in pooled.names}, self._reference, self._precision.name
             )
@@ -142,9 +143,9 @@ class Comparison:
     def measure_fused(
         self, fuse: Callable[[Reference], Reference], objectives: Sequence[Objective], pooled: Pooled
     ) -> None:
-        """Adds the reference's errors with fused attention, of the objectives that were measured.
+        """Adds the reference's errors with fused attention, for the objectives that were measured.
 
-        This is done last, and only for a candidate that fails: the reference compiles once more for it.
+        This comes last, and only for a candidate that fails, because the reference has to be compiled again.
         """
         fused = fuse(self._stored_reference).gradients(self._inputs, self._precision)
         for objective in objectives:
@@ -162,7 +163,15 @@ class Comparison:
 def gradients_report(
     title: str, pooled: Pooled, reference: Reference, precision: Precision, claims: frozenset[str] | None
 ) -> ParityReport:
-    """The report of what was measured of a candidate that claims these sites."""
+    """Returns the report of the measured gradients.
+
+    Args:
+      title: name of the checkpoint or case.
+      pooled: the errors.
+      reference: the implementation that decides.
+      precision: the tested precision.
+      claims: see `Observable.claims`.
+    """
     # A candidate that does not claim every site may have unmapped parameters, and values seen only after their use.
     return ParityReport(
         title,
@@ -180,11 +189,16 @@ def gradients_report(
 
 
 def truths_of(gradients: Mapping[str, NDArray]) -> dict[str, Truth]:
-    """Gradients in float64, each with the scale that errors are relative to: its own, or its layer's.
+    """Returns the right gradients, each with the scale of its errors: its own or its layer's.
 
-    The key's bias has no gradient at all: it adds the same to all scores of a query, which softmax ignores. What any
-    implementation computes there is rounding, at the scale of the terms that cancel, which is the kernel's. The terms
-    of a norm's bias may cancel too, where a model has one output: they are as large as those of its scale.
+    A bias is measured at its layer's scale for two reasons:
+
+    - The key's bias has a gradient of zero, because it adds the same to all scores of a query, and softmax ignores
+      that. Every implementation computes only rounding there. The terms that cancel have the scale of the kernel's.
+    - The terms of a norm's bias may cancel if a model has one output. They are as large as those of its scale.
+
+    Args:
+      gradients: the gradients by name, in float64.
     """
     truths = {name: Truth(value) for name, value in gradients.items()}
     for name, value in gradients.items():

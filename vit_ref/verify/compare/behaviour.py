@@ -1,5 +1,4 @@
-"""What a candidate has to do besides computing the right values: give the same each time, for each row alone,
-compiled or not, with a tap or without."""
+"""Checks of a candidate's behaviour: equal outputs in each run, for each row alone, compiled or not, tapped or not."""
 
 from __future__ import annotations
 
@@ -21,27 +20,27 @@ from vit_ref.verify.results import Behaviour
 
 
 def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> tuple[Behaviour, ...]:
-    """Runs a candidate in float64 in ways that must all agree to within the semantic gate.
+    """Runs a candidate in float64 in several ways, which must agree to within the semantic gate.
 
     Args:
       candidate: the candidate.
-      inputs: see `Problem.inputs`; two rows at least for "batch" to mean anything.
-      progress: told what is being done next.
+      inputs: see `Problem.inputs`. The check "batch" needs at least two rows.
+      progress: gets a description of each next step.
     """
     progress(f"{candidate.name}: the same each time, alone, compiled")
     first, last = (take_rows(inputs, rows) for rows in (slice(1), slice(-1, None)))
-    # Copies: what a candidate writes into its inputs would show in the next run, too.
+    # These are copies, because a candidate that writes into its inputs would change the next run too.
     given = [copy_inputs(each) for each in (inputs, inputs, first, last)]
     jit = True
     try:
         try:
             together, again, *alone = candidate.outputs(given, FLOAT64)
         except InputError as error:
-            # Whether a tap is what it lacks: else this raises the same.
+            # If the candidate only lacks a tap, this succeeds. Otherwise it raises the same error.
             candidate.outputs(given, FLOAT64, tap=passing)
             return (Behaviour("untapped", None, f"without a tap {error}"),)
         if candidate.compiles:
-            # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
+            # In this order, a pass that returns what the previous pass left over gives a wrong output.
             eager = candidate.outputs([first, inputs, last], FLOAT64, jit=False)
             own = _behaviour("jit", [alone[0], together, alone[1]], eager, _JIT)
         else:
@@ -54,21 +53,21 @@ def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress =
     batch = _behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)
     if not repeat.passed:
         return repeat, batch, own
-    # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
+    # A tap may keep the candidate from another path, such as fused attention. Users run that path.
     tapped = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=jit, tap=passing)
     return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
 
 
 def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> None:
-    """Runs a candidate twice on the same inputs before anything else is asked of it.
+    """Checks that two runs of a candidate on the same inputs give the same output, and one value at each site.
 
-    A candidate whose dropout is live has no value that could be compared, and every other check would fail first. Nor
-    has a site one value that is shown with several in one pass.
+    It comes before all other checks. They would fail for a candidate with live dropout, and hide that reason. A site
+    with several values in one pass cannot be compared either.
 
     Args:
       candidate: the candidate.
       inputs: see `Problem.inputs`.
-      progress: told what is being done next.
+      progress: gets a description of each next step.
 
     Raises:
       InputError: the two outputs differ, a site has several values in one pass, or the candidate cannot be run.
@@ -92,25 +91,25 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
             path = candidate.path_of(site)
             raise InputError(
                 f"{candidate.name}: {path!r} runs {len(digests)} times in one forward pass and shows another value of"
-                f" {site} each time, as where the outputs of an image and its mirror image are averaged: give"
-                " call=lambda port, images: ... that runs the model once"
+                f" {site} each time, for example if it averages the outputs of an image and its mirror image: give"
+                " call=lambda model, images: ... that runs the model once"
             )
     repeat = _behaviour("repeat", [once], [again], _REPEAT)
     if not repeat.passed:
         raise InputError(f"{candidate.name}: {repeat.reason} (relative RMS {repeat.error:.1e})")
 
 
-# Sums of some thousand products that were rounded to float32.
+# The error of a sum of some thousand products that were rounded to float32.
 _FLOAT32 = 1e-5
-_BATCH = "an input alone comes out otherwise than in its batch"
+_BATCH = "an input alone gives another output than in its batch"
 _REPEAT = "two runs on the same inputs differ: is dropout live? load it in evaluation mode"
-_JIT = "compiled it computes something else than operation by operation"
-_UNTAPPED = "its output is another where nobody looks at its sites, so what was judged is not what runs"
-_INPUTS = "it writes into the inputs that it is given: it has to copy them"
+_JIT = "its output is another if it is compiled than if it runs operation by operation"
+_UNTAPPED = "its output is another without a tap, so the code that was checked is not the code that users run"
+_INPUTS = "it writes into its inputs: make it copy them first"
 
 
 def _behaviour(name: str, expected: Sequence[NDArray], found: Sequence[NDArray], reason: str) -> Behaviour:
-    # What is NaN both times, or has no elements, is the same each time; that it is wrong is said elsewhere.
+    # Two values that are both NaN, or both empty, count as equal here. Another check reports that they are wrong.
     apart = max(
         0.0 if np.array_equal(theirs, right, equal_nan=True) else error(theirs, right).rms
         for right, theirs in zip(expected, found, strict=True)
@@ -118,5 +117,5 @@ def _behaviour(name: str, expected: Sequence[NDArray], found: Sequence[NDArray],
     if apart <= SEMANTIC_RMS:
         reason = ""
     elif apart < _FLOAT32:
-        reason += f" (by {apart:.0e}, which may be something in it that is float32 and not float64)"
+        reason += f" (by {apart:.0e}: a part of it may be float32 and not float64)"
     return Behaviour(name, apart, reason)

@@ -15,7 +15,16 @@ from vit_ref.verify.results import Explanation, ParityReport, SiteResult
 
 
 def require_finite(reference_errors: Mapping[str, Error], name: str, precision: str) -> None:
-    """Raises `ReferenceOverflowError` where one of the reference's errors is not finite."""
+    """Checks that the reference is finite at every site.
+
+    Args:
+      reference_errors: the reference's errors by site, in order.
+      name: the reference's name.
+      precision: the name of the tested precision.
+
+    Raises:
+      ReferenceOverflowError: an error is not finite.
+    """
     beyond = [site for site, error in reference_errors.items() if not math.isfinite(error.rms)]
     if beyond:
         places = f"{len(beyond)} of {len(reference_errors)} places"
@@ -26,7 +35,16 @@ def require_finite(reference_errors: Mapping[str, Error], name: str, precision: 
 
 
 def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str) -> None:
-    """Raises `OraclesDifferError` where the oracle is beyond the semantic gate from the reference."""
+    """Checks that reference and oracle agree to within the semantic gate.
+
+    Args:
+      oracles: the oracle's errors relative to the reference, by site, in order.
+      reference: the reference's name.
+      oracle: the oracle's name.
+
+    Raises:
+      OraclesDifferError: they differ at a site.
+    """
     beyond = [site for site, error in oracles.items() if not error.passes_semantic_gate]
     if beyond:
         places = f"{len(beyond)} of {len(oracles)} sites"
@@ -38,13 +56,13 @@ def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str)
 
 
 def isolated(errors: Mapping[str, Error], fixed: frozenset[str]) -> dict[str, Error]:
-    """The errors of parts that were fed the reference's values alone.
+    """Returns the errors of those parts that received only the reference's values.
 
-    Where nothing can be replaced, what is wrong goes on into the next part, of which nothing is known then.
+    If a wrong value cannot be replaced, it enters the next part. Nothing is then known of that part alone.
 
     Args:
-      errors: of all sites, in order.
-      fixed: sites at which nothing can be replaced.
+      errors: errors of all sites, in order.
+      fixed: sites whose values cannot be replaced.
     """
     alone, inherited = dict[str, Error](), False
     for site, error in errors.items():
@@ -65,22 +83,25 @@ def compare_forward(
     explainer: Explainer | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Observes reference, oracle and candidate on the same inputs and measures every site.
+    """Observes reference, oracle and candidate on the same inputs, and measures every site.
 
     Args:
-      title: which checkpoint or case, for the report.
-      problem: what is compared. Reference and oracle show all of its sites.
-      reference: what decides.
-      oracle: what the reference has to agree with; None where the reference is the only truth.
+      title: name of the checkpoint or case, for the report.
+      problem: the problem to compare. Reference and oracle show all of its sites.
+      reference: the implementation that decides.
+      oracle: the oracle, which must agree with the reference; None if the reference is the only truth.
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
-      explainer: finds the cause of a divergence; None not to look for one.
-      progress: told what is being done next.
+      explainer: finds the cause of a divergence; None does not look for one.
+      progress: gets a description of each next step.
+
+    Returns:
+      The report, with a result for each site that the candidate shows.
 
     Raises:
-      TruncatedError: reference or oracle did not compute in float64, or nothing of the candidate did.
+      TruncatedError: reference or oracle did not compute in float64, or the candidate did nowhere.
       OraclesDifferError: reference and oracle do not agree.
-      ReferenceOverflowError: the formulas agree, and the reference is not finite in that precision.
+      ReferenceOverflowError: the formulas agree, but the reference is not finite in that precision.
     """
     inputs, names = problem.inputs, problem.names
     # NumPy multiplies while the reference is traced and compiled.
@@ -91,7 +112,7 @@ def compare_forward(
     if set(truth) != set(names):
         raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
 
-    # Their errors are kept of all traces but this one, which of a real model take a gigabyte.
+    # A trace of a real model takes a gigabyte. So only this one is kept; of the others only the errors are.
     truths = {site: Truth(truth[site]) for site in names}
 
     def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
@@ -127,13 +148,13 @@ def compare_forward(
         alone = each_alone(set(exact), FLOAT64)
     progress(f"{reference.name} in {precision.name}")
     if precision.stored is not None:
-        # What rounding the parameters costs is no error of the candidate's: from here on the truth is of rounded ones.
+        # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters too.
         reference, candidate = reference.storing(precision), candidate.storing(precision)
         truth = reference.trace(inputs, FLOAT64)
         require_float64(truth, reference.name)
         truths = {site: Truth(truth[site]) for site in names}
     reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
-    if not first:  # else the verdict stands
+    if not first:  # otherwise the verdict is known
         require_finite(reference_errors, reference.name, precision.name)
     progress(f"{candidate.name} in {precision.name}")
     rounded_trace = candidate.trace(inputs, precision)

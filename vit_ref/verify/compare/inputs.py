@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# The first axis of each array is the batch. Arrays of floats are cast to the precision that is computed in; arrays of
+# The first axis of each array is the batch. Arrays of floats are cast to the precision of the computation. Arrays of
 # integers and booleans (token ids, masks) stay as they are, and have no gradients.
 Inputs = NDArray | Mapping[str, NDArray]
 

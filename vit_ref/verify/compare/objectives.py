@@ -1,7 +1,7 @@
-"""Backward passes, for whoever is differentiated: objectives, and gradients by perturbing every site.
+"""Backward passes for any implementation: objectives, and gradients from a perturbation at every site.
 
-Gradients are pulled back from the classification loss and from random cotangents at the output: the loss alone leaves
-directions out (its cotangents sum to zero over the classes, and vanish where the model is sure).
+Gradients are pulled back from the classification loss and from random cotangents at the output. The loss alone leaves
+directions out: its cotangents sum to zero over the classes, and vanish for images of which the model is sure.
 """
 
 from __future__ import annotations
@@ -22,26 +22,29 @@ from vit_ref.verify.compare.inputs import is_float
 from vit_ref.verify.compare.trace import TappedForward, beside
 from vit_ref.verify.precision import Precision
 
-# By how many 32nds each objective's inputs are smaller, so that every look has seen large ones and small ones.
+# How many 32nds each objective's inputs are smaller. In this order each of `LOOKS` includes large and small inputs.
 #
-# They make twelve realisations of the rounding error, whose tail is heavy: on a trained ViT-S/14 one pull-back errs
-# up to five times as much as the next. Of 361 gradients there, the one whose pooled error exceeds the reference's most
-# does so by 1.8 at worst (bootstrap over sixteen objectives); pooled over six, by 2.4.
+# Twelve inputs give twelve samples of the rounding error. Its tail is heavy: on a trained ViT-S/14 one pull-back errs
+# up to five times as much as the next. That model has 361 gradients. The worst of their pooled errors was 1.8 times the
+# reference's (bootstrap over sixteen objectives), and 2.4 times pooled over six objectives.
 DARKER = (0, 11, 5, 8, 2, 10, 4, 7, 1, 9, 3, 6)
-# Of all objectives, so many judge the formula, in float64: the loss and two random cotangents. A formula that is wrong
-# is wrong for any that nobody chose; only rounding has luck.
+# So many objectives test the formula in float64: the loss and two random cotangents. A wrong formula shows with any
+# random cotangent. Only rounding depends on luck.
 SEMANTIC_OBJECTIVES = 3
-# After how many objectives to ask whether the rest is likely to change the verdict, see `pooling.Pooled.settled`.
+# After so many objectives `pooling.Pooled.settled` decides whether the rest is likely to change the verdict.
 LOOKS = (SEMANTIC_OBJECTIVES, 6, len(DARKER))
 
 
 class Objective(NamedTuple):
-    """A scalar of the output: `loss_weight` times the mean cross-entropy, plus the inner product with `cotangent`.
+    """A scalar that is differentiated: mean cross-entropy of the output plus its inner product with a cotangent.
 
-    The cross-entropy is taken over the output's last axis. Inputs that are floats are multiplied by `brightness` first,
-    so that no two objectives share their forward pass's rounding.
-    For a part of a model: values in `fed` take the place of its own at those sites; and where there are any in
-    `pulled`, the scalar is their inner product with the values at those sites, and the output has no part in it.
+    Attributes:
+      brightness: factor of the inputs that are floats. It differs, so that each forward pass rounds differently.
+      loss_weight: factor of the cross-entropy, which is taken over the output's last axis.
+      labels: the labels of the cross-entropy.
+      cotangent: array of the output's shape.
+      fed: values by site that replace the model's own. Only a part of a model has them.
+      pulled: cotangents by site. If there are any, the scalar is only their inner product with the values there.
     """
 
     brightness: float
@@ -56,9 +59,9 @@ class Gradients(NamedTuple):
     """Gradients of one objective.
 
     Attributes:
-      sites: by site, shaped as the site.
-      parameters: by the candidate's paths, through the weight map.
-      inputs: by name, those that are floats.
+      sites: gradients by site, in the site's shape.
+      parameters: gradients by the parameters' names in the problem.
+      inputs: gradients by name, for inputs that are floats.
     """
 
     sites: dict[str, NDArray]
@@ -66,12 +69,17 @@ class Gradients(NamedTuple):
     inputs: dict[str, NDArray]
 
     def named(self) -> dict[str, NDArray]:
-        """All of them by name, in the order in which backpropagation meets them, parameters after the sites."""
+        """Returns all gradients by name, in the order of backpropagation, with parameters after the sites."""
         return {**self.sites, **self.parameters, **self.inputs}
 
 
 def objectives_for(output: tuple[int, ...], seed: int = 0) -> tuple[Objective, ...]:
-    """The classification loss on random labels, then random cotangents, of an output of the shape (B, ..., width)."""
+    """Returns the objectives: the classification loss on random labels, then random cotangents.
+
+    Args:
+      output: the output's shape (B, ..., width).
+      seed: seed of the labels and cotangents.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, output[-1], output[:-1])
     first, *others = (1 - darker / 32 for darker in DARKER)
@@ -81,10 +89,18 @@ def objectives_for(output: tuple[int, ...], seed: int = 0) -> tuple[Objective, .
 
 
 def require_shape(output: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises `UndifferentiableError` where an output is not shaped as an objective has it."""
+    """Checks that an output has the shape that an objective needs.
+
+    Args:
+      output: the output's shape.
+      expected: the shape of the objective's cotangent.
+
+    Raises:
+      UndifferentiableError: the shapes differ.
+    """
     if tuple(output) != tuple(expected):
         raise UndifferentiableError(
-            f"its output has shape {tuple(output)} and not {tuple(expected)}, so its gradients mean something else"
+            f"its output has shape {tuple(output)} and not {tuple(expected)}, so its gradients cannot be compared"
         )
 
 
@@ -98,24 +114,24 @@ def differentiator(
     like: Objective | None = None,
     compiled: dict[Any, Future[Any]] | None = None,
 ) -> Callable[[Objective], tuple[Any, dict[str, NDArray], Any]]:
-    """A forward pass that adds a perturbation to the value at every site, made ready to be differentiated.
+    """Prepares the differentiation of a forward pass, with a perturbation at every site.
 
-    It is traced here and compiled in a thread of its own, beside whatever is traced next: XLA takes seconds for a real
+    It traces the pass here, and compiles it in another thread while the caller continues. XLA takes seconds for a real
     model, on one core.
 
     Args:
-      forward: the forward pass. A perturbation of zero is added at every site whose value has the shape in
-        `shapes`, and the gradient with respect to it is the site's.
-      parameters: any tree. What is not stored in the precision under test is widened to at least float32.
-      shapes: every site with the shape of its value; the last one is the output.
+      forward: the forward pass. It gets a perturbation of zero at every site whose value has the shape in `shapes`. The
+        gradient of that perturbation is the site's gradient.
+      parameters: any tree. Parameters that are not stored in the tested precision are widened to at least float32.
+      shapes: every site with the shape of its value. The last site is the output.
       inputs: any tree of arrays.
-      precision: float64, or the one under test.
-      like: an objective that is fed and pulled at the sites of those to come; by default at none.
-      compiled: what earlier calls compiled for the same `forward`, which other parameters then share.
+      precision: float64, or the tested precision.
+      like: an objective with the same `fed` and `pulled` sites as those to come; by default there are none.
+      compiled: compiled functions of earlier calls for the same `forward`. Other parameters can use them too.
 
     Returns:
-      A function that gives the gradients of one objective with respect to parameters, sites and inputs; all objectives
-      share what is compiled. In place of an input that is no float there is None.
+      A function that returns the gradients of one objective with respect to parameters, sites and inputs. All
+      objectives use the same compiled function. An input that is no float has None in its place.
     """
     compiled = {} if compiled is None else compiled
     like = like or objectives_for(list(shapes.values())[-1])[0]
@@ -159,11 +175,11 @@ def differentiator(
         loss = -jnp.mean(jnp.take_along_axis(log_probs, labels[..., None], axis=-1))
         return weight * loss + jnp.sum(cotangent * output)
 
-    # The parameters are a copy for each objective, whose memory their gradients take: reference and candidate in two
-    # dtypes would else hold four for as long as there are objectives, of a real model gigabytes.
+    # Each objective gets its own copy of the parameters, and their gradients reuse its memory. Otherwise reference and
+    # candidate would keep four copies, in two dtypes each: gigabytes for a real model.
     @partial(jax.jit, donate_argnums=0)
     def run(parameters: Any, floats: list[jax.Array], *rest: Any) -> Any:
-        # Made here and not given: as arguments they would take as much memory as all activations.
+        # As arguments the perturbations would take as much memory as all activations.
         perturbations = {site: jnp.zeros(shape, wide) for site, shape in shapes.items()}
         return jax.grad(objective, argnums=(0, 1, 2))(parameters, perturbations, floats, *rest)
 

@@ -1,4 +1,4 @@
-"""What the engine asks of those whom it compares, and of whoever explains what it finds."""
+"""The interfaces that the engine needs: of implementations that it compares, and of the explainer of divergences."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vit_ref.verify.results import Cause, Explanation
 
 
 class Reference(Protocol):
-    """An implementation that decides, forward and backward. The oracle, which has to agree with it, is another.
+    """An implementation that decides, forward and backward. The oracle has this interface too.
 
     Attributes:
-      name: how reports call it.
-      foreign: whether it is no jax program, see `gates.ALLOWANCES`.
+      name: its name in reports.
+      foreign: whether it runs outside jax, see `gates.ALLOWANCES`.
     """
 
     name: str
@@ -29,48 +29,50 @@ class Reference(Protocol):
 
         Args:
           inputs: see `Problem.inputs`.
-          precision: of the whole computation; parameters and inputs are converted to its dtype, exactly or by rounding
-            once. How it stores parameters is asked for by `storing`.
+          precision: the precision of the whole computation. Parameters and inputs are converted to its dtype, exactly
+            or by rounding once. `storing` rounds stored parameters.
 
         Returns:
-          Values by site. In float64 each one is float64; at lower precision an implementation may keep some wider, as
-          FlaxViT keeps its residual stream in float32 under bfloat16.
+          Values by site. In float64 each value is float64. In a lower precision some may be wider: FlaxViT keeps its
+          residual stream in float32 under bfloat16.
         """
         ...
 
     def gradients(self, inputs: Any, /, precision: Precision) -> Callable[[Objective], Gradients]:
-        """A function from an objective to its gradients, computed in `precision`.
+        """Returns a function from an objective to its gradients.
 
-        Parameters are stored in its dtype or in at least float32.
+        Args:
+          inputs: see `Problem.inputs`.
+          precision: the precision of the computation. Parameters have its dtype, or at least float32.
 
         Raises:
-          UnsupportedByReferenceError: a reference has no backward pass.
-          UndifferentiableError: a candidate has none.
+          UnsupportedByReferenceError: the reference has no backward pass.
+          UndifferentiableError: the candidate has no backward pass.
         """
         ...
 
     def storing(self, precision: Precision) -> Reference:
-        """The same with its parameters rounded as `precision` stores them."""
+        """Returns the same implementation with its parameters rounded as `precision` stores them."""
         ...
 
 
 class Observable(Reference, Protocol):
-    """A candidate, or a part of one. Its activations can be replaced, so that a block can be judged alone.
+    """A candidate, or a part of one. Its values can be replaced, so that a block can be tested alone.
 
     Attributes:
-      claims: the sites that it promises to show, None for all. A claimed site that it does not show has failed.
-      fixed: those at which nothing can be replaced.
+      claims: the sites that it promises to show; None for all. A claimed site that it does not show fails.
+      fixed: the sites whose values cannot be replaced.
     """
 
     claims: frozenset[str] | None
     fixed: frozenset[str]
 
     def trace(self, inputs: Any, /, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Reference.trace`; values in `replace` take the place of the candidate's own at those sites."""
+        """Implements `Reference.trace`. Values in `replace` take the place of the candidate's own at those sites."""
         ...
 
     def storing(self, precision: Precision) -> Observable:
-        """See `Reference.storing`."""
+        """Implements `Reference.storing`."""
         ...
 
 
@@ -78,8 +80,8 @@ class Runnable(Observable, Protocol):
     """A whole candidate, which can also be run as its users run it.
 
     Attributes:
-      compiles: whether it is one of jax. Any other can write into its inputs, which jax's arrays do not allow.
-      notes: what a report says of how it was run, a line each; known once it has run.
+      compiles: whether jax can compile it. Any other candidate may write into its inputs.
+      notes: notes for the report on how it was run, one line each; known after the first run.
     """
 
     compiles: bool
@@ -88,40 +90,44 @@ class Runnable(Observable, Protocol):
     def outputs(
         self, batches: Sequence[Any], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """Outputs of several batches of inputs, compiled where `jit` says so and the candidate compiles.
+        """Returns the outputs of several batches of inputs. If the candidate writes into a batch, the batch changes.
 
-        A batch into which it writes has changed afterwards.
+        Args:
+          batches: see `Problem.inputs`.
+          precision: the precision of the computation.
+          jit: whether to compile the candidate, if it compiles.
+          tap: called with every site and its value; None runs without a tap.
 
         Raises:
-          jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.
+          jax.errors.JAXTypeError: jax cannot trace it, so it cannot be compiled.
         """
         ...
 
     def path_of(self, site: str) -> str:
-        """What in the candidate stands for a site: a submodule's path, or a name."""
+        """Returns the part of the candidate that stands for a site: a submodule's path, or a name."""
         ...
 
 
 class Explainer(Protocol):
-    """Finds the known bugs that explain a divergence; it knows what is computed, which the engine does not."""
+    """A search for causes of a divergence. It knows the model that is computed, and the engine does not."""
 
     def explain_formula(self, site: str, shown: Trace, truth: Trace) -> Explanation:
         """Explains the first divergence in float64.
 
         Args:
-          site: where it is.
+          site: the site of the divergence.
           shown: the candidate's trace in float64.
-          truth: the reference's.
+          truth: the reference's trace in float64.
         """
         ...
 
     def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
-        """Explains rounding beyond the gate, where all formulas agree.
+        """Explains rounding beyond the gate if all formulas agree.
 
         Args:
           site: the first site beyond its gate.
           shown: the candidate's trace in the tested precision.
-          truth: the reference's in float64.
+          truth: the reference's trace in float64.
           precision: the tested precision.
         """
         ...

@@ -16,28 +16,35 @@ from vit_ref.errors import TruncatedError
 
 T = TypeVar("T")
 Trace = dict[str, NDArray]
-# Called with each site's name and value; what it returns takes the value's place. Recording, replacing and perturbing
-# are taps. Without a tap is not the same as with one that changes nothing: a model may then take another path.
+# It is called with each site's name and value, and returns the value to use in its place. Recording, replacing and
+# perturbing are taps. Without a tap a model may take another path than with one that changes nothing.
 Tap = Callable[[str, Any], Any]
-# (parameters, inputs, tap) -> output (B, ..., width), in jax. Parameters and inputs are any trees.
+# (parameters, inputs, tap) -> output (B, ..., width), in jax. Parameters and inputs may be any trees.
 TappedForward = Callable[[Any, Any, Tap], jax.Array]
-# The same, which runs without a tap, too.
+# The same, but the tap may be None.
 Forward = Callable[[Any, Any, Tap | None], jax.Array]
-# Told what is being done next, in a few words.
+# It gets a description of each next step, in a few words.
 Progress = Callable[[str], None]
 
 
 def silent(step: str) -> None:
-    """The progress that nobody watches."""
+    """Reports no progress."""
 
 
 def passing(site: str, value: Any) -> Any:
-    """The tap that changes nothing."""
+    """Returns the value unchanged. This is the tap that changes nothing."""
     return value
 
 
 def recorder(forward: TappedForward) -> Callable[[Any, Any, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """A function from parameters, inputs and replacements by site to every site's value, before it is replaced."""
+    """Returns a function that records every site's value before it is replaced.
+
+    Args:
+      forward: the forward pass.
+
+    Returns:
+      A function of parameters, inputs and replacements by site. It returns the values by site.
+    """
 
     def run(parameters: Any, inputs: Any, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
         recorded: dict[str, jax.Array] = {}
@@ -53,19 +60,34 @@ def recorder(forward: TappedForward) -> Callable[[Any, Any, dict[str, jax.Array]
 
 
 def replacements(replace: Mapping[str, NDArray] | None, dtype: DTypeLike) -> dict[str, jax.Array]:
-    """Values by site for `recorder`, wide enough for a token stream that is wider than `dtype`."""
+    """Returns replacements for `recorder`, in at least float32, because a token stream may be wider than `dtype`.
+
+    Args:
+      replace: values by site.
+      dtype: the dtype of the computation.
+    """
     wide = np.promote_types(dtype, np.float32)
     return {site: jnp.asarray(value, wide) for site, value in (replace or {}).items()}
 
 
 def narrowed(parameters: T, dtype: DTypeLike) -> T:
-    """A tree of parameters, below float64 with float32 for float64, which jax would make of them with a warning."""
+    """Returns parameters without float64, unless that is the dtype. jax would narrow them itself, with a warning.
+
+    Args:
+      parameters: any tree.
+      dtype: the dtype of the computation.
+    """
     narrow = np.dtype(dtype) != np.float64
     return jax.tree.map(lambda x: x.astype(np.float32) if narrow and x.dtype == np.float64 else x, parameters)
 
 
 def beside(work: Callable[..., T], *arguments: Any) -> Future[T]:
-    """Work in a thread of its own, for what leaves Python's lock alone: XLA's compiler, NumPy's products."""
+    """Starts work in another thread. It helps if the work releases Python's lock, as XLA's compiler and NumPy do.
+
+    Args:
+      work: the function to call.
+      *arguments: its arguments.
+    """
     thread = ThreadPoolExecutor(1)
     future = thread.submit(work, *arguments)
     thread.shutdown(wait=False)
@@ -73,21 +95,33 @@ def beside(work: Callable[..., T], *arguments: Any) -> Future[T]:
 
 
 def require_float64(trace: Mapping[str, NDArray], name: str) -> None:
-    """Raises `TruncatedError` where a trace that was to be float64 is not, as when jax silently makes it float32."""
+    """Checks that every value of a trace is float64, because jax may silently make it float32.
+
+    Args:
+      trace: values by site.
+      name: the name of the implementation.
+
+    Raises:
+      TruncatedError: a value has another dtype.
+    """
     wrong = {site: value.dtype for site, value in trace.items() if value.dtype != np.float64}
     if wrong:
         site, found = next(iter(wrong.items()))
         raise TruncatedError(
-            f"{name} was to compute in float64, but {len(wrong)} of {len(trace)} sites are not, first {site}: {found}:"
-            " build it in the dtype that load(checkpoint, dtype) is told, and cast nothing to another"
+            f"{name} must compute in float64, but {len(wrong)} of {len(trace)} sites do not, first {site}: {found}:"
+            " build it in the dtype that load(checkpoint, dtype) gets, and cast nothing to another"
         )
 
 
 def widened(trace: Mapping[str, NDArray], name: str) -> Trace:
-    """A candidate's trace that was to be float64: what of it is not is taken as it is, and wrong by its rounding.
+    """Returns a candidate's trace in float64. A value of another dtype is widened, and its rounding counts as an error.
+
+    Args:
+      trace: the candidate's values by site, computed for float64.
+      name: the candidate's name.
 
     Raises:
-      TruncatedError: nothing of it is float64, so that it was not asked in a way that it understands.
+      TruncatedError: no value is float64, so the candidate did not follow the dtype.
     """
     if all(value.dtype != np.float64 for value in trace.values()):
         require_float64(trace, name)

@@ -74,7 +74,7 @@ class Divergence(NamedTuple):
 
 
 def find_wrong(value: NDArray, truth: NDArray) -> list[NDArray]:
-    """Returns, for each axis, the indices of elements that differ by more than the semantic gate allows.
+    """Returns the indices along each axis of elements that differ by more than the semantic gate allows.
 
     Args:
       value: the wrong value.

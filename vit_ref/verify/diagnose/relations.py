@@ -1,6 +1,6 @@
-"""What a wrong value can be where no formula is known: told by the right value and the values before it.
+"""Explains a wrong value if no formula is known, from the right value and the values before it.
 
-An explanation is a whole value, which has to meet the candidate's to the last bits. Nothing here decides; `Divergence`
+An explanation is a whole value, which has to equal the candidate's to the last bits. `Divergence` decides whether it
 does.
 """
 
@@ -26,22 +26,22 @@ ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
     "no activation": lambda x: x,
 }
 EPSILONS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3)
-# Two right values in float64 are nearer than this, and two formulas further apart.
+# Two right values in float64 differ by less than this, and two formulas by more.
 _SAME = 1e-10
-# A factor a channel is found from at least so many rows.
+# At least so many rows are needed to find a factor for each channel.
 _ROWS = 6
 
 
 def explain_by_relation(
     truth: NDArray, value: NDArray, before: Mapping[str, NDArray], parameters: Mapping[str, NDArray]
 ) -> Iterator[Prediction]:
-    """Yields what is fitted to the wrong value: a term that is missing or too much, a scale or a constant a channel.
+    """Yields explanations that are fitted to the wrong value: a term left out or added, or a number for each channel.
 
     Args:
       truth: the right value.
-      value: the candidate's.
+      value: the candidate's value.
       before: the reference's values before it, by site, the nearest first.
-      parameters: the reference's, by name.
+      parameters: the reference's parameters, by name.
     """
     off = value - truth
     shaped = {site: x.reshape(truth.shape) for site, x in before.items() if x.size == truth.size}
@@ -61,7 +61,7 @@ def _by_channel(
     off = value - truth
     constant = off.mean(axis=axes)
     yield Prediction(
-        _named(constant, parameters, _CONSTANTS) or "a constant of its own added to each channel", truth + constant
+        _named(constant, parameters, _CONSTANTS) or "another constant added to each channel", truth + constant
     )
     for site, x in terms.items():
         squares = np.square(x).sum(axis=axes)
@@ -72,7 +72,7 @@ def _by_channel(
         yield Prediction(label, truth + factors * x)
 
 
-# What a parameter p does to a value of 1, by what was done to it.
+# How each bug with a parameter p changes a value of 1.
 _FACTORS: dict[str, Callable[[NDArray], NDArray]] = {
     "without the scale {}": lambda p: 1 - p,
     "without the scale {} (the value before it)": lambda p: 1 / p - 1,
@@ -88,7 +88,7 @@ _CONSTANTS: dict[str, Callable[[NDArray], NDArray]] = {
 def _named(
     found: NDArray, parameters: Mapping[str, NDArray], ways: Mapping[str, Callable[[NDArray], NDArray]]
 ) -> str | None:
-    """What was done with which parameter, where one explains the numbers a channel."""
+    """Returns the bug, with its parameter, that explains the numbers of all channels; None if none does."""
     for name, parameter in parameters.items():
         if parameter.size != found.size:
             continue
@@ -100,7 +100,7 @@ def _named(
 
 
 def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
-    """Yields what the value would be with another formula, if its inputs tell the right one.
+    """Yields the value that other formulas would give, if the values before it show the right formula.
 
     Args:
       truth: the right value.
@@ -135,14 +135,20 @@ def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction
 
 
 def interleave(x: NDArray, size: int, *, back: bool = False) -> NDArray:
-    """Makes halves of every `size` channels from the pairs (0, 1), (2, 3), ..., or the other way round."""
+    """Moves the first of each pair of channels into the first half of every `size` channels, or back.
+
+    Args:
+      x: the value.
+      size: the number of channels that are moved together.
+      back: whether to make pairs (0, 1), (2, 3), ... from the halves instead.
+    """
     heads = x.reshape(*x.shape[:-1], -1, size)
     split = (2, size // 2) if back else (size // 2, 2)
     return np.swapaxes(heads.reshape(*heads.shape[:-1], *split), -1, -2).reshape(x.shape)
 
 
 def _parts(width: int) -> list[int]:
-    """Even sizes that a width falls into, all of it first."""
+    """Returns even sizes into which a width can be divided, the whole width first."""
     return [
         size
         for size in (width, *(width // heads for heads in range(2, 33) if width % heads == 0))
@@ -158,7 +164,7 @@ def _activated(truth: NDArray, x: NDArray) -> Iterator[Prediction]:
 
 
 def _gated(truth: NDArray, site: str, one: NDArray, other: NDArray) -> Iterator[Prediction]:
-    """A gated unit: the activation of one half times the other."""
+    """Yields bugs of a gated unit, which is the activation of one half times the other half."""
     for gate, up, swapped in ((one, other, "first"), (other, one, "second")):
         right = next((name for name, f in ACTIVATIONS.items() if _is_same(f(gate) * up, truth)), None)
         for name, f in ACTIVATIONS.items() if right else ():
@@ -169,7 +175,7 @@ def _gated(truth: NDArray, site: str, one: NDArray, other: NDArray) -> Iterator[
 
 
 def _normalised(truth: NDArray, x: NDArray) -> Iterator[Prediction]:
-    """A norm with another epsilon, of another kind, or without its scale or bias."""
+    """Yields norms with another epsilon, of another kind, or without scale or bias."""
     if truth.shape[-1] < 3 or truth.size // truth.shape[-1] < _ROWS:
         return
     for kind, standardise in _NORMS.items():
@@ -203,7 +209,7 @@ _NORMS = {"LayerNorm": _layer_norm, "RMSNorm": _rms_norm}
 
 
 def _line(x: NDArray, y: NDArray) -> tuple[NDArray, NDArray]:
-    """Slope and constant of y over x, channel by channel."""
+    """Returns the slope and the constant of y over x, for each channel."""
     axes = tuple(range(x.ndim - 1))
     mean_x, mean_y = x.mean(axis=axes), y.mean(axis=axes)
     squares = np.square(x - mean_x).sum(axis=axes)

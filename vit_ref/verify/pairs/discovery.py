@@ -1,4 +1,4 @@
-"""Finds the sites of a reference: the outputs of its own named submodules, in the order in which they come."""
+"""Finds the sites of a reference: the outputs of its named submodules, in the order of the pass."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from vit_ref.verify.compare.trace import Tap
 from vit_ref.verify.pairs.outline import OUTPUT, DeclaredOutline
 from vit_ref.verify.precision import FLOAT64
 
-# A declared implementation, in JAX or in PyTorch; the latter's class is not imported here.
+# A declared implementation, in JAX or in PyTorch. The class for PyTorch is not imported here.
 Declared = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Discovery:
-    """What a reference was seen to have.
+    """Sites and parameters that were found in a reference.
 
     Attributes:
       outline: its sites and parameters.
-      table: from its own paths to its sites.
-      repeated: submodules that run more than once in a pass, and so are no sites.
+      table: its own paths -> its sites.
+      repeated: submodules that run more than once in a pass. They are no sites.
     """
 
     outline: DeclaredOutline
@@ -38,7 +38,7 @@ class Discovery:
 
 
 class AnyShape(dict[str, Shape]):
-    """Shapes of sites that are not known yet: a table that has them fits no value."""
+    """Shapes of sites that are not known yet. A table with these shapes fits no value to another shape."""
 
     def __missing__(self, site: str) -> Shape:
         return ()
@@ -54,7 +54,7 @@ class Blank(DeclaredOutline):
         super().__init__({}, (), {})
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
-        """See `Outline.shapes`."""
+        """Implements `Outline.shapes`."""
         return AnyShape()
 
 
@@ -62,12 +62,12 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
     """Runs a reference once in float64, and lists its sites.
 
     Args:
-      reference: it is observed through its `tables`, which are set to the ones found here.
+      reference: the reference. This function sets its `tables`.
       given: the table of `Reference.sites`; None for the outputs of all submodules.
-      inputs: those that are compared.
+      inputs: the inputs of the comparison.
 
     Raises:
-      CandidateError: the reference cannot be run, or its table names what it has not.
+      CandidateError: the reference cannot be run, or its table has an unknown name.
     """
     recorder = SiteRecorder()
     shapes: dict[str, Shape] = {}
@@ -95,10 +95,10 @@ class SiteRecorder(Table):
     """A table that changes nothing, and lists every array of floats that a submodule returns.
 
     Attributes:
-      found: shapes by site: the submodule's path; of a tuple `path` for the first element and `path:k` for others; of a
-        mapping or a dataclass `path:field`.
-      keys: by site, the key under which a table asks for it.
-      repeated: paths of submodules that came more than once.
+      found: shapes by site. A site is the submodule's path. In a tuple the first element has the path and element k is
+        `path:k`. In a mapping or a dataclass a field is `path:field`.
+      keys: by site, its key in a table.
+      repeated: paths of submodules that ran more than once.
       paths_met: all paths, and names of values.
     """
 
@@ -111,11 +111,11 @@ class SiteRecorder(Table):
         self.paths_met: set[str] = set()
 
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
-        """See `Table.at_input`."""
+        """Implements `Table.at_input`."""
         return args, kwargs
 
     def at_output(self, path: str, output: Any, tap: Tap) -> Any:
-        """See `Table.at_output`."""
+        """Implements `Table.at_output`."""
         if not path:
             return output
         if path in self.paths_met:
@@ -129,7 +129,7 @@ class SiteRecorder(Table):
         return output
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
-        """See `Table.at_name`."""
+        """Implements `Table.at_name`."""
         name = counted(name)
         if name in self.paths_met:
             self.repeated.add(name)
@@ -146,7 +146,7 @@ class SiteRecorder(Table):
 
 
 class _Every(frozenset[str]):
-    """The paths of a table that asks for all there are, and lists none that a reference could lack."""
+    """The paths of a table that contains every path, but lists none that a reference could lack."""
 
     def __contains__(self, path: object) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Explains divergences from a declared reference: no formula is known, but the reference can be run with a change."""
+"""Explains divergences from a declared reference. Its formulas are not known, but it can be run with a change."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.results import Cause, Explanation
 
-# Of how many values before it a wrong one is looked for, and how often the reference is run with a change.
+# So many values before a wrong one are tried, and the reference runs so often with a change.
 _BEFORE, _RUNS = 12, 250
-# Elements of a value: larger ones are not looked into.
+# Values with more elements are not explained.
 _LARGEST = 1 << 24
 _QUERIES = ("query", "q_proj", "q_lin")
 _KEYS = ("key", "k_proj", "k_lin")
 
 
 class PairExplainer:
-    """See `Explainer`.
+    """An `Explainer` for a declared reference.
 
     Args:
-      reference: observed at all of its sites.
-      inputs: those that are compared.
+      reference: the reference, observed at all of its sites.
+      inputs: the inputs of the comparison.
       order: all sites in the order of the pass.
     """
 
@@ -40,7 +40,7 @@ class PairExplainer:
         self._reference, self._inputs, self._order = reference, inputs, order
 
     def explain_formula(self, site: str, shown: Trace, truth: Trace) -> Explanation:
-        """See `Explainer.explain_formula`."""
+        """Implements `Explainer.explain_formula`."""
         found = Divergence(site, shown[site], truth[site], made_in="reference")
         if found.value.shape != found.truth.shape:
             return Explanation((), f"as its shape is {found.value.shape}, not {found.truth.shape}")
@@ -62,7 +62,7 @@ class PairExplainer:
         return Explanation(found.causes(self._within(found, known, hidden_before(site, self._order, shown))))
 
     def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
-        """See `Explainer.explain_rounding`: a coarser format than the tested one."""
+        """Implements `Explainer.explain_rounding`. It knows one cause: a coarser format than the tested one."""
         value = shown[site]
         for name, rounded in STORED.items():
             if name not in ("float32", value.dtype.name) and np.array_equal(rounded(value), value):
@@ -70,14 +70,14 @@ class PairExplainer:
         return ()
 
     def explain_gradient(self, name: str, value: NDArray, truth: NDArray) -> Explanation:
-        """See `Explainer.explain_gradient`: a factor, nothing at all, a rounding, another order."""
+        """Implements `Explainer.explain_gradient`. It tries a factor, zeros, a rounding and another order."""
         found = Divergence(name, value, truth, made_in="reference")
         if not found.comparable or value.size > _LARGEST:
             return Explanation()
         return Explanation(found.causes(found.by_value(), explain_by_order(truth, value, _axes(truth))))
 
     def _before(self, site: str, known: Trace) -> dict[str, NDArray]:
-        """Values before a site, the nearest first, each once; and the inputs."""
+        """Returns the values before a site, the nearest first and each once, and then the inputs."""
         place = self._order.index(site)
         found: dict[str, NDArray] = {}
         for name in reversed(self._order[:place]):
@@ -98,7 +98,7 @@ class PairExplainer:
             yield Prediction(f"rounded to {name}", rounded(truth), format=name)
 
     def _within(self, found: Divergence, known: Trace, hidden: tuple[str, ...]) -> Iterator[Prediction]:
-        """The value at the site where one that is not shown, right before it, was changed: the reference is run."""
+        """Yields the reference's values at the site after a change at a hidden site right before it."""
         runs = 0
         for name in reversed([name for name in hidden if name in known][-_BEFORE:]):
             before = self._before(name, known)
@@ -138,11 +138,11 @@ class PairExplainer:
 
 
 def _axes(value: NDArray) -> tuple[str, ...]:
-    """What one index of each axis is called."""
+    """Returns the name of one index along each axis."""
     return tuple("last" if axis == value.ndim - 1 else f"number {axis}" for axis in range(value.ndim))
 
 
 def _heads(query: NDArray, key: NDArray) -> list[int]:
-    """The sizes that a head may have: even, and a part of both widths."""
+    """Returns the sizes that a head may have: even numbers that divide both widths."""
     widths = query.shape[-1], key.shape[-1]
     return [size for size in range(4, min(widths) + 1, 2) if not any(width % size for width in widths)][:12]

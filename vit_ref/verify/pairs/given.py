@@ -1,4 +1,4 @@
-"""The inputs of a comparison: from a file, of given shapes, or made by the reference's own function."""
+"""The inputs of a comparison: from a file, random in given shapes, or from the reference's own function."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Given = Mapping[str, Any] | str | os.PathLike[str] | None
 
 
 def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, NDArray]:
-    """Returns the inputs as both sides get them, with floats in float32.
+    """Returns the inputs for both sides, with floats in float32.
 
     Args:
-      reference: the declaration, whose `inputs` is asked where nothing else is given.
-      given: arrays by name, or a file of NumPy's that holds them (`.npz`).
-      seed: for the function that makes them.
+      reference: the declaration. Its `inputs` makes them if `given` is None.
+      given: arrays by name, or the path of an `.npz` file that holds them.
+      seed: the argument of `Reference.inputs`.
 
     Raises:
-      InputError: there are none, or they cannot be used.
+      InputError: there are no inputs, or they cannot be used.
     """
     if isinstance(given, Mapping):
         where, arrays = "inputs", dict(given)
@@ -37,17 +37,17 @@ def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, 
     else:
         where, arrays = f"{reference.name}: inputs({seed})", _made(reference, seed)
     if not arrays:
-        raise InputError(f"{where}: no array in it: give one array a name at least")
+        raise InputError(f"{where}: it has no array: give at least one by name")
     found = {str(name): np.asarray(value) for name, value in arrays.items()}
     for name, value in found.items():
         if value.dtype.kind not in "fiub":
-            raise InputError(f"{where}: {name!r} is of {value.dtype}: give floats, integers or booleans")
+            raise InputError(f"{where}: {name!r} has dtype {value.dtype}: give floats, integers or booleans")
         if not value.size:
-            raise InputError(f"{where}: {name!r} has the shape {value.shape}, and so no element: give it some")
+            raise InputError(f"{where}: {name!r} has shape {value.shape}, so it is empty: give it at least one element")
         if value.dtype.kind == "f" and np.isnan(value).any():
-            raise InputError(f"{where}: {name!r} is NaN somewhere: give numbers")
+            raise InputError(f"{where}: {name!r} has NaN in it: give numbers")
     if not next(iter(found.values())).ndim:
-        raise InputError(f"{where}: {next(iter(found))!r} is a number: the first axis of the first array is the batch")
+        raise InputError(f"{where}: {next(iter(found))!r} is a single number: give it an axis for the batch")
     return cast_floats(found)
 
 
@@ -63,21 +63,21 @@ def _read(path: Path) -> dict[str, NDArray]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            raise InputError(f"{path}: a single array: save it under a name with np.savez(FILE, NAME=array)")
+            raise InputError(f"{path}: it holds an array without a name: give it one with np.savez(FILE, NAME=array)")
         with loaded as file:
             return {name: file[name] for name in file.files}
     except InputError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)}): write it with np.savez") from None
+        raise InputError(f"{path}: it cannot be read ({first_line(error)}): write it with np.savez") from None
 
 
 def _made(reference: Candidate, seed: int) -> dict[str, Any]:
     make = getattr(reference, "inputs", None)
     if make is None:
         raise InputError(
-            f"{reference.name}: no inputs: declare vit_ref.Reference(inputs=FUNCTION), or give --inputs FILE.npz, or"
-            " --shape NAME=2,3,4"
+            f"{reference.name}: it declares no inputs: use vit_ref.Reference(inputs=FUNCTION), or give --inputs"
+            " FILE.npz, or --shape NAME=2,3,4"
         )
     try:
         with beside_it(reference.directory):

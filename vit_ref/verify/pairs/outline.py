@@ -1,4 +1,4 @@
-"""The outline of a declared reference: the sites and parameters that it was seen to have."""
+"""The outline of a declared reference: the sites and parameters that a run of it showed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OUTPUT = "output"
 
 
 class DeclaredOutline:
-    """See `Outline`.
+    """The outline of a declared reference.
 
     Args:
-      sites: every site but the output, with the shape of its value on the inputs that are compared, in order.
+      sites: shapes by site, in order, for the inputs of the comparison. The output is not among them.
       output: the shape of the output.
-      parameters: the reference's, with their shapes.
+      parameters: shapes by the reference's parameters.
     """
 
     output = OUTPUT
@@ -33,37 +33,37 @@ class DeclaredOutline:
         self._parameters = parameters
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
-        """See `Outline.shapes`. Sites are shown on whole inputs alone, whose shapes are known."""
+        """Implements `Outline.shapes`. Sites are shown for whole inputs only, so their shapes are known."""
         return self._sites
 
     def only(self, sites: Container[str]) -> DeclaredOutline:
-        """Returns the outline with these sites alone, and the output."""
+        """Returns the outline with these sites and the output only."""
         kept = {site: shape for site, shape in self._sites.items() if site in sites and site != OUTPUT}
         return DeclaredOutline(kept, self._sites[OUTPUT], self._parameters)
 
     def parameters(self) -> Mapping[str, Shape]:
-        """See `Outline.parameters`."""
+        """Implements `Outline.parameters`."""
         return self._parameters
 
     def numbers(self, pattern: str, known: Container[str]) -> Iterable[int]:
-        """See `Outline.numbers`: those for which the reference has the name."""
+        """Implements `Outline.numbers`: returns the numbers for which the reference has the name."""
         first, *rest = map(re.escape, pattern.split("{i}"))
         shape = re.compile(f"{first}(?P<i>\\d+)" + "".join(f"{part}(?P=i)" for part in rest[:-1]) + rest[-1])
         found = (shape.fullmatch(name) for name in known) if rest and isinstance(known, Iterable) else ()
         return sorted({int(match["i"]) for match in found if match})
 
     def optional(self, what: str) -> Container[str]:
-        """See `Outline.optional`: none."""
+        """Implements `Outline.optional`: returns nothing."""
         return ()
 
     def goes_past(self, site: str) -> bool:
-        """See `Outline.goes_past`: nobody knows, so that what enters a submodule may be used elsewhere."""
+        """Implements `Outline.goes_past`. A value that enters a submodule may be used elsewhere too."""
         return True
 
     def recognise(self, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """See `Outline.recognise`: those with the reference's own names."""
+        """Implements `Outline.recognise`. It recognises the reference's own names."""
         named = {counted(name): value for name, value in gradients.items()}
         return {name: value for name, value in named.items() if name in self._parameters}
 
     def require_output(self, output: Any, name: str) -> None:
-        """See `Outline.require_output`: another shape than the reference's is a divergence, and no bad input."""
+        """Implements `Outline.require_output`. It accepts any output, because another shape counts as a divergence."""

@@ -1,4 +1,4 @@
-"""Finds which parameter of a candidate is which of the reference: by equal values, also transposed or reshaped."""
+"""Matches a candidate's parameters to the reference's by equal values, also if they are transposed or reshaped."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Of more axes there are too many orders to try.
+# With more axes there are too many orders to try.
 _MOST_AXES = 5
 Move = Callable[[Any], Any]
 
 
 def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) -> dict[str, Any]:
-    """Returns the table of parameters of a candidate, for `Candidate.parameters`.
+    """Returns a candidate's table of parameters, for `Candidate.parameters`.
 
     Args:
       own: the candidate's parameters.
-      wanted: the reference's.
+      wanted: the reference's parameters.
 
     Returns:
-      From the candidate's paths to the reference's names, those that are told by their values. Parameters whose values
-      several others have, such as zeros, are told by nothing and left out.
+      The candidate's paths -> the reference's names. Parameters that share their values with others, such as zeros,
+      cannot be matched and are left out.
     """
     ours, theirs = _by_content(own), _by_content(wanted)
     table: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) 
 
 
 def find_move(value: NDArray, wanted: NDArray) -> Move | None:
-    """Returns a function that moves a value's axes and reshapes it into the wanted one; None if none does."""
+    """Returns a function that turns a value into the wanted one by moving axes and reshaping; None if there is none."""
     return next((move for move in _moves(value.shape, wanted.shape) if np.array_equal(move(value), wanted)), None)
 
 
@@ -52,7 +52,7 @@ def _moves(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Iterator[Move]:
             yield partial(_move, before=shape, order=order, after=wanted)
     if len(wanted) <= _MOST_AXES:
         for order in itertools.permutations(range(len(wanted))):
-            # A reshape first, as of a kernel (D, H, K) into (D, H K), and then the axes.
+            # This reshapes first, for example a kernel (D, H, K) into (D, H K), and then moves the axes.
             yield partial(_move, before=tuple(wanted[axis] for axis in np.argsort(order)), order=order, after=wanted)
 
 

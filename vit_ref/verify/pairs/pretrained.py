@@ -9,7 +9,7 @@ from typing import Any
 from vit_ref.errors import CheckpointError, first_line
 from vit_ref.verify.candidates.declaration import Reference
 
-# The class of the part that takes images, by model_type; of other types the class that transformers itself takes.
+# By model_type, the class of the part that takes images. For other types transformers chooses the class.
 _CLASSES = {
     "clip": "CLIPVisionModel",
     "clip_vision_model": "CLIPVisionModel",
@@ -26,7 +26,7 @@ def load(checkpoint: Path | None) -> Any:
       CheckpointError: there is no such directory, or transformers cannot load it.
     """
     if checkpoint is None or not (checkpoint / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint}: no config.json in it: give --checkpoint a directory of transformers")
+        raise CheckpointError(f"{checkpoint}: it has no config.json: give --checkpoint a directory of transformers")
     import transformers
 
     kind = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type")

@@ -1,4 +1,4 @@
-"""Proposes the table of a candidate by running it beside a declared reference: equal values are the same site."""
+"""Proposes the table of a candidate by running it beside a declared reference. Equal values are the same site."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.proposals.matching import EQUAL
 from vit_ref.verify.proposals.recording import Recorder
 
-# Of more axes there are too many orders to try.
+# With more axes there are too many orders to try.
 _MOST_AXES = 4
-# Into how many equal parts a fused value may fall.
+# The numbers of equal parts that a fused value may have.
 _PARTS = (1, 2, 3)
 
 
@@ -33,9 +33,9 @@ class Line(NamedTuple):
     """One line of a table.
 
     Attributes:
-      key: what of the candidate is meant.
+      key: the candidate's value, see `Candidate.sites`.
       site: the reference's site.
-      select: the Python expression of `x` that picks the site's value; "" for the value itself.
+      select: the Python expression of `x` that picks the site's value; "" for the whole value.
     """
 
     key: str
@@ -45,14 +45,14 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PairProposal:
-    """A table to be checked by a person. `str()` is the Python code that makes it.
+    """A proposed table, for a person to check. `str()` is the Python code that makes it.
 
     Attributes:
       candidate: the candidate's name.
       reference: the reference's name.
       lines: the table.
-      unshown: sites of the reference that nothing of the candidate equals, in order. If the candidate is wrong, its
-        first divergence is before the first site after which nothing is equal.
+      unshown: sites of the reference that no value of the candidate equals, in order. After a wrong formula
+        no later site is equal.
       unused: submodules of the candidate that equal no site.
     """
 
@@ -63,7 +63,7 @@ class PairProposal:
     unused: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all of it, for machines."""
+        """Returns the proposal for machines."""
         return {
             "candidate": self.candidate,
             "reference": self.reference,
@@ -104,7 +104,7 @@ def propose(
 
     Args:
       reference: see `compare`.
-      candidate: see `compare`; a table that it has is set aside.
+      candidate: see `compare`. Its own table is ignored.
       checkpoint: see `compare`.
       inputs: see `compare`.
       seed: see `compare`.
@@ -131,11 +131,11 @@ def propose(
 
 
 def _lines(site: str, wanted: Mapping[str, NDArray], shown: Mapping[str, NDArray]) -> Iterator[Line]:
-    """The line for a site; none where nothing equals it."""
+    """Yields the line for a site, or nothing if no value equals it."""
     if site == OUTPUT or site not in wanted:
         return
     truth = wanted[site]
-    # An output before an input: gradients are compared there.
+    # Outputs come before inputs, because gradients are compared at outputs.
     for key in sorted(shown, key=lambda key: ":" in key):
         select = _selection(shown[key], truth)
         if select is not None:
@@ -144,7 +144,7 @@ def _lines(site: str, wanted: Mapping[str, NDArray], shown: Mapping[str, NDArray
 
 
 def _selection(value: NDArray, truth: NDArray) -> str | None:
-    """The expression that makes one value of another, "" for none; None where there is no such expression."""
+    """Returns the expression that makes one value of another; "" if they are equal, None if there is no expression."""
     for parts in _PARTS:
         if value.size != parts * truth.size or not value.ndim or value.shape[-1] % parts:
             continue
@@ -162,7 +162,7 @@ def _selection(value: NDArray, truth: NDArray) -> str | None:
 
 
 def _numbered(lines: list[Line]) -> Iterator[Line]:
-    """The lines, those that differ in one number joined where that leaves no line out or over."""
+    """Yields the lines. Lines that differ only in one number become one line with `{i}`."""
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((_template(line.key), _template(line.site), line.select), []).append(line)

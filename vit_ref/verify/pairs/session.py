@@ -1,4 +1,4 @@
-"""One comparison of a candidate with a reference that a person declared."""
+"""One comparison of a candidate with a declared reference."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.weights.origin import Origin, find_origin_of
 
-# Where the parameters stay float32 and products are bfloat16, each model decides what else it rounds.
+# In this precision parameters are float32 and products bfloat16. Each model decides what else it rounds.
 MIXED = "mixed"
-# What a person may give for either side.
+# The forms in which a caller may give either side.
 Given = Candidate | Callable[..., Any] | str
 
 
@@ -58,27 +58,30 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> CandidateReport:
-    """Compares a candidate with a reference, whatever the two are written in, at every site that both show.
+    """Compares a candidate with a reference, in any framework each, at every site that both show.
 
-    The reference is the only truth: no oracle knows what it computes. What can be checked of it is: that it gives the
-    same each time, computes in float64 when it is asked to, and that its ways of attention agree.
+    The reference is the only truth, because no oracle knows what it computes. Three things about it are checked:
+
+    - It gives the same output in each run.
+    - It computes in float64.
+    - Its implementations of attention agree.
 
     Args:
-      reference: a `Reference`; a function; or "FILE.py" or "module:attribute" where one of these is.
-      candidate: a `Candidate`, or as above.
-      checkpoint: the path that both sides' `load` is given; None where neither needs one.
+      reference: a `Reference`; a function; or "FILE.py" or "module:attribute", which holds one of these.
+      candidate: a `Candidate`, or one of the other forms above.
+      checkpoint: the path that both sides' `load` gets; None if neither needs one.
       inputs: arrays by name, or the path of an `.npz` file with them; None for those that `Reference.inputs` makes.
-      precision: whose rounding is judged; see `check_port`.
-      backward: whether to judge gradients too.
+      precision: the precision whose rounding is tested; see `check_port`.
+      backward: whether to check gradients too.
       expected_failed_checks: see `check_port`.
-      seed: for `Reference.inputs`.
-      progress: told what is being done next.
+      seed: the argument of `Reference.inputs`.
+      progress: gets a description of each next step.
 
     Returns:
-      Every check with its status; `report.passed` is the verdict.
+      Every check with its status. `report.passed` is the verdict.
 
     Raises:
-      PartlyJudgedError: nothing failed forward, and gradients cannot be judged.
+      PartlyJudgedError: nothing failed forward, but the gradients cannot be checked.
       InputError: a side, the inputs or an expectation cannot be used.
     """
     session = PairSession(
@@ -88,7 +91,7 @@ def compare(
 
 
 class PairSession(Judgement):
-    """What one comparison takes, and its parts; arguments and errors are those of `compare`."""
+    """One comparison and its parts. See `compare` for arguments and errors."""
 
     candidate: Any
 
@@ -123,7 +126,7 @@ class PairSession(Judgement):
         progress(f"{declared.name}: finding its sites")
         self.found = discover(plain, declared.sites, self.inputs)
         declared = dataclasses.replace(declared, sites=self.found.table)
-        # Observed at all sites, of which the candidate may show a few.
+        # This one is observed at all sites. The candidate may show only some of them.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
         require_repeatable(self.whole, self.inputs, progress=progress)
         self.explainer = PairExplainer(self.whole, self.inputs, list(self.found.outline.shapes(self.inputs)))
@@ -136,7 +139,7 @@ class PairSession(Judgement):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
         self.candidate = self._candidate(judged)
-        # Of the reference only what the candidate shows is kept: all of it takes as much memory as a backward pass.
+        # This one keeps only the sites that the candidate shows. All sites take as much memory as a backward pass.
         claims = self._shown(judged)
         shared = {key: target for key, target in self.found.table.items() if _destinations(target) & claims}
         self.reference = self._implementation(
@@ -150,7 +153,7 @@ class PairSession(Judgement):
             return load(declaration, self._path, np.float64)
 
     def _implementation(self, declaration: Candidate, outline: Outline, loaded: Any, role: str = "candidate") -> Any:
-        """The engine's view of what a loader returned."""
+        """Returns the engine's view of the model that a loader returned."""
         if is_torch(loaded):
             from vit_ref.verify.candidates.torch_candidate import TorchCandidate
 
@@ -161,7 +164,7 @@ class PairSession(Judgement):
         return made
 
     def _output_of(self, declaration: Candidate, loaded: Any) -> NDArray:
-        """The output in float64 of a model that was loaded for the reference."""
+        """Returns the float64 output of a model that the reference's loader returned."""
         run = self._implementation(dataclasses.replace(declaration, sites={}), self.found.outline, loaded)
         (output,) = run.outputs([copy_inputs(self.inputs)], FLOAT64, jit=False, tap=passing)
         return np.asarray(output)
@@ -176,7 +179,7 @@ class PairSession(Judgement):
         return self._implementation(declaration, outline.only(self._shown(declaration)), loaded)
 
     def _shown(self, declaration: Candidate) -> frozenset[str]:
-        """The sites that a candidate may show: those of its table, or without one all."""
+        """Returns the sites that a candidate may show: those of its table, or all if it has none."""
         every = self.found.outline.shapes(self.inputs)
         if declaration.sites is None:
             return frozenset(every)
@@ -191,7 +194,7 @@ class PairSession(Judgement):
 
     @cached_property
     def origin(self) -> Origin:
-        """Which checkpoint that is, and the digest of its weights, or of the reference's parameters without one."""
+        """The checkpoint's name and the digest of its weights; without a checkpoint, of the reference's parameters."""
         if self._path is not None:
             return find_origin_of(self._path)
         digest = hashlib.sha256()
@@ -202,7 +205,7 @@ class PairSession(Judgement):
 
     @property
     def problem(self) -> Problem:
-        """What is compared."""
+        """The problem: inputs, shared sites and gradients."""
         outline: Outline = self.reference.outline
         shapes = outline.shapes(self.inputs)
         everything = tuple(self.found.outline.shapes(self.inputs))
@@ -247,23 +250,23 @@ class PairSession(Judgement):
         return check_behaviour(self.candidate, self.inputs, progress=self.progress)
 
     def given(self) -> dict[str, NDArray]:
-        """See `Judgement.given`."""
+        """Implements `Judgement.given`."""
         return dict(self.inputs)
 
 
 def count_steps(*, backward: bool) -> int:
-    """Returns how often `compare` tells its progress for a right candidate whose rounding is soon settled."""
+    """Returns how often `compare` reports progress for a right candidate whose rounding settles at once."""
     return 11 + (LOOKS[0] if backward else 0)
 
 
 def _existing(path: Path) -> Path:
-    """Raises `InputError` where nothing is at a path."""
+    """Returns a path after checking that it exists."""
     if not path.exists():
         raise InputError(f"{path}: no such file or directory: name the checkpoint that both sides load")
     return path
 
 
 def _destinations(target: Any) -> set[str]:
-    """The sites in a line of a table."""
+    """Returns the sites in one line of a table."""
     several = target if isinstance(target, list) else [target]
     return {each if isinstance(each, str) else each[0] for each in several}

@@ -1,4 +1,4 @@
-"""Checks what can be checked of a reference that is the only truth."""
+"""Checks of a reference that is the only truth."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from vit_ref.errors import UnjudgedError
 from vit_ref.verify.gates import SEMANTIC_RMS, against, error
 
-# The implementations of attention that a model from transformers can be set to, and that have no requirements.
+# Implementations of attention in transformers that need no other package.
 _ATTENTION = ("eager", "sdpa")
 
 
 def require_same_attention(name: str, loaded: Any, run: Callable[[Any], NDArray]) -> str:
-    """Runs a model from transformers with eager and with fused attention, which have to agree in float64.
+    """Checks that a model from transformers gives the same float64 output with eager and with fused attention.
 
     Args:
-      name: the reference's.
-      loaded: what its loader returned.
-      run: the output in float64 of what a loader returned.
+      name: the reference's name.
+      loaded: the model that its loader returned.
+      run: returns the float64 output of such a model.
 
     Returns:
-      What the report says; "" of a model that has one implementation only.
+      The note for the report; "" if the model has only one implementation.
 
     Raises:
       UnjudgedError: the two differ.
@@ -53,9 +53,12 @@ def require_same_attention(name: str, loaded: Any, run: Callable[[Any], NDArray]
 
 
 def note_constants(loaded: Any) -> str:
-    """Returns what a report says of constants that a PyTorch model computed when it was made; "" without any.
+    """Returns the report's note on constants that a PyTorch model computed when it was made; "" if it has none.
 
-    They were rounded then, and widening them does not undo it: a candidate has to hold the same numbers.
+    The model rounded them then, and widening does not undo that. So a candidate must hold the same numbers.
+
+    Args:
+      loaded: the model that the reference's loader returned.
     """
     if not hasattr(loaded, "named_buffers"):
         return ""

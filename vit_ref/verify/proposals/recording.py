@@ -41,20 +41,20 @@ class Recorder(Table):
         self.repeated: set[str] = set()
 
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
-        """See `Table.at_input`."""
+        """Implements `Table.at_input`."""
         for k, (name, value) in enumerate([*((str(k), arg) for k, arg in enumerate(args)), *kwargs.items()]):
             self._keep(path, f":input[{name}]" if k else ":input", value)
         return args, kwargs
 
     def at_output(self, path: str, output: Any, tap: Tap) -> Any:
-        """See `Table.at_output`."""
+        """Implements `Table.at_output`."""
         for name, value in elements(output).items():
             self._keep(path, f"[{name}]", value)
         self._keep(path, "", output)
         return output
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
-        """See `Table.at_name`."""
+        """Implements `Table.at_name`."""
         self._keep(counted(name), "", value)
         return value
 

@@ -120,7 +120,7 @@ class FlaxViTReference:
             self.params = jax.device_get(convert_pytorch_state_dict_to_flax(dict(tensors), self._stand_in))
 
     def storing(self, precision: Precision) -> FlaxViTReference:
-        """See `Reference.storing`."""
+        """Implements `Reference.storing`."""
         return FlaxViTReference(self.config, precision.rounded(self.tensors))
 
     def _pixels(self, config: ViTConfig) -> jax.ShapeDtypeStruct:
@@ -135,7 +135,7 @@ class FlaxViTReference:
         return self._build(self._hf_config, dtype=dtype)
 
     def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        """See `Reference.trace`; values in `replace` are used instead of its own at those sites."""
+        """Implements `Reference.trace`. Values in `replace` take the place of its own at those sites."""
         dtype = precision.dtype
         with precision.active():
             if dtype not in self._recorders:
@@ -146,7 +146,7 @@ class FlaxViTReference:
     def gradients(
         self, pixels: NDArray, precision: Precision, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`, and `differentiator` for `like`.
+        """Implements `Reference.gradients`, and `differentiator` for `like`.
 
         The weight map of FlaxViT's tree gives the gradients of parameters this package's paths.
         """

@@ -161,11 +161,11 @@ class TorchViTReference:
         return model
 
     def storing(self, precision: Precision) -> TorchViTReference:
-        """See `Reference.storing`."""
+        """Implements `Reference.storing`."""
         return TorchViTReference(self.config, precision.rounded(self.tensors))
 
     def trace(self, pixels: NDArray, precision: Precision) -> Trace:
-        """See `Reference.trace`.
+        """Implements `Reference.trace`.
 
         Raises:
           InputError: jax rounds the operands of float32 products on this device, and PyTorch does not.
@@ -180,7 +180,7 @@ class TorchViTReference:
         return self._named(observed, len(pixels))
 
     def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
-        """See `Reference.gradients`. The weight map of PyTorch's names gives those of parameters this package's paths.
+        """Implements `Reference.gradients`. The weight map turns PyTorch's names into this package's paths.
 
         Raises:
           InputError: see `trace`.

@@ -120,7 +120,7 @@ def _blame(report: ParityReport) -> list[str]:
 
 
 def _blame_sites(report: ParityReport) -> list[str]:
-    """Every site that is wrong by itself; those that differ in their first number count as one."""
+    """Returns a line with every site that is wrong alone. Sites that differ only in one number share an entry."""
     guilty, groups = wrong_alone(report), dict[str, list[str]]()
     for site in guilty:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "{i}", site, count=1), []).append(site)
