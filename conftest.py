@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -41,11 +42,16 @@ for name, examples, phases in (
 settings.load_profile("quick")
 
 # These make XLA compile a small model on a CPU faster, if LLVM's optimisations are left out, too. jax 0.12 no longer
-# has
-# the first.
+# has the first.
 QUICK: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+QUICKLY = "jax_disable_most_optimizations"
 # Set if a test started this run, in its own process or in another one.
 INNER = "PYTEST_CURRENT_TEST" in os.environ
+# A worker drops what it compiled once it holds more than this. Until then single operations serve module after module,
+# because tracing and loading them again takes seconds.
+MOST_BYTES = 3 * 2**29
+# Beginnings of the ids of embedded cases whose gradients are tested for their formula alone.
+GRADIENTS_FOR_THEIR_FORMULA = ("no-qkv-bias-", "one-head-", "pooler-")
 TESTS = Path(__file__).parent / "tests"
 # The folder of a test is its marker.
 FOLDERS = {
@@ -69,6 +75,7 @@ FOLDERS = {
 # Markers that a test has because of its file.
 MARKERS = {
     "optimised": "jax compiles what users run; most other tests leave out LLVM's optimisations",
+    "no_cover": "pytest-cov does not measure it, because it runs the package with a fault in it",
     "torch": "needs PyTorch, which the extra of that name installs",
     "hub": "needs the Hugging Face hub",
 }
@@ -125,23 +132,42 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Settles how jax compiles, before any fixture.
+    """Settles how jax compiles, before any fixture."""
+    quickly = not _compiles_as_users_do(item)
+    if not item.config.getoption("benchmark_only", False) and jax.config.values[QUICKLY] != quickly:
+        jax.config.update(QUICKLY, quickly)
+        jax.clear_caches()  # otherwise jax would go on with what it compiled the other way
 
-    Most tests compare the results of two programs, so they leave out LLVM's optimisations, which take much of the time
-    to compile a small model. Parity and tests that say so compile what users run.
+
+def _compiles_as_users_do(item: pytest.Item) -> bool:
+    """Says whether this test measures rounding, which depends on how jax compiles: parity, and tests with a marker.
+
+    LLVM's optimisations take two fifths of the time to compile a small model, and most tests compare two programs. An
+    inner run looks for a fault, and not for rounding. A gradient takes three times as long to compile as a forward
+    pass, so two cases alone measure how gradients round. The other cases differ from them in a formula, which float64
+    sees whatever the compiler does.
     """
-    if not item.config.getoption("benchmark_only", False):
-        optimised = any(item.get_closest_marker(name) for name in ("parity", "optimised"))
-        jax.config.update("jax_disable_most_optimizations", not optimised)
+    case = item.name.partition("[")[2]
+    if INNER or ("gradients" in getattr(item, "fixturenames", ()) and case.startswith(GRADIENTS_FOR_THEIR_FORMULA)):
+        return False
+    return any(item.get_closest_marker(name) for name in ("parity", "optimised"))
 
 
 @pytest.hookimpl(trylast=True)  # after the module's fixtures have ended
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Drops what a module's tests compiled. Few other tests use it, and it adds up to gigabytes in each process."""
-    if nextitem is not None and nextitem.path != item.path:
+    """Drops what was compiled, between modules, once it has grown: it comes to gigabytes in each process."""
+    if nextitem is not None and nextitem.path != item.path and _resident_bytes() > MOST_BYTES:
         jax.clear_caches()
         gc.collect()
         _set_aside_what_lives()
+
+
+def _resident_bytes() -> float:
+    """Returns the memory that this process holds, in bytes; infinity if the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return math.inf
 
 
 def _set_aside_what_lives() -> None:
@@ -166,7 +192,7 @@ def _compile_quickly(environment: pytest.MonkeyPatch) -> None:
 
     def options(*arguments: Any, **named: Any) -> Any:
         found = get_compile_options(*arguments, **named)
-        if jax.config.values["jax_disable_most_optimizations"]:
+        if jax.config.values[QUICKLY]:
             # An inner run in this process would wrap the wrapped function again.
             found.env_option_overrides = list({**dict(found.env_option_overrides), **known}.items())
         return found

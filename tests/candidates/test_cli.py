@@ -221,7 +221,7 @@ def test_forward_findings_are_printed_without_gradients(
         ),
         (
             ["verify", "{tiny}", "--stream", "--reference", "torch"],
-            "the reference torch runs whole models only: with --stream take flax or numpy",
+            "the reference torch runs whole models only: with --stream use flax or numpy",
         ),
         (["convert", "no/such/place", "out", "--to", "hf"], "no/such/place: no such directory or file"),
         (["propose", "{tiny}", "--candidate", "gone.py"], "gone.py: this file does not exist"),
@@ -497,12 +497,12 @@ def test_without_a_checkpoint_each_candidate_gets_embedded_case(
 
 
 @pytest.mark.parametrize("candidate", [None, "nnx_tutorial"])
-def test_the_embedded_case_is_named_in_the_report(candidate: str | None, tmp_path: Path) -> None:
-    command = [Path(sys.executable).with_name("vit-ref"), "verify", "--forward-only", "--json", tmp_path / "a.json"]
+def test_the_embedded_case_is_named_in_the_report(candidate: str | None, tmp_path: Path, invoke: Invoke) -> None:
+    arguments: list[str | Path] = ["verify", "--forward-only", "--json", tmp_path / "a.json"]
     if candidate:
-        command += ["--candidate", Path(__file__).parent / "worked" / f"{candidate}.py"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+        arguments += ["--candidate", Path(__file__).parent / "worked" / f"{candidate}.py"]
+    ended = invoke(*arguments)
+    assert ended.exit_code == 0, ended.output
     assert f"PASSED: {candidate or 'vit_ref'} on embedded/rectangular" in ended.stdout
     written = json.loads((tmp_path / "a.json").read_text())["checkpoint"]
     assert (written["name"], written["path"]) == ("embedded/rectangular", "")

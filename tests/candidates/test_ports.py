@@ -214,6 +214,7 @@ def test_the_corrected_tutorial_passes_on_given_checkpoints(
         assert not wrong.passed
         assert wrong.forward.semantic_failures[0].site == "block.0.mlp.hidden"
         assert [cause.label for cause in wrong.forward.causes] == ["tanh GELU"]
-        right = check_port(port("nnx_tutorial.py"), path, images=images)
+        # Backward it is judged on one block, above: the way back through twelve takes a minute to compile.
+        right = check_port(port("nnx_tutorial.py"), path, images=images, backward=False)
         assert [check for check in right.checks if check.status == "failed"] == []
-        assert right.passed and right.backward is not None
+        assert right.passed

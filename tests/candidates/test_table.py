@@ -1,4 +1,4 @@
-"""The table of a candidate by itself: what it reads, what it picks, what it writes back, and what it refuses."""
+"""Tests of a candidate's table: what it reads and selects, what it writes back, and what it refuses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def table(mapped: Any) -> Table:
 
 
 class Recording:
-    """A tap that keeps what it is shown, and changes one site."""
+    """A tap that records every value, and changes one site."""
 
     def __init__(self, site: str = "", change: Callable = lambda value: value):
         self.seen: dict[str, Any] = {}
@@ -62,7 +62,7 @@ class Recording:
         ({"{i}.a": "block.{i}.norm1", "b": "block.1.norm1"}, "'1.a' and 'b' both claim block.1.norm1"),
         ({"a": ["norm", ("norm", lambda x: x)]}, "both claim norm"),
         ({"a": "logitz"}, r"'logitz' is none of this model's; did you mean 'logits'\?"),
-        ({"a": "clss"}, "'clss' is none of this model's"),  # which has no site cls, and one with it would not have this
+        ({"a": "clss"}, "'clss' is none of this model's"),  # this model has no site cls
         ({"a": "logits.mine"}, "'logits.mine' is none of this model's"),
         ({"a:output": "norm"}, "sites: 'a:output' cannot be read: give 'path', 'path:input'"),
         ({"a[0": "norm"}, "cannot be read"),
@@ -158,7 +158,7 @@ def test_a_value_shown_after_its_use_counts_as_fixed() -> None:
     beside = table({"a:input": "block.0.attn.residual"})
     beside.at_input("a", (VALUE,), {}, Recording("block.0.attn.residual", np.negative))
     assert beside.fixed == {"block.0.attn.residual"}
-    # What enters a module that holds others is all of the stream.
+    # The input of a module that holds others is the whole stream.
     whole = table({"a:input": "block.0.attn.residual", "a.b": "block.0.norm2"})
     (changed,), _ = whole.at_input("a", (VALUE,), {}, Recording("block.0.attn.residual", np.negative))
     assert whole.fixed == set() and changed is not VALUE
@@ -236,7 +236,7 @@ def test_only_neighbouring_axes_are_merged_or_split() -> None:
     np.testing.assert_array_equal(fitted(apart, VALUE.shape), VALUE)
     np.testing.assert_array_equal(fitted(VALUE, apart.shape), apart)
     np.testing.assert_array_equal(fitted(VALUE[0], (1, TOKENS, WIDTH)), VALUE[:1])
-    # Reshaped it would have the wanted shape, and its elements in the wrong places.
+    # A reshape would give the wanted shape, but with the elements in wrong places.
     moved = apart.swapaxes(1, 2)
     assert fitted(moved, apart.shape) is moved
     assert fitted(VALUE.swapaxes(1, 2), VALUE.shape).shape == (BATCH, WIDTH, TOKENS)
@@ -280,7 +280,7 @@ def test_gradients_with_known_names_need_no_table() -> None:
 
 
 def reordered(spec: str) -> vit_ref.Candidate:
-    """The tutorial's port, with a selection where it needs none: one that moves axes and comes back."""
+    """The tutorial's candidate with a selection that it does not need: it moves axes and moves them back."""
     found = find(spec)
     sites = dict(found.sites or {})
     sites["encoder.layers.{i}.attention.query"] = ("block.{i}.attn.query", lambda x: x[:, :, ::-1][:, :, ::-1])

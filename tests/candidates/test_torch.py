@@ -156,7 +156,7 @@ def test_a_candidate_with_a_tap_shows_its_own_values(saved: Callable[[str], Path
 def test_unknown_submodules_and_inner_failures_are_one_line(
     timm: vit_ref.Candidate, saved: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(InputError, match=r"has no submodule 'blocks.0.atn', .*; did you mean 'blocks.0.attn'\?"):
+    with pytest.raises(InputError, match=r"has no submodule 'blocks.0.atn' and .*; did you mean 'blocks.0.attn'\?"):
         traced(dataclasses.replace(timm, sites={"blocks.{i}.atn": "block.{i}.attn.out"}), saved)
 
     def sharing(path: Path) -> Any:

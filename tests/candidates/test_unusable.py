@@ -135,7 +135,10 @@ def share(port: Any) -> None:
         (lambda c: dataclasses.replace(c, load=lambda _: failing), "mine: the forward pass raised KeyError: 'no such"),
         (lambda c: dataclasses.replace(c, load=leaving), "mine: load\\(\\) raised SystemExit: 0"),
         (lambda c: dataclasses.replace(c, load=lambda _: leaving), "mine: the forward pass raised SystemExit: 0"),
-        (lambda c: dataclasses.replace(c, load=lambda _: 3), "mine: load\\(\\) returned a int: see vit_ref.Candidate"),
+        (
+            lambda c: dataclasses.replace(c, load=lambda _: 3),
+            "mine: load\\(\\) returned a int: return one of the models that vit_ref.Candidate lists",
+        ),
         (lambda c: dataclasses.replace(c, load=lambda _: dict, sites=None), "mine: the forward pass raised"),
         (
             lambda c: dataclasses.replace(c, load=lambda _: lambda x: {"logits": x}, sites=None),
@@ -598,7 +601,7 @@ def test_a_candidate_float32_by_design_is_exact_in_float64(what: str, saved: Cal
     assert 1e-10 < error(rounded[:, :1], expected).rms < 1e-5
     assert error(found[:, :1], expected).rms < SEMANTIC_RMS
     (note,) = port.notes
-    assert "to float32, the first before logits: undone for the float64 gate" in note
+    assert "to float32, the first before logits. This rounding is undone for the float64 gate" in note
 
 
 def test_a_candidate_that_needs_its_casts_keeps_them(saved: Callable[[str], Path]) -> None:
@@ -617,7 +620,7 @@ def test_a_candidate_that_needs_its_casts_keeps_them(saved: Callable[[str], Path
 def test_shapes_without_values_are_one_line(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
     tutorial = find(port("nnx_tutorial.py"))
     abstract = dataclasses.replace(tutorial, load=lambda path: nnx.eval_shape(lambda: tutorial.load(path)))
-    with pytest.raises(InputError, match=r"nnx_tutorial: 'classifier.bias\S*' is a shape without values") as caught:
+    with pytest.raises(InputError, match=r"nnx_tutorial: 'classifier.bias\S*' has a shape but no values") as caught:
         made(abstract, saved).trace(IMAGES, FLOAT64)
     assert "\n" not in str(caught.value)
 

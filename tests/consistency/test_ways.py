@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import chex
@@ -105,7 +105,7 @@ class Prepared(NamedTuple):
 
     run: Way
     traces: list[None]
-    example: Callable[..., tuple]
+    example: partial[tuple]
 
 
 # Remat runs the forward pass twice, so it is tested in training: both passes have to drop the same values.
@@ -132,12 +132,18 @@ def prepared(request: pytest.FixtureRequest, example, cross_entropy: Objective) 
     return Prepared(way(counted), traces, partial(example, training=training))
 
 
+@pytest.fixture(scope="module")
+def eagerly(example, cross_entropy: Objective) -> Callable[[int, bool], Result]:
+    """`eagerly(seed, training)`: operation by operation, once for all ways."""
+    return cache(lambda seed, training: eager(cross_entropy)(*example(seed=seed, training=training)))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_loss_logits_and_gradients_are_those_of_eager_mode(
-    seed: int, prepared: Prepared, cross_entropy: Objective
+    seed: int, prepared: Prepared, eagerly: Callable[[int, bool], Result]
 ) -> None:
     (loss, logits), gradients = prepared.run(*prepared.example(seed=seed))
-    (eager_loss, eager_logits), eager_gradients = eager(cross_entropy)(*prepared.example(seed=seed))
+    (eager_loss, eager_logits), eager_gradients = eagerly(seed, prepared.example.keywords["training"])
     chex.assert_trees_all_equal_structs(gradients, eager_gradients)
     chex.assert_trees_all_equal_shapes_and_dtypes((loss, logits), (eager_loss, eager_logits))
     chex.assert_trees_all_equal_shapes_and_dtypes(gradients, eager_gradients)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -30,17 +29,12 @@ def whole_run(runner: Runner) -> tuple[str, tuple[bytes, bytes]]:
 
 @pytest.fixture
 def refused(runner: Runner) -> Callable[..., str]:
-    """`refused(out, *options)`: the one line of a refusal with exit code 2, by default from this process."""
+    """`refused(out, *options)`: the one line of a refusal with exit code 2, from this process."""
 
-    def refused(out: str, *options: str, apart: bool = False, **popen: Any) -> str:
-        if apart:
-            said = runner.run(out, *options, code=2, **popen)
-        else:
-            result = CliRunner().invoke(
-                main, ["finetune", "--output-dir", str(runner.directory / out), *OPTIONS, *options]
-            )
-            assert result.exit_code == 2, result.output
-            said = result.output
+    def refused(out: str, *options: str) -> str:
+        result = CliRunner().invoke(main, ["finetune", "--output-dir", str(runner.directory / out), *OPTIONS, *options])
+        assert result.exit_code == 2, result.output
+        said = result.output
         assert said.startswith("vit-ref: ")
         assert said.count("\n") == 1, said
         return said.removeprefix("vit-ref: ").rstrip()

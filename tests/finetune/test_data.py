@@ -168,9 +168,9 @@ def emptied(name: str) -> Callable[[Path], None]:
     ("split", "harm", "said"),
     [
         ("train", without("train/ant"), "{root}/val/ant: {root}/train has no such class"),
-        ("train", without("train"), "there is no {root}/train beside it"),
-        ("train", emptied("train/cat"), "train/cat: no image in it, but 0 files"),
-        ("validation", emptied("val/ant"), "{root}/val: no validation images"),
+        ("train", without("train"), "no {root}/train exists beside it"),
+        ("train", emptied("train/cat"), "train/cat: it holds no image, but 0 files"),
+        ("validation", emptied("val/ant"), "{root}/val: it holds no validation images"),
         ("test", lambda root: None, "split is 'test'"),
     ],
 )

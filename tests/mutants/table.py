@@ -1,6 +1,6 @@
-"""docs/evidence/mutants.md: every mutant, who kills it, and what the customary checks of a port would have said.
+"""docs/evidence/mutants.md: every mutant, what kills it, and what the customary checks of a port report.
 
-Writes it anew: python -m tests.mutants.table
+Writes the page again: python -m tests.mutants.table
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.mutants.catalogue import MUTANTS
 from tests.mutants.direct import operation_by_operation
 from tests.mutants.mutant import Mutant, Parity
 from tests.mutants.nested import fresh_compiler
+from tests.mutants.remembered import remembered_references
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
@@ -46,10 +47,10 @@ PASSES, SEES = "passes", "sees"
 
 
 class Figures(NamedTuple):
-    """What the port computes with a mutant in it, in float32, at its output.
+    """The output of the candidate with a mutant in it, in float32.
 
     Attributes:
-      multiple: its error as a multiple of FlaxViT's own; infinite where there is no such output.
+      multiple: its error as a multiple of FlaxViT's own; infinite if there is no output to compare.
       difference: largest difference from FlaxViT's output.
       agrees: whether all top-1 classes agree.
     """
@@ -59,19 +60,18 @@ class Figures(NamedTuple):
     agrees: bool
 
     def verdicts(self) -> tuple[str, ...]:
-        """What each customary check says."""
+        """Returns the verdict of each customary check."""
         passed = (*(self.difference < tolerance for tolerance in TOLERANCES), self.agrees)
         return tuple(PASSES if each else SEES for each in passed)
 
 
 def doses() -> list[tuple[Mutant, float | None]]:
-    """Every mutant that can be told from the truth, at every dose."""
+    """Returns every mutant that differs from the right model, at every dose."""
     return [(mutant, dose) for mutant in MUTANTS if not mutant.equivalent for dose in mutant.doses or (None,)]
 
 
 def measure(mutant: Mutant, dose: float | None) -> Figures:
-    """Puts the mutant in and looks at the output on the images by which it is killed, or else on those of
-    "rectangular"."""
+    """Puts the mutant in, and compares the output on the images of its own case, or else on those of "rectangular"."""
     name = mutant.tests.case if isinstance(mutant.tests, Parity) else "rectangular"
     case = CASES[name]
     outputs = _reference(name)
@@ -111,18 +111,19 @@ def _source(name: str) -> Checkpoint:
 def _reference(name: str) -> _Outputs:
     case = CASES[name]
     reference = FlaxViTReference(case.config, hf_tensors(case.config, _source(name)))
-    traces = [reference.trace(case.images(), precision_of(dtype)) for dtype in (np.float64, np.float32)]
+    with remembered_references():
+        traces = [reference.trace(case.images(), precision_of(dtype)) for dtype in (np.float64, np.float32)]
     site = "logits" if case.config.num_labels else "pooler" if case.config.pooler else "norm"
     return _Outputs(site, traces[0][site], traces[1][site])
 
 
 def label(mutant: Mutant, dose: float | None) -> str:
-    """The mutant's name in the table."""
+    """Returns the mutant's name in the table."""
     return mutant.name if dose is None else f"{mutant.name} ({dose:g})"
 
 
 def row(mutant: Mutant, dose: float | None, figures: Figures) -> tuple[str, ...]:
-    """One line of the table."""
+    """Returns one line of the table."""
     number = f"{mutant.number}. " if mutant.number else ""
     multiple = "refused" if math.isinf(figures.multiple) else f"{float(f'{figures.multiple:.2g}'):,g}"
     return (
@@ -137,14 +138,14 @@ def row(mutant: Mutant, dose: float | None, figures: Figures) -> tuple[str, ...]
 
 
 def summary(count: int, through: list[int]) -> str:
-    """In one sentence, how many of `count` bugs each customary check lets through."""
+    """Says in one sentence how many of `count` bugs each customary check lets through."""
     *tolerated, top1 = through
     checks = ", ".join(f"`max|Δ| < {bound}` passes {n}" for bound, n in zip(TOLERANCES, tolerated, strict=True))
     return f"This suite lets none of {count} bugs through; {checks}, and top-1 agreement passes {top1}."
 
 
 def render(figures: list[Figures]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     rows = [row(mutant, dose, found) for (mutant, dose), found in zip(doses(), figures, strict=True)]
     lines = [
         "# The catalogue of bugs",

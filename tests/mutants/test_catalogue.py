@@ -12,6 +12,9 @@ from tests.mutants.catalogue import MUTANTS
 from tests.mutants.killing import ALIVE, dosed, require_killed
 from tests.mutants.mutant import Mutant, Parity
 
+# What is run with a fault in it, other tests run without: to measure it here would take a tenth of the time.
+pytestmark = pytest.mark.no_cover
+
 NESTED = [mutant for mutant in ALIVE if not isinstance(mutant.tests, Parity)]
 
 

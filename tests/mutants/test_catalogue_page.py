@@ -1,10 +1,15 @@
-"""Does docs/evidence/mutants.md say what becomes of each mutant?"""
+"""Does docs/evidence/mutants.md agree with the catalogue and its outcomes?"""
 
 from __future__ import annotations
+
+import pytest
 
 from tests.mutants import table
 from tests.mutants.killing import ALIVE, dosed
 from tests.mutants.mutant import Mutant
+
+# What is run with a fault in it, other tests run without: to measure it here would take a tenth of the time.
+pytestmark = pytest.mark.no_cover
 
 
 @dosed(ALIVE)
@@ -15,7 +20,7 @@ def test_the_table_is_not_stale(mutant: Mutant, dose: float | None) -> None:
     [found] = [row for row in rows if f"**{table.label(mutant, dose)}**" in row[0]]
     column = table.COLUMNS.index(table.MULTIPLE)
     multiple, shown = expected[column], found[column]
-    # Another processor or jax rounds otherwise; what is right stays about 1, what is wrong far from it.
+    # Another processor or jax rounds differently. A right model stays near 1, and a wrong one far from it.
     assert shown == multiple or 0.5 < float(shown.replace(",", "")) / float(multiple.replace(",", "")) < 2
     assert found[:column] + found[column + 1 :] == expected[:column] + expected[column + 1 :]
 

@@ -17,6 +17,9 @@ from tests.mutants.killing import ALIVE, dosed, require_killed
 from tests.mutants.mutant import ONE_BLOCK, Mutant, Parity, backward
 from vit_ref.model import vit
 
+# What is run with a fault in it, other tests run without: to measure it here would take a tenth of the time.
+pytestmark = pytest.mark.no_cover
+
 JUDGED = [mutant for mutant in ALIVE if isinstance(mutant.tests, Parity)]
 COMPILED = [mutant for mutant in JUDGED if mutant.compiled or mutant.tests.backward]
 

@@ -374,7 +374,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     for name in ("write_safetensors", "write_tensors"):
-        monkeypatch.setattr(checkpoint, name, full_disk)
+        monkeypatch.setattr(writing, name, full_disk)
     message = refusal(source, place(tmp_path, to), to)
     assert message.startswith(f"{place(tmp_path, to)}: ")
     assert "cannot be written ([Errno 28] No space left on device)" in message

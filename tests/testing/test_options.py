@@ -59,8 +59,6 @@ def test_an_unusable_input_is_one_line_and_exit_code_2(arguments: list[str], mes
     assert len(printed) == 1 and message in printed[0]
 
 
-# The inner run compiles parity as users have it; so must the command that it is compared with.
-@pytest.mark.optimised
 def test_a_checkpoint_outside_has_the_report_of_the_command(tmp_path: Path, filled) -> None:
     directory = tmp_path / "given-vit"
     # One block, because a second one takes time and its report has the same form.

@@ -47,6 +47,8 @@ def test_losses_and_parameters_follow_the_reference(
         for path, value in truth.parameters[step].items():
             assert error(exact.parameters[step][path], value).rms <= 1e-9, f"{path} after step {step}"
 
+    if optimizer != "adamw-clipped":
+        return  # float64 decides what each optimizer does to a gradient; one of them measures float32's drift
     # In float32 both drift from the float64 run. The reference shows how far a right implementation drifts.
     drifted = train_flaxvit(*arguments, np.float32, set(STEPS))
     ours = train_ours(*arguments, np.float32, set(STEPS))

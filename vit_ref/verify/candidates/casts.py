@@ -45,7 +45,7 @@ class Casts:
             return ()
         casts = "a cast" if self.number == 1 else f"{self.number} casts"
         return (
-            f"the candidate makes {casts} from float64 to float32, the first before {self.before}. They were undone for"
-            " the float64 gate, because rounding is not a formula; the tested precision keeps them. To give a layer"
-            " its dtype, use load(checkpoint, dtype)",
+            f"the candidate makes {casts} from float64 to float32, the first before {self.before}. This rounding"
+            " is undone for the float64 gate, because it is not part of a formula; the tested precision keeps it. To"
+            " give a layer its dtype, use load(checkpoint, dtype)",
         )

@@ -165,7 +165,11 @@ def summary(report: CandidateReport) -> str:
 
 
 def in_full(report: CandidateReport) -> str:
-    """The tables of both passes, and the summary below them."""
+    """Returns the tables of both passes, and the summary below them.
+
+    Args:
+      report: what `check_port` returned.
+    """
     parts = [part for part in (report.forward, report.backward) if part]
     return "\n".join([*(f"{table(part)}\n" for part in parts), summary(report)])
 
