@@ -57,6 +57,7 @@ TESTS = Path(__file__).parent / "tests"
 FOLDERS = {
     "bench": "benchmarks time what their options say; no test asserts a time",
     "candidates": "candidates of others are verified, and a wrong one is reported",
+    "compare": "the same gates compare any two implementations, whatever they are written in",
     "consistency": "all ways of running and differentiating the model agree",
     "finetune": "a run does what its recipe says, whatever stops it",
     "house": "imports point down, rooms import no more than they need, docstrings begin as they should",

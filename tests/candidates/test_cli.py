@@ -22,7 +22,7 @@ from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli.console import show_progress
 from vit_ref.cli.group import main
 from vit_ref.errors import InputError, TruncatedError
-from vit_ref.verify import session, stream
+from vit_ref.verify import judgement, session, stream
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.environment import environment
 from vit_ref.verify.precision import PRECISIONS
@@ -169,7 +169,7 @@ def test_forward_findings_are_printed_without_gradients(
     forward = dataclasses.replace(REPORTS[name](), backward=None, not_backward="FlaxViT itself is not finite")
 
     def judged(candidate: str, *_: Any, **__: Any) -> CandidateReport:
-        return session.complete(forward, True) if candidate == "forward" else RIGHT()
+        return judgement.complete(forward, True) if candidate == "forward" else RIGHT()
 
     monkeypatch.setattr(session, "check_port", judged)
     # The verdict on another candidate does not change this one's.

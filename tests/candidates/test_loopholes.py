@@ -23,6 +23,7 @@ from vit_ref.errors import InputError
 from vit_ref.model import vit as model_of_ours
 from vit_ref.model.skeleton import list_parameters, skeleton
 from vit_ref.verify.candidates.loading import beside_it, find, load, recognised
+from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.results import Check
@@ -74,7 +75,7 @@ def test_one_infinite_gradient_does_not_hide_the_others(layout: layouts.Layout, 
     named = mapping.export(pretrained.get_parameters(model), model.config, layout)
     name = next(name for name in named if named[name].ndim == 1)
     named[name] = np.full_like(named[name], np.inf)
-    found = recognised(vit_ref.Candidate(load=print, name="mine"), model.config, named)
+    found = recognised(vit_ref.Candidate(load=print, name="mine"), ViTOutline(model.config), named)
     assert found.keys() == list_parameters(model.config).keys()
     assert sum(not np.isfinite(value).all() for value in found.values()) >= 1
 

@@ -106,7 +106,7 @@ def test_active_dropout_is_reported_before_anything_else(
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(
             InputError,
-            match=r"^torch_timm-wrong_mode: two runs on the same images differ: is dropout live\? load it in",
+            match=r"^torch_timm-wrong_mode: two runs on the same inputs differ: is dropout live\? load it in",
         ):
             ask(port("torch_timm.py:wrong_mode"), saved("rectangular"))
 

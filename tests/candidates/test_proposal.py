@@ -24,6 +24,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import BLOCK_SITES
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.table import gradients_by_path
+from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.precision import FLOAT64
@@ -245,7 +246,9 @@ def assert_passes(candidate: Candidate, proposal: Proposal, directory: Path, uns
     # The table of parameters is checked on the parameters themselves, because gradients take a minute to compile.
     config, ours = _ported(directory)
     found = gradients_by_path(
-        proposal.parameters, config, prepare_candidate(judged, config, checkpoint.read(directory)).parameters()
+        proposal.parameters,
+        ViTOutline(config),
+        prepare_candidate(judged, config, checkpoint.read(directory)).parameters(),
     )
     assert found.keys() == ours.keys()
     for path, value in found.items():

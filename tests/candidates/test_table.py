@@ -19,6 +19,7 @@ from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.loading import find, recognised
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.candidates.table import Table, bind, claimed, counted, fitted, flat, gradients_by_path
+from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
@@ -28,6 +29,7 @@ from vit_ref.weights import checkpoint
 from vit_ref.weights.pretrained import read_configuration
 
 CONFIG = CASES["rectangular"].config
+OUTLINE = ViTOutline(CONFIG)
 BATCH, TOKENS, HEADS, WIDTH = 2, 17, 3, 33
 VALUE = np.arange(BATCH * TOKENS * WIDTH, dtype=np.float32).reshape(BATCH, TOKENS, WIDTH)
 
@@ -38,7 +40,7 @@ def vjp(function: Callable, value: Any) -> tuple[Any, Callable]:
 
 
 def table(mapped: Any) -> Table:
-    return Table(mapped, CONFIG, (BATCH, *CONFIG.image_hw), vjp)
+    return Table(mapped, OUTLINE, np.empty((BATCH, *CONFIG.image_hw, 0)), vjp)
 
 
 class Recording:
@@ -80,8 +82,11 @@ def test_an_ambiguous_or_impossible_table_is_refused(mapped: Any, message: str) 
 
 
 def test_a_table_may_name_a_head_that_a_checkpoint_lacks() -> None:
-    assert claimed({"head": "logits", "pooler": "pooler", "a": "norm"}, CONFIG) == {"logits", "norm"}
-    assert claimed(None, CONFIG) == frozenset()
+    assert claimed({"head": "logits", "pooler": "pooler", "a": "norm"}, OUTLINE, OUTLINE.shapes(OUTLINE.example)) == {
+        "logits",
+        "norm",
+    }
+    assert claimed(None, OUTLINE, {}) == frozenset()
 
 
 def test_patterns_count_blocks_and_stacked_values_are_split() -> None:
@@ -180,7 +185,7 @@ def test_numbers_count_blocks_with_zeros_before_them_or_without() -> None:
     assert list(tap.seen) == ["block.0.norm1", "block.1.norm1", "norm"]
     np.testing.assert_array_equal(tap.seen["block.1.norm1"], -VALUE)
     gradients = {"block01.scale": np.ones(33), "block00.scale": np.zeros(33)}
-    found = gradients_by_path({"block{i}.scale": "blocks.{i}.norm1.scale"}, CONFIG, gradients)
+    found = gradients_by_path({"block{i}.scale": "blocks.{i}.norm1.scale"}, OUTLINE, gradients)
     assert found["blocks.1.norm1.scale"].all() and not found["blocks.0.norm1.scale"].any()
 
 
@@ -246,7 +251,7 @@ def test_only_neighbouring_axes_are_merged_or_split() -> None:
 def test_gradients_are_named_and_shaped_by_the_table() -> None:
     ours = {"w": ("head.kernel", lambda w: w.T), "b": "head.bias", "q": "blocks.{i}.attn.query.bias"}
     gradients = {"w": np.ones((23, 33)), "b": np.zeros(23), "q": np.stack([np.zeros((3, 11)), np.ones((3, 11))])}
-    found = gradients_by_path(ours, CONFIG, gradients)
+    found = gradients_by_path(ours, OUTLINE, gradients)
     assert {path: value.shape for path, value in found.items()} == {
         "head.kernel": (33, 23),
         "head.bias": (23,),
@@ -255,28 +260,28 @@ def test_gradients_are_named_and_shaped_by_the_table() -> None:
     }
     assert found["blocks.1.attn.query.bias"].all() and not found["blocks.0.attn.query.bias"].any()
     with pytest.raises(InputError, match=r"parameters: the port has no parameter 'wight'; did you mean 'weight'\?"):
-        gradients_by_path({"wight": "norm.scale"}, CONFIG, {"weight": np.ones(33)})
+        gradients_by_path({"wight": "norm.scale"}, OUTLINE, {"weight": np.ones(33)})
     with pytest.raises(InputError, match=r"'w': 'head.kernal' is none of this model's; did you mean 'head.kernel'\?"):
-        bind({"w": "head.kernal"}, "parameters", CONFIG, {"head.kernel": ()})
+        bind({"w": "head.kernal"}, "parameters", OUTLINE, {"head.kernel": ()})
 
 
 def test_one_table_serves_models_with_and_without_a_head() -> None:
     mapped = {"w": "head.kernel", "{i}.q": "blocks.{i}.attn.query.bias", "s": "norm.scale"}
     bare = dataclasses.replace(CONFIG, num_labels=0, qkv_bias=False)
-    assert list(gradients_by_path(mapped, bare, {"s": np.ones(33)})) == ["norm.scale"]
+    assert list(gradients_by_path(mapped, ViTOutline(bare), {"s": np.ones(33)})) == ["norm.scale"]
     with pytest.raises(InputError, match=r"'blocks.9.attn.query.bias' is none of this model's"):
-        gradients_by_path({"q": "blocks.9.attn.query.bias"}, bare, {"s": np.ones(33)})
+        gradients_by_path({"q": "blocks.9.attn.query.bias"}, ViTOutline(bare), {"s": np.ones(33)})
     with pytest.raises(InputError, match=r"the port has no parameter 'w'"):
-        gradients_by_path(mapped, CONFIG, {"s": np.ones(33)})
+        gradients_by_path(mapped, OUTLINE, {"s": np.ones(33)})
 
 
 def test_gradients_with_known_names_need_no_table() -> None:
     nothing = vit_ref.Candidate(load=print)
     shapes = list_parameters(CONFIG)
-    assert recognised(nothing, CONFIG, CASES["rectangular"].checkpoint().tensors).keys() == shapes.keys()
+    assert recognised(nothing, OUTLINE, CASES["rectangular"].checkpoint().tensors).keys() == shapes.keys()
     own = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-    assert recognised(nothing, CONFIG, own).keys() == shapes.keys()
-    assert recognised(nothing, CONFIG, {"my.weight": np.ones(3)}) == {}
+    assert recognised(nothing, OUTLINE, own).keys() == shapes.keys()
+    assert recognised(nothing, OUTLINE, {"my.weight": np.ones(3)}) == {}
 
 
 def reordered(spec: str) -> vit_ref.Candidate:

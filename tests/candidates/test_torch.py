@@ -62,7 +62,7 @@ def test_a_candidate_that_writes_into_its_images_fails(timm: vit_ref.Candidate, 
     for changed in (timm, dataclasses.replace(timm, channels_first=False, sites=None, load=lambda _: Summing())):
         behaviour = check_behaviour(made(calling(changed, call), saved), IMAGES[:2])
         failed = [(each.name, each.reason) for each in behaviour if not each.passed]
-        assert failed == [("inputs", "it writes into the images that it is given: it has to copy them")]
+        assert failed == [("inputs", "it writes into the inputs that it is given: it has to copy them")]
 
 
 class Summing(torch.nn.Module):
@@ -106,7 +106,7 @@ def test_frozen_parameters_have_gradients(timm: vit_ref.Candidate, saved: Callab
         return loaded[-1]
 
     port = made(dataclasses.replace(timm, load=load), saved)
-    objective = objectives_for((5, port.config.num_labels))[0]
+    objective = objectives_for((5, port.outline.config.num_labels))[0]
     found = {dtype: port.gradients(IMAGES, precision_of(dtype))(objective) for dtype in ("f8", "f4")}
     for path, value in found["f8"].parameters.items():
         # Float32's rounding. The key's bias has only rounding for a gradient.
@@ -222,8 +222,10 @@ def test_a_module_that_keeps_computed_tensors_is_verified(
 
     changed = dataclasses.replace(plain, load=load)
     assert error(traced(changed, saved)["logits"], traced(plain, saved)["logits"]).rms < SEMANTIC_RMS
-    objective = objectives_for((5, made(plain, saved).config.num_labels))[0]
-    pixels = [made(each, saved).gradients(IMAGES, precision_of("f8"))(objective).pixels for each in (changed, plain)]
+    objective = objectives_for((5, made(plain, saved).outline.config.num_labels))[0]
+    pixels = [
+        made(each, saved).gradients(IMAGES, precision_of("f8"))(objective).inputs["pixels"] for each in (changed, plain)
+    ]
     assert error(*pixels).rms < SEMANTIC_RMS
 
 
@@ -341,6 +343,6 @@ def test_fused_attention_passes_despite_its_larger_rounding(
 def test_a_pytorch_candidate_may_sum_in_another_order(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("rectangular"))
     port = made(timm, saved)
-    report = Session(port.config, source, IMAGES, port, title="sums").forward()
+    report = Session(port.outline.config, source, IMAGES, port, title="sums").forward()
     assert report.passed
     assert min(result.gate / result.reference_error for result in report.results) >= 4

@@ -236,7 +236,7 @@ def test_a_function_that_differs_between_runs_is_reported_first(
     rng = np.random.default_rng(0)
     for ask in (check_port, vit_ref.propose):
         with pytest.raises(
-            InputError, match=r"mine: two runs on the same images differ: is dropout live\?.*relative RMS"
+            InputError, match=r"mine: two runs on the same inputs differ: is dropout live\?.*relative RMS"
         ):
             ask(vit_ref.Candidate(load=lambda _: lambda x: ones(23, x) * rng.normal(), name="mine"), saved("one-block"))
 
@@ -377,13 +377,13 @@ def test_a_candidate_in_float32_inside_is_reported(saved: Callable[[str], Path])
 
     reason = failures_of(narrow, saved)["batch"]
     assert re.fullmatch(
-        r"an image alone .* \(by \de-0[678], which may be something in it that is float32 and not float64\)", reason
+        r"an input alone .* \(by \de-0[678], which may be something in it that is float32 and not float64\)", reason
     )
 
 
 def test_a_candidate_whose_images_depend_on_each_other_fails(saved: Callable[[str], Path]) -> None:
     assert failures_of(lambda x: ones(23, x - x.mean(axis=0)), saved) == {
-        "batch": "an image alone comes out otherwise than in its batch"
+        "batch": "an input alone comes out otherwise than in its batch"
     }
 
 
@@ -403,7 +403,7 @@ def test_a_candidate_that_differs_between_runs_fails(saved: Callable[[str], Path
     rng = np.random.default_rng(0)
     # float() cannot be traced, so numpy draws again in each run.
     failures = failures_of(lambda x: ones(23, x) + float(x[0, 0, 0, 0]) * rng.normal(), saved)
-    assert failures["repeat"].startswith("two runs on the same images differ")
+    assert failures["repeat"].startswith("two runs on the same inputs differ")
 
 
 def test_a_model_that_differs_without_a_tap_fails(

@@ -98,7 +98,7 @@ def _infinite() -> CandidateReport:
 def _misbehaving() -> CandidateReport:
     forward = parity(measured("logits"))
     return ported(
-        forward, behaviour=(Behaviour("batch", 0.25, "an image alone comes out otherwise than in its batch"),)
+        forward, behaviour=(Behaviour("batch", 0.25, "an input alone comes out otherwise than in its batch"),)
     )
 
 

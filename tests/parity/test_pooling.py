@@ -160,7 +160,7 @@ class Erring:
             self.asked[precision.dtype] += 1
             factor = {name: 1 + (self.errs(name, k) if precision.dtype == np.float32 else 0) for name in self.truth}
             found = {name: value * factor[name] for name, value in self.truth.items()}
-            return Gradients(found, {}, found.pop("pixels"))
+            return Gradients(found, {}, {"pixels": found.pop("pixels")})
 
         return one
 

@@ -25,10 +25,11 @@ from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.judgement import complete, judge_gradients
 from vit_ref.verify.precision import PRECISIONS, Precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for
 from vit_ref.verify.results import ParityReport
-from vit_ref.verify.session import Session, complete, judge_gradients
+from vit_ref.verify.session import Session
 from vit_ref.verify.vit import problem_of
 from vit_ref.weights.checkpoint import Checkpoint
 

@@ -281,7 +281,7 @@ def test_the_cause_is_above_the_plots_and_failed_tables_open() -> None:
         ("expected failures", ["<code>block.*</code></th><td>1</td><td>0</td><td>known"]),
         ("no numbers", ["Claimed, not shown</dt><dd>patches", "inf"]),
         ("rounding", ["the formulas agree in float64; float32 relative RMS error"]),
-        ("misbehaving", ["an image alone comes out otherwise than in its batch"]),
+        ("misbehaving", ["an input alone comes out otherwise than in its batch"]),
     ],
 )
 def test_the_page_shows_the_findings(name, texts) -> None:

@@ -50,7 +50,7 @@ def test_a_summary_names_site_cause_and_next_step_first() -> None:
         ),
         (
             "misbehaving",
-            ["failed: behaviour/batch: an image alone comes out otherwise than in its batch"],
+            ["failed: behaviour/batch: an input alone comes out otherwise than in its batch"],
         ),
     ],
 )

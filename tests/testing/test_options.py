@@ -114,8 +114,8 @@ def test_the_reference_is_the_one_that_is_named() -> None:
 
 def test_the_known_references_can_be_named_and_no_others() -> None:
     ended = run("--reference", "nobody")
-    assert ended.returncode == 4
-    known = ended.stderr.partition("choose from")[2].partition(")")[0]
+    assert ended.returncode == 2
+    known = ended.stderr.partition("give ")[2].partition(", or declare")[0]
     assert re.findall(r"\w+", known) == list(REFERENCES)
 
 

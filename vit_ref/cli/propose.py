@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,16 +13,23 @@ from vit_ref.cli.outputs import print_result, require_outputs
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", required=False)
+@click.option("--reference", metavar="FILE.py|module:attr", help="Reference of another model than a ViT; see compare.")
 @click.option("--candidate", required=True, metavar="FILE.py|module:attr", help="Candidate to run.")
 @json_option
-def propose(checkpoint: str, candidate: str, json_file: Path | None) -> None:
+def propose(checkpoint: str | None, reference: str | None, candidate: str, json_file: Path | None) -> None:
     """Propose the table of a candidate's sites.
 
-    The command runs the candidate on CHECKPOINT beside the oracle, and compares the values.
+    The command runs the candidate on CHECKPOINT beside the oracle, or beside --reference, and compares the values.
     """
+    if checkpoint is None and reference is None:
+        raise click.MissingParameter(param_hint="'CHECKPOINT'", param_type="argument")
     require_outputs(json=json_file)
     with leave_when_interrupted():
+        from vit_ref.verify.pairs import proposal as pairs
         from vit_ref.verify.proposals import proposal
-    proposed = proposal.propose(candidate, checkpoint)
+    if reference is not None:
+        proposed: Any = pairs.propose(reference, candidate, checkpoint)
+    else:
+        proposed = proposal.propose(candidate, str(checkpoint))
     print_result(str(proposed), json_file, proposed.to_json())

@@ -58,6 +58,13 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     return height, width
 
 
+# What to do with a checkpoint of another model.
+_ANOTHER_MODEL = (
+    "A candidate of another model is compared with transformers' by: vit-ref compare vit_ref.verify.pairs.pretrained"
+    " CANDIDATE.py --checkpoint PATH --shape pixel_values=2,HEIGHT,WIDTH,3"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """Configuration of a Vision Transformer. Names, meanings and defaults are those of Hugging Face's `ViTConfig`.
@@ -231,10 +238,13 @@ class ViTConfig:
             # Each DeiT has embeddings.distillation_token (transformers' DeiTEmbeddings), which attention sees.
             raise ConfigError(
                 "model_type is 'deit', which has a second class token for distillation, and this model has one class"
-                " token: use a DeiT without it, such as facebook/deit-base-patch16-224, whose model_type is 'vit'"
+                " token: use a DeiT without it, such as facebook/deit-base-patch16-224, whose model_type is 'vit'."
+                f" {_ANOTHER_MODEL}"
             )
         if model_type != "vit":
-            raise ConfigError(f"model_type is {model_type!r}: give a checkpoint whose model_type is 'vit'")
+            raise ConfigError(
+                f"model_type is {model_type!r}: give a checkpoint whose model_type is 'vit'. {_ANOTHER_MODEL}"
+            )
         fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config.keys() - _NOT_BY_NAME}
         architectures = config.get("architectures") or []
         if not isinstance(architectures, list):

@@ -42,9 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--reference",
-        choices=("flax", "torch", "numpy"),
+        metavar="flax|torch|numpy|FILE.py|module:attr",
         help="compare with this reference: flax is FlaxViT of transformers 4, torch is the ViT of transformers in"
-        " PyTorch, numpy is the NumPy oracle, which has no backward pass (default: flax)",
+        " PyTorch, numpy is the NumPy oracle, which has no backward pass (default: flax); a file or module declares"
+        " a reference for any model",
     )
     group.addoption("--parity-report", metavar="DIR", help="write every case's report to DIR: text, JSON, HTML")
 
@@ -68,9 +69,16 @@ def pytest_configure(config: pytest.Config) -> None:
         if reports:
             _require_reports(config, Path(reports))
         # A missing default reference fails only the tests that need it.
-        if reference:
+        if reference in choice.REFERENCES:
             choice.require(reference)
-        for path in checkpoints:
+        elif reference:
+            if reference.isidentifier():
+                known = ", ".join(choice.REFERENCES)
+                raise InputError(f"--reference is {reference!r}: give {known}, or declare one: FILE.py or module:attr")
+            loading.find(reference, "reference")
+            if not candidates or images:
+                raise InputError(f"--reference {reference} makes its own inputs: give a --candidate, and no --images")
+        for path in checkpoints if not reference or reference in choice.REFERENCES else ():
             checkpoint.locate(path)
         if images and not checkpoints:
             raise InputError("--images needs a --checkpoint: give one, or omit --images")

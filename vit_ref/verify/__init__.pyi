@@ -1,4 +1,5 @@
 from .candidates.declaration import Candidate as Candidate
+from .candidates.declaration import Reference as Reference
 from .proposals.listing import Proposal as Proposal
 from .proposals.proposal import propose as propose
 from .report import summary as summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from numpy.typing import NDArray
+from vit_ref.verify.compare.inputs import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,25 +13,33 @@ class Problem:
     """One computation on one batch of inputs, as the engine sees it.
 
     Attributes:
-      pixels: the inputs, float32 (B, ...).
-      shapes: every site with the shape of its value, in the order of the pass.
+      inputs: what enters: one array of images, or any arrays by name; floats are float32.
+      shapes: every site that is compared, with the shape of its value, in the order of the pass.
       streams: by site, the site whose value enters its part; None where nothing but the inputs does. Feeding a
-        reference's value there isolates the part: what diverges after it diverges in it.
-      output: the shape of the output (B, width), from which gradients are pulled back.
+        reference's value there isolates the part: what diverges after it diverges in it. Without streams, every value
+        that the candidate shows is fed, and a part is what lies between two of them.
+      output: the shape of the output (B, ..., width), from which gradients are pulled back.
       gradients: names of all gradients, of sites, parameters and inputs, in the order in which backpropagation meets
         them. A parameter's name is its path: "layer.kernel".
+      passed: all sites in the order of the pass, where more are known than are compared.
     """
 
-    pixels: NDArray
+    inputs: Inputs
     shapes: Mapping[str, tuple[int, ...]]
-    streams: Mapping[str, str | None]
+    streams: Mapping[str, str | None] | None
     output: tuple[int, ...]
     gradients: tuple[str, ...]
+    passed: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        """The names of the sites, in order."""
+        """The names of the sites that are compared, in order."""
         return list(self.shapes)
+
+    @property
+    def order(self) -> list[str]:
+        """The names of all sites, compared or not, in order."""
+        return list(self.passed or self.shapes)
 
     def only(self, sites: Iterable[str]) -> Problem:
         """The same with these sites alone."""

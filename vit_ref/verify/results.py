@@ -30,7 +30,7 @@ class SiteResult(NamedTuple):
 
     Attributes:
       site: the site's name.
-      oracles: error of the reference against the NumPy oracle, both in float64.
+      oracles: error of the reference against the NumPy oracle, both in float64; None without an oracle.
       exact: error of the candidate in float64.
       alone: error of the candidate when each block is fed the reference's own token stream. One wrong block then does
         not spoil all blocks after it. It is measured only if a site fails: in float64 if the semantic gate failed, else
@@ -42,7 +42,7 @@ class SiteResult(NamedTuple):
     """
 
     site: str
-    oracles: Error
+    oracles: Error | None
     exact: Error
     alone: Error | None
     rounding: float
@@ -101,6 +101,7 @@ class Cause(NamedTuple):
       before: relative RMS error of the candidate at that site, against the oracle.
       after: the same error against an oracle that has the same bug.
       format: the format that the value was rounded to, if that is the bug; else "".
+      made_in: what was given the same bug: the oracle, or the reference if there is no oracle.
     """
 
     label: str
@@ -108,11 +109,12 @@ class Cause(NamedTuple):
     before: float
     after: float
     format: str = ""
+    made_in: str = "oracle"
 
     def __str__(self) -> str:
         return (
-            f"{self.label}: the same bug in the oracle lowers the error at {self.site} from {self.before:.1e} to"
-            f" {self.after:.1e}"
+            f"{self.label}: the same bug in the {self.made_in} lowers the error at {self.site} from"
+            f" {self.before:.1e} to {self.after:.1e}"
         )
 
 
@@ -149,6 +151,7 @@ class ParityReport:
       objectives: over how many objectives the rounding of gradients is pooled; None for the forward pass.
       beyond: if the first divergence is rounding, the next divergence that this rounding does not explain, and its
         size. Its causes are among `causes`. "" if there is none.
+      everywhere: whether the reference's values were fed at every site for `SiteResult.alone`, and not to each block.
     """
 
     title: str
@@ -164,6 +167,7 @@ class ParityReport:
     order: tuple[str, ...] = ()
     objectives: int | None = None
     beyond: str = ""
+    everywhere: bool = False
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:

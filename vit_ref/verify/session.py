@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,28 +13,25 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import (
-    InputError,
     MappingError,
-    PartlyJudgedError,
-    UndifferentiableError,
-    UnsupportedByReferenceError,
 )
 from vit_ref.model.config import ViTConfig
-from vit_ref.verify.candidates.declaration import Candidate, declared
+from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.jax_candidate import JaxCandidate
-from vit_ref.verify.candidates.loading import find, is_torch, load
+from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
 from vit_ref.verify.candidates.own import OwnCandidate
+from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.protocols import Reference, Runnable
 from vit_ref.verify.compare.trace import Progress, silent
-from vit_ref.verify.environment import environment
+from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
-from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, require_expectations
+from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
@@ -105,7 +101,7 @@ def check_port(
     return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
 
-class Session:
+class Session(Judgement):
     """What one check of a ViT takes, and the parts of the check.
 
     Args:
@@ -194,75 +190,13 @@ class Session:
             progress=self.progress,
         )
 
+    def given(self) -> dict[str, NDArray]:
+        """See `Judgement.given`."""
+        return {"the images": self.pixels, **self.source.tensors}
+
     def behaviour(self) -> tuple[Behaviour, ...]:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
         return check_behaviour(self.candidate, self.pixels[:BEHAVIOUR], progress=self.progress)
-
-    def report(
-        self,
-        forward: ParityReport,
-        backward: ParityReport | None = None,
-        not_backward: str = "",
-        behaviour: tuple[Behaviour, ...] = (),
-        not_behaviour: str = "",
-    ) -> CandidateReport:
-        """The report of parts that were judged; the fields are those of `CandidateReport`."""
-        return CandidateReport(
-            title=self.title,
-            checkpoint=self.origin,
-            candidate=self.candidate.name,
-            reference=forward.reference,
-            precision=forward.precision,
-            forward=forward,
-            backward=backward,
-            not_backward=not_backward,
-            behaviour=behaviour,
-            expected_failed_checks={},
-            environment=environment(self.precision),
-            not_behaviour=not_behaviour,
-            notes=self.candidate.notes,
-        )
-
-    def check(
-        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
-    ) -> CandidateReport:
-        """Does all of it; arguments and errors are those of `check_port`."""
-        forward = self.forward()
-        gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
-        report = self.report(forward, gradients, reason, self.behaviour(), self.not_behaviour)
-        report = dataclasses.replace(report, expected_failed_checks=dict(expected_failed_checks or {}))
-        require_expectations(report)
-        return complete(report, unjudged)
-
-
-def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityReport | None, str, bool]:
-    """The report of the gradients, or why there is none, and whether that leaves a question open.
-
-    Where the reference or the candidate has no backward pass there is nothing to judge. Where something else cannot be
-    used there was, and who asked for it has no answer.
-
-    Args:
-      measure: measures them; None where nobody asked.
-    """
-    if measure is None:
-        return None, "not asked for", False
-    try:
-        return measure(), "", False
-    except (UnsupportedByReferenceError, UndifferentiableError) as error:
-        return None, str(error), False
-    except InputError as error:
-        return None, str(error), True
-
-
-def complete(report: CandidateReport, unjudged: bool) -> CandidateReport:
-    """The report, if it is an answer: a failure is one whatever the gradients are.
-
-    Raises:
-      PartlyJudgedError: nothing failed, and gradients that were asked for could not be judged.
-    """
-    if unjudged and report.passed:
-        raise PartlyJudgedError(report.not_backward, report)
-    return report
 
 
 def count_steps(*, backward: bool) -> int:
@@ -291,8 +225,8 @@ def load_candidate(
     if is_torch(loaded):
         from vit_ref.verify.candidates.torch_candidate import TorchCandidate
 
-        return TorchCandidate(declaration, config, source.path, loaded)
-    return JaxCandidate(declaration, config, source.path, loaded)
+        return TorchCandidate(declaration, ViTOutline(config), source.path, loaded)
+    return JaxCandidate(declaration, ViTOutline(config), source.path, loaded)
 
 
 # A block's number in a tensor's name.
@@ -310,10 +244,3 @@ def _require_fit(config: ViTConfig, source: Checkpoint) -> None:
         faults = [fault for fault in error.faults if fault.kind != "unexpected" or _IN_A_BLOCK.search(fault.name)]
         if faults:
             raise MappingError(faults, layout.name) from None
-
-
-def find_declaration(candidate: Candidate | Callable[..., Any] | str) -> Candidate:
-    """The declaration that a person gave, or said where to find."""
-    if isinstance(candidate, str):
-        return find(candidate)
-    return declared(candidate, getattr(candidate, "__name__", "candidate"))

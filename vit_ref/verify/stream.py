@@ -233,7 +233,7 @@ class _Chained(Generic[One]):
                 {name: value for name, value in part.items() if stage.answers_for(name)}
                 for part in (found.sites, found.parameters)
             )
-            return Gradients(by_site, by_parameter, found.pixels)
+            return Gradients(by_site, by_parameter, found.inputs)
 
         return gradients
 

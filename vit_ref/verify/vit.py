@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
@@ -32,7 +33,8 @@ class ViTExplainer:
 
     def explain_formula(self, site: str, shown: Trace, truth: Trace) -> Explanation:
         """See `Explainer.explain_formula`."""
-        config, tensors, pixels, names = self._config, self._tensors, self._problem.pixels, self._problem.names
+        config, tensors, names = self._config, self._tensors, self._problem.names
+        pixels = np.asarray(self._problem.inputs)
         causes = diagnose(config, tensors, pixels, truth, names, site, shown)
         place = where(shown[site], truth[site], site)
         if not causes or not causes[0].format:

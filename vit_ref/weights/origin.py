@@ -50,6 +50,26 @@ def find_origin(source: Checkpoint) -> Origin:
     return Origin(name, str(path), _sha256(source.files), cached and cached.revision)
 
 
+# Files of weights, by their suffix.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy", ".msgpack", ".h5", ".ckpt", ".onnx")
+
+
+def find_origin_of(path: Path) -> Origin:
+    """Returns the origin of a directory or file of any kind. Its digest covers the files of weights, told by suffix.
+
+    Args:
+      path: the directory or file.
+
+    Raises:
+      CheckpointError: there is no file of weights, or one cannot be read.
+    """
+    files = (path,) if path.is_file() else tuple(sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS))
+    if not files:
+        raise CheckpointError(f"{path}: no weights in it ({', '.join(_WEIGHTS)}): name a file, or another directory")
+    whole = path.resolve()
+    return Origin("/".join(whole.parts[-2:]).replace("//", "/"), str(whole), _sha256(files), None)
+
+
 def _sha256(files: tuple[Path, ...]) -> str:
     digests = {}
     for file in files:

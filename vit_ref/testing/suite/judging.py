@@ -7,7 +7,7 @@ import dataclasses
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 from vit_ref.errors import InputError, UndifferentiableError, UnsupportedByReferenceError
 from vit_ref.files import write
 from vit_ref.testing.suite.subjects import Subject
+from vit_ref.verify.judgement import Judgement
+from vit_ref.verify.pairs.session import PairSession
 from vit_ref.verify.report import in_full, to_html, to_json
 from vit_ref.verify.results import CandidateReport
 from vit_ref.verify.session import BACKWARD as IMAGES_BACKWARD
 from vit_ref.verify.session import BACKWARD_OWN, Session, prepare_candidate
-from vit_ref.weights.checkpoint import Checkpoint
 
 # By the name of the fixture that passes the result to a test.
-PARTS: dict[str, Callable[[Session], Any]] = {
-    "parity": Session.forward,
-    "gradients": Session.backward,
-    "behaviour": Session.behaviour,
+PARTS: dict[str, Callable[[Judgement], Any]] = {
+    "parity": lambda session: session.forward(),
+    "gradients": lambda session: session.backward(),
+    "behaviour": lambda session: session.behaviour(),
 }
 # Behaviour is checked in float64, whatever precision the numerical gate tests.
 BEHAVIOUR_PRECISION = "float64"
@@ -84,16 +85,22 @@ def _judge(part: str, subject: Subject, precision: str) -> Outcome:
         return pytest.fail.Exception(str(error), pytrace=False)
     except pytest.fail.Exception as error:
         return error
-    weights = f"\n  weights: {session.origin.said}" if session.source.files and not subject.embedded else ""
+    weights = "" if subject.embedded else f"\n  weights: {session.origin.said}"
     report = session.report(found, not_backward=NOT_SELECTED, not_behaviour=NOT_SELECTED) if part == "parity" else None
     return Judged(found, weights, report)
 
 
 @lru_cache(maxsize=1)  # one holds a whole checkpoint, which consecutive tests of a case share
-def _prepare(subject: Subject, precision: str) -> tuple[Session, dict[str, int]]:
+def _prepare(subject: Subject, precision: str) -> tuple[Judgement, dict[str, int]]:
     """Returns a session, and the checksums of the arrays that the reference reads."""
+    if subject.declared:
+        assert subject.candidate is not None
+        pair = PairSession(
+            subject.reference, subject.candidate, subject.checkpoint, precision=precision, title=subject.name
+        )
+        return pair, _checksums(pair.given())
     config, source, pixels = subject.load()
-    before = _checksums(source, pixels)
+    before = _checksums({"the images": pixels, **source.tensors})
     session = Session(
         config,
         source,
@@ -108,10 +115,10 @@ def _prepare(subject: Subject, precision: str) -> tuple[Session, dict[str, int]]
 
 
 @contextlib.contextmanager
-def _copying(subject: Subject, session: Session, before: dict[str, int]) -> Iterator[None]:
+def _copying(subject: Subject, session: Judgement, before: dict[str, int]) -> Iterator[None]:
     """Fails if the candidate writes into arrays that the reference reads."""
     yield
-    after = _checksums(session.source, session.pixels)
+    after = _checksums(session.given())
     changed = [name for name in before if after.get(name) != before[name]]
     if changed:
         pytest.fail(
@@ -119,8 +126,8 @@ def _copying(subject: Subject, session: Session, before: dict[str, int]) -> Iter
         )
 
 
-def _checksums(source: Checkpoint, pixels: NDArray) -> dict[str, int]:
-    return {name: zlib.crc32(array.tobytes()) for name, array in {"the images": pixels, **source.tensors}.items()}
+def _checksums(arrays: Mapping[str, NDArray]) -> dict[str, int]:
+    return {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()}
 
 
 def write_report(directory: Path, subject: Subject, precision: str) -> None:

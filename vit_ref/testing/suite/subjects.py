@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.photographs import pixels_for
+from vit_ref.verify.references.choice import REFERENCES
 from vit_ref.verify.session import FORWARD
 from vit_ref.weights import checkpoint
 from vit_ref.weights.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ class Subject:
       embedded: the name of the embedded case; "" if the user gave the checkpoint.
       given: whether the user gave the checkpoint or the candidate.
       candidate: the candidate, as given; None for this package's own model.
+      checkpoint: the path that the person gave; None for an embedded case, or where a declared reference needs none.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Subject:
     embedded: str = ""
     given: bool = False
     candidate: str | None = None
+    checkpoint: str | None = None
+
+    @property
+    def declared(self) -> bool:
+        """Whether the reference is one that the person declared, of a model that need be no ViT."""
+        return self.reference not in REFERENCES
 
 
 def find_subjects(config: pytest.Config) -> list[Subject]:
@@ -74,6 +82,12 @@ def _subjects(
         config = read_configuration(source)
         return config, source, pixels_for(config, images, FORWARD)
 
+    if reference not in REFERENCES:
+        return [
+            Subject(f"{base}-{name}" if base else name, _load_nothing, True, reference, "", True, candidate, path)
+            for name, candidate in zip(_names(candidates, lambda path: Path(path).stem), candidates, strict=True)
+            for base, path in _with_names(checkpoints)
+        ]
     # A candidate reads the files itself, and a report names their digest.
     load_case = _load_written if candidates or reports else _load_case
     embedded = [
@@ -93,6 +107,15 @@ def _subjects(
         for name, candidate in zip(_names(candidates, lambda path: Path(path).stem), candidates, strict=True)
         for subject in given or embedded
     ]
+
+
+def _with_names(checkpoints: tuple[str, ...]) -> list[tuple[str, str | None]]:
+    names = _names(checkpoints, lambda path: Path(path).resolve().name)
+    return list(zip(names, checkpoints, strict=True)) or [("", None)]
+
+
+def _load_nothing() -> tuple[ViTConfig, Checkpoint, NDArray]:
+    raise AssertionError("a declared reference loads by itself")
 
 
 def _names(given: tuple[str, ...], short: Callable[[str], str], taken: Iterable[str] = ()) -> list[str]:

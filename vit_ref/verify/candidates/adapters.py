@@ -19,34 +19,37 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from flax.errors import TraceContextError
+from jax.typing import DTypeLike
 
 from vit_ref.errors import CandidateError
 from vit_ref.model.vit import identity
 from vit_ref.verify.candidates.declaration import hint, takes
+from vit_ref.verify.candidates.feeding import Arguments
 from vit_ref.verify.candidates.loading import split_named
 from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.compare.trace import Tap
 
-# (parameters, images, table, tap) -> whatever the candidate returns.
-Run = Callable[[Any, Any, Table, Tap | None], Any]
+# (parameters, arguments, table, tap) -> whatever the candidate returns.
+Run = Callable[[Any, Arguments, Table, Tap | None], Any]
 Call = Callable[..., Any]
 
 
-def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
+def adapted(port: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     """Returns a model's parameters, which may be any tree, and its forward pass.
 
     Args:
       port: what a candidate's loader returned.
       call: see `Candidate.call`.
       name: the candidate's name, for messages.
+      dtype: the dtype of the computation. Float64 widens arrays that are not parameters, too, such as statistics.
 
     Raises:
       CandidateError: it cannot be called.
     """
     if isinstance(port, nnx.Module):
-        return _nnx(port, call, name)
+        return _nnx(port, call, name, dtype)
     if isinstance(port, tuple) and len(port) == 2 and isinstance(port[0], linen.Module):
-        return _linen(port[0], port[1], call, name)
+        return _linen(port[0], port[1], call, name, dtype)
     if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
         return _function(*port, call)
     if not callable(port):
@@ -56,10 +59,11 @@ def adapted(port: Any, call: Call | None, name: str) -> tuple[Any, Run]:
     return _tree(port, call)
 
 
-def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
+def _nnx(port: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
+    rest = _wide_enough(rest, dtype)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         # It must be a copy. nnx refuses to change a variable that belongs to an outer trace, and transformations such
         # as `nnx.remat` write back all variables, changed or not.
         model = nnx.merge(graph, parameters, rest, copy=True)
@@ -69,26 +73,26 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
         modules = {counted(".".join(map(str, parts))): module for parts, module in seen}
         try:
             with _watching(modules, table, tap):
-                returned = _called(model, images, call, table, tap)
+                returned = _called(model, arguments, call, table, tap)
         except TraceContextError as error:
             reason = str(error).partition(" (")[0]
             raise CandidateError(
                 f"{name}: the forward pass changes state outside the model ({reason}): make that state part of the"
                 " model, and load it in evaluation mode"
             ) from error
-        if not isinstance(images, jax.core.Tracer):
-            require_same(model, images, table, returned)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            require_same(model, arguments, table, returned)
         require_known(table, table.met if taps else modules, returned, model)
         return returned
 
-    def require_same(model: nnx.Module, images: Any, table: Table, returned: Any) -> None:
+    def require_same(model: nnx.Module, arguments: Arguments, table: Table, returned: Any) -> None:
         """Raises an error if the forward pass changed the model's state and so the output of the next pass."""
         changed = _changed(rest, model)
         gathered = [path for path, variable in changed.items() if not isinstance(variable, nnx.RngState)]
         if not changed:
             return
         # An nnx module that wraps a linen module draws a key for each call, even if it does not use it.
-        if not gathered and _same(_called(model, images, call, table, None), returned):
+        if not gathered and _same(_called(model, arguments, call, table, None), returned):
             return
         raise CandidateError(
             f"{name}: the forward pass changes the model's own state, {next(iter(gathered or changed))!r}"
@@ -97,6 +101,13 @@ def _nnx(port: nnx.Module, call: Call | None, name: str) -> tuple[Any, Run]:
         )
 
     return parameters, run
+
+
+def _wide_enough(tree: Any, dtype: DTypeLike) -> Any:
+    """A tree of arrays, floats widened where float64 is computed in."""
+    if np.dtype(dtype) != np.float64:
+        return tree
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if is_float(leaf) else leaf, tree)
 
 
 def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def _bits(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if is_key else leaf
 
 
-def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -> tuple[Any, Run]:
+def _linen(module: linen.Module, variables: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise CandidateError(
             f"{name}: load() returned a linen module with a {type(variables).__name__} without 'params': return"
@@ -129,8 +140,9 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
 
     # A box holds the division of a parameter among devices, which is not part of its name.
     parameters = linen.meta.unbox(variables["params"])
+    variables = _wide_enough({kind: each for kind, each in variables.items() if kind != "params"}, dtype)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         met: set[str] = set()
 
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -143,7 +155,7 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str) -
 
         with linen.intercept_methods(intercept):
             port = module.bind({**variables, "params": parameters})
-            returned = _called(port, images, call, table, tap)
+            returned = _called(port, arguments, call, table, tap)
         require_known(table, table.met if takes(call or port, "tap") else met, returned)
         return returned
 
@@ -154,20 +166,20 @@ def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
     """Splits a callable tree, such as an equinox module. A function has no parameters."""
     parameters, filled = _floats(port)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
-        return _called(filled(parameters), images, call, table, tap)
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
+        return _called(filled(parameters), arguments, call, table, tap)
 
     return parameters, run
 
 
 def _function(function: Call, tree: Any, call: Call | None) -> tuple[Any, Run]:
-    """Splits a function of parameters and images."""
+    """Splits a function of parameters and inputs."""
     parameters, filled = _floats(tree)
 
-    def run(parameters: Any, images: Any, table: Table, tap: Tap | None) -> Any:
+    def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         if call is not None:
-            return call((function, filled(parameters)), images, **tapping(call, table, tap))
-        return function(filled(parameters), images, **tapping(function, table, tap))
+            return _called((function, filled(parameters)), arguments, call, table, tap)
+        return function(filled(parameters), *arguments.args, **arguments.kwargs, **tapping(function, table, tap))
 
     return parameters, run
 
@@ -192,10 +204,11 @@ def _floats(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     return parameters, filled
 
 
-def _called(port: Any, images: Any, call: Call | None, table: Table, tap: Tap | None) -> Any:
+def _called(port: Any, arguments: Arguments, call: Call | None, table: Table, tap: Tap | None) -> Any:
+    args, kwargs = arguments
     if call is not None:
-        return call(port, images, **tapping(call, table, tap))
-    return port(images, **tapping(port, table, tap))
+        return call(port, *args, **kwargs, **tapping(call, table, tap))
+    return port(*args, **kwargs, **tapping(port, table, tap))
 
 
 def tapping(function: Call, table: Table, tap: Tap | None) -> dict[str, Any]:

@@ -15,12 +15,16 @@ from vit_ref.verify.compare.trace import Tap
 class Casts:
     """The casts that were undone in one forward pass.
 
+    Args:
+      who: the candidate or the reference, for the report.
+
     Attributes:
       number: the number of casts.
       before: the first site that was shown after the first cast; "" if there was no cast.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, who: str = "candidate") -> None:
+        self._who = who
         self.number = 0
         self.before = ""
 
@@ -45,7 +49,7 @@ class Casts:
             return ()
         casts = "a cast" if self.number == 1 else f"{self.number} casts"
         return (
-            f"the candidate makes {casts} from float64 to float32, the first before {self.before}. This rounding"
+            f"the {self._who} makes {casts} from float64 to float32, the first before {self.before}. This rounding"
             " is undone for the float64 gate, because it is not part of a formula; the tested precision keeps it. To"
             " give a layer its dtype, use load(checkpoint, dtype)",
         )

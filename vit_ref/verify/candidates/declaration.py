@@ -61,6 +61,11 @@ class Candidate:
         `list_parameters`). None: they are recognised by the names of a known layout, or else not observed.
       call: `call(model, pixels)`, if the model needs other arguments than the images.
       channels_first: whether images are passed as (B, C, height, width). None: only to PyTorch.
+      adapt: for `compare`: `adapt(**inputs)` turns the inputs, NumPy arrays, into this side's arguments: a mapping of
+        keyword arguments, a tuple of positional ones, or one array. It may only move elements, or add integer arrays.
+        None: one input is the first positional argument, and several are keyword arguments.
+      output: `output(returned)` picks the output that is compared: an array (B, ...), or several in a mapping or a
+        tuple. None: `.logits`, the value itself, or its first element.
       name: the candidate's name in reports.
       directory: the directory of the candidate's file, from which it may import; None if it was not found in a file.
     """
@@ -70,8 +75,27 @@ class Candidate:
     parameters: Mapped | None = None
     call: Callable[..., Any] | None = None
     channels_first: bool | None = None
+    adapt: Callable[..., Any] | None = None
+    output: Callable[[Any], Any] | None = None
     name: str = "candidate"
     directory: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference(Candidate):
+    """An implementation that decides: any PyTorch, NNX, linen, equinox or plain JAX model, declared as a candidate is.
+
+    Attributes:
+      sites: from its own paths to the names of sites. None: the outputs of all its named submodules under their paths,
+        in the order in which they come. Of a tuple the first element has the path, element k is `path:k`; a field of a
+        mapping or a dataclass is `path:field`.
+      inputs: `inputs(seed)` makes the inputs: NumPy arrays by name, of which the first axis is the batch.
+      attention: whether the eager and the fused attention of a model from transformers have to agree.
+    """
+
+    inputs: Callable[[int], Mapping[str, Any]] | None = None
+    attention: bool = True
+    name: str = "reference"
 
 
 def declared(value: Any, name: str) -> Candidate:
@@ -85,7 +109,7 @@ def declared(value: Any, name: str) -> Candidate:
       CandidateError: it is neither.
     """
     if isinstance(value, Candidate):
-        return value if value.name != "candidate" else dataclasses.replace(value, name=name)
+        return value if value.name not in ("candidate", "reference") else dataclasses.replace(value, name=name)
     if callable(value) and not inspect.isclass(value):
         return Candidate(load=lambda checkpoint: value, name=name)
     raise CandidateError(

@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError
-from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.casts import Casts
 from vit_ref.verify.candidates.declaration import Candidate
-from vit_ref.verify.candidates.loading import claims
-from vit_ref.verify.candidates.table import Table
+from vit_ref.verify.candidates.feeding import Feeding
+from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.table import Table, claimed
+from vit_ref.verify.compare.inputs import Inputs
 from vit_ref.verify.compare.trace import Tap
 
 Output = TypeVar("Output")
 
 
 class Declared(ABC):
-    """A candidate that was declared with a `Candidate`.
+    """A candidate that was declared with a `Candidate`, or a reference that was declared with a `Reference`.
+
+    Attributes:
+      role: "candidate" or "reference", for the report.
 
     Args:
       candidate: the declaration.
-      config: the checkpoint's configuration.
-      checkpoint: the path that the loader gets.
+      outline: the names and shapes of the model that it is compared with.
+      checkpoint: the path that the loader gets; None for none.
       loaded: what the loader returned for float64, if it was called already.
 
     Raises:
-      CandidateError: its table does not fit the configuration.
+      CandidateError: its table does not fit the outline.
     """
 
-    def __init__(self, candidate: Candidate, config: ViTConfig, checkpoint: Path, loaded: Any = None):
+    role = "candidate"
+
+    def __init__(self, candidate: Candidate, outline: Outline, checkpoint: Path | None, loaded: Any = None):
         self.name = candidate.name
-        self.config = config
-        self.claims: frozenset[str] | None = claims(candidate, config)
+        self.outline = outline
+        known = outline.shapes(outline.example)
+        self.claims: frozenset[str] | None = claimed(candidate.sites, outline, known) | {outline.output}
         self.fixed: frozenset[str] = frozenset()
         self.notes: tuple[str, ...] = ()
-        # Makes the table of sites from the images' shape. A proposal replaces it by one that asks for every value.
-        self.tables: Callable[[tuple[int, ...]], Table] = lambda images: self._table(candidate.sites, images)
+        # Makes the table of sites from the inputs' shapes. A proposal replaces it by one that asks for every value.
+        self.tables: Callable[[Any], Table] = lambda inputs: self._table(candidate.sites, inputs)
         self._candidate = candidate
         self._checkpoint = checkpoint
         # The model that was loaded last, with its dtype: reading a checkpoint takes seconds.
@@ -49,7 +57,7 @@ class Declared(ABC):
 
     def path_of(self, site: str) -> str:
         """See `Runnable.path_of`."""
-        return self.tables((1, *self.config.image_hw)).path_of(site)
+        return self.tables(self.outline.example).path_of(site)
 
     @staticmethod
     @abstractmethod
@@ -60,12 +68,25 @@ class Declared(ABC):
     def _undoing(self, casts: Casts) -> AbstractContextManager[Any]:
         """Keeps the candidate from casting float64 to float32 within the context; `casts` counts the casts."""
 
-    def _table(self, sites: Any, images: tuple[int, ...]) -> Table:
-        return Table(sites, self.config, images, self._vjp)
+    def _table(self, sites: Any, inputs: Any) -> Table:
+        return Table(sites, self.outline, inputs, self._vjp)
+
+    def feed(self, inputs: Inputs) -> Any:
+        """What is handed over: the arguments that named arrays become, or images as they are."""
+        return self._feeding(inputs).arguments() if isinstance(inputs, Mapping) else inputs
+
+    def by_input(self, inputs: Inputs, gradients: Any) -> dict[str, NDArray]:
+        """Gradients with respect to what was handed over, by the names of the inputs."""
+        if isinstance(inputs, Mapping):
+            return self._feeding(inputs).by_input(gradients)
+        return {"pixels": gradients}
+
+    def _feeding(self, inputs: Mapping[str, NDArray]) -> Feeding:
+        return Feeding(inputs, self._candidate.adapt, self.name)
 
     def _in_float64(self, forward: Callable[[Tap | None], Output], tap: Tap | None) -> Output:
-        """Runs one forward pass in float64, without the candidate's casts to float32 if it can run without them."""
-        casts = Casts()
+        """Runs one forward pass in float64, without its own casts to float32 if it can run without them."""
+        casts = Casts(self.role)
         try:
             with self._undoing(casts):
                 output = forward(casts.watching(tap) if tap else None)

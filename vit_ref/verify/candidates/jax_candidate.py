@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,9 +20,12 @@ from vit_ref.errors import CandidateError
 from vit_ref.verify.candidates.adapters import adapted, is_float
 from vit_ref.verify.candidates.casts import Casts
 from vit_ref.verify.candidates.declared import Declared
+from vit_ref.verify.candidates.feeding import Arguments
 from vit_ref.verify.candidates.loading import in_one_line, load, observed, recognised
+from vit_ref.verify.candidates.outline import Shape
 from vit_ref.verify.candidates.table import counted
 from vit_ref.verify.candidates.tapped import Tapped
+from vit_ref.verify.compare.inputs import Inputs
 from vit_ref.verify.compare.trace import Forward, Tap
 from vit_ref.verify.precision import FLOAT64
 from vit_ref.weights.pretrained import get_state_parameters
@@ -37,17 +40,17 @@ class JaxCandidate(Declared, Tapped):
         if self._loaded is None or self._loaded[0] != np.dtype(dtype):
             self._loaded = np.dtype(dtype), load(candidate, self._checkpoint, dtype)
         with in_one_line(self.name, "taking its parameters"):
-            parameters, run = adapted(self._loaded[1], candidate.call, self.name)
+            parameters, run = adapted(self._loaded[1], candidate.call, self.name, dtype)
             _require_values(parameters, self.name)
             if np.dtype(dtype) == np.float64:
                 parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)
 
-        def forward(parameters: Any, pixels: jax.Array, tap: Tap | None) -> jax.Array:
-            table = self.tables(pixels.shape) if tap else self._table({}, pixels.shape)
-            images = pixels.transpose(0, 3, 1, 2) if candidate.channels_first else pixels
+        def forward(parameters: Any, fed: Any, tap: Tap | None) -> jax.Array:
+            table = self.tables(fed) if tap else self._table({}, fed)
+            arguments = fed if isinstance(fed, Arguments) else self._images(fed)
 
             def passed(tap: Tap | None) -> jax.Array:
-                return observed(candidate, self.config, partial(run, parameters, images), table, tap)
+                return observed(candidate, self.outline, partial(run, parameters, arguments), table, tap)
 
             output = self._in_float64(passed, tap) if np.dtype(dtype) == np.float64 else passed(tap)
             if tap:
@@ -55,6 +58,13 @@ class JaxCandidate(Declared, Tapped):
             return output
 
         return parameters, forward
+
+    def shapes(self, inputs: Inputs) -> Mapping[str, Shape]:
+        """See `Tapped.shapes`."""
+        return self.outline.shapes(inputs)
+
+    def _images(self, images: jax.Array) -> Arguments:
+        return Arguments((images.transpose(0, 3, 1, 2) if self._candidate.channels_first else images,), {})
 
     @staticmethod
     def _vjp(function: Callable[[Any], Any], value: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -66,7 +76,7 @@ class JaxCandidate(Declared, Tapped):
 
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""
-        return recognised(self._candidate, self.config, _leaves(gradients))
+        return recognised(self._candidate, self.outline, _leaves(gradients))
 
     def parameters(self) -> dict[str, NDArray]:
         """Returns the candidate's parameters in float64, on the host, by its own paths."""

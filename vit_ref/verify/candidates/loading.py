@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,38 +18,36 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, InputError, MappingError
-from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import output_site
-from vit_ref.model.skeleton import list_parameters
+from vit_ref.errors import CandidateError, InputError, first_line
 from vit_ref.verify.candidates.declaration import Candidate, declared, takes
-from vit_ref.verify.candidates.table import Table, claimed, described, flat, gradients_by_path
+from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.table import Table, described, elements, flat, gradients_by_path
 from vit_ref.verify.compare.trace import Tap
-from vit_ref.weights import mapping
 
 # Includes SystemExit: a file that ends with sys.exit(0) would end this process with the exit code of a right candidate.
 RAISED = (Exception, SystemExit)
 
 
-def find(spec: str) -> Candidate:
-    """Returns the candidate that `--candidate` names.
+def find(spec: str, default: str = "candidate") -> Candidate:
+    """Returns the candidate, or the reference, that the caller names.
 
     Args:
-      spec: `FILE.py:attribute` or `module:attribute`. Without an attribute, the attribute `candidate` is meant.
+      spec: `FILE.py:attribute` or `module:attribute`; the attribute may be left out.
+      default: the attribute that is meant if the caller names none.
 
     Raises:
       CandidateError: the file, module or attribute does not exist, or importing it failed.
     """
     place, _, attribute = spec.partition(":")
-    attribute = attribute or "candidate"
+    attribute = attribute or default
     directory = str(Path(place).parent.resolve()) if place.endswith(".py") else None
     with beside_it(directory):
         value = _file(Path(place)) if directory else _module(place)
     for name in attribute.split("."):
         if not hasattr(value, name):
-            raise CandidateError(f"{place}: it has no {attribute!r}: name the candidate as {place}:NAME")
+            raise CandidateError(f"{place}: it has no {attribute!r}: name the {default} as {place}:NAME")
         value = getattr(value, name)
-    name = Path(place).stem if attribute == "candidate" else f"{Path(place).stem}-{attribute}"
+    name = Path(place).stem if attribute == default else f"{Path(place).stem}-{attribute}"
     return dataclasses.replace(declared(value, name), directory=directory)
 
 
@@ -126,12 +124,27 @@ def _module(name: str) -> Any:
         raise CandidateError.raised(name, "importing it", error) from error
 
 
-def load(candidate: Candidate, checkpoint: Path, dtype: DTypeLike) -> Any:
+def find_declaration(given: Candidate | Callable[..., Any] | str, default: str = "candidate") -> Candidate:
+    """Returns the declaration that the caller gave or named.
+
+    Args:
+      given: a `Candidate`, a function from pixels to logits, or a name for `find`.
+      default: see `find`.
+
+    Raises:
+      CandidateError: it is none of these, or `find` raised it.
+    """
+    if isinstance(given, str):
+        return find(given, default)
+    return declared(given, getattr(given, "__name__", default))
+
+
+def load(candidate: Candidate, checkpoint: Path | None, dtype: DTypeLike) -> Any:
     """Calls the candidate's loader and returns the model.
 
     Args:
       candidate: the declaration.
-      checkpoint: the checkpoint's directory or file.
+      checkpoint: the checkpoint's directory or file; None for none.
       dtype: the dtype for a loader that takes one.
 
     Raises:
@@ -157,7 +170,7 @@ def is_torch(port: Any) -> bool:
 
 
 def observed(
-    candidate: Candidate, config: ViTConfig, run: Callable[[Table, Tap | None], Any], table: Table, tap: Tap | None
+    candidate: Candidate, outline: Outline, run: Callable[[Table, Tap | None], Any], table: Table, tap: Tap | None
 ) -> Any:
     """Runs one forward pass and passes every value that the candidate shows through a tap.
 
@@ -166,9 +179,9 @@ def observed(
 
     Args:
       candidate: the declaration.
-      config: the checkpoint's configuration.
+      outline: what it is compared with.
       run: the forward pass.
-      table: the candidate's table for these images; an empty one without a tap.
+      table: the candidate's table for these inputs; an empty one without a tap.
       tap: called with every site that the candidate shows; None to run the candidate as its users do.
 
     Returns:
@@ -177,19 +190,15 @@ def observed(
     Raises:
       CandidateError: the forward pass raised an exception, its values do not fit the table, or there is no output.
     """
-    last = output_site(config)
+    last = outline.output
 
     def before(site: str, value: Any) -> Any:
         return value if site == last or tap is None else tap(site, value)
 
     with beside_it(candidate.directory), in_one_line(candidate.name, "the forward pass"):
         returned = run(table, before if tap else None)
-    output, named = split_output(returned, candidate.name)
-    if last == "cls" and len(output.shape) == 3:
-        raise CandidateError(
-            f"{candidate.name}: it returned shape {tuple(output.shape)}, but a model without a head must return the"
-            " cls token (B, D): give call=lambda model, images: model(images)[:, 0]"
-        )
+    output, named = split_output(returned, candidate)
+    outline.require_output(output, candidate.name)
     if tap is None:
         return output
     table.returned(named, before)
@@ -217,19 +226,6 @@ def in_one_line(name: str, what: str) -> Iterator[None]:
         raise CandidateError.raised(name, what, error) from error
 
 
-def claims(candidate: Candidate, config: ViTConfig) -> frozenset[str]:
-    """Returns the sites that a candidate promises to show: those of its table, and its output.
-
-    Args:
-      candidate: the declaration.
-      config: the checkpoint's configuration.
-
-    Raises:
-      CandidateError: the table does not fit the configuration.
-    """
-    return claimed(candidate.sites, config) | {output_site(config)}
-
-
 def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     """Splits what a model returned into its output and its intermediates by flat names, if there are any.
 
@@ -241,43 +237,74 @@ def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     return returned, {}
 
 
-def split_output(returned: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
+def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str, Any]]:
     """Returns a model's output, and the intermediates that it returned with it.
 
     Args:
       returned: what the model returned.
-      name: the candidate's name.
+      candidate: the declaration, whose `output` picks the output.
 
     Raises:
-      CandidateError: the output is not an array.
+      CandidateError: the output is not an array, or `Candidate.output` cannot pick one.
     """
-    returned, named = split_named(returned)
-    output = getattr(returned, "logits", returned)
-    output = output[0] if isinstance(output, tuple) else output
-    if not getattr(output, "shape", ()):
-        raise CandidateError(f"{name}: it returned a {described(output)}, but must return logits (B, classes)")
-    return output, named
+    name = candidate.name
+    if candidate.output is None:
+        returned, named = split_named(returned)
+        output = getattr(returned, "logits", returned)
+        if not getattr(output, "shape", ()) and not isinstance(output, Mapping | list):
+            output = next(iter(elements(output).values()), output)
+        if not getattr(output, "shape", ()):
+            raise CandidateError(f"{name}: it returned a {described(output)}, but must return logits (B, classes)")
+        return output, named
+    _, named = split_named(returned)
+    try:
+        output = candidate.output(returned)
+    except RAISED as error:
+        raise CandidateError(
+            f"{name}: output() of a {described(returned)} raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    parts = list(elements(output).values()) or [output]
+    for part in parts:
+        if not getattr(part, "shape", ()):
+            raise CandidateError(f"{name}: output() returned a {described(part)}: make it pick one array, or several")
+    if len(parts) == 1:
+        return parts[0] if len(parts[0].shape) > 1 else parts[0][:, None], named
+    flattened = [part.reshape(part.shape[0], -1) for part in parts]
+    return joined(flattened), named
 
 
-def recognised(candidate: Candidate, config: ViTConfig, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
-    """Returns a candidate's gradients by this package's paths.
+def joined(parts: Sequence[Any]) -> Any:
+    """Returns arrays of one framework, joined along their last axis.
+
+    Args:
+      parts: the arrays, all of PyTorch or all of JAX.
+    """
+    if is_torch_tensor(parts[0]):
+        return sys.modules["torch"].cat(list(parts), dim=-1)
+    return jax.numpy.concatenate(parts, axis=-1)
+
+
+def is_torch_tensor(value: Any) -> bool:
+    """Returns whether a value is a PyTorch tensor, without importing PyTorch.
+
+    Args:
+      value: the value.
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def recognised(candidate: Candidate, outline: Outline, gradients: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """Returns a candidate's gradients by the outline's names.
 
     Args:
       candidate: the declaration.
-      config: the checkpoint's configuration.
+      outline: the names of the model that it is compared with.
       gradients: gradients by the candidate's own paths.
 
     Returns:
-      Gradients that the candidate's table names, or whose names are this package's or a known layout's; else none.
+      Gradients that the candidate's table names, or that the outline recognises; else none.
     """
     if candidate.parameters is not None:
-        return gradients_by_path(candidate.parameters, config, gradients)
-    if gradients.keys() == list_parameters(config).keys():
-        return dict(gradients)
-    for separator in "./":
-        named = {name.replace(".", separator): value for name, value in gradients.items()}
-        try:
-            return mapping.port(named, config, mapping.detect(named), finite=False)
-        except MappingError:
-            continue
-    return {}
+        return gradients_by_path(candidate.parameters, outline, gradients)
+    return outline.recognise(gradients)

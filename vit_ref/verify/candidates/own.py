@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
+from vit_ref.model.sites import sites
 from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import identity
+from vit_ref.verify.candidates.outline import Shape
 from vit_ref.verify.candidates.tapped import Tapped
 from vit_ref.verify.compare.trace import Forward, Tap, narrowed
 from vit_ref.weights.checkpoint import Checkpoint
@@ -51,6 +54,10 @@ class OwnCandidate(Tapped):
         shapes, same = self._by_dtype[np.dtype(dtype)]
         # Weights stay on the host until a pass needs them, because a real model's are large.
         return replace_arrays(shapes, narrowed(self.parameters, dtype)), same
+
+    def shapes(self, inputs: Any) -> Mapping[str, Shape]:
+        """See `Tapped.shapes`."""
+        return {site.name: site.shape for site in sites(self.config, len(inputs), inputs.shape[1:3])}
 
     def by_path(self, gradients: nnx.State) -> dict[str, NDArray]:
         """See `Tapped.by_path`."""

@@ -1,4 +1,4 @@
-"""The table of a candidate, bound to one configuration: which of its values is which site, and how to get there.
+"""The table of a candidate, bound to one outline: which of its values is which site, and how to get there.
 
 One direction picks a site's value out of the port's. The other writes a changed value back, so that a site can be
 replaced or perturbed from outside: a selection only moves elements, so its transpose, which any framework's
@@ -7,16 +7,16 @@ differentiation gives, puts them back in their places.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vit_ref.errors import CandidateError
-from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import OUTPUTS, sites
-from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.declaration import Mapped, hint
+from vit_ref.verify.candidates.outline import Outline
 from vit_ref.verify.compare.trace import Tap
 
 # (function, value) -> (function(value), pull-back): jax.vjp, and torch.func.vjp in its shape.
@@ -41,22 +41,23 @@ class Entry(NamedTuple):
 
 
 class Table:
-    """A candidate's table for one configuration and batch.
+    """A candidate's table for one outline and batch.
 
     Args:
       mapped: see `Candidate.sites`; None for names that are the sites' own.
-      config: the model's configuration.
-      images: shape of the images, (B, height, width, C).
+      outline: whose names its values are.
+      inputs: what enters, of which the shapes matter.
       vjp: the framework's.
 
     Raises:
       CandidateError: a key cannot be read, a value is no site, or two keys claim one site.
     """
 
-    def __init__(self, mapped: Mapped | None, config: ViTConfig, images: tuple[int, ...], vjp: Vjp):
-        self.shapes = {site.name: site.shape for site in sites(config, images[0], (images[1], images[2]))}
+    def __init__(self, mapped: Mapped | None, outline: Outline, inputs: Any, vjp: Vjp):
+        self.shapes = outline.shapes(inputs)
+        self._outline = outline
         self.given = mapped is not None
-        entries = bind(mapped, "sites", config, self.shapes) if mapped is not None else {}
+        entries = bind(mapped, "sites", outline, self.shapes) if mapped is not None else {}
         self.points = {_point(key): found for key, found in entries.items()}
         self.paths = frozenset(point.path for point in self.points)
         # Sites that were shown after their use, or beside it: a change there would change nothing, or too little.
@@ -88,13 +89,12 @@ class Table:
         for point in self.points:
             if point.path != path or point.of_input:
                 continue
-            if point.key is None:
+            if point.key is None and self._outline.takes_first and isinstance(output, (tuple, list)) and output:
+                output = with_element(output, 0, self._through(point, output[0], tap))
+            elif point.key is None:
                 output = self._through(point, output, tap)
-            elif isinstance(output, Mapping):
-                output = {**output, point.key: self._through(point, output[point.key], tap)}
-            elif isinstance(output, tuple) and isinstance(point.key, int) and point.key < len(output):
-                replaced = self._through(point, output[point.key], tap)
-                output = (*output[: point.key], replaced, *output[point.key + 1 :])
+            elif (element := elements(output).get(str(point.key))) is not None:
+                output = with_element(output, point.key, self._through(point, element, tap))
         return output
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
@@ -122,9 +122,8 @@ class Table:
         for entry in self.points.get(point, ()):
             whole = not point.of_input or any(path.startswith(f"{point.path}.") for path in self.paths)
             site = entry.destination
-            beside = site in ("embeddings", "norm") or site.endswith((".norm1", ".residual"))
-            # The stream that enters a norm goes past it too; what enters a module that holds others does not.
-            value = self._pass(entry, value, tap if whole or not beside else self._fixing(tap))
+            # What enters a module that holds others enters all of them.
+            value = self._pass(entry, value, tap if whole or not self._outline.goes_past(site) else self._fixing(tap))
         return value
 
     def _pass(self, entry: Entry, value: Any, tap: Tap) -> Any:
@@ -163,14 +162,40 @@ def flat(named: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any]) -> dict[str, tuple[Entry, ...]]:
-    """A table with its blocks counted out.
+def elements(output: Any) -> dict[str, Any]:
+    """The elements of what a submodule returns, by number or by name; none of a single value."""
+    if isinstance(output, Mapping):
+        return {str(name): value for name, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        return {str(k): value for k, value in enumerate(output)}
+    if dataclasses.is_dataclass(output) and not isinstance(output, type) and not hasattr(output, "shape"):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return {}
+
+
+def with_element(output: Any, key: int | str, value: Any) -> Any:
+    """The same output with another value in the place of one of its elements."""
+    if type(output) is dict:
+        return {**output, key: value}
+    if isinstance(output, Mapping):
+        # Such as transformers' outputs, whose elements are attributes, too.
+        changed: Any = copy.copy(output)
+        changed[key] = value
+        return changed
+    if isinstance(output, (tuple, list)):
+        several = [value if str(k) == str(key) else each for k, each in enumerate(output)]
+        return type(output)(*several) if hasattr(output, "_fields") else type(output)(several)
+    return dataclasses.replace(output, **{str(key): value})
+
+
+def bind(mapped: Mapped, what: str, outline: Outline, known: Mapping[str, Any]) -> dict[str, tuple[Entry, ...]]:
+    """A table with its numbers counted out.
 
     Args:
       mapped: see `Candidate`.
       what: "sites" or "parameters", for messages.
-      config: the model's configuration.
-      known: all destinations of this configuration.
+      outline: whose names the destinations are.
+      known: all destinations.
 
     Returns:
       Entries by key.
@@ -180,7 +205,7 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     """
     if not isinstance(mapped, Mapping):
         raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
-    optional = OUTPUTS.keys() if what == "sites" else _optional_parameters(config)
+    optional = outline.optional(what)
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
     for key, targets in mapped.items():
@@ -191,8 +216,10 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
                 raise CandidateError(
                     f"{what}: {key!r}: {target!r} cannot be read: give a name, (name, selection), or a list of these"
                 )
-            blocks = range(config.num_hidden_layers) if "{i}" in pattern or "{i}" in key else (None,)
-            for i in blocks:
+            numbers = tuple(outline.numbers(pattern, known)) if "{i}" in pattern or "{i}" in key else (None,)
+            if not numbers and pattern not in optional:
+                raise CandidateError(f"{what}: {key!r}: {pattern!r} is none of this model's{hint(pattern, known)}")
+            for i in numbers:
                 source, destination = (counted(text.replace("{i}", str(i))) for text in (key, pattern))
                 stacked = i is not None and "{i}" not in key
                 entry = Entry(destination, _of_block(i, select) if stacked else select)
@@ -209,33 +236,24 @@ def bind(mapped: Mapped, what: str, config: ViTConfig, known: Mapping[str, Any])
     return bound
 
 
-def claimed(mapped: Mapped | None, config: ViTConfig) -> frozenset[str]:
-    """The sites that a table promises to show."""
+def claimed(mapped: Mapped | None, outline: Outline, known: Mapping[str, Any]) -> frozenset[str]:
+    """The sites among all that are known which a table promises to show."""
     if mapped is None:
         return frozenset()
-    known = {site.name: site.shape for site in sites(config, 1)}
     return frozenset(
-        entry.destination for entries in bind(mapped, "sites", config, known).values() for entry in entries
+        entry.destination for entries in bind(mapped, "sites", outline, known).values() for entry in entries
     )
 
 
-def _optional_parameters(config: ViTConfig) -> set[str]:
-    """A table may serve checkpoints with a head and without one, with biases of query, key and value and without."""
-    biases = {
-        f"blocks.{i}.attn.{role}.bias" for i in range(config.num_hidden_layers) for role in ("query", "key", "value")
-    }
-    return biases | {f"{layer}.{part}" for layer in ("pooler", "head") for part in ("kernel", "bias")}
-
-
-def gradients_by_path(mapped: Mapped, config: ViTConfig, gradients: Mapping[str, Any]) -> dict[str, Any]:
-    """A port's gradients under this package's paths and in its shapes, those that the table names.
+def gradients_by_path(mapped: Mapped, outline: Outline, gradients: Mapping[str, Any]) -> dict[str, Any]:
+    """A candidate's gradients under the outline's names and in its shapes, those that the table names.
 
     Raises:
-      CandidateError: the table names a parameter that the port or this package's model has not.
+      CandidateError: the table names a parameter that the candidate or the outline has not.
     """
-    shapes, gradients = list_parameters(config), {counted(name): value for name, value in gradients.items()}
+    shapes, gradients = outline.parameters(), {counted(name): value for name, value in gradients.items()}
     found = {}
-    for source, entries in bind(mapped, "parameters", config, shapes).items():
+    for source, entries in bind(mapped, "parameters", outline, shapes).items():
         if source not in gradients:
             raise CandidateError(f"parameters: the port has no parameter {source!r}{hint(source, gradients)}")
         for entry in entries:

@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError, UndifferentiableError
-from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import sites
 from vit_ref.verify.candidates.adapters import is_float
+from vit_ref.verify.candidates.outline import Shape
+from vit_ref.verify.compare.inputs import Inputs
 from vit_ref.verify.compare.objectives import Gradients, Objective, differentiator
 from vit_ref.verify.compare.trace import Forward, Tap, Trace, beside, recorder, replacements
 from vit_ref.verify.precision import Precision
@@ -43,18 +43,16 @@ class Tapped(ABC):
 
     Attributes:
       name: its name in reports.
-      config: the model's configuration.
       claims: the sites that it promises to show; None for all. A claimed site that is not shown fails. Other sites are
         not observed.
       fixed: the shown sites whose values can be neither replaced nor perturbed; known after the first run.
-      stored: the dtype that its parameters are rounded to below float64; None leaves them as they were loaded.
+      stored: the dtype that its parameters are rounded to; None leaves them as they were loaded.
       foreign: whether it runs outside jax. This is always False here.
-      compiles: whether it can be compiled. A candidate that cannot may write into its images instead.
+      compiles: whether it can be compiled. A candidate that cannot may write into its inputs instead.
       notes: notes for the report on how it was run, one line each; known after the first run.
     """
 
     name: str
-    config: ViTConfig
     claims: frozenset[str] | None = None
     fixed: frozenset[str] = frozenset()
     stored: DTypeLike | None = None
@@ -72,17 +70,47 @@ class Tapped(ABC):
 
     @abstractmethod
     def by_path(self, gradients: Any) -> dict[str, NDArray]:
-        """Returns gradients of the parameters, on the host, by the paths of this package's model.
+        """Returns gradients of the parameters, on the host, by the names of the model that it is compared with.
 
         Args:
           gradients: a tree like the parameters.
         """
 
+    @abstractmethod
+    def shapes(self, inputs: Inputs) -> Mapping[str, Shape]:
+        """Returns the shape of the value at every site that can be shown, in order.
+
+        Args:
+          inputs: the inputs.
+        """
+
+    def feed(self, inputs: Inputs) -> Any:
+        """Returns what the forward pass gets for these inputs: a tree of arrays.
+
+        Args:
+          inputs: the inputs.
+        """
+        return inputs
+
+    def by_input(self, inputs: Inputs, gradients: Any) -> dict[str, NDArray]:
+        """Returns gradients by the names of the inputs.
+
+        Args:
+          inputs: the inputs.
+          gradients: a tree like that of `feed`.
+        """
+        return {"pixels": gradients}
+
     def _ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         parameters, forward = self.ready(dtype)
-        if self.stored is None or np.dtype(dtype) == np.float64:
+        if self.stored is None:
             return parameters, forward
-        return jax.tree.map(lambda x: x.astype(self.stored) if is_float(x) else x, parameters), forward
+        wide = np.dtype(dtype) == np.float64
+
+        def rounded(leaf: Any) -> Any:
+            return leaf.astype(self.stored).astype(dtype) if wide else leaf.astype(self.stored)
+
+        return jax.tree.map(lambda leaf: rounded(leaf) if is_float(leaf) else leaf, parameters), forward
 
     def storing(self, precision: Precision) -> Self:
         """See `Reference.storing`."""
@@ -94,11 +122,11 @@ class Tapped(ABC):
         """See `Runnable.path_of`."""
         return site
 
-    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, inputs: Inputs, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Observable.trace`.
 
         Args:
-          pixels: float32 images (B, height, width, C).
+          inputs: float32 images (B, height, width, C), or arrays by name.
           precision: the precision to compute in.
           replace: values by site that replace the model's own, after those were recorded.
 
@@ -109,14 +137,14 @@ class Tapped(ABC):
             parameters, forward = self._ready(precision.dtype)
 
             given = replacements(replace, precision.dtype)
-            images = jnp.asarray(pixels, precision.dtype)
+            fed = _cast(self.feed(inputs), precision.dtype)
             try:
-                return jax.device_get(self._compiled_of(forward).recorder(parameters, images, given))
+                return jax.device_get(self._compiled_of(forward).recorder(parameters, fed, given))
             except jax.errors.JAXTypeError:
                 pass
             try:
                 # It leaves jax for Python or NumPy. Its values can still be compared; `check_behaviour` reports it.
-                shown = recorder(forward)(parameters, images, given)
+                shown = recorder(forward)(parameters, fed, given)
             except jax.errors.JAXTypeError as error:
                 raise CandidateError.raised(self.name, "the forward pass", error) from error
             inside = [site for site, value in shown.items() if isinstance(value, jax.core.Tracer)]
@@ -128,12 +156,12 @@ class Tapped(ABC):
             return {site: np.asarray(value) for site, value in shown.items()}
 
     def outputs(
-        self, batches: Sequence[NDArray], precision: Precision, *, jit: bool = True, tap: Tap | None = None
+        self, batches: Sequence[Inputs], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """Returns the outputs of several batches of images, compiled or operation by operation.
+        """Returns the outputs of several batches of inputs, compiled or operation by operation.
 
         Args:
-          batches: float32 images (B, height, width, C) each.
+          batches: float32 images (B, height, width, C), or arrays by name.
           precision: the precision to compute in.
           jit: whether to compile.
           tap: called with every site and its value; None runs without a tap.
@@ -144,27 +172,29 @@ class Tapped(ABC):
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
 
-            def run(parameters: Any, pixels: jax.Array) -> jax.Array:
-                return forward(parameters, pixels, tap)
+            def run(parameters: Any, fed: Any) -> jax.Array:
+                return forward(parameters, fed, tap)
 
-            images = [jnp.asarray(pixels, precision.dtype) for pixels in batches]
+            several = [_cast(self.feed(inputs), precision.dtype) for inputs in batches]
             if not jit:
-                return [np.asarray(run(parameters, given)) for given in images]
-            sizes = {given.shape: given for given in images}
-            compiling = {shape: beside(jax.jit(run).lower(parameters, given).compile) for shape, given in sizes.items()}
-            return [np.asarray(compiling[given.shape].result()(parameters, given)) for given in images]
+                return [np.asarray(run(parameters, fed)) for fed in several]
+            sizes = {_size(fed): fed for fed in several}
+            compiling = {size: beside(jax.jit(run).lower(parameters, fed).compile) for size, fed in sizes.items()}
+            return [np.asarray(compiling[_size(fed)].result()(parameters, fed)) for fed in several]
 
     def gradients(
-        self, pixels: NDArray, precision: Precision, *, like: Objective | None = None
+        self, inputs: Inputs, precision: Precision, *, like: Objective | None = None
     ) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`, and `differentiator` for `like`."""
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
         _, compiled, perturbed = self._compiled_of(forward)
 
-        def keeping(parameters: Any, pixels: jax.Array, tap: Tap) -> jax.Array:
+        def keeping(parameters: Any, fed: Any, tap: Tap) -> jax.Array:
             # It is computed and not a constant, so that no compiler can remove a division by it.
-            one = 1 + 0 * jax.lax.stop_gradient(pixels[0, 0, 0, 0])
+            some = jax.tree.leaves(fed)[0]
+            some = jax.lax.stop_gradient(some[(0,) * some.ndim])
+            one = 1 + 0 * (some if is_float(some) else some.astype(np.float32))
 
             def kept(site: str, value: jax.Array) -> jax.Array:
                 tapped = tap(site, value)
@@ -173,11 +203,18 @@ class Tapped(ABC):
                 perturbed.add(site)
                 return _kept_backward(tapped, one)
 
-            return forward(parameters, pixels, kept)
+            return forward(parameters, fed, kept)
 
         try:
-            shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
-            differentiate = differentiator(keeping, parameters, shapes, pixels, precision, like=like, compiled=compiled)
+            differentiate = differentiator(
+                keeping,
+                parameters,
+                self.shapes(inputs),
+                self.feed(inputs),
+                precision,
+                like=like,
+                compiled=compiled,
+            )
         except CandidateError as error:
             # The forward pass ran, so the candidate calls something that jax cannot differentiate, such as a callback.
             raise UndifferentiableError(f"jax cannot differentiate it: {error}") from error
@@ -186,10 +223,10 @@ class Tapped(ABC):
             raise UndifferentiableError(reason) from error
 
         def gradients(objective: Objective) -> Gradients:
-            by_parameter, by_site, by_pixel = differentiate(objective)
+            by_parameter, by_site, by_fed = differentiate(objective)
             # A site that was never met has a gradient of zeros, which says nothing about the candidate.
             met = {site: gradient for site, gradient in by_site.items() if site in perturbed - self.fixed}
-            return Gradients(met, self.by_path(by_parameter), by_pixel)
+            return Gradients(met, self.by_path(by_parameter), self.by_input(inputs, by_fed))
 
         return gradients
 
@@ -201,6 +238,15 @@ class Tapped(ABC):
         if forward not in self._compiled:
             self._compiled[forward] = _Compiled(jax.jit(recorder(forward)), {}, set())
         return self._compiled[forward]
+
+
+def _cast(fed: Any, dtype: DTypeLike) -> Any:
+    """A tree of arrays for jax, floats in the dtype."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if is_float(leaf) else None), fed)
+
+
+def _size(fed: Any) -> Any:
+    return jax.tree.structure(fed), tuple(leaf.shape for leaf in jax.tree.leaves(fed))
 
 
 @jax.custom_vjp

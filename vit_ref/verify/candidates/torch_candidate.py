@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_ref.errors import CandidateError, UndifferentiableError, first_line
-from vit_ref.model.sites import output_site, sites
 from vit_ref.verify.candidates.adapters import require_known, tapping
 from vit_ref.verify.candidates.casts import Casts
 from vit_ref.verify.candidates.declaration import takes
 from vit_ref.verify.candidates.declared import Declared
+from vit_ref.verify.candidates.feeding import Arguments
 from vit_ref.verify.candidates.loading import RAISED, in_one_line, load, observed, recognised
 from vit_ref.verify.candidates.table import Table, counted
+from vit_ref.verify.candidates.torch_casts import WithoutCasts, forgetting
+from vit_ref.verify.compare.inputs import Inputs, is_float, map_arrays
 from vit_ref.verify.compare.objectives import Gradients, Objective, require_shape
 from vit_ref.verify.compare.trace import Tap, Trace
 from vit_ref.verify.precision import Precision
@@ -40,11 +41,12 @@ class TorchCandidate(Declared):
 
     compiles = False
     foreign = True
+    _stored: DTypeLike | None = None
 
-    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, inputs: Inputs, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Tapped.trace`."""
         module = self._ready(precision.dtype)
-        given = {site: torch.tensor(value) for site, value in (replace or {}).items()}
+        given = {site: torch.tensor(np.ascontiguousarray(value)) for site, value in (replace or {}).items()}
         recorded: Trace = {}
 
         def tap(site: str, value: torch.Tensor) -> torch.Tensor:
@@ -52,24 +54,29 @@ class TorchCandidate(Declared):
             return given[site].to(value) if site in given else value
 
         with in_one_line(self.name, "the forward pass"), torch.no_grad():
-            self._forward(module, self._arranged(torch.tensor(pixels).to(_like(module, precision.dtype))), tap)
+            self._forward(module, inputs, self._tensors(inputs, _like(module, precision.dtype)), tap)
         return recorded
 
     def outputs(
-        self, batches: Sequence[NDArray], precision: Precision, *, jit: bool = True, tap: Tap | None = None
+        self, batches: Sequence[Inputs], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
         """See `Tapped.outputs`; `jit` has no effect here."""
         module = self._ready(precision.dtype)
         outputs = []
         for batch in batches:
             with in_one_line(self.name, "the forward pass"), torch.no_grad():
-                images = self._arranged(torch.tensor(batch).to(_like(module, precision.dtype)))
-                outputs.append(_array(self._forward(module, images, tap)))
-                # If the candidate wrote into its images, the caller must see that in the batch.
-                batch[...] = _array(images.permute(0, 2, 3, 1) if self._channels_first else images)
+                arguments = self._tensors(batch, _like(module, precision.dtype))
+                before = [tensor.clone() for tensor in _leaves(arguments)]
+                outputs.append(_array(self._forward(module, batch, arguments, tap)))
+                written = any(
+                    not torch.equal(tensor, kept) for tensor, kept in zip(_leaves(arguments), before, strict=True)
+                )
+                if written:
+                    # The caller must see that in the batch.
+                    map_arrays(_spoil, batch)
         return outputs
 
-    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
+    def gradients(self, inputs: Inputs, precision: Precision) -> Callable[[Objective], Gradients]:
         """See `Reference.gradients`; the parameters are those after `torch.nn.Module.to`."""
         module = self._ready(precision.dtype)
         with in_one_line(self.name, "requires_grad_ of its parameters"):
@@ -77,11 +84,12 @@ class TorchCandidate(Declared):
             parameters = {name: value.requires_grad_(True) for name, value in module.named_parameters()}
         like = _like(module, precision.dtype)
         wide = torch.promote_types(like.dtype, torch.float32)
-        last = output_site(self.config)
-        shapes = {site.name: site.shape for site in sites(self.config, len(pixels), pixels.shape[1:3])}
+        last, shapes = self.outline.output, self.outline.shapes(inputs)
 
         def gradients(o: Objective) -> Gradients:
-            images = torch.tensor(pixels * np.float32(o.brightness)).to(like.device, wide).requires_grad_(True)
+            brighter = map_arrays(lambda x: x * np.float32(o.brightness) if is_float(x) else x, inputs)
+            arguments = self._tensors(brighter, like.to(wide))
+            floats = [tensor.requires_grad_(True) for tensor in _leaves(arguments) if tensor.is_floating_point()]
             labels, cotangent = (torch.tensor(value, device=like.device) for value in (o.labels, o.cotangent))
             perturbations: dict[str, torch.Tensor] = {}
 
@@ -96,12 +104,13 @@ class TorchCandidate(Declared):
                 return value + perturbations[site].to(value.dtype)
 
             with in_one_line(self.name, "the forward pass with gradients"), torch.enable_grad():
-                # Multiplied by one, because a candidate that writes into its images must not meet a leaf.
-                output = self._forward(module, self._arranged(images.to(like.dtype) * 1), tap).to(wide)
+                # Multiplied by one, because a candidate that writes into its inputs must not meet a leaf.
+                met = _map(lambda x: x.to(like.dtype) * 1 if x.is_floating_point() else x, arguments)
+                output = self._forward(module, inputs, met, tap).to(wide)
                 require_shape(output.shape, o.cotangent.shape)
-                loss = torch.nn.functional.cross_entropy(output, labels)
+                loss = torch.nn.functional.cross_entropy(output.flatten(0, -2), labels.flatten())
                 objective = o.loss_weight * loss + (cotangent.to(wide) * output).sum()
-            leaves = [*perturbations.values(), *parameters.values(), images]
+            leaves = [*perturbations.values(), *parameters.values(), *floats]
             try:
                 found = torch.autograd.grad(objective, leaves, materialize_grads=True)
             except RAISED as error:
@@ -110,14 +119,20 @@ class TorchCandidate(Declared):
                 names = iter(found)
                 by_site = {site: _array(next(names)) for site in perturbations}
                 by_name = {name: _array(next(names)) for name in parameters}
-                met = {site: gradient for site, gradient in by_site.items() if site not in self.fixed}
-                return Gradients(met, recognised(self._candidate, self.config, by_name), _array(next(names)))
+                by_site = {site: gradient for site, gradient in by_site.items() if site not in self.fixed}
+                by_float = iter([_array(gradient) for gradient in names])
+                by_argument = _map(lambda x: next(by_float) if x.is_floating_point() else None, arguments)
+                by_fed = by_argument if isinstance(inputs, Mapping) else self._back(by_argument)
+                by_input = self.by_input(inputs, by_fed)
+                return Gradients(by_site, recognised(self._candidate, self.outline, by_name), by_input)
 
         return gradients
 
     def storing(self, precision: Precision) -> TorchCandidate:
-        """See `Reference.storing`. Returns itself, because `torch.nn.Module.to` rounds its parameters to any dtype."""
-        return self
+        """See `Reference.storing`. Below float64, `torch.nn.Module.to` rounds the parameters itself."""
+        narrow = copy.copy(self)
+        narrow._stored = precision.stored
+        return narrow
 
     def parameters(self) -> dict[str, NDArray]:
         """Returns the candidate's parameters in float64, on the host, by its own paths."""
@@ -138,8 +153,12 @@ class TorchCandidate(Declared):
         # Without no_grad, the parameters of a ScriptModule's copy would not be leaves.
         with in_one_line(self.name, "copying it"), torch.no_grad(), _results_copied():
             module = copy.deepcopy(self._loaded[1])
+        if self._stored is not None:
+            module = module.to(_DTYPES[np.dtype(self._stored).name])
+        if converts and self._stored is None:
+            return module
         with in_one_line(self.name, f".to(torch.{np.dtype(dtype).name})"):
-            return module if converts else _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
+            return _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
 
     def _require_values(self, module: torch.nn.Module) -> None:
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
@@ -149,29 +168,38 @@ class TorchCandidate(Declared):
                     " another device"
                 )
 
-    def _arranged(self, images: torch.Tensor) -> torch.Tensor:
-        return images.permute(0, 3, 1, 2).contiguous() if self._channels_first else images
+    def _tensors(self, inputs: Inputs, like: torch.Tensor) -> Arguments:
+        """The arguments that the inputs become, floats in the dtype of `like`, all on its device."""
+        fed = self.feed(inputs)
+        if isinstance(fed, Arguments):
+            return _map(lambda x: torch.tensor(x).to(like if is_float(x) else like.device), fed)
+        images = torch.tensor(fed).to(like)
+        return Arguments((images.permute(0, 3, 1, 2).contiguous() if self._channels_first else images,), {})
 
-    def _forward(self, module: torch.nn.Module, images: torch.Tensor, tap: Tap | None) -> torch.Tensor:
+    def _back(self, by_argument: Arguments) -> NDArray:
+        (images,) = by_argument.args
+        return images.transpose(0, 2, 3, 1) if self._channels_first else images
+
+    def _forward(self, module: torch.nn.Module, inputs: Inputs, arguments: Arguments, tap: Tap | None) -> torch.Tensor:
         call = self._candidate.call
-        batch, *rest = images.shape
-        height, width = rest[1:] if self._channels_first else rest[:2]
-        shape = batch, height, width
-        table = self.tables(shape) if tap else self._table({}, shape)
+        args, kwargs = arguments
+        table = self.tables(inputs) if tap else self._table({}, inputs)
 
         def run(table: Table, tap: Tap | None) -> Any:
             named = tapping(call or module.forward, table, tap)
             # A model that passes its values through a tap would show them twice.
             modules = {} if named else {counted(path): part for path, part in module.named_modules()}
             with _watching(modules, table, tap):
-                returned = call(module, images, **named) if call else module(images, **named)
+                returned = call(module, *args, **kwargs, **named) if call else module(*args, **kwargs, **named)
             require_known(table, table.met if named else modules, returned, module)
             return returned
 
         def passed(tap: Tap | None) -> torch.Tensor:
-            return observed(self._candidate, self.config, run, table, tap)
+            return observed(self._candidate, self.outline, run, table, tap)
 
-        output = self._in_float64(passed, tap) if images.dtype == torch.float64 else passed(tap)
+        in_float64 = _dtype(module, arguments) == torch.float64
+        with forgetting(module):
+            output = self._in_float64(passed, tap) if in_float64 else passed(tap)
         if tap:
             self.fixed = frozenset(table.fixed)
         return output
@@ -184,27 +212,7 @@ class TorchCandidate(Declared):
         return picked, lambda cotangent: pull_back(cotangent)[0]
 
     def _undoing(self, casts: Casts) -> contextlib.AbstractContextManager[Any]:
-        return _WithoutCasts(casts)
-
-
-class _WithoutCasts(TorchDispatchMode):
-    """Keeps PyTorch from casting float64 to float32; see the module `casts`.
-
-    It sees the operations below PyTorch's functions. There `x.float()`, `softmax(x, dtype=torch.float32)` and
-    `x.mean(dtype=torch.float32)` all name the dtype.
-    """
-
-    def __init__(self, casts: Casts):
-        super().__init__()
-        self._casts = casts
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if kwargs.get("dtype") == torch.float32 and getattr(first, "dtype", None) == torch.float64:
-            self._casts.number += 1
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return function(*args, **kwargs)
+        return WithoutCasts(casts)
 
 
 @contextlib.contextmanager
@@ -225,6 +233,28 @@ def _watching(modules: Mapping[str, torch.nn.Module], table: Table, tap: Tap | N
             stack.callback(hook.remove)
             stack.callback(modules[path].register_forward_hook(partial(leaving, path)).remove)
         yield
+
+
+def _leaves(arguments: Arguments) -> list[torch.Tensor]:
+    return [*arguments.args, *arguments.kwargs.values()]
+
+
+def _map(function: Callable[[Any], Any], arguments: Arguments) -> Arguments:
+    return Arguments(
+        tuple(map(function, arguments.args)), {name: function(value) for name, value in arguments.kwargs.items()}
+    )
+
+
+def _dtype(module: torch.nn.Module, arguments: Arguments) -> torch.dtype | None:
+    """The dtype that a pass computes in: that of its floats, or of the module's where it is given none."""
+    floats = [tensor for tensor in (*_leaves(arguments), *module.parameters()) if tensor.is_floating_point()]
+    return floats[0].dtype if floats else None
+
+
+def _spoil(value: NDArray) -> NDArray:
+    """Changes an array in place."""
+    value[...] = ~value if value.dtype == np.bool_ else value + 1
+    return value
 
 
 @contextlib.contextmanager

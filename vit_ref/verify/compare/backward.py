@@ -95,18 +95,18 @@ class Comparison:
         *,
         formula: bool = True,
     ):
-        self._pixels, self._precision, self._explainer = problem.pixels, precision, explainer
+        self._inputs, self._precision, self._explainer = problem.inputs, precision, explainer
         self._reference, self._candidate = reference.name, candidate.name
-        self._truth = reference.gradients(self._pixels, FLOAT64)
-        self._exact = candidate.gradients(self._pixels, FLOAT64) if formula else None
+        self._truth = reference.gradients(self._inputs, FLOAT64)
+        self._exact = candidate.gradients(self._inputs, FLOAT64) if formula else None
         # Of the parameters as they are stored, which the semantic gate has nothing to do with.
         self._stored_truth = self._truth
         if precision.stored is not None:
             reference, candidate = reference.storing(precision), candidate.storing(precision)
-            self._stored_truth = reference.gradients(self._pixels, FLOAT64)
+            self._stored_truth = reference.gradients(self._inputs, FLOAT64)
         self._stored_reference = reference
-        self._own = reference.gradients(self._pixels, precision)
-        self._rounding = candidate.gradients(self._pixels, precision)
+        self._own = reference.gradients(self._inputs, precision)
+        self._rounding = candidate.gradients(self._inputs, precision)
 
     def measure(self, objective: Objective, pooled: Pooled) -> None:
         """Adds the errors of one objective's gradients: in float64 too, until `SEMANTIC_OBJECTIVES` have been.
@@ -146,7 +146,7 @@ class Comparison:
 
         This is done last, and only for a candidate that fails: the reference compiles once more for it.
         """
-        fused = fuse(self._stored_reference).gradients(self._pixels, self._precision)
+        fused = fuse(self._stored_reference).gradients(self._inputs, self._precision)
         for objective in objectives:
             _, truths = self._in_float64(self._stored_truth, objective)
             pooled.fused.append(errors_of(fused(objective).named(), truths, carriers=True))
@@ -188,7 +188,7 @@ def truths_of(gradients: Mapping[str, NDArray]) -> dict[str, Truth]:
     """
     truths = {name: Truth(value) for name, value in gradients.items()}
     for name, value in gradients.items():
-        mates = [truths.get(name.removesuffix("bias") + leaf) for leaf in ("kernel", "scale")]
+        mates = [truths.get(name.removesuffix("bias") + leaf) for leaf in ("kernel", "scale", "weight")]
         if name.endswith(".bias"):
             truths[name] = Truth(value, max([truths[name].rms, *(mate.rms for mate in mates if mate)]))
     return truths

@@ -1,4 +1,4 @@
-"""What a candidate has to do besides computing the right values: give the same each time, for each image alone,
+"""What a candidate has to do besides computing the right values: give the same each time, for each row alone,
 compiled or not, with a tap or without."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError
+from vit_ref.verify.compare.inputs import Inputs, copy_inputs, is_same, take_rows
 from vit_ref.verify.compare.protocols import Runnable
 from vit_ref.verify.compare.trace import Progress, passing, silent
 from vit_ref.verify.gates import SEMANTIC_RMS, error
@@ -19,17 +20,18 @@ from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.results import Behaviour
 
 
-def check_behaviour(candidate: Runnable, pixels: NDArray, *, progress: Progress = silent) -> tuple[Behaviour, ...]:
+def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> tuple[Behaviour, ...]:
     """Runs a candidate in float64 in ways that must all agree to within the semantic gate.
 
     Args:
       candidate: the candidate.
-      pixels: float32 images (B, height, width, C), two of them at least for "batch" to mean anything.
+      inputs: see `Problem.inputs`; two rows at least for "batch" to mean anything.
       progress: told what is being done next.
     """
     progress(f"{candidate.name}: the same each time, alone, compiled")
-    # Copies: what a port writes into its images would show in the next run, too.
-    given = [images.copy() for images in (pixels, pixels, pixels[:1], pixels[-1:])]
+    first, last = (take_rows(inputs, rows) for rows in (slice(1), slice(-1, None)))
+    # Copies: what a candidate writes into its inputs would show in the next run, too.
+    given = [copy_inputs(each) for each in (inputs, inputs, first, last)]
     jit = True
     try:
         try:
@@ -40,10 +42,10 @@ def check_behaviour(candidate: Runnable, pixels: NDArray, *, progress: Progress 
             return (Behaviour("untapped", None, f"without a tap {error}"),)
         if candidate.compiles:
             # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
-            eager = candidate.outputs([pixels[:1], pixels, pixels[-1:]], FLOAT64, jit=False)
+            eager = candidate.outputs([first, inputs, last], FLOAT64, jit=False)
             own = _behaviour("jit", [alone[0], together, alone[1]], eager, _JIT)
         else:
-            own = Behaviour("inputs", None, "" if np.array_equal(given[0], pixels) else _INPUTS)
+            own = Behaviour("inputs", None, "" if is_same(given[0], inputs) else _INPUTS)
     except jax.errors.JAXTypeError as error:
         reason = f"jax cannot trace it ({type(error).__name__}), so nothing can compile or differentiate it"
         own, jit = Behaviour("jit", None, reason), False
@@ -53,19 +55,19 @@ def check_behaviour(candidate: Runnable, pixels: NDArray, *, progress: Progress 
     if not repeat.passed:
         return repeat, batch, own
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
-    tapped = candidate.outputs([pixels.copy()], FLOAT64, jit=jit, tap=passing)
+    tapped = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=jit, tap=passing)
     return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
 
 
-def require_repeatable(candidate: Runnable, pixels: NDArray, *, progress: Progress = silent) -> None:
-    """Runs a candidate twice on the same images before anything else is asked of it.
+def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> None:
+    """Runs a candidate twice on the same inputs before anything else is asked of it.
 
     A candidate whose dropout is live has no value that could be compared, and every other check would fail first. Nor
     has a site one value that is shown with several in one pass.
 
     Args:
       candidate: the candidate.
-      pixels: float32 images (B, height, width, C).
+      inputs: see `Problem.inputs`.
       progress: told what is being done next.
 
     Raises:
@@ -81,8 +83,8 @@ def require_repeatable(candidate: Runnable, pixels: NDArray, *, progress: Progre
         return value
 
     try:
-        (once,) = candidate.outputs([pixels.copy()], FLOAT64, jit=False, tap=keep)
-        (again,) = candidate.outputs([pixels.copy()], FLOAT64, jit=False, tap=passing)
+        (once,) = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
+        (again,) = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=passing)
     except jax.errors.JAXTypeError as error:
         raise CandidateError.raised(candidate.name, "the forward pass", error) from error
     for site, digests in shown.items():
@@ -100,11 +102,11 @@ def require_repeatable(candidate: Runnable, pixels: NDArray, *, progress: Progre
 
 # Sums of some thousand products that were rounded to float32.
 _FLOAT32 = 1e-5
-_BATCH = "an image alone comes out otherwise than in its batch"
-_REPEAT = "two runs on the same images differ: is dropout live? load it in evaluation mode"
+_BATCH = "an input alone comes out otherwise than in its batch"
+_REPEAT = "two runs on the same inputs differ: is dropout live? load it in evaluation mode"
 _JIT = "compiled it computes something else than operation by operation"
 _UNTAPPED = "its output is another where nobody looks at its sites, so what was judged is not what runs"
-_INPUTS = "it writes into the images that it is given: it has to copy them"
+_INPUTS = "it writes into the inputs that it is given: it has to copy them"
 
 
 def _behaviour(name: str, expected: Sequence[NDArray], found: Sequence[NDArray], reason: str) -> Behaviour:

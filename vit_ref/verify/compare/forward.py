@@ -37,11 +37,28 @@ def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str)
         )
 
 
+def isolated(errors: Mapping[str, Error], fixed: frozenset[str]) -> dict[str, Error]:
+    """The errors of parts that were fed the reference's values alone.
+
+    Where nothing can be replaced, what is wrong goes on into the next part, of which nothing is known then.
+
+    Args:
+      errors: of all sites, in order.
+      fixed: sites at which nothing can be replaced.
+    """
+    alone, inherited = dict[str, Error](), False
+    for site, error in errors.items():
+        if not inherited:
+            alone[site] = error
+        inherited = site in fixed and not error.passes_semantic_gate
+    return alone
+
+
 def compare_forward(
     title: str,
     problem: Problem,
     reference: Reference,
-    oracle: Reference,
+    oracle: Reference | None,
     candidate: Observable,
     precision: Precision,
     *,
@@ -54,7 +71,7 @@ def compare_forward(
       title: which checkpoint or case, for the report.
       problem: what is compared. Reference and oracle show all of its sites.
       reference: what decides.
-      oracle: what the reference has to agree with.
+      oracle: what the reference has to agree with; None where the reference is the only truth.
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
       explainer: finds the cause of a divergence; None not to look for one.
@@ -65,11 +82,11 @@ def compare_forward(
       OraclesDifferError: reference and oracle do not agree.
       ReferenceOverflowError: the formulas agree, and the reference is not finite in that precision.
     """
-    pixels, names = problem.pixels, problem.names
+    inputs, names = problem.inputs, problem.names
     # NumPy multiplies while the reference is traced and compiled.
-    numpy = beside(oracle.trace, pixels, FLOAT64)
+    independent = beside(oracle.trace, inputs, FLOAT64) if oracle else None
     progress(f"{reference.name} in float64")
-    truth = reference.trace(pixels, FLOAT64)
+    truth = reference.trace(inputs, FLOAT64)
     require_float64(truth, reference.name)
     if set(truth) != set(names):
         raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
@@ -79,21 +96,26 @@ def compare_forward(
 
     def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
         progress("each block alone")
+        if problem.streams is None:
+            everywhere = {site: truth[site] for site in shown - candidate.fixed}
+            return isolated(errors_of(candidate.trace(inputs, precision, replace=everywhere), truths), candidate.fixed)
         before = {site: problem.streams[site] for site in shown}
         fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
-        errors = errors_of(candidate.trace(pixels, precision, replace=fed), truths)
+        errors = errors_of(candidate.trace(inputs, precision, replace=fed), truths)
         return {
             site: errors[site] for site, stream in before.items() if site in errors and (not stream or stream in fed)
         }
 
-    progress(f"{oracle.name} in float64")
-    oracle_trace = numpy.result()
-    require_float64(oracle_trace, oracle.name)
-    oracles = errors_of(oracle_trace, truths)
-    require_agreement(oracles, reference.name, oracle.name)
-    del oracle_trace, numpy
+    oracles: dict[str, Error] = {}
+    if oracle and independent:
+        progress(f"{oracle.name} in float64")
+        oracle_trace = independent.result()
+        require_float64(oracle_trace, oracle.name)
+        oracles = errors_of(oracle_trace, truths)
+        require_agreement(oracles, reference.name, oracle.name)
+        del oracle_trace, independent
     progress(f"{candidate.name} in float64")
-    exact_trace = widened(candidate.trace(pixels, FLOAT64), candidate.name)
+    exact_trace = widened(candidate.trace(inputs, FLOAT64), candidate.name)
     exact = errors_of(exact_trace, truths)
     found, alone = Explanation(), dict[str, Error]()
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
@@ -107,14 +129,14 @@ def compare_forward(
     if precision.stored is not None:
         # What rounding the parameters costs is no error of the candidate's: from here on the truth is of rounded ones.
         reference, candidate = reference.storing(precision), candidate.storing(precision)
-        truth = reference.trace(pixels, FLOAT64)
+        truth = reference.trace(inputs, FLOAT64)
         require_float64(truth, reference.name)
         truths = {site: Truth(truth[site]) for site in names}
-    reference_errors = errors_of(reference.trace(pixels, precision), truths, carriers=True)
+    reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
     if not first:  # else the verdict stands
         require_finite(reference_errors, reference.name, precision.name)
     progress(f"{candidate.name} in {precision.name}")
-    rounded_trace = candidate.trace(pixels, precision)
+    rounded_trace = candidate.trace(inputs, precision)
     rounding = errors_of(rounded_trace, truths)
     foreign = reference.foreign or candidate.foreign
     gates = {
@@ -139,7 +161,7 @@ def compare_forward(
         results=tuple(
             SiteResult(
                 site,
-                oracles[site],
+                oracles.get(site),
                 exact[site],
                 alone.get(site),
                 rounding[site].rms,
@@ -151,10 +173,11 @@ def compare_forward(
             if site in shown
         ),
         unobserved=tuple(site for site in names if site not in shown and site in claims),
-        unmapped=tuple(site for site in names if site not in shown and site not in claims),
+        unmapped=tuple(site for site in problem.order if site not in shown and site not in claims),
         causes=found.causes,
         place=found.place,
-        hidden=hidden_before(diverging, names, shown) if diverging else (),
-        order=tuple(names),
+        hidden=hidden_before(diverging, problem.order, shown) if diverging else (),
+        order=tuple(problem.order),
         beyond=found.beyond,
+        everywhere=problem.streams is None,
     )

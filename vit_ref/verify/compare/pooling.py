@@ -123,6 +123,6 @@ def _layer(name: str, names: Sequence[str]) -> list[str]:
     half and twice its average. Its layer's kernel takes part in the same sums over all tokens.
     """
     layer, _, leaf = name.rpartition(".")
-    return (
-        [mate for mate in names if mate.rpartition(".")[0] == layer] if leaf in ("bias", "kernel", "scale") else [name]
-    )
+    if leaf not in ("bias", "kernel", "scale", "weight"):
+        return [name]
+    return [mate for mate in names if mate.rpartition(".")[0] == layer]

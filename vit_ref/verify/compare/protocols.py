@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -24,12 +24,12 @@ class Reference(Protocol):
     name: str
     foreign: bool
 
-    def trace(self, pixels: NDArray, precision: Precision) -> Trace:
+    def trace(self, inputs: Any, /, precision: Precision) -> Trace:
         """Runs one forward pass in evaluation mode.
 
         Args:
-          pixels: float32 images (B, height, width, C).
-          precision: of the whole computation; parameters and pixels are converted to its dtype, exactly or by rounding
+          inputs: see `Problem.inputs`.
+          precision: of the whole computation; parameters and inputs are converted to its dtype, exactly or by rounding
             once. How it stores parameters is asked for by `storing`.
 
         Returns:
@@ -38,7 +38,7 @@ class Reference(Protocol):
         """
         ...
 
-    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
+    def gradients(self, inputs: Any, /, precision: Precision) -> Callable[[Objective], Gradients]:
         """A function from an objective to its gradients, computed in `precision`.
 
         Parameters are stored in its dtype or in at least float32.
@@ -65,7 +65,7 @@ class Observable(Reference, Protocol):
     claims: frozenset[str] | None
     fixed: frozenset[str]
 
-    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+    def trace(self, inputs: Any, /, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """See `Reference.trace`; values in `replace` take the place of the candidate's own at those sites."""
         ...
 
@@ -78,7 +78,7 @@ class Runnable(Observable, Protocol):
     """A whole candidate, which can also be run as its users run it.
 
     Attributes:
-      compiles: whether it is one of jax. Any other can write into its images, which jax's arrays do not allow.
+      compiles: whether it is one of jax. Any other can write into its inputs, which jax's arrays do not allow.
       notes: what a report says of how it was run, a line each; known once it has run.
     """
 
@@ -86,11 +86,11 @@ class Runnable(Observable, Protocol):
     notes: tuple[str, ...]
 
     def outputs(
-        self, batches: Sequence[NDArray], precision: Precision, *, jit: bool = True, tap: Tap | None = None
+        self, batches: Sequence[Any], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:
-        """Outputs of several batches of images, compiled where `jit` says so and the candidate compiles.
+        """Outputs of several batches of inputs, compiled where `jit` says so and the candidate compiles.
 
-        What it writes into its images is in `batches` afterwards.
+        A batch into which it writes has changed afterwards.
 
         Raises:
           jax.errors.JAXTypeError: it was to be compiled, and cannot be traced.

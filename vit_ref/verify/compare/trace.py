@@ -19,10 +19,10 @@ Trace = dict[str, NDArray]
 # Called with each site's name and value; what it returns takes the value's place. Recording, replacing and perturbing
 # are taps. Without a tap is not the same as with one that changes nothing: a model may then take another path.
 Tap = Callable[[str, Any], Any]
-# (parameters, pixels, tap) -> output (B, width), in jax. Parameters are any tree.
-TappedForward = Callable[[Any, jax.Array, Tap], jax.Array]
+# (parameters, inputs, tap) -> output (B, ..., width), in jax. Parameters and inputs are any trees.
+TappedForward = Callable[[Any, Any, Tap], jax.Array]
 # The same, which runs without a tap, too.
-Forward = Callable[[Any, jax.Array, Tap | None], jax.Array]
+Forward = Callable[[Any, Any, Tap | None], jax.Array]
 # Told what is being done next, in a few words.
 Progress = Callable[[str], None]
 
@@ -36,17 +36,17 @@ def passing(site: str, value: Any) -> Any:
     return value
 
 
-def recorder(forward: TappedForward) -> Callable[[Any, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """A function from parameters, pixels and replacements by site to every site's value, before it is replaced."""
+def recorder(forward: TappedForward) -> Callable[[Any, Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """A function from parameters, inputs and replacements by site to every site's value, before it is replaced."""
 
-    def run(parameters: Any, pixels: jax.Array, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def run(parameters: Any, inputs: Any, replace: dict[str, jax.Array]) -> dict[str, jax.Array]:
         recorded: dict[str, jax.Array] = {}
 
         def tap(site: str, value: jax.Array) -> jax.Array:
             recorded[site] = value
             return replace[site].astype(value.dtype) if site in replace else value
 
-        forward(parameters, pixels, tap)
+        forward(parameters, inputs, tap)
         return recorded
 
     return run

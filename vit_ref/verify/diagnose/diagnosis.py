@@ -8,25 +8,23 @@ no other formula agrees by chance.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.diagnose.divergence import Divergence, find_wrong
 from vit_ref.verify.diagnose.gaps import explain_across
 from vit_ref.verify.diagnose.known_bugs import KnownBug, fit_bugs, list_bugs_at, list_roundings
-from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order, explain_by_value
+from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
 from vit_ref.verify.formats import MULTIPLIED, STORED, UNIT
-from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, error
+from vit_ref.verify.gates import error
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import Cause
 from vit_ref.weights.mapping import Tensors
 
-_EPS = float(np.finfo(np.float64).eps)
 _AXES: dict[str | int, tuple[str, ...]] = {
     "probs": ("image", "head", "query", "key"),
     "pixels": ("image", "row", "column", "channel"),
@@ -59,7 +57,7 @@ def diagnose(
     Returns:
       Every bug that fits, the best first; empty if none fits.
     """
-    divergence = _Divergence(site, exact[site], truth[site])
+    divergence = Divergence(site, exact[site], truth[site])
     if not divergence.comparable:
         return ()
     oracle = NumpyOracle(config, tensors)
@@ -114,7 +112,7 @@ def beyond_rounding(
         value = shown.get(site)
         if value is None or (off := error(value, right[site]).rms) <= bound:
             continue
-        divergence = _Divergence(site, value, right[site], bound)
+        divergence = Divergence(site, value, right[site], bound)
         if not divergence.comparable:
             return site, off, ()
         known = {**right, **shown}
@@ -123,55 +121,13 @@ def beyond_rounding(
     return "", 0.0, ()
 
 
-class _Divergence(NamedTuple):
-    """A wrong value at a site, the right value, and the relative RMS error up to which a bug explains it."""
-
-    site: str
-    value: NDArray
-    truth: NDArray
-    bound: float = SEMANTIC_RMS
-
-    @property
-    def comparable(self) -> bool:
-        return self.value.shape == self.truth.shape and bool(np.isfinite(self.value).all())
-
-    @property
-    def worst(self) -> slice:
-        """The index of the image with the largest error."""
-        image = int(np.abs(self.value - self.truth).reshape(len(self.value), -1).max(axis=1).argmax())
-        return slice(image, image + 1)
-
-    def by_value(self) -> Iterator[Prediction]:
-        return explain_by_value(self.truth, self.value, np.ix_(*_wrong_indices(self.value, self.truth)))
-
-    def causes(self, *explanations: Iterable[Prediction]) -> tuple[Cause, ...]:
-        """Returns the explanations that fit, the best first."""
-        before = error(self.value, self.truth).rms
-        wrong = np.ix_(*_wrong_indices(self.value, self.truth))
-        everywhere: list[Cause] = []
-        there_alone: list[Cause] = []
-        # One at a time, because each value of a real model is megabytes.
-        for label, value, rounded_to in chain(*explanations):
-            # The bug may be in one head, image or token alone. Then it must explain that one and no more.
-            mixed = self.truth.copy()
-            mixed[wrong] = value[wrong]
-            for fitting, tried in ((everywhere, value), (there_alone, mixed)):
-                after = error(self.value, tried).rms
-                if after <= self.bound and after < before / 4:
-                    fitting.append(Cause(label, self.site, before, after, rounded_to))
-                    break
-        causes = sorted(everywhere or there_alone, key=lambda cause: cause.after)
-        # An epsilon of 1e-13 fits a candidate that has 1e-12, though a thousand times less well.
-        return tuple(cause for cause in causes if cause.after <= 100 * max(causes[0].after, _EPS))[:3]
-
-
 def _explain(
-    bugs: Iterable[KnownBug], divergence: _Divergence, oracle: NumpyOracle, pixels: NDArray, known: Trace
+    bugs: Iterable[KnownBug], divergence: Divergence, oracle: NumpyOracle, pixels: NDArray, known: Trace
 ) -> Iterator[Prediction]:
     """Tries bugs on the image with the largest error, and on all images those bugs that explain this one."""
     image = divergence.worst
     one, of_image = divergence.value[image], {name: value[image] for name, value in known.items()}
-    wrong = np.ix_(np.zeros(1, int), *_wrong_indices(divergence.value, divergence.truth)[1:])
+    wrong = np.ix_(np.zeros(1, int), *find_wrong(divergence.value, divergence.truth)[1:])
     # The bound is relative to the bug's value. If the bug explains the value, the two differ by a quarter at most.
     allowed = 2 * divergence.bound * float(np.linalg.norm(divergence.value))
     for bug in bugs:
@@ -192,7 +148,7 @@ def diagnose_rounding(config: ViTConfig, tensors: Tensors, site: str, trace: Tra
     Returns:
       The best cause, or nothing.
     """
-    divergence = _Divergence(site, trace[site], truth[site])
+    divergence = Divergence(site, trace[site], truth[site])
     if not divergence.comparable:
         return ()
     value, before = divergence.value, error(divergence.value, divergence.truth).rms
@@ -219,7 +175,7 @@ def diagnose_gradient(truth: NDArray, name: str, value: NDArray) -> tuple[Cause,
       name: the gradient's name.
       value: the candidate's gradient in float64.
     """
-    divergence = _Divergence(name, value, truth)
+    divergence = Divergence(name, value, truth)
     return divergence.causes(divergence.by_value()) if divergence.comparable else ()
 
 
@@ -239,7 +195,7 @@ def where(value: NDArray, truth: NDArray, site: str) -> str:
     if not np.isfinite(value).all():
         return "because it is not finite"
     places = []
-    for name, indices, size in zip(_axes(value, site), _wrong_indices(value, truth), value.shape, strict=True):
+    for name, indices, size in zip(_axes(value, site), find_wrong(value, truth), value.shape, strict=True):
         if len(indices) < size:
             few = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
             places.append(f"{name} {few} of {size}")
@@ -249,14 +205,3 @@ def where(value: NDArray, truth: NDArray, site: str) -> str:
 def _axes(value: NDArray, site: str) -> tuple[str, ...]:
     """Returns the name of one index along each axis."""
     return _AXES.get(site.rpartition(".")[2]) or _AXES[value.ndim]
-
-
-def _wrong_indices(value: NDArray, truth: NDArray) -> list[NDArray]:
-    """Returns, for each axis, the indices of elements that differ by more than the semantic gate allows."""
-    limit = SEMANTIC_MAX * max(float(np.abs(truth).max()), np.finfo(np.float64).tiny)
-    wrong = np.abs(value - truth) > limit
-    if not wrong.any():
-        wrong[...] = True
-    return [
-        np.flatnonzero(wrong.any(axis=tuple(k for k in range(value.ndim) if k != axis))) for axis in range(value.ndim)
-    ]

@@ -14,6 +14,7 @@ import numpy as np
 from vit_ref.errors import CandidateError
 from vit_ref.model.sites import output_site
 from vit_ref.verify.candidates.declaration import Candidate
+from vit_ref.verify.candidates.loading import find_declaration
 from vit_ref.verify.compare.behaviour import require_repeatable
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import FLOAT64
@@ -22,7 +23,7 @@ from vit_ref.verify.proposals.matching import EQUAL, Match, Search
 from vit_ref.verify.proposals.readings import Place
 from vit_ref.verify.proposals.recording import Recorder
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
-from vit_ref.verify.session import find_declaration, load_candidate
+from vit_ref.verify.session import load_candidate
 from vit_ref.verify.vit import hf_tensors
 from vit_ref.weights import mapping
 from vit_ref.weights.origin import find_origin
@@ -66,8 +67,8 @@ def propose(
         port = load_candidate(declared, config, source)
     pixels = pixels_for(config, images, IMAGES)
     require_repeatable(port, pixels)
-    recorder = Recorder(config, pixels.shape)
-    port.tables = lambda images: recorder
+    recorder = Recorder(port.outline, pixels)
+    port.tables = lambda inputs: recorder
     port.outputs([pixels], FLOAT64, jit=False, tap=lambda site, value: value)
     shown = {
         key: value for key, value in recorder.values.items() if re.split(r"[:\[]", key)[0] not in recorder.repeated

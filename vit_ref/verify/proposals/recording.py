@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from typing import Any
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.model.config import ViTConfig
-from vit_ref.verify.candidates.table import Table, counted
+from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.table import Table, counted, elements
 from vit_ref.verify.compare.trace import Tap
 
 
@@ -28,12 +28,12 @@ class Recorder(Table):
     """A table that keeps every value and changes none, for candidates of any kind.
 
     Args:
-      config: the model's configuration.
-      images: shape of the images (B, height, width, C).
+      outline: the names and shapes of the model that the values are searched in.
+      inputs: the inputs, whose values do not matter, only their shapes.
     """
 
-    def __init__(self, config: ViTConfig, images: tuple[int, ...]):
-        super().__init__({}, config, images, lambda function, value: (value, function))
+    def __init__(self, outline: Outline, inputs: Any):
+        super().__init__({}, outline, inputs, lambda function, value: (value, function))
         self.paths = _Every()
         # In the order of the computation.
         self.values: dict[str, NDArray] = {}
@@ -48,14 +48,9 @@ class Recorder(Table):
 
     def at_output(self, path: str, output: Any, tap: Tap) -> Any:
         """See `Table.at_output`."""
-        if isinstance(output, tuple):
-            for k, value in enumerate(output):
-                self._keep(path, f"[{k}]", value)
-        elif isinstance(output, Mapping):
-            for name, value in output.items():
-                self._keep(path, f"[{name}]", value)
-        else:
-            self._keep(path, "", output)
+        for name, value in elements(output).items():
+            self._keep(path, f"[{name}]", value)
+        self._keep(path, "", output)
         return output
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:

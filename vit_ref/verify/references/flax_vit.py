@@ -159,7 +159,7 @@ class FlaxViTReference:
             named = port(flatten_dict(by_parameter, sep="/"), self.config, FLAX, finite=False)
             if self.fused:  # probabilities do not exist, so their gradients are zeros
                 by_site = {site: value for site, value in by_site.items() if not site.endswith(".attn.probs")}
-            return Gradients(by_site, named, by_pixel)
+            return Gradients(by_site, named, {"pixels": by_pixel})
 
         return gradients
 

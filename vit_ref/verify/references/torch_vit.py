@@ -206,7 +206,7 @@ class TorchViTReference:
             by_site = dict(zip(observed, found, strict=False))
             by_name = {name: _array(x) for name, x in zip(parameters, found[len(observed) :], strict=True)}
             by_parameter = port(by_name, self.config, detect(by_name), finite=False)
-            return Gradients(self._named(by_site, len(pixels)), by_parameter, _array(by_pixel))
+            return Gradients(self._named(by_site, len(pixels)), by_parameter, {"pixels": _array(by_pixel)})
 
         return gradients
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,6 +31,7 @@ def to_json(report: CandidateReport) -> dict[str, Any]:
     """
     checks = report.checks
     counts = Counter(check.status for check in checks)
+    sites = frozenset(report.forward.order)
     return {
         "schema_version": 1,
         "passed": report.passed,
@@ -41,9 +42,9 @@ def to_json(report: CandidateReport) -> dict[str, Any]:
         "precision": report.precision,
         "counts": {status: counts[status] for status in get_args(Status)},
         "gates": {"float64_rms": SEMANTIC_RMS, "float64_max": SEMANTIC_MAX},
-        "forward": _section(report.forward, [check for check in checks if check.name.startswith("forward/")]),
+        "forward": _section(report.forward, [check for check in checks if check.name.startswith("forward/")], sites),
         "backward": report.backward
-        and _section(report.backward, [check for check in checks if check.name.startswith("backward/")]),
+        and _section(report.backward, [check for check in checks if check.name.startswith("backward/")], sites),
         "not_backward": report.not_backward,
         "behaviour": [
             {"name": check.site, "status": check.status, "error": _number(check.exact), "reason": check.reason}
@@ -64,7 +65,7 @@ def _outcome(checks: Sequence[Check]) -> dict[str, int]:
     return {"failed": counts["expected failure"], "stale": counts["stale expectation"]}
 
 
-def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
+def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[str]) -> dict[str, Any]:
     measured = {result.site: result for result in report.results}
     position = {name: k for k, name in enumerate(report.order)}
     failures = report.semantic_failures or report.numerical_failures
@@ -84,7 +85,7 @@ def _section(report: ParityReport, checks: Sequence[Check]) -> dict[str, Any]:
             {
                 "name": check.name,
                 "site": check.site,
-                "kind": _kind(check.site),
+                "kind": _kind(check.site, sites),
                 "block": _block(check.site),
                 "status": check.status,
                 "reason": check.reason,
@@ -126,12 +127,14 @@ def _number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else json.dumps(value)
 
 
-def _kind(site: str) -> str:
-    if site == "pixels":
+def _kind(site: str, sites: Collection[str]) -> str:
+    if site == "pixels" or site.startswith("input:"):
         return "pixels"
+    if sites:
+        return "site" if site in sites else "parameter"
     return "site" if site in _SITES or site.startswith("block.") else "parameter"
 
 
 def _block(site: str) -> int | None:
-    number = re.match(r"blocks?\.(\d+)\.", site)
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
     return int(number[1]) if number else None

@@ -190,8 +190,9 @@ def _numbers(name: str, document: Fields) -> str:
     opened = "" if section["passed"] else " open"
     return (
         f"<details{opened}><summary>{name.title()}: all {len(rows)} {section['what']} with their margins</summary>"
-        "<p>All errors are relative to the float64 oracle. Margin is gate over error: a margin below 1 fails. Ratio is"
-        f" the candidate's error over {escape(document['reference'])}'s.</p>{_table(headers, rows, name)}</details>"
+        "<p>All errors are relative to the right value in float64. Margin is gate over error: a margin below 1 fails."
+        f" Ratio is the candidate's error over {escape(document['reference'])}'s.</p>"
+        f"{_table(headers, rows, name)}</details>"
     )
 
 

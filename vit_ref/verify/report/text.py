@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -101,6 +102,8 @@ def next_step(report: ParityReport) -> str:
 
 def _blame(report: ParityReport) -> list[str]:
     """Names every part that is wrong by itself. Blocks that go wrong at the same site share one entry."""
+    if report.everywhere:
+        return _blame_sites(report)
     guilty, groups = wrong_alone(report), dict[str, list[str]]()
     for result in report.results:
         part = _part(result.site)
@@ -114,6 +117,19 @@ def _blame(report: ParityReport) -> list[str]:
         worst = max(guilty[part] for part in parts)
         entries.append(f"{names}{since} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
     return [f"wrong even with the reference's input: {'; '.join(entries)}"] if entries else []
+
+
+def _blame_sites(report: ParityReport) -> list[str]:
+    """Every site that is wrong by itself; those that differ in their first number count as one."""
+    guilty, groups = wrong_alone(report), dict[str, list[str]]()
+    for site in guilty:
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "{i}", site, count=1), []).append(site)
+    said = []
+    for template, several in groups.items():
+        names = several[0] if len(several) == 1 else f"{template}, {len(several)} times"
+        worst = max(guilty[site] for site in several)
+        said.append(f"{names} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
+    return [f"wrong even with the reference's values before it: {'; '.join(said)}"] if said else []
 
 
 def _listed_blocks(parts: list[str]) -> str:
@@ -143,6 +159,9 @@ def wrong_alone(report: ParityReport) -> dict[str, float]:
     worst: dict[str, float] = {}
     for result in report.results:
         if result.alone is None or result.alone.rms <= _gate_alone(result, report):
+            continue
+        if report.everywhere:
+            worst[result.site] = result.alone.rms
             continue
         inherited = {"embeddings": worst.get("patches"), **dict.fromkeys(OUTPUTS, worst.get("norm"))}.get(result.site)
         if inherited and (result.site == "embeddings" or result.alone.rms < _FAR * inherited):

@@ -1,0 +1,133 @@
+"""Does `vit-ref compare` say what it found, and end with the exit code that this has?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import vit_ref
+from vit_ref.cli import compare
+from vit_ref.cli.group import main
+from vit_ref.verify.precision import PRECISIONS
+
+FILE = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+import vit_ref
+
+WEIGHTS = {"first": np.linspace(-1, 2, 15, dtype=np.float32).reshape(3, 5), "second": np.ones((5, 2), np.float32)}
+
+
+def model(act):
+    def forward(w, x, tap=lambda name, value: value):
+        return tap("last", act(tap("hidden", x @ w["first"])) @ w["second"])
+
+    return lambda checkpoint: (forward, WEIGHTS)
+
+
+def inputs(seed):
+    return {"x": np.random.default_rng(seed).normal(size=(4, 3))}
+
+
+def noisy(x):
+    return x * np.random.default_rng().normal()
+
+
+reference = vit_ref.Reference(load=model(jnp.tanh), inputs=inputs)
+candidate = vit_ref.Candidate(load=model(jnp.tanh))
+wrong = vit_ref.Candidate(load=model(jax.nn.sigmoid))
+live = vit_ref.Reference(load=lambda checkpoint: noisy, inputs=inputs)
+wide = vit_ref.Candidate(load=lambda checkpoint: (lambda w, x: x, WEIGHTS))
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "sides.py"
+    path.write_text(FILE)
+    return str(path)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["compare", *arguments])
+
+
+def test_a_right_candidate_passes_and_its_report_is_written(file: str, tmp_path: Path) -> None:
+    found = run(file, file, "--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html"), "--table")
+    assert found.exit_code == 0, found.output
+    assert "PASSED: sides on sides's own weights against sides, float32" in found.output
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["passed"]
+    assert [check["site"] for check in document["forward"]["checks"]] == ["hidden", "last", "output"]
+    kinds = {check["site"]: check["kind"] for check in document["backward"]["checks"]}
+    assert kinds == {
+        "output": "site", "last": "site", "hidden": "site", "first": "parameter", "second": "parameter",
+        "input:x": "pixels",
+    }  # fmt: skip
+    assert all(check["measured"]["oracles"] is None for check in document["forward"]["checks"])
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_a_wrong_candidate_fails_and_its_first_divergence_is_printed(file: str) -> None:
+    found = run(file, f"{file}:wrong", "--forward-only")
+    assert found.exit_code == 1
+    assert "first divergence at last" in found.output
+    assert "wrong even with the reference's values before it: last" in " ".join(found.output.split())
+
+
+def test_inputs_come_from_a_file_or_a_shape(file: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "batch.npz", x=np.ones((5, 3)))
+    for given in (["--inputs", str(tmp_path / "batch.npz")], ["--shape", "x=2,3"]):
+        assert run(file, file, "--forward-only", *given).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{file}", "{file}", "--shape", "x=2,0"], "--shape x=2,0: give a name and sizes of at least 1"),
+        (["{file}", "{file}", "--shape", "x=2,3", "--inputs", "{file}"], "give one of the two"),
+        (["{file}", "{file}", "--inputs", "{file}"], "cannot be read"),
+        (["{file}", "{file}", "--shape", "y=2,3"], ""),
+        (["{file}:live", "{file}"], "two runs on the same inputs differ"),
+        (["{file}:missing", "{file}"], "has no 'missing'"),
+        (["{file}", "{file}", "--checkpoint", "{file}.none"], "no such file or directory"),
+        (["{file}", "{file}", "--shape", "x=2,4"], "raised TypeError"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(file: str, arguments: list[str], message: str) -> None:
+    found = run(*(each.format(file=file) for each in arguments))
+    if message:
+        assert found.exit_code == 2
+        assert message in found.output
+        assert "Traceback" not in found.output and len(found.output.splitlines()) == 1
+    else:  # A single input is positional, whatever its name.
+        assert found.exit_code == 0
+
+
+def test_the_precisions_are_those_of_the_package_but_mixed(file: str) -> None:
+    assert {*compare.PRECISIONS, "mixed"} == PRECISIONS.keys()
+    with pytest.raises(vit_ref.InputError, match="precision is 'mixed', in which this package's model alone computes"):
+        vit_ref.compare(file, file, precision="mixed")
+
+
+def test_an_output_of_another_shape_fails_and_says_both(file: str) -> None:
+    found = run(file, f"{file}:wide", "--forward-only")
+    assert found.exit_code == 1
+    assert "(4, 3)" in found.output and "(4, 2)" in found.output
+
+
+def test_a_checkpoint_is_given_to_both_sides_and_named(file: str, tmp_path: Path) -> None:
+    weights = tmp_path / "model"
+    weights.mkdir()
+    np.savez(weights / "weights.npz", w=np.ones(3))
+    found = run(file, file, "--forward-only", "--checkpoint", str(weights))
+    assert found.exit_code == 0 and "/model against sides" in found.output
+    shutil.rmtree(weights)
+    weights.mkdir()
+    assert "no weights in it" in run(file, file, "--checkpoint", str(weights)).output

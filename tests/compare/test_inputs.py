@@ -1,0 +1,154 @@
+"""Are named inputs made, adapted and differentiated as declared, and refused in one line where they cannot be?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import vit_ref
+from tests.compare import sides
+from vit_ref.errors import InputError
+from vit_ref.verify.candidates.feeding import Arguments, Feeding
+from vit_ref.verify.pairs.given import find_inputs
+from vit_ref.verify.pairs.parameters import find_move, match_parameters
+
+RNG = np.random.default_rng(0)
+IMAGES, IDS = RNG.normal(size=(2, 3, 5, 4)).astype("f4"), RNG.integers(0, 9, (2, 6))
+
+
+def feeding(adapt: Callable[..., Any] | None, **inputs: NDArray) -> Feeding:
+    return Feeding(inputs, adapt, "mine")
+
+
+def test_one_input_is_positional_and_several_are_keywords() -> None:
+    assert len(feeding(None, images=IMAGES).arguments().args) == 1
+    assert list(feeding(None, images=IMAGES, ids=IDS).arguments().kwargs) == ["images", "ids"]
+
+
+def test_an_adaptor_moves_values_and_their_gradients_come_back() -> None:
+    fed = feeding(lambda images: {"pixels": images.transpose(0, 3, 1, 2)[:, ::-1]}, images=IMAGES)
+    np.testing.assert_array_equal(fed.arguments().kwargs["pixels"], IMAGES.transpose(0, 3, 1, 2)[:, ::-1])
+    gradient = RNG.normal(size=(2, 4, 3, 5))
+    found = fed.by_input(Arguments((), {"pixels": gradient}))
+    np.testing.assert_array_equal(found["input:images"], gradient[:, ::-1].transpose(0, 2, 3, 1))
+
+
+def test_a_value_that_is_used_twice_has_the_sum_of_both_gradients() -> None:
+    fed = feeding(lambda images: (images, images[:1]), images=IMAGES)
+    found = fed.by_input(Arguments((np.ones((2, 3, 5, 4)), np.ones((1, 3, 5, 4))), {}))
+    np.testing.assert_array_equal(found["input:images"][:, 0, 0, 0], [2, 1])
+
+
+def test_integers_are_neither_cast_nor_differentiated() -> None:
+    fed = feeding(lambda ids: {"input_ids": ids, "positions": np.arange(6)[None]}, ids=IDS)
+    assert fed.arguments().kwargs["input_ids"].dtype == IDS.dtype
+    assert fed.by_input(Arguments((), {"input_ids": None, "positions": None})) == {}
+
+
+def raising(**_: Any) -> None:
+    raise KeyError("ids")
+
+
+@pytest.mark.parametrize(
+    ("adapt", "message"),
+    [
+        (lambda images: images - 0.5, r"mine: adapt\(\) computes values"),
+        (lambda images: -images, r"mine: adapt\(\) computes values"),
+        (lambda images: {"pixels": images, "flag": True}, r"returned a bool among its arguments"),
+        (raising, r"mine: adapt\(\) of images raised KeyError"),
+    ],
+)
+def test_an_adaptor_that_does_more_than_move_is_refused(adapt: Callable[..., Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        feeding(adapt, images=IMAGES)
+
+
+REFERENCE = vit_ref.Reference(load=print, inputs=sides.inputs, name="theirs")
+
+
+def test_floats_are_rounded_to_float32_once() -> None:
+    found = find_inputs(REFERENCE, None)
+    assert found["features"].dtype == np.float32 and found["ids"].dtype == np.int64
+
+
+def test_a_file_takes_the_place_of_the_references_function(tmp_path: Path) -> None:
+    np.savez(tmp_path / "batch.npz", images=IMAGES, ids=IDS)
+    found = find_inputs(REFERENCE, tmp_path / "batch.npz")
+    np.testing.assert_array_equal(found["images"], IMAGES)
+    np.testing.assert_array_equal(found["ids"], IDS)
+
+
+def test_a_file_that_holds_no_named_arrays_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("no archive")
+    np.save(tmp_path / "one.npy", IMAGES)
+    np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object))
+    for name, message in (
+        ("text.npz", "cannot be read"),
+        ("one.npy", "a single array"),
+        ("objects.npz", "cannot be"),
+        ("none.npz", "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_inputs(REFERENCE, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "no array in it"),
+        ({"x": np.array(["a"])}, "'x' is of <U1"),
+        ({"x": np.zeros((0, 3))}, "no element"),
+        ({"x": np.full((2, 3), np.nan)}, "'x' is NaN somewhere"),
+        ({"x": np.float32(1)}, "'x' is a number"),
+    ],
+)
+def test_inputs_that_cannot_be_meant_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_inputs(REFERENCE, given)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (None, "theirs: no inputs: declare"),
+        (lambda seed: IMAGES, "returned a ndarray"),
+        (lambda seed: 1 / 0, "raised ZeroDivisionError"),
+    ],
+)
+def test_a_function_of_inputs_that_fails_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_inputs(vit_ref.Reference(load=print, inputs=make, name="theirs"), None)
+
+
+def test_parameters_are_told_by_their_values() -> None:
+    kernel, bias = RNG.normal(size=(4, 6)), RNG.normal(size=6)
+    table = match_parameters(
+        {"a": kernel, "b": bias, "zeros": np.zeros(3)}, {"fc.weight": kernel.T, "fc.bias": bias, "z.bias": np.zeros(3)}
+    )
+    assert {path: name for path, (name, _) in table.items()} == {"a": "fc.weight", "b": "fc.bias", "zeros": "z.bias"}
+
+
+def test_parameters_that_are_equal_to_each_other_are_left_out() -> None:
+    zeros = np.zeros(3)
+    assert match_parameters({"a": zeros, "b": zeros}, {"x": zeros, "y": zeros}) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (IMAGES, IMAGES.transpose(3, 2, 0, 1)),
+        (IMAGES.reshape(6, 20), IMAGES),
+        (IMAGES[0], IMAGES[0].reshape(15, 4).T),
+        (IMAGES[0].reshape(15, 4).T, IMAGES[0]),
+    ],
+)
+def test_axes_are_found_that_make_one_value_of_another(value: NDArray, wanted: NDArray) -> None:
+    move = find_move(value, wanted)
+    assert move is not None
+    np.testing.assert_array_equal(move(value), wanted)
+    assert find_move(value, wanted + 1) is None

@@ -1,0 +1,30 @@
+"""Is the table proposed that a person would write?"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import vit_ref
+from tests.compare import sides
+from vit_ref.verify.pairs.proposal import propose
+
+torch_side = pytest.importorskip("tests.compare.torch_side", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+pytestmark = pytest.mark.torch
+
+
+def test_the_proposed_table_is_the_one_that_a_person_would_write() -> None:
+    proposal = propose(torch_side.reference(), dataclasses.replace(sides.in_nnx(), sites=None))
+    assert {line.key: line.site for line in proposal.lines} == sides.NNX_SITES
+    assert not proposal.unshown
+    names: dict[str, object] = {}
+    exec(str(proposal), names)
+    judged = dataclasses.replace(sides.in_nnx(), sites=names["sites"])
+    assert vit_ref.compare(torch_side.reference(), judged, backward=False).passed
+
+
+def test_a_table_stops_where_a_wrong_candidate_diverges() -> None:
+    proposal = propose(torch_side.reference(), sides.in_nnx(sides.tanh_gelu))
+    assert [line.site for line in proposal.lines] == ["embed", "proj", "blocks.0.norm", "blocks.0.fc1"]
+    assert proposal.unshown[0] == "blocks.0.act"

@@ -1,0 +1,98 @@
+"""Is checked of a reference what can be, where it is the only truth?"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vit_ref
+from tests.compare import sides
+from vit_ref.errors import InputError, UnjudgedError
+from vit_ref.verify.pairs.truth import note_constants, require_same_attention
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+torch_side = pytest.importorskip("tests.compare.torch_side")
+pytestmark = pytest.mark.torch
+
+
+class Attending:
+    """What of a model of transformers is asked: which attention it has, and to take another one."""
+
+    def __init__(self, own: str = "sdpa", off: float = 0.0):
+        self.config, self.off = SimpleNamespace(_attn_implementation=own), off
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.config._attn_implementation = name
+
+
+def run(model: Attending) -> Any:
+    """An output that depends on the way of attention by so much."""
+    return torch.ones(2, 3, dtype=torch.float64).numpy() + (
+        model.off if model.config._attn_implementation == "eager" else 0
+    )
+
+
+def test_both_ways_of_attention_are_run_and_named() -> None:
+    model = Attending()
+    assert "sdpa and eager attention agree in float64" in require_same_attention("theirs", model, run)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_ways_of_attention_that_differ_leave_nobody_to_decide() -> None:
+    with pytest.raises(
+        UnjudgedError, match=r"theirs: its sdpa and its eager attention differ in float64 at output by 1\.0e-08"
+    ):
+        require_same_attention("theirs", Attending(off=1e-8), run)
+
+
+def test_a_model_with_another_way_of_attention_or_none_is_left_alone() -> None:
+    assert require_same_attention("theirs", Attending("flash_attention_2"), run) == ""
+    assert require_same_attention("theirs", torch.nn.Linear(2, 3), run) == ""
+
+
+class Narrow(torch_side.Model):
+    """A model that casts to float32 by design, makes numbers in it, and holds a rounded constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.full((), 1 / 3), persistent=False)
+
+    def forward(self, ids: Any, features: Any) -> Any:
+        steps = torch.arange(0.1, 0.4, 0.1, dtype=torch.float32)[:1]
+        output = super().forward(ids, features)
+        return output.float().to(output.dtype) * self.table + steps
+
+
+def test_casts_of_the_reference_are_undone_and_named() -> None:
+    def twin(checkpoint: Any, dtype: Any) -> Any:
+        forward, weights = sides.function().load(checkpoint)
+
+        def scaled(w: Any, ids: Any, features: Any) -> Any:
+            return forward(w, ids, features) * w["table"] + 0.1
+
+        return scaled, {name: x.astype(dtype) for name, x in weights.items()} | {
+            "table": np.float32(1 / 3) * np.ones((), dtype)
+        }
+
+    report = vit_ref.compare(torch_side.reference(Narrow), vit_ref.Candidate(load=twin), backward=False)
+    assert not report.forward.semantic_failures
+    notes = " ".join(report.notes)
+    assert "the reference makes 2 casts from float64 to float32" in notes
+    assert "constants that the reference computed when it was made are part of the truth: table" in notes
+
+
+def test_a_reference_with_live_dropout_is_refused() -> None:
+    class Live(torch_side.Model):
+        def forward(self, ids: Any, features: Any) -> Any:
+            return torch.nn.functional.dropout(super().forward(ids, features), training=True)
+
+    with pytest.raises(InputError, match=r"torch: two runs on the same inputs differ"):
+        vit_ref.compare(torch_side.reference(Live), sides.function(), backward=False)
+
+
+def test_constants_that_are_saved_are_weights() -> None:
+    model = torch.nn.BatchNorm1d(3)
+    assert note_constants(model) == "" == note_constants(object())

@@ -1,0 +1,106 @@
+"""`vit-ref compare`: the verdict on a candidate by a reference of any kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vit_ref.cli.console import THEME, Output, Verdicts, show_progress
+from vit_ref.cli.interrupts import leave_when_interrupted
+from vit_ref.cli.options import LOCAL, json_option
+from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
+from vit_ref.cli.verify import WRONG
+from vit_ref.errors import InputError, PartlyJudgedError
+
+# "mixed" is a way in which this package's model computes, and no other.
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "float16")
+
+
+class _Shape(click.ParamType):
+    """A name and a shape: NAME=2,3,4."""
+
+    name = "NAME=N,N,..."
+
+    def convert(
+        self, value: str, parameter: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[int, ...]]:
+        name, _, sizes = value.partition("=")
+        if not name or not sizes or not all(size.isdecimal() and int(size) for size in sizes.split(",")):
+            raise InputError(f"--shape {value}: give a name and sizes of at least 1, as pixel_values=2,3,30,42")
+        return name, tuple(map(int, sizes.split(",")))
+
+
+@click.command()
+@click.argument("reference", metavar="REFERENCE")
+@click.argument("candidate", metavar="CANDIDATE")
+@click.option("--checkpoint", type=LOCAL, metavar="PATH", help="What both sides load; without it they load nothing.")
+@click.option("--inputs", type=LOCAL, metavar="FILE.npz", help="Arrays by name; else the reference's inputs function.")
+@click.option("--shape", "shapes", type=_Shape(), multiple=True, help="Random input of this shape; repeatable.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of inputs that are made.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
+@click.option("--forward-only", is_flag=True, help="No gradients.")
+@click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
+@click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
+@json_option
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    reference: str,
+    candidate: str,
+    checkpoint: Path | None,
+    inputs: Path | None,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    seed: int,
+    precision: str,
+    forward_only: bool,
+    whole: bool,
+    html: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Compare CANDIDATE with REFERENCE, two implementations of the same model.
+
+    Each is a FILE.py or module:attr that declares how it is loaded: in PyTorch, Flax NNX, linen, equinox or plain JAX.
+    The candidate's table says which of its values is which of the reference's.
+
+    Exit code 0: they agree. 1: they do not, and the first divergence is printed. 2: something that was given cannot be
+    used.
+    """
+    if inputs and shapes:
+        raise InputError("--inputs and --shape both make the inputs: give one of the two")
+    require_outputs(html=html, json=json_file)
+    with leave_when_interrupted():
+        from vit_ref.verify.pairs import session
+        from vit_ref.verify.pairs.given import random_inputs
+        from vit_ref.verify.report import summary, table, to_html, to_json
+
+    given = random_inputs(dict(shapes), seed) if shapes else inputs
+    unjudged = None
+    with show_progress(session.count_steps(backward=not forward_only)) as progress:
+        try:
+            report = session.compare(
+                reference,
+                candidate,
+                checkpoint,
+                inputs=given,
+                precision=precision,
+                backward=not forward_only,
+                seed=seed,
+                progress=progress,
+            )
+        except PartlyJudgedError as error:
+            report, unjudged = error.report, error
+    if html:
+        write_output(html, to_html(report))
+    if json_file:
+        write_json(json_file, to_json(report))
+    console = Output(
+        stderr=STDOUT in (html, json_file), highlighter=Verdicts(), theme=THEME, soft_wrap=True, markup=False
+    )
+    if whole:
+        for part in (report.forward, report.backward):
+            console.print(f"{table(part)}\n" if part else "")
+    console.print(summary(report))
+    if report.passed and unjudged:
+        raise unjudged
+    ctx.exit(0 if report.passed else WRONG)

@@ -1,0 +1,192 @@
+"""Finds the sites of a reference: the outputs of its own named submodules, in the order in which they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Set
+from typing import Any
+
+import jax
+
+from vit_ref.errors import CandidateError
+from vit_ref.verify.candidates.declaration import Mapped
+from vit_ref.verify.candidates.outline import Shape
+from vit_ref.verify.candidates.table import Table, counted, elements
+from vit_ref.verify.compare.inputs import Inputs, is_float
+from vit_ref.verify.compare.trace import Tap
+from vit_ref.verify.pairs.outline import OUTPUT, DeclaredOutline
+from vit_ref.verify.precision import FLOAT64
+
+# A declared implementation, in JAX or in PyTorch; the latter's class is not imported here.
+Declared = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Discovery:
+    """What a reference was seen to have.
+
+    Attributes:
+      outline: its sites and parameters.
+      table: from its own paths to its sites.
+      repeated: submodules that run more than once in a pass, and so are no sites.
+    """
+
+    outline: DeclaredOutline
+    table: dict[str, Any]
+    repeated: tuple[str, ...]
+
+
+class AnyShape(dict[str, Shape]):
+    """Shapes of sites that are not known yet: a table that has them fits no value."""
+
+    def __missing__(self, site: str) -> Shape:
+        return ()
+
+    def __contains__(self, site: object) -> bool:
+        return True
+
+
+class Blank(DeclaredOutline):
+    """The outline of a reference that has not run yet."""
+
+    def __init__(self) -> None:
+        super().__init__({}, (), {})
+
+    def shapes(self, inputs: Any) -> Mapping[str, Shape]:
+        """See `Outline.shapes`."""
+        return AnyShape()
+
+
+def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Discovery:
+    """Runs a reference once in float64, and lists its sites.
+
+    Args:
+      reference: it is observed through its `tables`, which are set to the ones found here.
+      given: the table of `Reference.sites`; None for the outputs of all submodules.
+      inputs: those that are compared.
+
+    Raises:
+      CandidateError: the reference cannot be run, or its table names what it has not.
+    """
+    recorder = SiteRecorder()
+    shapes: dict[str, Shape] = {}
+
+    def keep(site: str, value: Any) -> Any:
+        shapes[site] = tuple(value.shape)
+        return value
+
+    reference.tables = lambda inputs: recorder
+    reference.outputs([inputs], FLOAT64, jit=False, tap=keep)
+    if given is None:
+        found = {name: shape for name, shape in recorder.found.items() if _path(name) not in recorder.repeated}
+        table = {recorder.keys[name]: name for name in found}
+    else:
+        table = counted_out(given, recorder.paths_met)
+        reference.tables = lambda inputs: reference._table(table, inputs)
+        reference.outputs([inputs], FLOAT64, jit=False, tap=keep)
+        found = {site: shape for site, shape in shapes.items() if site != OUTPUT}
+    parameters = {name: value.shape for name, value in reference.parameters().items()}
+    outline = DeclaredOutline(found, shapes[OUTPUT], parameters)
+    return Discovery(outline, table, () if given else tuple(sorted(recorder.repeated)))
+
+
+class SiteRecorder(Table):
+    """A table that changes nothing, and lists every array of floats that a submodule returns.
+
+    Attributes:
+      found: shapes by site: the submodule's path; of a tuple `path` for the first element and `path:k` for others; of a
+        mapping or a dataclass `path:field`.
+      keys: by site, the key under which a table asks for it.
+      repeated: paths of submodules that came more than once.
+      paths_met: all paths, and names of values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({}, Blank(), None, lambda function, value: (value, function))
+        self.paths = _Every()
+        self.found: dict[str, Shape] = {}
+        self.keys: dict[str, str] = {}
+        self.repeated: set[str] = set()
+        self.paths_met: set[str] = set()
+
+    def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
+        """See `Table.at_input`."""
+        return args, kwargs
+
+    def at_output(self, path: str, output: Any, tap: Tap) -> Any:
+        """See `Table.at_output`."""
+        if not path:
+            return output
+        if path in self.paths_met:
+            self.repeated.add(path)
+        self.paths_met.add(path)
+        if hasattr(output, "shape"):
+            self._keep(path, path, output)
+        for name, value in elements(output).items():
+            ordered = isinstance(output, (tuple, list))
+            self._keep(path if ordered and name == "0" else f"{path}:{name}", f"{path}[{name}]", value)
+        return output
+
+    def at_name(self, name: str, value: Any, tap: Tap) -> Any:
+        """See `Table.at_name`."""
+        name = counted(name)
+        if name in self.paths_met:
+            self.repeated.add(name)
+        self.paths_met.add(name)
+        self.met.add(name)
+        self._keep(name, name, value)
+        return value
+
+    def _keep(self, site: str, key: str, value: Any) -> None:
+        if not hasattr(value, "shape") or isinstance(value, jax.core.Tracer) or not _is_float(value):
+            return
+        self.found.setdefault(site, tuple(value.shape))
+        self.keys[site] = key
+
+
+class _Every(frozenset[str]):
+    """The paths of a table that asks for all there are, and lists none that a reference could lack."""
+
+    def __contains__(self, path: object) -> bool:
+        return True
+
+    def __and__(self, paths: Set[Any]) -> frozenset[str]:
+        return frozenset(paths)
+
+
+def _is_float(value: Any) -> bool:
+    return bool(value.is_floating_point()) if hasattr(value, "is_floating_point") else is_float(value)
+
+
+def _path(site: str) -> str:
+    return site.partition(":")[0]
+
+
+def counted_out(given: Mapped, paths: Set[str]) -> dict[str, Any]:
+    """Returns a reference's own table with a line for each number that `{i}` stands for.
+
+    Raises:
+      CandidateError: `{i}` stands for no number.
+    """
+    outline = Blank()
+    table: dict[str, Any] = {}
+    for key, targets in given.items():
+        if "{i}" not in key:
+            table[key] = targets
+            continue
+        path = re.split(r"[:\[]", key)[0]
+        numbers = tuple(outline.numbers(path, paths))
+        if not numbers:
+            raise CandidateError(f"sites: the reference has no submodule {path!r}")
+        for i in numbers:
+            table[key.replace("{i}", str(i))] = _numbered(targets, i)
+    return table
+
+
+def _numbered(targets: Any, i: int) -> Any:
+    if isinstance(targets, str):
+        return targets.replace("{i}", str(i))
+    if isinstance(targets, tuple):
+        return (_numbered(targets[0], i), *targets[1:])
+    return [_numbered(target, i) for target in targets]

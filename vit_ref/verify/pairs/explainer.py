@@ -1,0 +1,148 @@
+"""Explains divergences from a declared reference: no formula is known, but the reference can be run with a change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_ref.verify.compare.inputs import Inputs, is_float
+from vit_ref.verify.compare.trace import Trace
+from vit_ref.verify.diagnose.divergence import Divergence
+from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
+from vit_ref.verify.diagnose.relations import change, explain_by_relation, interleave
+from vit_ref.verify.formats import STORED
+from vit_ref.verify.gates import error
+from vit_ref.verify.precision import FLOAT64, Precision
+from vit_ref.verify.problem import hidden_before
+from vit_ref.verify.results import Cause, Explanation
+
+# Of how many values before it a wrong one is looked for, and how often the reference is run with a change.
+_BEFORE, _RUNS = 12, 250
+# Elements of a value: larger ones are not looked into.
+_LARGEST = 1 << 24
+_QUERIES = ("query", "q_proj", "q_lin")
+_KEYS = ("key", "k_proj", "k_lin")
+
+
+class PairExplainer:
+    """See `Explainer`.
+
+    Args:
+      reference: observed at all of its sites.
+      inputs: those that are compared.
+      order: all sites in the order of the pass.
+    """
+
+    def __init__(self, reference: Any, inputs: Inputs, order: list[str]):
+        self._reference, self._inputs, self._order = reference, inputs, order
+
+    def explain_formula(self, site: str, shown: Trace, truth: Trace) -> Explanation:
+        """See `Explainer.explain_formula`."""
+        found = Divergence(site, shown[site], truth[site], made_in="reference")
+        if found.value.shape != found.truth.shape:
+            return Explanation((), f"as its shape is {found.value.shape}, not {found.truth.shape}")
+        if not found.comparable:
+            return Explanation((), "as it is not finite")
+        if found.value.size > _LARGEST:
+            return Explanation()
+        known = self._reference.trace(self._inputs, FLOAT64)
+        parameters = self._reference.parameters()
+        before = self._before(site, known)
+        causes = found.causes(
+            self._changed(found.truth, before),
+            explain_by_relation(found.truth, found.value, before, parameters),
+            explain_by_order(found.truth, found.value, _axes(found.truth)),
+            found.by_value(),
+        )
+        if causes:
+            return Explanation(causes)
+        return Explanation(found.causes(self._within(found, known, hidden_before(site, self._order, shown))))
+
+    def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
+        """See `Explainer.explain_rounding`: a coarser format than the tested one."""
+        value = shown[site]
+        for name, rounded in STORED.items():
+            if name not in ("float32", value.dtype.name) and np.array_equal(rounded(value), value):
+                return (Cause(f"rounded to {name}", site, error(value, truth[site]).rms, 0.0, name),)
+        return ()
+
+    def explain_gradient(self, name: str, value: NDArray, truth: NDArray) -> Explanation:
+        """See `Explainer.explain_gradient`: a factor, nothing at all, a rounding, another order."""
+        found = Divergence(name, value, truth, made_in="reference")
+        if not found.comparable or value.size > _LARGEST:
+            return Explanation()
+        return Explanation(found.causes(found.by_value(), explain_by_order(truth, value, _axes(truth))))
+
+    def _before(self, site: str, known: Trace) -> dict[str, NDArray]:
+        """Values before a site, the nearest first, each once; and the inputs."""
+        place = self._order.index(site)
+        found: dict[str, NDArray] = {}
+        for name in reversed(self._order[:place]):
+            value = known.get(name)
+            if value is None or any(
+                value.shape == other.shape and np.array_equal(value, other) for other in found.values()
+            ):
+                continue
+            found[name] = value
+            if len(found) == _BEFORE:
+                break
+        given = self._inputs.items() if isinstance(self._inputs, Mapping) else ()
+        return found | {name: value.astype(np.float64) for name, value in given if is_float(value)}
+
+    def _changed(self, truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
+        yield from change(truth, before)
+        for name, rounded in STORED.items():
+            yield Prediction(f"rounded to {name}", rounded(truth), format=name)
+
+    def _within(self, found: Divergence, known: Trace, hidden: tuple[str, ...]) -> Iterator[Prediction]:
+        """The value at the site where one that is not shown, right before it, was changed: the reference is run."""
+        runs = 0
+        for name in reversed([name for name in hidden if name in known][-_BEFORE:]):
+            before = self._before(name, known)
+            for label, value, rounded_to in self._ways(known[name], before):
+                if runs == _RUNS:
+                    return
+                runs += 1
+                yield Prediction(f"at {name}, {label}", self._run({name: value}, found.site), rounded_to)
+        for query, key in self._rotated(found.site, known):
+            for size in _heads(known[query], known[key]):
+                for back in (False, True):
+                    fed = {name: interleave(known[name], size, back=back) for name in (query, key)}
+                    pairs = "adjacent channels" if not back else "halves"
+                    other = "halves" if not back else "adjacent channels"
+                    yield Prediction(
+                        f"rotary positions turn {pairs} of every {size} channels for {other}",
+                        self._run(fed, found.site),
+                    )
+
+    def _ways(self, truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
+        if truth.size > _LARGEST:
+            return
+        yield from self._changed(truth, before)
+        yield Prediction("nothing", np.zeros_like(truth))
+        yield Prediction("the sign turned", -truth)
+
+    def _rotated(self, site: str, known: Trace) -> Iterator[tuple[str, str]]:
+        place = self._order.index(site)
+        near = [name for name in self._order[max(0, place - 2 * _BEFORE) : place] if name in known]
+        for query in near:
+            for ending, other in zip(_QUERIES, _KEYS, strict=True):
+                if query.endswith(ending) and (key := query[: -len(ending)] + other) in near:
+                    yield query, key
+
+    def _run(self, fed: dict[str, NDArray], site: str) -> NDArray:
+        return np.asarray(self._reference.trace(self._inputs, FLOAT64, replace=fed)[site])
+
+
+def _axes(value: NDArray) -> tuple[str, ...]:
+    """What one index of each axis is called."""
+    return tuple("last" if axis == value.ndim - 1 else f"number {axis}" for axis in range(value.ndim))
+
+
+def _heads(query: NDArray, key: NDArray) -> list[int]:
+    """The sizes that a head may have: even, and a part of both widths."""
+    widths = query.shape[-1], key.shape[-1]
+    return [size for size in range(4, min(widths) + 1, 2) if not any(width % size for width in widths)][:12]

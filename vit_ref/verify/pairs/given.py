@@ -1,0 +1,93 @@
+"""The inputs of a comparison: from a file, of given shapes, or made by the reference's own function."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_ref.errors import InputError, first_line
+from vit_ref.verify.candidates.declaration import Candidate
+from vit_ref.verify.candidates.feeding import cast_floats
+from vit_ref.verify.candidates.loading import RAISED, beside_it
+
+Given = Mapping[str, Any] | str | os.PathLike[str] | None
+
+
+def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, NDArray]:
+    """Returns the inputs as both sides get them, with floats in float32.
+
+    Args:
+      reference: the declaration, whose `inputs` is asked where nothing else is given.
+      given: arrays by name, or a file of NumPy's that holds them (`.npz`).
+      seed: for the function that makes them.
+
+    Raises:
+      InputError: there are none, or they cannot be used.
+    """
+    if isinstance(given, Mapping):
+        where, arrays = "inputs", dict(given)
+    elif given is not None:
+        where, arrays = str(given), _read(Path(given))
+    else:
+        where, arrays = f"{reference.name}: inputs({seed})", _made(reference, seed)
+    if not arrays:
+        raise InputError(f"{where}: no array in it: give one array a name at least")
+    found = {str(name): np.asarray(value) for name, value in arrays.items()}
+    for name, value in found.items():
+        if value.dtype.kind not in "fiub":
+            raise InputError(f"{where}: {name!r} is of {value.dtype}: give floats, integers or booleans")
+        if not value.size:
+            raise InputError(f"{where}: {name!r} has the shape {value.shape}, and so no element: give it some")
+        if value.dtype.kind == "f" and np.isnan(value).any():
+            raise InputError(f"{where}: {name!r} is NaN somewhere: give numbers")
+    if not next(iter(found.values())).ndim:
+        raise InputError(f"{where}: {next(iter(found))!r} is a number: the first axis of the first array is the batch")
+    return cast_floats(found)
+
+
+def random_inputs(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, NDArray]:
+    """Returns normal random numbers in the given shapes."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _read(path: Path) -> dict[str, NDArray]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: name one that np.savez wrote")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise InputError(f"{path}: a single array: save it under a name with np.savez(FILE, NAME=array)")
+        with loaded as file:
+            return {name: file[name] for name in file.files}
+    except InputError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}): write it with np.savez") from None
+
+
+def _made(reference: Candidate, seed: int) -> dict[str, Any]:
+    make = getattr(reference, "inputs", None)
+    if make is None:
+        raise InputError(
+            f"{reference.name}: no inputs: declare vit_ref.Reference(inputs=FUNCTION), or give --inputs FILE.npz, or"
+            " --shape NAME=2,3,4"
+        )
+    try:
+        with beside_it(reference.directory):
+            made = make(seed)
+    except RAISED as error:
+        raise InputError(
+            f"{reference.name}: inputs({seed}) raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not isinstance(made, Mapping):
+        raise InputError(
+            f"{reference.name}: inputs({seed}) returned a {type(made).__name__}: return a mapping from names to arrays"
+        )
+    return dict(made)

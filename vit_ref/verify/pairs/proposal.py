@@ -1,0 +1,194 @@
+"""Proposes the table of a candidate by running it beside a declared reference: equal values are the same site."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_ref.verify.candidates.loading import find_declaration
+from vit_ref.verify.candidates.table import fitted
+from vit_ref.verify.gates import error
+from vit_ref.verify.pairs.given import Given as GivenInputs
+from vit_ref.verify.pairs.outline import OUTPUT
+from vit_ref.verify.pairs.session import Given, PairSession
+from vit_ref.verify.precision import FLOAT64
+from vit_ref.verify.proposals.matching import EQUAL
+from vit_ref.verify.proposals.recording import Recorder
+
+# Of more axes there are too many orders to try.
+_MOST_AXES = 4
+# Into how many equal parts a fused value may fall.
+_PARTS = (1, 2, 3)
+
+
+class Line(NamedTuple):
+    """One line of a table.
+
+    Attributes:
+      key: what of the candidate is meant.
+      site: the reference's site.
+      select: the Python expression of `x` that picks the site's value; "" for the value itself.
+    """
+
+    key: str
+    site: str
+    select: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PairProposal:
+    """A table to be checked by a person. `str()` is the Python code that makes it.
+
+    Attributes:
+      candidate: the candidate's name.
+      reference: the reference's name.
+      lines: the table.
+      unshown: sites of the reference that nothing of the candidate equals, in order. If the candidate is wrong, its
+        first divergence is before the first site after which nothing is equal.
+      unused: submodules of the candidate that equal no site.
+    """
+
+    candidate: str
+    reference: str
+    lines: tuple[Line, ...]
+    unshown: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all of it, for machines."""
+        return {
+            "candidate": self.candidate,
+            "reference": self.reference,
+            "sites": [{"key": line.key, "target": line.site, "select": line.select or None} for line in self.lines],
+            "unshown": list(self.unshown),
+            "unused": list(self.unused),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self._text())
+
+    def _text(self) -> Iterator[str]:
+        yield f"# Proposed for {self.candidate} by its values beside {self.reference}."
+        yield "# Check each line: a candidate is compared at the points that its table names."
+        yield "sites = {"
+        by_key: dict[str, list[str]] = {}
+        for line in self.lines:
+            by_key.setdefault(line.key, []).append(_target(line))
+        for key, targets in by_key.items():
+            several = ", ".join(targets)
+            yield f"    {json.dumps(key)}: {several if len(targets) == 1 else f'[{several}]'},"
+        yield "}"
+        if self.unshown:
+            yield f"# Sites that nothing equals: {', '.join(self.unshown)}"
+        if self.unused:
+            yield f"# Of the candidate, and equal to no site: {', '.join(self.unused)}"
+
+
+def propose(
+    reference: Given,
+    candidate: Given,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    inputs: GivenInputs = None,
+    seed: int = 0,
+) -> PairProposal:
+    """Proposes the table of a candidate's sites from one run in float64 beside the reference.
+
+    Args:
+      reference: see `compare`.
+      candidate: see `compare`; a table that it has is set aside.
+      checkpoint: see `compare`.
+      inputs: see `compare`.
+      seed: see `compare`.
+
+    Raises:
+      InputError: a side or the inputs cannot be used.
+    """
+    bare = dataclasses.replace(find_declaration(candidate), sites={}, parameters={})
+    session = PairSession(reference, bare, checkpoint, inputs=inputs, seed=seed)
+    recorder = Recorder(session.found.outline, session.inputs)
+    session.candidate.tables = lambda inputs: recorder
+    session.candidate.outputs([session.inputs], FLOAT64, jit=False, tap=lambda site, value: value)
+    shown = {key: value for key, value in recorder.values.items() if _path(key) not in recorder.repeated}
+    wanted = session.whole.trace(session.inputs, FLOAT64)
+    lines = [line for site in session.found.outline.shapes(session.inputs) for line in _lines(site, wanted, shown)]
+    matched, used = {line.site for line in lines}, {_path(line.key) for line in lines}
+    return PairProposal(
+        session.candidate.name,
+        session.reference.name,
+        tuple(_numbered(lines)),
+        tuple(site for site in wanted if site not in matched and site != OUTPUT),
+        tuple(key for key in shown if _path(key) not in used and ":" not in key),
+    )
+
+
+def _lines(site: str, wanted: Mapping[str, NDArray], shown: Mapping[str, NDArray]) -> Iterator[Line]:
+    """The line for a site; none where nothing equals it."""
+    if site == OUTPUT or site not in wanted:
+        return
+    truth = wanted[site]
+    # An output before an input: gradients are compared there.
+    for key in sorted(shown, key=lambda key: ":" in key):
+        select = _selection(shown[key], truth)
+        if select is not None:
+            yield Line(key, site, select)
+            return
+
+
+def _selection(value: NDArray, truth: NDArray) -> str | None:
+    """The expression that makes one value of another, "" for none; None where there is no such expression."""
+    for parts in _PARTS:
+        if value.size != parts * truth.size or not value.ndim or value.shape[-1] % parts:
+            continue
+        for which, part in enumerate(np.split(value, parts, axis=-1)):
+            width = part.shape[-1]
+            picked = f"x[..., {which * width} : {(which + 1) * width}]" if parts > 1 else "x"
+            orders = itertools.permutations(range(part.ndim)) if part.ndim <= _MOST_AXES else ()
+            for order in orders:
+                moved = fitted(part.transpose(order), truth.shape)
+                if moved.shape == truth.shape and error(moved, truth).rms <= EQUAL:
+                    plain = order == tuple(range(part.ndim))
+                    text = picked if plain else f"{picked}.transpose({', '.join(map(str, order))})"
+                    return "" if text == "x" else text
+    return None
+
+
+def _numbered(lines: list[Line]) -> Iterator[Line]:
+    """The lines, those that differ in one number joined where that leaves no line out or over."""
+    groups: dict[tuple[str, str, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((_template(line.key), _template(line.site), line.select), []).append(line)
+    for (key, site, select), members in groups.items():
+        same = all(_number(line.key) == _number(line.site) != "" for line in members)
+        if same and len(members) > 1:
+            yield Line(key, site, select)
+        else:
+            yield from members
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.:\[])")
+
+
+def _template(name: str) -> str:
+    return _NUMBER.sub("{i}", name, count=1)
+
+
+def _number(name: str) -> str:
+    found = _NUMBER.search(name)
+    return found[0] if found else ""
+
+
+def _path(key: str) -> str:
+    return re.split(r"[:\[]", key)[0]
+
+
+def _target(line: Line) -> str:
+    return f"({json.dumps(line.site)}, lambda x: {line.select})" if line.select else json.dumps(line.site)

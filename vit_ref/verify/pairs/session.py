@@ -1,0 +1,269 @@
+"""One comparison of a candidate with a reference that a person declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+
+from vit_ref.errors import InputError
+from vit_ref.verify.candidates.declaration import Candidate, takes
+from vit_ref.verify.candidates.feeding import name_input
+from vit_ref.verify.candidates.jax_candidate import JaxCandidate
+from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
+from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.table import claimed
+from vit_ref.verify.compare.backward import compare_backward
+from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
+from vit_ref.verify.compare.forward import compare_forward
+from vit_ref.verify.compare.inputs import copy_inputs, is_float
+from vit_ref.verify.compare.objectives import LOOKS
+from vit_ref.verify.compare.trace import Progress, passing, silent
+from vit_ref.verify.judgement import Judgement
+from vit_ref.verify.pairs.discovery import Blank, discover
+from vit_ref.verify.pairs.explainer import PairExplainer
+from vit_ref.verify.pairs.given import Given as GivenInputs
+from vit_ref.verify.pairs.given import find_inputs
+from vit_ref.verify.pairs.outline import OUTPUT
+from vit_ref.verify.pairs.parameters import match_parameters
+from vit_ref.verify.pairs.truth import note_constants, require_same_attention
+from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
+from vit_ref.verify.problem import Problem
+from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
+from vit_ref.weights.origin import Origin, find_origin_of
+
+# Where the parameters stay float32 and products are bfloat16, each model decides what else it rounds.
+MIXED = "mixed"
+# What a person may give for either side.
+Given = Candidate | Callable[..., Any] | str
+
+
+def compare(
+    reference: Given,
+    candidate: Given,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    inputs: GivenInputs = None,
+    precision: str | DTypeLike | Precision = "float32",
+    backward: bool = True,
+    expected_failed_checks: Mapping[str, str] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> CandidateReport:
+    """Compares a candidate with a reference, whatever the two are written in, at every site that both show.
+
+    The reference is the only truth: no oracle knows what it computes. What can be checked of it is: that it gives the
+    same each time, computes in float64 when it is asked to, and that its ways of attention agree.
+
+    Args:
+      reference: a `Reference`; a function; or "FILE.py" or "module:attribute" where one of these is.
+      candidate: a `Candidate`, or as above.
+      checkpoint: the path that both sides' `load` is given; None where neither needs one.
+      inputs: arrays by name, or the path of an `.npz` file with them; None for those that `Reference.inputs` makes.
+      precision: whose rounding is judged; see `check_port`.
+      backward: whether to judge gradients too.
+      expected_failed_checks: see `check_port`.
+      seed: for `Reference.inputs`.
+      progress: told what is being done next.
+
+    Returns:
+      Every check with its status; `report.passed` is the verdict.
+
+    Raises:
+      PartlyJudgedError: nothing failed forward, and gradients cannot be judged.
+      InputError: a side, the inputs or an expectation cannot be used.
+    """
+    session = PairSession(
+        reference, candidate, checkpoint, inputs=inputs, precision=precision, seed=seed, progress=progress
+    )
+    return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
+
+
+class PairSession(Judgement):
+    """What one comparison takes, and its parts; arguments and errors are those of `compare`."""
+
+    candidate: Any
+
+    def __init__(
+        self,
+        reference: Given,
+        candidate: Given,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        inputs: GivenInputs = None,
+        precision: str | DTypeLike | Precision = "float32",
+        seed: int = 0,
+        title: str | None = None,
+        progress: Progress = silent,
+    ):
+        self.progress = progress
+        self.precision = resolve_precision(precision)
+        if self.precision.name == MIXED:
+            raise InputError(
+                f"precision is {MIXED!r}, in which this package's model alone computes: give bfloat16, or float32"
+            )
+        self._path = None if checkpoint is None else _existing(Path(checkpoint))
+        declared = find_declaration(reference, "reference")
+        judged = find_declaration(candidate)
+        for side in (declared, judged):
+            if side.channels_first is not None:
+                raise InputError(f"{side.name}: channels_first belongs to verify: move the axes in adapt=")
+        self.inputs = find_inputs(declared, inputs, seed)
+        progress(f"loading {declared.name}")
+        loaded = self._load(declared)
+        plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
+        progress(f"{declared.name}: finding its sites")
+        self.found = discover(plain, declared.sites, self.inputs)
+        declared = dataclasses.replace(declared, sites=self.found.table)
+        # Observed at all sites, of which the candidate may show a few.
+        self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
+        require_repeatable(self.whole, self.inputs, progress=progress)
+        self.explainer = PairExplainer(self.whole, self.inputs, list(self.found.outline.shapes(self.inputs)))
+        attention = ""
+        if getattr(declared, "attention", True):
+            progress(f"{declared.name}: its ways of attention")
+            attention = require_same_attention(declared.name, loaded, partial(self._output_of, declared))
+        self.notes = self._notes(attention, note_constants(loaded))
+        if takes(judged.load, "reference"):
+            judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
+        progress(f"loading {judged.name}")
+        self.candidate = self._candidate(judged)
+        # Of the reference only what the candidate shows is kept: all of it takes as much memory as a backward pass.
+        claims = self._shown(judged)
+        shared = {key: target for key, target in self.found.table.items() if _destinations(target) & claims}
+        self.reference = self._implementation(
+            dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
+        )
+        require_repeatable(self.candidate, self.inputs, progress=progress)
+        self.title = self.origin.name if title is None else title
+
+    def _load(self, declaration: Candidate) -> Any:
+        with FLOAT64.active():
+            return load(declaration, self._path, np.float64)
+
+    def _implementation(self, declaration: Candidate, outline: Outline, loaded: Any, role: str = "candidate") -> Any:
+        """The engine's view of what a loader returned."""
+        if is_torch(loaded):
+            from vit_ref.verify.candidates.torch_candidate import TorchCandidate
+
+            made: Any = TorchCandidate(declaration, outline, self._path, loaded)
+        else:
+            made = JaxCandidate(declaration, outline, self._path, loaded)
+        made.role = role
+        return made
+
+    def _output_of(self, declaration: Candidate, loaded: Any) -> NDArray:
+        """The output in float64 of a model that was loaded for the reference."""
+        run = self._implementation(dataclasses.replace(declaration, sites={}), self.found.outline, loaded)
+        (output,) = run.outputs([copy_inputs(self.inputs)], FLOAT64, jit=False, tap=passing)
+        return np.asarray(output)
+
+    def _candidate(self, declaration: Candidate) -> Any:
+        loaded = self._load(declaration)
+        outline = self.found.outline
+        if declaration.parameters is None:
+            bare = self._implementation(dataclasses.replace(declaration, sites={}), outline, loaded)
+            table = match_parameters(bare.parameters(), self.whole.parameters())
+            declaration = dataclasses.replace(declaration, parameters=table)
+        return self._implementation(declaration, outline.only(self._shown(declaration)), loaded)
+
+    def _shown(self, declaration: Candidate) -> frozenset[str]:
+        """The sites that a candidate may show: those of its table, or without one all."""
+        every = self.found.outline.shapes(self.inputs)
+        if declaration.sites is None:
+            return frozenset(every)
+        return claimed(declaration.sites, self.found.outline, every) | {OUTPUT}
+
+    def _notes(self, *found: str) -> tuple[str, ...]:
+        notes = ["the reference is the only truth: no oracle knows what it computes", *found, *self.whole.notes]
+        if several := self.found.repeated:
+            more = ", ..." if len(several) > 3 else ""
+            notes.append(f"no sites, because they run more than once in a pass: {', '.join(several[:3])}{more}")
+        return tuple(filter(None, notes))
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Which checkpoint that is, and the digest of its weights, or of the reference's parameters without one."""
+        if self._path is not None:
+            return find_origin_of(self._path)
+        digest = hashlib.sha256()
+        for name, value in sorted(self.reference.parameters().items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        return Origin(f"{self.reference.name}'s own weights", "", digest.hexdigest(), None)
+
+    @property
+    def problem(self) -> Problem:
+        """What is compared."""
+        outline: Outline = self.reference.outline
+        shapes = outline.shapes(self.inputs)
+        everything = tuple(self.found.outline.shapes(self.inputs))
+        floats = [name_input(name) for name, value in self.inputs.items() if is_float(value)]
+        sites = [site for site in reversed(list(shapes)) if site not in self.reference.fixed]
+        return Problem(
+            self.inputs,
+            shapes,
+            streams=None,
+            output=shapes[OUTPUT],
+            gradients=(*sites, *reversed(list(outline.parameters())), *floats),
+            passed=everything,
+        )
+
+    def forward(self) -> ParityReport:
+        """Compares every site, see `compare_forward`."""
+        return compare_forward(
+            self.title,
+            self.problem,
+            self.reference,
+            None,
+            self.candidate,
+            self.precision,
+            explainer=self.explainer,
+            progress=self.progress,
+        )
+
+    def backward(self) -> ParityReport:
+        """Compares every gradient, see `compare_backward`."""
+        return compare_backward(
+            f"{self.title}, backward",
+            self.problem,
+            self.reference,
+            self.candidate,
+            self.precision,
+            explainer=self.explainer,
+            progress=self.progress,
+        )
+
+    def behaviour(self) -> tuple[Behaviour, ...]:
+        """Runs the candidate in ways that must agree, see `check_behaviour`."""
+        return check_behaviour(self.candidate, self.inputs, progress=self.progress)
+
+    def given(self) -> dict[str, NDArray]:
+        """See `Judgement.given`."""
+        return dict(self.inputs)
+
+
+def count_steps(*, backward: bool) -> int:
+    """Returns how often `compare` tells its progress for a right candidate whose rounding is soon settled."""
+    return 11 + (LOOKS[0] if backward else 0)
+
+
+def _existing(path: Path) -> Path:
+    """Raises `InputError` where nothing is at a path."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory: name the checkpoint that both sides load")
+    return path
+
+
+def _destinations(target: Any) -> set[str]:
+    """The sites in a line of a table."""
+    several = target if isinstance(target, list) else [target]
+    return {each if isinstance(each, str) else each[0] for each in several}
