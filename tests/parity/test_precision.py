@@ -108,12 +108,17 @@ def test_reference_and_candidate_run_in_one_precision(
     assert [run[3] for run in seen if run[:2] == ("vit_ref", "float64")] == ["float32"]
 
 
-def test_parameters_are_rounded_only_below_float64() -> None:
-    port, narrow = own(), own().storing(PRECISIONS["bfloat16"])
+def test_stored_parameters_are_rounded_in_every_precision() -> None:
+    """Compares with a checkpoint that is rounded: a declared reference that stores bfloat16 gives the float64 truth."""
+    plain, narrow = own(), own().storing(PRECISIONS["bfloat16"])
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow._ready(BFLOAT16)[0])} == {BFLOAT16}
-    exact, kept = port.trace(CASE.images(), FLOAT64), narrow.trace(CASE.images(), FLOAT64)
-    assert all((exact[site] == kept[site]).all() for site in exact)
-    assert port.stored is None
+    source = CASE.checkpoint()
+    rounded = OwnCandidate(
+        CASE.config, dataclasses.replace(source, tensors=PRECISIONS["bfloat16"].rounded(source.tensors))
+    )
+    expected, actual = rounded.trace(CASE.images(), FLOAT64), narrow.trace(CASE.images(), FLOAT64)
+    assert all((expected[site] == actual[site]).all() for site in expected)
+    assert plain.stored is None
 
 
 def test_a_wrong_formula_fails_in_bfloat16_too() -> None:
