@@ -358,7 +358,6 @@ def tinygrad() -> Operations:
         "gelu": lambda x: Tensor(x).gelu().numpy(),
         "layer_norm": lambda x: norm(Tensor(x)).numpy(),
         "epsilon": norm.eps,
-        "softmax_bfloat16": lambda x: Tensor(x).cast(dtypes.bfloat16).softmax(-1).float().numpy(),
         "softmax_float16": lambda x: Tensor(x).cast(dtypes.float16).softmax(-1).float().numpy(),
         "linear": (tuple(linear.weight.shape), linear.bias is not None),
         "attention": attention,
