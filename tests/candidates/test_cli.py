@@ -248,7 +248,6 @@ def test_an_unusable_input_is_one_line_and_exit_code_2(
         (["verify", "a", "--reference", "keras"], "'keras' is not one of 'flax', 'torch', 'numpy'"),
         (["convert", "a", "b"], "Missing option '--to'"),
         (["convert", "a", "b", "--to", "bin"], "'bin' is not one of 'hf', 'flax', 'npz', 'big_vision', 'timm'"),
-        (["propose", "--candidate", "a.py"], "Missing argument 'CHECKPOINT'"),
         (["propose", "a"], "Missing option '--candidate'"),
         (["verify", "--json"], "Option '--json' requires an argument."),
         (["finetun"], "No such command 'finetun'"),

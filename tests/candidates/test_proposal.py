@@ -292,6 +292,21 @@ def test_the_command_writes_the_table_for_machines(
     assert (content["unshown"], content["diverges"]) == (["block.{i}.attn.probs"], None)
 
 
+def test_a_command_without_checkpoint_takes_the_embedded_case(
+    proposed: Proposal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configurations = []
+
+    def propose(candidate: str, checkpoint: Path) -> Proposal:
+        configurations.append(json.loads((checkpoint / "config.json").read_text())["image_size"])
+        return proposed
+
+    monkeypatch.setattr(proposal, "propose", propose)
+    ended = CliRunner().invoke(main, ["propose", "--candidate", "port.py"])
+    assert ended.exit_code == 0, ended.output
+    assert configurations == [list(CASES["rectangular"].config.image_size)]
+
+
 def test_the_outermost_of_equal_outputs_is_chosen(proposed: Proposal) -> None:
     hidden = next(match for match in proposed.site_matches if match.target == "block.{i}.mlp.out")
     assert hidden.reading.key == "encoder.layers.{i}.mlp"

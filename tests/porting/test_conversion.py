@@ -289,6 +289,8 @@ def test_a_file_is_not_put_beside_the_configuration_of_another(tmp_path: Path, s
 def test_a_destination_or_layout_that_is_none(tmp_path: Path, source: Path) -> None:
     given = tmp_path / "vit"
     assert refusal(source, given, "npz") == f"{given}: the layout npz is one file: name it {given}.npz"
+    given = tmp_path / "vit.npz"
+    assert refusal(source, given, "timm") == f"{given}: the layout timm is a directory: give a name without .npz"
     assert refusal(source, tmp_path / "vit", "torch") == (
         "layout is 'torch': give one of hf, flax, npz, big_vision, timm"
     )

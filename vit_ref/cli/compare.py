@@ -43,7 +43,13 @@ class _Shape(click.ParamType):
 )
 @click.option("--shape", "shapes", type=_Shape(), multiple=True, help="Use a random input of this shape. Repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs that are made.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="float32",
+    show_default=True,
+    help="Precision of the numerical gate.",
+)
 @click.option("--forward-only", is_flag=True, help="Compare no gradients.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")

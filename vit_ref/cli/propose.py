@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from vit_ref.cli.embedded import open_checkpoint
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.options import json_option
 from vit_ref.cli.outputs import print_result, require_outputs
@@ -21,9 +22,8 @@ def propose(checkpoint: str | None, reference: str | None, candidate: str, json_
     """Propose the table of a candidate's sites.
 
     The command runs the candidate on CHECKPOINT beside the oracle, or beside --reference, and compares the values.
+    Without CHECKPOINT and --reference it uses a small embedded case.
     """
-    if checkpoint is None and reference is None:
-        raise click.MissingParameter(param_hint="'CHECKPOINT'", param_type="argument")
     require_outputs(json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.pairs import proposal as pairs
@@ -31,5 +31,6 @@ def propose(checkpoint: str | None, reference: str | None, candidate: str, json_
     if reference is not None:
         proposed: Any = pairs.propose(reference, candidate, checkpoint)
     else:
-        proposed = proposal.propose(candidate, str(checkpoint))
+        with open_checkpoint(checkpoint) as place:
+            proposed = proposal.propose(candidate, place)
     print_result(str(proposed), json_file, proposed.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import sys
 import zlib
@@ -328,6 +329,10 @@ def _loaded(datasets: Any, source: str, split: str) -> Any:
     shown = datasets.utils.logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    # Without a network both log each of many tries. The error below says the same once.
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("datasets", "huggingface_hub"))}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         if any((Path(source) / name).is_file() for name in (_SAVED_SPLITS, _SAVED)):
             return _part_of_saved(datasets, source, split)
@@ -341,6 +346,8 @@ def _loaded(datasets: Any, source: str, split: str) -> Any:
             f"{source} ({split}): it is not a directory of images, and datasets cannot load it ({reason}): give another"
         ) from None
     finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
 

@@ -150,6 +150,8 @@ def _require_room(destination: Path, to: Target, one_file: bool) -> None:
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination}: it exists already, and is not overwritten: give another name")
     if not one_file:
+        if destination.suffix == ".npz":
+            raise CheckpointError(f"{destination}: the layout {to} is a directory: give a name without .npz")
         return
     if destination.suffix != ".npz":
         raise CheckpointError(f"{destination}: the layout {to} is one file: name it {destination}.npz")

@@ -175,6 +175,9 @@ def _read_msgpack(file: Path) -> dict[str, NDArray]:
 
 
 def _read_npz(file: Path) -> dict[str, NDArray]:
+    if not zipfile.is_zipfile(file):
+        # np.load would take it for a pickle, and recommend to load it unsafely.
+        raise ValueError("not an .npz archive")
     # np.load itself leaves a damaged file open.
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         tensors = _arrays({name: archive[name] for name in archive.files})

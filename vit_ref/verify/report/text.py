@@ -92,11 +92,14 @@ def next_step(report: ParityReport) -> str:
             f"correct the forward pass first if it fails; else look for a stopped or custom gradient right after {site}"
         )
     if report.causes:
-        return f"check {site} in the candidate for this cause"
+        return f"look for this cause in the candidate's code that makes {site}"
     if report.numerical_failures and not report.semantic_failures:
         return f"look for a cast, a dtype or a matrix product below {report.precision} at {site}"
     if report.hidden:
-        return f"add {_some(report.hidden)} to the candidate's sites, to find where the fault begins"
+        return (
+            f"add {_some(report.hidden)} to the candidate's sites, to find where the fault begins; vit-ref propose"
+            " lists them"
+        )
     return f"compare the candidate's code at {site} with the reference's: its input agrees and its value does not"
 
 
