@@ -37,7 +37,7 @@ class _Shape(click.ParamType):
 @click.option("--checkpoint", type=LOCAL, metavar="PATH", help="What both sides load; without it they load nothing.")
 @click.option("--inputs", type=LOCAL, metavar="FILE.npz", help="Arrays by name; else the reference's inputs function.")
 @click.option("--shape", "shapes", type=_Shape(), multiple=True, help="Random input of this shape; repeatable.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of inputs that are made.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of inputs that are made.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option("--forward-only", is_flag=True, help="No gradients.")
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
@@ -68,6 +68,8 @@ def compare(
     """
     if inputs and shapes:
         raise InputError("--inputs and --shape both make the inputs: give one of the two")
+    if len(dict(shapes)) < len(shapes):
+        raise InputError(f"--shape names {', '.join(name for name, _ in shapes)}: give each name once")
     require_outputs(html=html, json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session
