@@ -25,6 +25,17 @@ def require_finite(reference_errors: Mapping[str, Error], name: str, precision: 
         )
 
 
+def require_finite_truth(truths: Mapping[str, Truth], name: str) -> None:
+    """Raises `ReferenceOverflowError` where the reference is not finite in float64: nothing can be compared there."""
+    beyond = [what for what, truth in truths.items() if not truth.finite]
+    if beyond:
+        raise ReferenceOverflowError(
+            f"{name} itself is not finite in float64 at {len(beyond)} of {len(truths)} places, first {{place}}: give"
+            " inputs for which it is, or compare at other places",
+            beyond[0],
+        )
+
+
 def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str) -> None:
     """Raises `OraclesDifferError` where the oracle is beyond the semantic gate from the reference."""
     beyond = [site for site, error in oracles.items() if not error.passes_semantic_gate]
@@ -80,7 +91,8 @@ def compare_forward(
     Raises:
       TruncatedError: reference or oracle did not compute in float64, or nothing of the candidate did.
       OraclesDifferError: reference and oracle do not agree.
-      ReferenceOverflowError: the formulas agree, and the reference is not finite in that precision.
+      ReferenceOverflowError: the reference is not finite in float64; or the formulas agree, and it is not finite in
+        that precision.
     """
     inputs, names = problem.inputs, problem.names
     # NumPy multiplies while the reference is traced and compiled.
@@ -93,6 +105,7 @@ def compare_forward(
 
     # Their errors are kept of all traces but this one, which of a real model take a gigabyte.
     truths = {site: Truth(truth[site]) for site in names}
+    require_finite_truth(truths, reference.name)
 
     def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
         progress("each block alone")
