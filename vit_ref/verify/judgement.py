@@ -25,7 +25,7 @@ class Judgement(ABC):
       precision: the precision whose rounding is measured.
       origin: which checkpoint that is, and the digest of its weights.
       notes: what a report says besides of how the two were run, a line each.
-      not_behaviour: why nothing is known of the candidate's behaviour; "" where something is.
+      not_behaviour: what is not known of the candidate's behaviour, and why; "" where all of it is.
     """
 
     title: str

@@ -116,9 +116,6 @@ class Session(Judgement):
       progress: told what is being done next.
     """
 
-    # Why nothing is known of the candidate's behaviour.
-    not_behaviour = ""
-
     def __init__(
         self,
         config: ViTConfig,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError
-from vit_ref.verify.compare.inputs import Inputs, copy_inputs, is_same, take_rows
+from vit_ref.verify.compare.inputs import Inputs, copy_inputs, count_rows, is_same, take_rows
 from vit_ref.verify.compare.protocols import Runnable
 from vit_ref.verify.compare.trace import Progress, passing, silent
 from vit_ref.verify.gates import SEMANTIC_RMS, error
@@ -25,7 +25,7 @@ def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress =
 
     Args:
       candidate: the candidate.
-      inputs: see `Problem.inputs`; two rows at least for "batch" to mean anything.
+      inputs: see `Problem.inputs`. Of one row nothing is known of "batch", which is left out then.
       progress: told what is being done next.
     """
     progress(f"{candidate.name}: the same each time, alone, compiled")
@@ -51,15 +51,15 @@ def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress =
         own, jit = Behaviour("jit", None, reason), False
         together, again, *alone = candidate.outputs(given, FLOAT64, jit=False)
     repeat = _behaviour("repeat", [together], [again], _REPEAT)
-    batch = _behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)
+    batch = (_behaviour("batch", [together[:1], together[-1:]], alone, _BATCH),) if count_rows(inputs) > 1 else ()
     if not repeat.passed:
-        return repeat, batch, own
+        return repeat, *batch, own
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.
     tapped = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=jit, tap=passing)
-    return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
+    return repeat, *batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
 
 
-def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> None:
+def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> NDArray:
     """Runs a candidate twice on the same inputs before anything else is asked of it.
 
     A candidate whose dropout is live has no value that could be compared, and every other check would fail first. Nor
@@ -69,6 +69,9 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
       candidate: the candidate.
       inputs: see `Problem.inputs`.
       progress: told what is being done next.
+
+    Returns:
+      The output in float64.
 
     Raises:
       InputError: the two outputs differ, a site has several values in one pass, or the candidate cannot be run.
@@ -98,6 +101,7 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
     repeat = _behaviour("repeat", [once], [again], _REPEAT)
     if not repeat.passed:
         raise InputError(f"{candidate.name}: {repeat.reason} (relative RMS {repeat.error:.1e})")
+    return once
 
 
 # Sums of some thousand products that were rounded to float32.

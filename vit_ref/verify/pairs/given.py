@@ -69,7 +69,9 @@ def random_inputs(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[
     try:
         return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     except (MemoryError, ValueError) as error:
-        raise InputError(f"inputs of the shapes {shapes} cannot be made ({first_line(error)}): make them smaller") from None
+        raise InputError(
+            f"inputs of the shapes {shapes} cannot be made ({first_line(error)}): make them smaller"
+        ) from None
 
 
 def _array(value: Any, what: str) -> NDArray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -14,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import InputError
+from vit_ref.errors import CandidateError, InputError
 from vit_ref.verify.candidates.declaration import Candidate, takes
 from vit_ref.verify.candidates.feeding import name_input
 from vit_ref.verify.candidates.jax_candidate import JaxCandidate
@@ -24,7 +23,7 @@ from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
-from vit_ref.verify.compare.inputs import copy_inputs, is_float
+from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.trace import Progress, passing, silent
 from vit_ref.verify.judgement import Judgement
@@ -34,7 +33,13 @@ from vit_ref.verify.pairs.given import Given as GivenInputs
 from vit_ref.verify.pairs.given import find_inputs
 from vit_ref.verify.pairs.outline import OUTPUT
 from vit_ref.verify.pairs.parameters import match_parameters
-from vit_ref.verify.pairs.truth import note_constants, require_same_attention
+from vit_ref.verify.pairs.truth import (
+    digest_of,
+    note_constants,
+    require_same_attention,
+    require_same_weights,
+    require_unchanged,
+)
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
@@ -117,6 +122,8 @@ class PairSession(Judgement):
             if side.channels_first is not None:
                 raise InputError(f"{side.name}: channels_first belongs to verify: move the axes in adapt=")
         self.inputs = find_inputs(declared, inputs, seed)
+        if count_rows(self.inputs) < 2:
+            self.not_behaviour = "in a batch: the inputs have one row"
         progress(f"loading {declared.name}")
         loaded = self._load(declared)
         plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
@@ -125,7 +132,16 @@ class PairSession(Judgement):
         declared = dataclasses.replace(declared, sites=self.found.table)
         # Observed at all sites, of which the candidate may show a few.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
-        require_repeatable(self.whole, self.inputs, progress=progress)
+        output = require_repeatable(self.whole, self.inputs, progress=progress)
+        parameters = self.whole.parameters()
+        self._digest = digest_of(parameters)
+        if takes(declared.load, "dtype") or not is_torch(loaded):
+            with self.precision.active():
+                again = load(declared, self._path, self.precision.dtype)
+            rounded = self._implementation(declared, self.found.outline, again).parameters()
+            require_same_weights(declared.name, parameters, rounded, self.precision.dtype)
+            del again, rounded
+        del parameters
         self.explainer = PairExplainer(self.whole, self.inputs, list(self.found.outline.shapes(self.inputs)))
         attention = ""
         if getattr(declared, "attention", True):
@@ -135,7 +151,7 @@ class PairSession(Judgement):
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
-        self.candidate = self._candidate(judged)
+        self.candidate = self._candidate(judged, loaded)
         # Of the reference only what the candidate shows is kept: all of it takes as much memory as a backward pass.
         claims = self._shown(judged)
         shared = {key: target for key, target in self.found.table.items() if _destinations(target) & claims}
@@ -143,6 +159,8 @@ class PairSession(Judgement):
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
         require_repeatable(self.candidate, self.inputs, progress=progress)
+        now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
+        require_unchanged(judged.name, (self._digest, output), now)
         self.title = self.origin.name if title is None else title
 
     def _load(self, declaration: Candidate) -> Any:
@@ -166,8 +184,10 @@ class PairSession(Judgement):
         (output,) = run.outputs([copy_inputs(self.inputs)], FLOAT64, jit=False, tap=passing)
         return np.asarray(output)
 
-    def _candidate(self, declaration: Candidate) -> Any:
+    def _candidate(self, declaration: Candidate, reference: Any) -> Any:
         loaded = self._load(declaration)
+        if loaded is reference:
+            raise CandidateError(f"{declaration.name}: load() returns the reference itself: make another model of it")
         outline = self.found.outline
         if declaration.parameters is None:
             bare = self._implementation(dataclasses.replace(declaration, sites={}), outline, loaded)
@@ -194,11 +214,7 @@ class PairSession(Judgement):
         """Which checkpoint that is, and the digest of its weights, or of the reference's parameters without one."""
         if self._path is not None:
             return find_origin_of(self._path)
-        digest = hashlib.sha256()
-        for name, value in sorted(self.reference.parameters().items()):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
-        return Origin(f"{self.reference.name}'s own weights", "", digest.hexdigest(), None)
+        return Origin(f"{self.reference.name}'s own weights", "", self._digest, None)
 
     @property
     def problem(self) -> Problem:
