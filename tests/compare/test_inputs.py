@@ -59,6 +59,10 @@ def raising(**_: Any) -> None:
     [
         (lambda images: images - 0.5, r"mine: adapt\(\) computes values"),
         (lambda images: -images, r"mine: adapt\(\) computes values"),
+        (lambda images: images.astype(np.int32), r"mine: adapt\(\) computes values"),
+        (lambda images: images > 0, r"mine: adapt\(\) computes values"),
+        (lambda images: np.array(["a"]), r"returned an array of <U1 among its arguments"),
+        (lambda images: (images,) * (1 + int(images.max() > 9)), r"mine: adapt\(\) computes values"),
         (lambda images: {"pixels": images, "flag": True}, r"returned a bool among its arguments"),
         (raising, r"mine: adapt\(\) of images raised KeyError"),
     ],
