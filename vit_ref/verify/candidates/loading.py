@@ -159,14 +159,14 @@ def load(candidate: Candidate, checkpoint: Path | None, dtype: DTypeLike) -> Any
         raise CandidateError.raised(candidate.name, "load()", error) from error
 
 
-def is_torch(port: Any) -> bool:
+def is_torch(loaded: Any) -> bool:
     """Returns whether a model is a PyTorch module, without importing PyTorch: the loader of one has imported it.
 
     Args:
-      port: what a loader returned.
+      loaded: what a loader returned.
     """
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(port, torch.nn.Module)
+    return torch is not None and isinstance(loaded, torch.nn.Module)
 
 
 def observed(

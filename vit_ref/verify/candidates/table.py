@@ -1,6 +1,6 @@
 """The table of a candidate, bound to one outline: which of its values is which site, and how to get there.
 
-One direction picks a site's value out of the port's. The other writes a changed value back, so that a site can be
+One direction picks a site's value out of the candidate's. The other writes a changed value back, so that a site can be
 replaced or perturbed from outside: a selection only moves elements, so its transpose, which any framework's
 differentiation gives, puts them back in their places.
 """
@@ -26,7 +26,7 @@ _POINT = re.compile(r"(?P<path>[^:\[\]]*)(?P<input>:input)?(?:\[(?P<key>[^\[\]]+
 
 
 class Point(NamedTuple):
-    """A place in the port: the output of the submodule at `path`, or its input; all of it, or one element."""
+    """A point in the candidate: the output of the submodule at `path`, or its input; all of it, or one element."""
 
     path: str
     of_input: bool = False
@@ -62,7 +62,7 @@ class Table:
         self.paths = frozenset(point.path for point in self.points)
         # Sites that were shown after their use, or beside it: a change there would change nothing, or too little.
         self.fixed: set[str] = set()
-        # Names that the port gave to its tap, or returned.
+        # Names that the candidate gave to its tap, or returned.
         self.met: set[str] = set()
         self._vjp = vjp
 
@@ -132,7 +132,7 @@ class Table:
         if select is None:
             if not hasattr(value, "shape"):
                 raise CandidateError(
-                    f"sites: {entry.destination}: the port has a {described(value)} there: name one of its elements,"
+                    f"sites: {entry.destination}: there is a {described(value)}: name one of its elements,"
                     " as in 'path[0]'"
                 )
             picked = fitted(value, shape)
@@ -204,7 +204,7 @@ def bind(mapped: Mapped, what: str, outline: Outline, known: Mapping[str, Any]) 
       CandidateError: what was given is no table, or a destination in it is unknown or claimed twice.
     """
     if not isinstance(mapped, Mapping):
-        raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict, from the port's names to this package's")
+        raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict from its names to the reference's")
     optional = outline.optional(what)
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
@@ -255,7 +255,7 @@ def gradients_by_path(mapped: Mapped, outline: Outline, gradients: Mapping[str, 
     found = {}
     for source, entries in bind(mapped, "parameters", outline, shapes).items():
         if source not in gradients:
-            raise CandidateError(f"parameters: the port has no parameter {source!r}{hint(source, gradients)}")
+            raise CandidateError(f"parameters: there is no parameter {source!r}{hint(source, gradients)}")
         for entry in entries:
             try:
                 value = entry.select(gradients[source]) if entry.select else gradients[source]

@@ -96,7 +96,7 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
             raise InputError(
                 f"{candidate.name}: {path!r} runs {len(digests)} times in one forward pass and shows another value of"
                 f" {site} each time, as where the outputs of an image and its mirror image are averaged: give"
-                " call=lambda port, images: ... that runs the model once"
+                " call=lambda model, images: ... that runs the model once"
             )
     repeat = _behaviour("repeat", [once], [again], _REPEAT)
     if not repeat.passed:

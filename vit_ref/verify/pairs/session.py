@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ class PairSession(Judgement):
         loaded = self._load(declared)
         plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
         progress(f"{declared.name}: finding its sites")
-        self.found = discover(plain, declared.sites, self.inputs)
+        with naming(declared.name):
+            self.found = discover(plain, declared.sites, self.inputs)
         declared = dataclasses.replace(declared, sites=self.found.table)
         # Observed at all sites, of which the candidate may show a few.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
@@ -151,14 +153,16 @@ class PairSession(Judgement):
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
-        self.candidate = self._candidate(judged, loaded)
-        # Of the reference only what the candidate shows is kept: all of it takes as much memory as a backward pass.
-        claims = self._shown(judged)
-        shared = {key: target for key, target in self.found.table.items() if _destinations(target) & claims}
+        with naming(judged.name):
+            self.candidate = self._candidate(judged, loaded)
+            claims = self._shown(judged)
+        # Only what the candidate shows is kept of the reference: all of it takes as much memory as a backward pass.
+        shared = {key: kept for key, target in self.found.table.items() if (kept := _only(target, claims))}
         self.reference = self._implementation(
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
-        require_repeatable(self.candidate, self.inputs, progress=progress)
+        with naming(judged.name):
+            require_repeatable(self.candidate, self.inputs, progress=progress)
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(judged.name, (self._digest, output), now)
         self.title = self.origin.name if title is None else title
@@ -279,7 +283,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _destinations(target: Any) -> set[str]:
-    """The sites in a line of a table."""
+def _only(target: Any, sites: frozenset[str]) -> list[Any]:
+    """The targets in a line of a table that are among these sites."""
     several = target if isinstance(target, list) else [target]
-    return {each if isinstance(each, str) else each[0] for each in several}
+    return [each for each in several if (each if isinstance(each, str) else each[0]) in sites]
+
+
+@contextlib.contextmanager
+def naming(side: str) -> Iterator[None]:
+    """Says in the errors of a table whose table it is, as both sides have one."""
+    try:
+        yield
+    except CandidateError as error:
+        if not str(error).startswith(("sites:", "parameters:")):
+            raise
+        raise CandidateError(f"{side}: {error}") from error
