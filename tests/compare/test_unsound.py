@@ -98,18 +98,51 @@ def test_a_reference_that_is_not_finite_is_refused(act: Any) -> None:
 
 
 def test_a_reference_whose_gradients_are_not_finite_is_refused() -> None:
-    act = jnp.sqrt
+
+    def act(x: Any) -> Any:
+        return 1 + jnp.sqrt(jnp.abs(x))
+
+    rows = np.array([[0, 0, 0], [1, 2, 3]])
     with pytest.raises(PartlyJudgedError, match=r"reference itself is not finite in float64 at \d of 6 places"):
-        compared(loader(act), loader(act), inputs={"x": np.zeros((4, 3))}, backward=True)
+        compared(loader(act), loader(act), inputs={"x": rows.astype("f4")}, backward=True)
+
+
+def test_an_output_of_zeros_is_refused() -> None:
+    """The candidate has no activation, and nothing shows it."""
+    with pytest.raises(UnjudgedError, match="reference: its output is zero everywhere"):
+        compared(loader(), loader(lambda x: x), inputs={"x": np.zeros((4, 3))})
+
+
+def matched(checkpoint: Any) -> Any:
+    """As CLIP scores each image with each text of the batch."""
+    return lambda w, x: (x @ w["first"]) @ (x[:, ::-1] @ w["first"]).T, WEIGHTS
+
+
+def batch_last(checkpoint: Any) -> Any:
+    return lambda w, x: (x @ w["first"]).T, WEIGHTS
+
+
+def whole(checkpoint: Any) -> Any:
+    return lambda w, x: x.reshape(4, 3) @ w["first"], WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        (matched, "a row of the reference's own output depends on the others"),
+        (batch_last, "a row of the reference's own output depends on the others"),
+        (whole, "the reference cannot run on one row"),
+    ],
+)
+def test_rows_that_depend_on_each_other_in_the_reference_may_in_the_candidate(load: Any, reason: str) -> None:
+    report = compared(load, load)
+    assert report.passed
+    assert {check.name: check.reason for check in report.checks}["behaviour/batch"] == f"in a batch: {reason}"
 
 
 def test_of_one_row_nothing_is_known_of_batches() -> None:
-    def mixing(x: Any) -> Any:
-        return jnp.tanh(x) * (1 + x - x.mean(0))
-
     one = {"x": RNG.normal(size=(1, 3))}
     report = compared(loader(), loader(), inputs=one)
     assert "batch" not in [each.name for each in report.behaviour]
     assert {check.name: check.status for check in report.checks}["behaviour/batch"] == "not observed"
     assert "behaviour (in a batch: the inputs have one row)" in " ".join(summary(report).split())
-    assert not compared(loader(mixing), loader(mixing)).passed

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError
-from vit_ref.verify.compare.inputs import Inputs, copy_inputs, count_rows, is_same, take_rows
+from vit_ref.verify.compare.inputs import Inputs, copy_inputs, is_same, take_rows
 from vit_ref.verify.compare.protocols import Runnable
 from vit_ref.verify.compare.trace import Progress, passing, silent
 from vit_ref.verify.gates import SEMANTIC_RMS, error
@@ -20,18 +20,21 @@ from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.results import Behaviour
 
 
-def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> tuple[Behaviour, ...]:
+def check_behaviour(
+    candidate: Runnable, inputs: Inputs, *, by_row: bool = True, progress: Progress = silent
+) -> tuple[Behaviour, ...]:
     """Runs a candidate in float64 in ways that must all agree to within the semantic gate.
 
     Args:
       candidate: the candidate.
-      inputs: see `Problem.inputs`. Of one row nothing is known of "batch", which is left out then.
+      inputs: see `Problem.inputs`; two rows at least for "batch" to mean anything.
+      by_row: whether a row of the batch has to come out alone as it does in the batch; False leaves "batch" out.
       progress: told what is being done next.
     """
     progress(f"{candidate.name}: the same each time, alone, compiled")
-    first, last = (take_rows(inputs, rows) for rows in (slice(1), slice(-1, None)))
+    first, last = ([take_rows(inputs, rows)] if by_row else [] for rows in (slice(1), slice(-1, None)))
     # Copies: what a candidate writes into its inputs would show in the next run, too.
-    given = [copy_inputs(each) for each in (inputs, inputs, first, last)]
+    given = [copy_inputs(each) for each in (inputs, inputs, *first, *last)]
     jit = True
     try:
         try:
@@ -42,8 +45,8 @@ def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress =
             return (Behaviour("untapped", None, f"without a tap {error}"),)
         if candidate.compiles:
             # The first alone, then all, then the last: what an eager pass keeps is not what the next one should give.
-            eager = candidate.outputs([first, inputs, last], FLOAT64, jit=False)
-            own = _behaviour("jit", [alone[0], together, alone[1]], eager, _JIT)
+            eager = candidate.outputs([*first, inputs, *last], FLOAT64, jit=False)
+            own = _behaviour("jit", [*alone[:1], together, *alone[1:]], eager, _JIT)
         else:
             own = Behaviour("inputs", None, "" if is_same(given[0], inputs) else _INPUTS)
     except jax.errors.JAXTypeError as error:
@@ -51,7 +54,7 @@ def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress =
         own, jit = Behaviour("jit", None, reason), False
         together, again, *alone = candidate.outputs(given, FLOAT64, jit=False)
     repeat = _behaviour("repeat", [together], [again], _REPEAT)
-    batch = (_behaviour("batch", [together[:1], together[-1:]], alone, _BATCH),) if count_rows(inputs) > 1 else ()
+    batch = [_behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)] if by_row else []
     if not repeat.passed:
         return repeat, *batch, own
     # A tap may keep it from a path of its own, as fused attention is, and that is the one that users run.

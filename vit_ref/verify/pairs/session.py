@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, InputError
+from vit_ref.errors import CandidateError, InputError, UnjudgedError
 from vit_ref.verify.candidates.declaration import Candidate, takes
 from vit_ref.verify.candidates.feeding import name_input
 from vit_ref.verify.candidates.jax_candidate import JaxCandidate
@@ -24,9 +24,10 @@ from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
-from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float
+from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float, take_rows
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.trace import Progress, passing, silent
+from vit_ref.verify.gates import error
 from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.pairs.discovery import Blank, discover
 from vit_ref.verify.pairs.explainer import PairExplainer
@@ -123,8 +124,6 @@ class PairSession(Judgement):
             if side.channels_first is not None:
                 raise InputError(f"{side.name}: channels_first belongs to verify: move the axes in adapt=")
         self.inputs = find_inputs(declared, inputs, seed)
-        if count_rows(self.inputs) < 2:
-            self.not_behaviour = "in a batch: the inputs have one row"
         progress(f"loading {declared.name}")
         loaded = self._load(declared)
         plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
@@ -135,6 +134,11 @@ class PairSession(Judgement):
         # Observed at all sites, of which the candidate may show a few.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
         output = require_repeatable(self.whole, self.inputs, progress=progress)
+        if not output.any():
+            raise UnjudgedError(
+                f"{declared.name}: its {{place}} is zero everywhere, which tells nothing: give other inputs", OUTPUT
+            )
+        self.not_behaviour = self._not_by_row(declared, loaded, output)
         parameters = self.whole.parameters()
         self._digest = digest_of(parameters)
         if takes(declared.load, "dtype") or not is_torch(loaded):
@@ -182,11 +186,23 @@ class PairSession(Judgement):
         made.role = role
         return made
 
-    def _output_of(self, declaration: Candidate, loaded: Any) -> NDArray:
+    def _output_of(self, declaration: Candidate, loaded: Any, rows: slice = slice(None)) -> NDArray:
         """The output in float64 of a model that was loaded for the reference."""
         run = self._implementation(dataclasses.replace(declaration, sites={}), self.found.outline, loaded)
-        (output,) = run.outputs([copy_inputs(self.inputs)], FLOAT64, jit=False, tap=passing)
+        inputs = self.inputs if rows == slice(None) else take_rows(self.inputs, rows)
+        (output,) = run.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=passing)
         return np.asarray(output)
+
+    def _not_by_row(self, declaration: Candidate, loaded: Any, output: NDArray) -> str:
+        """Why a row need not come out alone as it does in its batch; "" if it has to, as the reference's first does."""
+        if count_rows(self.inputs) < 2:
+            return "in a batch: the inputs have one row"
+        try:
+            alone = self._output_of(declaration, loaded, slice(1))
+        except InputError:
+            return "in a batch: the reference cannot run on one row"
+        same = error(alone, output[:1]).passes_semantic_gate
+        return "" if same else "in a batch: a row of the reference's own output depends on the others"
 
     def _candidate(self, declaration: Candidate, reference: Any) -> Any:
         loaded = self._load(declaration)
@@ -264,7 +280,7 @@ class PairSession(Judgement):
 
     def behaviour(self) -> tuple[Behaviour, ...]:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
-        return check_behaviour(self.candidate, self.inputs, progress=self.progress)
+        return check_behaviour(self.candidate, self.inputs, by_row=not self.not_behaviour, progress=self.progress)
 
     def given(self) -> dict[str, NDArray]:
         """See `Judgement.given`."""
@@ -294,7 +310,7 @@ def naming(side: str) -> Iterator[None]:
     """Says in the errors of a table whose table it is, as both sides have one."""
     try:
         yield
-    except CandidateError as error:
-        if not str(error).startswith(("sites:", "parameters:")):
+    except CandidateError as found:
+        if not str(found).startswith(("sites:", "parameters:")):
             raise
-        raise CandidateError(f"{side}: {error}") from error
+        raise CandidateError(f"{side}: {found}") from found
