@@ -142,11 +142,11 @@ def share(port: Any) -> None:
         (lambda c: dataclasses.replace(c, load=lambda _: dict, sites=None), "mine: the forward pass raised"),
         (
             lambda c: dataclasses.replace(c, load=lambda _: lambda x: {"logits": x}, sites=None),
-            "mine: it returned a dict, but must return logits \\(B, classes\\)",
+            "mine: it returned a dict: return an array \\(B, ...\\), or pick one with output=",
         ),
         (
             lambda c: dataclasses.replace(c, load=lambda _: jnp.sum, sites=None),
-            "mine: it returned a value of shape \\(\\), but must return logits \\(B, classes\\)",
+            "mine: it returned a value of shape \\(\\): return an array",
         ),
         (
             with_site("final_nrm"),
@@ -416,7 +416,7 @@ def test_a_model_that_differs_without_a_tap_fails(
     report = check_port(None, saved("one-block"), backward=False)
     (failed,) = (check for check in report.checks if check.status == "failed")
     assert failed.name == "behaviour/untapped"
-    assert failed.reason.startswith("its output is another where nobody looks at its sites")
+    assert failed.reason.startswith("its output is another without a tap")
 
 
 def test_without_a_tap_a_candidate_is_called_as_by_its_users(saved: Callable[[str], Path]) -> None:

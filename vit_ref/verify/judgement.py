@@ -95,8 +95,8 @@ class Judgement(ABC):
 def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityReport | None, str, bool]:
     """Returns the report of the gradients, or why there is none, and whether that leaves a question open.
 
-    Where the reference or the candidate has no backward pass there is nothing to judge. Where something else cannot be
-    used there was, and who asked for it has no answer.
+    If the reference or the candidate has no backward pass, there is nothing to judge. If something else cannot be used,
+    there was, and the question stays open.
 
     Args:
       measure: measures them; None where nobody asked.

@@ -87,7 +87,7 @@ class Reference(Candidate):
 
     Attributes:
       sites: from its own paths to the names of sites. None: the outputs of all its named submodules under their paths,
-        in the order in which they come. Of a tuple the first element has the path, element k is `path:k`; a field of a
+        in the order in which they come. The first element of a tuple has the path, element k is `path:k`; a field of a
         mapping or a dataclass is `path:field`.
       inputs: `inputs(seed)` makes the inputs: NumPy arrays by name, of which the first axis is the batch.
       attention: whether the eager and the fused attention of a model from transformers have to agree.
@@ -113,7 +113,8 @@ def declared(value: Any, name: str) -> Candidate:
     if callable(value) and not inspect.isclass(value):
         return Candidate(load=lambda checkpoint: value, name=name)
     raise CandidateError(
-        f"{name}: it has the type {type(value).__name__}: give a vit_ref.Candidate, or a function from pixels to logits"
+        f"{name}: it has the type {type(value).__name__}: give FILE.py or module:attr as text, a"
+        " vit_ref.Candidate, or a function of the inputs"
     )
 
 

@@ -254,7 +254,9 @@ def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str,
         if not getattr(output, "shape", ()) and not isinstance(output, Mapping | list):
             output = next(iter(elements(output).values()), output)
         if not getattr(output, "shape", ()):
-            raise CandidateError(f"{name}: it returned a {described(output)}, but must return logits (B, classes)")
+            raise CandidateError(
+                f"{name}: it returned a {described(output)}: return an array (B, ...), or pick one with output="
+            )
         return output, named
     _, named = split_named(returned)
     try:

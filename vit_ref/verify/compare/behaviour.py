@@ -112,7 +112,7 @@ _FLOAT32 = 1e-5
 _BATCH = "an input alone comes out otherwise than in its batch"
 _REPEAT = "two runs on the same inputs differ: is dropout live? load it in evaluation mode"
 _JIT = "compiled it computes something else than operation by operation"
-_UNTAPPED = "its output is another where nobody looks at its sites, so what was judged is not what runs"
+_UNTAPPED = "its output is another without a tap, so what was compared is not what runs"
 _INPUTS = "it writes into the inputs that it is given: it has to copy them"
 
 

@@ -19,7 +19,7 @@ from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.results import Cause, Explanation
 
-# Of how many values before it a wrong one is looked for, and how often the reference is run with a change.
+# How many values before a wrong one are tried, and how often the reference is run with a change.
 _BEFORE, _RUNS = 12, 250
 # Elements of a value: larger ones are not looked into.
 _LARGEST = 1 << 24

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Of more axes there are too many orders to try.
+# With more axes there are too many orders to try.
 _MOST_AXES = 5
 Move = Callable[[Any], Any]
 

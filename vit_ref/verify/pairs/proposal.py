@@ -23,7 +23,7 @@ from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.proposals.matching import EQUAL
 from vit_ref.verify.proposals.recording import Recorder
 
-# Of more axes there are too many orders to try.
+# With more axes there are too many orders to try.
 _MOST_AXES = 4
 # Into how many equal parts a fused value may fall.
 _PARTS = (1, 2, 3)
@@ -89,7 +89,7 @@ class PairProposal:
         if self.unshown:
             yield f"# Sites that nothing equals: {', '.join(self.unshown)}"
         if self.unused:
-            yield f"# Of the candidate, and equal to no site: {', '.join(self.unused)}"
+            yield f"# Values of the candidate that equal no site: {', '.join(self.unused)}"
 
 
 def propose(

@@ -67,8 +67,9 @@ def compare(
 ) -> CandidateReport:
     """Compares a candidate with a reference, whatever the two are written in, at every site that both show.
 
-    The reference is the only truth: no oracle knows what it computes. What can be checked of it is: that it gives the
-    same each time, computes in float64 when it is asked to, and that its ways of attention agree.
+    The reference is the only truth: no oracle knows what it computes. It is refused if it does not give the same each
+    time, has other weights when it is loaded again, does not compute in float64 when it is asked to, is not finite
+    there, or if its ways of attention differ.
 
     Args:
       reference: a `Reference`; a function; or "FILE.py" or "module:attribute" where one of these is.
@@ -85,6 +86,7 @@ def compare(
       Every check with its status; `report.passed` is the verdict.
 
     Raises:
+      UnjudgedError: the reference cannot decide, as where it is not finite.
       PartlyJudgedError: nothing failed forward, and gradients cannot be judged.
       InputError: a side, the inputs or an expectation cannot be used.
     """
