@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 from vit_ref.errors import CandidateError
@@ -146,6 +146,16 @@ class Table:
             ) from error
         changed = tap(entry.destination, picked)
         return value if changed is picked else value + pull_back(changed - picked)
+
+
+class EveryPath(frozenset[str]):
+    """The paths of a table that asks for every value: it contains any path, but lists none that could be missing."""
+
+    def __contains__(self, path: object) -> bool:
+        return True
+
+    def __and__(self, paths: Set[Any]) -> frozenset[str]:
+        return frozenset(paths)
 
 
 def counted(name: str) -> str:

@@ -12,7 +12,7 @@ import jax
 from vit_ref.errors import CandidateError
 from vit_ref.verify.candidates.declaration import Mapped
 from vit_ref.verify.candidates.outline import Shape
-from vit_ref.verify.candidates.table import Table, claimed, counted, elements
+from vit_ref.verify.candidates.table import EveryPath, Table, claimed, counted, elements
 from vit_ref.verify.compare.inputs import Inputs, is_float
 from vit_ref.verify.compare.trace import Tap
 from vit_ref.verify.pairs.outline import OUTPUT, DeclaredOutline
@@ -108,7 +108,7 @@ class SiteRecorder(Table):
 
     def __init__(self) -> None:
         super().__init__({}, Blank(), None, lambda function, value: (value, function))
-        self.paths = _Every()
+        self.paths = EveryPath()
         self.found: dict[str, Shape] = {}
         self.keys: dict[str, str] = {}
         self.repeated: set[str] = set()
@@ -147,16 +147,6 @@ class SiteRecorder(Table):
             return
         self.found.setdefault(site, tuple(value.shape))
         self.keys[site] = key
-
-
-class _Every(frozenset[str]):
-    """The paths of a table that asks for all there are, and lists none that a reference could lack."""
-
-    def __contains__(self, path: object) -> bool:
-        return True
-
-    def __and__(self, paths: Set[Any]) -> frozenset[str]:
-        return frozenset(paths)
 
 
 def _is_float(value: Any) -> bool:
