@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from vit_ref.errors import CandidateError, InputError, UnjudgedError
 from vit_ref.verify.candidates.declaration import Candidate, takes
 from vit_ref.verify.candidates.feeding import name_input
-from vit_ref.verify.candidates.jax_candidate import JaxCandidate
 from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
 from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
@@ -127,7 +127,7 @@ class PairSession(Judgement):
                 raise InputError(f"{side.name}: channels_first belongs to verify: move the axes in adapt=")
         self.inputs = find_inputs(declared, inputs, seed)
         progress(f"loading {declared.name}")
-        loaded = self._load(declared)
+        loaded = load_in_float64(declared, self._path)
         plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
         progress(f"{declared.name}: finding its sites")
         with naming(declared.name):
@@ -173,18 +173,9 @@ class PairSession(Judgement):
         require_unchanged(judged.name, (self._digest, output), now)
         self.title = self.origin.name if title is None else title
 
-    def _load(self, declaration: Candidate) -> Any:
-        with FLOAT64.active():
-            return load(declaration, self._path, np.float64)
-
     def _implementation(self, declaration: Candidate, outline: Outline, loaded: Any, role: str = "candidate") -> Any:
         """The engine's view of what a loader returned."""
-        if is_torch(loaded):
-            from vit_ref.verify.candidates.torch_candidate import TorchCandidate
-
-            made: Any = TorchCandidate(declaration, outline, self._path, loaded)
-        else:
-            made = JaxCandidate(declaration, outline, self._path, loaded)
+        made = implement(declaration, outline, self._path, loaded)
         made.role = role
         return made
 
@@ -207,7 +198,7 @@ class PairSession(Judgement):
         return "" if same else "in a batch: a row of the reference's own output depends on the others"
 
     def _candidate(self, declaration: Candidate, reference: Any) -> Any:
-        loaded = self._load(declaration)
+        loaded = load_in_float64(declaration, self._path)
         if loaded is reference:
             raise CandidateError(f"{declaration.name}: load() returns the reference itself: make another model of it")
         outline = self.found.outline
