@@ -115,7 +115,7 @@ class UnjudgedError(InputError):
 
 
 class ReferenceOverflowError(UnjudgedError):
-    """Reference that is not finite in the tested precision. Its error there would allow any candidate."""
+    """Reference that is not finite in float64 or in the tested precision. No error can be measured by it there."""
 
 
 class OraclesDifferError(UnjudgedError):

@@ -776,7 +776,7 @@ class Compiled(nnx.Module):
         (lambda images: images[:, 0, :, 0], "<lambda>: no value of it can be observed: return"),
         (Candidate(load=lambda path: Compiled(), name="compiled"), "compiled: no value of it can be observed"),
         ("missing.py", "missing.py: this file does not exist"),
-        (3, "it has the type int: give a vit_ref.Candidate, or a function from pixels to logits"),
+        (3, "it has the type int: give FILE.py or module:attr as text, a vit_ref.Candidate, or a function"),
     ],
 )
 def test_a_candidate_that_cannot_be_used_is_one_clear_line(candidate: Any, message: str, directory: Path) -> None:

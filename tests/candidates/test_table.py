@@ -68,7 +68,7 @@ class Recording:
         ({"a": "logits.mine"}, "'logits.mine' is none of this model's"),
         ({"a:output": "norm"}, "sites: 'a:output' cannot be read: give 'path', 'path:input'"),
         ({"a[0": "norm"}, "cannot be read"),
-        (["norm"], "sites: a list: give a dict, from the candidate's names to this package's"),
+        (["norm"], "sites: a list: give a dict from its names to the reference's"),
         ({"a": 3}, r"sites: 'a': 3 cannot be read: give a name, \(name, selection\), or a list of these"),
         ({0: "norm"}, "sites: 0: 'norm' cannot be read"),
         ({"a": ("norm", "embeddings")}, r"\('norm', 'embeddings'\) cannot be read"),
@@ -129,7 +129,7 @@ def test_elements_of_an_output_are_shown_and_replaced(key: str, output: Any, pla
 
 
 def test_a_tuple_output_without_a_chosen_element_is_refused() -> None:
-    with pytest.raises(InputError, match=r"sites: norm: the candidate has a tuple there: name one of its elements"):
+    with pytest.raises(InputError, match=r"sites: norm: there is a tuple: name one of its elements"):
         table({"a": "norm"}).at_output("a", (VALUE, 0), Recording())
 
 
@@ -259,9 +259,7 @@ def test_gradients_are_named_and_shaped_by_the_table() -> None:
         "blocks.1.attn.query.bias": (33,),
     }
     assert found["blocks.1.attn.query.bias"].all() and not found["blocks.0.attn.query.bias"].any()
-    with pytest.raises(
-        InputError, match=r"parameters: the candidate has no parameter 'wight'; did you mean 'weight'\?"
-    ):
+    with pytest.raises(InputError, match=r"parameters: there is no parameter 'wight'; did you mean 'weight'\?"):
         gradients_by_path({"wight": "norm.scale"}, OUTLINE, {"weight": np.ones(33)})
     with pytest.raises(InputError, match=r"'w': 'head.kernal' is none of this model's; did you mean 'head.kernel'\?"):
         bind({"w": "head.kernal"}, "parameters", OUTLINE, {"head.kernel": ()})
@@ -273,7 +271,7 @@ def test_one_table_serves_models_with_and_without_a_head() -> None:
     assert list(gradients_by_path(mapped, ViTOutline(bare), {"s": np.ones(33)})) == ["norm.scale"]
     with pytest.raises(InputError, match=r"'blocks.9.attn.query.bias' is none of this model's"):
         gradients_by_path({"q": "blocks.9.attn.query.bias"}, ViTOutline(bare), {"s": np.ones(33)})
-    with pytest.raises(InputError, match=r"the candidate has no parameter 'w'"):
+    with pytest.raises(InputError, match=r"there is no parameter 'w'"):
         gradients_by_path(mapped, OUTLINE, {"s": np.ones(33)})
 
 

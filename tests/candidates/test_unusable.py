@@ -142,11 +142,11 @@ def share(port: Any) -> None:
         (lambda c: dataclasses.replace(c, load=lambda _: dict, sites=None), "mine: the forward pass raised"),
         (
             lambda c: dataclasses.replace(c, load=lambda _: lambda x: {"logits": x}, sites=None),
-            "mine: it returned a dict, but must return logits \\(B, classes\\)",
+            "mine: it returned a dict: return an array \\(B, ...\\), or pick one with output=",
         ),
         (
             lambda c: dataclasses.replace(c, load=lambda _: jnp.sum, sites=None),
-            "mine: it returned a value of shape \\(\\), but must return logits \\(B, classes\\)",
+            "mine: it returned a value of shape \\(\\): return an array",
         ),
         (
             with_site("final_nrm"),

@@ -92,6 +92,9 @@ def test_inputs_come_from_a_file_or_a_shape(file: str, tmp_path: Path) -> None:
     [
         (["{file}", "{file}", "--shape", "x=2,0"], "--shape x=2,0: give a name and sizes of at least 1"),
         (["{file}", "{file}", "--shape", "x=2,3", "--inputs", "{file}"], "give one of the two"),
+        (["{file}", "{file}", "--shape", "x=2,3", "--shape", "x=4,3"], "--shape names x, x: give each name once"),
+        (["{file}", "{file}", "--shape", "x=2,3", "--seed", "-1"], "--seed"),
+        (["{file}", "{file}", "--shape", "x=10000000,10000000"], "make them smaller"),
         (["{file}", "{file}", "--inputs", "{file}"], "cannot be read"),
         (["{file}", "{file}", "--shape", "y=2,3"], ""),
         (["{file}:live", "{file}"], "two runs on the same inputs differ"),

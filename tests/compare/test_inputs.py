@@ -59,6 +59,10 @@ def raising(**_: Any) -> None:
     [
         (lambda images: images - 0.5, r"mine: adapt\(\) computes values"),
         (lambda images: -images, r"mine: adapt\(\) computes values"),
+        (lambda images: images.astype(np.int32), r"mine: adapt\(\) computes values"),
+        (lambda images: images > 0, r"mine: adapt\(\) computes values"),
+        (lambda images: np.array(["a"]), r"returned an array of <U1 among its arguments"),
+        (lambda images: (images,) * (1 + int(images.max() > 9)), r"mine: adapt\(\) computes values"),
         (lambda images: {"pixels": images, "flag": True}, r"returned a bool among its arguments"),
         (raising, r"mine: adapt\(\) of images raised KeyError"),
     ],
@@ -87,10 +91,15 @@ def test_a_file_that_holds_no_named_arrays_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no archive")
     np.save(tmp_path / "one.npy", IMAGES)
     np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object))
+    np.savez_compressed(tmp_path / "damaged.npz", images=IMAGES)
+    whole = bytearray((tmp_path / "damaged.npz").read_bytes())
+    whole[100:140] = b"\xff" * 40
+    (tmp_path / "damaged.npz").write_bytes(whole)
     for name, message in (
         ("text.npz", "cannot be read"),
         ("one.npy", "it holds an array without a name"),
         ("objects.npz", "cannot be"),
+        ("damaged.npz", "cannot be read"),
         ("none.npz", "no such file"),
     ):
         with pytest.raises(InputError, match=message):
@@ -105,9 +114,13 @@ def test_a_file_that_holds_no_named_arrays_is_refused(tmp_path: Path) -> None:
         ({"x": np.zeros((0, 3))}, "it is empty"),
         ({"x": np.full((2, 3), np.nan)}, "'x' has NaN in it"),
         ({"x": np.float32(1)}, "'x' is a single number"),
+        ({"x": [[1, 2], [3]]}, "inputs: 'x' is no array"),
+        ({"x": np.full((2, 3), 1e300)}, "'x' has numbers too large for float32"),
+        ([1, 2], "inputs is a list: give a mapping"),
+        (np.ones((2, 3)), "inputs is a ndarray: give a mapping"),
     ],
 )
-def test_inputs_that_cannot_be_meant_are_refused(given: dict[str, Any], message: str) -> None:
+def test_inputs_that_cannot_be_meant_are_refused(given: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_inputs(REFERENCE, given)
 

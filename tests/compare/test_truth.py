@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from vit_ref.errors import InputError, UnjudgedError
 from vit_ref.verify.pairs.truth import note_constants, require_same_attention
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+forgetting = pytest.importorskip("vit_ref.verify.candidates.torch_casts").forgetting
 torch_side = pytest.importorskip("tests.compare.torch_side")
 pytestmark = pytest.mark.torch
 
@@ -82,6 +84,18 @@ def test_casts_of_the_reference_are_undone_and_named() -> None:
     notes = " ".join(report.notes)
     assert "the reference makes 2 casts from float64 to float32" in notes
     assert "constants that the reference computed when it was made are part of the truth: table" in notes
+
+
+def test_caches_are_emptied_of_a_model_inside_a_persons_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ModuleType("library.models.vit")
+    exec("from functools import cache\npositions = cache(lambda size: object())", vars(library))
+    library.positions.__wrapped__.__module__ = library.positions.__module__ = library.__name__
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    inner = type("Model", (torch.nn.Module,), {"__module__": library.__name__})()
+    for module in (inner, torch.nn.Sequential(inner)):
+        before = library.positions(3)
+        with forgetting(module):
+            assert library.positions(3) is not before
 
 
 def test_a_reference_with_live_dropout_is_refused() -> None:

@@ -107,6 +107,6 @@ def test_a_directory_of_transformers_is_a_reference_by_itself(checkpoint: Path) 
 
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
-    for place in (None, tmp_path):
-        with pytest.raises(vit_ref.InputError, match=r"it has no config\.json"):
+    for place, message in ((None, "no checkpoint is given: give --checkpoint"), (tmp_path, r"it has no config\.json")):
+        with pytest.raises(vit_ref.InputError, match=message):
             pretrained.load(place)

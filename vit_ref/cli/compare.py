@@ -42,7 +42,7 @@ class _Shape(click.ParamType):
     help="Arrays by name. Default: the reference's inputs(seed).",
 )
 @click.option("--shape", "shapes", type=_Shape(), multiple=True, help="Use a random input of this shape. Repeatable.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs that are made.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of inputs that are made.")
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
@@ -79,6 +79,8 @@ def compare(
     """
     if inputs and shapes:
         raise InputError("--inputs and --shape both make the inputs: give one of the two")
+    if len(dict(shapes)) < len(shapes):
+        raise InputError(f"--shape names {', '.join(name for name, _ in shapes)}: give each name once")
     require_outputs(html=html, json=json_file)
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session

@@ -110,7 +110,13 @@ class Truth:
         self._value = value
         largest, self.rms = _measured(part for _, part in _parts(value))
         self._scale = (self.rms if scale is None else scale) or 1.0
+        # In this order NaN stays NaN.
         self._largest = max(largest, self._scale)
+
+    @property
+    def finite(self) -> bool:
+        """Whether each of its elements is finite."""
+        return math.isfinite(self._largest)
 
     def error(self, value: NDArray, *, carriers: bool = False) -> Error:
         """Returns the relative error of `value`. It is infinite if the shape differs or if `value` is not finite.

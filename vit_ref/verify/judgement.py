@@ -25,7 +25,7 @@ class Judgement(ABC):
       precision: the precision whose rounding is measured.
       origin: the checkpoint's name and the digest of its weights.
       notes: notes for the report on how the two were run, one line each.
-      not_behaviour: the reason why nothing is known of the candidate's behaviour; "" if something is.
+      not_behaviour: what is not known of the candidate's behaviour, and why; "" if all of it is.
     """
 
     title: str

@@ -251,7 +251,7 @@ class CandidateReport:
       behaviour: the properties besides right values, such as the same output for an image alone and in its batch.
       expected_failed_checks: pattern -> reason, as the caller gave them.
       environment: versions and device. The key "note" says what matters about the device.
-      not_behaviour: why `behaviour` is empty; "" if it is not.
+      not_behaviour: what `behaviour` leaves open, and why; "" if it leaves nothing open.
       notes: how the candidate was run, one line each.
     """
 

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.candidates.declaration import Candidate
-from vit_ref.verify.candidates.jax_candidate import JaxCandidate
-from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
+from vit_ref.verify.candidates.loading import find_declaration
 from vit_ref.verify.candidates.own import OwnCandidate
+from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
@@ -27,7 +26,7 @@ from vit_ref.verify.compare.protocols import Reference, Runnable
 from vit_ref.verify.compare.trace import Progress, silent
 from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.photographs import pixels_for
-from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
+from vit_ref.verify.precision import Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
@@ -38,6 +37,7 @@ from vit_ref.weights.origin import Origin, find_origin
 from vit_ref.weights.pretrained import open_checkpoint
 
 if TYPE_CHECKING:
+    from vit_ref.verify.candidates.jax_candidate import JaxCandidate
     from vit_ref.verify.candidates.torch_candidate import TorchCandidate
 
 # The forms in which a caller may give a candidate. None stands for this package's own model.
@@ -118,9 +118,6 @@ class Session(Judgement):
       images_backward: the number of images for the backward pass; None for all.
       progress: gets a description of each next step.
     """
-
-    # The reason why nothing is known of the candidate's behaviour.
-    not_behaviour = ""
 
     def __init__(
         self,
@@ -228,13 +225,8 @@ def load_candidate(
     """Loads a declared candidate in float64. See `prepare_candidate` for arguments and errors."""
     _require_fit(config, source)
     declaration = find_declaration(given)
-    with FLOAT64.active():
-        loaded = load(declaration, source.path, np.float64)
-    if is_torch(loaded):
-        from vit_ref.verify.candidates.torch_candidate import TorchCandidate
-
-        return TorchCandidate(declaration, ViTOutline(config), source.path, loaded)
-    return JaxCandidate(declaration, ViTOutline(config), source.path, loaded)
+    loaded = load_in_float64(declaration, source.path)
+    return implement(declaration, ViTOutline(config), source.path, loaded)
 
 
 # A block's number in a tensor's name.

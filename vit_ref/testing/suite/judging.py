@@ -43,11 +43,13 @@ class Judged(NamedTuple):
       found: a `ParityReport`, or the behaviours.
       weights: a line with the digest of the weights; "" for an embedded case in memory.
       report: for the forward pass, a report of that part alone; None for the others.
+      left_open: for the behaviour, `Judgement.not_behaviour`.
     """
 
     found: Any
     weights: str
     report: CandidateReport | None
+    left_open: str = ""
 
 
 Outcome = Judged | BaseException
@@ -87,7 +89,7 @@ def _judge(part: str, subject: Subject, precision: str) -> Outcome:
         return error
     weights = "" if subject.embedded else f"\n  weights: {session.origin.said}"
     report = session.report(found, not_backward=NOT_SELECTED, not_behaviour=NOT_SELECTED) if part == "parity" else None
-    return Judged(found, weights, report)
+    return Judged(found, weights, report, session.not_behaviour if part == "behaviour" else "")
 
 
 @lru_cache(maxsize=1)  # one holds a whole checkpoint, which consecutive tests of a case share
@@ -153,7 +155,7 @@ def write_report(directory: Path, subject: Subject, precision: str) -> None:
         report = dataclasses.replace(report, not_backward=str(backward))
     behaviour = _OUTCOMES[subject, BEHAVIOUR_PRECISION].get("behaviour")
     if isinstance(behaviour, Judged):
-        report = dataclasses.replace(report, behaviour=behaviour.found, not_behaviour="")
+        report = dataclasses.replace(report, behaviour=behaviour.found, not_behaviour=behaviour.left_open)
     elif behaviour:
         report = dataclasses.replace(report, not_behaviour=str(behaviour))
     report = _named_as_by_the_command(report, subject)

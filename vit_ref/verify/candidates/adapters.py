@@ -281,7 +281,7 @@ def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any
                     f"sites: {path!r} and {name!r} are one module with one set of parameters: make a module for each"
                 )
         raise CandidateError(
-            f"sites: the candidate has no submodule {path!r} and returns no value of that name{hint(path, known)}"
+            f"sites: it has no submodule {path!r} and returns no value of that name{hint(path, known)}"
         )
 
 

@@ -113,7 +113,8 @@ def declared(value: Any, name: str) -> Candidate:
     if callable(value) and not inspect.isclass(value):
         return Candidate(load=lambda checkpoint: value, name=name)
     raise CandidateError(
-        f"{name}: it has the type {type(value).__name__}: give a vit_ref.Candidate, or a function from pixels to logits"
+        f"{name}: it has the type {type(value).__name__}: give FILE.py or module:attr as text, a"
+        " vit_ref.Candidate, or a function of the inputs"
     )
 
 

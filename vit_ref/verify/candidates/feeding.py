@@ -95,21 +95,25 @@ class Feeding:
         else:
             arguments = Arguments(tuple(made) if isinstance(made, (tuple, list)) else (made,), {})
         for leaf in _leaves(arguments):
-            if not isinstance(leaf, (np.ndarray, np.generic)):
+            if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in "fiub":
+                kind = f"an array of {leaf.dtype}" if isinstance(leaf, np.ndarray) else f"a {type(leaf).__name__}"
                 raise CandidateError(
-                    f"{self._name}: adapt() returned a {type(leaf).__name__} among its arguments: return NumPy arrays,"
-                    " and give other arguments in call="
+                    f"{self._name}: adapt() returned {kind} among its arguments: return NumPy arrays of numbers, and"
+                    " give other arguments in call="
                 )
         return _mapped(np.asarray, arguments)
 
     def _require_moves(self, size: int) -> None:
-        made = self._adapted(self._inputs)
-        for moved, leaf in zip(_leaves(self._moved), _leaves(made), strict=True):
-            if not is_float(moved):
-                continue
-            numbers = moved.astype(np.int64)
-            inside = ((numbers == moved) & (numbers >= 0) & (numbers < max(size, 1))).all() and size
-            if not inside or not np.array_equal(self._values[numbers], leaf, equal_nan=True):
+        leaves, made = _leaves(self._moved), _leaves(self._adapted(self._inputs))
+        for k, moved in enumerate(leaves):
+            leaf: Any = made[k] if len(made) == len(leaves) else None
+            if is_float(moved):
+                numbers = moved.astype(np.int64)
+                inside = ((numbers == moved) & (numbers >= 0) & (numbers < max(size, 1))).all() and size
+                moves = inside and np.array_equal(self._values[numbers], leaf, equal_nan=True)
+            else:  # The adaptor may not make integers of floats: it had positions in their place.
+                moves = np.array_equal(moved, leaf)
+            if not moves:
                 raise CandidateError(
                     f"{self._name}: adapt() computes values: let it only move elements (transpose, reshape, index), or"
                     " add integer arrays, and compute in `load`'s model or in `inputs`"

@@ -159,14 +159,14 @@ def load(candidate: Candidate, checkpoint: Path | None, dtype: DTypeLike) -> Any
         raise CandidateError.raised(candidate.name, "load()", error) from error
 
 
-def is_torch(port: Any) -> bool:
+def is_torch(loaded: Any) -> bool:
     """Tells whether a model is a PyTorch module, without importing PyTorch: the loader of one has imported it.
 
     Args:
-      port: what a loader returned.
+      loaded: what a loader returned.
     """
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(port, torch.nn.Module)
+    return torch is not None and isinstance(loaded, torch.nn.Module)
 
 
 def observed(
@@ -254,7 +254,9 @@ def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str,
         if not getattr(output, "shape", ()) and not isinstance(output, Mapping | list):
             output = next(iter(elements(output).values()), output)
         if not getattr(output, "shape", ()):
-            raise CandidateError(f"{name}: it returned a {described(output)}, but must return logits (B, classes)")
+            raise CandidateError(
+                f"{name}: it returned a {described(output)}: return an array (B, ...), or pick one with output="
+            )
         return output, named
     _, named = split_named(returned)
     try:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 from vit_ref.errors import CandidateError
@@ -167,8 +167,8 @@ class Table:
         if select is None:
             if not hasattr(value, "shape"):
                 raise CandidateError(
-                    f"sites: {entry.destination}: the candidate has a {described(value)} there: name one of its"
-                    " elements, as in 'path[0]'"
+                    f"sites: {entry.destination}: there is a {described(value)}: name one of its elements,"
+                    " as in 'path[0]'"
                 )
             picked = fitted(value, shape)
             changed = tap(entry.destination, picked)
@@ -181,6 +181,16 @@ class Table:
             ) from error
         changed = tap(entry.destination, picked)
         return value if changed is picked else value + pull_back(changed - picked)
+
+
+class EveryPath(frozenset[str]):
+    """The paths of a table that asks for every value: it contains any path, but lists none that could be missing."""
+
+    def __contains__(self, path: object) -> bool:
+        return True
+
+    def __and__(self, paths: Set[Any]) -> frozenset[str]:
+        return frozenset(paths)
 
 
 def counted(name: str) -> str:
@@ -250,9 +260,7 @@ def bind(mapped: Mapped, what: str, outline: Outline, known: Mapping[str, Any]) 
       CandidateError: `mapped` is no table, or a destination in it is unknown or claimed twice.
     """
     if not isinstance(mapped, Mapping):
-        raise CandidateError(
-            f"{what}: a {type(mapped).__name__}: give a dict, from the candidate's names to this package's"
-        )
+        raise CandidateError(f"{what}: a {type(mapped).__name__}: give a dict from its names to the reference's")
     optional = outline.optional(what)
     bound: dict[str, tuple[Entry, ...]] = {}
     claimed: dict[str, str] = {}
@@ -314,7 +322,7 @@ def gradients_by_path(mapped: Mapped, outline: Outline, gradients: Mapping[str, 
     found = {}
     for source, entries in bind(mapped, "parameters", outline, shapes).items():
         if source not in gradients:
-            raise CandidateError(f"parameters: the candidate has no parameter {source!r}{hint(source, gradients)}")
+            raise CandidateError(f"parameters: there is no parameter {source!r}{hint(source, gradients)}")
         for entry in entries:
             try:
                 value = entry.select(gradients[source]) if entry.select else gradients[source]

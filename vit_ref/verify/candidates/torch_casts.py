@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def _narrows(first: Any) -> bool:
 
 @contextlib.contextmanager
 def forgetting(module: torch.nn.Module) -> Iterator[None]:
-    """Empties the caches of the functions in a module's package, before and after a pass.
+    """Empties the caches of the functions in the packages of a module and of its submodules, before and after a pass.
 
     DINOv3 caches the positions of its patches by their nominal dtype. Without this, a pass in float32 would read the
     positions that a pass in float64 without casts left there, and the reverse.
@@ -61,16 +61,18 @@ def forgetting(module: torch.nn.Module) -> Iterator[None]:
     Args:
       module: the module.
     """
-    package = type(module).__module__.partition(".")[0]
-    _forget(package)
+    # A person's own class may hold a model of transformers.
+    packages = {type(part).__module__.partition(".")[0] for part in module.modules()}
+    _forget(packages)
     try:
         yield
     finally:
-        _forget(package)
+        _forget(packages)
 
 
-def _forget(package: str) -> None:
-    for name in [name for name in sys.modules if name.startswith(f"{package}.models.")]:
+def _forget(packages: Collection[str]) -> None:
+    models = tuple(f"{package}.models." for package in packages)
+    for name in [name for name in sys.modules if name.startswith(models)]:
         for cached in _caches_of(name):
             cached.cache_clear()
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from numpy.typing import NDArray
 
-from vit_ref.verify.compare.forward import require_finite
+from vit_ref.verify.compare.forward import require_finite, require_finite_truth
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
@@ -53,7 +53,8 @@ def compare_backward(
     Raises:
       UnsupportedByReferenceError: the reference has no backward pass.
       UndifferentiableError: the candidate has no backward pass.
-      ReferenceOverflowError: the formulas agree, but the reference is not finite in the tested precision.
+      ReferenceOverflowError: the reference is not finite in float64; or the formulas agree, but it is not finite in
+        the tested precision.
     """
     pooled = Pooled(problem.gradients, precision.dtype, reference.foreign)
     comparison = Comparison(problem, reference, candidate, precision, explainer)
@@ -157,7 +158,9 @@ class Comparison:
     ) -> tuple[dict[str, NDArray], dict[str, Truth]]:
         found = gradients(objective).named()
         require_float64(found, self._reference)
-        return found, truths_of(found)
+        truths = truths_of(found)
+        require_finite_truth(truths, self._reference)
+        return found, truths
 
 
 def gradients_report(

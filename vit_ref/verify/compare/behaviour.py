@@ -19,18 +19,21 @@ from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.results import Behaviour
 
 
-def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> tuple[Behaviour, ...]:
+def check_behaviour(
+    candidate: Runnable, inputs: Inputs, *, by_row: bool = True, progress: Progress = silent
+) -> tuple[Behaviour, ...]:
     """Runs a candidate in float64 in several ways, which must agree to within the semantic gate.
 
     Args:
       candidate: the candidate.
       inputs: see `Problem.inputs`. The check "batch" needs at least two rows.
+      by_row: whether a row must give the same output alone as in the batch. False leaves out the check "batch".
       progress: gets a description of each next step.
     """
     progress(f"{candidate.name}: the same each time, alone, compiled")
-    first, last = (take_rows(inputs, rows) for rows in (slice(1), slice(-1, None)))
+    first, last = ([take_rows(inputs, rows)] if by_row else [] for rows in (slice(1), slice(-1, None)))
     # These are copies, because a candidate that writes into its inputs would change the next run too.
-    given = [copy_inputs(each) for each in (inputs, inputs, first, last)]
+    given = [copy_inputs(each) for each in (inputs, inputs, *first, *last)]
     jit = True
     try:
         try:
@@ -41,8 +44,8 @@ def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress =
             return (Behaviour("untapped", None, f"without a tap {error}"),)
         if candidate.compiles:
             # In this order, a pass that returns what the previous pass left over gives a wrong output.
-            eager = candidate.outputs([first, inputs, last], FLOAT64, jit=False)
-            own = _behaviour("jit", [alone[0], together, alone[1]], eager, _JIT)
+            eager = candidate.outputs([*first, inputs, *last], FLOAT64, jit=False)
+            own = _behaviour("jit", [*alone[:1], together, *alone[1:]], eager, _JIT)
         else:
             own = Behaviour("inputs", None, "" if is_same(given[0], inputs) else _INPUTS)
     except jax.errors.JAXTypeError as error:
@@ -50,15 +53,15 @@ def check_behaviour(candidate: Runnable, inputs: Inputs, *, progress: Progress =
         own, jit = Behaviour("jit", None, reason), False
         together, again, *alone = candidate.outputs(given, FLOAT64, jit=False)
     repeat = _behaviour("repeat", [together], [again], _REPEAT)
-    batch = _behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)
+    batch = [_behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)] if by_row else []
     if not repeat.passed:
-        return repeat, batch, own
+        return repeat, *batch, own
     # A tap may keep the candidate from another path, such as fused attention. Users run that path.
     tapped = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=jit, tap=passing)
-    return repeat, batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
+    return repeat, *batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
 
 
-def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> None:
+def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> NDArray:
     """Checks that two runs of a candidate on the same inputs give the same output, and one value at each site.
 
     It comes before all other checks. They would fail for a candidate with live dropout, and hide that reason. A site
@@ -68,6 +71,9 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
       candidate: the candidate.
       inputs: see `Problem.inputs`.
       progress: gets a description of each next step.
+
+    Returns:
+      The output in float64.
 
     Raises:
       InputError: the two outputs differ, a site has several values in one pass, or the candidate cannot be run.
@@ -97,6 +103,7 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
     repeat = _behaviour("repeat", [once], [again], _REPEAT)
     if not repeat.passed:
         raise InputError(f"{candidate.name}: {repeat.reason} (relative RMS {repeat.error:.1e})")
+    return once
 
 
 # The error of a sum of some thousand products that were rounded to float32.

@@ -34,6 +34,17 @@ def require_finite(reference_errors: Mapping[str, Error], name: str, precision: 
         )
 
 
+def require_finite_truth(truths: Mapping[str, Truth], name: str) -> None:
+    """Raises `ReferenceOverflowError` if the reference is not finite in float64: nothing can be compared then."""
+    beyond = [what for what, truth in truths.items() if not truth.finite]
+    if beyond:
+        raise ReferenceOverflowError(
+            f"{name} itself is not finite in float64 at {len(beyond)} of {len(truths)} places, first {{place}}: give"
+            " inputs for which it is, or compare at other places",
+            beyond[0],
+        )
+
+
 def require_agreement(oracles: Mapping[str, Error], reference: str, oracle: str) -> None:
     """Checks that reference and oracle agree to within the semantic gate.
 
@@ -101,7 +112,8 @@ def compare_forward(
     Raises:
       TruncatedError: reference or oracle did not compute in float64, or the candidate did nowhere.
       OraclesDifferError: reference and oracle do not agree.
-      ReferenceOverflowError: the formulas agree, but the reference is not finite in that precision.
+      ReferenceOverflowError: the reference is not finite in float64; or the formulas agree, but it is not finite in
+        that precision.
     """
     inputs, names = problem.inputs, problem.names
     # NumPy multiplies while the reference is traced and compiled.
@@ -114,6 +126,7 @@ def compare_forward(
 
     # A trace of a real model takes a gigabyte. So only this one is kept; of the others only the errors are.
     truths = {site: Truth(truth[site]) for site in names}
+    require_finite_truth(truths, reference.name)
 
     def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
         progress("each block alone")

@@ -12,7 +12,7 @@ import jax
 from vit_ref.errors import CandidateError
 from vit_ref.verify.candidates.declaration import Mapped
 from vit_ref.verify.candidates.outline import Shape
-from vit_ref.verify.candidates.table import Table, counted, elements
+from vit_ref.verify.candidates.table import EveryPath, Table, claimed, counted, elements
 from vit_ref.verify.compare.inputs import Inputs, is_float
 from vit_ref.verify.compare.trace import Tap
 from vit_ref.verify.pairs.outline import OUTPUT, DeclaredOutline
@@ -86,6 +86,10 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
         reference.tables = lambda inputs: reference._table(table, inputs)
         reference.outputs([inputs], FLOAT64, jit=False, tap=keep)
         found = {site: shape for site, shape in shapes.items() if site != OUTPUT}
+        for site in sorted(claimed(table, Blank(), AnyShape()) - shapes.keys()):
+            raise CandidateError(
+                f"sites: {site!r} has no value: its submodule is not called, or is in a jit or a scan: remove its line"
+            )
     parameters = {name: value.shape for name, value in reference.parameters().items()}
     outline = DeclaredOutline(found, shapes[OUTPUT], parameters)
     return Discovery(outline, table, () if given else tuple(sorted(recorder.repeated)))
@@ -104,7 +108,7 @@ class SiteRecorder(Table):
 
     def __init__(self) -> None:
         super().__init__({}, Blank(), None, lambda function, value: (value, function))
-        self.paths = _Every()
+        self.paths = EveryPath()
         self.found: dict[str, Shape] = {}
         self.keys: dict[str, str] = {}
         self.repeated: set[str] = set()
@@ -145,16 +149,6 @@ class SiteRecorder(Table):
         self.keys[site] = key
 
 
-class _Every(frozenset[str]):
-    """The paths of a table that contains every path, but lists none that a reference could lack."""
-
-    def __contains__(self, path: object) -> bool:
-        return True
-
-    def __and__(self, paths: Set[Any]) -> frozenset[str]:
-        return frozenset(paths)
-
-
 def _is_float(value: Any) -> bool:
     return bool(value.is_floating_point()) if hasattr(value, "is_floating_point") else is_float(value)
 
@@ -169,10 +163,12 @@ def counted_out(given: Mapped, paths: Set[str]) -> dict[str, Any]:
     Raises:
       CandidateError: `{i}` stands for no number.
     """
+    if not isinstance(given, Mapping):
+        return given  # `bind` refuses it
     outline = Blank()
     table: dict[str, Any] = {}
     for key, targets in given.items():
-        if "{i}" not in key:
+        if not isinstance(key, str) or "{i}" not in key:
             table[key] = targets
             continue
         path = re.split(r"[:\[]", key)[0]
@@ -187,6 +183,6 @@ def counted_out(given: Mapped, paths: Set[str]) -> dict[str, Any]:
 def _numbered(targets: Any, i: int) -> Any:
     if isinstance(targets, str):
         return targets.replace("{i}", str(i))
-    if isinstance(targets, tuple):
+    if isinstance(targets, tuple) and targets:
         return (_numbered(targets[0], i), *targets[1:])
-    return [_numbered(target, i) for target in targets]
+    return [_numbered(target, i) for target in targets] if isinstance(targets, list) else targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, 
     """
     if isinstance(given, Mapping):
         where, arrays = "inputs", dict(given)
-    elif given is not None:
+    elif isinstance(given, (str, os.PathLike)):
         where, arrays = str(given), _read(Path(given))
-    else:
+    elif given is None:
         where, arrays = f"{reference.name}: inputs({seed})", _made(reference, seed)
+    else:
+        raise InputError(f"inputs is a {type(given).__name__}: give a mapping from names to arrays, or an .npz file")
     if not arrays:
         raise InputError(f"{where}: it has no array: give at least one by name")
-    found = {str(name): np.asarray(value) for name, value in arrays.items()}
+    found = {str(name): _array(value, f"{where}: {name!r}") for name, value in arrays.items()}
     for name, value in found.items():
         if value.dtype.kind not in "fiub":
             raise InputError(f"{where}: {name!r} has dtype {value.dtype}: give floats, integers or booleans")
@@ -48,13 +51,34 @@ def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, 
             raise InputError(f"{where}: {name!r} has NaN in it: give numbers")
     if not next(iter(found.values())).ndim:
         raise InputError(f"{where}: {next(iter(found))!r} is a single number: give it an axis for the batch")
-    return cast_floats(found)
+    with np.errstate(over="ignore"):
+        cast = cast_floats(found)
+    for name, value in cast.items():
+        if value.dtype.kind == "f" and (np.isinf(value) & np.isfinite(found[name])).any():
+            raise InputError(f"{where}: {name!r} has numbers too large for float32: give smaller ones")
+    return cast
 
 
 def random_inputs(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, NDArray]:
-    """Returns normal random numbers in the given shapes."""
+    """Returns normal random numbers in the given shapes.
+
+    Raises:
+      InputError: they do not fit into memory.
+    """
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    try:
+        return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    except (MemoryError, ValueError) as error:
+        raise InputError(
+            f"inputs of the shapes {shapes} cannot be made ({first_line(error)}): make them smaller"
+        ) from None
+
+
+def _array(value: Any, what: str) -> NDArray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{what} is no array ({first_line(error)}): give a NumPy array") from None
 
 
 def _read(path: Path) -> dict[str, NDArray]:
@@ -68,7 +92,8 @@ def _read(path: Path) -> dict[str, NDArray]:
             return {name: file[name] for name in file.files}
     except InputError:
         raise
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    # The last two: a compressed member that is damaged, and one that is encrypted.
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
         raise InputError(f"{path}: it cannot be read ({first_line(error)}): write it with np.savez") from None
 
 

@@ -29,7 +29,8 @@ class DeclaredOutline:
     takes_first = True
 
     def __init__(self, sites: Mapping[str, Shape], output: Shape, parameters: Mapping[str, Shape]):
-        self._sites = {**sites, OUTPUT: output}
+        # A submodule may have the output's name, but is no site then.
+        self._sites = {**{site: shape for site, shape in sites.items() if site != OUTPUT}, OUTPUT: output}
         self._parameters = parameters
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
@@ -38,7 +39,7 @@ class DeclaredOutline:
 
     def only(self, sites: Container[str]) -> DeclaredOutline:
         """Returns the outline with these sites and the output only."""
-        kept = {site: shape for site, shape in self._sites.items() if site in sites and site != OUTPUT}
+        kept = {site: shape for site, shape in self._sites.items() if site in sites}
         return DeclaredOutline(kept, self._sites[OUTPUT], self._parameters)
 
     def parameters(self) -> Mapping[str, Shape]:

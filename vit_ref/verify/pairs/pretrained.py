@@ -25,7 +25,9 @@ def load(checkpoint: Path | None) -> Any:
     Raises:
       CheckpointError: there is no such directory, or transformers cannot load it.
     """
-    if checkpoint is None or not (checkpoint / "config.json").is_file():
+    if checkpoint is None:
+        raise CheckpointError("no checkpoint is given: give --checkpoint a directory of transformers")
+    if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint}: it has no config.json: give --checkpoint a directory of transformers")
     import transformers
 

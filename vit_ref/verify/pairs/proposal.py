@@ -89,7 +89,7 @@ class PairProposal:
         if self.unshown:
             yield f"# Sites that nothing equals: {', '.join(self.unshown)}"
         if self.unused:
-            yield f"# Of the candidate, and equal to no site: {', '.join(self.unused)}"
+            yield f"# Values of the candidate that equal no site: {', '.join(self.unused)}"
 
 
 def propose(

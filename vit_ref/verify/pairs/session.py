@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import InputError
+from vit_ref.errors import CandidateError, InputError, UnjudgedError
 from vit_ref.verify.candidates.declaration import Candidate, takes
 from vit_ref.verify.candidates.feeding import name_input
-from vit_ref.verify.candidates.jax_candidate import JaxCandidate
 from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
 from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
-from vit_ref.verify.compare.inputs import copy_inputs, is_float
+from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float, take_rows
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.trace import Progress, passing, silent
+from vit_ref.verify.gates import error
 from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.pairs.discovery import Blank, discover
 from vit_ref.verify.pairs.explainer import PairExplainer
@@ -34,7 +35,13 @@ from vit_ref.verify.pairs.given import Given as GivenInputs
 from vit_ref.verify.pairs.given import find_inputs
 from vit_ref.verify.pairs.outline import OUTPUT
 from vit_ref.verify.pairs.parameters import match_parameters
-from vit_ref.verify.pairs.truth import note_constants, require_same_attention
+from vit_ref.verify.pairs.truth import (
+    digest_of,
+    note_constants,
+    require_same_attention,
+    require_same_weights,
+    require_unchanged,
+)
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
@@ -60,11 +67,13 @@ def compare(
 ) -> CandidateReport:
     """Compares a candidate with a reference, in any framework each, at every site that both show.
 
-    The reference is the only truth, because no oracle knows what it computes. Three things about it are checked:
+    The reference is the only truth, because no oracle knows what it computes. It is refused in these cases:
 
-    - It gives the same output in each run.
-    - It computes in float64.
-    - Its implementations of attention agree.
+    - Two runs on the same inputs give different outputs.
+    - It has other weights when it is loaded again.
+    - It does not compute in float64.
+    - It is not finite in float64.
+    - Its implementations of attention differ.
 
     Args:
       reference: a `Reference`; a function; or "FILE.py" or "module:attribute", which holds one of these.
@@ -81,6 +90,7 @@ def compare(
       Every check with its status. `report.passed` is the verdict.
 
     Raises:
+      UnjudgedError: the reference cannot decide, for example because it is not finite.
       PartlyJudgedError: nothing failed forward, but the gradients cannot be checked.
       InputError: a side, the inputs or an expectation cannot be used.
     """
@@ -121,14 +131,29 @@ class PairSession(Judgement):
                 raise InputError(f"{side.name}: channels_first belongs to verify: move the axes in adapt=")
         self.inputs = find_inputs(declared, inputs, seed)
         progress(f"loading {declared.name}")
-        loaded = self._load(declared)
+        loaded = load_in_float64(declared, self._path)
         plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
         progress(f"{declared.name}: finding its sites")
-        self.found = discover(plain, declared.sites, self.inputs)
+        with naming(declared.name):
+            self.found = discover(plain, declared.sites, self.inputs)
         declared = dataclasses.replace(declared, sites=self.found.table)
         # This one is observed at all sites. The candidate may show only some of them.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
-        require_repeatable(self.whole, self.inputs, progress=progress)
+        output = require_repeatable(self.whole, self.inputs, progress=progress)
+        if not output.any():
+            raise UnjudgedError(
+                f"{declared.name}: its {{place}} is zero everywhere, which tells nothing: give other inputs", OUTPUT
+            )
+        self.not_behaviour = self._not_by_row(declared, loaded, output)
+        parameters = self.whole.parameters()
+        self._digest = digest_of(parameters)
+        if takes(declared.load, "dtype") or not is_torch(loaded):
+            with self.precision.active():
+                again = load(declared, self._path, self.precision.dtype)
+            rounded = self._implementation(declared, self.found.outline, again).parameters()
+            require_same_weights(declared.name, parameters, rounded, self.precision.dtype)
+            del again, rounded
+        del parameters
         self.explainer = PairExplainer(self.whole, self.inputs, list(self.found.outline.shapes(self.inputs)))
         attention = ""
         if getattr(declared, "attention", True):
@@ -138,39 +163,48 @@ class PairSession(Judgement):
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
-        self.candidate = self._candidate(judged)
+        with naming(judged.name):
+            self.candidate = self._candidate(judged, loaded)
+            claims = self._shown(judged)
         # This one keeps only the sites that the candidate shows. All sites take as much memory as a backward pass.
-        claims = self._shown(judged)
-        shared = {key: target for key, target in self.found.table.items() if _destinations(target) & claims}
+        shared = {key: kept for key, target in self.found.table.items() if (kept := _only(target, claims))}
         self.reference = self._implementation(
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
-        require_repeatable(self.candidate, self.inputs, progress=progress)
+        with naming(judged.name):
+            require_repeatable(self.candidate, self.inputs, progress=progress)
+        now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
+        require_unchanged(judged.name, (self._digest, output), now)
         self.title = self.origin.name if title is None else title
-
-    def _load(self, declaration: Candidate) -> Any:
-        with FLOAT64.active():
-            return load(declaration, self._path, np.float64)
 
     def _implementation(self, declaration: Candidate, outline: Outline, loaded: Any, role: str = "candidate") -> Any:
         """Returns the engine's view of the model that a loader returned."""
-        if is_torch(loaded):
-            from vit_ref.verify.candidates.torch_candidate import TorchCandidate
-
-            made: Any = TorchCandidate(declaration, outline, self._path, loaded)
-        else:
-            made = JaxCandidate(declaration, outline, self._path, loaded)
+        made = implement(declaration, outline, self._path, loaded)
         made.role = role
         return made
 
-    def _output_of(self, declaration: Candidate, loaded: Any) -> NDArray:
+    def _output_of(self, declaration: Candidate, loaded: Any, rows: slice = slice(None)) -> NDArray:
         """Returns the float64 output of a model that the reference's loader returned."""
         run = self._implementation(dataclasses.replace(declaration, sites={}), self.found.outline, loaded)
-        (output,) = run.outputs([copy_inputs(self.inputs)], FLOAT64, jit=False, tap=passing)
+        inputs = self.inputs if rows == slice(None) else take_rows(self.inputs, rows)
+        (output,) = run.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=passing)
         return np.asarray(output)
 
-    def _candidate(self, declaration: Candidate) -> Any:
-        loaded = self._load(declaration)
+    def _not_by_row(self, declaration: Candidate, loaded: Any, output: NDArray) -> str:
+        """Returns why a row may give another output alone than in its batch; "" if it must give the same."""
+        if count_rows(self.inputs) < 2:
+            return "in a batch: the inputs have one row"
+        try:
+            alone = self._output_of(declaration, loaded, slice(1))
+        except InputError:
+            return "in a batch: the reference cannot run on one row"
+        same = error(alone, output[:1]).passes_semantic_gate
+        return "" if same else "in a batch: a row of the reference's own output depends on the others"
+
+    def _candidate(self, declaration: Candidate, reference: Any) -> Any:
+        loaded = load_in_float64(declaration, self._path)
+        if loaded is reference:
+            raise CandidateError(f"{declaration.name}: load() returns the reference itself: make another model of it")
         outline = self.found.outline
         if declaration.parameters is None:
             bare = self._implementation(dataclasses.replace(declaration, sites={}), outline, loaded)
@@ -197,11 +231,7 @@ class PairSession(Judgement):
         """The checkpoint's name and the digest of its weights; without a checkpoint, of the reference's parameters."""
         if self._path is not None:
             return find_origin_of(self._path)
-        digest = hashlib.sha256()
-        for name, value in sorted(self.reference.parameters().items()):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
-        return Origin(f"{self.reference.name}'s own weights", "", digest.hexdigest(), None)
+        return Origin(f"{self.reference.name}'s own weights", "", self._digest, None)
 
     @property
     def problem(self) -> Problem:
@@ -247,7 +277,7 @@ class PairSession(Judgement):
 
     def behaviour(self) -> tuple[Behaviour, ...]:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
-        return check_behaviour(self.candidate, self.inputs, progress=self.progress)
+        return check_behaviour(self.candidate, self.inputs, by_row=not self.not_behaviour, progress=self.progress)
 
     def given(self) -> dict[str, NDArray]:
         """Implements `Judgement.given`."""
@@ -266,7 +296,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _destinations(target: Any) -> set[str]:
-    """Returns the sites in one line of a table."""
+def _only(target: Any, sites: frozenset[str]) -> list[Any]:
+    """Returns the targets in one line of a table that are among these sites."""
     several = target if isinstance(target, list) else [target]
-    return {each if isinstance(each, str) else each[0] for each in several}
+    return [each for each in several if (each if isinstance(each, str) else each[0]) in sites]
+
+
+@contextlib.contextmanager
+def naming(side: str) -> Iterator[None]:
+    """Names the side in the errors of its table, because both sides have a table."""
+    try:
+        yield
+    except CandidateError as found:
+        if not str(found).startswith(("sites:", "parameters:")):
+            raise
+        raise CandidateError(f"{side}: {found}") from found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Any
 
 import jax
@@ -10,18 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.verify.candidates.outline import Outline
-from vit_ref.verify.candidates.table import Table, counted, elements
+from vit_ref.verify.candidates.table import EveryPath, Table, counted, elements
 from vit_ref.verify.compare.trace import Tap
-
-
-class _Every(frozenset[str]):
-    """The paths of a table that asks for every value: it contains any path, but lists none that could be missing."""
-
-    def __contains__(self, path: object) -> bool:
-        return True
-
-    def __and__(self, paths: Set[Any]) -> frozenset[str]:
-        return frozenset(paths)
 
 
 class Recorder(Table):
@@ -34,7 +23,7 @@ class Recorder(Table):
 
     def __init__(self, outline: Outline, inputs: Any):
         super().__init__({}, outline, inputs, lambda function, value: (value, function))
-        self.paths = _Every()
+        self.paths = EveryPath()
         # In the order of the computation.
         self.values: dict[str, NDArray] = {}
         # Paths that were met more than once, such as a shared module's: a table cannot tell one time from another.

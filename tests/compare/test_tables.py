@@ -1,0 +1,64 @@
+"""Is a table that does not fit refused in one line, which says whose it is?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vit_ref
+from vit_ref.errors import InputError
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+pytestmark = pytest.mark.torch
+
+
+class Model(torch.nn.Module):
+    """Two layers that run, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.output, self.last, self.aux = torch.nn.Linear(3, 6), torch.nn.Linear(6, 2), torch.nn.Linear(3, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(torch.tanh(self.output(x)))
+
+
+def compared(theirs: Any, ours: Any) -> Any:
+    x = {"x": np.random.default_rng(0).normal(size=(4, 3))}
+    return vit_ref.compare(
+        vit_ref.Reference(load=lambda checkpoint: Model(), sites=theirs, name="theirs"),
+        vit_ref.Candidate(load=lambda checkpoint: Model(), sites=ours, name="ours"),
+        inputs=x,
+        backward=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (["last"], {}, r"^theirs: sites: a list: give a dict"),
+        ({3: "last"}, {}, r"^theirs: sites: 3: 'last' cannot be read"),
+        ({"last": None}, {}, r"^theirs: sites: 'last': None cannot be read"),
+        ({"lost": "last"}, {}, r"^theirs: sites: it has no submodule 'lost'.*did you mean 'last'"),
+        ({"aux": "aux", "last": "last"}, {}, r"^theirs: sites: 'aux' has no value: its submodule is not called"),
+        (None, ["last"], r"^ours: sites: a list: give a dict"),
+        (None, {"last": "lost"}, r"^ours: sites: 'last': 'lost' is none of this model's; did you mean 'last'"),
+        (None, {"lost": "last"}, r"^ours: sites: it has no submodule 'lost'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(theirs: Any, ours: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compared(theirs, ours)
+
+
+def test_a_candidate_may_show_some_of_the_sites_in_one_line_of_the_references_table() -> None:
+    theirs = {"output": [("left", lambda x: x[..., :3]), ("right", lambda x: x[..., 3:])]}
+    report = compared(theirs, {"output": ("left", lambda x: x[..., :3])})
+    assert report.passed and [result.site for result in report.forward.results] == ["left", "output"]
+
+
+def test_a_submodule_with_the_outputs_name_is_no_site() -> None:
+    assert compared(None, {"last": "last"}).forward.order == ("last", "output")

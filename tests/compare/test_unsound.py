@@ -1,0 +1,148 @@
+"""Is a comparison refused that could prove nothing, whatever its numbers say?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_ref
+from vit_ref.errors import InputError, PartlyJudgedError, UnjudgedError
+from vit_ref.verify.report import summary
+
+RNG = np.random.default_rng(0)
+WEIGHTS = {"first": RNG.normal(size=(3, 5)).astype("f4"), "second": RNG.normal(size=(5, 2)).astype("f4")}
+
+
+def loader(act: Callable[[Any], Any] = jnp.tanh) -> Callable[..., Any]:
+    def forward(w: Any, x: Any, tap: Any = lambda name, value: value) -> Any:
+        return tap("last", act(tap("hidden", x @ w["first"])) @ w["second"])
+
+    return lambda checkpoint: (forward, {name: value.copy() for name, value in WEIGHTS.items()})
+
+
+def inputs(seed: int) -> dict[str, Any]:
+    return {"x": np.random.default_rng(seed).normal(size=(4, 3))}
+
+
+def compared(reference: Any, candidate: Any, **options: Any) -> Any:
+    sides = vit_ref.Reference(load=reference, inputs=inputs), vit_ref.Candidate(load=candidate)
+    return vit_ref.compare(*sides, **{"backward": False, **options})
+
+
+def coarse(checkpoint: Any, reference: Any) -> Any:
+    """The right formula, which rounds to bfloat16 below float64."""
+
+    def forward(w: Any, x: Any) -> Any:
+        hidden = x @ w["first"]
+        hidden = hidden.astype(jnp.bfloat16).astype(x.dtype) if x.dtype == jnp.float32 else hidden
+        return jnp.tanh(hidden) @ w["second"]
+
+    return forward, reference[1]
+
+
+def test_a_reference_with_other_weights_each_time_is_refused() -> None:
+    """Its error in float32 is that of other weights, and allows the candidate any."""
+    assert not compared(loader(), coarse).passed
+
+    def drawn(checkpoint: Any) -> Any:
+        rng = np.random.default_rng()
+        return loader()(None)[0], {name: rng.normal(size=x.shape).astype("f4") for name, x in WEIGHTS.items()}
+
+    with pytest.raises(InputError, match=r"reference: load\(\) gives other weights in float32 than in float64, first"):
+        compared(drawn, coarse)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_rounded_to_the_dtype_are_the_same(precision: str) -> None:
+    def rounded(checkpoint: Any, dtype: Any) -> Any:
+        return loader()(None)[0], {name: jnp.asarray(value, dtype) for name, value in WEIGHTS.items()}
+
+    assert compared(rounded, loader(), precision=precision).passed
+
+
+def test_a_candidate_that_changes_the_references_parameters_is_refused() -> None:
+    def scaling(checkpoint: Any, reference: Any) -> Any:
+        forward, weights = reference
+        weights["first"] *= 3
+        return forward, dict(weights)
+
+    with pytest.raises(InputError, match=r"candidate: it changes the reference, its parameters: copy what load\(\)"):
+        compared(loader(), scaling)
+
+
+def test_a_candidate_that_replaces_what_the_reference_calls_is_refused() -> None:
+    shared = {"act": jnp.tanh}
+
+    def replacing(checkpoint: Any) -> Any:
+        shared["act"] = jnp.sin
+        return loader(lambda x: shared["act"](x))(None)
+
+    with pytest.raises(InputError, match="candidate: it changes the reference, its output"):
+        compared(loader(lambda x: shared["act"](x)), replacing)
+
+
+def test_the_reference_itself_is_no_candidate() -> None:
+    with pytest.raises(InputError, match=r"candidate: load\(\) returns the reference itself"):
+        compared(loader(), lambda checkpoint, reference: reference)
+
+
+@pytest.mark.parametrize("act", [jnp.log, lambda x: jnp.where(x > 0, x, -jnp.inf)], ids=["NaN", "infinite"])
+def test_a_reference_that_is_not_finite_is_refused(act: Any) -> None:
+    """The candidate would be called wrong, though it computes the same."""
+    with pytest.raises(UnjudgedError, match=r"reference itself is not finite in float64 at 2 of 3 places, first last"):
+        compared(loader(act), loader(act))
+
+
+def test_a_reference_whose_gradients_are_not_finite_is_refused() -> None:
+
+    def act(x: Any) -> Any:
+        return 1 + jnp.sqrt(jnp.abs(x))
+
+    rows = np.array([[0, 0, 0], [1, 2, 3]])
+    with pytest.raises(PartlyJudgedError, match=r"reference itself is not finite in float64 at \d of 6 places"):
+        compared(loader(act), loader(act), inputs={"x": rows.astype("f4")}, backward=True)
+
+
+def test_an_output_of_zeros_is_refused() -> None:
+    """The candidate has no activation, and nothing shows it."""
+    with pytest.raises(UnjudgedError, match="reference: its output is zero everywhere"):
+        compared(loader(), loader(lambda x: x), inputs={"x": np.zeros((4, 3))})
+
+
+def matched(checkpoint: Any) -> Any:
+    """As CLIP scores each image with each text of the batch."""
+    return lambda w, x: (x @ w["first"]) @ (x[:, ::-1] @ w["first"]).T, WEIGHTS
+
+
+def batch_last(checkpoint: Any) -> Any:
+    return lambda w, x: (x @ w["first"]).T, WEIGHTS
+
+
+def whole(checkpoint: Any) -> Any:
+    return lambda w, x: x.reshape(4, 3) @ w["first"], WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        (matched, "a row of the reference's own output depends on the others"),
+        (batch_last, "a row of the reference's own output depends on the others"),
+        (whole, "the reference cannot run on one row"),
+    ],
+)
+def test_rows_that_depend_on_each_other_in_the_reference_may_in_the_candidate(load: Any, reason: str) -> None:
+    report = compared(load, load)
+    assert report.passed
+    assert {check.name: check.reason for check in report.checks}["behaviour/batch"] == f"in a batch: {reason}"
+
+
+def test_of_one_row_nothing_is_known_of_batches() -> None:
+    one = {"x": RNG.normal(size=(1, 3))}
+    report = compared(loader(), loader(), inputs=one)
+    assert "batch" not in [each.name for each in report.behaviour]
+    assert {check.name: check.status for check in report.checks}["behaviour/batch"] == "not observed"
+    assert "behaviour (in a batch: the inputs have one row)" in " ".join(summary(report).split())
