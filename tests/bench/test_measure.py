@@ -303,7 +303,7 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(measure.CONTENDERS, "vit_ref", ready)
     said: list[str] = []
     list(session.time_workloads(["Ti/16"], [1], ["tensorfloat32"], ["forward"], ["vit_ref"], 2, said.append))
-    assert said == ["tensorfloat32: this run requires tensorfloat32 products, but cpu computes float32 products"]
+    assert said == ["tensorfloat32: products are float32 (asked tensorfloat32: this cpu rounds nothing)"]
 
 
 def test_the_own_model_is_timed_with_both_kinds_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
