@@ -421,7 +421,7 @@ def test_a_damaged_description_of_a_run_is_said(content: bytes, refused: Callabl
 @pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "timing.jsonl"])
 def test_a_directory_of_somebody_elses_is_left_alone(name: str, refused: Callable, runner: Runner) -> None:
     (runner.directory / f"has-{name}" / name).mkdir(parents=True)
-    assert f"{name} is there and would be overwritten" in refused(f"has-{name}")
+    assert f"{name}: it exists and would be overwritten" in refused(f"has-{name}")
     assert [path.name for path in (runner.directory / f"has-{name}").iterdir()] == [name]
 
 

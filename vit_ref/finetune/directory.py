@@ -23,8 +23,8 @@ def require_free(out: Path, *, resume: bool) -> None:
     """
     if os.path.lexists(out / RECIPE):
         if not resume:
-            raise InputError(f"{out}: there is a run in it: go on with --resume, or give another directory")
+            raise InputError(f"{out}: it holds a run already: continue with --resume, or give another directory")
         return
     for name in (CHECKPOINTS, MODEL, METRICS, TIMING):
         if os.path.lexists(out / name):
-            raise InputError(f"{out / name} is there and would be overwritten: give another directory")
+            raise InputError(f"{out / name}: it exists and would be overwritten: give another directory")
