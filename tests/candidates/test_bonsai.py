@@ -13,6 +13,7 @@ from vit_ref.model.sites import sites
 from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.loading import find
 from vit_ref.verify.candidates.table import claimed
+from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.report import summary
 from vit_ref.verify.session import check_port
@@ -22,7 +23,8 @@ CONFIG = CASES["rectangular"].config
 
 
 def test_the_table_names_every_site_but_probabilities_and_output() -> None:
-    named = claimed(find(EXAMPLE).sites, CONFIG)
+    outline = ViTOutline(CONFIG)
+    named = claimed(find(EXAMPLE).sites, outline, outline.shapes(outline.example))
     known = {site.name for site in sites(CONFIG, 1)}
     assert named <= known
     assert known - named == {"block.0.attn.probs", "block.1.attn.probs", "logits"}

@@ -176,7 +176,8 @@ def test_forward_findings_are_printed_without_gradients(
     for others in ([], ["--candidate", "another"]):
         ended = invoke("verify", "anywhere", "--candidate", "forward", *others)
         assert ended.exit_code == code
-        assert " ".join(ended.stdout.split()).startswith(" ".join(headline(forward.forward).split()))
+        names = "candidate forward: " if others else ""
+        assert " ".join(ended.stdout.split()).startswith(names + " ".join(headline(forward.forward).split()))
         assert "not observed: gradients (FlaxViT itself is not finite)" in " ".join(ended.stdout.split())
         assert ended.stderr == ("vit-ref: FlaxViT itself is not finite\n" if code == 2 else "")
     ended = invoke("verify", "anywhere", "--candidate", "forward", "--json", tmp_path / "a.json")
