@@ -274,7 +274,7 @@ def test_the_cause_is_above_the_plots_and_failed_tables_open() -> None:
                 "<title>failed: mine on tiny</title>",
                 "image 1 of 4",
                 "May begin earlier",
-                "Next step</dt><dd>check block.0.norm1",
+                "Next step</dt><dd>look for this cause in the candidate&#x27;s code that makes block.0.norm1",
             ],
         ),
         ("output alone is shown", ["Forward: 3 sites</h3><p>patches, embeddings, block.0.norm1</p>"]),
