@@ -28,3 +28,7 @@ def test_a_table_stops_where_a_wrong_candidate_diverges() -> None:
     proposal = propose(torch_side.reference(), sides.in_nnx(sides.tanh_gelu))
     assert [line.site for line in proposal.lines] == ["embed", "proj", "blocks.0.norm", "blocks.0.fc1"]
     assert proposal.unshown[0] == "blocks.0.act"
+    text, content = str(proposal), proposal.to_json()
+    assert "# Sites that nothing equals: blocks.0.act, " in text
+    assert content["unshown"] == list(proposal.unshown) and len(content["sites"]) == 4
+    assert not proposal.unused or f"equal no site: {', '.join(proposal.unused)}" in text

@@ -62,3 +62,53 @@ def test_a_candidate_may_show_some_of_the_sites_in_one_line_of_the_references_ta
 
 def test_a_submodule_with_the_outputs_name_is_no_site() -> None:
     assert compared(None, {"last": "last"}).forward.order == ("last", "output")
+
+
+class Stacked(torch.nn.Module):
+    """Two blocks whose activation is one module, which runs in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+        self.act = torch.nn.Tanh()
+
+    def forward(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = self.act(block(x))
+        return x
+
+
+def test_numbers_of_blocks_reach_each_form_of_a_line_and_repeated_modules_are_named() -> None:
+    def half(x: Any) -> Any:
+        return x[..., :1]
+
+    theirs = {"blocks.{i}": ["first.{i}", ("half.{i}", half)]}
+    report = vit_ref.compare(
+        vit_ref.Reference(load=lambda checkpoint: Stacked(), sites=theirs, name="theirs"),
+        vit_ref.Candidate(load=lambda checkpoint: Stacked(), sites={"blocks.{i}": "first.{i}"}, name="ours"),
+        inputs={"x": np.random.default_rng(0).normal(size=(4, 3))},
+        backward=False,
+    )
+    assert report.passed
+    assert [result.site for result in report.forward.results] == ["first.0", "first.1", "output"]
+    assert report.forward.unmapped == ("half.0", "half.1")
+
+
+def test_a_repeated_module_is_no_site_and_is_named() -> None:
+    report = vit_ref.compare(
+        vit_ref.Reference(load=lambda checkpoint: Stacked(), name="theirs"),
+        vit_ref.Candidate(load=lambda checkpoint: Stacked(), name="ours"),
+        inputs={"x": np.random.default_rng(0).normal(size=(4, 3))},
+        backward=False,
+    )
+    assert any("run more than once in a pass: act" in note for note in report.notes)
+
+
+def test_channels_first_belongs_to_verify() -> None:
+    with pytest.raises(InputError, match=r"^ours: channels_first belongs to verify: move the axes in adapt="):
+        vit_ref.compare(
+            vit_ref.Reference(load=lambda checkpoint: Model(), name="theirs"),
+            vit_ref.Candidate(load=lambda checkpoint: Model(), channels_first=True, name="ours"),
+            inputs={"x": np.zeros((4, 3))},
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 import vit_ref
 from tests.compare import sides
-from vit_ref.errors import InputError, UnjudgedError
+from vit_ref.errors import CheckpointError, InputError, UnjudgedError
+from vit_ref.verify.pairs import pretrained
 from vit_ref.verify.pairs.truth import note_constants, require_same_attention
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
@@ -110,3 +112,19 @@ def test_a_reference_with_live_dropout_is_refused() -> None:
 def test_constants_that_are_saved_are_weights() -> None:
     model = torch.nn.BatchNorm1d(3)
     assert note_constants(model) == "" == note_constants(object())
+
+
+@pytest.mark.parametrize("refusal", [ValueError("not supported"), ImportError("not installed"), None])
+def test_a_model_that_keeps_its_attention_is_compared_with_none(refusal: Exception | None) -> None:
+    class Keeping(Attending):
+        def set_attn_implementation(self, name: str) -> None:
+            if refusal is not None:
+                raise refusal
+
+    assert require_same_attention("theirs", Keeping(off=1.0), run) == ""
+
+
+def test_an_unknown_model_of_transformers_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(CheckpointError, match=r"transformers cannot load a model of model_type 'no-such-model'"):
+        pretrained.load(tmp_path)
