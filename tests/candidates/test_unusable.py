@@ -48,8 +48,16 @@ IMAGES = CASES["rectangular"].images()
         ("script.py", "raise SystemExit(0)", "script.py: importing it raised SystemExit: 0"),
         ("empty.py", "", r"empty.py: it has no 'candidate': name the candidate as .*empty.py:NAME"),
         ("named.py:other", "candidate = print", r"named.py: it has no 'other'"),
-        ("number.py", "candidate = 3", "number: it has the type int: give FILE.py or module:attr as text, a vit_ref.Candidate"),
-        ("cls.py", "class candidate: pass", "cls: it has the type type: give FILE.py or module:attr as text, a vit_ref.Candidate"),
+        (
+            "number.py",
+            "candidate = 3",
+            "number: it has the type int: give FILE.py or module:attr as text, a vit_ref.Candidate",
+        ),
+        (
+            "cls.py",
+            "class candidate: pass",
+            "cls: it has the type type: give FILE.py or module:attr as text, a vit_ref.Candidate",
+        ),
         ("vit_ref_absent.ports", None, "vit_ref_absent.ports: importing it raised ModuleNotFoundError"),
         ("not a module", None, "not a module: this is neither a Python file nor the name of a module"),
     ],
