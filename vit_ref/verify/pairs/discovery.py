@@ -157,6 +157,11 @@ def _path(site: str) -> str:
     return site.partition(":")[0]
 
 
+def submodule_of(key: str) -> str:
+    """Returns the path of a submodule, without what a key of a table picks from its values."""
+    return re.split(r"[:\[]", key)[0]
+
+
 def counted_out(given: Mapped, paths: Set[str]) -> dict[str, Any]:
     """Returns a reference's own table with a line for each number that `{i}` stands for.
 
@@ -171,7 +176,7 @@ def counted_out(given: Mapped, paths: Set[str]) -> dict[str, Any]:
         if not isinstance(key, str) or "{i}" not in key:
             table[key] = targets
             continue
-        path = re.split(r"[:\[]", key)[0]
+        path = submodule_of(key)
         numbers = tuple(outline.numbers(path, paths))
         if not numbers:
             raise CandidateError(f"sites: the reference has no submodule {path!r}")

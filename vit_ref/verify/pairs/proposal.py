@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vit_ref.verify.candidates.loading import find_declaration
 from vit_ref.verify.candidates.table import fitted
 from vit_ref.verify.gates import error
+from vit_ref.verify.pairs.discovery import submodule_of
 from vit_ref.verify.pairs.given import Given as GivenInputs
 from vit_ref.verify.pairs.outline import OUTPUT
 from vit_ref.verify.pairs.session import Given, PairSession
@@ -117,16 +118,16 @@ def propose(
     recorder = Recorder(session.found.outline, session.inputs)
     session.candidate.tables = lambda inputs: recorder
     session.candidate.outputs([session.inputs], FLOAT64, jit=False, tap=lambda site, value: value)
-    shown = {key: value for key, value in recorder.values.items() if _path(key) not in recorder.repeated}
+    shown = {key: value for key, value in recorder.values.items() if submodule_of(key) not in recorder.repeated}
     wanted = session.whole.trace(session.inputs, FLOAT64)
     lines = [line for site in session.found.outline.shapes(session.inputs) for line in _lines(site, wanted, shown)]
-    matched, used = {line.site for line in lines}, {_path(line.key) for line in lines}
+    matched, used = {line.site for line in lines}, {submodule_of(line.key) for line in lines}
     return PairProposal(
         session.candidate.name,
         session.reference.name,
         tuple(_numbered(lines)),
         tuple(site for site in wanted if site not in matched and site != OUTPUT),
-        tuple(key for key in shown if _path(key) not in used and ":" not in key),
+        tuple(key for key in shown if submodule_of(key) not in used and ":" not in key),
     )
 
 
@@ -184,10 +185,6 @@ def _template(name: str) -> str:
 def _number(name: str) -> str:
     found = _NUMBER.search(name)
     return found[0] if found else ""
-
-
-def _path(key: str) -> str:
-    return re.split(r"[:\[]", key)[0]
 
 
 def _target(line: Line) -> str:
