@@ -378,7 +378,7 @@ def test_an_earlier_run_is_found_before_jax_is_imported(tmp_path: Path) -> None:
         "finally:\n    print({'jax', 'flax', 'numpy'} & set(sys.modules))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    line = f"vit-ref: {tmp_path}: there is a run in it: go on with --resume, or give another directory\n"
+    line = f"vit-ref: {tmp_path}: it holds a run already: continue with --resume, or give another directory\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "set()\n", line)
 
 

@@ -215,7 +215,7 @@ def test_the_first_non_finite_element_is_reported_with_its_place() -> None:
     kernel[1, 2], kernel[3, 0], kernel[4, 4] = -np.inf, np.nan, np.inf
     with pytest.raises(MappingError) as caught:
         mapping.port(source, CONFIG, layouts.HF)
-    assert caught.value.faults == (Fault("not finite", "classifier.weight", "-inf at (1, 2)"),)
+    assert caught.value.faults == (Fault("not finite", "classifier.weight", "it has -inf at (1, 2)"),)
 
 
 @each_layout

@@ -122,7 +122,7 @@ MUTANTS = (
         inject=_truncated,
         # The first site in alphabetical order, in which jax returns a dictionary.
         first_site="block.0.attn.context",
-        says="sites are not, first {site}: float32",
+        says="sites do not, first {site}: float32",
     ),
     Mutant(
         name="bfloat16-in-float32-alone",
