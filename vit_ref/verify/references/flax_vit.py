@@ -177,7 +177,7 @@ class FlaxViTReference:
         from transformers.models.vit import modeling_flax_vit
 
         heads = (self.config.num_attention_heads, self.config.head_dim)
-        weights = modeling_flax_vit.dot_product_attention_weights  # type: ignore[attr-defined]
+        weights = modeling_flax_vit.dot_product_attention_weights
         block = ""
         stream = None
 
