@@ -211,3 +211,15 @@ def test_a_value_inside_a_jit_of_the_candidates_own_is_not_hashed() -> None:
 
     one = implement(vit_ref.Candidate(load=load, sites=None, name="mine"), Blank(), None, load(None))
     assert require_repeatable(one, inputs(0)).shape == (4, 5)
+
+
+def test_a_site_that_the_reference_shows_in_float64_alone_is_one_line() -> None:
+    def load(checkpoint: Any) -> Any:
+        def forward(w: Any, x: Any, tap: Any = lambda name, value: value) -> Any:
+            hidden = x @ w["first"]
+            return tap("last", (tap("hidden", hidden) if x.dtype == jnp.float64 else hidden) @ w["second"])
+
+        return forward, WEIGHTS
+
+    with pytest.raises(UnjudgedError, match=r"^reference shows no hidden in float32, so nothing can be compared there"):
+        compared(load, loader(lambda x: x))

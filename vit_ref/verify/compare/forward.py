@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 
-from vit_ref.errors import OraclesDifferError, ReferenceOverflowError
+from vit_ref.errors import OraclesDifferError, ReferenceOverflowError, UnjudgedError
 from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, beside, require_float64, silent, widened
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
@@ -42,6 +42,17 @@ def require_finite_truth(truths: Mapping[str, Truth], name: str) -> None:
             f"{name} itself is not finite in float64 at {len(beyond)} of {len(truths)} places, first {{place}}: give"
             " inputs for which it is, or compare at other places",
             beyond[0],
+        )
+
+
+def require_observed(trace: Container[str], names: Iterable[str], reference: str, precision: str) -> None:
+    """Raises `UnjudgedError` if the reference does not show a site in a precision, for example behind a branch."""
+    lost = [site for site in names if site not in trace]
+    if lost:
+        raise UnjudgedError(
+            f"{reference} shows no {{place}} in {precision}, so nothing can be compared there: let its pass be the same"
+            " in every dtype, or leave that site out",
+            lost[0],
         )
 
 
@@ -121,8 +132,7 @@ def compare_forward(
     progress(f"{reference.name} in float64")
     truth = reference.trace(inputs, FLOAT64)
     require_float64(truth, reference.name)
-    if set(truth) != set(names):
-        raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
+    require_observed(truth, names, reference.name, FLOAT64.name)
 
     # A trace of a real model takes a gigabyte. So only this one is kept; of the others only the errors are.
     truths = {site: Truth(truth[site]) for site in names}
@@ -166,7 +176,10 @@ def compare_forward(
         truth = reference.trace(inputs, FLOAT64)
         require_float64(truth, reference.name)
         truths = {site: Truth(truth[site]) for site in names}
-    reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
+    rounded = reference.trace(inputs, precision)
+    require_observed(rounded, names, reference.name, precision.name)
+    reference_errors = errors_of(rounded, truths, carriers=True)
+    del rounded
     if not first:  # otherwise the verdict is known
         require_finite(reference_errors, reference.name, precision.name)
     progress(f"{candidate.name} in {precision.name}")
