@@ -223,3 +223,15 @@ def test_a_site_that_the_reference_shows_in_float64_alone_is_one_line() -> None:
 
     with pytest.raises(UnjudgedError, match=r"^reference shows no hidden in float32, so nothing can be compared there"):
         compared(load, loader(lambda x: x))
+
+
+@pytest.mark.parametrize("kind", [jnp.int32, jnp.bool_])
+def test_an_output_that_is_no_float_is_one_line(kind: Any) -> None:
+    def load(checkpoint: Any) -> Any:
+        forward, weights = loader()(None)
+        return lambda w, x: (forward(w, x) * 9).astype(kind), weights
+
+    with pytest.raises(InputError, match=rf"^reference: output has dtype {jnp.dtype(kind)}, and only floats can"):
+        compared(load, load)
+    with pytest.raises(InputError, match=rf"^candidate: output has dtype {jnp.dtype(kind)}, and only floats can"):
+        compared(loader(), load)

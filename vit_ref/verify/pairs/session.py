@@ -26,7 +26,7 @@ from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float, take_rows
 from vit_ref.verify.compare.objectives import LOOKS
-from vit_ref.verify.compare.trace import Progress, passing, silent
+from vit_ref.verify.compare.trace import Progress, passing, require_floats, silent
 from vit_ref.verify.gates import error
 from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.pairs.discovery import Blank, discover
@@ -140,6 +140,7 @@ class PairSession(Judgement):
         # This one is observed at all sites. The candidate may show only some of them.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
         output = require_repeatable(self.whole, self.inputs, progress=progress)
+        require_floats({OUTPUT: output}, declared.name)
         if not output.any():
             raise UnjudgedError(
                 f"{declared.name}: its {{place}} is zero everywhere, which tells nothing: give other inputs", OUTPUT
@@ -172,7 +173,7 @@ class PairSession(Judgement):
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
         with naming(judged.name):
-            require_repeatable(self.candidate, self.inputs, progress=progress)
+            require_floats({OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, judged.name)
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(judged.name, (self._digest, output), now)
         self.title = self.origin.name if title is None else title
