@@ -101,7 +101,12 @@ def compare(
 
 
 class PairSession(Judgement):
-    """One comparison and its parts. See `compare` for arguments and errors."""
+    """One comparison and its parts. See `compare` for most arguments and for errors.
+
+    Args:
+      title: the title of the report; None for the checkpoint's name.
+      bare: whether to leave out the candidate's own tables.
+    """
 
     candidate: Any
 
@@ -115,6 +120,7 @@ class PairSession(Judgement):
         precision: str | DTypeLike | Precision = "float32",
         seed: int = 0,
         title: str | None = None,
+        bare: bool = False,
         progress: Progress = silent,
     ):
         self.progress = progress
@@ -123,12 +129,8 @@ class PairSession(Judgement):
             raise InputError(
                 f"precision is {MIXED!r}, in which this package's model alone computes: give bfloat16, or float32"
             )
-        self._path = None if checkpoint is None else _existing(Path(checkpoint))
-        declared = find_declaration(reference, "reference")
-        judged = find_declaration(candidate)
-        for side in (declared, judged):
-            if side.channels_first is not None:
-                raise InputError(f"{side.name}: channels_first belongs to verify: move the axes in adapt=")
+        self._path = None if checkpoint is None else _existing(checkpoint)
+        declared = _declaration(reference, "reference")
         self.inputs = find_inputs(declared, inputs, seed)
         progress(f"loading {declared.name}")
         loaded = load_in_float64(declared, self._path)
@@ -161,6 +163,10 @@ class PairSession(Judgement):
             progress(f"{declared.name}: its ways of attention")
             attention = require_same_attention(declared.name, loaded, partial(self._output_of, declared))
         self.notes = self._notes(attention, note_constants(loaded))
+        # Only now, because importing its file may change what the reference calls.
+        judged = _declaration(candidate, "candidate")
+        if bare:
+            judged = dataclasses.replace(judged, sites={}, parameters={})
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
@@ -290,8 +296,19 @@ def count_steps(*, backward: bool) -> int:
     return 11 + (LOOKS[0] if backward else 0)
 
 
-def _existing(path: Path) -> Path:
+def _declaration(given: Given, side: str) -> Candidate:
+    """Returns the declaration of a side after checking that it asks for nothing that only `verify` does."""
+    found = find_declaration(given, side)
+    if found.channels_first is not None:
+        raise InputError(f"{found.name}: channels_first belongs to verify: move the axes in adapt=")
+    return found
+
+
+def _existing(checkpoint: Any) -> Path:
     """Returns a path after checking that it exists."""
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise InputError(f"checkpoint is a {type(checkpoint).__name__}: give a path that both sides load, or None")
+    path = Path(checkpoint)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory: name the checkpoint that both sides load")
     return path
