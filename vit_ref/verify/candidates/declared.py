@@ -28,6 +28,7 @@ class Declared(ABC):
 
     Attributes:
       role: "candidate" or "reference", for the report.
+      parts: the names of the outputs that were joined to one, in order; known after the first run.
 
     Args:
       candidate: the declaration.
@@ -47,6 +48,7 @@ class Declared(ABC):
         known = outline.shapes(outline.example)
         self.claims: frozenset[str] | None = claimed(candidate.sites, outline, known) | {outline.output}
         self.fixed: frozenset[str] = frozenset()
+        self.parts: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
         # Makes the table of sites from the inputs' shapes. A proposal replaces it by one that asks for every value.
         self.tables: Callable[[Any], Table] = lambda inputs: self._table(candidate.sites, inputs)

@@ -54,7 +54,7 @@ class JaxCandidate(Declared, Tapped):
 
             output = self._in_float64(passed, tap) if np.dtype(dtype) == np.float64 else passed(tap)
             if tap:
-                self.fixed = frozenset(table.fixed)
+                self.fixed, self.parts = frozenset(table.fixed), table.parts
             return output
 
         return parameters, forward

@@ -69,6 +69,8 @@ class Table:
         self.fixed: set[str] = set()
         # Names that the candidate gave to its tap, or returned.
         self.met: set[str] = set()
+        # Names of the outputs that were joined to one, in order.
+        self.parts: tuple[str, ...] = ()
         self._vjp = vjp
 
     def path_of(self, site: str) -> str:

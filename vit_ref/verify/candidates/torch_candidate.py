@@ -201,7 +201,7 @@ class TorchCandidate(Declared):
         with forgetting(module):
             output = self._in_float64(passed, tap) if in_float64 else passed(tap)
         if tap:
-            self.fixed = frozenset(table.fixed)
+            self.fixed, self.parts = frozenset(table.fixed), table.parts
         return output
 
     @staticmethod

@@ -39,6 +39,7 @@ from vit_ref.verify.pairs.truth import (
     digest_of,
     note_constants,
     require_same_attention,
+    require_same_parts,
     require_same_weights,
     require_unchanged,
 )
@@ -182,6 +183,7 @@ class PairSession(Judgement):
             require_floats({OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, judged.name)
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(judged.name, (self._digest, output), now)
+        require_same_parts(judged.name, self.candidate.parts, self.whole.parts)
         self.title = self.origin.name if title is None else title
 
     def _implementation(self, declaration: Candidate, outline: Outline, loaded: Any, role: str = "candidate") -> Any:
