@@ -1,10 +1,9 @@
-"""Matches a candidate's parameters to the reference's by equal values, also if they are transposed or reshaped."""
+"""Matches a candidate's parameters to the reference's by equal values, also if they are moved or fused."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 
 # With more axes there are too many orders to try.
 _MOST_AXES = 5
+# The numbers of equal parts that a fused parameter may have: key and value, or query too.
+_PARTS = (2, 3)
 Move = Callable[[Any], Any]
 
 
@@ -25,8 +26,9 @@ def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) 
       wanted: the reference's parameters.
 
     Returns:
-      The candidate's paths -> the reference's names. Parameters that share their values with others, such as zeros,
-      cannot be matched and are left out.
+      The candidate's paths -> the reference's names. A parameter may hold several of the reference's side by side,
+      such as one of query, key and value. Parameters that share their values with others, such as zeros, cannot be
+      matched and are left out.
     """
     ours, theirs = _by_content(own), _by_content(wanted)
     table: dict[str, Any] = {}
@@ -37,7 +39,32 @@ def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) 
         move = find_move(own[paths[0]], wanted[names[0]])
         if move is not None:
             table[paths[0]] = (names[0], move)
-    return table
+    matched = {name for name, _ in table.values()}
+    missing = {name: value for name, value in wanted.items() if name not in matched}
+    fused = {path: _match_parts(value, missing) for path, value in own.items() if path not in table}
+    return table | {path: targets for path, targets in fused.items() if targets}
+
+
+def _match_parts(value: NDArray, wanted: Mapping[str, NDArray]) -> list[tuple[str, Move]]:
+    """Returns the wanted parameters that equal parts of a value along one of its axes, with what picks each."""
+    theirs = _by_content(wanted)
+    sizes = {size for size, _ in theirs}
+    for axis, count in itertools.product(range(value.ndim), _PARTS):
+        if value.shape[axis] % count or value.size // count not in sizes:
+            continue
+        found: list[tuple[str, Move]] = []
+        for which, part in enumerate(np.split(value, count, axis=axis)):
+            names = theirs.get(_content(part), []) if np.ptp(part) else []
+            move = find_move(part, wanted[names[0]]) if len(names) == 1 else None
+            if move is not None:
+                found.append((names[0], partial(_pick, axis=axis, count=count, which=which, move=move)))
+        if found:
+            return found
+    return []
+
+
+def _pick(x: Any, axis: int, count: int, which: int, move: Move) -> Any:
+    return move(np.split(x, count, axis=axis)[which])
 
 
 def find_move(value: NDArray, wanted: NDArray) -> Move | None:
@@ -63,7 +90,11 @@ def _move(x: Any, before: tuple[int, ...], order: tuple[int, ...], after: tuple[
 def _by_content(parameters: Mapping[str, NDArray]) -> dict[tuple[int, str], list[str]]:
     found: dict[tuple[int, str], list[str]] = {}
     for name, value in parameters.items():
-        if math.prod(value.shape):
-            content = hashlib.blake2b(np.sort(value, axis=None).tobytes()).hexdigest()
-            found.setdefault((value.size, content), []).append(name)
+        if value.size:
+            found.setdefault(_content(value), []).append(name)
     return found
+
+
+def _content(value: NDArray) -> tuple[int, str]:
+    """Returns what two arrays share if they have the same elements in any order."""
+    return value.size, hashlib.blake2b(np.sort(value, axis=None).tobytes()).hexdigest()
