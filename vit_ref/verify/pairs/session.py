@@ -185,6 +185,7 @@ class PairSession(Judgement):
         require_unchanged(judged.name, (self._digest, output), now)
         require_same_parts(judged.name, self.candidate.parts, self.whole.parts)
         self.title = self.origin.name if title is None else title
+        self.candidate.find_single_uses(self.inputs)
 
     def _implementation(self, declaration: Candidate, outline: Outline, loaded: Any, role: str = "candidate") -> Any:
         """Returns the engine's view of the model that a loader returned."""
