@@ -147,12 +147,13 @@ class TorchCandidate(Declared):
     def _ready(self, dtype: DTypeLike) -> torch.nn.Module:
         """Returns a copy of the module that computes in `dtype`, so that changes to it stay in the copy."""
         converts = takes(self._candidate.load, "dtype")
-        if self._loaded is None or (converts and self._loaded[0] != np.dtype(dtype)):
-            self._loaded = np.dtype(dtype), load(self._candidate, self._checkpoint, dtype)
-        self._require_values(self._loaded[1])
+        if not self._loaded or (converts and np.dtype(dtype) not in self._loaded):
+            self._loaded = {np.dtype(dtype): load(self._candidate, self._checkpoint, dtype)}
+        (loaded,) = self._loaded.values()
+        self._require_values(loaded)
         # Without no_grad, the parameters of a ScriptModule's copy would not be leaves.
         with in_one_line(self.name, "copying it"), torch.no_grad(), _results_copied():
-            module = copy.deepcopy(self._loaded[1])
+            module = copy.deepcopy(loaded)
         if self._stored is not None:
             module = module.to(_DTYPES[np.dtype(self._stored).name])
         if converts and self._stored is None:
