@@ -9,6 +9,7 @@ import click
 from vit_ref.cli.console import THEME, Output, Verdicts, show_progress
 from vit_ref.cli.inputs import Shapes, input_options, make_inputs, require_one_source
 from vit_ref.cli.interrupts import leave_when_interrupted
+from vit_ref.cli.memory import keep_freed_memory
 from vit_ref.cli.options import LOCAL, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.cli.verify import WRONG
@@ -59,6 +60,7 @@ def compare(
     """
     require_one_source(inputs, shapes)
     require_outputs(html=html, json=json_file)
+    keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session
         from vit_ref.verify.report import summary, table, to_html, to_json

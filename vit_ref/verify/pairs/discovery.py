@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
+from numpy.typing import NDArray
+
 from vit_ref.errors import CandidateError
 from vit_ref.verify.candidates.declaration import Mapped
 from vit_ref.verify.candidates.outline import Shape
 from vit_ref.verify.candidates.table import claimed
-from vit_ref.verify.compare.inputs import Inputs
+from vit_ref.verify.compare.inputs import Inputs, copy_inputs
 from vit_ref.verify.pairs.outline import OUTPUT, DeclaredOutline
 from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.proposals.recording import Recorder
@@ -28,11 +30,13 @@ class Discovery:
       outline: its sites and parameters.
       table: its own paths -> its sites.
       repeated: submodules that run more than once in a pass. They are no sites.
+      output: the reference's output in float64.
     """
 
     outline: DeclaredOutline
     table: dict[str, Any]
     repeated: tuple[str, ...]
+    output: NDArray
 
 
 class AnyShape(dict[str, Shape]):
@@ -75,14 +79,14 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
         return value
 
     reference.tables = lambda inputs: recorder
-    reference.outputs([inputs], FLOAT64, jit=False, tap=keep)
+    (output,) = reference.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
     if given is None:
         table = {key: _site_of(key) for key in recorder.values if _is_output(key, recorder.repeated)}
         found = {site: recorder.values[key] for key, site in table.items()}
     else:
         table = counted_out(given, recorder.met)
         reference.tables = lambda inputs: reference._table(table, inputs)
-        reference.outputs([inputs], FLOAT64, jit=False, tap=keep)
+        reference.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
         found = {site: shape for site, shape in shapes.items() if site != OUTPUT}
         for site in sorted(claimed(table, Blank(), AnyShape()) - shapes.keys()):
             raise CandidateError(
@@ -90,7 +94,7 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
             )
     parameters = {name: value.shape for name, value in reference.parameters().items()}
     outline = DeclaredOutline(found, shapes[OUTPUT], parameters)
-    return Discovery(outline, table, () if given else tuple(sorted(recorder.repeated)))
+    return Discovery(outline, table, () if given else tuple(sorted(recorder.repeated)), output)
 
 
 def _is_output(key: str, repeated: Set[str]) -> bool:
