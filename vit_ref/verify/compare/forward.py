@@ -141,10 +141,11 @@ def compare_forward(
     def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
         progress("each block alone")
         if problem.streams is None:
-            everywhere = {site: truth[site] for site in shown - candidate.fixed}
-            return isolated(errors_of(candidate.trace(inputs, precision, replace=everywhere), truths), candidate.fixed)
+            fixed = candidate.fixed | misshapen
+            everywhere = {site: truth[site] for site in shown - fixed}
+            return isolated(errors_of(candidate.trace(inputs, precision, replace=everywhere), truths), fixed)
         before = {site: problem.streams[site] for site in shown}
-        fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
+        fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed - misshapen}
         errors = errors_of(candidate.trace(inputs, precision, replace=fed), truths)
         return {
             site: errors[site] for site, stream in before.items() if site in errors and (not stream or stream in fed)
@@ -161,6 +162,8 @@ def compare_forward(
     progress(f"{candidate.name} in float64")
     exact_trace = widened(candidate.trace(inputs, FLOAT64), candidate.name)
     exact = errors_of(exact_trace, truths)
+    # The reference's values cannot replace these.
+    misshapen = {site for site in exact if exact_trace[site].shape != truth[site].shape}
     found, alone = Explanation(), dict[str, Error]()
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
     if first and explainer:
