@@ -77,7 +77,7 @@ class Declared(ABC):
         """Keeps the candidate from casting float64 to float32 within the context; `casts` counts the casts."""
 
     def find_single_uses(self, inputs: Inputs) -> None:
-        """Finds which inputs of submodules in the table nothing else uses. A change there reaches all that follows.
+        """Finds the inputs of submodules in the table that nothing else uses. A change there reaches all that follows.
 
         Without this, such a site is neither replaced nor differentiated, because its value may go past the submodule.
 

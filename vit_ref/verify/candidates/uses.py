@@ -26,7 +26,7 @@ def find_used_once(traced: ClosedJaxpr) -> Set[str]:
     used = [var for equation in jaxpr.eqns for var in equation.invars] + list(jaxpr.outvars)
     uses = Counter(var for var in used if not isinstance(var, Literal))
     made: dict[Any, Any] = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
-    found, passed = set(), set()
+    found, passed = set[str](), set[str]()
     for equation in jaxpr.eqns:
         if equation.primitive.name != "name":
             continue
