@@ -306,6 +306,17 @@ def test_a_precision_that_the_device_has_not_is_said(monkeypatch: pytest.MonkeyP
     assert said == ["tensorfloat32: products are float32 (asked tensorfloat32: this cpu rounds nothing)"]
 
 
+def test_a_workload_that_nothing_can_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_capability", lambda: 8.0)
+    stand_in(monkeypatch)
+    ready = Contender(FUSED, lambda times=1: None, Cost(0.0))
+    monkeypatch.setitem(measure.CONTENDERS, FUSED, measure.CONTENDERS[FUSED]._replace(build=lambda workload: ready))
+    said: list[str] = []
+    found = session.time_workloads(["Ti/16"], [8], ["float32", "mixed"], ["forward"], [FUSED], 2, said.append)
+    assert [[timing.workload.precision for timing in timings] for timings in found] == [["mixed"]]
+    assert len([line for line in said if "is left out" in line]) == 1
+
+
 def test_the_own_model_is_timed_with_both_kinds_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

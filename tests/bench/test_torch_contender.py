@@ -8,9 +8,11 @@ import pytest
 
 from vit_ref.bench.contenders import CONTENDERS
 from vit_ref.bench.workload import Workload
+from vit_ref.errors import UnbuildableError
 from vit_ref.model import config
 
 torch = pytest.importorskip("torch")
+torch_vit = pytest.importorskip("vit_ref.bench.torch_vit")
 pytestmark = pytest.mark.torch
 
 
@@ -45,3 +47,11 @@ def test_the_compiled_one_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     assert CONTENDERS["torch.compile"].build(Workload("Ti/112", 1, "float32", "forward")).name == "torch.compile"
     assert len(compiled) == 1
+
+
+def test_a_compiler_that_is_missing_is_one_line_and_memory_is_the_callers() -> None:
+    message = r"^torch\.compile failed \(no C\+\+ compiler\): install what it needs"
+    with pytest.raises(UnbuildableError, match=message), torch_vit._compiling():
+        raise RuntimeError("no C++ compiler\nat length")
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"), torch_vit._compiling():
+        raise RuntimeError("CUDA out of memory")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -550,3 +552,14 @@ def test_an_impossible_json_file_is_reported_before_the_work(
     ended = invoke(*command.format(tiny=tiny).split(), "--json", "gone/a.json")
     assert (ended.exit_code, ended.stderr) == (2, "vit-ref: gone/a.json: its directory does not exist: make it first\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_no_command_at_all_prints_the_help(invoke: Invoke) -> None:
+    ended = invoke()
+    assert ended.exit_code == 2 and "verify" in ended.stderr and "Usage" in ended.stderr
+
+
+def test_a_program_may_catch_the_output_of_the_command() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as caught, pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and caught.getvalue().startswith("vit-ref ")

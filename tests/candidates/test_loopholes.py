@@ -273,3 +273,12 @@ def test_the_command_line_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "vit_ref", "verify", "nowhere/at/all"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "vit-ref: nowhere/at/all: no such directory or file\n")
+
+
+def test_a_candidates_file_may_change_the_path_of_imports(tmp_path: Path) -> None:
+    (tmp_path / "port.py").write_text(
+        f"import sys\nsys.path.remove({str(tmp_path)!r})\nimport vit_ref\ncandidate = vit_ref.Candidate(load=print)\n"
+    )
+    path = list(sys.path)
+    assert find(str(tmp_path / "port.py")).load is print
+    assert sys.path == path

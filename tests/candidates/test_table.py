@@ -23,6 +23,7 @@ from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.objectives import objectives_for
 from vit_ref.verify.gates import SEMANTIC_RMS, error
+from vit_ref.verify.pairs.outline import DeclaredOutline
 from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.session import prepare_candidate
 from vit_ref.weights import checkpoint
@@ -126,6 +127,46 @@ def test_elements_of_an_output_are_shown_and_replaced(key: str, output: Any, pla
     found = table({key: "norm"}).at_output("a", output, tap)
     assert type(found) is type(output) and len(found) == len(output)
     np.testing.assert_array_equal(found[place], -VALUE)
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What a submodule returns: values by field."""
+
+    x: Any
+    y: int = 0
+
+
+def test_a_field_of_a_dataclass_is_shown_and_replaced() -> None:
+    tap = Recording("norm", np.negative)
+    found = table({"a[x]": "norm"}).at_output("a", Encoded(VALUE, 7), tap)
+    np.testing.assert_array_equal(tap.seen["norm"], VALUE)
+    np.testing.assert_array_equal(found.x, -VALUE)
+    assert type(found) is Encoded and found.y == 7
+
+
+def test_an_argument_or_element_that_is_missing_shows_nothing() -> None:
+    tap = Recording("norm", np.negative)
+    given = (VALUE,), {"y": VALUE}
+    assert table({"a:input[5]": "norm"}).at_input("a", *given, tap) == given
+    assert table({"a[3]": "norm"}).at_output("a", (VALUE,), tap)[0] is VALUE
+    assert not tap.seen
+
+
+def test_a_tuple_of_a_declared_reference_stands_for_its_first_element() -> None:
+    outline = DeclaredOutline({"norm": VALUE.shape}, (BATCH, 3), {})
+    tap = Recording("norm", np.negative)
+    first, second = Table({"a": "norm"}, outline, None, vjp).at_output("a", (VALUE, "weights"), tap)
+    np.testing.assert_array_equal(first, -VALUE)
+    assert second == "weights"
+
+
+def test_numbers_that_a_declared_reference_does_not_have_are_refused() -> None:
+    outline = DeclaredOutline({"layer.0.x": (2, 3)}, (2, 3), {})
+    with pytest.raises(
+        InputError, match=r"^sites: 'a': 'layers\.\{i\}\.x' is none of this model's; did you mean 'layer\.0"
+    ):
+        bind({"a": "layers.{i}.x"}, "sites", outline, outline.shapes(None))
 
 
 def test_a_tuple_output_without_a_chosen_element_is_refused() -> None:

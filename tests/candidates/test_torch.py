@@ -118,12 +118,17 @@ def test_frozen_parameters_have_gradients(timm: vit_ref.Candidate, saved: Callab
 
 
 def test_a_loader_with_a_dtype_computes_in_it(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
+    asked = []
+
     def load(path: Path, dtype: np.dtype) -> Any:
+        asked.append(dtype.name)
         return timm.load(path).to(getattr(torch, dtype.name))
 
-    found = traced(dataclasses.replace(timm, load=load), saved, np.float64)
-    expected = traced(timm, saved, np.float64)
-    assert all(np.array_equal(found[site], expected[site]) for site in expected)
+    ours, theirs = made(dataclasses.replace(timm, load=load), saved), made(timm, saved)
+    for dtype in (np.float64, np.float32):
+        found, expected = (one.trace(IMAGES, precision_of(dtype)) for one in (ours, theirs))
+        assert all(np.array_equal(found[site], expected[site]) for site in expected)
+    assert asked == ["float64", "float32"]
 
 
 def test_bfloat16_comes_over_as_it_is(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:

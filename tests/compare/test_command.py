@@ -43,6 +43,8 @@ reference = vit_ref.Reference(load=model(jnp.tanh), inputs=inputs)
 candidate = vit_ref.Candidate(load=model(jnp.tanh))
 wrong = vit_ref.Candidate(load=model(jax.nn.sigmoid))
 live = vit_ref.Reference(load=lambda checkpoint: noisy, inputs=inputs)
+steep = vit_ref.Reference(load=model(lambda x: jnp.sqrt(jnp.abs(x))), inputs=lambda seed: {"x": np.zeros((4, 3))})
+like_steep = vit_ref.Candidate(load=model(lambda x: jnp.sqrt(jnp.abs(x))))
 wide = vit_ref.Candidate(load=lambda checkpoint: (lambda w, x: x, WEIGHTS))
 """
 
@@ -113,6 +115,14 @@ def test_what_cannot_be_used_is_said_in_one_line(file: str, arguments: list[str]
         assert found.exit_code == 0
 
 
+def test_gradients_that_cannot_be_checked_are_said_after_the_report(file: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "batch.npz", x=np.array([[0, 0, 0], [1, 2, 3]]))
+    found = run(f"{file}:steep", f"{file}:like_steep", "--inputs", str(tmp_path / "batch.npz"))
+    assert found.exit_code == 2
+    assert "PASSED" in found.output
+    assert "sides-steep itself is not finite in float64" in found.output.splitlines()[-1]
+
+
 def test_the_precisions_are_those_of_the_package_but_mixed(file: str) -> None:
     assert {*compare.PRECISIONS, "mixed"} == PRECISIONS.keys()
     with pytest.raises(vit_ref.InputError, match="precision is 'mixed', in which this package's model alone computes"):
@@ -134,3 +144,11 @@ def test_a_checkpoint_is_given_to_both_sides_and_named(file: str, tmp_path: Path
     shutil.rmtree(weights)
     weights.mkdir()
     assert "no weights in it" in run(file, file, "--checkpoint", str(weights)).output
+
+
+def test_a_table_is_proposed_beside_the_reference(file: str, tmp_path: Path) -> None:
+    arguments = ["propose", "--reference", file, "--candidate", f"{file}:wrong", "--json", str(tmp_path / "a.json")]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 0, found.output
+    assert '"hidden": "hidden"' in found.output
+    assert json.loads((tmp_path / "a.json").read_text())["unshown"] == ["last"]

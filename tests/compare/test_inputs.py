@@ -165,3 +165,15 @@ def test_axes_are_found_that_make_one_value_of_another(value: NDArray, wanted: N
     assert move is not None
     np.testing.assert_array_equal(move(value), wanted)
     assert find_move(value, wanted + 1) is None
+
+
+def test_equal_numbers_in_no_order_of_axes_are_left_out() -> None:
+    kernel = RNG.normal(size=(4, 6))
+    shuffled = RNG.permuted(kernel.ravel()).reshape(4, 6)
+    assert match_parameters({"a": shuffled, "none": np.zeros((0, 3))}, {"x": kernel, "nothing": np.zeros((0, 3))}) == {}
+
+
+def test_more_axes_than_can_be_tried_are_only_reshaped() -> None:
+    six = RNG.normal(size=(1, 2, 1, 3, 1, 2))
+    assert find_move(six, six.reshape(1, 2, 3, 1, 2, 1)) is not None
+    assert find_move(six, six.transpose(5, 4, 3, 2, 1, 0)) is None

@@ -112,3 +112,14 @@ def test_channels_first_belongs_to_verify() -> None:
             vit_ref.Candidate(load=lambda checkpoint: Model(), channels_first=True, name="ours"),
             inputs={"x": np.zeros((4, 3))},
         )
+
+
+def test_a_value_of_another_shape_fails_and_has_no_gradient() -> None:
+    report = vit_ref.compare(
+        vit_ref.Reference(load=lambda checkpoint: Model(), name="theirs"),
+        vit_ref.Candidate(load=lambda checkpoint: Model(), sites={"output": "last"}, name="ours"),
+        inputs={"x": np.random.default_rng(0).normal(size=(4, 3))},
+    )
+    statuses = {check.name: check.status for check in report.checks}
+    assert statuses["forward/last"] == "failed" and statuses["forward/output"] == "passed"
+    assert report.backward is not None and statuses["backward/last"] != "passed"

@@ -41,7 +41,7 @@ def run(model: Attending) -> Any:
 
 def test_both_ways_of_attention_are_run_and_named() -> None:
     model = Attending()
-    assert "sdpa and eager attention agree in float64" in require_same_attention("theirs", model, run)
+    assert "sdpa and eager attention agree in float64" in require_same_attention("theirs", model, run(model), run)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -49,12 +49,12 @@ def test_a_reference_whose_ways_of_attention_differ_is_refused() -> None:
     with pytest.raises(
         UnjudgedError, match=r"theirs: its sdpa and its eager attention differ in float64 at output by 1\.0e-08"
     ):
-        require_same_attention("theirs", Attending(off=1e-8), run)
+        require_same_attention("theirs", Attending(off=1e-8), run(Attending()), run)
 
 
 def test_a_model_with_other_attention_or_none_is_not_changed() -> None:
-    assert require_same_attention("theirs", Attending("flash_attention_2"), run) == ""
-    assert require_same_attention("theirs", torch.nn.Linear(2, 3), run) == ""
+    assert require_same_attention("theirs", Attending("flash_attention_2"), run(Attending()), run) == ""
+    assert require_same_attention("theirs", torch.nn.Linear(2, 3), run(Attending()), run) == ""
 
 
 class Narrow(torch_side.Model):
@@ -121,7 +121,7 @@ def test_a_model_that_keeps_its_attention_is_compared_with_none(refusal: Excepti
             if refusal is not None:
                 raise refusal
 
-    assert require_same_attention("theirs", Keeping(off=1.0), run) == ""
+    assert require_same_attention("theirs", Keeping(off=1.0), run(Attending()), run) == ""
 
 
 def test_an_unknown_model_of_transformers_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import vit_ref
 from vit_ref.errors import InputError, PartlyJudgedError, UnjudgedError
+from vit_ref.verify.candidates.running import implement
+from vit_ref.verify.compare.behaviour import require_repeatable
+from vit_ref.verify.pairs import session
+from vit_ref.verify.pairs.discovery import Blank
+from vit_ref.verify.pairs.truth import require_unchanged
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.report import summary
 
 RNG = np.random.default_rng(0)
@@ -146,3 +153,61 @@ def test_of_one_row_nothing_is_known_of_batches() -> None:
     assert "batch" not in [each.name for each in report.behaviour]
     assert {check.name: check.status for check in report.checks}["behaviour/batch"] == "not observed"
     assert "behaviour (in a batch: the inputs have one row)" in " ".join(summary(report).split())
+
+
+def test_a_reference_that_rounds_otherwise_afterwards_is_unchanged() -> None:
+    output = RNG.normal(size=(4, 2))
+    require_unchanged("mine", ("digest", output), ("digest", output * (1 + 1e-15)))
+    with pytest.raises(InputError, match="mine: it changes the reference, its output"):
+        require_unchanged("mine", ("digest", output), ("digest", output * (1 + 1e-9)))
+
+
+def test_attention_is_run_in_one_way_only_if_the_caller_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(session, "require_same_attention", lambda *given: asked.append(given) or "")
+    for attention in (True, False):
+        reference = vit_ref.Reference(load=loader(), inputs=inputs, attention=attention)
+        assert vit_ref.compare(reference, vit_ref.Candidate(load=loader()), backward=False).passed
+    assert len(asked) == 1
+
+
+def test_a_value_shown_twice_by_the_reference_is_no_site() -> None:
+    def load(checkpoint: Any) -> Any:
+        def forward(w: Any, x: Any, tap: Any = lambda name, value: value) -> Any:
+            return tap("last", tap("block00", tap("block00", x @ w["first"])) @ w["second"])
+
+        return forward, WEIGHTS
+
+    report = compared(load, loader(lambda x: x))
+    assert [result.site for result in report.forward.results] == ["last", "output"]
+    assert any("run more than once in a pass: block0" in note for note in report.notes)
+
+
+def test_numbers_in_a_references_table_that_stand_for_nothing_are_refused() -> None:
+    reference = vit_ref.Reference(load=loader(), inputs=inputs, sites={"layers.{i}": "layer.{i}"}, name="theirs")
+    with pytest.raises(InputError, match=r"theirs: sites: the reference has no submodule 'layers\.\{i\}'"):
+        vit_ref.compare(reference, vit_ref.Candidate(load=loader()))
+
+
+def test_code_that_jax_cannot_trace_inside_the_candidates_own_jit_is_one_line() -> None:
+    def load(checkpoint: Any) -> Any:
+        @jax.jit
+        def inner(x: Any) -> Any:
+            return x * float(x.sum())
+
+        return lambda w, x: inner(x @ w["first"]), WEIGHTS
+
+    one = implement(vit_ref.Candidate(load=load, sites={}, name="mine"), Blank(), None, load(None))
+    with pytest.raises(InputError, match=r"mine: the forward pass raised ConcretizationTypeError"):
+        one.trace(inputs(0), FLOAT64)
+
+
+def test_a_value_inside_a_jit_of_the_candidates_own_is_not_hashed() -> None:
+    def load(checkpoint: Any) -> Any:
+        def forward(w: Any, x: Any, tap: Any = lambda name, value: value) -> Any:
+            return jax.jit(lambda x: tap("hidden", x @ w["first"]))(x)
+
+        return forward, WEIGHTS
+
+    one = implement(vit_ref.Candidate(load=load, sites=None, name="mine"), Blank(), None, load(None))
+    assert require_repeatable(one, inputs(0)).shape == (4, 5)

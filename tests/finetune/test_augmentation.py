@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -270,3 +271,14 @@ def test_a_transform_of_torchvision_takes_the_place() -> None:
     )
     first, again, other = (by_anybody(as_image, seed) for seed in (0, 0, 1))
     assert first == again == by_anybody(as_bytes) == by_anybody(as_floats) != other
+
+
+def test_without_pytorch_pythons_and_numpys_generators_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+    def grey(image: Image.Image) -> NDArray:
+        return np.full((5, 3, 3), sum(global_draws()) / 2)
+
+    found = [by_anybody(grey, seed) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert "torch" not in sys.modules

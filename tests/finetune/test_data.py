@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -382,6 +384,21 @@ def test_what_datasets_cannot_load_is_one_line(
     assert message.startswith(
         f"{tmp_path / below} ({split}): it is not a directory of images, and datasets cannot load it ("
     )
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_datasets_shows_its_progress_on_a_terminal_alone(
+    terminal: bool, tmp_path: Path, datasets: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, logging = [], datasets.utils.logging
+    logging.enable_progress_bar()
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: (shown.append(logging.is_progress_bar_enabled()), load(*a, **k))[1]
+    )
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal, write=len, flush=lambda: None))
+    open_dataset(parquet(datasets, tmp_path / "hub", rows), "train")
+    assert shown == [terminal] and logging.is_progress_bar_enabled()
 
 
 @pytest.mark.hub

@@ -305,6 +305,9 @@ def test_a_run_whose_plots_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatc
             InputError, match=r"plots: it cannot be made \(File exists\): mend that, and continue with --resume"
         ):
             illustrate(outcome, None, None, Recipe())
+        with monkeypatch.context() as another:
+            another.setattr("jax.process_index", lambda: 1)
+            require_plots(tmp_path)  # this process draws nothing
         (tmp_path / "plots").unlink()
     for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, module, None)

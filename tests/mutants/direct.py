@@ -10,6 +10,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpy.typing import NDArray
 
 from tests.mutants.mutant import Parity
@@ -63,7 +64,7 @@ def operation_by_operation() -> Iterator[None]:
     jax's cache of single operations holds no code of the model, so it serves one mutant after another.
     """
 
-    def uncompiled(self: OwnCandidate, forward: Forward) -> Any:
+    def uncompiled(self: OwnCandidate, forward: Forward, dtype: np.dtype) -> Any:
         record = recorder(forward)
         return SimpleNamespace(
             recorder=lambda parameters, *given: record(jax.tree.map(jnp.asarray, parameters), *given)

@@ -23,6 +23,7 @@ from vit_ref.verify.diagnose.diagnosis import (
     diagnose_rounding,
     where,
 )
+from vit_ref.verify.diagnose.gaps import explain_across
 from vit_ref.verify.gates import error
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
@@ -364,3 +365,13 @@ def test_hidden_sites_end_at_the_last_shown_one() -> None:
     assert hidden_before("block.0.attn.query", names, {"patches": 0}) == ("embeddings", "block.0.norm1")
     assert hidden_before("block.0.norm1", names, {"embeddings": 0}) == ()
     assert hidden_before("embeddings", names, {}) == ("patches",)
+
+
+def test_a_gap_of_one_block_is_tried_site_by_site_and_then_throughout() -> None:
+    known = Known(CASES["rectangular"])
+    gap = ("block.1.attn.out", "block.1.attn.residual")
+    oracle, right = NumpyOracle(known.config, known.tensors), {site: x[:1] for site, x in known.truth.items()}
+    labels = [each.label for each in explain_across(oracle, "block.1.norm2", known.images[:1], right, gap)]
+    last = max(k for k, label in enumerate(labels) if label.endswith(f"at {gap[-1]}"))
+    assert labels[last + 1].endswith(" throughout")
+    assert {label.rpartition(" at ")[2] for label in labels[: last + 1]} == set(gap)

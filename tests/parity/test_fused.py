@@ -78,3 +78,10 @@ def test_in_half_precision_scores_and_their_log_are_float32(dtype: type) -> None
     truth = pulled(weigh, given, np.float64)
     errors = [error(x, right).rms for x, right in zip(pulled(fused, given, dtype), truth, strict=True)]
     assert max(errors) < 2 * float(ml_dtypes.finfo(dtype).eps)
+
+
+def test_without_gradients_it_is_attention_too() -> None:
+    given = heads()[:3]
+    with precision_of(np.float64).active():
+        arrays = [jnp.asarray(x, np.float64) for x in given]
+        assert error(np.asarray(fused(*arrays)), np.asarray(weigh(*arrays))).passes_semantic_gate

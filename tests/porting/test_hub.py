@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 import vit_ref
 from vit_ref.errors import CheckpointError
@@ -167,4 +168,13 @@ def test_an_error_that_nobody_foresaw_is_no_missing_network(monkeypatch: pytest.
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", broken)
     with pytest.raises(RuntimeError, match="a fault of the client's own"):
+        checkpoint.locate("somebody/vit")
+
+
+def test_a_refusal_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*_: object, **__: object) -> list[str]:
+        raise HfHubHTTPError("401 Client Error\nat length")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", refusing)
+    with pytest.raises(CheckpointError, match=r"^somebody/vit: .*As a hub id it was refused: 401 Client Error: corr"):
         checkpoint.locate("somebody/vit")

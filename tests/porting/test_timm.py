@@ -272,6 +272,7 @@ def test_a_tensor_of_another_kind_of_vit_is_unexpected(extra: str) -> None:
     assert [(fault.kind, fault.name) for fault in caught.value.faults] == [("unexpected", extra)]
 
 
-def test_preprocessing_that_cannot_be_followed_is_not_written() -> None:
-    config = replace(ViTConfig(), preprocessor={"resample": 9})
+@pytest.mark.parametrize("preprocessor", [{"resample": 9}, {"do_resize": "perhaps"}])
+def test_preprocessing_that_cannot_be_followed_is_not_written(preprocessor: dict[str, Any]) -> None:
+    config = replace(ViTConfig(), preprocessor=preprocessor)
     assert "mean" not in to_timm(config)["pretrained_cfg"]

@@ -360,3 +360,10 @@ def test_errors_alone_are_a_column_even_if_no_block_is_blamed() -> None:
     assert "alone, float32" not in to_html(
         ported(parity(measured("norm"), measured("logits", rounding=4e-7, gate=3e-7)))
     )
+
+
+def test_an_error_beyond_rounding_is_said() -> None:
+    report = ported(parity(measured("logits", alone=1e-3, rounding=1e-3), beyond="the bias is < 0 & added twice"))
+    assert "Not explained by rounding" in to_html(report)
+    assert "the bias is &lt; 0 &amp; added twice" in to_html(report)
+    assert "Not explained by rounding" not in to_html(ported(parity(measured("logits"))))

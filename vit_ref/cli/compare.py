@@ -8,6 +8,7 @@ import click
 
 from vit_ref.cli.console import THEME, Output, Verdicts, show_progress
 from vit_ref.cli.interrupts import leave_when_interrupted
+from vit_ref.cli.memory import keep_freed_memory
 from vit_ref.cli.options import LOCAL, cache_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.cli.verify import WRONG
@@ -84,6 +85,7 @@ def compare(
     if len(dict(shapes)) < len(shapes):
         raise InputError(f"--shape names {', '.join(name for name, _ in shapes)}: give each name once")
     require_outputs(html=html, json=json_file)
+    keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session
         from vit_ref.verify.pairs.given import random_inputs

@@ -74,7 +74,7 @@ def _exit_codes() -> Iterator[None]:
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
-        except click.ClickException as error:
+        except click.UsageError as error:
             say(" ".join(f"{error.format_message()}{_help_of(error)}".split()))
             sys.exit(error.exit_code)
         except InputError as error:
@@ -91,10 +91,8 @@ def _exit_codes() -> Iterator[None]:
         sys.exit(UNREAD)
 
 
-def _help_of(error: click.ClickException) -> str:
+def _help_of(error: click.UsageError) -> str:
     """Says how to get help on the command that refused what it was given."""
-    if not isinstance(error, click.UsageError):
-        return ""
     end = "" if error.format_message().rstrip().endswith((".", "?")) else "."
     return f"{end} Help: {error.ctx.command_path if error.ctx else 'vit-ref'} --help"
 

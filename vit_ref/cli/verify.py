@@ -12,6 +12,7 @@ from vit_ref import image_files
 from vit_ref.cli.console import THEME, Output, Verdicts, say_left_out, show_progress
 from vit_ref.cli.embedded import open_checkpoint
 from vit_ref.cli.interrupts import leave_when_interrupted
+from vit_ref.cli.memory import keep_freed_memory
 from vit_ref.cli.options import LOCAL, cache_option, ignore_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.errors import InputError, PartlyJudgedError
@@ -86,6 +87,7 @@ def verify(
             if given:
                 raise InputError(f"--{option} needs a CHECKPOINT, and there is none: give one, or leave out --{option}")
     require_outputs(html=html, json=json_file)
+    keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.report import in_full, summary, to_html, to_json
         from vit_ref.verify.session import check_port, count_steps

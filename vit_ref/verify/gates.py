@@ -171,13 +171,24 @@ def _parts(x: NDArray) -> Iterator[tuple[Any, NDArray]]:
     return ((cut, x[cut]) for cut in cuts)
 
 
+# OpenBLAS multiplies so many elements in one thread. For more it wakes others, and on a busy machine waiting for them
+# takes ten times as long as the product.
+_IN_ONE_THREAD = 1 << 13
+
+
+def _sum_of_squares(x: NDArray) -> float:
+    flat = x.ravel()
+    cuts = (flat[start : start + _IN_ONE_THREAD] for start in range(0, flat.size, _IN_ONE_THREAD))
+    return sum(float(np.vdot(cut, cut)) for cut in cuts)
+
+
 def _measured(parts: Iterable[NDArray]) -> tuple[float, float]:
     """Returns the largest magnitude, which is NaN if any is, and the root mean square."""
     largest, squares, size = 0.0, 0.0, 0
     for part in parts:
         # NumPy's maximum keeps NaN. This form also needs no array of absolute values.
         largest = float(np.maximum(largest, np.maximum(part.max(), -part.min())))
-        squares += float(np.vdot(part, part))
+        squares += _sum_of_squares(part)
         size += part.size
     return largest, math.sqrt(squares / size)
 
@@ -215,7 +226,7 @@ class _Participation:
 
     def add(self, squares: NDArray) -> None:
         self._sum += float(squares.sum())
-        self._sum_of_squares += float(np.vdot(squares, squares))
+        self._sum_of_squares += _sum_of_squares(squares)
 
     @property
     def parts(self) -> float:

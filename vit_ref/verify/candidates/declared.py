@@ -52,8 +52,13 @@ class Declared(ABC):
         self.tables: Callable[[Any], Table] = lambda inputs: self._table(candidate.sites, inputs)
         self._candidate = candidate
         self._checkpoint = checkpoint
-        # The model that was loaded last, with its dtype: reading a checkpoint takes seconds.
-        self._loaded = None if loaded is None else (np.dtype(np.float64), loaded)
+        # Models that were loaded, by dtype: reading a checkpoint takes seconds.
+        self._loaded: dict[np.dtype, Any] = {} if loaded is None else {np.dtype(np.float64): loaded}
+
+    @property
+    def last(self) -> str:
+        """Implements `Runnable.last`."""
+        return self.outline.output
 
     def path_of(self, site: str) -> str:
         """Implements `Runnable.path_of`."""

@@ -37,10 +37,10 @@ class JaxCandidate(Declared, Tapped):
     def ready(self, dtype: DTypeLike) -> tuple[Any, Forward]:
         """Implements `Tapped.ready`."""
         candidate = self._candidate
-        if self._loaded is None or self._loaded[0] != np.dtype(dtype):
-            self._loaded = np.dtype(dtype), load(candidate, self._checkpoint, dtype)
+        if np.dtype(dtype) not in self._loaded:
+            self._loaded[np.dtype(dtype)] = load(candidate, self._checkpoint, dtype)
         with in_one_line(self.name, "taking its parameters"):
-            parameters, run = adapted(self._loaded[1], candidate.call, self.name, dtype)
+            parameters, run = adapted(self._loaded[np.dtype(dtype)], candidate.call, self.name, dtype)
             _require_values(parameters, self.name)
             if np.dtype(dtype) == np.float64:
                 parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if is_float(x) else x, parameters)

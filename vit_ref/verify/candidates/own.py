@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.model.config import ViTConfig
-from vit_ref.model.sites import sites
+from vit_ref.model.sites import output_site, sites
 from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import identity
 from vit_ref.verify.candidates.outline import Shape
@@ -54,6 +54,11 @@ class OwnCandidate(Tapped):
         shapes, same = self._by_dtype[np.dtype(dtype)]
         # Weights stay on the host until a pass needs them, because a real model's are large.
         return replace_arrays(shapes, narrowed(self.parameters, dtype)), same
+
+    @property
+    def last(self) -> str:
+        """Implements `Runnable.last`."""
+        return output_site(self.config)
 
     def shapes(self, inputs: Any) -> Mapping[str, Shape]:
         """Implements `Tapped.shapes`."""

@@ -25,7 +25,7 @@ from vit_ref.verify.precision import Precision
 
 
 class _Compiled(NamedTuple):
-    """The compiled functions of one forward pass, which work for any parameters.
+    """The compiled functions of the forward pass in one dtype, which work for any parameters.
 
     Attributes:
       recorder: see `trace.recorder`; it is compiled when it is called.
@@ -75,6 +75,11 @@ class Tapped(ABC):
         Args:
           gradients: a tree like the parameters.
         """
+
+    @property
+    @abstractmethod
+    def last(self) -> str:
+        """See `Runnable`."""
 
     @abstractmethod
     def shapes(self, inputs: Inputs) -> Mapping[str, Shape]:
@@ -139,7 +144,7 @@ class Tapped(ABC):
             given = replacements(replace, precision.dtype)
             fed = _cast(self.feed(inputs), precision.dtype)
             try:
-                return jax.device_get(self._compiled_of(forward).recorder(parameters, fed, given))
+                return jax.device_get(self._compiled_of(forward, precision.dtype).recorder(parameters, fed, given))
             except jax.errors.JAXTypeError:
                 pass
             try:
@@ -188,7 +193,7 @@ class Tapped(ABC):
         """Implements `Reference.gradients`, and `differentiator` for `like`."""
         with precision.active():
             parameters, forward = self._ready(precision.dtype)
-        _, compiled, perturbed = self._compiled_of(forward)
+        _, compiled, perturbed = self._compiled_of(forward, precision.dtype)
 
         def keeping(parameters: Any, fed: Any, tap: Tap) -> jax.Array:
             # It is computed and not a constant, so that no compiler can remove a division by it.
@@ -231,13 +236,14 @@ class Tapped(ABC):
         return gradients
 
     @cached_property
-    def _compiled(self) -> dict[Forward, _Compiled]:
+    def _compiled(self) -> dict[np.dtype, _Compiled]:
         return {}
 
-    def _compiled_of(self, forward: Forward) -> _Compiled:
-        if forward not in self._compiled:
-            self._compiled[forward] = _Compiled(jax.jit(recorder(forward)), {}, set())
-        return self._compiled[forward]
+    def _compiled_of(self, forward: Forward, dtype: np.dtype) -> _Compiled:
+        """Returns the functions that were compiled for this dtype, or new ones, which trace this forward pass."""
+        if dtype not in self._compiled:
+            self._compiled[dtype] = _Compiled(jax.jit(recorder(forward)), {}, set())
+        return self._compiled[dtype]
 
 
 def _cast(fed: Any, dtype: DTypeLike) -> Any:

@@ -100,7 +100,9 @@ class TorchCandidate(Declared):
                     )
                 if tuple(value.shape) != shapes[site]:
                     return value
-                perturbations[site] = torch.zeros(value.shape, dtype=wide, device=value.device, requires_grad=True)
+                # One zero in every place takes no memory.
+                zero = torch.zeros((), dtype=wide, device=value.device).expand(value.shape)
+                perturbations[site] = zero.requires_grad_(True)
                 return value + perturbations[site].to(value.dtype)
 
             with in_one_line(self.name, "the forward pass with gradients"), torch.enable_grad():
@@ -116,11 +118,11 @@ class TorchCandidate(Declared):
             except RAISED as error:
                 raise UndifferentiableError(f"torch cannot differentiate it: {first_line(error)}") from error
             with in_one_line(self.name, "reading its gradients"):
-                names = iter(found)
-                by_site = {site: _array(next(names)) for site in perturbations}
-                by_name = {name: _array(next(names)) for name in parameters}
+                arrays = iter([_numpy(gradient.cpu().contiguous()) for gradient in found])
+                by_site = {site: next(arrays) for site in perturbations}
+                by_name = {name: next(arrays) for name in parameters}
                 by_site = {site: gradient for site, gradient in by_site.items() if site not in self.fixed}
-                by_float = iter([_array(gradient) for gradient in names])
+                by_float = arrays
                 by_argument = _map(lambda x: next(by_float) if x.is_floating_point() else None, arguments)
                 by_fed = by_argument if isinstance(inputs, Mapping) else self._back(by_argument)
                 by_input = self.by_input(inputs, by_fed)
@@ -147,12 +149,13 @@ class TorchCandidate(Declared):
     def _ready(self, dtype: DTypeLike) -> torch.nn.Module:
         """Returns a copy of the module that computes in `dtype`, so that changes to it stay in the copy."""
         converts = takes(self._candidate.load, "dtype")
-        if self._loaded is None or (converts and self._loaded[0] != np.dtype(dtype)):
-            self._loaded = np.dtype(dtype), load(self._candidate, self._checkpoint, dtype)
-        self._require_values(self._loaded[1])
+        if not self._loaded or (converts and np.dtype(dtype) not in self._loaded):
+            self._loaded = {np.dtype(dtype): load(self._candidate, self._checkpoint, dtype)}
+        (loaded,) = self._loaded.values()
+        self._require_values(loaded)
         # Without no_grad, the parameters of a ScriptModule's copy would not be leaves.
         with in_one_line(self.name, "copying it"), torch.no_grad(), _results_copied():
-            module = copy.deepcopy(self._loaded[1])
+            module = copy.deepcopy(loaded)
         if self._stored is not None:
             module = module.to(_DTYPES[np.dtype(self._stored).name])
         if converts and self._stored is None:
@@ -308,9 +311,13 @@ def _like(module: torch.nn.Module, dtype: DTypeLike) -> torch.Tensor:
 
 
 def _array(value: torch.Tensor) -> NDArray:
-    """Returns a copy on the host, because a candidate may change the tensor in place later.
+    """Returns a copy on the host, because a candidate may change the tensor in place later."""
+    return _numpy(value.detach().cpu().clone(memory_format=torch.contiguous_format))
+
+
+def _numpy(value: torch.Tensor) -> NDArray:
+    """Returns a tensor on the host as an array that shares its memory.
 
     NumPy has no name for bfloat16, but ml_dtypes has a type.
     """
-    value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()

@@ -34,7 +34,6 @@ def check_behaviour(
     first, last = ([take_rows(inputs, rows)] if by_row else [] for rows in (slice(1), slice(-1, None)))
     # These are copies, because a candidate that writes into its inputs would change the next run too.
     given = [copy_inputs(each) for each in (inputs, inputs, *first, *last)]
-    jit = True
     try:
         try:
             together, again, *alone = candidate.outputs(given, FLOAT64)
@@ -50,18 +49,21 @@ def check_behaviour(
             own = Behaviour("inputs", None, "" if is_same(given[0], inputs) else _INPUTS)
     except jax.errors.JAXTypeError as error:
         reason = f"jax cannot trace it ({type(error).__name__}), so nothing can compile or differentiate it"
-        own, jit = Behaviour("jit", None, reason), False
+        own = Behaviour("jit", None, reason)
         together, again, *alone = candidate.outputs(given, FLOAT64, jit=False)
     repeat = _behaviour("repeat", [together], [again], _REPEAT)
     batch = [_behaviour("batch", [together[:1], together[-1:]], alone, _BATCH)] if by_row else []
     if not repeat.passed:
         return repeat, *batch, own
     # A tap may keep the candidate from another path, such as fused attention. Users run that path.
-    tapped = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=jit, tap=passing)
-    return repeat, *batch, own, _behaviour("untapped", tapped, [together], _UNTAPPED)
+    # This is how the forward comparison runs it, so it is compiled already.
+    tapped = candidate.trace(copy_inputs(inputs), FLOAT64)[candidate.last]
+    return repeat, *batch, own, _behaviour("untapped", [tapped], [together], _UNTAPPED)
 
 
-def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progress = silent) -> NDArray:
+def require_repeatable(
+    candidate: Runnable, inputs: Inputs, once: NDArray | None = None, *, progress: Progress = silent
+) -> NDArray:
     """Checks that two runs of a candidate on the same inputs give the same output, and one value at each site.
 
     It comes before all other checks. They would fail for a candidate with live dropout, and hide that reason. A site
@@ -70,6 +72,7 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
     Args:
       candidate: the candidate.
       inputs: see `Problem.inputs`.
+      once: its output in float64 on these inputs, if the caller has run it already, operation by operation.
       progress: gets a description of each next step.
 
     Returns:
@@ -88,8 +91,9 @@ def require_repeatable(candidate: Runnable, inputs: Inputs, *, progress: Progres
         return value
 
     try:
-        (once,) = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
-        (again,) = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=passing)
+        if once is None:
+            (once,) = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=passing)
+        (again,) = candidate.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
     except jax.errors.JAXTypeError as error:
         raise CandidateError.raised(candidate.name, "the forward pass", error) from error
     for site, digests in shown.items():

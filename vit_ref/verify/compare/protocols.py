@@ -111,6 +111,11 @@ class Runnable(Observable, Protocol):
     compiles: bool
     notes: tuple[str, ...]
 
+    @property
+    def last(self) -> str:
+        """The site of its output."""
+        ...
+
     def outputs(
         self, batches: Sequence[Any], precision: Precision, *, jit: bool = True, tap: Tap | None = None
     ) -> list[NDArray]:

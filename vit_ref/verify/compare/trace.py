@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -81,17 +82,18 @@ def narrowed(parameters: T, dtype: DTypeLike) -> T:
     return jax.tree.map(lambda x: x.astype(np.float32) if narrow and x.dtype == np.float64 else x, parameters)
 
 
+# More compilers than cores would all end late, and each takes memory. So the first one that is needed ends first.
+_THREADS = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="vit_ref")
+
+
 def beside(work: Callable[..., T], *arguments: Any) -> Future[T]:
     """Starts work in another thread. It helps if the work releases Python's lock, as XLA's compiler and NumPy do.
 
     Args:
-      work: the function to call.
+      work: the function to call. It must not wait for other work of this kind.
       *arguments: its arguments.
     """
-    thread = ThreadPoolExecutor(1)
-    future = thread.submit(work, *arguments)
-    thread.shutdown(wait=False)
-    return future
+    return _THREADS.submit(work, *arguments)
 
 
 def require_float64(trace: Mapping[str, NDArray], name: str) -> None:

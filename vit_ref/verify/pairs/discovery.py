@@ -8,12 +8,13 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
+from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError
 from vit_ref.verify.candidates.declaration import Mapped
 from vit_ref.verify.candidates.outline import Shape
 from vit_ref.verify.candidates.table import EveryPath, Table, claimed, counted, elements
-from vit_ref.verify.compare.inputs import Inputs, is_float
+from vit_ref.verify.compare.inputs import Inputs, copy_inputs, is_float
 from vit_ref.verify.compare.trace import Tap
 from vit_ref.verify.pairs.outline import OUTPUT, DeclaredOutline
 from vit_ref.verify.precision import FLOAT64
@@ -30,11 +31,13 @@ class Discovery:
       outline: its sites and parameters.
       table: its own paths -> its sites.
       repeated: submodules that run more than once in a pass. They are no sites.
+      output: the reference's output in float64.
     """
 
     outline: DeclaredOutline
     table: dict[str, Any]
     repeated: tuple[str, ...]
+    output: NDArray
 
 
 class AnyShape(dict[str, Shape]):
@@ -77,14 +80,14 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
         return value
 
     reference.tables = lambda inputs: recorder
-    reference.outputs([inputs], FLOAT64, jit=False, tap=keep)
+    (output,) = reference.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
     if given is None:
         found = {name: shape for name, shape in recorder.found.items() if _path(name) not in recorder.repeated}
         table = {recorder.keys[name]: name for name in found}
     else:
         table = counted_out(given, recorder.paths_met)
         reference.tables = lambda inputs: reference._table(table, inputs)
-        reference.outputs([inputs], FLOAT64, jit=False, tap=keep)
+        reference.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
         found = {site: shape for site, shape in shapes.items() if site != OUTPUT}
         for site in sorted(claimed(table, Blank(), AnyShape()) - shapes.keys()):
             raise CandidateError(
@@ -92,7 +95,7 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
             )
     parameters = {name: value.shape for name, value in reference.parameters().items()}
     outline = DeclaredOutline(found, shapes[OUTPUT], parameters)
-    return Discovery(outline, table, () if given else tuple(sorted(recorder.repeated)))
+    return Discovery(outline, table, () if given else tuple(sorted(recorder.repeated)), output)
 
 
 class SiteRecorder(Table):

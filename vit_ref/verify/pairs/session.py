@@ -143,7 +143,7 @@ class PairSession(Judgement):
         declared = dataclasses.replace(declared, sites=self.found.table)
         # This one is observed at all sites. The candidate may show only some of them.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
-        output = require_repeatable(self.whole, self.inputs, progress=progress)
+        output = require_repeatable(self.whole, self.inputs, self.found.output, progress=progress)
         if not output.any():
             raise UnjudgedError(
                 f"{declared.name}: its {{place}} is zero everywhere, which tells nothing: give other inputs", OUTPUT
@@ -162,7 +162,7 @@ class PairSession(Judgement):
         attention = ""
         if getattr(declared, "attention", True):
             progress(f"{declared.name}: its ways of attention")
-            attention = require_same_attention(declared.name, loaded, partial(self._output_of, declared))
+            attention = require_same_attention(declared.name, loaded, output, partial(self._output_of, declared))
         self.notes = self._notes(attention, note_constants(loaded))
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))

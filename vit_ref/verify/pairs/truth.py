@@ -19,12 +19,13 @@ from vit_ref.verify.gates import SEMANTIC_RMS, against, error
 _ATTENTION = ("eager", "sdpa")
 
 
-def require_same_attention(name: str, loaded: Any, run: Callable[[Any], NDArray]) -> str:
+def require_same_attention(name: str, loaded: Any, output: NDArray, run: Callable[[Any], NDArray]) -> str:
     """Checks that a model from transformers gives the same float64 output with eager and with fused attention.
 
     Args:
       name: the reference's name.
       loaded: the model that its loader returned.
+      output: its float64 output.
       run: returns the float64 output of such a model.
 
     Returns:
@@ -45,7 +46,7 @@ def require_same_attention(name: str, loaded: Any, run: Callable[[Any], NDArray]
         return ""
     if getattr(changed.config, "_attn_implementation", None) != other:
         return ""
-    off = error(run(changed), run(loaded))
+    off = error(run(changed), output)
     if not off.passes_semantic_gate:
         raise UnjudgedError(
             f"{name}: its {own} and its {other} attention differ in float64 at {{place}} by"

@@ -10,13 +10,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from vit_ref.model.sites import OUTPUTS
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
 from vit_ref.verify.report.text import decided_checks, next_step, wrong_alone
 from vit_ref.verify.results import CandidateReport, Cause, Check, ParityReport, SiteResult, Status
 
 SCHEMA = Path(__file__).with_name("schema.json")
-_SITES = ("patches", "embeddings", "norm", *OUTPUTS)
 
 
 def to_json(report: CandidateReport) -> dict[str, Any]:
@@ -130,9 +128,7 @@ def _number(value: float | None) -> float | str | None:
 def _kind(site: str, sites: Collection[str]) -> str:
     if site == "pixels" or site.startswith("input:"):
         return "pixels"
-    if sites:
-        return "site" if site in sites else "parameter"
-    return "site" if site in _SITES or site.startswith("block.") else "parameter"
+    return "site" if site in sites else "parameter"
 
 
 def _block(site: str) -> int | None:

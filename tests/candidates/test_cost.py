@@ -1,0 +1,81 @@
+"""What is computed again, or stored anew, although the first time would do."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_ref
+from vit_ref.verify.candidates.running import implement, load_in_float64
+from vit_ref.verify.candidates.vit_outline import ViTOutline
+from vit_ref.verify.cases import CASES
+from vit_ref.verify.compare.behaviour import check_behaviour
+from vit_ref.verify.precision import FLOAT64, PRECISIONS
+
+CASE = CASES["rectangular"]
+
+
+@pytest.fixture
+def counted() -> tuple[Any, list[np.dtype], list[Any]]:
+    """A candidate, and what it notes: the dtype of each load, and of each call by Python."""
+    loads: list[np.dtype] = []
+    calls: list[Any] = []
+
+    def load(path: Path | None, dtype: np.dtype) -> Callable[[Any], Any]:
+        loads.append(dtype)
+        return lambda x: x.sum((1, 2, 3))[:, None] * jnp.ones(CASE.config.num_labels, x.dtype)
+
+    def call(model: Callable[[Any], Any], x: Any) -> Any:
+        calls.append(x.dtype)
+        return model(x)
+
+    declaration = vit_ref.Candidate(load=load, call=call, sites={}, name="counted")
+    loaded = load_in_float64(declaration, None)
+    return implement(declaration, ViTOutline(CASE.config), None, loaded), loads, calls
+
+
+def test_a_candidate_is_loaded_and_traced_once_for_each_dtype(counted: tuple[Any, list, list]) -> None:
+    candidate, loads, calls = counted
+    for precision in (FLOAT64, PRECISIONS["float32"], FLOAT64, PRECISIONS["float32"]):
+        candidate.trace(CASE.images(), precision)
+    assert loads == [np.float64, np.float32]
+    assert calls == [np.float64, np.float32]
+
+
+def test_behaviour_compiles_no_tapped_pass_that_the_forward_comparison_compiled(
+    counted: tuple[Any, list, list],
+) -> None:
+    candidate, _, calls = counted
+    candidate.trace(CASE.images(), FLOAT64)
+    calls.clear()
+    assert all(each.passed for each in check_behaviour(candidate, CASE.images()))
+    # Two programs, one for the batch and one for a row, and three runs operation by operation.
+    assert len(calls) == 5
+
+
+_TWICE = """
+import resource
+import numpy as np
+from vit_ref.cli.memory import keep_freed_memory
+
+keep_freed_memory()
+np.ones(10_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory: run it on Linux")
+def test_freed_memory_is_used_again() -> None:
+    faults = subprocess.run([sys.executable, "-c", _TWICE], capture_output=True, text=True, check=True).stdout
+    # Memory from the system has hundreds of pages that are new.
+    assert int(faults) < 20
