@@ -97,7 +97,7 @@ def test_the_given_options_reach_the_check(found: Callable[[str], list[Any]], in
     options += ["--ignore", "vit.pooler.*", "--ignore", "x"]
     assert invoke("verify", "anywhere", "--candidate", "port.py", *options).exit_code == 0
     asked = {"images": Path("photographs"), "precision": "bfloat16", "reference": "numpy", "backward": False}
-    asked["ignore"] = ("vit.pooler.*", "x")
+    asked |= {"ignore": ("vit.pooler.*", "x"), "cache": True}
     assert calls == [("port.py", "anywhere", asked)]
 
 
@@ -108,7 +108,8 @@ def test_a_streamed_check_gets_the_same_options(monkeypatch: pytest.MonkeyPatch,
     ((given, options),) = calls
     del options["progress"]
     assert given == ("anywhere",)
-    assert options == {"images": None, "ignore": (), "precision": "bfloat16", "reference": "flax", "backward": True}
+    asked = {"images": None, "ignore": (), "precision": "bfloat16", "reference": "flax", "backward": True}
+    assert options == asked | {"cache": True}
 
 
 def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Invoke) -> None:

@@ -9,7 +9,7 @@ import click
 from vit_ref.cli.console import THEME, Output, Verdicts, show_progress
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.memory import keep_freed_memory
-from vit_ref.cli.options import LOCAL, json_option
+from vit_ref.cli.options import LOCAL, cache_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.cli.verify import WRONG
 from vit_ref.errors import InputError, PartlyJudgedError
@@ -55,6 +55,7 @@ class _Shape(click.ParamType):
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
 @json_option
+@cache_option
 @click.pass_context
 def compare(
     ctx: click.Context,
@@ -69,6 +70,7 @@ def compare(
     whole: bool,
     html: Path | None,
     json_file: Path | None,
+    cache: bool,
 ) -> None:
     """Compare CANDIDATE with REFERENCE, two implementations of the same model.
 
@@ -101,6 +103,7 @@ def compare(
                 precision=precision,
                 backward=not forward_only,
                 seed=seed,
+                cache=cache,
                 progress=progress,
             )
         except PartlyJudgedError as error:

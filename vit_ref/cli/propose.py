@@ -9,7 +9,7 @@ import click
 
 from vit_ref.cli.embedded import open_checkpoint
 from vit_ref.cli.interrupts import leave_when_interrupted
-from vit_ref.cli.options import json_option
+from vit_ref.cli.options import cache_option, json_option
 from vit_ref.cli.outputs import print_result, require_outputs
 
 
@@ -18,7 +18,8 @@ from vit_ref.cli.outputs import print_result, require_outputs
 @click.option("--reference", metavar="FILE.py|module:attr", help="Reference of another model than a ViT; see compare.")
 @click.option("--candidate", required=True, metavar="FILE.py|module:attr", help="Candidate to run.")
 @json_option
-def propose(checkpoint: str | None, reference: str | None, candidate: str, json_file: Path | None) -> None:
+@cache_option
+def propose(checkpoint: str | None, reference: str | None, candidate: str, json_file: Path | None, cache: bool) -> None:
     """Propose the table of a candidate's sites.
 
     The command runs the candidate on CHECKPOINT beside the oracle, or beside --reference, and compares the values.
@@ -26,11 +27,13 @@ def propose(checkpoint: str | None, reference: str | None, candidate: str, json_
     """
     require_outputs(json=json_file)
     with leave_when_interrupted():
+        from vit_ref.verify.cache.opening import opened
         from vit_ref.verify.pairs import proposal as pairs
         from vit_ref.verify.proposals import proposal
-    if reference is not None:
-        proposed: Any = pairs.propose(reference, candidate, checkpoint)
-    else:
-        with open_checkpoint(checkpoint) as place:
-            proposed = proposal.propose(candidate, place)
+    with opened(cache):
+        if reference is not None:
+            proposed: Any = pairs.propose(reference, candidate, checkpoint)
+        else:
+            with open_checkpoint(checkpoint) as place:
+                proposed = proposal.propose(candidate, place)
     print_result(str(proposed), json_file, proposed.to_json())

@@ -13,7 +13,7 @@ from vit_ref.cli.console import THEME, Output, Verdicts, say_left_out, show_prog
 from vit_ref.cli.embedded import open_checkpoint
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.memory import keep_freed_memory
-from vit_ref.cli.options import LOCAL, ignore_option, json_option
+from vit_ref.cli.options import LOCAL, cache_option, ignore_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.errors import InputError, PartlyJudgedError
 
@@ -52,6 +52,7 @@ PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "mixed", "float16")
 @click.option("--table", "whole", is_flag=True, help="Print the errors of every site.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
 @json_option
+@cache_option
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -66,6 +67,7 @@ def verify(
     whole: bool,
     html: Path | None,
     json_file: Path | None,
+    cache: bool,
 ) -> None:
     """Verify each --candidate on CHECKPOINT, a directory, file or hub id.
 
@@ -108,6 +110,7 @@ def verify(
                         precision=precision,
                         reference=reference,
                         backward=not forward_only,
+                        cache=cache,
                         progress=progress,
                     )
                 except PartlyJudgedError as error:

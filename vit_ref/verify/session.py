@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from jax.typing import DTypeLike
@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
+from vit_ref.verify.cache.opening import opened
+from vit_ref.verify.cache.reference import KeptReference
+from vit_ref.verify.cache.shelf import Shelf
+from vit_ref.verify.cache.store import Store
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.loading import find_declaration
 from vit_ref.verify.candidates.own import OwnCandidate
@@ -27,6 +31,7 @@ from vit_ref.verify.compare.trace import Progress, silent
 from vit_ref.verify.judgement import Judgement
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import Precision, resolve_precision
+from vit_ref.verify.problem import Problem
 from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
@@ -60,6 +65,7 @@ def check_port(
     reference: str = "flax",
     backward: bool = True,
     expected_failed_checks: Mapping[str, str] | None = None,
+    cache: bool = True,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Checks a candidate against reference and oracle, at every site that it shows, forward and backward.
@@ -82,6 +88,8 @@ def check_port(
       backward: whether to check gradients too.
       expected_failed_checks: pattern (`*`, `?`) of check names or sites -> the reason why they fail. An expected
         failure that passes is an error.
+      cache: whether to keep compiled programs, and results of reference and oracle, on disk for later runs. No number
+        depends on it. The environment variable VIT_REF_CACHE names its directory, or is "off".
       progress: gets a description of each next step.
 
     Returns:
@@ -94,14 +102,24 @@ def check_port(
     """
     resolved = resolve_precision(precision)
     source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore)
-    with name_checkpoint_in_errors(source.path):
-        prepared = prepare_candidate(candidate, config, source)
-    pixels = pixels_for(config, images, FORWARD)
-    if candidate is not None:
-        require_repeatable(prepared, pixels[:1], progress=progress)
-    several = BACKWARD_OWN if candidate is None else BACKWARD
-    session = Session(config, source, pixels, prepared, resolved, reference, images_backward=several, progress=progress)
-    return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
+    with opened(cache) as store:
+        with name_checkpoint_in_errors(source.path):
+            prepared = prepare_candidate(candidate, config, source)
+        pixels = pixels_for(config, images, FORWARD)
+        if candidate is not None:
+            require_repeatable(prepared, pixels[:1], progress=progress)
+        session = Session(
+            config,
+            source,
+            pixels,
+            prepared,
+            resolved,
+            reference,
+            images_backward=BACKWARD_OWN if candidate is None else BACKWARD,
+            store=store,
+            progress=progress,
+        )
+        return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
 
 class Session(Judgement):
@@ -116,6 +134,8 @@ class Session(Judgement):
       reference: the reference that decides: one of `choice.REFERENCES` by name, or one that holds the weights already.
       title: name of the checkpoint or case, for reports; by default the name of the checkpoint's files.
       images_backward: the number of images for the backward pass; None for all.
+      store: the cache that keeps what a reference computes; None for no cache. It keeps nothing of a reference that
+        is not chosen by name.
       progress: gets a description of each next step.
     """
 
@@ -130,13 +150,14 @@ class Session(Judgement):
         *,
         title: str | None = None,
         images_backward: int | None = None,
+        store: Store | None = None,
         progress: Progress = silent,
     ):
         self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
         self.precision = resolve_precision(precision)
         self.title = self.origin.name if title is None else title
         self.images_backward, self.progress = images_backward, progress
-        self._reference = reference
+        self._reference, self._store = reference, store
 
     @cached_property
     def origin(self) -> Origin:
@@ -156,7 +177,22 @@ class Session(Judgement):
           InputError: it is not installed, or the checkpoint does not fit it.
         """
         given = self._reference
-        return reference_for(self.config, self.tensors, given) if isinstance(given, str) else given
+        if not isinstance(given, str):
+            return given
+        build = partial(reference_for, self.config, self.tensors, given)
+        return build() if self._shelf is None else KeptReference(self._shelf, build)
+
+    @cached_property
+    def _shelf(self) -> Shelf | None:
+        """The part of the cache that belongs to this reference with this checkpoint; None without a cache."""
+        given = self._reference
+        if self._store is None or not isinstance(given, str):
+            return None
+        return Shelf.of(self._store, given, repr(self.config), self.tensors)
+
+    def _kept(self, problem: Problem) -> Shelf | None:
+        """Returns the errors that earlier runs have kept for this problem; None without a cache."""
+        return self._shelf and self._shelf.for_inputs(problem.inputs, self.precision)
 
     def forward(self) -> ParityReport:
         """Compares every site, see `compare_forward`."""
@@ -169,6 +205,7 @@ class Session(Judgement):
             self.candidate,
             self.precision,
             explainer=ViTExplainer(self.config, self.tensors, problem),
+            kept=self._kept(problem),
             progress=self.progress,
         )
 
@@ -187,6 +224,7 @@ class Session(Judgement):
             self.precision,
             explainer=ViTExplainer(self.config, {}, problem),
             fuse=with_fused_attention if hides else None,
+            kept=self._kept(problem),
             progress=self.progress,
         )
 

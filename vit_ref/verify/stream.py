@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import InputError, UnjudgedError
 from vit_ref.model.config import ViTConfig
+from vit_ref.verify.cache.opening import opened
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.compare.backward import Comparison, gradients_report
 from vit_ref.verify.compare.forward import compare_forward
@@ -60,6 +61,7 @@ def check_streamed(
     precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
+    cache: bool = True,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Checks this package's own model, like `check_port`, with the tensors of one block in memory at a time.
@@ -81,6 +83,7 @@ def check_streamed(
       precision: see `check_port`.
       reference: "flax", or "numpy", which has no backward pass.
       backward: whether to compare gradients, too. A temporary directory keeps the streams into every block.
+      cache: whether to keep compiled programs on disk for later runs; see `check_port`.
       progress: called with the name of each step before it begins.
 
     Returns:
@@ -103,7 +106,7 @@ def check_streamed(
         for _ in mapping.port_each(source.tensors, config, mapping.detect(source.tensors)):
             pass  # this reports all tensors that are missing, unexpected, misshapen or not finite at once
     pixels = pixels_for(config, images, FORWARD)
-    with tempfile.TemporaryDirectory() as directory:
+    with opened(cache), tempfile.TemporaryDirectory() as directory:
         blocks = _Blocks(config, source, reference, asked, Path(directory))
         return _Streamed(blocks, source, pixels, asked, progress).check(backward=backward)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError
-from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
+from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, beside, require_float64, silent, widened
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
 from vit_ref.verify.precision import FLOAT64, Precision
@@ -92,6 +92,7 @@ def compare_forward(
     precision: Precision,
     *,
     explainer: Explainer | None = None,
+    kept: Kept | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same inputs, and measures every site.
@@ -104,6 +105,7 @@ def compare_forward(
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
       explainer: finds the cause of a divergence; None does not look for one.
+      kept: errors of this reference and this oracle from earlier runs; None measures all of them.
       progress: gets a description of each next step.
 
     Returns:
@@ -115,9 +117,10 @@ def compare_forward(
       ReferenceOverflowError: the reference is not finite in float64; or the formulas agree, but it is not finite in
         that precision.
     """
-    inputs, names = problem.inputs, problem.names
+    inputs, names, kept = problem.inputs, problem.names, kept or Nothing()
+    agreement = kept.find("oracle") if oracle else {}
     # NumPy multiplies while the reference is traced and compiled.
-    independent = beside(oracle.trace, inputs, FLOAT64) if oracle else None
+    independent = beside(oracle.trace, inputs, FLOAT64) if oracle and agreement is None else None
     progress(f"{reference.name} in float64")
     truth = reference.trace(inputs, FLOAT64)
     require_float64(truth, reference.name)
@@ -140,14 +143,16 @@ def compare_forward(
             site: errors[site] for site, stream in before.items() if site in errors and (not stream or stream in fed)
         }
 
-    oracles: dict[str, Error] = {}
-    if oracle and independent:
+    oracles = agreement or {}
+    if oracle:
         progress(f"{oracle.name} in float64")
-        oracle_trace = independent.result()
-        require_float64(oracle_trace, oracle.name)
-        oracles = errors_of(oracle_trace, truths)
+        if independent:
+            oracle_trace = independent.result()
+            require_float64(oracle_trace, oracle.name)
+            oracles = errors_of(oracle_trace, truths)
+            kept.keep("oracle", oracles)
+            del oracle_trace, independent
         require_agreement(oracles, reference.name, oracle.name)
-        del oracle_trace, independent
     progress(f"{candidate.name} in float64")
     exact_trace = widened(candidate.trace(inputs, FLOAT64), candidate.name)
     exact = errors_of(exact_trace, truths)
@@ -166,7 +171,10 @@ def compare_forward(
         truth = reference.trace(inputs, FLOAT64)
         require_float64(truth, reference.name)
         truths = {site: Truth(truth[site]) for site in names}
-    reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
+    reference_errors = kept.find("reference")
+    if reference_errors is None:
+        reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
+        kept.keep("reference", reference_errors)
     if not first:  # otherwise the verdict is known
         require_finite(reference_errors, reference.name, precision.name)
     progress(f"{candidate.name} in {precision.name}")

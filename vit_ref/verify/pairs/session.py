@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError, UnjudgedError
+from vit_ref.verify.cache.opening import opened
 from vit_ref.verify.candidates.declaration import Candidate, takes
 from vit_ref.verify.candidates.feeding import name_input
 from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
@@ -63,6 +64,7 @@ def compare(
     backward: bool = True,
     expected_failed_checks: Mapping[str, str] | None = None,
     seed: int = 0,
+    cache: bool = True,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Compares a candidate with a reference, in any framework each, at every site that both show.
@@ -84,6 +86,7 @@ def compare(
       backward: whether to check gradients too.
       expected_failed_checks: see `check_port`.
       seed: the argument of `Reference.inputs`.
+      cache: whether to keep compiled programs on disk for later runs; see `check_port`.
       progress: gets a description of each next step.
 
     Returns:
@@ -94,10 +97,11 @@ def compare(
       PartlyJudgedError: nothing failed forward, but the gradients cannot be checked.
       InputError: a side, the inputs or an expectation cannot be used.
     """
-    session = PairSession(
-        reference, candidate, checkpoint, inputs=inputs, precision=precision, seed=seed, progress=progress
-    )
-    return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
+    with opened(cache):
+        session = PairSession(
+            reference, candidate, checkpoint, inputs=inputs, precision=precision, seed=seed, progress=progress
+        )
+        return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
 
 
 class PairSession(Judgement):
