@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
-from vit_ref.cli.console import THEME, Output, Verdicts, show_progress
+from vit_ref.cli.console import PrintedReport, show_progress
 from vit_ref.cli.interrupts import leave_when_interrupted
-from vit_ref.cli.options import LOCAL, json_option
+from vit_ref.cli.options import LOCAL, fail_fast_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.cli.verify import WRONG
 from vit_ref.errors import InputError, PartlyJudgedError
@@ -51,6 +52,7 @@ class _Shape(click.ParamType):
     help="Precision of the numerical gate.",
 )
 @click.option("--forward-only", is_flag=True, help="Compare no gradients.")
+@fail_fast_option
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
 @json_option
@@ -65,6 +67,7 @@ def compare(
     seed: int,
     precision: str,
     forward_only: bool,
+    fail_fast: bool,
     whole: bool,
     html: Path | None,
     json_file: Path | None,
@@ -85,10 +88,11 @@ def compare(
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session
         from vit_ref.verify.pairs.given import random_inputs
-        from vit_ref.verify.report import summary, table, to_html, to_json
+        from vit_ref.verify.report import to_html, to_json
 
     given = random_inputs(dict(shapes), seed) if shapes else inputs
     unjudged = None
+    printed = PrintedReport(stderr=STDOUT in (html, json_file), whole=whole)
     with show_progress(session.count_steps(backward=not forward_only)) as progress:
         try:
             report = session.compare(
@@ -99,6 +103,8 @@ def compare(
                 precision=precision,
                 backward=not forward_only,
                 seed=seed,
+                fail_fast=fail_fast,
+                on_part=partial(printed.show, steps=progress),
                 progress=progress,
             )
         except PartlyJudgedError as error:
@@ -107,13 +113,7 @@ def compare(
         write_output(html, to_html(report))
     if json_file:
         write_json(json_file, to_json(report))
-    console = Output(
-        stderr=STDOUT in (html, json_file), highlighter=Verdicts(), theme=THEME, soft_wrap=True, markup=False
-    )
-    if whole:
-        for part in (report.forward, report.backward):
-            console.print(f"{table(part)}\n" if part else "")
-    console.print(summary(report))
+    printed.end(report)
     if report.passed and unjudged:
         raise unjudged
     ctx.exit(0 if report.passed else WRONG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError
 from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
@@ -83,6 +83,11 @@ def isolated(errors: Mapping[str, Error], fixed: frozenset[str]) -> dict[str, Er
     return alone
 
 
+def never(site: str) -> bool:
+    """Returns False: no wrong formula ends the comparison before rounding is measured."""
+    return False
+
+
 def compare_forward(
     title: str,
     problem: Problem,
@@ -92,6 +97,7 @@ def compare_forward(
     precision: Precision,
     *,
     explainer: Explainer | None = None,
+    stops: Callable[[str], bool] = never,
     progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same inputs, and measures every site.
@@ -104,6 +110,7 @@ def compare_forward(
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
       explainer: finds the cause of a divergence; None does not look for one.
+      stops: gets each site whose formula is wrong. If it returns True for one, rounding is not measured.
       progress: gets a description of each next step.
 
     Returns:
@@ -159,32 +166,38 @@ def compare_forward(
     del exact_trace
     if first:
         alone = each_alone(set(exact), FLOAT64)
-    progress(f"{reference.name} in {precision.name}")
-    if precision.stored is not None:
-        # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters too.
-        reference, candidate = reference.storing(precision), candidate.storing(precision)
-        truth = reference.trace(inputs, FLOAT64)
-        require_float64(truth, reference.name)
-        truths = {site: Truth(truth[site]) for site in names}
-    reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
-    if not first:  # otherwise the verdict is known
-        require_finite(reference_errors, reference.name, precision.name)
-    progress(f"{candidate.name} in {precision.name}")
-    rounded_trace = candidate.trace(inputs, precision)
-    rounding = errors_of(rounded_trace, truths)
-    foreign = reference.foreign or candidate.foreign
-    gates = {
-        site: numerical_gate(
-            reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
-        )
-        for site in names
-    }
-    coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
-    if coarse and not first and explainer:
-        found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
-    del rounded_trace
-    if coarse and not first:
-        alone = each_alone(set(rounding), precision)
+    # This stands for the errors in the tested precision, if a wrong formula ends the comparison here.
+    unmeasured = dict.fromkeys(exact, Error(math.nan, math.nan))
+    rounding, reference_errors, gates = unmeasured, unmeasured, dict.fromkeys(exact, math.nan)
+    coarse = None
+    if not any(stops(site) for site in names if site in exact and not exact[site].passes_semantic_gate):
+        progress(f"{reference.name} in {precision.name}")
+        if precision.stored is not None:
+            # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters
+            # too.
+            reference, candidate = reference.storing(precision), candidate.storing(precision)
+            truth = reference.trace(inputs, FLOAT64)
+            require_float64(truth, reference.name)
+            truths = {site: Truth(truth[site]) for site in names}
+        reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
+        if not first:  # otherwise the verdict is known
+            require_finite(reference_errors, reference.name, precision.name)
+        progress(f"{candidate.name} in {precision.name}")
+        rounded_trace = candidate.trace(inputs, precision)
+        rounding = errors_of(rounded_trace, truths)
+        foreign = reference.foreign or candidate.foreign
+        gates = {
+            site: numerical_gate(
+                reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
+            )
+            for site in names
+        }
+        coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
+        if coarse and not first and explainer:
+            found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
+        del rounded_trace
+        if coarse and not first:
+            alone = each_alone(set(rounding), precision)
     shown = {site for site in names if site in exact and site in rounding}
     claims = set(names) if candidate.claims is None else candidate.claims
     diverging = first or coarse
