@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
@@ -83,6 +83,11 @@ def isolated(errors: Mapping[str, Error], fixed: frozenset[str]) -> dict[str, Er
     return alone
 
 
+def never(site: str) -> bool:
+    """Returns False: no wrong formula ends the comparison before rounding is measured."""
+    return False
+
+
 def compare_forward(
     title: str,
     problem: Problem,
@@ -93,6 +98,7 @@ def compare_forward(
     *,
     explainer: Explainer | None = None,
     kept: Kept | None = None,
+    stops: Callable[[str], bool] = never,
     progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same inputs, and measures every site.
@@ -106,6 +112,7 @@ def compare_forward(
       precision: the precision whose rounding is measured.
       explainer: finds the cause of a divergence; None does not look for one.
       kept: errors of this reference and this oracle from earlier runs; None measures all of them.
+      stops: gets each site whose formula is wrong. If it returns True for one, rounding is not measured.
       progress: gets a description of each next step.
 
     Returns:
@@ -150,9 +157,10 @@ def compare_forward(
             oracle_trace = independent.result()
             require_float64(oracle_trace, oracle.name)
             oracles = errors_of(oracle_trace, truths)
-            kept.keep("oracle", oracles)
-            del oracle_trace, independent
+            del oracle_trace
         require_agreement(oracles, reference.name, oracle.name)
+        if independent:
+            kept.keep("oracle", oracles)
     progress(f"{candidate.name} in float64")
     exact_trace = widened(candidate.trace(inputs, FLOAT64), candidate.name)
     exact = errors_of(exact_trace, truths)
@@ -164,35 +172,41 @@ def compare_forward(
     del exact_trace
     if first:
         alone = each_alone(set(exact), FLOAT64)
-    progress(f"{reference.name} in {precision.name}")
-    if precision.stored is not None:
-        # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters too.
-        reference, candidate = reference.storing(precision), candidate.storing(precision)
-        truth = reference.trace(inputs, FLOAT64)
-        require_float64(truth, reference.name)
-        truths = {site: Truth(truth[site]) for site in names}
-    reference_errors = kept.find("reference")
-    if reference_errors is None:
-        reference_errors = errors_of(reference.trace(inputs, precision), truths, carriers=True)
-        kept.keep("reference", reference_errors)
-    if not first:  # otherwise the verdict is known
-        require_finite(reference_errors, reference.name, precision.name)
-    progress(f"{candidate.name} in {precision.name}")
-    rounded_trace = candidate.trace(inputs, precision)
-    rounding = errors_of(rounded_trace, truths)
-    foreign = reference.foreign or candidate.foreign
-    gates = {
-        site: numerical_gate(
-            reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
-        )
-        for site in names
-    }
-    coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
-    if coarse and not first and explainer:
-        found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
-    del rounded_trace
-    if coarse and not first:
-        alone = each_alone(set(rounding), precision)
+    # This stands for the errors in the tested precision, if a wrong formula ends the comparison here.
+    unmeasured = dict.fromkeys(exact, Error(math.nan, math.nan))
+    rounding, reference_errors, gates = unmeasured, unmeasured, dict.fromkeys(exact, math.nan)
+    coarse = None
+    if not any(stops(site) for site in names if site in exact and not exact[site].passes_semantic_gate):
+        progress(f"{reference.name} in {precision.name}")
+        if precision.stored is not None:
+            # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters
+            # too.
+            reference, candidate = reference.storing(precision), candidate.storing(precision)
+            truth = reference.trace(inputs, FLOAT64)
+            require_float64(truth, reference.name)
+            truths = {site: Truth(truth[site]) for site in names}
+        known = kept.find("reference")
+        reference_errors = known or errors_of(reference.trace(inputs, precision), truths, carriers=True)
+        if known is None:
+            kept.keep("reference", reference_errors)
+        if not first:  # otherwise the verdict is known
+            require_finite(reference_errors, reference.name, precision.name)
+        progress(f"{candidate.name} in {precision.name}")
+        rounded_trace = candidate.trace(inputs, precision)
+        rounding = errors_of(rounded_trace, truths)
+        foreign = reference.foreign or candidate.foreign
+        gates = {
+            site: numerical_gate(
+                reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
+            )
+            for site in names
+        }
+        coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
+        if coarse and not first and explainer:
+            found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
+        del rounded_trace
+        if coarse and not first:
+            alone = each_alone(set(rounding), precision)
     shown = {site for site in names if site in exact and site in rounding}
     claims = set(names) if candidate.claims is None else candidate.claims
     diverging = first or coarse
