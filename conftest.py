@@ -57,6 +57,7 @@ TESTS = Path(__file__).parent / "tests"
 # The folder of a test is its marker.
 FOLDERS = {
     "bench": "benchmarks time what their options say; no test asserts a time",
+    "cache": "what a run keeps on disk is never stale, damaged or in the way",
     "candidates": "candidates of others are verified, and a wrong one is reported",
     "compare": "the same gates compare any two implementations, whatever they are written in",
     "consistency": "all ways of running and differentiating the model agree",
@@ -116,6 +117,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     environment = pytest.MonkeyPatch()  # which worker processes, and programs that tests start, have from this process
     environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # No test depends on what an earlier run left on the disk. Tests of the cache name a directory of their own.
+    environment.setenv("VIT_REF_CACHE", "off")
     _compile_quickly(environment)
     config.add_cleanup(environment.undo)
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]

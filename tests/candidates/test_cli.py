@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +37,8 @@ from vit_ref.weights import conversion
 verify_command, convert_command = (import_module(f"vit_ref.cli.{name}") for name in ("verify", "convert"))
 
 Invoke = Callable[..., Result]
+# The cursor moves up by one line and erases it.
+ERASED = "\x1b[1A\x1b[2K"
 RIGHT = REPORTS["right"]
 
 
@@ -97,8 +100,12 @@ def test_the_given_options_reach_the_check(found: Callable[[str], list[Any]], in
     options += ["--ignore", "vit.pooler.*", "--ignore", "x"]
     assert invoke("verify", "anywhere", "--candidate", "port.py", *options).exit_code == 0
     asked = {"images": Path("photographs"), "precision": "bfloat16", "reference": "numpy", "backward": False}
-    asked["ignore"] = ("vit.pooler.*", "x")
-    assert calls == [("port.py", "anywhere", asked)]
+    asked |= {"ignore": ("vit.pooler.*", "x"), "fail_fast": False, "quick": False, "cache": True}
+    ((*given, options),) = calls
+    del options["on_part"]
+    assert (given, options) == (["port.py", "anywhere"], asked)
+    assert invoke("verify", "anywhere", "--fail-fast", "--quick").exit_code == 0
+    assert (calls[1][-1]["fail_fast"], calls[1][-1]["quick"]) == (True, True)
 
 
 def test_a_streamed_check_gets_the_same_options(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
@@ -106,9 +113,10 @@ def test_a_streamed_check_gets_the_same_options(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(stream, "check_streamed", lambda *given, **options: calls.append((given, options)) or RIGHT())
     assert invoke("verify", "anywhere", "--stream", "--dtype", "bfloat16").exit_code == 0
     ((given, options),) = calls
-    del options["progress"]
+    del options["progress"], options["on_part"]
     assert given == ("anywhere",)
-    assert options == {"images": None, "ignore": (), "precision": "bfloat16", "reference": "flax", "backward": True}
+    asked = {"images": None, "ignore": (), "precision": "bfloat16", "reference": "flax", "backward": True}
+    assert options == {**asked, "fail_fast": False, "cache": True}
 
 
 def test_the_table_has_every_site(found: Callable[[str], list[Any]], invoke: Invoke) -> None:
@@ -202,6 +210,8 @@ def test_forward_findings_are_printed_without_gradients(
             ["verify", "--ignore", "a"],
             "--ignore needs a CHECKPOINT, and there is none: give one, or leave out --ignore",
         ),
+        (["verify", "--quick"], "--quick needs a CHECKPOINT, and there is none: give one, or leave out --quick"),
+        (["verify", "a", "--quick", "--stream"], "--stream verifies every block and --quick two: give one of the two"),
         (["verify", "--stream"], "--stream needs a CHECKPOINT, and there is none: give one, or leave out --stream"),
         (["verify", "{tiny}", "--images", "gone"], "gone: this directory of images does not exist: give one"),
         (["verify", "{tiny}", "--html", "gone/a.html"], "gone/a.html: its directory does not exist: make it first"),
@@ -417,6 +427,22 @@ def test_a_bar_names_the_step_on_a_terminal(
         step("FlaxViT in float64")
     printed = capsys.readouterr()
     assert "FlaxViT in float64" in printed.err and not printed.out
+
+
+def test_the_bar_is_erased_before_a_report_is_printed_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with show_progress(3) as steps:
+        steps("FlaxViT in float64")
+        capsys.readouterr()
+        with steps.hidden():
+            assert capsys.readouterr().err.endswith(ERASED)
+            time.sleep(0.3)  # a bar that is not hidden is drawn ten times a second
+            assert capsys.readouterr() == ("", "")
+        steps("gradients")
+    assert "gradients" in capsys.readouterr().err
 
 
 def test_convert_prints_what_it_did(tiny: Path, tmp_path: Path, invoke: Invoke) -> None:

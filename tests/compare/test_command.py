@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -13,7 +16,10 @@ from click.testing import CliRunner, Result
 import vit_ref
 from vit_ref.cli import compare
 from vit_ref.cli.group import main
+from vit_ref.verify.pairs import session
 from vit_ref.verify.precision import PRECISIONS
+from vit_ref.verify.report import SCHEMA
+from vit_ref.verify.results import ParityReport
 
 FILE = """
 import jax
@@ -81,6 +87,38 @@ def test_a_wrong_candidate_fails_at_its_first_divergence(file: str) -> None:
     assert found.exit_code == 1
     assert "first divergence at last" in found.output
     assert "wrong even with the reference's values before it: last" in " ".join(found.output.split())
+
+
+def test_the_forward_verdict_is_printed_before_the_gradients_begin(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+    backward = session.compare_backward
+
+    def late(*arguments: Any, **options: Any) -> ParityReport:
+        printed.append(sys.stdout.buffer.getvalue().decode())  # type: ignore[attr-defined]  # what was flushed
+        return backward(*arguments, **options)
+
+    monkeypatch.setattr(session, "compare_backward", late)
+    found = run(file, file)
+    assert found.exit_code == 0, found.output
+    [forward] = printed
+    assert forward.startswith("sides's own weights: 3 sites pass: ") and forward.endswith("\n")
+    assert found.stdout.startswith(f"{forward}sides's own weights, backward: ")
+    assert found.stdout.count("3 sites pass") == 1
+
+
+def test_a_wrong_formula_ends_a_run_that_fails_fast(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "compare_backward", lambda *_, **__: pytest.fail("gradients were compared"))
+    monkeypatch.setattr(session, "check_behaviour", lambda *_, **__: pytest.fail("behaviour was checked"))
+    found = run(file, f"{file}:wrong", "--fail-fast", "--json", str(tmp_path / "a.json"))
+    assert found.exit_code == 1, found.output
+    why = "not run: the forward comparison failed, and fail-fast ends the run there"
+    said = " ".join(found.stdout.split())
+    assert "first divergence at last" in said
+    assert f"float32 rounding (not run: the formula is wrong in float64), gradients ({why}), behaviour ({why})" in said
+    document = json.loads((tmp_path / "a.json").read_text())
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(document)
+    assert (document["backward"], document["not_backward"], document["passed"]) == (None, why, False)
+    assert not vit_ref.compare(file, f"{file}:wrong", fail_fast=True).forward.has_rounding
 
 
 def test_inputs_come_from_a_file_or_a_shape(file: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -122,6 +123,8 @@ def _template() -> Path:
 def _enter(namespace: dict[str, Any]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="page-"))
     namespace["folder"] = shutil.copytree(_template(), folder, symlinks=True, dirs_exist_ok=True)
+    # No page depends on what an earlier run left on the disk.
+    os.environ["VIT_REF_CACHE"] = str(folder / "cache")
 
 
 def _leave(namespace: dict[str, Any]) -> None:

@@ -80,6 +80,17 @@ def _unshown() -> CandidateReport:
     return ported(parity(measured("logits"), unmapped=sites[:3], order=sites))
 
 
+def _stopped() -> CandidateReport:
+    """Returns the report of a run that a wrong formula ended before rounding was measured."""
+    unmeasured = dict.fromkeys(("rounding", "reference_error", "gate"), math.nan)
+    sites = [
+        measured("patches", **unmeasured),
+        measured("norm", 1e-6, 1e-6, **unmeasured),
+        measured("logits", 1e-6, 1e-9, **unmeasured),
+    ]
+    return ported(parity(*sites), behaviour=(), not_backward="not run", not_behaviour="not run")
+
+
 def _expected() -> CandidateReport:
     sites = [measured("embeddings"), measured("block.0.norm1", 1e-6), measured("logits", 1e-6)]
     return ported(
@@ -110,4 +121,5 @@ REPORTS: dict[str, Callable[[], CandidateReport]] = {
     "no numbers": _infinite,
     "rounding": lambda: ported(parity(measured("norm", alone=7.7e-7, rounding=8e-7), measured("logits", alone=1e-7))),
     "misbehaving": _misbehaving,
+    "stopped at a wrong formula": _stopped,
 }

@@ -28,6 +28,7 @@ FORBIDDEN = {
     "verify/compare": (
         "model",
         "weights",
+        "verify.cache",
         "verify.candidates",
         "verify.cases",
         "verify.diagnose",
@@ -39,6 +40,7 @@ FORBIDDEN = {
     ),
     # Diagnosis edits the oracle. The oracle decides, and does not depend on diagnosis.
     "verify/references": (
+        "verify.cache",
         "verify.candidates",
         "verify.diagnose",
         "verify.proposals",
@@ -46,6 +48,7 @@ FORBIDDEN = {
         "verify.stream",
     ),
     "verify/report": (
+        "verify.cache",
         "verify.candidates",
         "verify.compare",
         "verify.diagnose",

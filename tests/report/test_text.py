@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.helpers.synthetic_reports import REPORTS, measured, parity, ported, wrong
 from vit_ref.verify.gates import Error
-from vit_ref.verify.report import headline, summary, table, to_html, to_json
+from vit_ref.verify.report import closing, headline, in_full, sections, summary, table, to_html, to_json
 from vit_ref.verify.report.text import MARKS, next_step, wrong_alone
 from vit_ref.verify.results import Cause, ParityReport, SiteResult
 
@@ -50,6 +51,12 @@ def test_a_summary_names_site_cause_and_next_step_first() -> None:
             ],
         ),
         (
+            "stopped at a wrong formula",
+            [
+                "not observed: float32 rounding (not run: the formula is wrong in float64),",
+            ],
+        ),
+        (
             "misbehaving",
             ["failed: behaviour/batch: an input alone gives another output than in its batch"],
         ),
@@ -60,6 +67,31 @@ def test_every_status_has_lines_of_its_own_that_begin_with_it(name, lines) -> No
     assert [line for line in found if line in lines] == lines
     begun = ("failed: ", "not observed: ", "expected failure: ", "stale expectation: ")
     assert {line for line in found if line.startswith(begun)} <= {*lines, "not observed: gradients (not requested)"}
+
+
+def test_rounding_that_was_not_measured_is_no_number_anywhere() -> None:
+    report = REPORTS["stopped at a wrong formula"]()
+    assert "logits: float64 error 1.0e-06; float32 rounding not measured" in summary(report)
+    rows = [line.split() for line in table(report.forward).splitlines()[1:]]
+    assert [row[0] for row in rows if row[-1] == "float64"] == ["norm", "logits"]
+    assert all(row.count("-") == 4 for row in rows)
+    assert "nan" not in " ".join([summary(report), table(report.forward), to_html(report)]).lower()
+    numbers = [check["measured"] for check in to_json(report)["forward"]["checks"]]
+    assert {each[key] for each in numbers for key in ("rounding", "reference_error", "gate", "ratio", "margin")} == {
+        None
+    }
+    assert all(check.margin is None and check.rounding is None for check in report.checks)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_report_in_parts_has_the_lines_of_the_whole_in_the_same_order(name, whole) -> None:
+    report = REPORTS[name]()
+    parts = sections(report, whole=whole)
+    assert len(parts) == 1 + (report.backward is not None)
+    assert "\n".join([*parts, closing(report)]) == (in_full if whole else summary)(report)
+    # What is printed of the forward pass does not change when the gradients are known.
+    assert sections(dataclasses.replace(report, backward=None), whole=whole) == parts[:1]
 
 
 def test_only_failing_rows_of_the_table_end_with_a_mark() -> None:

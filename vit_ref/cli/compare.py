@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
-from vit_ref.cli.console import THEME, Output, Verdicts, show_progress
+from vit_ref.cli.console import PrintedReport, show_progress
 from vit_ref.cli.inputs import Shapes, input_options, make_inputs, require_one_source
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.memory import keep_freed_memory
-from vit_ref.cli.options import LOCAL, json_option
+from vit_ref.cli.options import LOCAL, cache_option, fail_fast_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.cli.verify import WRONG
 from vit_ref.errors import PartlyJudgedError
@@ -32,9 +33,11 @@ PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "float16")
     help="Precision of the numerical gate.",
 )
 @click.option("--forward-only", is_flag=True, help="Compare no gradients.")
+@fail_fast_option
 @click.option("--table", "whole", is_flag=True, help="Print every site's errors.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
 @json_option
+@cache_option
 @click.pass_context
 def compare(
     ctx: click.Context,
@@ -46,9 +49,11 @@ def compare(
     seed: int,
     precision: str,
     forward_only: bool,
+    fail_fast: bool,
     whole: bool,
     html: Path | None,
     json_file: Path | None,
+    cache: bool,
 ) -> None:
     """Compare CANDIDATE with REFERENCE, two implementations of the same model.
 
@@ -63,10 +68,11 @@ def compare(
     keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session
-        from vit_ref.verify.report import summary, table, to_html, to_json
+        from vit_ref.verify.report import to_html, to_json
 
     given = make_inputs(inputs, shapes, seed)
     unjudged = None
+    printed = PrintedReport(stderr=STDOUT in (html, json_file), whole=whole)
     with show_progress(session.count_steps(backward=not forward_only)) as progress:
         try:
             report = session.compare(
@@ -77,6 +83,9 @@ def compare(
                 precision=precision,
                 backward=not forward_only,
                 seed=seed,
+                cache=cache,
+                fail_fast=fail_fast,
+                on_part=partial(printed.show, steps=progress),
                 progress=progress,
             )
         except PartlyJudgedError as error:
@@ -85,13 +94,7 @@ def compare(
         write_output(html, to_html(report))
     if json_file:
         write_json(json_file, to_json(report))
-    console = Output(
-        stderr=STDOUT in (html, json_file), highlighter=Verdicts(), theme=THEME, soft_wrap=True, markup=False
-    )
-    if whole:
-        for part in (report.forward, report.backward):
-            console.print(f"{table(part)}\n" if part else "")
-    console.print(summary(report))
+    printed.end(report)
     if report.passed and unjudged:
         raise unjudged
     ctx.exit(0 if report.passed else WRONG)

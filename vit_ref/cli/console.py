@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.highlighter import RegexHighlighter
@@ -13,6 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.theme import Theme
 
 from vit_ref.image_files import counted
+
+if TYPE_CHECKING:
+    from vit_ref.verify.results import CandidateReport
 
 
 class Verdicts(RegexHighlighter):
@@ -62,8 +66,37 @@ def say_left_out(files: Collection[PurePath | str]) -> None:
         say(f"left out, because the suffix is not that of an image: {counted(files)}")
 
 
+class Steps:
+    """The steps of a run, as a bar shows them. Call it with the name of each step when the step begins.
+
+    Args:
+      bar: the bar.
+      total: number of expected steps, or None if it is unknown.
+    """
+
+    def __init__(self, bar: Progress, total: int | None):
+        self._bar, self._total, self._done = bar, total, 0
+        self._task = bar.add_task("reading the checkpoint", total=total)
+
+    def __call__(self, doing: str) -> None:
+        """Shows the name of the next step."""
+        # A verdict that needs a closer look takes more steps than expected.
+        total = self._total and max(self._total, self._done + 1)
+        self._bar.update(self._task, completed=self._done, description=doing, total=total)
+        self._done += 1
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Hides the bar, so that it does not mix with lines that are printed within the context."""
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+
+
 @contextlib.contextmanager
-def show_progress(total: int | None) -> Iterator[Callable[[str], None]]:
+def show_progress(total: int | None) -> Iterator[Steps]:
     """Shows a bar with the name of the step. Without a terminal it shows nothing.
 
     Args:
@@ -75,13 +108,38 @@ def show_progress(total: int | None) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the checkpoint", total=total)
-        done = 0
+        yield Steps(bar, total)
 
-        def step(doing: str) -> None:
-            nonlocal done
-            # A verdict that needs a closer look takes more steps than expected.
-            bar.update(task, completed=done, description=doing, total=total and max(total, done + 1))
-            done += 1
 
-        yield step
+class PrintedReport:
+    """A report on a terminal or in a pipe. Each pass is printed as soon as it was compared, and nothing twice.
+
+    Args:
+      stderr: whether to print on standard error, because standard output takes a file.
+      whole: whether to print the table of each pass.
+      heading: the line above the report; "" for none.
+    """
+
+    def __init__(self, *, stderr: bool, whole: bool, heading: str = ""):
+        self._console = Output(stderr=stderr, highlighter=Verdicts(), theme=THEME, soft_wrap=True, markup=False)
+        self._whole, self._heading, self._sections = whole, heading, 0
+
+    def show(self, report: CandidateReport, steps: Steps) -> None:
+        """Prints the passes that were compared since the last call, above the bar."""
+        with steps.hidden():
+            self._show(report)
+
+    def end(self, report: CandidateReport) -> None:
+        """Prints the rest of the report."""
+        from vit_ref.verify.report import closing
+
+        self._show(report)
+        self._console.print(closing(report))
+
+    def _show(self, report: CandidateReport) -> None:
+        from vit_ref.verify.report import sections
+
+        texts = sections(report, whole=self._whole)
+        for text in ([self._heading] if self._heading and not self._sections else []) + texts[self._sections :]:
+            self._console.print(text)
+        self._sections = len(texts)

@@ -1,4 +1,4 @@
-"""The command line: `vit-ref verify | compare | convert | propose | finetune | predict | bench | env`.
+"""The command line: `vit-ref verify | compare | convert | propose | finetune | predict | bench | cache | env`.
 
 Exit codes:
 
@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from vit_ref.cli.bench import bench
+from vit_ref.cli.cache import cache
 from vit_ref.cli.compare import compare
 from vit_ref.cli.console import Notes, say
 from vit_ref.cli.convert import convert
@@ -103,5 +104,5 @@ def main() -> None:
     logging.getLogger("vit_ref").handlers = [Notes()]
 
 
-for _command in (verify, compare, convert, propose, finetune, predict, bench, env):
+for _command in (verify, compare, convert, propose, finetune, predict, bench, cache, env):
     main.add_command(_command)

@@ -24,6 +24,14 @@ LOCAL = _LocalPath(path_type=Path)
 ignore_option = click.option(
     "--ignore", multiple=True, metavar="PATTERN", help="Leave out unexpected tensors with matching names; repeatable."
 )
+cache_option = click.option(
+    "--cache/--no-cache", default=True, show_default=True, help="Keep results for later runs; see vit-ref cache."
+)
+fail_fast_option = click.option(
+    "--fail-fast",
+    is_flag=True,
+    help="End the run after the first part that fails. A wrong formula ends it before rounding is measured.",
+)
 json_option = click.option(
     "--json", "json_file", type=LOCAL, metavar="FILE", help="Write the result as JSON; - prints it."
 )

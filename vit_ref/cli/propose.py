@@ -10,7 +10,7 @@ import click
 from vit_ref.cli.embedded import open_checkpoint
 from vit_ref.cli.inputs import Shapes, input_options, make_inputs, require_one_source
 from vit_ref.cli.interrupts import leave_when_interrupted
-from vit_ref.cli.options import json_option
+from vit_ref.cli.options import cache_option, json_option
 from vit_ref.cli.outputs import print_result, require_outputs
 from vit_ref.errors import InputError
 
@@ -21,6 +21,7 @@ from vit_ref.errors import InputError
 @click.option("--candidate", required=True, metavar="FILE.py|module:attr", help="Candidate to run.")
 @input_options
 @json_option
+@cache_option
 def propose(
     checkpoint: str | None,
     reference: str | None,
@@ -29,6 +30,7 @@ def propose(
     shapes: Shapes,
     seed: int,
     json_file: Path | None,
+    cache: bool,
 ) -> None:
     """Propose the table of a candidate's sites.
 
@@ -40,12 +42,14 @@ def propose(
     require_one_source(inputs, shapes)
     require_outputs(json=json_file)
     with leave_when_interrupted():
+        from vit_ref.verify.cache.opening import opened
         from vit_ref.verify.pairs import proposal as pairs
         from vit_ref.verify.proposals import proposal
-    if reference is not None:
-        given = make_inputs(inputs, shapes, seed)
-        proposed: Any = pairs.propose(reference, candidate, checkpoint, inputs=given, seed=seed)
-    else:
-        with open_checkpoint(checkpoint) as place:
-            proposed = proposal.propose(candidate, place)
+    with opened(cache):
+        if reference is not None:
+            given = make_inputs(inputs, shapes, seed)
+            proposed: Any = pairs.propose(reference, candidate, checkpoint, inputs=given, seed=seed)
+        else:
+            with open_checkpoint(checkpoint) as place:
+                proposed = proposal.propose(candidate, place)
     print_result(str(proposed), json_file, proposed.to_json())

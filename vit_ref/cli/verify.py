@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from vit_ref import image_files
-from vit_ref.cli.console import THEME, Output, Verdicts, say_left_out, show_progress
+from vit_ref.cli.console import PrintedReport, say_left_out, show_progress
 from vit_ref.cli.embedded import open_checkpoint
 from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.memory import keep_freed_memory
-from vit_ref.cli.options import LOCAL, ignore_option, json_option
+from vit_ref.cli.options import LOCAL, cache_option, fail_fast_option, ignore_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.errors import InputError, PartlyJudgedError
 
@@ -46,12 +46,19 @@ PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "mixed", "float16")
 @click.option("--images", type=LOCAL, metavar="DIR", help="Directory of photographs. Default: synthetic images.")
 @ignore_option
 @click.option("--forward-only", is_flag=True, help="Skip the gradients.")
+@fail_fast_option
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Verify a cut of the checkpoint only: first and last block, small images. Exit code 0 is no full verdict.",
+)
 @click.option(
     "--stream", is_flag=True, help="Hold one block in memory at a time. It cannot be combined with --candidate."
 )
 @click.option("--table", "whole", is_flag=True, help="Print the errors of every site.")
 @click.option("--html", type=LOCAL, metavar="FILE", help="Write the report as one page; - prints it.")
 @json_option
+@cache_option
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -62,16 +69,21 @@ def verify(
     images: Path | None,
     ignore: tuple[str, ...],
     forward_only: bool,
+    fail_fast: bool,
+    quick: bool,
     stream: bool,
     whole: bool,
     html: Path | None,
     json_file: Path | None,
+    cache: bool,
 ) -> None:
     """Verify each --candidate on CHECKPOINT, a directory, file or hub id.
 
     Without --candidate the command verifies this package's model. Without CHECKPOINT it uses a small embedded case,
     which takes half a minute on two cores. It compares every value of the forward pass and every gradient with a
     float64 oracle.
+
+    The verdict on the forward pass is printed before the gradients begin, and theirs before the behaviour.
 
     Exit code 0: every check passed. 1: a check failed, and the report names the first divergence. 2: some input cannot
     be used; if the forward pass was verified first, the command prints its results.
@@ -80,26 +92,29 @@ def verify(
         raise InputError(f"--html and --json hold one report, and there are {len(candidates)} candidates: give one")
     if stream and candidates:
         raise InputError("--stream verifies only this package's model: leave out --candidate or --stream")
+    if stream and quick:
+        raise InputError("--stream verifies every block and --quick two: give one of the two")
     if checkpoint is None:
-        for option, given in (("ignore", ignore), ("images", images), ("stream", stream)):
+        for option, given in (("ignore", ignore), ("images", images), ("quick", quick), ("stream", stream)):
             if given:
                 raise InputError(f"--{option} needs a CHECKPOINT, and there is none: give one, or leave out --{option}")
     require_outputs(html=html, json=json_file)
     keep_freed_memory()
     with leave_when_interrupted():
-        from vit_ref.verify.report import in_full, summary, to_html, to_json
+        from vit_ref.verify.report import to_html, to_json
         from vit_ref.verify.session import check_port, count_steps
         from vit_ref.verify.stream import check_streamed
 
     if images is not None:
         say_left_out(image_files.find(images).others)
     aside = STDOUT in (html, json_file)
-    console = Output(stderr=aside, highlighter=Verdicts(), theme=THEME, soft_wrap=True, markup=False)
     passed, unjudged = True, None
     with open_checkpoint(checkpoint) as place:
         for candidate in candidates or (None,):
+            heading = f"candidate {candidate}:" if len(candidates) > 1 else ""
+            printed = PrintedReport(stderr=aside, whole=whole, heading=heading)
             with show_progress(None if stream else count_steps(backward=not forward_only)) as progress:
-                check = check_streamed if stream else partial(check_port, candidate)
+                check = check_streamed if stream else partial(check_port, candidate, quick=quick)
                 try:
                     report = check(
                         place,
@@ -108,6 +123,9 @@ def verify(
                         precision=precision,
                         reference=reference,
                         backward=not forward_only,
+                        cache=cache,
+                        fail_fast=fail_fast,
+                        on_part=partial(printed.show, steps=progress),
                         progress=progress,
                     )
                 except PartlyJudgedError as error:
@@ -119,9 +137,7 @@ def verify(
                 write_json(json_file, to_json(report))
             if html:
                 write_output(html, to_html(report))
-            if len(candidates) > 1:
-                console.print(f"candidate {candidate}:")
-            console.print(in_full(report) if whole else summary(report))
+            printed.end(report)
             passed &= report.passed
     if passed and unjudged:
         raise unjudged

@@ -36,13 +36,15 @@ def parametrize_with_checks(
       candidate: see `check_port`.
       checkpoint: see `check_port`. Its configuration is read when tests are collected.
       expected_failed_checks: see `check_port`; or a function that takes `candidate` and returns such a mapping.
-      **options: further options of `check_port`.
+      **options: further options of `check_port`. By default `cache` is False.
 
     Raises:
       InputError: the checkpoint cannot be read.
     """
     import pytest
 
+    # A test must not depend on what lies on the disk.
+    options = {"cache": False, **options}
     selection = {name: options[name] for name in ("revision", "ignore") if name in options}
     _, config = open_checkpoint(checkpoint, **selection)
     names = [f"forward/{site.name}" for site in sites(config, 1)]

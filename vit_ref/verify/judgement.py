@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 from numpy.typing import NDArray
 
 from vit_ref.errors import InputError, PartlyJudgedError, UndifferentiableError, UnsupportedByReferenceError
+from vit_ref.verify.compare.forward import never
 from vit_ref.verify.compare.protocols import Runnable
 from vit_ref.verify.environment import environment
 from vit_ref.verify.precision import Precision
-from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport, require_expectations
+from vit_ref.verify.results import Behaviour, CandidateReport, Check, ParityReport, matches, require_expectations
 from vit_ref.weights.origin import Origin
+
+# It gets the report so far, each time a part was measured that is not the last.
+OnPart = Callable[[CandidateReport], None]
+NOT_REQUESTED = "not requested"
+_LATER = "not run yet"
+_STOPPED = "not run: the {part} comparison failed, and fail-fast ends the run there"
+
+
+def ignore_part(report: CandidateReport) -> None:
+    """Does nothing with a report."""
 
 
 class Judgement(ABC):
@@ -40,8 +52,12 @@ class Judgement(ABC):
         """See the attributes."""
 
     @abstractmethod
-    def forward(self) -> ParityReport:
-        """Compares every site, see `compare_forward`."""
+    def forward(self, stops: Callable[[str], bool] = never) -> ParityReport:
+        """Compares every site.
+
+        Args:
+          stops: see `compare_forward`.
+        """
 
     @abstractmethod
     def backward(self) -> ParityReport:
@@ -55,6 +71,10 @@ class Judgement(ABC):
     def given(self) -> dict[str, NDArray]:
         """Returns the arrays that the reference reads, by name. A candidate may not change them."""
 
+    @cached_property
+    def _environment(self) -> Mapping[str, str]:
+        return environment(self.precision)
+
     def report(
         self,
         forward: ParityReport,
@@ -62,6 +82,7 @@ class Judgement(ABC):
         not_backward: str = "",
         behaviour: tuple[Behaviour, ...] = (),
         not_behaviour: str = "",
+        expected_failed_checks: Mapping[str, str] | None = None,
     ) -> CandidateReport:
         """Returns the report of parts that were judged; the fields are those of `CandidateReport`."""
         return CandidateReport(
@@ -74,20 +95,40 @@ class Judgement(ABC):
             backward=backward,
             not_backward=not_backward,
             behaviour=behaviour,
-            expected_failed_checks={},
-            environment=environment(self.precision),
+            expected_failed_checks=dict(expected_failed_checks or {}),
+            environment=self._environment,
             not_behaviour=not_behaviour,
             notes=(*self.notes, *self.candidate.notes),
         )
 
     def check(
-        self, *, backward: bool = True, expected_failed_checks: Mapping[str, str] | None = None
+        self,
+        *,
+        backward: bool = True,
+        expected_failed_checks: Mapping[str, str] | None = None,
+        fail_fast: bool = False,
+        on_part: OnPart = ignore_part,
     ) -> CandidateReport:
         """Runs the whole check. See `check_port` or `compare` for arguments and errors."""
-        forward = self.forward()
+        expected = dict(expected_failed_checks or {})
+
+        def stops(site: str) -> bool:
+            check = Check(f"forward/{site}", "failed")
+            return fail_fast and not any(matches(pattern, check) for pattern in expected)
+
+        forward = self.forward(stops)
+        so_far = self.report(forward, not_backward=_LATER, not_behaviour=_LATER, expected_failed_checks=expected)
+        if fail_fast and not so_far.passed:
+            why = _STOPPED.format(part="forward")
+            return dataclasses.replace(so_far, not_backward=why if backward else NOT_REQUESTED, not_behaviour=why)
+        on_part(so_far)
         gradients, reason, unjudged = judge_gradients(self.backward if backward else None)
-        report = self.report(forward, gradients, reason, self.behaviour(), self.not_behaviour)
-        report = dataclasses.replace(report, expected_failed_checks=dict(expected_failed_checks or {}))
+        so_far = dataclasses.replace(so_far, backward=gradients, not_backward=reason)
+        if gradients is not None:
+            if fail_fast and not so_far.passed:
+                return dataclasses.replace(so_far, not_behaviour=_STOPPED.format(part="backward"))
+            on_part(so_far)
+        report = dataclasses.replace(so_far, behaviour=self.behaviour(), not_behaviour=self.not_behaviour)
         require_expectations(report)
         return complete(report, unjudged)
 
@@ -102,7 +143,7 @@ def judge_gradients(measure: Callable[[], ParityReport] | None) -> tuple[ParityR
       measure: measures the gradients; None if the caller does not want them.
     """
     if measure is None:
-        return None, "not requested", False
+        return None, NOT_REQUESTED, False
     try:
         return measure(), "", False
     except (UnsupportedByReferenceError, UndifferentiableError) as error:

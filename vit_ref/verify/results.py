@@ -35,9 +35,9 @@ class SiteResult(NamedTuple):
       alone: error of the candidate when each block is fed the reference's own token stream. One wrong block then does
         not spoil all blocks after it. It is measured only if a site fails: in float64 if the semantic gate failed, else
         in the tested precision. None elsewhere, and in a block whose token stream the candidate does not show.
-      rounding: relative RMS error of the candidate in the tested precision.
-      reference_error: relative RMS error of the reference in the tested precision.
-      gate: the largest `rounding` that passes.
+      rounding: relative RMS error of the candidate in the tested precision; NaN if it was not measured.
+      reference_error: relative RMS error of the reference in the tested precision; NaN if it was not measured.
+      gate: the largest `rounding` that passes; NaN if rounding was not measured.
       incomparable: why `rounding` cannot be measured, see `Error.reason`; "" if it can.
     """
 
@@ -49,6 +49,11 @@ class SiteResult(NamedTuple):
     reference_error: float
     gate: float
     incomparable: str = ""
+
+    @property
+    def has_rounding(self) -> bool:
+        """Whether rounding was measured. A run that stops at a wrong formula does not measure it."""
+        return not np.isnan(self.gate)
 
     @property
     def ratio(self) -> float:
@@ -72,8 +77,8 @@ class SiteResult(NamedTuple):
 
     @property
     def passes_numerical_gate(self) -> bool:
-        """Whether rounding alone explains the error."""
-        return self.rounding <= self.gate
+        """Whether rounding alone explains the error. True if rounding was not measured."""
+        return self.rounding <= self.gate or not self.has_rounding
 
     def failure(self, precision: str) -> str:
         """Returns why the site fails, the semantic gate before the numerical one; "" if it passes both gates.
@@ -178,6 +183,11 @@ class ParityReport:
     def numerical_failures(self) -> tuple[SiteResult, ...]:
         """Sites that fail the numerical gate, in order."""
         return tuple(result for result in self.results if not result.passes_numerical_gate)
+
+    @property
+    def has_rounding(self) -> bool:
+        """Whether rounding was measured, see `SiteResult.has_rounding`."""
+        return all(result.has_rounding for result in self.results)
 
     @property
     def passed(self) -> bool:
@@ -326,10 +336,10 @@ def _parity_checks(kind: str, report: ParityReport) -> Iterator[Check]:
             f"{kind}/{result.site}",
             "failed" if (reason := result.failure(report.precision)) else "passed",
             exact=result.exact.rms,
-            rounding=result.rounding,
-            reference_error=result.reference_error,
-            gate=result.gate,
-            margin=result.margin,
+            rounding=result.rounding if result.has_rounding else None,
+            reference_error=result.reference_error if result.has_rounding else None,
+            gate=result.gate if result.has_rounding else None,
+            margin=result.margin if result.has_rounding else None,
             reason=reason,
         )
     for site in report.unobserved:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import MappingError
+from vit_ref.errors import CandidateError, MappingError
 from vit_ref.model.config import ViTConfig
+from vit_ref.verify.cache.opening import opened
+from vit_ref.verify.cache.reference import KeptReference
+from vit_ref.verify.cache.shelf import Shelf
+from vit_ref.verify.cache.store import Store
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.loading import find_declaration
 from vit_ref.verify.candidates.own import OwnCandidate
@@ -20,18 +25,20 @@ from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
-from vit_ref.verify.compare.forward import compare_forward
+from vit_ref.verify.compare.forward import compare_forward, never
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.protocols import Reference, Runnable
 from vit_ref.verify.compare.trace import Progress, silent
-from vit_ref.verify.judgement import Judgement
+from vit_ref.verify.judgement import Judgement, OnPart, ignore_part
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import Precision, resolve_precision
+from vit_ref.verify.problem import Problem
 from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
 from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.cut import open_cut
 from vit_ref.weights.mapping import name_checkpoint_in_errors
 from vit_ref.weights.origin import Origin, find_origin
 from vit_ref.weights.pretrained import open_checkpoint
@@ -60,6 +67,10 @@ def check_port(
     reference: str = "flax",
     backward: bool = True,
     expected_failed_checks: Mapping[str, str] | None = None,
+    cache: bool = True,
+    quick: bool = False,
+    fail_fast: bool = False,
+    on_part: OnPart = ignore_part,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Checks a candidate against reference and oracle, at every site that it shows, forward and backward.
@@ -82,6 +93,15 @@ def check_port(
       backward: whether to check gradients too.
       expected_failed_checks: pattern (`*`, `?`) of check names or sites -> the reason why they fail. An expected
         failure that passes is an error.
+      cache: whether to keep compiled programs, and results of reference and oracle, on disk for later runs. No number
+        depends on it. The environment variable VIT_REF_CACHE names its directory, or is "off".
+      quick: whether to check a cut of the checkpoint only: its first and last block, a small grid of positions, and
+        small images. The candidate loads the cut, whose `config.json` says so. The report is no verdict on the whole,
+        and says what was not verified. See `vit_ref.weights.cut`.
+      fail_fast: whether to end the run after the first part that fails: forward, backward, behaviour. A wrong formula
+        ends it before rounding is measured. The report names what was not run.
+      on_part: gets the report so far as soon as the forward pass was compared, and again after the gradients. It says
+        of the parts that are still to come that they were not run yet.
       progress: gets a description of each next step.
 
     Returns:
@@ -93,15 +113,46 @@ def check_port(
       TruncatedError: the candidate computes nothing in float64 when it should.
     """
     resolved = resolve_precision(precision)
-    source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore)
-    with name_checkpoint_in_errors(source.path):
+    source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore, lazy=quick)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(opened(cache))
+        pixels, origin, notes = pixels_for(config, images, FORWARD), find_origin(source), Session.notes
+        stack.enter_context(name_checkpoint_in_errors(source.path))
+        if quick:
+            cut = stack.enter_context(open_cut(source, config))
+            stack.enter_context(_advising(cut.changes))
+            source, config, notes = cut.source, cut.config, (cut.note,)
+            pixels = pixels_for(config, None, FORWARD) if images is None else cut.crop(pixels)
         prepared = prepare_candidate(candidate, config, source)
-    pixels = pixels_for(config, images, FORWARD)
-    if candidate is not None:
-        require_repeatable(prepared, pixels[:1], progress=progress)
-    several = BACKWARD_OWN if candidate is None else BACKWARD
-    session = Session(config, source, pixels, prepared, resolved, reference, images_backward=several, progress=progress)
-    return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
+        if candidate is not None:
+            require_repeatable(prepared, pixels[:1], progress=progress)
+        several = BACKWARD_OWN if candidate is None else BACKWARD
+        session = Session(
+            config,
+            source,
+            pixels,
+            prepared,
+            resolved,
+            reference,
+            title=f"a cut of {origin.name}" if quick else origin.name,
+            origin=origin,
+            notes=notes,
+            images_backward=several,
+            store=store,
+            progress=progress,
+        )
+        return session.check(
+            backward=backward, expected_failed_checks=expected_failed_checks, fail_fast=fail_fast, on_part=on_part
+        )
+
+
+@contextlib.contextmanager
+def _advising(advice: str) -> Iterator[None]:
+    """Adds advice to a `CandidateError` raised within it."""
+    try:
+        yield
+    except CandidateError as error:
+        raise CandidateError(f"{error}; {advice}") from error
 
 
 class Session(Judgement):
@@ -115,7 +166,11 @@ class Session(Judgement):
       precision: the precision whose rounding is measured, see `precision.resolve_precision`.
       reference: the reference that decides: one of `choice.REFERENCES` by name, or one that holds the weights already.
       title: name of the checkpoint or case, for reports; by default the name of the checkpoint's files.
+      origin: the origin to report; by default that of the checkpoint's files.
+      notes: notes for the report.
       images_backward: the number of images for the backward pass; None for all.
+      store: the cache that keeps what a reference computes; None for no cache. It keeps nothing of a reference that
+        is not chosen by name.
       progress: gets a description of each next step.
     """
 
@@ -129,19 +184,22 @@ class Session(Judgement):
         reference: str | Reference = "flax",
         *,
         title: str | None = None,
+        origin: Origin | None = None,
+        notes: tuple[str, ...] = (),
         images_backward: int | None = None,
+        store: Store | None = None,
         progress: Progress = silent,
     ):
         self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
-        self.precision = resolve_precision(precision)
+        self.precision, self.notes, self._origin = resolve_precision(precision), notes, origin
         self.title = self.origin.name if title is None else title
         self.images_backward, self.progress = images_backward, progress
-        self._reference = reference
+        self._reference, self._store = reference, store
 
     @cached_property
     def origin(self) -> Origin:
         """The checkpoint's name and the digest of its weights."""
-        return find_origin(self.source)
+        return self._origin or find_origin(self.source)
 
     @cached_property
     def tensors(self) -> dict[str, NDArray]:
@@ -156,10 +214,25 @@ class Session(Judgement):
           InputError: it is not installed, or the checkpoint does not fit it.
         """
         given = self._reference
-        return reference_for(self.config, self.tensors, given) if isinstance(given, str) else given
+        if not isinstance(given, str):
+            return given
+        build = partial(reference_for, self.config, self.tensors, given)
+        return build() if self._shelf is None else KeptReference(self._shelf, build)
 
-    def forward(self) -> ParityReport:
-        """Compares every site, see `compare_forward`."""
+    @cached_property
+    def _shelf(self) -> Shelf | None:
+        """The part of the cache that belongs to this reference with this checkpoint; None without a cache."""
+        given = self._reference
+        if self._store is None or not isinstance(given, str):
+            return None
+        return Shelf.of(self._store, given, repr(self.config), self.tensors)
+
+    def _kept(self, problem: Problem) -> Shelf | None:
+        """Returns the errors that earlier runs have kept for this problem; None without a cache."""
+        return self._shelf and self._shelf.for_inputs(problem.inputs, self.precision)
+
+    def forward(self, stops: Callable[[str], bool] = never) -> ParityReport:
+        """Implements `Judgement.forward`."""
         problem = problem_of(self.config, self.pixels)
         return compare_forward(
             self.title,
@@ -169,6 +242,8 @@ class Session(Judgement):
             self.candidate,
             self.precision,
             explainer=ViTExplainer(self.config, self.tensors, problem),
+            kept=self._kept(problem),
+            stops=stops,
             progress=self.progress,
         )
 
@@ -187,6 +262,7 @@ class Session(Judgement):
             self.precision,
             explainer=ViTExplainer(self.config, {}, problem),
             fuse=with_fused_attention if hides else None,
+            kept=self._kept(problem),
             progress=self.progress,
         )
 

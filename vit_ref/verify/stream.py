@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import InputError, UnjudgedError
 from vit_ref.model.config import ViTConfig
+from vit_ref.verify.cache.opening import opened
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.compare.backward import Comparison, gradients_report
-from vit_ref.verify.compare.forward import compare_forward
+from vit_ref.verify.compare.forward import compare_forward, never
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.trace import Progress, Trace, silent
+from vit_ref.verify.judgement import OnPart, ignore_part
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import FLOAT64, Precision, resolve_precision
 from vit_ref.verify.references.choice import NumpyReference, reference_for
@@ -60,6 +62,9 @@ def check_streamed(
     precision: str | DTypeLike | Precision = "float32",
     reference: str = "flax",
     backward: bool = True,
+    cache: bool = True,
+    fail_fast: bool = False,
+    on_part: OnPart = ignore_part,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Checks this package's own model, like `check_port`, with the tensors of one block in memory at a time.
@@ -81,6 +86,9 @@ def check_streamed(
       precision: see `check_port`.
       reference: "flax", or "numpy", which has no backward pass.
       backward: whether to compare gradients, too. A temporary directory keeps the streams into every block.
+      cache: whether to keep compiled programs on disk for later runs; see `check_port`.
+      fail_fast: whether a failed forward pass ends the run. All of it is measured then, rounding too.
+      on_part: see `check_port`.
       progress: called with the name of each step before it begins.
 
     Returns:
@@ -103,9 +111,11 @@ def check_streamed(
         for _ in mapping.port_each(source.tensors, config, mapping.detect(source.tensors)):
             pass  # this reports all tensors that are missing, unexpected, misshapen or not finite at once
     pixels = pixels_for(config, images, FORWARD)
-    with tempfile.TemporaryDirectory() as directory:
+    with opened(cache), tempfile.TemporaryDirectory() as directory:
         blocks = _Blocks(config, source, reference, asked, Path(directory))
-        return _Streamed(blocks, source, pixels, asked, progress).check(backward=backward)
+        return _Streamed(blocks, source, pixels, asked, progress).check(
+            backward=backward, fail_fast=fail_fast, on_part=on_part
+        )
 
 
 class _Stage(NamedTuple):
@@ -338,8 +348,8 @@ class _Streamed(Session):
         # Parameters are rounded when they are read, so the engine must not round them again.
         self._rounded = precision._replace(stored=None)
 
-    def forward(self) -> ParityReport:
-        """See `Session.forward`."""
+    def forward(self, stops: Callable[[str], bool] = never) -> ParityReport:
+        """Implements `Judgement.forward`. It measures rounding in every block, whatever `stops` returns."""
         blocks, problem = self._blocks, problem_of(self._blocks.config, self.pixels)
         reports: list[tuple[_Stage, ParityReport]] = []
         for stage in blocks.stages(range(blocks.whole.num_hidden_layers)):

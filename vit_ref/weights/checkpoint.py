@@ -45,6 +45,7 @@ class Checkpoint:
       config: `config.json`, or None if a lone file has none beside it.
       preprocessor: `preprocessor_config.json`, or None.
       files: those that hold the tensors, sorted by name. Empty if the checkpoint was made in memory.
+      prefix: what the files have before each name, see `wrappers`; "" for nothing.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
     files: tuple[Path, ...] = ()
+    prefix: str = ""
 
 
 def locate(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -120,21 +122,24 @@ def read(
     preprocessor = _read_json(directory / PREPROCESSOR, required=False)
     reader = read_lazily if lazy else read_tensors
     tensors, files = (reader(path), (path,)) if path.is_file() else _read_directory(path, reader)
-    return Checkpoint(path, _unwrapped(tensors, path, tuple(ignore)), config, preprocessor, files)
+    prefix, tensors = _unwrapped(tensors, path, tuple(ignore))
+    return Checkpoint(path, tensors, config, preprocessor, files, prefix)
 
 
-def _unwrapped(tensors: Mapping[str, NDArray], path: Path, ignore: tuple[str, ...]) -> Mapping[str, NDArray]:
-    """Returns the weights under their names without the prefix that a training loop puts before all of them."""
+def _unwrapped(
+    tensors: Mapping[str, NDArray], path: Path, ignore: tuple[str, ...]
+) -> tuple[str, Mapping[str, NDArray]]:
+    """Returns the prefix that a training loop puts before all names, and the weights under their names without it."""
     ignored = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in ignore)}
     prefix, weights = find_wrapper(name for name in tensors if name not in ignored)
     if not prefix:
-        return tensors
+        return "", tensors
     state = len(tensors) - len(ignored) - len(weights)
     beside = f", and {state} tensors of training state are left out" if state else ""
     _LOG.warning("%s: all weights' names begin with %r, which is removed%s", path, prefix, beside)
     # The ignored tensors stay, because the caller checks that every pattern names one.
     kept = [name for name in tensors if name.startswith(prefix) or name in ignored]
-    return rename_tensors(tensors, {name.removeprefix(prefix): name for name in kept})
+    return prefix, rename_tensors(tensors, {name.removeprefix(prefix): name for name in kept})
 
 
 def _read_directory(

@@ -103,18 +103,9 @@ def port_each(
       MappingError: see `port`.
     """
     by_source = _by_source(layout.bind(config, prefixed=is_prefixed(source, layout)))
-    shapes = list_parameters(config)
-    faults = []
-    shaped = {}
-    for name, rules in by_source.items():
-        shape = compute_source_shape(rules[0], shapes[rules[0].destination], config)
-        wanted = f"it should have shape {shape} for {', '.join(rule.destination for rule in rules)}"
-        if name not in source:
-            faults.append(Fault("missing", name, wanted))
-        elif (actual := _shape(source, name)) != shape:
-            faults.append(Fault("misshapen", name, f"{wanted}, and has {actual}"))
-        else:
-            shaped[name] = rules
+    faults = _find_shape_faults(source, config, by_source)
+    wrong = {fault.name for fault in faults}
+    shaped = {name: rules for name, rules in by_source.items() if name not in wrong}
     ignore = tuple(ignore)
     left_over = source.keys() - by_source.keys()
     faults += [
@@ -138,6 +129,35 @@ def port_each(
         del tensor
     if faults:
         raise MappingError(faults, layout.name)
+
+
+def require_shapes(source: Tensors, config: ViTConfig, layout: Layout) -> None:
+    """Checks names and shapes of the tensors that a model needs. It reads no values of `LazyTensors`.
+
+    Args:
+      source: name in the layout -> tensor.
+      config: configuration of the model.
+      layout: the layout of the names, from `detect`.
+
+    Raises:
+      MappingError: a tensor is missing or misshapen.
+    """
+    by_source = _by_source(layout.bind(config, prefixed=is_prefixed(source, layout)))
+    if faults := _find_shape_faults(source, config, by_source):
+        raise MappingError(faults, layout.name)
+
+
+def _find_shape_faults(source: Tensors, config: ViTConfig, by_source: Mapping[str, list[Rule]]) -> list[Fault]:
+    shapes = list_parameters(config)
+    faults = []
+    for name, rules in by_source.items():
+        shape = compute_source_shape(rules[0], shapes[rules[0].destination], config)
+        wanted = f"it should have shape {shape} for {', '.join(rule.destination for rule in rules)}"
+        if name not in source:
+            faults.append(Fault("missing", name, wanted))
+        elif (actual := _shape(source, name)) != shape:
+            faults.append(Fault("misshapen", name, f"{wanted}, and has {actual}"))
+    return faults
 
 
 def drop_ignored(source: Tensors, config: ViTConfig, ignore: Iterable[str]) -> Tensors:

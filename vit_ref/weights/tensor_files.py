@@ -75,6 +75,10 @@ class LazyTensors(Mapping[str, NDArray]):
         """Returns the number of tensors."""
         return len(self._stored)
 
+    def file_of(self, name: str) -> Path:
+        """Returns the file that holds a tensor."""
+        return self._stored[name][0]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Reads a tensor's shape, and not its values."""
         file, inner = self._stored[name]

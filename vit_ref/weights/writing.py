@@ -27,6 +27,11 @@ _STORED = {
     np.dtype(np.float32): "F32",
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.float16): "F16",
+    # No weight has these, but other tensors of a checkpoint may.
+    np.dtype(np.int64): "I64",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.bool_): "BOOL",
 }
 
 

@@ -6,6 +6,7 @@ It observes the gradients with respect to every parameter, every site's activati
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import pairwise
 
 from numpy.typing import NDArray
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from vit_ref.verify.compare.forward import require_finite, require_finite_truth
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import Pooled
-from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
+from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, require_float64, silent, widened
-from vit_ref.verify.gates import Truth, errors_of
+from vit_ref.verify.gates import Errors, Truth, errors_of
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import ParityReport
@@ -30,6 +31,7 @@ def compare_backward(
     *,
     explainer: Explainer | None = None,
     fuse: Callable[[Reference], Reference] | None = None,
+    kept: Kept | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Measures every gradient of the candidate against the reference's in float64.
@@ -43,6 +45,7 @@ def compare_backward(
       explainer: finds the cause of a divergence; None does not look for one.
       fuse: returns the same reference with fused attention, for a candidate that may have it. The rounding of fused
         attention is then allowed too. None for any other candidate.
+      kept: errors of this reference from earlier runs; None measures all of them.
       progress: gets a description of each next step.
 
     Returns:
@@ -57,7 +60,7 @@ def compare_backward(
         the tested precision.
     """
     pooled = Pooled(problem.gradients, precision.dtype, reference.foreign)
-    comparison = Comparison(problem, reference, candidate, precision, explainer)
+    comparison = Comparison(problem, reference, candidate, precision, explainer, kept=kept)
     objectives = objectives_for(problem.output)
     for start, stop in pairwise((0, *LOOKS)):
         for k in range(start, stop):
@@ -81,6 +84,7 @@ class Comparison:
       precision: the precision whose rounding is measured.
       explainer: see `compare_backward`.
       formula: whether the candidate's formulas are compared in float64.
+      kept: see `compare_backward`.
 
     Raises:
       UnsupportedByReferenceError: the reference has no backward pass.
@@ -95,9 +99,11 @@ class Comparison:
         explainer: Explainer | None,
         *,
         formula: bool = True,
+        kept: Kept | None = None,
     ):
         self._inputs, self._precision, self._explainer = problem.inputs, precision, explainer
         self._reference, self._candidate = reference.name, candidate.name
+        self._kept = kept or Nothing()
         self._truth = reference.gradients(self._inputs, FLOAT64)
         self._exact = candidate.gradients(self._inputs, FLOAT64) if formula else None
         # The right gradients for the parameters as they are stored. The semantic gate does not use them.
@@ -106,7 +112,7 @@ class Comparison:
             reference, candidate = reference.storing(precision), candidate.storing(precision)
             self._stored_truth = reference.gradients(self._inputs, FLOAT64)
         self._stored_reference = reference
-        self._own = reference.gradients(self._inputs, precision)
+        self._own = self._prepared("gradients", reference)
         self._rounding = candidate.gradients(self._inputs, precision)
 
     def measure(self, objective: Objective, pooled: Pooled) -> None:
@@ -132,7 +138,7 @@ class Comparison:
             del exact
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)
-        reference_errors = errors_of(self._own(objective).named(), truths, carriers=True)
+        reference_errors = self._errors_of("gradients", self._own, objective, len(pooled.roundings), truths)
         if not pooled.wrong:  # otherwise the verdict is known
             # The results of a compiled pass come in another order than the pass.
             require_finite(
@@ -148,10 +154,32 @@ class Comparison:
 
         This comes last, and only for a candidate that fails, because the reference has to be compiled again.
         """
-        fused = fuse(self._stored_reference).gradients(self._inputs, self._precision)
-        for objective in objectives:
+        fused = self._prepared("fused gradients", fuse(self._stored_reference))
+        for k, objective in enumerate(objectives):
             _, truths = self._in_float64(self._stored_truth, objective)
-            pooled.fused.append(errors_of(fused(objective).named(), truths, carriers=True))
+            pooled.fused.append(self._errors_of("fused gradients", fused, objective, k, truths))
+
+    def _prepared(self, what: str, reference: Reference) -> Callable[[Objective], Gradients]:
+        """Returns the reference's gradients in the tested precision. If their errors are kept, they may never run."""
+        prepare = cache(partial(reference.gradients, self._inputs, self._precision))
+        if self._kept.find(f"{what} 0") is None:
+            prepare()  # it is compiled while others run
+        return lambda objective: prepare()(objective)
+
+    def _errors_of(
+        self,
+        what: str,
+        gradients: Callable[[Objective], Gradients],
+        objective: Objective,
+        k: int,
+        truths: Mapping[str, Truth],
+    ) -> Errors:
+        """Returns the errors of the reference's gradients in the tested precision, for objective number `k`."""
+        errors = self._kept.find(f"{what} {k}")
+        if errors is None:
+            errors = errors_of(gradients(objective).named(), truths, carriers=True)
+            self._kept.keep(f"{what} {k}", errors)
+        return errors
 
     def _in_float64(
         self, gradients: Callable[[Objective], Gradients], objective: Objective

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError, UnjudgedError
-from vit_ref.verify.compare.protocols import Explainer, Observable, Reference
+from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, beside, require_float64, silent, widened
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
 from vit_ref.verify.precision import FLOAT64, Precision
@@ -94,6 +94,11 @@ def isolated(errors: Mapping[str, Error], fixed: frozenset[str]) -> dict[str, Er
     return alone
 
 
+def never(site: str) -> bool:
+    """Returns False: no wrong formula ends the comparison before rounding is measured."""
+    return False
+
+
 def compare_forward(
     title: str,
     problem: Problem,
@@ -103,6 +108,8 @@ def compare_forward(
     precision: Precision,
     *,
     explainer: Explainer | None = None,
+    kept: Kept | None = None,
+    stops: Callable[[str], bool] = never,
     progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same inputs, and measures every site.
@@ -115,6 +122,8 @@ def compare_forward(
       candidate: the implementation under test.
       precision: the precision whose rounding is measured.
       explainer: finds the cause of a divergence; None does not look for one.
+      kept: errors of this reference and this oracle from earlier runs; None measures all of them.
+      stops: gets each site whose formula is wrong. If it returns True for one, rounding is not measured.
       progress: gets a description of each next step.
 
     Returns:
@@ -126,9 +135,10 @@ def compare_forward(
       ReferenceOverflowError: the reference is not finite in float64; or the formulas agree, but it is not finite in
         that precision.
     """
-    inputs, names = problem.inputs, problem.names
+    inputs, names, kept = problem.inputs, problem.names, kept or Nothing()
+    agreement = kept.find("oracle") if oracle else {}
     # NumPy multiplies while the reference is traced and compiled.
-    independent = beside(oracle.trace, inputs, FLOAT64) if oracle else None
+    independent = beside(oracle.trace, inputs, FLOAT64) if oracle and agreement is None else None
     progress(f"{reference.name} in float64")
     truth = reference.trace(inputs, FLOAT64)
     require_float64(truth, reference.name)
@@ -151,14 +161,17 @@ def compare_forward(
             site: errors[site] for site, stream in before.items() if site in errors and (not stream or stream in fed)
         }
 
-    oracles: dict[str, Error] = {}
-    if oracle and independent:
+    oracles = agreement or {}
+    if oracle:
         progress(f"{oracle.name} in float64")
-        oracle_trace = independent.result()
-        require_float64(oracle_trace, oracle.name)
-        oracles = errors_of(oracle_trace, truths)
+        if independent:
+            oracle_trace = independent.result()
+            require_float64(oracle_trace, oracle.name)
+            oracles = errors_of(oracle_trace, truths)
+            del oracle_trace
         require_agreement(oracles, reference.name, oracle.name)
-        del oracle_trace, independent
+        if independent:
+            kept.keep("oracle", oracles)
     progress(f"{candidate.name} in float64")
     exact_trace = widened(candidate.trace(inputs, FLOAT64), candidate.name)
     exact = errors_of(exact_trace, truths)
@@ -172,35 +185,45 @@ def compare_forward(
     del exact_trace
     if first:
         alone = each_alone(set(exact), FLOAT64)
-    progress(f"{reference.name} in {precision.name}")
-    if precision.stored is not None:
-        # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters too.
-        reference, candidate = reference.storing(precision), candidate.storing(precision)
-        truth = reference.trace(inputs, FLOAT64)
-        require_float64(truth, reference.name)
-        truths = {site: Truth(truth[site]) for site in names}
-    rounded = reference.trace(inputs, precision)
-    require_observed(rounded, names, reference.name, precision.name)
-    reference_errors = errors_of(rounded, truths, carriers=True)
-    del rounded
-    if not first:  # otherwise the verdict is known
-        require_finite(reference_errors, reference.name, precision.name)
-    progress(f"{candidate.name} in {precision.name}")
-    rounded_trace = candidate.trace(inputs, precision)
-    rounding = errors_of(rounded_trace, truths)
-    foreign = reference.foreign or candidate.foreign
-    gates = {
-        site: numerical_gate(
-            reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
-        )
-        for site in names
-    }
-    coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
-    if coarse and not first and explainer:
-        found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
-    del rounded_trace
-    if coarse and not first:
-        alone = each_alone(set(rounding), precision)
+    # This stands for the errors in the tested precision, if a wrong formula ends the comparison here.
+    unmeasured = dict.fromkeys(exact, Error(math.nan, math.nan))
+    rounding, reference_errors, gates = unmeasured, unmeasured, dict.fromkeys(exact, math.nan)
+    coarse = None
+    if not any(stops(site) for site in names if site in exact and not exact[site].passes_semantic_gate):
+        progress(f"{reference.name} in {precision.name}")
+        if precision.stored is not None:
+            # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters
+            # too.
+            reference, candidate = reference.storing(precision), candidate.storing(precision)
+            truth = reference.trace(inputs, FLOAT64)
+            require_float64(truth, reference.name)
+            truths = {site: Truth(truth[site]) for site in names}
+        known = kept.find("reference")
+        if known is None:
+            rounded = reference.trace(inputs, precision)
+            require_observed(rounded, names, reference.name, precision.name)
+            known = errors_of(rounded, truths, carriers=True)
+            del rounded
+            kept.keep("reference", known)
+        reference_errors = known
+        if not first:  # otherwise the verdict is known
+            require_finite(reference_errors, reference.name, precision.name)
+        progress(f"{candidate.name} in {precision.name}")
+        rounded_trace = candidate.trace(inputs, precision)
+        rounding = errors_of(rounded_trace, truths)
+        foreign = reference.foreign or candidate.foreign
+        gates = {
+            site: numerical_gate(
+                reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
+            )
+            for site in names
+        }
+        coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
+        if coarse and not first and explainer:
+            found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
+        del rounded_trace
+        if coarse and not first:
+            alone = each_alone(set(rounding), precision)
     shown = {site for site in names if site in exact and site in rounding}
     claims = set(names) if candidate.claims is None else candidate.claims
     diverging = first or coarse

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.trace import Tap, Trace
+from vit_ref.verify.gates import Errors
 from vit_ref.verify.precision import Precision
 from vit_ref.verify.results import Cause, Explanation
 
@@ -54,6 +55,29 @@ class Reference(Protocol):
     def storing(self, precision: Precision) -> Reference:
         """Returns the same implementation with its parameters rounded as `precision` stores them."""
         ...
+
+
+class Kept(Protocol):
+    """Errors of one reference that an earlier run has measured, on the same inputs and in the same precision."""
+
+    def find(self, what: str) -> Errors | None:
+        """Returns the errors under a name, or None if no run has kept them."""
+        ...
+
+    def keep(self, what: str, errors: Errors) -> None:
+        """Keeps errors under a name for later runs."""
+        ...
+
+
+class Nothing:
+    """A `Kept` that has nothing and keeps nothing."""
+
+    def find(self, what: str) -> Errors | None:
+        """Implements `Kept.find`."""
+        return None
+
+    def keep(self, what: str, errors: Errors) -> None:
+        """Implements `Kept.keep`."""
 
 
 class Observable(Reference, Protocol):

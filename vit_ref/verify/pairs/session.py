@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError, InputError, UnjudgedError
+from vit_ref.verify.cache.opening import opened
 from vit_ref.verify.candidates.declaration import Candidate, takes
 from vit_ref.verify.candidates.feeding import name_input
 from vit_ref.verify.candidates.loading import find_declaration, is_torch, load
@@ -23,12 +24,12 @@ from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
-from vit_ref.verify.compare.forward import compare_forward
+from vit_ref.verify.compare.forward import compare_forward, never
 from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float, take_rows
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.trace import Progress, passing, require_floats, silent
 from vit_ref.verify.gates import error
-from vit_ref.verify.judgement import Judgement
+from vit_ref.verify.judgement import Judgement, OnPart, ignore_part
 from vit_ref.verify.pairs.discovery import Blank, discover
 from vit_ref.verify.pairs.explainer import PairExplainer
 from vit_ref.verify.pairs.given import Given as GivenInputs
@@ -64,6 +65,9 @@ def compare(
     backward: bool = True,
     expected_failed_checks: Mapping[str, str] | None = None,
     seed: int = 0,
+    cache: bool = True,
+    fail_fast: bool = False,
+    on_part: OnPart = ignore_part,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Compares a candidate with a reference, in any framework each, at every site that both show.
@@ -85,6 +89,9 @@ def compare(
       backward: whether to check gradients too.
       expected_failed_checks: see `check_port`.
       seed: the argument of `Reference.inputs`.
+      cache: whether to keep compiled programs on disk for later runs; see `check_port`.
+      fail_fast: see `check_port`.
+      on_part: see `check_port`.
       progress: gets a description of each next step.
 
     Returns:
@@ -95,10 +102,13 @@ def compare(
       PartlyJudgedError: nothing failed forward, but the gradients cannot be checked.
       InputError: a side, the inputs or an expectation cannot be used.
     """
-    session = PairSession(
-        reference, candidate, checkpoint, inputs=inputs, precision=precision, seed=seed, progress=progress
-    )
-    return session.check(backward=backward, expected_failed_checks=expected_failed_checks)
+    with opened(cache):
+        session = PairSession(
+            reference, candidate, checkpoint, inputs=inputs, precision=precision, seed=seed, progress=progress
+        )
+        return session.check(
+            backward=backward, expected_failed_checks=expected_failed_checks, fail_fast=fail_fast, on_part=on_part
+        )
 
 
 class PairSession(Judgement):
@@ -260,8 +270,8 @@ class PairSession(Judgement):
             passed=everything,
         )
 
-    def forward(self) -> ParityReport:
-        """Compares every site, see `compare_forward`."""
+    def forward(self, stops: Callable[[str], bool] = never) -> ParityReport:
+        """Implements `Judgement.forward`."""
         return compare_forward(
             self.title,
             self.problem,
@@ -270,6 +280,7 @@ class PairSession(Judgement):
             self.candidate,
             self.precision,
             explainer=self.explainer,
+            stops=stops,
             progress=self.progress,
         )
 

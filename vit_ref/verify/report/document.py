@@ -95,16 +95,21 @@ def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[st
 
 
 def _measured(result: SiteResult | None, what: str, precision: str) -> dict[str, Any] | None:
-    return result and {
+    if result is None:
+        return None
+    numbers = {
+        "rounding": result.rounding,
+        "reference_error": result.reference_error,
+        "gate": result.gate,
+        "ratio": result.ratio,
+        "margin": result.margin,
+    }
+    return {
         "exact": _error(result.exact),
         "alone": _error(result.alone),
         # NumPy computes no gradients, so the reference is their only oracle.
         "oracles": _error(result.oracles if what == "sites" else None),
-        "rounding": _number(result.rounding),
-        "reference_error": _number(result.reference_error),
-        "gate": _number(result.gate),
-        "ratio": _number(result.ratio),
-        "margin": _number(result.margin),
+        **{name: _number(value) if result.has_rounding else None for name, value in numbers.items()},
         "incomparable": result.incomparable_in(precision),
         "failure": result.failure(precision),
         "passes_semantic_gate": result.exact.passes_semantic_gate,

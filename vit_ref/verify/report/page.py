@@ -101,9 +101,13 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
         parts = [f"{each['part']} {figure(each['rms'])}" for each in section["wrong_alone"]]
         yield "Wrong even with the reference's input", f"{_listed(parts)} ({section['alone_precision']})"
     exact = max(seen, key=lambda check: float(check["measured"]["exact"]["rms"]))
-    tight = min(seen, key=lambda check: float(check["measured"]["margin"]))
+    rounded = [check for check in seen if check["measured"]["gate"] is not None]
     largest = exact["measured"]["incomparable"] or figure(exact["measured"]["exact"]["rms"])
     yield "Largest float64 error", f"{escape(largest)} at {escape(exact['site'])}"
+    if not rounded:
+        yield f"{precision} rounding", "not measured, because the formula is wrong"
+        return
+    tight = min(rounded, key=lambda check: float(check["measured"]["margin"]))
     yield "Smallest margin", f"{_margin(tight['measured']['margin'])} at {escape(tight['site'])} ({precision})"
     if name == "forward":
         output = seen[-1]["measured"]
@@ -170,6 +174,8 @@ def _numbers(name: str, document: Fields) -> str:
         "gate": lambda measured: _beside(measured)[1],
         "margin": lambda measured: _margin(measured["margin"]),
     }
+    if all(check["measured"]["gate"] is None for check in section["checks"] if check["measured"]):
+        columns = {title: columns[title] for title in ("float64", "float64 maximum")}
     if any(check["measured"] and check["measured"]["alone"] for check in section["checks"]):
         columns[f"alone, {section['alone_precision']}"] = lambda measured: _maybe(
             measured["alone"] and measured["alone"]["rms"]

@@ -81,6 +81,7 @@ def plot(section: dict[str, Any], document: dict[str, Any], label: str) -> str:
     gate = document["gates"]["float64_rms"]
     epsilon = float(ml_dtypes.finfo(PRECISIONS[precision].dtype).eps)
     shown = [check["measured"] for check in checks if check["measured"]]
+    rounded = [each for each in shown if each["gate"] is not None]
     alone = [float(each["alone"]["rms"]) for each in shown if each["alone"]]
     exact, rounding = (alone, []) if section["alone_precision"] == "float64" else ([], alone)
     axes = (
@@ -88,11 +89,12 @@ def plot(section: dict[str, Any], document: dict[str, Any], label: str) -> str:
         axis(
             TOPS[1],
             [epsilon / 10, 10 * epsilon, *rounding]
-            + [float(each[key]) for each in shown for key in ("rounding", "reference_error", "gate")],
+            + [float(each[key]) for each in rounded for key in ("rounding", "reference_error", "gate")],
         ),
     )
     width = 100 / len(checks)
-    titles = ("float64: is it the same formula?", f"{precision}: is it only rounding?")
+    asked = "is it only rounding?" if rounded else "not measured, because the formula is wrong"
+    titles = ("float64: is it the same formula?", f"{precision}: {asked}")
     first = next((k for k, check in enumerate(checks) if check["site"] == section["first_divergence"]), None)
     columns = [_column(k * width, width, check, section, document, axes) for k, check in enumerate(checks)]
     parts = [
@@ -170,17 +172,20 @@ def _column(
     if measured is None:
         mark = _mark(exact.y(math.inf), False, "failed") if check["status"] == "failed" else ""
         return f"{opened}{_in_both('hidden')}{mark}</svg>"
-    gate = rounded.y(float(measured["gate"]))
     alone = ""
     if measured["alone"]:
         into = exact if section["alone_precision"] == "float64" else rounded
         alone = f'<circle class="alone" cx="50%" cy="{into.y(float(measured["alone"]["rms"])):.1f}" r="3"/>'
+    formula = _mark(exact.y(float(measured["exact"]["rms"])), measured["passes_semantic_gate"], check["status"])
+    if measured["gate"] is None:
+        return f'{opened}<rect class="hit" width="100%" height="100%"/>{alone}{formula}</svg>'
+    gate = rounded.y(float(measured["gate"]))
     return (
         f'{opened}<rect class="hit" width="100%" height="100%"/>'
         f'<rect class="beyond" width="100%" y="{rounded.top}" height="{gate - rounded.top:.1f}"/>'
         f'<rect class="gate" width="100%" y="{gate - 0.75:.1f}" height="1.5"/>'
         f'<circle class="own" cx="50%" cy="{rounded.y(float(measured["reference_error"])):.1f}" r="2"/>{alone}'
-        f"{_mark(exact.y(float(measured['exact']['rms'])), measured['passes_semantic_gate'], check['status'])}"
+        f"{formula}"
         f"{_mark(rounded.y(float(measured['rounding'])), measured['passes_numerical_gate'], check['status'])}</svg>"
     )
 
@@ -205,10 +210,15 @@ def hover(check: dict[str, Any], section: dict[str, Any], document: dict[str, An
     if measured is None:
         return f"{head}\n{check['reason']}"
     alone = f"\nalone {figure(measured['alone']['rms'])} ({section['alone_precision']})" if measured["alone"] else ""
+    rounding = (
+        f"{figure(measured['rounding'])}, gate {figure(measured['gate'])},"
+        f" {document['reference']} {figure(measured['reference_error'])}"
+        if measured["gate"] is not None
+        else "not measured"
+    )
     return (
         f"{head}\nfloat64 {figure(measured['exact']['rms'])}, gate {document['gates']['float64_rms']:.0e}\n"
-        f"{document['precision']} {figure(measured['rounding'])}, gate {figure(measured['gate'])},"
-        f" {document['reference']} {figure(measured['reference_error'])}{alone}"
+        f"{document['precision']} {rounding}{alone}"
     )
 
 

@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import get_args
 
 from vit_ref.model.sites import OUTPUTS
@@ -37,7 +37,10 @@ def headline(report: ParityReport, *, advise: bool = True) -> str:
         return "\n  ".join([*missing, *step])
     last = report.results[-1]
     multiple = f"{_multiple(last.ratio)} x {report.reference}'s own"
-    output = last.incomparable_in(report.precision) or f"{report.precision} error {last.rounding:.1e}, {multiple}"
+    size = f"{report.precision} error {last.rounding:.1e}, {multiple}"
+    if not last.has_rounding:
+        size = f"float64 error {last.exact.rms:.1e}; {report.precision} rounding not measured"
+    output = last.incomparable_in(report.precision) or size
     causes = [f"likely cause: {cause}" for cause in report.causes]
     place = [f"wrong {report.place}"] if report.place else []
     hidden = [f"the fault may begin earlier, at sites not observed: {_some(report.hidden)}"] if report.hidden else []
@@ -180,32 +183,60 @@ def summary(report: CandidateReport) -> str:
     The headlines come first, forward before backward. Each paragraph after them begins with a status of `Check`, or
     with "note", "weights" or "checks". The last line is the verdict and begins with PASSED or FAILED.
     """
-    lines = [line for paragraph in _paragraphs(report) for line in _wrapped(paragraph)]
-    verdict = "PASSED" if report.passed else "FAILED"
-    subject = f"{report.candidate} on {report.title} against {report.reference}, {report.precision}"
-    return "\n".join([*lines, f"{verdict}: {subject}"])
+    return "\n".join([*sections(report), closing(report)])
 
 
 def in_full(report: CandidateReport) -> str:
-    """Returns the tables of both passes, and the summary below them.
+    """Returns the summary, with each pass's table above its headline.
 
     Args:
       report: what `check_port` returned.
     """
-    parts = [part for part in (report.forward, report.backward) if part]
-    return "\n".join([*(f"{table(part)}\n" for part in parts), summary(report)])
+    return "\n".join([*sections(report, whole=True), closing(report)])
 
 
-def _paragraphs(report: CandidateReport) -> Iterator[str]:
-    yield from headline(report.forward).splitlines()
-    if report.backward is not None:
-        # A wrong forward pass makes gradients wrong: there is one next step then.
-        yield from headline(report.backward, advise=report.forward.passed).splitlines()
+def sections(report: CandidateReport, *, whole: bool = False) -> list[str]:
+    """Returns one text for each pass that was measured, forward before backward. `closing` goes below them.
+
+    The text of a pass depends on no later pass, so it can be printed as soon as the pass was measured.
+
+    Args:
+      report: what `check_port` returned, or what it handed to `on_part`.
+      whole: whether to put the table of the pass above its headline.
+    """
+    # A wrong forward pass makes gradients wrong: there is one next step then.
+    passes = [(report.forward, True)]
+    passes += [(report.backward, report.forward.passed)] if report.backward else []
+    texts = []
+    for part, advise in passes:
+        text = _folded(headline(part, advise=advise).splitlines())
+        texts.append(f"{table(part)}\n\n{text}\n" if whole else text)
+    return texts
+
+
+def closing(report: CandidateReport) -> str:
+    """Returns the end of a report, below the passes: behaviour, what was not observed, notes, and the verdict.
+
+    Args:
+      report: what `check_port` returned.
+    """
+    verdict = "PASSED" if report.passed else "FAILED"
+    subject = f"{report.candidate} on {report.title} against {report.reference}, {report.precision}"
+    return "\n".join([_folded(_closing_paragraphs(report)), f"{verdict}: {subject}"])
+
+
+def _folded(paragraphs: Iterable[str]) -> str:
+    return "\n".join(line for paragraph in paragraphs for line in _wrapped(paragraph))
+
+
+def _closing_paragraphs(report: CandidateReport) -> Iterator[str]:
     for check in report.checks:
         if check.name.startswith("behaviour/") and check.status == "failed":
             yield f"failed: {check.name}: {check.reason}"
     parts = [part for part in (report.forward, report.backward) if part]
     hidden = [_counted(len(part.unmapped), part.what) for part in parts if part.unmapped]
+    if not report.forward.has_rounding:
+        hidden.append(f"{report.precision} rounding (not run: the formula is wrong in float64)")
     if report.backward is None:
         hidden.append(f"gradients ({report.not_backward})")
     if report.not_behaviour:
@@ -278,7 +309,8 @@ def explain() -> str:
         f"  float64: the candidate in float64, gate {SEMANTIC_RMS:.0e}\n"
         "  alone: the candidate when each block is fed the reference's input, measured if something failed\n"
         "  then the candidate and the reference in the tested precision, and the ratio of the two\n"
-        "  margin: gate over error; a margin below 1 fails"
+        "  margin: gate over error; a margin below 1 fails\n"
+        "  -: not measured, because a wrong formula ended the run"
     )
 
 
@@ -287,6 +319,8 @@ def _row(result: SiteResult, width: int, with_alone: bool, column: int) -> str:
     both, exact, rounding = MARKS
     mark = {(True, True): f" {both}", (True, False): f" {exact}", (False, True): f" {rounding}"}.get(failed, "")
     alone = (f"{result.alone.rms:>9.1e}" if result.alone else f"{'':>9}") if with_alone else ""
+    if not result.has_rounding:
+        return f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{'-':>{column}}{'-':>9}{'-':>8}{'-':>8}{mark}"
     return (
         f"{result.site:<{width}}{result.exact.rms:>9.1e}{alone}{result.rounding:>{column}.1e}"
         f"{result.reference_error:>9.1e}"

@@ -1,0 +1,76 @@
+"""Does jax find its compiled programs again, and never a damaged one?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from vit_ref.verify.cache.programs import keeping_programs
+from vit_ref.verify.cache.store import Store
+before = dict(jax.config.values)
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
+with keeping_programs(Store(pathlib.Path(sys.argv[1]))):
+    out = jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.arange(12.0).reshape(3, 4))
+print(events.count("cache_hits"), events.count("cache_misses"), out.tobytes().hex())
+assert jax.config.values == before
+if not jax.config.jax_compilation_cache_dir:
+    events.clear()
+    jax.jit(lambda x: jnp.cos(x))(jnp.arange(5.0))
+    assert not {"cache_hits", "cache_misses"} & set(events)
+"""
+
+
+def run(place: Path, **variables: str) -> tuple[int, int, str]:
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", **variables}
+    command = [sys.executable, "-c", PROGRAM, str(place)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    hits, misses, out = done.stdout.split()
+    return int(hits), int(misses), out
+
+
+def programs(place: Path) -> list[Path]:
+    return sorted((place / "entries").glob("programs-*"))
+
+
+def test_a_second_process_compiles_nothing(tmp_path) -> None:
+    hits, misses, out = run(tmp_path)
+    assert hits == 0
+    assert misses == len(programs(tmp_path)) > 0
+    assert run(tmp_path) == (misses, 0, out)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "swap"])
+def test_a_damaged_program_is_compiled_again(tmp_path, damage: str) -> None:
+    _, misses, out = run(tmp_path)
+    entries = programs(tmp_path)
+    contents = [entry.read_bytes() for entry in entries]
+    for k, entry in enumerate(entries):
+        content = bytearray(contents[k])
+        if damage == "flip":
+            content[len(content) // 2] ^= 1
+        elif damage == "cut":
+            del content[len(content) // 2 :]
+        else:
+            content = bytearray(contents[k - 1])
+        entry.write_bytes(content)
+    assert run(tmp_path) == (0, misses, out)
+    assert run(tmp_path) == (misses, 0, out)  # they were replaced
+
+
+def test_a_cache_of_the_callers_own_wins(tmp_path) -> None:
+    own = tmp_path / "own"
+    run(tmp_path / "ours", JAX_COMPILATION_CACHE_DIR=str(own), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    assert list(own.glob("*-cache"))
+    assert programs(tmp_path / "ours") == []
+
+
+def test_no_cache_is_made_if_the_caller_switched_jaxs_off(tmp_path) -> None:
+    assert run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")[:2] == (0, 0)
+    assert programs(tmp_path) == []

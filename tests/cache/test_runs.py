@@ -1,0 +1,133 @@
+"""Is a report the same without a cache, with an empty one and with a full one, and does a full one save the work?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vit_ref.verify import session
+from vit_ref.verify.cache.reference import KeptReference
+from vit_ref.verify.cache.shelf import Shelf
+from vit_ref.verify.cache.store import Store
+from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.precision import PRECISIONS
+from vit_ref.verify.references import choice
+from vit_ref.verify.references.numpy_oracle import NumpyOracle
+from vit_ref.verify.report import to_json
+from vit_ref.verify.session import check_port
+
+# One block and few tokens, because the gradients are compiled.
+CASE = Case("one-block", replace(CASES["rectangular"].config, num_hidden_layers=1))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return CASE.write(tmp_path_factory.mktemp("given") / "one-block").path
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VIT_REF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "entries"
+
+
+def report(checkpoint: Path, **options: Any) -> str:
+    return json.dumps(to_json(check_port(None, checkpoint, **options)))
+
+
+def count(place: Path, kind: str) -> int:
+    return len(list(place.glob(f"{kind}-*")))
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Returns what was done since the last call: building a reference, and the oracle's traces."""
+    done: list[str] = []
+    reference_for, trace = session.reference_for, NumpyOracle.trace
+
+    def counting(*arguments: Any) -> Any:
+        done.append("reference")
+        return reference_for(*arguments)
+
+    def tracing(*arguments: Any, **named: Any) -> Any:
+        done.append("oracle")
+        return trace(*arguments, **named)
+
+    monkeypatch.setattr(session, "reference_for", counting)
+    monkeypatch.setattr(NumpyOracle, "trace", tracing)
+
+    def since() -> list[str]:
+        found = sorted(done)
+        done.clear()
+        return found
+
+    return since
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bfloat16", "backward": False}], ids=["float32", "bfloat16"])
+def test_a_report_does_not_depend_on_the_cache(checkpoint, place, built, options) -> None:
+    without = report(checkpoint, cache=False, **options)
+    assert not place.exists()
+    built()
+    empty = report(checkpoint, **options)
+    assert built() == ["oracle", "reference"]
+    assert (count(place, "errors") > 1, count(place, "traces") > 0) == (True, True)
+    full = report(checkpoint, **options)
+    assert built() == []
+    assert without == empty == full
+
+
+def test_a_damaged_entry_is_computed_again(checkpoint, place, built) -> None:
+    options = {"backward": False}
+    empty = report(checkpoint, **options)
+    built()
+    for entry in place.iterdir():
+        content = bytearray(entry.read_bytes())
+        content[-1] ^= 1
+        entry.write_bytes(content)
+    assert report(checkpoint, **options) == empty
+    assert built() == ["oracle", "reference"]
+    assert report(checkpoint, **options) == empty
+    assert built() == []
+
+
+def test_other_weights_are_computed(checkpoint, place, built, tmp_path) -> None:
+    report(checkpoint, backward=False)
+    built()
+    other = replace(CASE, seed=77).write(tmp_path / "other").path
+    report(other, backward=False)
+    assert built() == ["oracle", "reference"]
+
+
+def test_fused_attention_reaches_the_reference(place) -> None:
+    class Plain:
+        name, foreign, fused = "plain", False, False
+
+        def gradients(self, inputs: Any, precision: Any) -> bool:
+            return self.fused
+
+    kept: Any = KeptReference(Shelf(Store(place.parent), "an identity"), Plain)
+    tested = PRECISIONS["float32"]
+    assert choice.with_fused_attention(kept).gradients(CASE.images(), tested) is True
+    assert kept.gradients(CASE.images(), tested) is False
+
+
+def test_a_reference_that_is_given_whole_is_not_kept(checkpoint, place) -> None:
+    source, config = session.open_checkpoint(checkpoint)
+    given = choice.reference_for(config, session.hf_tensors(config, source))
+    own = session.prepare_candidate(None, config, source)
+    with session.opened(True) as store:
+        made = session.Session(config, source, CASE.images(), own, reference=given, store=store)
+        made.forward()
+    assert (count(place, "traces"), count(place, "errors")) == (0, 0)
+
+
+def test_off_keeps_nothing(checkpoint, place, monkeypatch) -> None:
+    monkeypatch.setenv("VIT_REF_CACHE", "off")
+    report(checkpoint, backward=False)
+    assert not place.exists()
