@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from flax import linen
 
 from vit_ref.verify import session
+from vit_ref.verify.cache import originals
 from vit_ref.verify.cache.reference import KeptReference
 from vit_ref.verify.cache.shelf import Shelf
 from vit_ref.verify.cache.store import Store
@@ -94,6 +97,24 @@ def test_a_damaged_entry_is_computed_again(checkpoint, place, built) -> None:
     assert built() == ["oracle", "reference"]
     assert report(checkpoint, **options) == empty
     assert built() == []
+
+
+def test_results_of_replaced_functions_are_not_kept(checkpoint, place, built, monkeypatch, caplog) -> None:
+    originals.remember()
+    with monkeypatch.context() as replacing:
+        replacing.setattr(jax.nn, "silu", lambda x: x)
+        report(checkpoint, backward=False)
+    assert [count(place, kind) for kind in ("traces", "errors", "facts")] == [0, 0, 0]
+    assert "jax.nn.silu was replaced in this run" in caplog.text
+    report(checkpoint, backward=False)
+    assert count(place, "traces") > 0
+
+
+def test_a_replaced_method_is_found(monkeypatch) -> None:
+    originals.remember()
+    assert originals.find_replaced() == ""
+    monkeypatch.setattr(linen.LayerNorm, "__call__", lambda *arguments: 0)
+    assert originals.find_replaced() == "flax.linen.normalization.LayerNorm.__call__"
 
 
 def test_other_weights_are_computed(checkpoint, place, built, tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from vit_ref.verify.cache import originals
 from vit_ref.verify.cache.place import find_place
 from vit_ref.verify.cache.programs import keeping_programs
 from vit_ref.verify.cache.store import Store
@@ -28,6 +29,7 @@ def opened(wanted: bool) -> Iterator[Store | None]:
         yield None
         return
     store = Store(place)
+    originals.remember()
     _ = store.limit  # so that a limit that is no size is reported before the work
     try:
         with keeping_programs(store):

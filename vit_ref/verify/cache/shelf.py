@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.verify.cache.identity import digest, digest_arrays, surroundings
+from vit_ref.verify.cache.originals import find_replaced
 from vit_ref.verify.cache.store import Store
 from vit_ref.verify.compare.inputs import Inputs
 from vit_ref.verify.compare.trace import Trace
@@ -65,7 +66,7 @@ class Shelf:
 
     def keep(self, what: str, errors: Errors) -> None:
         """Implements `Kept.keep`."""
-        self._store.write("errors", digest(self._identity, what), [json.dumps(errors).encode()])
+        self._write("errors", what, [json.dumps(errors).encode()])
 
     def find_fact(self, what: str) -> Any:
         """Returns a value that JSON can hold, or None."""
@@ -74,7 +75,7 @@ class Shelf:
 
     def keep_fact(self, what: str, value: Any) -> None:
         """Keeps a value that JSON can hold."""
-        self._store.write("facts", digest(self._identity, what), [json.dumps(value).encode()])
+        self._write("facts", what, [json.dumps(value).encode()])
 
     def has_trace(self, what: str) -> bool:
         """Says whether there is an entry of values, damaged or not."""
@@ -111,7 +112,14 @@ class Shelf:
         parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little"), header, _filling(8 + len(header))]
         for stored in arrays:
             parts += [stored.reshape(-1).view(np.uint8).data, _filling(stored.nbytes)]
-        self._store.write("traces", digest(self._identity, what), parts)
+        self._write("traces", what, parts)
+
+    def _write(self, kind: str, what: str, parts: list[bytes | memoryview]) -> None:
+        # A candidate may change what other packages compute, and with it the reference of this run, but of no other.
+        if replaced := find_replaced():
+            self._store.note(f"{replaced} was replaced in this run, so the cache keeps no result of the reference")
+            return
+        self._store.write(kind, digest(self._identity, what), parts)
 
 
 def _aligned(position: int) -> int:

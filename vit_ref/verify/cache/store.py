@@ -72,11 +72,11 @@ class Store:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = os.stat(self._directory)
         except OSError as error:
-            self._note(f"{self.root}: the cache cannot be used ({error.strerror}), so this run goes on without it")
+            self.note(f"{self.root}: the cache cannot be used ({error.strerror}), so this run goes on without it")
             return False
         # Compiled programs are code that this process runs.
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            self._note(
+            self.note(
                 f"{self._directory}: others may write there, so this run goes on without the cache: name another"
                 " directory in VIT_REF_CACHE"
             )
@@ -84,7 +84,7 @@ class Store:
         self._writes = True
         return True
 
-    def _note(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """Prints a note, one for each run."""
         if not self._noted:
             self._noted = True
@@ -173,7 +173,7 @@ class Store:
             os.replace(temporary, self._directory / name)
         except OSError as error:
             self._writes = False
-            self._note(f"{self.root}: nothing more is written to the cache ({error.strerror}), and this run goes on")
+            self.note(f"{self.root}: nothing more is written to the cache ({error.strerror}), and this run goes on")
             if temporary:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)

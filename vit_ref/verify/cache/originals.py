@@ -1,0 +1,53 @@
+"""Notices that a candidate replaced functions that references compute with. What they compute then is not kept."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+# The modules, with those below them, that references and oracle compute with.
+_WATCHED = ("jax", "flax", "numpy", "scipy", "torch.nn", "transformers.models.vit")
+
+# Functions and classes by module and name, and those of a class by module, class and name, as they were first seen.
+_originals: dict[str, dict[str, Any]] = {}
+
+
+def remember() -> None:
+    """Remembers the functions and classes of each watched module once. Call it before a candidate is loaded.
+
+    A second candidate in one process meets what the first one replaced. So a module is not read again.
+    """
+    for name, module in list(sys.modules.items()):
+        if name not in _originals and isinstance(module, ModuleType) and _is_watched(name):
+            _originals[name] = _held(module)
+
+
+def find_replaced() -> str:
+    """Returns the name of a function or class that is no longer the one remembered, or "" if all are."""
+    for name, originals in _originals.items():
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        now = _held(module)
+        for attribute, original in originals.items():
+            # An attribute may be gone, because jax removes names that it loads on demand.
+            if attribute in now and now[attribute] is not original:
+                return f"{name}.{attribute}"
+    return ""
+
+
+def _is_watched(name: str) -> bool:
+    # Most of PyTorch's modules compute nothing, and looking at all of them takes 0.2 s.
+    return name == "torch" or any(f"{name}.".startswith(f"{each}.") for each in _WATCHED)
+
+
+def _held(module: ModuleType) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in list(vars(module).items()):
+        if not callable(value):
+            continue
+        found[name] = value
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            found |= {f"{name}.{part}": each for part, each in list(vars(value).items()) if callable(each)}
+    return found
