@@ -15,7 +15,8 @@ from vit_ref.verify.diagnose.relations import ACTIVATIONS, change, explain_by_re
 RNG = np.random.default_rng(0)
 X, OTHER = RNG.normal(size=(2, 2, 7, 14))
 SCALE, BIAS = RNG.normal(size=(2, 14))
-PARAMETERS = {"block.scale": SCALE, "block.bias": BIAS}
+GAIN = np.array([0.3])
+PARAMETERS = {"block.scale": SCALE, "block.bias": BIAS, "norm.g": GAIN}
 
 
 def normed(x: NDArray, epsilon: float = 1e-5) -> NDArray:
@@ -72,6 +73,8 @@ SILU = ACTIVATIONS["SiLU"]
         (X + BIAS, X, {}, "block.bias not added"),
         (X * SCALE + OTHER, X + OTHER, {"mlp": X}, "without the scale block.scale at mlp"),
         (X * SCALE, X, {}, "without the scale block.scale (the value before it)"),
+        (X * (1 + SCALE), X * SCALE, {}, "scaled by block.scale, not by 1 + block.scale"),
+        (X * (1 + GAIN), X * GAIN, {}, "scaled by norm.g, not by 1 + norm.g"),
         (normed(X) * SCALE + BIAS, normed(X, 1e-6) * SCALE + BIAS, {"stream": X}, "epsilon 1e-06 for 1e-05"),
         (normed(X) * SCALE + BIAS, normed(X) * SCALE, {"stream": X}, "the LayerNorm without its bias"),
         (normed(X), X, {"stream": X}, "the value of stream in its place"),

@@ -98,6 +98,7 @@ _FACTORS: dict[str, Callable[[NDArray], NDArray]] = {
     "without the scale {} (the value before it)": lambda p: 1 / p - 1,
     "scaled twice by {}": lambda p: p - 1,
     "scaled by 1 + {}": lambda p: p,
+    "scaled by {0}, not by 1 + {0}": lambda p: -1 / (1 + p),
 }
 _CONSTANTS: dict[str, Callable[[NDArray], NDArray]] = {
     "{} not added": lambda p: -p,
@@ -110,11 +111,12 @@ def _named(
 ) -> str | None:
     """Returns the bug, with its parameter, that explains the numbers of all channels; None if none does."""
     for name, parameter in parameters.items():
-        if parameter.size != found.size:
+        # A single number may scale or shift all channels.
+        if parameter.size not in (1, found.size):
             continue
         for label, way in ways.items():
             with np.errstate(divide="ignore"):
-                if _is_same(way(parameter.reshape(found.shape)), found):
+                if _is_same(np.broadcast_to(way(parameter.reshape(-1)), found.shape), found):
                     return label.format(name)
     return None
 
