@@ -32,8 +32,8 @@ class Model(nnx.Module):
         self.pair, self.out = Pair(), nnx.Conv(5, 2, (1, 1), rngs=nnx.Rngs(0))
         for name, layer in {"block.0": self.pair.first, "block.1": self.pair.last, "head": self.out}.items():
             weight = change(weights["block.1.weight"]) if name == "block.1" else weights[f"{name}.weight"]
-            layer.kernel[...] = jnp.asarray(weight.permute(2, 3, 1, 0).numpy())
-            layer.bias[...] = jnp.asarray(weights[f"{name}.bias"].numpy())
+            layer.kernel[...] = jnp.asarray(weight.permute(2, 3, 1, 0).numpy(), "float32")
+            layer.bias[...] = jnp.asarray(weights[f"{name}.bias"].numpy(), "float32")
 
     def __call__(self, image: Any) -> Any:
         return self.out(self.pair(image))

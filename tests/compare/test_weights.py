@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,15 @@ def test_a_wrong_order_of_a_kernel_is_named(change: Callable[[Any], Any], label:
     report = vit_ref.compare(convolved.reference(), convolved.candidate(change, sites), backward=False)
     assert report.forward.semantic_failures[0].site == ("block.1" if "pair.last" in sites else "head")
     assert [cause.label for cause in report.forward.causes] == ([label] if label else [])
+
+
+def test_a_wrong_order_is_named_if_the_reference_loads_in_each_dtype() -> None:
+    made = convolved.reference()
+    ready = dataclasses.replace(
+        made, load=lambda checkpoint, dtype: made.load(checkpoint).to(getattr(convolved.torch, np.dtype(dtype).name))
+    )
+    report = vit_ref.compare(ready, convolved.candidate(lambda weight: weight.flip(2, 3), SITES), backward=False)
+    assert [cause.label for cause in report.forward.causes] == ["block.1.weight flipped"]
 
 
 def test_a_kernel_turned_around_for_a_transposed_convolution_is_matched() -> None:

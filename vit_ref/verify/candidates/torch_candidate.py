@@ -167,15 +167,14 @@ class TorchCandidate(Declared):
             module = copy.deepcopy(self._loaded[1])
         if self._stored is not None:
             module = module.to(_DTYPES[np.dtype(self._stored).name])
-        if converts and self._stored is None:
-            return module
-        with in_one_line(self.name, f".to(torch.{np.dtype(dtype).name})"):
-            ready = _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
+        if not converts or self._stored is not None:
+            with in_one_line(self.name, f".to(torch.{np.dtype(dtype).name})"):
+                module = _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
         with torch.no_grad():
-            for name, parameter in ready.named_parameters():
+            for name, parameter in module.named_parameters():
                 if (value := self._given.get(counted(name))) is not None:
                     parameter.copy_(torch.tensor(np.ascontiguousarray(value)))
-        return ready
+        return module
 
     def _require_values(self, module: torch.nn.Module) -> None:
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
