@@ -15,11 +15,23 @@ from vit_ref.verify.diagnose.relations import ACTIVATIONS, change, explain_by_re
 RNG = np.random.default_rng(0)
 X, OTHER = RNG.normal(size=(2, 2, 7, 14))
 SCALE, BIAS = RNG.normal(size=(2, 14))
-PARAMETERS = {"block.scale": SCALE, "block.bias": BIAS}
+GAIN = np.array([0.3])
+PARAMETERS = {"block.scale": SCALE, "block.bias": BIAS, "norm.g": GAIN}
 
 
 def normed(x: NDArray, epsilon: float = 1e-5) -> NDArray:
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+
+
+# An image of PyTorch's: its channels are the second axis.
+IMAGE = RNG.normal(size=(2, 14, 4, 5))
+SCALES, BIASES = SCALE[:, None, None], BIAS[:, None, None]
+
+
+def grouped(x: NDArray, groups: int, epsilon: float = 1e-5) -> NDArray:
+    """Normalises groups of the channels of an image."""
+    rows = x.reshape(len(x), groups, -1)
+    return ((rows - rows.mean(-1, keepdims=True)) / np.sqrt(rows.var(-1, keepdims=True) + epsilon)).reshape(x.shape)
 
 
 def labels(truth: NDArray, value: NDArray, **before: NDArray) -> list[str]:
@@ -28,7 +40,7 @@ def labels(truth: NDArray, value: NDArray, **before: NDArray) -> list[str]:
     def explanations() -> Iterator[Prediction]:
         yield from change(truth, before)
         yield from explain_by_relation(truth, value, before, PARAMETERS)
-        yield from explain_by_order(truth, value, ("row", "token", "channel"))
+        yield from explain_by_order(truth, value, ("row", "token", "channel", "column")[: truth.ndim])
 
     found = Divergence("site", value, truth)
     return [cause.label for cause in found.causes(explanations(), found.by_value())]
@@ -61,10 +73,38 @@ SILU = ACTIVATIONS["SiLU"]
         (X + BIAS, X, {}, "block.bias not added"),
         (X * SCALE + OTHER, X + OTHER, {"mlp": X}, "without the scale block.scale at mlp"),
         (X * SCALE, X, {}, "without the scale block.scale (the value before it)"),
+        (X * (1 + SCALE), X * SCALE, {}, "scaled by block.scale, not by 1 + block.scale"),
+        (X * (1 + GAIN), X * GAIN, {}, "scaled by norm.g, not by 1 + norm.g"),
         (normed(X) * SCALE + BIAS, normed(X, 1e-6) * SCALE + BIAS, {"stream": X}, "epsilon 1e-06 for 1e-05"),
         (normed(X) * SCALE + BIAS, normed(X) * SCALE, {"stream": X}, "the LayerNorm without its bias"),
         (normed(X), X, {"stream": X}, "the value of stream in its place"),
         (X, X.astype("f4").astype("f8"), {}, "rounded to float32"),
+        (
+            np.where(IMAGE > 0, IMAGE, 0.1 * IMAGE),
+            np.where(IMAGE > 0, IMAGE, 0.01 * IMAGE),
+            {"norm": IMAGE},
+            "leaky ReLU of slope 0.01 for leaky ReLU of slope 0.1",
+        ),
+        (IMAGE + BIASES, IMAGE, {}, "block.bias not added"),
+        (IMAGE * SCALES, IMAGE, {}, "without the scale block.scale (the value before it)"),
+        (
+            grouped(IMAGE, 14) * SCALES + BIASES,
+            grouped(IMAGE, 14, 1e-6) * SCALES + BIASES,
+            {"conv": IMAGE},
+            "epsilon 1e-06 for 1e-05",
+        ),
+        (
+            grouped(IMAGE, 14) * SCALES + BIASES,
+            grouped(IMAGE, 14) * SCALES,
+            {"conv": IMAGE},
+            "the InstanceNorm without its bias",
+        ),
+        (
+            grouped(IMAGE, 14) * SCALES + BIASES,
+            grouped(IMAGE, 2) * SCALES + BIASES,
+            {"conv": IMAGE},
+            "GroupNorm of 2 groups for InstanceNorm",
+        ),
     ],
 )
 def test_what_was_done_is_named(truth: NDArray, value: NDArray, before: dict[str, NDArray], label: str) -> None:

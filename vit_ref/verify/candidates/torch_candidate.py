@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -43,6 +44,7 @@ class TorchCandidate(Declared):
     compiles = False
     foreign = True
     _stored: DTypeLike | None = None
+    _given: Mapping[str, NDArray] = MappingProxyType({})
 
     def trace(self, inputs: Inputs, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         """Implements `Tapped.trace`."""
@@ -137,6 +139,16 @@ class TorchCandidate(Declared):
         narrow._stored = precision.stored
         return narrow
 
+    def with_parameters(self, given: Mapping[str, NDArray]) -> TorchCandidate:
+        """Returns the same candidate with other values of some parameters.
+
+        Args:
+          given: values by name, see `parameters`.
+        """
+        changed = copy.copy(self)
+        changed._given = given
+        return changed
+
     def parameters(self) -> dict[str, NDArray]:
         """Returns the candidate's parameters in float64, on the host, by its own paths."""
         module = self._ready(np.float64)
@@ -159,10 +171,14 @@ class TorchCandidate(Declared):
             module = copy.deepcopy(loaded)
         if self._stored is not None:
             module = module.to(_DTYPES[np.dtype(self._stored).name])
-        if converts and self._stored is None:
-            return module
-        with in_one_line(self.name, f".to(torch.{np.dtype(dtype).name})"):
-            return _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
+        if not converts or self._stored is not None:
+            with in_one_line(self.name, f".to(torch.{np.dtype(dtype).name})"):
+                module = _norms_anew(module.to(_DTYPES[np.dtype(dtype).name]))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if (value := self._given.get(counted(name))) is not None:
+                    parameter.copy_(torch.tensor(np.ascontiguousarray(value)))
+        return module
 
     def _require_values(self, module: torch.nn.Module) -> None:
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):

@@ -7,6 +7,7 @@ does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,11 @@ ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
     "SiLU": lambda x: x * special.expit(x),
     "ReLU": lambda x: np.maximum(x, 0),
     "squared ReLU": lambda x: np.square(np.maximum(x, 0)),
+    "leaky ReLU of slope 0.01": lambda x: np.where(x > 0, x, 0.01 * x),
+    "leaky ReLU of slope 0.1": lambda x: np.where(x > 0, x, 0.1 * x),
+    "leaky ReLU of slope 0.2": lambda x: np.where(x > 0, x, 0.2 * x),
+    "ELU": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    "softplus": lambda x: np.logaddexp(x, 0),
     "sigmoid": special.expit,
     "tanh": np.tanh,
     "no activation": lambda x: x,
@@ -28,6 +34,10 @@ ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
 EPSILONS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3)
 # Two right values in float64 differ by less than this, and two formulas by more.
 _SAME = 1e-10
+# A norm over fewer channels is no norm that anybody uses.
+_NORMED = 3
+# An image has so many axes, with its batch and its channels.
+_IMAGE = 4
 # At least so many rows are needed to find a factor for each channel.
 _ROWS = 6
 
@@ -49,9 +59,19 @@ def explain_by_relation(
         factor = slope(x, off)
         label = {-1.0: f"{site} not added", 1.0: f"{site} added once more"}.get(round(factor, 9))
         yield Prediction(label or f"{factor:.6g} x {site} added", truth + factor * x)
-    rows = truth.size // truth.shape[-1]
-    if rows >= _ROWS:
-        yield from _by_channel(truth, value, {"": truth, **shaped}, parameters)
+    terms = {"": truth, **shaped}
+    for axis in _channel_axes(truth):
+        moved = (np.moveaxis(truth, axis, -1), np.moveaxis(value, axis, -1))
+        for label, found, form in _by_channel(
+            *moved, {k: np.moveaxis(x, axis, -1) for k, x in terms.items()}, parameters
+        ):
+            yield Prediction(label, np.moveaxis(found, -1, axis), form)
+
+
+def _channel_axes(value: NDArray) -> list[int]:
+    """Returns the axes that may be the channels of a value: the last, and in an image of PyTorch's the second."""
+    axes = [-1, 1] if value.ndim >= _IMAGE else [-1]
+    return [axis for axis in axes if value.size // value.shape[axis] >= _ROWS]
 
 
 def _by_channel(
@@ -78,6 +98,7 @@ _FACTORS: dict[str, Callable[[NDArray], NDArray]] = {
     "without the scale {} (the value before it)": lambda p: 1 / p - 1,
     "scaled twice by {}": lambda p: p - 1,
     "scaled by 1 + {}": lambda p: p,
+    "scaled by {0}, not by 1 + {0}": lambda p: -1 / (1 + p),
 }
 _CONSTANTS: dict[str, Callable[[NDArray], NDArray]] = {
     "{} not added": lambda p: -p,
@@ -90,11 +111,12 @@ def _named(
 ) -> str | None:
     """Returns the bug, with its parameter, that explains the numbers of all channels; None if none does."""
     for name, parameter in parameters.items():
-        if parameter.size != found.size:
+        # A single number may scale or shift all channels.
+        if parameter.size not in (1, found.size):
             continue
         for label, way in ways.items():
             with np.errstate(divide="ignore"):
-                if _is_same(way(parameter.reshape(found.shape)), found):
+                if _is_same(np.broadcast_to(way(parameter.reshape(-1)), found.shape), found):
                     return label.format(name)
     return None
 
@@ -132,6 +154,21 @@ def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction
         for second in range(first + 1, truth.ndim):
             if truth.shape[first] == truth.shape[second]:
                 yield Prediction(f"axes {first} and {second} exchanged", np.swapaxes(truth, first, second))
+
+
+def reorder(weight: NDArray) -> Iterator[Prediction]:
+    """Yields a weight with its elements in the orders that an author mistakes for the right one.
+
+    Args:
+      weight: a matrix, or a kernel of a convolution with its spatial axes last.
+    """
+    spatial = tuple(range(2, weight.ndim))
+    if weight.ndim >= 2 and weight.shape[0] == weight.shape[1]:
+        yield Prediction("transposed", np.swapaxes(weight, 0, 1))
+    if any(weight.shape[axis] > 1 for axis in spatial):
+        yield Prediction("flipped", np.flip(weight, spatial))
+    if len(spatial) == 2 and weight.shape[2] == weight.shape[3] > 1:
+        yield Prediction("with its two spatial axes exchanged", np.swapaxes(weight, 2, 3))
 
 
 def interleave(x: NDArray, size: int, *, back: bool = False) -> NDArray:
@@ -176,9 +213,16 @@ def _gated(truth: NDArray, site: str, one: NDArray, other: NDArray) -> Iterator[
 
 def _normalised(truth: NDArray, x: NDArray) -> Iterator[Prediction]:
     """Yields norms with another epsilon, of another kind, or without scale or bias."""
-    if truth.shape[-1] < 3 or truth.size // truth.shape[-1] < _ROWS:
-        return
-    for kind, standardise in _NORMS.items():
+    for axis in _channel_axes(truth):
+        if truth.shape[axis] >= _NORMED:
+            for label, value, form in _normalised_last(np.moveaxis(truth, axis, -1), np.moveaxis(x, axis, -1)):
+                yield Prediction(label, np.moveaxis(value, -1, axis), form)
+
+
+def _normalised_last(truth: NDArray, x: NDArray) -> Iterator[Prediction]:
+    """Yields the same for a value whose last axis are the channels."""
+    norms = _norms(truth)
+    for kind, standardise in norms.items():
         for epsilon in EPSILONS:
             scaled = standardise(x, epsilon)
             scale, bias = _line(scaled, truth)
@@ -191,7 +235,7 @@ def _normalised(truth: NDArray, x: NDArray) -> Iterator[Prediction]:
             yield Prediction(f"the {kind} without its bias", scaled * scale)
             yield Prediction(f"the {kind} without scale and bias", scaled)
             yield Prediction(f"the {kind} with 1 + its scale", scaled * (1 + scale) + bias)
-            for name, another in _NORMS.items():
+            for name, another in norms.items():
                 if name != kind:
                     yield Prediction(f"{name} for {kind}", another(x, epsilon) * scale + bias)
             return
@@ -205,7 +249,21 @@ def _rms_norm(x: NDArray, epsilon: float) -> NDArray:
     return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + epsilon)
 
 
-_NORMS = {"LayerNorm": _layer_norm, "RMSNorm": _rms_norm}
+def _group_norm(x: NDArray, epsilon: float, groups: int) -> NDArray:
+    grouped = x.reshape(len(x), -1, groups, x.shape[-1] // groups)
+    mean, variance = grouped.mean(axis=(1, 3), keepdims=True), grouped.var(axis=(1, 3), keepdims=True)
+    return ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape)
+
+
+def _norms(value: NDArray) -> dict[str, Callable[[NDArray, float], NDArray]]:
+    """Returns the norms that a value of this shape may be the output of."""
+    norms: dict[str, Callable[[NDArray, float], NDArray]] = {"LayerNorm": _layer_norm, "RMSNorm": _rms_norm}
+    if value.ndim < _IMAGE:
+        return norms
+    channels = value.shape[-1]
+    groups = [n for n in (1, 2, 4, 8, 16, 32) if channels % n == 0 and n < channels]
+    grouped = {f"GroupNorm of {n} groups": partial(_group_norm, groups=n) for n in groups}
+    return norms | {"InstanceNorm": partial(_group_norm, groups=channels)} | grouped
 
 
 def _line(x: NDArray, y: NDArray) -> tuple[NDArray, NDArray]:

@@ -13,7 +13,7 @@ from vit_ref.verify.compare.inputs import Inputs, is_float
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.divergence import Divergence
 from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
-from vit_ref.verify.diagnose.relations import change, explain_by_relation, interleave
+from vit_ref.verify.diagnose.relations import change, explain_by_relation, interleave, reorder
 from vit_ref.verify.formats import STORED
 from vit_ref.verify.gates import error
 from vit_ref.verify.precision import FLOAT64, Precision
@@ -63,7 +63,9 @@ class PairExplainer:
         if causes:
             return Explanation(causes)
         hidden = hidden_before(site, self._order, shown)
-        return Explanation(found.causes(self._rounded(found, known, shown), self._within(found, known, hidden)))
+        weighted = self._weighted(found, parameters, (site, *hidden[-_BEFORE:]))
+        stored = self._rounded(found, known, shown)
+        return Explanation(found.causes(stored, weighted, self._within(found, known, hidden)))
 
     def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
         """Implements `Explainer.explain_rounding`. It knows one cause: a coarser format than the tested one."""
@@ -130,6 +132,18 @@ class PairExplainer:
                         f"rotary positions turn {pairs} of every {size} channels for {other}",
                         self._run(fed, found.site),
                     )
+
+    def _weighted(
+        self, found: Divergence, parameters: Mapping[str, NDArray], modules: tuple[str, ...]
+    ) -> Iterator[Prediction]:
+        """Yields the reference's values at the site after a change of a weight that its submodules hold."""
+        if not hasattr(self._reference, "with_parameters"):
+            return
+        for name, weight in parameters.items():
+            if name.rpartition(".")[0] in modules and weight.size <= _LARGEST:
+                for label, changed, _ in reorder(weight):
+                    run = self._reference.with_parameters({name: changed}).trace(self._inputs, FLOAT64)
+                    yield Prediction(f"{name} {label}", np.asarray(run[found.site]))
 
     def _ways(self, truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
         if truth.size > _LARGEST:

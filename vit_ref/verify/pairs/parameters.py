@@ -67,7 +67,7 @@ def _pick(x: Any, axis: int, count: int, which: int, move: Move) -> Any:
 
 
 def find_move(value: NDArray, wanted: NDArray) -> Move | None:
-    """Returns a function that turns a value into the wanted one by moving axes and reshaping; None if there is none."""
+    """Returns a function that turns a value into the wanted one by moving, reshaping or flipping axes, or None."""
     return next((move for move in _moves(value.shape, wanted.shape) if np.array_equal(move(value), wanted)), None)
 
 
@@ -80,10 +80,19 @@ def _moves(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Iterator[Move]:
         for order in itertools.permutations(range(len(wanted))):
             # This reshapes first, for example a kernel (D, H, K) into (D, H K), and then moves the axes.
             yield partial(_move, before=tuple(wanted[axis] for axis in np.argsort(order)), order=order, after=wanted)
+    # PyTorch's transposed convolution turns its kernel around, and Flax's does not. Spatial axes are last in PyTorch.
+    if len(shape) == len(wanted) <= _MOST_AXES:
+        for order in itertools.permutations(range(len(shape))):
+            for spatial in (range(2, len(wanted)), range(len(wanted) - 2)):
+                yield partial(_flip, order=order, axes=tuple(spatial))
 
 
 def _move(x: Any, before: tuple[int, ...], order: tuple[int, ...], after: tuple[int, ...]) -> Any:
     return x.reshape(before).transpose(order).reshape(after)
+
+
+def _flip(x: Any, order: tuple[int, ...], axes: tuple[int, ...]) -> Any:
+    return x.transpose(order)[tuple(slice(None, None, -1 if axis in axes else 1) for axis in range(len(order)))]
 
 
 def _by_content(parameters: Mapping[str, NDArray]) -> dict[tuple[int, ...], list[str]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -78,13 +80,25 @@ class PairProposal:
     def _text(self) -> Iterator[str]:
         yield f"# Proposed for {self.candidate} by its values beside {self.reference}."
         yield "# Check each line: a candidate is compared at the points that its table names."
+        # A selection that many lines share, as that of a model with another order of axes, is written once.
+        shared = {
+            select: f"pick_{k}"
+            for k, (select, count) in enumerate(Counter(line.select for line in self.lines if line.select).items())
+            if count > 1
+        }
+        for select, name in shared.items():
+            yield f"{name} = lambda x: {select}"
         yield "sites = {"
         by_key: dict[str, list[str]] = {}
         for line in self.lines:
-            by_key.setdefault(line.key, []).append(_target(line))
+            by_key.setdefault(line.key, []).append(_target(line, shared))
         for key, targets in by_key.items():
-            several = ", ".join(targets)
-            yield f"    {json.dumps(key)}: {several if len(targets) == 1 else f'[{several}]'},"
+            if len(targets) == 1:
+                yield f"    {json.dumps(key)}: {targets[0]},"
+            else:
+                yield f"    {json.dumps(key)}: ["
+                yield from (f"        {target}," for target in targets)
+                yield "    ],"
         yield "}"
         if self.unshown:
             yield f"# Sites that nothing equals: {', '.join(self.unshown)}"
@@ -118,28 +132,49 @@ def propose(
     session.candidate.outputs([session.inputs], FLOAT64, jit=False, tap=lambda site, value: value)
     shown = {key: value for key, value in recorder.values.items() if submodule_of(key) not in recorder.repeated}
     wanted = session.whole.trace(session.inputs, FLOAT64)
-    lines = [line for site in session.found.outline.shapes(session.inputs) for line in _lines(site, wanted, shown)]
-    matched, used = {line.site for line in lines}, {submodule_of(line.key) for line in lines}
+    sites = [site for site in session.found.outline.shapes(session.inputs) if site != OUTPUT and site in wanted]
+    matches = {site: found for site in sites if (found := _matches(wanted[site], shown))}
+    lines = list(_lines(matches))
+    equal = {submodule_of(key) for found in matches.values() for key in found}
     return PairProposal(
         session.candidate.name,
         session.reference.name,
         tuple(_numbered(lines)),
-        tuple(site for site in wanted if site not in matched and site != OUTPUT),
-        tuple(key for key in shown if submodule_of(key) not in used and ":" not in key),
+        tuple(site for site in wanted if site not in matches and site != OUTPUT),
+        tuple(key for key in shown if submodule_of(key) not in equal and ":" not in key),
     )
 
 
-def _lines(site: str, wanted: Mapping[str, NDArray], shown: Mapping[str, NDArray]) -> Iterator[Line]:
-    """Yields the line for a site, or nothing if no value equals it."""
-    if site == OUTPUT or site not in wanted:
-        return
-    truth = wanted[site]
-    # Outputs come before inputs, because gradients are compared at outputs.
-    for key in sorted(shown, key=lambda key: ":" in key):
-        select = _selection(shown[key], truth)
-        if select is not None:
-            yield Line(key, site, select)
-            return
+def _matches(truth: NDArray, shown: Mapping[str, NDArray]) -> dict[str, str]:
+    """Returns the candidate's values that equal a site, each with the expression that picks it.
+
+    Outputs come before inputs, because gradients are compared at outputs.
+    """
+    outputs = {key: value for key, value in shown.items() if ":" not in key}
+    found = {key: select for key, value in outputs.items() if (select := _selection(value, truth)) is not None}
+    if found:
+        return found
+    entering = ((key, _selection(value, truth)) for key, value in shown.items() if key not in outputs)
+    return next(({key: select} for key, select in entering if select is not None), {})
+
+
+def _lines(matches: Mapping[str, dict[str, str]]) -> Iterator[Line]:
+    """Yields one line for each site that has a match.
+
+    A container returns what its last submodule returns. Then several sites, and several of the candidate's values, are
+    equal. The outermost site goes to the outermost of these values, and so on inwards.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for site, found in matches.items():
+        groups.setdefault(tuple(found.items()), []).append(site)
+    chosen: dict[str, tuple[str, str]] = {}
+    for ways, sites in groups.items():
+        # In the order of the pass a container comes after its submodules.
+        for k, site in enumerate(reversed(sites)):
+            chosen[site] = ways[max(0, len(ways) - 1 - k)]
+    for site in matches:
+        key, select = chosen[site]
+        yield Line(key, site, select)
 
 
 def _selection(value: NDArray, truth: NDArray) -> str | None:
@@ -148,6 +183,9 @@ def _selection(value: NDArray, truth: NDArray) -> str | None:
         if value.size != parts * truth.size or not value.ndim or value.shape[-1] % parts:
             continue
         for which, part in enumerate(np.split(value, parts, axis=-1)):
+            # No order of axes changes the size of a value, which takes a fraction of the time of all orders.
+            if not math.isclose(_size(part), _size(truth), rel_tol=EQUAL):
+                continue
             width = part.shape[-1]
             picked = f"x[..., {which * width} : {(which + 1) * width}]" if parts > 1 else "x"
             orders = itertools.permutations(range(part.ndim)) if part.ndim <= _MOST_AXES else ()
@@ -158,6 +196,10 @@ def _selection(value: NDArray, truth: NDArray) -> str | None:
                     text = picked if plain else f"{picked}.transpose({', '.join(map(str, order))})"
                     return "" if text == "x" else text
     return None
+
+
+def _size(value: NDArray) -> float:
+    return float(np.linalg.norm(value))
 
 
 def _numbered(lines: list[Line]) -> Iterator[Line]:
@@ -185,5 +227,7 @@ def _number(name: str) -> str:
     return found[0] if found else ""
 
 
-def _target(line: Line) -> str:
-    return f"({json.dumps(line.site)}, lambda x: {line.select})" if line.select else json.dumps(line.site)
+def _target(line: Line, shared: Mapping[str, str]) -> str:
+    if not line.select:
+        return json.dumps(line.site)
+    return f"({json.dumps(line.site)}, {shared.get(line.select, f'lambda x: {line.select}')})"
