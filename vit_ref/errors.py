@@ -6,6 +6,8 @@ exit code 2. Any other exception is a defect of this package.
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -61,19 +63,47 @@ class CandidateError(InputError):
 
     @classmethod
     def raised(cls, name: str, what: str, error: BaseException) -> CandidateError:
-        """Makes one line of an exception that a candidate's own code raised.
+        """Makes one line of an exception that a candidate's own code raised, with the place in that code.
 
         Args:
           name: name of the candidate.
           what: the action that raised.
           error: the exception.
         """
-        return cls(f"{name}: {what} raised {type(error).__name__}: {first_line(error)}")
+        place = find_line(error)
+        return cls(f"{name}: {what} raised {type(error).__name__}: {first_line(error)}{place and f' ({place})'}")
 
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, or "" if it has none."""
     return next(iter(str(error).strip().splitlines()), "")
+
+
+def find_line(error: BaseException) -> str:
+    """Returns the last line that an exception passed in a person's own file, such as "my_port.py, line 41".
+
+    A file is a person's own unless it is installed, is Python's or is this package's.
+
+    Args:
+      error: the exception.
+
+    Returns:
+      The line, or "" if there is none. A syntax error says itself which line it is in.
+    """
+    if isinstance(error, SyntaxError):
+        return ""
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(Path(file).name, line) for file, line in lines if _is_own(file)]
+    return f"{own[-1][0]}, line {own[-1][1]}" if own else ""
+
+
+# The directories of this package and of Python's standard library.
+_NOT_OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, os.__file__))
+
+
+def _is_own(file: str) -> bool:
+    installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
+    return not installed and not file.startswith(("<", *_NOT_OWN))
 
 
 class ReferenceUnavailableError(InputError):

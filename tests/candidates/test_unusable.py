@@ -635,3 +635,29 @@ def test_pytorch_is_not_imported_for_other_candidates(monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert not is_torch(object())
     assert "torch" not in sys.modules
+
+
+def test_an_exception_names_the_line_of_the_persons_own_file(tmp_path: Path, saved: Callable[[str], Path]) -> None:
+    (tmp_path / "beside.py").write_text("import json\n\n\ndef parse():\n    return json.loads('{')\n")
+    (tmp_path / "mine.py").write_text(
+        "import vit_ref\n"
+        "def load(checkpoint):\n"
+        "    return forward\n"
+        "def forward(images):\n"
+        "    import beside\n"
+        "    return beside.parse()\n"
+        "candidate = vit_ref.Candidate(load=load)\n"
+        "reading = vit_ref.Candidate(load=lambda checkpoint: open(checkpoint / 'lost'))\n"
+    )
+    (tmp_path / "broken.py").write_text("import os\nos.stat('/no/such/file')\n")
+    (tmp_path / "wrong.py").write_text("x = 1\ndef f(:\n")
+    (tmp_path / "importing.py").write_text("import wrong\n")
+    for spec, message in (
+        ("mine.py", r"mine: the forward pass raised JSONDecodeError: .* \(beside\.py, line 5\)$"),
+        ("mine.py:reading", r"mine-reading: load\(\) raised \w+Error: .* \(mine\.py, line 8\)$"),
+        ("broken.py", r"broken\.py: importing it raised FileNotFoundError: .* \(broken\.py, line 2\)$"),
+        ("wrong.py", r"wrong\.py: importing it raised SyntaxError: invalid syntax \(wrong\.py, line 2\)$"),
+        ("importing.py", r"importing\.py: importing it raised SyntaxError: invalid syntax \(wrong\.py, line 2\)$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_port(str(tmp_path / spec), saved("one-block"))

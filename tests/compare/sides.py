@@ -95,10 +95,10 @@ class NnxBlock(nnx.Module):
 class NnxModel(nnx.Module):
     """The model in NNX."""
 
-    def __init__(self, act: Act = gelu):
+    def __init__(self, act: Act = gelu, block: type[NnxBlock] = NnxBlock):
         rngs, w = nnx.Rngs(0), weights()
         self.embed, self.proj = nnx.Embed(WORDS, WIDTH, rngs=rngs), nnx.Linear(FEATURES, WIDTH, rngs=rngs)
-        self.layers = nnx.List([NnxBlock(act) for _ in range(BLOCKS)])
+        self.layers = nnx.List([block(act) for _ in range(BLOCKS)])
         self.head = nnx.Linear(WIDTH, OUT, rngs=rngs)
         self.embed.embedding[...] = jnp.asarray(w["embed.weight"])
         layers = {"proj": self.proj, "head": self.head}

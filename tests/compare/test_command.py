@@ -190,3 +190,18 @@ def test_a_table_is_proposed_beside_the_reference(file: str, tmp_path: Path) -> 
     assert found.exit_code == 0, found.output
     assert '"hidden": "hidden"' in found.output
     assert json.loads((tmp_path / "a.json").read_text())["unshown"] == ["last"]
+
+
+def test_a_table_is_proposed_on_the_inputs_that_compare_takes(file: str, tmp_path: Path) -> None:
+    def proposed(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["propose", "--candidate", file, *arguments])
+
+    np.savez(tmp_path / "batch.npz", x=np.ones((5, 3)))
+    for given in (["--inputs", str(tmp_path / "batch.npz")], ["--shape", "x=2,3"], ["--seed", "3"]):
+        found = proposed("--reference", file, *given)
+        assert found.exit_code == 0 and '"hidden": "hidden"' in found.output, found.output
+    assert "raised TypeError" in proposed("--reference", file, "--shape", "x=2,4").output
+    both = proposed("--reference", file, "--shape", "x=2,3", "--inputs", str(tmp_path / "batch.npz"))
+    assert both.exit_code == 2 and "give one of the two" in both.output
+    alone = proposed("--shape", "x=2,3")
+    assert alone.exit_code == 2 and "--inputs, --shape and --seed need --reference" in alone.output

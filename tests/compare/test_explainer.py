@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import vit_ref
 from vit_ref.verify.diagnose.predictions import explain_by_order
+from vit_ref.verify.formats import STORED
 from vit_ref.verify.pairs import explainer
 from vit_ref.verify.pairs.explainer import PairExplainer
 
@@ -72,7 +75,8 @@ def test_the_reference_runs_a_bounded_number_of_times(monkeypatch: pytest.Monkey
     explained(wrong, free)
     monkeypatch.setattr(explainer, "_RUNS", 3)
     explained(wrong, bounded)
-    assert bounded.runs == 1 + 3 < free.runs
+    # Once as it is, three times with another value, and once with all hidden values in each format.
+    assert bounded.runs == 1 + 3 + len(STORED) < free.runs
 
 
 def test_an_axis_too_long_for_distances_has_no_other_order() -> None:
@@ -80,3 +84,59 @@ def test_an_axis_too_long_for_distances_has_no_other_order() -> None:
     assert list(explain_by_order(long, long[:, ::-1], ("row", "class"))) == []
     short = long[:, :8192]
     assert [each.label for each in explain_by_order(short, short[:, ::-1], ("row", "class"))] != []
+
+
+WEIGHT = np.random.default_rng(1).normal(size=(16, 16)).astype("f4")
+
+
+def rotating(table: Callable[[Any], Any], *, shows: bool) -> Callable[..., Any]:
+    """Returns a loader of a model with rotary positions, from a table (cosines, sines) for its input."""
+
+    def forward(w: Any, x: Any, tap: Any = lambda name, value: value) -> Any:
+        cos, sin = table(x)
+        if shows:
+            cos, sin = tap("rope.cos", cos), tap("rope.sin", sin)
+        a, b = jnp.split(tap("query", x @ w), 2, axis=-1)
+        return tap("rotated", jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1))
+
+    return lambda checkpoint: (forward, WEIGHT)
+
+
+def followed(x: Any) -> Any:
+    """Returns the table in the dtype of the pass."""
+    angles = jnp.arange(9, dtype=x.dtype)[:, None] * 100.0 ** (-jnp.arange(8, dtype=x.dtype) / 8)
+    return jnp.cos(angles)[None], jnp.sin(angles)[None]
+
+
+def narrow(x: Any) -> Any:
+    """Returns the table computed in float32, whatever the pass computes in."""
+    angles = np.arange(9, dtype=np.float32)[:, None] * np.float32(100) ** (-np.arange(8, dtype=np.float32) / 8)
+    return jnp.asarray(np.cos(angles)[None]), jnp.asarray(np.sin(angles)[None])
+
+
+def stored(x: Any) -> Any:
+    """Returns the right table, held in float32."""
+    angles = np.arange(9.0)[:, None] * 100.0 ** (-np.arange(8.0) / 8)
+    return jnp.asarray(np.cos(angles)[None], jnp.float32), jnp.asarray(np.sin(angles)[None], jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("table", "shows", "site", "labels"),
+    [
+        (narrow, True, "rope.cos", ["rounded to float32"]),
+        (stored, True, "rope.cos", ["rounded to float32"]),
+        (stored, False, "rotated", ["at rope.cos, rope.sin, rounded to float32"]),
+    ],
+    ids=["computed in float32", "held in float32", "held in float32, not shown"],
+)
+def test_a_table_of_positions_that_ignores_the_dtype_is_named(
+    table: Callable[[Any], Any], shows: bool, site: str, labels: list[str]
+) -> None:
+    report = vit_ref.compare(
+        vit_ref.Reference(load=rotating(followed, shows=True)),
+        vit_ref.Candidate(load=rotating(table, shows=shows)),
+        inputs={"x": np.random.default_rng(2).normal(size=(2, 9, 16))},
+        backward=False,
+    )
+    assert report.forward.semantic_failures[0].site == site
+    assert [cause.label for cause in report.forward.causes] == labels

@@ -14,7 +14,9 @@ import vit_ref
 from tests.compare import sides
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.feeding import Arguments, Feeding
+from vit_ref.verify.candidates.table import gradients_by_path
 from vit_ref.verify.pairs.given import find_inputs
+from vit_ref.verify.pairs.outline import DeclaredOutline
 from vit_ref.verify.pairs.parameters import find_move, match_parameters
 
 RNG = np.random.default_rng(0)
@@ -177,3 +179,35 @@ def test_more_axes_than_can_be_tried_are_only_reshaped() -> None:
     six = RNG.normal(size=(1, 2, 1, 3, 1, 2))
     assert find_move(six, six.reshape(1, 2, 3, 1, 2, 1)) is not None
     assert find_move(six, six.transpose(5, 4, 3, 2, 1, 0)) is None
+
+
+ROLES = ("query", "key", "value")
+
+
+@pytest.mark.parametrize(
+    "fuse",
+    [
+        lambda parts: np.concatenate(parts, axis=0),
+        lambda parts: np.concatenate(parts, axis=1).T,
+        lambda parts: np.stack([part.T.reshape(6, 2, 3) for part in parts], axis=1),
+    ],
+    ids=["rows", "columns", "an axis of their own"],
+)
+def test_a_fused_parameter_is_matched_part_by_part(fuse: Callable[[list[NDArray]], NDArray]) -> None:
+    wanted = {f"attn.{role}.weight": RNG.normal(size=(6, 6)) for role in ROLES} | {"fc.weight": RNG.normal(size=(6, 4))}
+    own = {"qkv": fuse([wanted[f"attn.{role}.weight"] for role in ROLES]), "fc": wanted["fc.weight"].T}
+    table = match_parameters(own, wanted)
+    assert [name for name, _ in table["qkv"]] == [f"attn.{role}.weight" for role in ROLES]
+    outline = DeclaredOutline({}, (), {name: value.shape for name, value in wanted.items()})
+    gradients = gradients_by_path(table, outline, own)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(gradients[name], value)
+
+
+def test_parts_of_a_fused_parameter_that_are_constant_are_left_out() -> None:
+    query, value, zeros = RNG.normal(size=6), RNG.normal(size=6), np.zeros(6)
+    table = match_parameters(
+        {"qkv": np.concatenate([query, zeros, value])}, {"q.bias": query, "v.bias": value, "other.bias": zeros}
+    )
+    assert [name for name, _ in table["qkv"]] == ["q.bias", "v.bias"]
+    assert match_parameters({"qkv": RNG.normal(size=18)}, {"q.bias": query}) == {}

@@ -122,4 +122,4 @@ def test_a_value_of_another_shape_fails_and_has_no_gradient() -> None:
     )
     statuses = {check.name: check.status for check in report.checks}
     assert statuses["forward/last"] == "failed" and statuses["forward/output"] == "passed"
-    assert report.backward is not None and statuses["backward/last"] != "passed"
+    assert statuses["backward/last"] == "not observed"

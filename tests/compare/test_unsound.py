@@ -24,6 +24,10 @@ RNG = np.random.default_rng(0)
 WEIGHTS = {"first": RNG.normal(size=(3, 5)).astype("f4"), "second": RNG.normal(size=(5, 2)).astype("f4")}
 
 
+# What the reference calls. A candidate's file may replace it.
+SHARED: dict[str, Any] = {}
+
+
 def loader(act: Callable[[Any], Any] = jnp.tanh) -> Callable[..., Any]:
     def forward(w: Any, x: Any, tap: Any = lambda name, value: value) -> Any:
         return tap("last", act(tap("hidden", x @ w["first"])) @ w["second"])
@@ -211,3 +215,55 @@ def test_a_value_inside_a_jit_of_the_candidates_own_is_not_hashed() -> None:
 
     one = implement(vit_ref.Candidate(load=load, sites=None, name="mine"), Blank(), None, load(None))
     assert require_repeatable(one, inputs(0)).shape == (4, 5)
+
+
+def test_a_site_that_the_reference_shows_in_float64_alone_is_one_line() -> None:
+    def load(checkpoint: Any) -> Any:
+        def forward(w: Any, x: Any, tap: Any = lambda name, value: value) -> Any:
+            hidden = x @ w["first"]
+            return tap("last", (tap("hidden", hidden) if x.dtype == jnp.float64 else hidden) @ w["second"])
+
+        return forward, WEIGHTS
+
+    with pytest.raises(UnjudgedError, match=r"^reference shows no hidden in float32, so nothing can be compared there"):
+        compared(load, loader(lambda x: x))
+
+
+@pytest.mark.parametrize("kind", [jnp.int32, jnp.bool_])
+def test_an_output_that_is_no_float_is_one_line(kind: Any) -> None:
+    def load(checkpoint: Any) -> Any:
+        forward, weights = loader()(None)
+        return lambda w, x: (forward(w, x) * 9).astype(kind), weights
+
+    with pytest.raises(InputError, match=rf"^reference: output has dtype {jnp.dtype(kind)}, and only floats can"):
+        compared(load, load)
+    with pytest.raises(InputError, match=rf"^candidate: output has dtype {jnp.dtype(kind)}, and only floats can"):
+        compared(loader(), load)
+
+
+@pytest.mark.parametrize("given", [3, ["a"], b"weights"])
+def test_a_checkpoint_that_is_no_path_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match=rf"^checkpoint is a {type(given).__name__}: give a path that both sides load"):
+        compared(loader(), loader(), checkpoint=given)
+
+
+def test_a_wrong_reference_is_said_before_the_candidates_file_is_imported(tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text("raise ValueError('this file is broken')")
+    reference = vit_ref.Reference(load=loader(), inputs=lambda seed: {"x": np.zeros((4, 3))})
+    with pytest.raises(UnjudgedError, match="its output is zero everywhere"):
+        vit_ref.compare(reference, f"{tmp_path}/mine.py")
+    with pytest.raises(InputError, match="ValueError: this file is broken"):
+        vit_ref.compare(vit_ref.Reference(load=loader(), inputs=inputs), f"{tmp_path}/mine.py")
+
+
+def test_importing_the_candidates_file_may_not_change_the_reference(tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import jax.numpy as jnp, vit_ref, tests.compare.test_unsound as theirs\n"
+        "theirs.SHARED['act'] = jnp.sin\n"
+        "candidate = vit_ref.Candidate(load=theirs.loader(lambda x: theirs.SHARED['act'](x)))\n"
+    )
+    SHARED["act"] = jnp.tanh
+    with pytest.raises(InputError, match="mine: it changes the reference, its output"):
+        vit_ref.compare(
+            vit_ref.Reference(load=loader(lambda x: SHARED["act"](x)), inputs=inputs), f"{tmp_path}/mine.py"
+        )

@@ -197,3 +197,8 @@ def test_every_report_names_the_bytes_that_were_judged(name: str) -> None:
     local = dataclasses.replace(report, checkpoint=ORIGIN._replace(revision=None))
     jsonschema.Draft202012Validator(SCHEMA_OF_REPORTS).validate(to_json(local))
     assert "commit" not in summary(local) and "revision" not in to_html(local)
+
+
+def test_the_schema_names_both_commands_and_their_functions() -> None:
+    said = SCHEMA_OF_REPORTS["description"]
+    assert all(name in said for name in ("vit-ref verify", "vit-ref compare", "check_port", "vit_ref.compare"))

@@ -28,6 +28,7 @@ class Declared(ABC):
 
     Attributes:
       role: "candidate" or "reference", for the report.
+      parts: the names of the outputs that were joined to one, in order; known after the first run.
 
     Args:
       candidate: the declaration.
@@ -47,7 +48,9 @@ class Declared(ABC):
         known = outline.shapes(outline.example)
         self.claims: frozenset[str] | None = claimed(candidate.sites, outline, known) | {outline.output}
         self.fixed: frozenset[str] = frozenset()
+        self.parts: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self._single: frozenset[str] = frozenset()
         # Makes the table of sites from the inputs' shapes. A proposal replaces it by one that asks for every value.
         self.tables: Callable[[Any], Table] = lambda inputs: self._table(candidate.sites, inputs)
         self._candidate = candidate
@@ -73,8 +76,28 @@ class Declared(ABC):
     def _undoing(self, casts: Casts) -> AbstractContextManager[Any]:
         """Keeps the candidate from casting float64 to float32 within the context; `casts` counts the casts."""
 
+    def find_single_uses(self, inputs: Inputs) -> None:
+        """Finds the inputs of submodules in the table that nothing else uses. A change there reaches all that follows.
+
+        Without this, such a site is neither replaced nor differentiated, because its value may go past the submodule.
+
+        Args:
+          inputs: see `Problem.inputs`.
+        """
+        table = self._table(self._candidate.sites, self.outline.example)
+        entering = frozenset(
+            entry.destination for point, entries in table.points.items() if point.of_input for entry in entries
+        )
+        if entering:
+            self._single = entering  # so that a tap changes what enters the submodule
+            self._single = self._used_once(inputs, entering)
+
+    @abstractmethod
+    def _used_once(self, inputs: Inputs, sites: frozenset[str]) -> frozenset[str]:
+        """Returns those of the sites whose values nothing uses but what a tap returns."""
+
     def _table(self, sites: Any, inputs: Any) -> Table:
-        return Table(sites, self.outline, inputs, self._vjp)
+        return Table(sites, self.outline, inputs, self._vjp, self._single)
 
     def feed(self, inputs: Inputs) -> Any:
         """Returns what the candidate gets: the arguments made of named arrays, or images unchanged.

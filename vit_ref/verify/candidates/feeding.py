@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, first_line
+from vit_ref.errors import CandidateError
 from vit_ref.verify.compare.inputs import is_float
 
 Adapt = Callable[..., Any]
@@ -87,9 +87,7 @@ class Feeding:
             try:
                 made = self._adapt(**inputs)
             except Exception as error:
-                raise CandidateError(
-                    f"{self._name}: adapt() of {', '.join(inputs)} raised {type(error).__name__}: {first_line(error)}"
-                ) from error
+                raise CandidateError.raised(self._name, f"adapt() of {', '.join(inputs)}", error) from error
         if isinstance(made, Mapping):
             arguments = Arguments((), dict(made))
         else:

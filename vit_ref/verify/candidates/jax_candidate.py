@@ -24,7 +24,8 @@ from vit_ref.verify.candidates.feeding import Arguments
 from vit_ref.verify.candidates.loading import in_one_line, load, observed, recognised
 from vit_ref.verify.candidates.outline import Shape
 from vit_ref.verify.candidates.table import counted
-from vit_ref.verify.candidates.tapped import Tapped
+from vit_ref.verify.candidates.tapped import Tapped, as_arrays
+from vit_ref.verify.candidates.uses import find_used_once, mark
 from vit_ref.verify.compare.inputs import Inputs
 from vit_ref.verify.compare.trace import Forward, Tap
 from vit_ref.verify.precision import FLOAT64
@@ -54,7 +55,7 @@ class JaxCandidate(Declared, Tapped):
 
             output = self._in_float64(passed, tap) if np.dtype(dtype) == np.float64 else passed(tap)
             if tap:
-                self.fixed = frozenset(table.fixed)
+                self.fixed, self.parts = frozenset(table.fixed), table.parts
             return output
 
         return parameters, forward
@@ -62,6 +63,19 @@ class JaxCandidate(Declared, Tapped):
     def shapes(self, inputs: Inputs) -> Mapping[str, Shape]:
         """Implements `Tapped.shapes`."""
         return self.outline.shapes(inputs)
+
+    def _used_once(self, inputs: Inputs, sites: frozenset[str]) -> frozenset[str]:
+        with FLOAT64.active():
+            parameters, forward = self.ready(np.float64)
+
+            def marked(parameters: Any, fed: Any) -> jax.Array:
+                return forward(parameters, fed, lambda site, value: mark(value, site) if site in sites else value)
+
+            try:
+                traced = jax.make_jaxpr(marked)(parameters, as_arrays(self.feed(inputs), np.float64))
+            except (jax.errors.JAXTypeError, CandidateError):  # it leaves jax, so a trace does not show all of it
+                return frozenset()
+        return sites & find_used_once(traced)
 
     def _images(self, images: jax.Array) -> Arguments:
         return Arguments((images.transpose(0, 3, 1, 2) if self._candidate.channels_first else images,), {})

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, InputError, first_line
+from vit_ref.errors import CandidateError, InputError
 from vit_ref.verify.candidates.declaration import Candidate, declared, takes
 from vit_ref.verify.candidates.outline import Outline
 from vit_ref.verify.candidates.table import Table, described, elements, flat, gradients_by_path
@@ -196,7 +196,7 @@ def observed(
 
     with beside_it(candidate.directory), in_one_line(candidate.name, "the forward pass"):
         returned = run(table, before if tap else None)
-    output, named = split_output(returned, candidate)
+    output, named, table.parts = split_output(returned, candidate)
     outline.require_output(output, candidate.name)
     if tap is None:
         return output
@@ -236,12 +236,16 @@ def split_named(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     return returned, {}
 
 
-def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str, Any]]:
-    """Returns a model's output, and the intermediates that it returned with it.
+def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str, Any], tuple[str, ...]]:
+    """Returns a model's output, the intermediates that it returned with it, and the names of the output's parts.
 
     Args:
       returned: what the model returned.
       candidate: the declaration, whose `output` picks the output.
+
+    Returns:
+      The output; the intermediates by name; and the names in whose order several outputs were joined. There are no
+      names if the output is one array, or a tuple, which is joined in its own order.
 
     Raises:
       CandidateError: the output is not an array, or `Candidate.output` cannot pick one.
@@ -256,22 +260,23 @@ def split_output(returned: Any, candidate: Candidate) -> tuple[Any, Mapping[str,
             raise CandidateError(
                 f"{name}: it returned a {described(output)}: return an array (B, ...), or pick one with output="
             )
-        return output, named
+        return output, named, ()
     _, named = split_named(returned)
     try:
         output = candidate.output(returned)
     except RAISED as error:
-        raise CandidateError(
-            f"{name}: output() of a {described(returned)} raised {type(error).__name__}: {first_line(error)}"
-        ) from error
-    parts = list(elements(output).values()) or [output]
+        raise CandidateError.raised(name, f"output() of a {described(returned)}", error) from error
+    found = elements(output)
+    # By name and not as they come, because two implementations seldom fill a mapping in the same order.
+    names = () if len(found) < 2 or isinstance(output, (tuple, list)) else tuple(sorted(found))
+    parts = [found[name] for name in names] or list(found.values()) or [output]
     for part in parts:
         if not getattr(part, "shape", ()):
             raise CandidateError(f"{name}: output() returned a {described(part)}: make it pick one array, or several")
     if len(parts) == 1:
-        return parts[0] if len(parts[0].shape) > 1 else parts[0][:, None], named
+        return parts[0] if len(parts[0].shape) > 1 else parts[0][:, None], named, names
     flattened = [part.reshape(part.shape[0], -1) for part in parts]
-    return joined(flattened), named
+    return joined(flattened), named, names
 
 
 def joined(parts: Sequence[Any]) -> Any:

@@ -53,12 +53,13 @@ class Table:
       outline: the outline that has the sites.
       inputs: the inputs. Only their shapes matter.
       vjp: the framework's function for pull-backs.
+      single: sites at inputs of submodules that nothing else uses.
 
     Raises:
       CandidateError: a key cannot be read, a value is no site, or two keys claim one site.
     """
 
-    def __init__(self, mapped: Mapped | None, outline: Outline, inputs: Any, vjp: Vjp):
+    def __init__(self, mapped: Mapped | None, outline: Outline, inputs: Any, vjp: Vjp, single: Set[str] = frozenset()):
         self.shapes = outline.shapes(inputs)
         self._outline = outline
         self.given = mapped is not None
@@ -69,7 +70,10 @@ class Table:
         self.fixed: set[str] = set()
         # Names that the candidate gave to its tap, or returned.
         self.met: set[str] = set()
+        # Names of the outputs that were joined to one, in order.
+        self.parts: tuple[str, ...] = ()
         self._vjp = vjp
+        self._single = single
 
     def path_of(self, site: str) -> str:
         """Returns the path of the submodule, or the name of the value, that stands for a site."""
@@ -155,10 +159,11 @@ class Table:
 
     def _through(self, point: Point, value: Any, tap: Tap) -> Any:
         for entry in self.points.get(point, ()):
-            whole = not point.of_input or any(path.startswith(f"{point.path}.") for path in self.paths)
             site = entry.destination
             # The input of a module that holds others enters all of them.
-            value = self._pass(entry, value, tap if whole or not self._outline.goes_past(site) else self._fixing(tap))
+            whole = not point.of_input or any(path.startswith(f"{point.path}.") for path in self.paths)
+            whole = whole or site in self._single or not self._outline.goes_past(site)
+            value = self._pass(entry, value, tap if whole else self._fixing(tap))
         return value
 
     def _pass(self, entry: Entry, value: Any, tap: Tap) -> Any:

@@ -142,7 +142,7 @@ class Tapped(ABC):
             parameters, forward = self._ready(precision.dtype)
 
             given = replacements(replace, precision.dtype)
-            fed = _cast(self.feed(inputs), precision.dtype)
+            fed = as_arrays(self.feed(inputs), precision.dtype)
             try:
                 return jax.device_get(self._compiled_of(forward, precision.dtype).recorder(parameters, fed, given))
             except jax.errors.JAXTypeError:
@@ -180,7 +180,7 @@ class Tapped(ABC):
             def run(parameters: Any, fed: Any) -> jax.Array:
                 return forward(parameters, fed, tap)
 
-            several = [_cast(self.feed(inputs), precision.dtype) for inputs in batches]
+            several = [as_arrays(self.feed(inputs), precision.dtype) for inputs in batches]
             if not jit:
                 return [np.asarray(run(parameters, fed)) for fed in several]
             sizes = {_size(fed): fed for fed in several}
@@ -246,7 +246,7 @@ class Tapped(ABC):
         return self._compiled[dtype]
 
 
-def _cast(fed: Any, dtype: DTypeLike) -> Any:
+def as_arrays(fed: Any, dtype: DTypeLike) -> Any:
     """Returns a tree of arrays for jax, with floats in the dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if is_float(leaf) else None), fed)
 

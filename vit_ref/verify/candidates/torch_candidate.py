@@ -27,6 +27,7 @@ from vit_ref.verify.candidates.feeding import Arguments
 from vit_ref.verify.candidates.loading import RAISED, in_one_line, load, observed, recognised
 from vit_ref.verify.candidates.table import Table, counted
 from vit_ref.verify.candidates.torch_casts import WithoutCasts, forgetting
+from vit_ref.verify.candidates.torch_uses import Edge, find_used_once
 from vit_ref.verify.compare.inputs import Inputs, is_float, map_arrays
 from vit_ref.verify.compare.objectives import Gradients, Objective, require_shape
 from vit_ref.verify.compare.trace import Tap, Trace
@@ -187,6 +188,29 @@ class TorchCandidate(Declared):
                     " another device"
                 )
 
+    def _used_once(self, inputs: Inputs, sites: frozenset[str]) -> frozenset[str]:
+        module = self._ready(np.float64)
+        marked: dict[str, Edge] = {}
+
+        def tap(site: str, value: torch.Tensor) -> torch.Tensor:
+            if site not in sites or value.grad_fn is None:
+                return value
+            marked[site] = value.grad_fn, value.output_nr
+            return value.view_as(value)
+
+        frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        try:
+            with torch.enable_grad():
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+                output = self._forward(module, inputs, self._tensors(inputs, _like(module, np.float64)), tap)
+        except RAISED:  # the comparison of gradients reports it
+            return frozenset()
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        return sites & find_used_once(output, marked)
+
     def _tensors(self, inputs: Inputs, like: torch.Tensor) -> Arguments:
         """Returns the arguments made of the inputs: floats in the dtype of `like`, and all on its device."""
         fed = self.feed(inputs)
@@ -220,7 +244,7 @@ class TorchCandidate(Declared):
         with forgetting(module):
             output = self._in_float64(passed, tap) if in_float64 else passed(tap)
         if tap:
-            self.fixed = frozenset(table.fixed)
+            self.fixed, self.parts = frozenset(table.fixed), table.parts
         return output
 
     @staticmethod

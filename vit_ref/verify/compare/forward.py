@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
-from vit_ref.errors import OraclesDifferError, ReferenceOverflowError
+from vit_ref.errors import OraclesDifferError, ReferenceOverflowError, UnjudgedError
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, beside, require_float64, silent, widened
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
@@ -42,6 +42,17 @@ def require_finite_truth(truths: Mapping[str, Truth], name: str) -> None:
             f"{name} itself is not finite in float64 at {len(beyond)} of {len(truths)} places, first {{place}}: give"
             " inputs for which it is, or compare at other places",
             beyond[0],
+        )
+
+
+def require_observed(trace: Container[str], names: Iterable[str], reference: str, precision: str) -> None:
+    """Raises `UnjudgedError` if the reference does not show a site in a precision, for example behind a branch."""
+    lost = [site for site in names if site not in trace]
+    if lost:
+        raise UnjudgedError(
+            f"{reference} shows no {{place}} in {precision}, so nothing can be compared there: let its pass be the same"
+            " in every dtype, or leave that site out",
+            lost[0],
         )
 
 
@@ -131,8 +142,7 @@ def compare_forward(
     progress(f"{reference.name} in float64")
     truth = reference.trace(inputs, FLOAT64)
     require_float64(truth, reference.name)
-    if set(truth) != set(names):
-        raise AssertionError(f"{reference.name} was not observed at {sorted(set(truth) ^ set(names))}")
+    require_observed(truth, names, reference.name, FLOAT64.name)
 
     # A trace of a real model takes a gigabyte. So only this one is kept; of the others only the errors are.
     truths = {site: Truth(truth[site]) for site in names}
@@ -141,10 +151,11 @@ def compare_forward(
     def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
         progress("each block alone")
         if problem.streams is None:
-            everywhere = {site: truth[site] for site in shown - candidate.fixed}
-            return isolated(errors_of(candidate.trace(inputs, precision, replace=everywhere), truths), candidate.fixed)
+            fixed = candidate.fixed | misshapen
+            everywhere = {site: truth[site] for site in shown - fixed}
+            return isolated(errors_of(candidate.trace(inputs, precision, replace=everywhere), truths), fixed)
         before = {site: problem.streams[site] for site in shown}
-        fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed}
+        fed = {stream: truth[stream] for stream in before.values() if stream in shown - candidate.fixed - misshapen}
         errors = errors_of(candidate.trace(inputs, precision, replace=fed), truths)
         return {
             site: errors[site] for site, stream in before.items() if site in errors and (not stream or stream in fed)
@@ -164,6 +175,8 @@ def compare_forward(
     progress(f"{candidate.name} in float64")
     exact_trace = widened(candidate.trace(inputs, FLOAT64), candidate.name)
     exact = errors_of(exact_trace, truths)
+    # The reference's values cannot replace these.
+    misshapen = {site for site in exact if exact_trace[site].shape != truth[site].shape}
     found, alone = Explanation(), dict[str, Error]()
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
     if first and explainer:
@@ -186,9 +199,13 @@ def compare_forward(
             require_float64(truth, reference.name)
             truths = {site: Truth(truth[site]) for site in names}
         known = kept.find("reference")
-        reference_errors = known or errors_of(reference.trace(inputs, precision), truths, carriers=True)
         if known is None:
-            kept.keep("reference", reference_errors)
+            rounded = reference.trace(inputs, precision)
+            require_observed(rounded, names, reference.name, precision.name)
+            known = errors_of(rounded, truths, carriers=True)
+            del rounded
+            kept.keep("reference", known)
+        reference_errors = known
         if not first:  # otherwise the verdict is known
             require_finite(reference_errors, reference.name, precision.name)
         progress(f"{candidate.name} in {precision.name}")

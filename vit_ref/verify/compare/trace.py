@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import TruncatedError
+from vit_ref.errors import InputError, TruncatedError
 
 T = TypeVar("T")
 Trace = dict[str, NDArray]
@@ -104,15 +104,27 @@ def require_float64(trace: Mapping[str, NDArray], name: str) -> None:
       name: the name of the implementation.
 
     Raises:
-      TruncatedError: a value has another dtype.
+      TruncatedError: a value is a float of another dtype.
+      InputError: a value is no float.
     """
     wrong = {site: value.dtype for site, value in trace.items() if value.dtype != np.float64}
     if wrong:
+        require_floats(trace, name)
         site, found = next(iter(wrong.items()))
         raise TruncatedError(
             f"{name} must compute in float64, but {len(wrong)} of {len(trace)} sites do not, first {site}: {found}:"
             " build it in the dtype that load(checkpoint, dtype) gets, and cast nothing to another"
         )
+
+
+def require_floats(trace: Mapping[str, NDArray], name: str) -> None:
+    """Raises `InputError` if a value of a trace has no rounding to compare, because it is an integer or a boolean."""
+    for site, value in trace.items():
+        if value.dtype.kind in "iub":
+            raise InputError(
+                f"{name}: {site} has dtype {value.dtype}, and only floats can be compared: let output= pick floats,"
+                " such as the scores that an index was taken from, or leave that site out"
+            )
 
 
 def widened(trace: Mapping[str, NDArray], name: str) -> Trace:

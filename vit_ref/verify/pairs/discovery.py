@@ -7,17 +7,16 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
-import jax
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError
 from vit_ref.verify.candidates.declaration import Mapped
 from vit_ref.verify.candidates.outline import Shape
-from vit_ref.verify.candidates.table import EveryPath, Table, claimed, counted, elements
-from vit_ref.verify.compare.inputs import Inputs, copy_inputs, is_float
-from vit_ref.verify.compare.trace import Tap
+from vit_ref.verify.candidates.table import claimed
+from vit_ref.verify.compare.inputs import Inputs, copy_inputs
 from vit_ref.verify.pairs.outline import OUTPUT, DeclaredOutline
 from vit_ref.verify.precision import FLOAT64
+from vit_ref.verify.proposals.recording import Recorder
 
 # A declared implementation, in JAX or in PyTorch. The class for PyTorch is not imported here.
 Declared = Any
@@ -72,7 +71,7 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
     Raises:
       CandidateError: the reference cannot be run, or its table has an unknown name.
     """
-    recorder = SiteRecorder()
+    recorder = Recorder(Blank(), None, keep=lambda value: tuple(value.shape))
     shapes: dict[str, Shape] = {}
 
     def keep(site: str, value: Any) -> Any:
@@ -82,10 +81,10 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
     reference.tables = lambda inputs: recorder
     (output,) = reference.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
     if given is None:
-        found = {name: shape for name, shape in recorder.found.items() if _path(name) not in recorder.repeated}
-        table = {recorder.keys[name]: name for name in found}
+        table = {key: _site_of(key) for key in recorder.values if _is_output(key, recorder.repeated)}
+        found = {site: recorder.values[key] for key, site in table.items()}
     else:
-        table = counted_out(given, recorder.paths_met)
+        table = counted_out(given, recorder.met)
         reference.tables = lambda inputs: reference._table(table, inputs)
         reference.outputs([copy_inputs(inputs)], FLOAT64, jit=False, tap=keep)
         found = {site: shape for site, shape in shapes.items() if site != OUTPUT}
@@ -98,66 +97,14 @@ def discover(reference: Declared, given: Mapped | None, inputs: Inputs) -> Disco
     return Discovery(outline, table, () if given else tuple(sorted(recorder.repeated)), output)
 
 
-class SiteRecorder(Table):
-    """A table that changes nothing, and lists every array of floats that a submodule returns.
-
-    Attributes:
-      found: shapes by site. A site is the submodule's path. In a tuple the first element has the path and element k is
-        `path:k`. In a mapping or a dataclass a field is `path:field`.
-      keys: by site, its key in a table.
-      repeated: paths of submodules that ran more than once.
-      paths_met: all paths, and names of values.
-    """
-
-    def __init__(self) -> None:
-        super().__init__({}, Blank(), None, lambda function, value: (value, function))
-        self.paths = EveryPath()
-        self.found: dict[str, Shape] = {}
-        self.keys: dict[str, str] = {}
-        self.repeated: set[str] = set()
-        self.paths_met: set[str] = set()
-
-    def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
-        """Implements `Table.at_input`."""
-        return args, kwargs
-
-    def at_output(self, path: str, output: Any, tap: Tap) -> Any:
-        """Implements `Table.at_output`."""
-        if not path:
-            return output
-        if path in self.paths_met:
-            self.repeated.add(path)
-        self.paths_met.add(path)
-        if hasattr(output, "shape"):
-            self._keep(path, path, output)
-        for name, value in elements(output).items():
-            ordered = isinstance(output, (tuple, list))
-            self._keep(path if ordered and name == "0" else f"{path}:{name}", f"{path}[{name}]", value)
-        return output
-
-    def at_name(self, name: str, value: Any, tap: Tap) -> Any:
-        """Implements `Table.at_name`."""
-        name = counted(name)
-        if name in self.paths_met:
-            self.repeated.add(name)
-        self.paths_met.add(name)
-        self.met.add(name)
-        self._keep(name, name, value)
-        return value
-
-    def _keep(self, site: str, key: str, value: Any) -> None:
-        if not hasattr(value, "shape") or isinstance(value, jax.core.Tracer) or not _is_float(value):
-            return
-        self.found.setdefault(site, tuple(value.shape))
-        self.keys[site] = key
+def _is_output(key: str, repeated: Set[str]) -> bool:
+    return ":input" not in key and submodule_of(key) not in repeated
 
 
-def _is_float(value: Any) -> bool:
-    return bool(value.is_floating_point()) if hasattr(value, "is_floating_point") else is_float(value)
-
-
-def _path(site: str) -> str:
-    return site.partition(":")[0]
+def _site_of(key: str) -> str:
+    """Returns the name of a site: the path; for element k of a tuple but the first, or for a field, `path:k`."""
+    path, _, element = key.rstrip("]").partition("[")
+    return path if element in ("", "0") else f"{path}:{element}"
 
 
 def submodule_of(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from vit_ref.verify.results import Cause, Explanation
 
 # So many values before a wrong one are tried, and the reference runs so often with a change.
 _BEFORE, _RUNS = 12, 250
+# So many values that the candidate does not show, one after another, are rounded together.
+_TOGETHER = 4
 # Values with more elements are not explained.
 _LARGEST = 1 << 24
 _QUERIES = ("query", "q_proj", "q_lin")
@@ -52,7 +55,7 @@ class PairExplainer:
         parameters = self._reference.parameters()
         before = self._before(site, known)
         causes = found.causes(
-            self._changed(found.truth, before),
+            change(found.truth, before),
             explain_by_relation(found.truth, found.value, before, parameters),
             explain_by_order(found.truth, found.value, _axes(found.truth)),
             found.by_value(),
@@ -61,7 +64,8 @@ class PairExplainer:
             return Explanation(causes)
         hidden = hidden_before(site, self._order, shown)
         weighted = self._weighted(found, parameters, (site, *hidden[-_BEFORE:]))
-        return Explanation(found.causes(weighted, self._within(found, known, hidden)))
+        stored = self._rounded(found, known, shown)
+        return Explanation(found.causes(stored, weighted, self._within(found, known, hidden)))
 
     def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
         """Implements `Explainer.explain_rounding`. It knows one cause: a coarser format than the tested one."""
@@ -94,10 +98,19 @@ class PairExplainer:
         given = self._inputs.items() if isinstance(self._inputs, Mapping) else ()
         return found | {name: value.astype(np.float64) for name, value in given if is_float(value)}
 
-    def _changed(self, truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
-        yield from change(truth, before)
-        for name, rounded in STORED.items():
-            yield Prediction(f"rounded to {name}", rounded(truth), format=name)
+    def _rounded(self, found: Divergence, known: Trace, shown: Trace) -> Iterator[Prediction]:
+        """Yields the reference's values at the site if values that the candidate does not show are rounded together.
+
+        The cosines and the sines of rotary positions are such values, in tables that are far from their use.
+        """
+        earlier = self._order[: self._order.index(found.site)]
+        gaps = [list(names) for seen, names in itertools.groupby(earlier, shown.__contains__) if not seen]
+        # A single value right before the site is tried with all other changes.
+        few = [gap for gap in reversed(gaps) if len(gap) <= _TOGETHER and gap != earlier[-1:]]
+        for gap in [gap for gap in few if known.keys() >= set(gap)][:_BEFORE]:
+            for name, rounded in STORED.items():
+                fed = {site: rounded(known[site]) for site in gap}
+                yield Prediction(f"at {', '.join(gap)}, rounded to {name}", self._run(fed, found.site), name)
 
     def _within(self, found: Divergence, known: Trace, hidden: tuple[str, ...]) -> Iterator[Prediction]:
         """Yields the reference's values at the site after a change at a hidden site right before it."""
@@ -135,7 +148,9 @@ class PairExplainer:
     def _ways(self, truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
         if truth.size > _LARGEST:
             return
-        yield from self._changed(truth, before)
+        yield from change(truth, before)
+        for name, rounded in STORED.items():
+            yield Prediction(f"rounded to {name}", rounded(truth), format=name)
         yield Prediction("nothing", np.zeros_like(truth))
         yield Prediction("the sign turned", -truth)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.errors import InputError, first_line
+from vit_ref.errors import CandidateError, InputError, first_line
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.feeding import cast_floats
 from vit_ref.verify.candidates.loading import RAISED, beside_it
@@ -108,9 +108,7 @@ def _made(reference: Candidate, seed: int) -> dict[str, Any]:
         with beside_it(reference.directory):
             made = make(seed)
     except RAISED as error:
-        raise InputError(
-            f"{reference.name}: inputs({seed}) raised {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise CandidateError.raised(reference.name, f"inputs({seed})", error) from error
     if not isinstance(made, Mapping):
         raise InputError(
             f"{reference.name}: inputs({seed}) returned a {type(made).__name__}: return a mapping from names to arrays"

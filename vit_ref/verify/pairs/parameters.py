@@ -1,9 +1,8 @@
-"""Matches a candidate's parameters to the reference's by equal values, also if they are transposed or reshaped."""
+"""Matches a candidate's parameters to the reference's by equal values, also if they are moved or fused."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +12,8 @@ from numpy.typing import NDArray
 
 # With more axes there are too many orders to try.
 _MOST_AXES = 5
+# The numbers of equal parts that a fused parameter may have: key and value, or query too.
+_PARTS = (2, 3)
 Move = Callable[[Any], Any]
 
 
@@ -24,8 +25,9 @@ def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) 
       wanted: the reference's parameters.
 
     Returns:
-      The candidate's paths -> the reference's names. Parameters that share their values with others, such as zeros,
-      cannot be matched and are left out.
+      The candidate's paths -> the reference's names. A parameter may hold several of the reference's side by side,
+      such as one of query, key and value. Parameters that share their values with others, such as zeros, cannot be
+      matched and are left out.
     """
     ours, theirs = _by_content(own), _by_content(wanted)
     table: dict[str, Any] = {}
@@ -36,7 +38,32 @@ def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) 
         move = find_move(own[paths[0]], wanted[names[0]])
         if move is not None:
             table[paths[0]] = (names[0], move)
-    return table
+    matched = {name for name, _ in table.values()}
+    missing = {name: value for name, value in wanted.items() if name not in matched}
+    fused = {path: _match_parts(value, missing) for path, value in own.items() if path not in table}
+    return table | {path: targets for path, targets in fused.items() if targets}
+
+
+def _match_parts(value: NDArray, wanted: Mapping[str, NDArray]) -> list[tuple[str, Move]]:
+    """Returns the wanted parameters that equal parts of a value along one of its axes, with what picks each."""
+    theirs = _by_content(wanted)
+    sizes = {size for size, *_ in theirs}
+    for axis, count in itertools.product(range(value.ndim), _PARTS):
+        if value.shape[axis] % count or value.size // count not in sizes:
+            continue
+        found: list[tuple[str, Move]] = []
+        for which, part in enumerate(np.split(value, count, axis=axis)):
+            names = theirs.get(_content(part), []) if np.ptp(part) else []
+            move = find_move(part, wanted[names[0]]) if len(names) == 1 else None
+            if move is not None:
+                found.append((names[0], partial(_pick, axis=axis, count=count, which=which, move=move)))
+        if found:
+            return found
+    return []
+
+
+def _pick(x: Any, axis: int, count: int, which: int, move: Move) -> Any:
+    return move(np.split(x, count, axis=axis)[which])
 
 
 def find_move(value: NDArray, wanted: NDArray) -> Move | None:
@@ -69,14 +96,17 @@ def _flip(x: Any, order: tuple[int, ...], axes: tuple[int, ...]) -> Any:
 
 
 def _by_content(parameters: Mapping[str, NDArray]) -> dict[tuple[int, ...], list[str]]:
-    """Returns names by size and by sums that do not depend on the order of the values.
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name, value in parameters.items():
+        if value.size:
+            found.setdefault(_content(value), []).append(name)
+    return found
+
+
+def _content(value: NDArray) -> tuple[int, ...]:
+    """Returns the size, and sums that do not depend on the order of the values.
 
     Sums of the bits cost a hundredth of sorting. `find_move` compares the values themselves.
     """
-    found: dict[tuple[int, ...], list[str]] = {}
-    for name, value in parameters.items():
-        if math.prod(value.shape):
-            bits = np.ravel(value, order="K").view(f"u{value.itemsize}").astype(np.uint64)
-            sums = int(bits.sum()), int(np.square(bits).sum())
-            found.setdefault((value.size, *sums), []).append(name)
-    return found
+    bits = np.ravel(value, order="K").view(f"u{value.itemsize}").astype(np.uint64)
+    return value.size, int(bits.sum()), int(np.square(bits).sum())

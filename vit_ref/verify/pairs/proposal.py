@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.verify.candidates.loading import find_declaration
 from vit_ref.verify.candidates.table import fitted
 from vit_ref.verify.gates import error
 from vit_ref.verify.pairs.discovery import submodule_of
@@ -127,8 +126,7 @@ def propose(
     Raises:
       InputError: a side or the inputs cannot be used.
     """
-    bare = dataclasses.replace(find_declaration(candidate), sites={}, parameters={})
-    session = PairSession(reference, bare, checkpoint, inputs=inputs, seed=seed)
+    session = PairSession(reference, candidate, checkpoint, inputs=inputs, seed=seed, bare=True)
     recorder = Recorder(session.found.outline, session.inputs)
     session.candidate.tables = lambda inputs: recorder
     session.candidate.outputs([session.inputs], FLOAT64, jit=False, tap=lambda site, value: value)

@@ -27,7 +27,7 @@ from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
 from vit_ref.verify.compare.forward import compare_forward, never
 from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float, take_rows
 from vit_ref.verify.compare.objectives import LOOKS
-from vit_ref.verify.compare.trace import Progress, passing, silent
+from vit_ref.verify.compare.trace import Progress, passing, require_floats, silent
 from vit_ref.verify.gates import error
 from vit_ref.verify.judgement import Judgement, OnPart, ignore_part
 from vit_ref.verify.pairs.discovery import Blank, discover
@@ -40,6 +40,7 @@ from vit_ref.verify.pairs.truth import (
     digest_of,
     note_constants,
     require_same_attention,
+    require_same_parts,
     require_same_weights,
     require_unchanged,
 )
@@ -111,7 +112,12 @@ def compare(
 
 
 class PairSession(Judgement):
-    """One comparison and its parts. See `compare` for arguments and errors."""
+    """One comparison and its parts. See `compare` for most arguments and for errors.
+
+    Args:
+      title: the title of the report; None for the checkpoint's name.
+      bare: whether to leave out the candidate's own tables.
+    """
 
     candidate: Any
 
@@ -125,6 +131,7 @@ class PairSession(Judgement):
         precision: str | DTypeLike | Precision = "float32",
         seed: int = 0,
         title: str | None = None,
+        bare: bool = False,
         progress: Progress = silent,
     ):
         self.progress = progress
@@ -133,12 +140,8 @@ class PairSession(Judgement):
             raise InputError(
                 f"precision is {MIXED!r}, in which this package's model alone computes: give bfloat16, or float32"
             )
-        self._path = None if checkpoint is None else _existing(Path(checkpoint))
-        declared = find_declaration(reference, "reference")
-        judged = find_declaration(candidate)
-        for side in (declared, judged):
-            if side.channels_first is not None:
-                raise InputError(f"{side.name}: channels_first belongs to verify: move the axes in adapt=")
+        self._path = None if checkpoint is None else _existing(checkpoint)
+        declared = _declaration(reference, "reference")
         self.inputs = find_inputs(declared, inputs, seed)
         progress(f"loading {declared.name}")
         loaded = load_in_float64(declared, self._path)
@@ -150,6 +153,7 @@ class PairSession(Judgement):
         # This one is observed at all sites. The candidate may show only some of them.
         self.whole = self._implementation(declared, self.found.outline, loaded, role="reference")
         output = require_repeatable(self.whole, self.inputs, self.found.output, progress=progress)
+        require_floats({OUTPUT: output}, declared.name)
         if not output.any():
             raise UnjudgedError(
                 f"{declared.name}: its {{place}} is zero everywhere, which tells nothing: give other inputs", OUTPUT
@@ -170,6 +174,10 @@ class PairSession(Judgement):
             progress(f"{declared.name}: its ways of attention")
             attention = require_same_attention(declared.name, loaded, output, partial(self._output_of, declared))
         self.notes = self._notes(attention, note_constants(loaded))
+        # Only now, because importing its file may change what the reference calls.
+        judged = _declaration(candidate, "candidate")
+        if bare:
+            judged = dataclasses.replace(judged, sites={}, parameters={})
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
@@ -182,10 +190,12 @@ class PairSession(Judgement):
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
         with naming(judged.name):
-            require_repeatable(self.candidate, self.inputs, progress=progress)
+            require_floats({OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, judged.name)
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(judged.name, (self._digest, output), now)
+        require_same_parts(judged.name, self.candidate.parts, self.whole.parts)
         self.title = self.origin.name if title is None else title
+        self.candidate.find_single_uses(self.inputs)
 
     def _implementation(self, declaration: Candidate, outline: Outline, loaded: Any, role: str = "candidate") -> Any:
         """Returns the engine's view of the model that a loader returned."""
@@ -300,8 +310,19 @@ def count_steps(*, backward: bool) -> int:
     return 11 + (LOOKS[0] if backward else 0)
 
 
-def _existing(path: Path) -> Path:
+def _declaration(given: Given, side: str) -> Candidate:
+    """Returns the declaration of a side after checking that it asks for nothing that only `verify` does."""
+    found = find_declaration(given, side)
+    if found.channels_first is not None:
+        raise InputError(f"{found.name}: channels_first belongs to verify: move the axes in adapt=")
+    return found
+
+
+def _existing(checkpoint: Any) -> Path:
     """Returns a path after checking that it exists."""
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise InputError(f"checkpoint is a {type(checkpoint).__name__}: give a path that both sides load, or None")
+    path = Path(checkpoint)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory: name the checkpoint that both sides load")
     return path

@@ -135,3 +135,22 @@ def note_constants(loaded: Any) -> str:
         return ""
     more = ", ..." if len(names) > 3 else ""
     return f"constants that the reference computed when it was made are part of the truth: {', '.join(names[:3])}{more}"
+
+
+def require_same_parts(candidate: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> None:
+    """Checks that both sides joined their several outputs in the same order.
+
+    Args:
+      candidate: the candidate's name.
+      ours: the names of its outputs; none for one array or a tuple.
+      theirs: the names of the reference's.
+
+    Raises:
+      CandidateError: they differ.
+    """
+    if ours != theirs:
+        said = (", ".join(names) if names else "values without names" for names in (ours, theirs))
+        raise CandidateError(
+            f"{candidate}: its output= returns {next(said)}, and the reference's returns {next(said)}: return mappings"
+            " with the same names, or tuples in the same order"
+        )

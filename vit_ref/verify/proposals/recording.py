@@ -1,33 +1,43 @@
-"""Records every value that a candidate shows in one run, by the keys that a table would use."""
+"""Records every value that a model shows in one run, by the keys that a table would use."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from vit_ref.verify.candidates.outline import Outline
 from vit_ref.verify.candidates.table import EveryPath, Table, counted, elements
+from vit_ref.verify.compare.inputs import is_float
 from vit_ref.verify.compare.trace import Tap
 
 
+def copy_to_host(value: Any) -> Any:
+    """Returns the value of a tensor or of an array of jax as a NumPy array."""
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+
+
 class Recorder(Table):
-    """A table that keeps every value and changes none, for candidates of any kind.
+    """A table that keeps every array of floats and changes none, for models of any kind.
 
     Args:
       outline: the names and shapes of the model that the values are searched in.
       inputs: the inputs, whose values do not matter, only their shapes.
+      keep: returns what to keep of a value.
+
+    Attributes:
+      values: what was kept, by key, in the order of the pass.
+      repeated: paths that were met more than once, such as a shared module's. A table cannot tell the times apart.
     """
 
-    def __init__(self, outline: Outline, inputs: Any):
+    def __init__(self, outline: Outline, inputs: Any, keep: Callable[[Any], Any] = copy_to_host):
         super().__init__({}, outline, inputs, lambda function, value: (value, function))
         self.paths = EveryPath()
-        # In the order of the computation.
-        self.values: dict[str, NDArray] = {}
-        # Paths that were met more than once, such as a shared module's: a table cannot tell one time from another.
+        self.values: dict[str, Any] = {}
         self.repeated: set[str] = set()
+        self._of = keep
 
     def at_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap) -> tuple[Any, Any]:
         """Implements `Table.at_input`."""
@@ -37,6 +47,7 @@ class Recorder(Table):
 
     def at_output(self, path: str, output: Any, tap: Tap) -> Any:
         """Implements `Table.at_output`."""
+        self._meet(path)
         for name, value in elements(output).items():
             self._keep(path, f"[{name}]", value)
         self._keep(path, "", output)
@@ -44,15 +55,20 @@ class Recorder(Table):
 
     def at_name(self, name: str, value: Any, tap: Tap) -> Any:
         """Implements `Table.at_name`."""
+        self._meet(counted(name))
         self._keep(counted(name), "", value)
         return value
 
-    def _keep(self, path: str, suffix: str, value: Any) -> None:
-        # A value inside the candidate's own transformation cannot be read.
-        if not path or not hasattr(value, "shape") or isinstance(value, jax.core.Tracer):
-            return
-        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-        if path + suffix in self.values:
+    def _meet(self, path: str) -> None:
+        if path in self.met:
             self.repeated.add(path)
-        if np.issubdtype(array.dtype, np.floating):
-            self.values[path + suffix] = array
+        self.met.add(path)
+
+    def _keep(self, path: str, suffix: str, value: Any) -> None:
+        # A value inside the model's own transformation cannot be read.
+        if path and hasattr(value, "shape") and not isinstance(value, jax.core.Tracer) and _is_float(value):
+            self.values[path + suffix] = self._of(value)
+
+
+def _is_float(value: Any) -> bool:
+    return bool(value.is_floating_point()) if hasattr(value, "is_floating_point") else is_float(value)
