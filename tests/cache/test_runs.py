@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import pytest
 from flax import linen
 
+from vit_ref.errors import OraclesDifferError
 from vit_ref.verify import session
 from vit_ref.verify.cache import originals
 from vit_ref.verify.cache.reference import KeptReference
@@ -20,10 +23,12 @@ from vit_ref.verify.cache.store import Store
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.precision import PRECISIONS
 from vit_ref.verify.references import choice
+from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.report import to_json
 from vit_ref.verify.session import check_port
 
+CANDIDATE = str(Path(__file__).parents[1] / "candidates" / "worked" / "nnx_tutorial.py")
 # One block and few tokens, because the gradients are compiled.
 CASE = Case("one-block", replace(CASES["rectangular"].config, num_hidden_layers=1))
 
@@ -105,7 +110,7 @@ def test_results_of_replaced_functions_are_not_kept(checkpoint, place, built, mo
         replacing.setattr(jax.nn, "silu", lambda x: x)
         report(checkpoint, backward=False)
     assert [count(place, kind) for kind in ("traces", "errors", "facts")] == [0, 0, 0]
-    assert "jax.nn.silu was replaced in this run" in caplog.text
+    assert "jax.nn.silu changed in this run" in caplog.text
     report(checkpoint, backward=False)
     assert count(place, "traces") > 0
 
@@ -115,6 +120,61 @@ def test_a_replaced_method_is_found(monkeypatch) -> None:
     assert originals.find_replaced() == ""
     monkeypatch.setattr(linen.LayerNorm, "__call__", lambda *arguments: 0)
     assert originals.find_replaced() == "flax.linen.normalization.LayerNorm.__call__"
+
+
+def wrong(trace: Callable[..., Any]) -> Callable[..., Any]:
+    def off(self: Any, pixels: Any, precision: Any) -> Any:
+        return {site: value * 1.001 for site, value in trace(self, pixels, precision).items()}
+
+    return off
+
+
+def test_a_wrong_reference_does_not_stay(checkpoint, place, monkeypatch) -> None:
+    with monkeypatch.context() as replacing:
+        replacing.setattr(FlaxViTReference, "trace", wrong(FlaxViTReference.trace))
+        with pytest.raises(OraclesDifferError):
+            report(checkpoint, backward=False)
+    assert '"passed": true' in report(checkpoint, backward=False)
+
+
+def test_the_oracles_earlier_agreement_counts_for_the_trace_it_saw(checkpoint, place, monkeypatch) -> None:
+    report(checkpoint, backward=False)
+    for entry in place.glob("traces-*"):
+        entry.unlink()
+    monkeypatch.setattr(FlaxViTReference, "trace", wrong(FlaxViTReference.trace))
+    with pytest.raises(OraclesDifferError):
+        report(checkpoint, backward=False)
+
+
+def test_a_second_run_of_a_candidate_of_others_builds_no_reference(checkpoint, place, built) -> None:
+    first = to_json(check_port(CANDIDATE, checkpoint, backward=False))
+    assert built() == ["oracle", "reference"]
+    assert to_json(check_port(CANDIDATE, checkpoint, backward=False)) == first
+    assert built() == []
+
+
+def test_a_module_that_a_candidate_may_have_changed_is_found(monkeypatch) -> None:
+    originals.remember()
+    monkeypatch.setitem(sys.modules, "transformers.models.vit.late", ModuleType("late"))
+    assert originals.find_replaced(foreign=True) == "transformers.models.vit.late"
+    assert originals.find_replaced(foreign=False) == ""
+
+
+def test_an_activation_by_name_that_was_replaced_is_found(monkeypatch) -> None:
+    from transformers import modeling_flax_utils
+
+    originals.remember()
+    monkeypatch.setitem(modeling_flax_utils.ACT2FN, "gelu", abs)
+    assert originals.find_replaced() == "transformers.modeling_flax_utils.ACT2FN['gelu']"
+
+
+def test_nothing_is_kept_after_a_setting_changed(checkpoint, place) -> None:
+    with session.opened(True) as store:
+        shelf = Shelf.of(store, "flax", "a configuration", {})
+        with jax.default_matmul_precision("bfloat16"):
+            shelf.keep_fact("changed", 1)
+        shelf.keep_fact("the same", 1)
+    assert (shelf.find_fact("changed"), shelf.find_fact("the same")) == (None, 1)
 
 
 def test_other_weights_are_computed(checkpoint, place, built, tmp_path) -> None:
@@ -143,7 +203,8 @@ def test_a_reference_that_is_given_whole_is_not_kept(checkpoint, place) -> None:
     given = choice.reference_for(config, session.hf_tensors(config, source))
     own = session.prepare_candidate(None, config, source)
     with session.opened(True) as store:
-        made = session.Session(config, source, CASE.images(), own, reference=given, store=store)
+        shelf = Shelf.of(store, "flax", repr(config), session.hf_tensors(config, source))
+        made = session.Session(config, source, CASE.images(), own, reference=given, shelf=shelf)
         made.forward()
     assert (count(place, "traces"), count(place, "errors")) == (0, 0)
 

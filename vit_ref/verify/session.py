@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, MappingError
+from vit_ref.errors import CandidateError, MappingError, OraclesDifferError
 from vit_ref.model.config import ViTConfig
+from vit_ref.verify.cache import originals
 from vit_ref.verify.cache.opening import opened
-from vit_ref.verify.cache.reference import KeptReference
+from vit_ref.verify.cache.reference import KeptReference, is_known
 from vit_ref.verify.cache.shelf import Shelf
-from vit_ref.verify.cache.store import Store
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.loading import find_declaration
 from vit_ref.verify.candidates.own import OwnCandidate
@@ -33,7 +33,13 @@ from vit_ref.verify.judgement import Judgement, OnPart, ignore_part
 from vit_ref.verify.photographs import pixels_for
 from vit_ref.verify.precision import Precision, resolve_precision
 from vit_ref.verify.problem import Problem
-from vit_ref.verify.references.choice import NumpyReference, reference_for, with_fused_attention
+from vit_ref.verify.references.choice import (
+    REFERENCES,
+    NumpyReference,
+    import_module,
+    reference_for,
+    with_fused_attention,
+)
 from vit_ref.verify.results import Behaviour, CandidateReport, ParityReport
 from vit_ref.verify.vit import ViTExplainer, hf_tensors, problem_of
 from vit_ref.weights import mapping
@@ -123,10 +129,18 @@ def check_port(
             stack.enter_context(_advising(cut.changes))
             source, config, notes = cut.source, cut.config, (cut.note,)
             pixels = pixels_for(config, None, FORWARD) if images is None else cut.crop(pixels)
+        several = BACKWARD_OWN if candidate is None else BACKWARD
+        shelf = None
+        if store is not None and reference in REFERENCES:
+            foreign = candidate is not None
+            shelf = Shelf.of(store, reference, repr(config), hf_tensors(config, source), foreign=foreign)
+            if foreign and not is_known(shelf, pixels, resolved, pixels[:several] if backward else None):
+                # A candidate may replace parts of it. What the cache keeps has to be the reference itself.
+                import_module(reference)
+                originals.remember()
         prepared = prepare_candidate(candidate, config, source)
         if candidate is not None:
             require_repeatable(prepared, pixels[:1], progress=progress)
-        several = BACKWARD_OWN if candidate is None else BACKWARD
         session = Session(
             config,
             source,
@@ -138,7 +152,7 @@ def check_port(
             origin=origin,
             notes=notes,
             images_backward=several,
-            store=store,
+            shelf=shelf,
             progress=progress,
         )
         return session.check(
@@ -169,8 +183,8 @@ class Session(Judgement):
       origin: the origin to report; by default that of the checkpoint's files.
       notes: notes for the report.
       images_backward: the number of images for the backward pass; None for all.
-      store: the cache that keeps what a reference computes; None for no cache. It keeps nothing of a reference that
-        is not chosen by name.
+      shelf: the part of the cache that keeps what this reference computes with this checkpoint; None for no cache. It
+        keeps nothing of a reference that is not chosen by name.
       progress: gets a description of each next step.
     """
 
@@ -187,14 +201,15 @@ class Session(Judgement):
         origin: Origin | None = None,
         notes: tuple[str, ...] = (),
         images_backward: int | None = None,
-        store: Store | None = None,
+        shelf: Shelf | None = None,
         progress: Progress = silent,
     ):
         self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
         self.precision, self.notes, self._origin = resolve_precision(precision), notes, origin
         self.title = self.origin.name if title is None else title
         self.images_backward, self.progress = images_backward, progress
-        self._reference, self._store = reference, store
+        self._reference = reference
+        self._shelf = shelf if isinstance(reference, str) else None
 
     @cached_property
     def origin(self) -> Origin:
@@ -219,14 +234,6 @@ class Session(Judgement):
         build = partial(reference_for, self.config, self.tensors, given)
         return build() if self._shelf is None else KeptReference(self._shelf, build)
 
-    @cached_property
-    def _shelf(self) -> Shelf | None:
-        """The part of the cache that belongs to this reference with this checkpoint; None without a cache."""
-        given = self._reference
-        if self._store is None or not isinstance(given, str):
-            return None
-        return Shelf.of(self._store, given, repr(self.config), self.tensors)
-
     def _kept(self, problem: Problem) -> Shelf | None:
         """Returns the errors that earlier runs have kept for this problem; None without a cache."""
         return self._shelf and self._shelf.for_inputs(problem.inputs, self.precision)
@@ -234,18 +241,23 @@ class Session(Judgement):
     def forward(self, stops: Callable[[str], bool] = never) -> ParityReport:
         """Implements `Judgement.forward`."""
         problem = problem_of(self.config, self.pixels)
-        return compare_forward(
-            self.title,
-            problem,
-            self.reference,
-            NumpyReference(self.config, self.tensors),
-            self.candidate,
-            self.precision,
-            explainer=ViTExplainer(self.config, self.tensors, problem),
-            kept=self._kept(problem),
-            stops=stops,
-            progress=self.progress,
-        )
+        try:
+            return compare_forward(
+                self.title,
+                problem,
+                self.reference,
+                NumpyReference(self.config, self.tensors),
+                self.candidate,
+                self.precision,
+                explainer=ViTExplainer(self.config, self.tensors, problem),
+                kept=self._kept(problem),
+                stops=stops,
+                progress=self.progress,
+            )
+        except OraclesDifferError:
+            if isinstance(self.reference, KeptReference):
+                self.reference.forget(problem.inputs)
+            raise
 
     def backward(self) -> ParityReport:
         """Compares every gradient, see `compare_backward`."""

@@ -23,7 +23,7 @@ import vit_ref
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "torch", "numpy", "scipy", "ml_dtypes")
 # Beginnings of the environment variables that change numbers, or may.
 _VARIABLE = re.compile(
-    r"(XLA|JAX|OMP|OPENBLAS|MKL|GOTO|BLIS|KMP|TORCH|ATEN|CUDA|CUBLAS|CUDNN|NVIDIA|ROCM|HIP|TPU|LIBTPU|NPY|TF)_"
+    r"(XLA|JAX|OMP|OPENBLAS|MKL|ONEDNN|DNNL|GOTO|BLIS|KMP|TORCH|ATEN|CUDA|CUBLAS|CUDNN|NVIDIA|ROCM|HIP|TPU|LIBTPU|NPY|TF)_"
 )
 
 
@@ -67,7 +67,7 @@ def source() -> str:
 def surroundings() -> dict[str, Any]:
     """Returns versions, the device and every setting that may change numbers, by name."""
     return {
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": {package: _version(package) for package in _PACKAGES} | _device_packages(),
         "python": platform.python_version(),
         "source": source(),
         "machine": machine(),
@@ -85,6 +85,13 @@ def surroundings() -> dict[str, Any]:
             name: value for name, value in sorted(os.environ.items()) if _VARIABLE.match(name) and "CACHE" not in name
         },
     }
+
+
+@cache
+def _device_packages() -> dict[str, str]:
+    """Returns the versions of the packages that compute on accelerators, such as cuDNN's."""
+    found = ((each.name or "", each.version) for each in importlib.metadata.distributions())
+    return {name: version for name, version in found if name.startswith(("nvidia-", "jax-", "libtpu"))}
 
 
 def _version(package: str) -> str:

@@ -7,7 +7,18 @@ from types import ModuleType
 from typing import Any
 
 # The modules, with those below them, that references and oracle compute with.
-_WATCHED = ("jax", "flax", "numpy", "scipy", "torch.nn", "transformers.models.vit")
+_WATCHED = (
+    "jax",
+    "flax",
+    "numpy",
+    "scipy",
+    "torch.nn",
+    "transformers.activations",
+    "transformers.integrations.sdpa_attention",
+    "transformers.modeling_flax_utils",
+    "transformers.modeling_utils",
+    "transformers.models.vit",
+)
 
 # Functions and classes by module and name, and those of a class by module, class and name, as they were first seen.
 _originals: dict[str, dict[str, Any]] = {}
@@ -23,8 +34,21 @@ def remember() -> None:
             _originals[name] = _held(module)
 
 
-def find_replaced() -> str:
-    """Returns the name of a function or class that is no longer the one remembered, or "" if all are."""
+def find_replaced(*, foreign: bool = True) -> str:
+    """Returns the name of a function or class that is no longer the one remembered, or "" if all are.
+
+    It also names a module of transformers that was imported later, and a setting of PyTorch that makes products less
+    exact. It sees neither a function that is changed in place nor a method that is added to a class.
+
+    Args:
+      foreign: whether a candidate of others was loaded. Only such a one may have changed a module when it was imported.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_float32_matmul_precision() != "highest":
+        return "torch.get_float32_matmul_precision"
+    for name in list(sys.modules) if foreign else ():
+        if name not in _originals and name.startswith("transformers.") and _is_watched(name):
+            return name
     for name, originals in _originals.items():
         module = sys.modules.get(name)
         if module is None:
@@ -45,6 +69,8 @@ def _is_watched(name: str) -> bool:
 def _held(module: ModuleType) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in list(vars(module).items()):
+        if isinstance(value, dict) and not name.startswith("__"):  # for example activations by name
+            found |= {f"{name}[{key!r}]": each for key, each in list(value.items()) if callable(each)}
         if not callable(value):
             continue
         found[name] = value

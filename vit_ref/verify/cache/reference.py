@@ -28,6 +28,8 @@ class KeptReference:
     def __init__(self, shelf: Shelf, build: Callable[[], Reference]):
         self._shelf, self._build = shelf, build
         self.fused = False
+        # Whether the last trace in float64 is an earlier run's.
+        self.recalled = False
         # The oracle may take the place of the reference that was asked for, so the name is known from a built one.
         known = shelf.find_fact("reference")
         if known is None:
@@ -47,10 +49,15 @@ class KeptReference:
             return self.built.trace(inputs, precision)
         shelf = self._shelf.for_inputs(inputs, precision)
         trace = shelf.find_trace("forward")
+        self.recalled = trace is not None
         if trace is None:
             trace = self.built.trace(inputs, precision)
             shelf.keep_trace("forward", trace)
         return trace
+
+    def forget(self, inputs: Any) -> None:
+        """Removes the trace in float64 from the cache, because the oracle does not agree with it."""
+        self._shelf.for_inputs(inputs, FLOAT64).forget_trace("forward")
 
     def gradients(self, inputs: Any, /, precision: Precision) -> Callable[[Objective], Gradients]:
         """Implements `Reference.gradients`."""
@@ -78,6 +85,21 @@ class KeptReference:
         """Implements `Reference.storing`."""
         shelf = self._shelf.within("stored", str(precision.stored))
         return KeptReference(shelf, lambda: self.built.storing(precision))
+
+
+def is_known(shelf: Shelf, inputs: Any, precision: Precision, differentiated: Any = None) -> bool:
+    """Tells whether the cache has what a run needs of a reference, so that it need not be built.
+
+    Args:
+      shelf: the shelf of the reference with its weights.
+      inputs: the inputs of the forward pass.
+      precision: the tested precision.
+      differentiated: the inputs of the backward pass; None without one.
+    """
+    exact = shelf.for_inputs(inputs, FLOAT64)
+    if not exact.has_trace("forward") or shelf.for_inputs(inputs, precision).find("reference") is None:
+        return False
+    return differentiated is None or shelf.for_inputs(differentiated, FLOAT64).find_fact("gradients") is not None
 
 
 def _digest_of(objective: Objective) -> str:

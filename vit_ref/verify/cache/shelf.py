@@ -31,13 +31,18 @@ class Shelf:
     Args:
       store: the store.
       identity: a digest of all that the values depend on, but what `within` and `what` say.
+      foreign: whether a candidate of others is loaded in this run, see `originals.find_replaced`.
+      around: the digest of the surroundings in `identity`; None if they are not in it.
     """
 
-    def __init__(self, store: Store, identity: str):
+    def __init__(self, store: Store, identity: str, *, foreign: bool = True, around: str | None = None):
         self._store, self._identity = store, identity
+        self._foreign, self._around = foreign, around
 
     @classmethod
-    def of(cls, store: Store, reference: str, config: Any, tensors: dict[str, NDArray]) -> Shelf:
+    def of(
+        cls, store: Store, reference: str, config: Any, tensors: dict[str, NDArray], *, foreign: bool = True
+    ) -> Shelf:
         """Returns the shelf of a reference that is chosen by name.
 
         Args:
@@ -45,12 +50,14 @@ class Shelf:
           reference: the reference's name.
           config: the configuration, as JSON takes it.
           tensors: the tensors that the reference is filled with.
+          foreign: see the class.
         """
-        return cls(store, digest(reference, config, digest_arrays(tensors), surroundings()))
+        around = digest(surroundings())
+        return cls(store, digest(reference, config, digest_arrays(tensors), around), foreign=foreign, around=around)
 
     def within(self, *more: Any) -> Shelf:
         """Returns a shelf for narrower circumstances, which JSON can hold."""
-        return Shelf(self._store, digest(self._identity, *more))
+        return Shelf(self._store, digest(self._identity, *more), foreign=self._foreign, around=self._around)
 
     def for_inputs(self, inputs: Inputs, precision: Precision) -> Shelf:
         """Returns the shelf for these inputs and this precision."""
@@ -76,6 +83,10 @@ class Shelf:
     def keep_fact(self, what: str, value: Any) -> None:
         """Keeps a value that JSON can hold."""
         self._write("facts", what, [json.dumps(value).encode()])
+
+    def forget_trace(self, what: str) -> None:
+        """Removes an entry of values."""
+        self._store.remove("traces", digest(self._identity, what))
 
     def has_trace(self, what: str) -> bool:
         """Says whether there is an entry of values, damaged or not."""
@@ -116,8 +127,11 @@ class Shelf:
 
     def _write(self, kind: str, what: str, parts: list[bytes | memoryview]) -> None:
         # A candidate may change what other packages compute, and with it the reference of this run, but of no other.
-        if replaced := find_replaced():
-            self._store.note(f"{replaced} was replaced in this run, so the cache keeps no result of the reference")
+        replaced = find_replaced(foreign=self._foreign)
+        if not replaced and self._around is not None and self._around != digest(surroundings()):
+            replaced = "a setting of jax or of the environment"
+        if replaced:
+            self._store.note(f"{replaced} changed in this run, so the cache keeps no result of the reference")
             return
         self._store.write(kind, digest(self._identity, what), parts)
 

@@ -146,6 +146,11 @@ class Store:
                 os.utime(path)  # the last use
         return content
 
+    def remove(self, kind: str, key: str) -> None:
+        """Removes an entry, if there is one."""
+        with contextlib.suppress(OSError):
+            (self._directory / f"{kind}-{key}").unlink()
+
     def has(self, kind: str, key: str) -> bool:
         """Says whether there is an entry, damaged or not."""
         return self._usable and (self._directory / f"{kind}-{key}").exists()

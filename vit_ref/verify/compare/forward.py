@@ -147,6 +147,9 @@ def compare_forward(
     # A trace of a real model takes a gigabyte. So only this one is kept; of the others only the errors are.
     truths = {site: Truth(truth[site]) for site in names}
     require_finite_truth(truths, reference.name)
+    if oracle and agreement is not None and not getattr(reference, "recalled", False):
+        # The oracle agreed with an earlier trace, and this one is new.
+        agreement, independent = None, beside(oracle.trace, inputs, FLOAT64)
 
     def each_alone(shown: set[str], precision: Precision) -> dict[str, Error]:
         progress("each block alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any, NamedTuple
@@ -83,13 +84,25 @@ class NumpyReference(NumpyOracle):
 class _Entry(NamedTuple):
     build: Callable[[ViTConfig, Mapping[str, NDArray]], Reference]
     require: Callable[[], None]
+    module: str = ""
 
 
 REFERENCES: dict[str, _Entry] = {
-    "flax": _Entry(FlaxViTReference, require_flaxvit),
-    "torch": _Entry(TorchViTReference, require_torch),
+    "flax": _Entry(FlaxViTReference, require_flaxvit, "transformers.models.vit.modeling_flax_vit"),
+    "torch": _Entry(TorchViTReference, require_torch, "transformers.models.vit.modeling_vit"),
     "numpy": _Entry(NumpyReference, lambda: None),
 }
+
+
+def import_module(name: str) -> None:
+    """Imports the module of others that a reference runs, which happens otherwise when the reference is filled.
+
+    Args:
+      name: one of `REFERENCES`.
+    """
+    require(name)
+    if module := REFERENCES[name].module:
+        importlib.import_module(module)
 
 
 def require(name: str) -> None:
