@@ -79,6 +79,15 @@ def test_unusable_input_is_one_line(store, monkeypatch, arguments, variable, lin
     assert len(store.entries()) == 3
 
 
+def test_without_a_home_directory_it_asks_for_a_directory(monkeypatch) -> None:
+    for name in ("VIT_REF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "relative")
+    ended = invoke()
+    line = "vit-ref: there is no home directory, so there is no cache: name a directory in VIT_REF_CACHE\n"
+    assert (ended.exit_code, ended.stderr) == (2, line)
+
+
 @pytest.mark.parametrize("option", ["--cache", "--no-cache"])
 @pytest.mark.parametrize(
     ("module", "function", "arguments"),

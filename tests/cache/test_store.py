@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -232,6 +233,23 @@ def test_the_place(monkeypatch, tmp_path) -> None:
     assert place(XDG_CACHE_HOME="/x", VIT_REF_CACHE="/y") == Path("/y")
     assert place(VIT_REF_CACHE="~/z") == tmp_path / "z"
     assert place(VIT_REF_CACHE="off") is None
+    with pytest.raises(InputError, match="VIT_REF_CACHE is '~nobody-here/c', and there is no such home directory"):
+        place(VIT_REF_CACHE="~nobody-here/c")
+
+
+def test_without_a_home_directory_there_is_no_cache_unless_one_is_named(monkeypatch) -> None:
+    def absent(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "VIT_REF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", absent)
+    assert find_place() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert find_place() == Path("/x/vit-ref")
+    monkeypatch.setenv("VIT_REF_CACHE", "~/c")
+    with pytest.raises(InputError, match="there is no such home directory: give the path"):
+        find_place()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +259,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "--limit") == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "8 potatoes", "1e9"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "8 potatoes", "1e9", pytest.param("9" * 400, id="400 digits")])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match="give a size"):
         parse_size(text, "--limit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def cache(clear: bool, limit: str | None, json_file: Path | None) -> None:
     """
     require_outputs(json=json_file)
     place = find_place()
-    if place is None:
+    if place is None and os.environ.get(VARIABLE) == OFF:
         raise InputError(f"{VARIABLE} is {OFF!r}, so there is no cache: name a directory, or unset it")
+    if place is None:
+        raise InputError(f"there is no home directory, so there is no cache: name a directory in {VARIABLE}")
     size = None if limit is None else parse_size(limit, "--limit")
     store = Store(place)
     if size is not None:
