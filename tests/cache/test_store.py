@@ -172,15 +172,50 @@ def test_the_bound_is_the_environments_or_the_written_one_or_the_default(store, 
         _ = Store(store.root).limit
 
 
+@pytest.mark.parametrize("content", [b"ten users", b"\xff", b""])
+def test_a_file_that_is_not_the_caches_keeps_its_content(store, content: bytes) -> None:
+    (store.root / "limit").write_bytes(content)
+    with pytest.raises(InputError, match=r"/limit: it holds no size, so it is not of the cache: move it"):
+        store.set_limit(7_000_000)
+    assert (store.root / "limit").read_bytes() == content
+    assert store.limit == DEFAULT_LIMIT
+
+
+def test_a_bound_is_not_written_through_a_link(store, tmp_path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("12\n")
+    (store.root / "limit").symlink_to(mine)
+    store.set_limit(7_000_000)
+    assert (mine.read_text(), Store(store.root).limit) == ("12\n", 7_000_000)
+
+
+def test_a_bound_is_written_whole_or_not_at_all(store, monkeypatch) -> None:
+    store.set_limit(0)
+
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vit_ref.verify.cache.store.os.replace", full)
+    with pytest.raises(InputError, match="the bound cannot be written there"):
+        store.set_limit(7_000_000)
+    assert Store(store.root).limit == 0
+    assert sorted(file.name for file in store.root.iterdir()) == ["entries", "limit"]
+
+
 def test_clear_removes_only_what_is_its_own(store) -> None:
     store.write("errors", ONE, [CONTENT])
     store.write("facts", ONE, [b"0"])
     mine = store.root / "mine"
-    beside = store.root / "entries" / "errors-mine"
-    for file in (mine, beside):
+    beside = [store.root / "entries" / name for name in ("errors-mine", "writing-a-book", "writing-notes.md")]
+    left = store.root / "entries" / "writing-a1b2c3_4"
+    for file in (mine, *beside, left):
         file.write_text("kept")
+        os.utime(file, (time.time() - 7200,) * 2)
+    store.trim()
+    assert not left.exists()
+    left.write_text("")
     assert store.clear() == (2, 2 * 48 + len(CONTENT) + 1)
-    assert files(store) == [beside]
+    assert files(store) == beside
     assert mine.exists()
 
 

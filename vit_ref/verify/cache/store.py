@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vit_ref.errors import InputError
-from vit_ref.verify.cache.place import DEFAULT_LIMIT, LIMIT_VARIABLE, parse_size, show_size
+from vit_ref.verify.cache.place import DEFAULT_LIMIT, LIMIT_VARIABLE, VARIABLE, parse_size, show_size
 from vit_ref.verify.cache.sealed import SEAL, read_sealed, write_sealed
 
 _LOG = logging.getLogger("vit_ref")
@@ -31,6 +31,7 @@ KINDS = {
 }
 _NAME = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{64}}")
 _TEMPORARY = "writing-"
+_IS_TEMPORARY = re.compile(rf"{_TEMPORARY}[a-z0-9_]{{8}}")  # as tempfile names its files
 # A writer that was killed leaves its temporary file. A file that nobody has written to for so long belongs to no one.
 _ABANDONED_AFTER_S = 3600.0
 # An entry may take one part in so many of the bound. The values of a run, and the gradients of three objectives, then
@@ -102,8 +103,9 @@ class Store:
                 self._limit = parse_size(given, LIMIT_VARIABLE)
             else:
                 self._limit = DEFAULT_LIMIT
-                with contextlib.suppress(OSError, InputError, UnicodeDecodeError):
-                    self._limit = parse_size((self.root / _LIMIT).read_text("ascii"), "")
+                with contextlib.suppress(OSError, InputError):
+                    written = self._written_limit()
+                    self._limit = DEFAULT_LIMIT if written is None else written
         return self._limit
 
     def set_limit(self, size: int) -> None:
@@ -113,15 +115,40 @@ class Store:
           size: the bound in bytes.
 
         Raises:
-          InputError: it cannot be written.
+          InputError: it cannot be written, or a file of that name holds something else.
         """
+        temporary = ""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / _LIMIT).write_text(f"{size}\n", "ascii")
+            self._written_limit()
+            handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.root)
+            with open(handle, "w", encoding="ascii") as file:
+                file.write(f"{size}\n")
+            os.replace(temporary, self.root / _LIMIT)
         except OSError as error:
+            if temporary:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
             raise InputError(f"{self.root}: the bound cannot be written there ({error.strerror})") from None
         self._limit = None
         self.trim()
+
+    def _written_limit(self) -> int | None:
+        """Returns the bound that `set_limit` wrote, or None if there is none.
+
+        Raises:
+          InputError: a file of that name holds something else.
+          OSError: it cannot be read.
+        """
+        path = self.root / _LIMIT
+        if not os.path.lexists(path):
+            return None
+        try:
+            return parse_size(path.read_text("ascii"), "")
+        except ValueError:
+            raise InputError(
+                f"{path}: it holds no size, so it is not of the cache: move it, or name another directory in {VARIABLE}"
+            ) from None
 
     def read(self, kind: str, key: str) -> memoryview | None:
         """Returns the content of an entry, or None if there is none. A damaged entry is removed.
@@ -197,7 +224,7 @@ class Store:
         """Removes what writers that were killed left, and the least recently used entries beyond the bound."""
         self._since_trimmed = 0
         for each in self._scan():
-            if each.name.startswith(_TEMPORARY):
+            if _IS_TEMPORARY.fullmatch(each.name):
                 with contextlib.suppress(OSError):
                     if time.time() - each.stat().st_mtime > _ABANDONED_AFTER_S:
                         os.unlink(each.path)
@@ -218,7 +245,7 @@ class Store:
                 entry.path.unlink()
                 count, size = count + 1, size + entry.size
         for each in self._scan():
-            if each.name.startswith(_TEMPORARY):
+            if _IS_TEMPORARY.fullmatch(each.name):
                 with contextlib.suppress(OSError):
                     os.unlink(each.path)
         return count, size
