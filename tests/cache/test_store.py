@@ -226,7 +226,10 @@ def test_a_place_that_cannot_be_made_is_one_note(tmp_path, caplog) -> None:
     assert store.read("errors", ONE) is None
     assert (store.entries(), store.clear()) == ([], (0, 0))
     (record,) = caplog.records
-    assert record.getMessage().endswith("the cache cannot be used (Not a directory), so this run goes on without it")
+    assert record.getMessage().endswith(
+        "/cache: the cache cannot be used (Not a directory): name another directory in VIT_REF_CACHE. This run goes on"
+        " without it"
+    )
 
 
 def test_a_full_disk_is_one_note(store, monkeypatch, caplog) -> None:
@@ -251,6 +254,13 @@ def test_a_directory_that_others_may_write_to_is_not_used(tmp_path, caplog) -> N
     store.write("errors", ONE, [CONTENT])
     assert list((tmp_path / "entries").iterdir()) == []
     assert "others may write there" in caplog.text
+
+
+def test_a_directory_of_another_user_is_not_used(store, monkeypatch, caplog) -> None:
+    store.write("errors", ONE, [CONTENT])
+    monkeypatch.setattr("vit_ref.verify.cache.store.os.geteuid", lambda: os.getuid() + 1)
+    assert Store(store.root).read("errors", ONE) is None
+    assert "it belongs to another user" in caplog.text
 
 
 def test_the_place(monkeypatch, tmp_path) -> None:

@@ -12,7 +12,7 @@ from vit_ref.cli.options import json_option
 from vit_ref.cli.outputs import print_result, require_outputs
 from vit_ref.errors import InputError
 from vit_ref.verify.cache.place import OFF, VARIABLE, find_place, parse_size, show_size
-from vit_ref.verify.cache.store import KINDS, Store
+from vit_ref.verify.cache.store import KINDS, Store, require_directory
 
 
 @click.command()
@@ -36,7 +36,9 @@ def cache(clear: bool, limit: str | None, json_file: Path | None) -> None:
     if place is None:
         raise InputError(f"there is no home directory, so there is no cache: name a directory in {VARIABLE}")
     size = None if limit is None else parse_size(limit, "--limit")
+    require_directory(place)
     store = Store(place)
+    _ = store.limit  # so that a variable that is no size is reported before anything changes
     if size is not None:
         store.set_limit(size)
     removed = store.clear() if clear else None

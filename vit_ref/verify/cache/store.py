@@ -38,6 +38,7 @@ _ABANDONED_AFTER_S = 3600.0
 # fit together. Larger ones would remove each other, and each run would write them in vain.
 _SHARE = 6
 _ENTRIES, _LIMIT = "entries", "limit"
+_ANOTHER = f"name another directory in {VARIABLE}"
 
 
 class Entry(NamedTuple):
@@ -49,11 +50,35 @@ class Entry(NamedTuple):
     used: float
 
 
-class Store:
-    """The entries below one directory. No method fails because of the disk: a note says what could not be done.
+def require_directory(root: Path) -> None:
+    """Makes the directory of entries.
 
     Args:
-      root: the directory of the cache. It is made when the first entry is written.
+      root: the directory of the cache.
+
+    Raises:
+      InputError: it cannot be made, it belongs to another user, or others may write there.
+    """
+    directory = root / _ENTRIES
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = os.stat(directory)
+    except OSError as error:
+        raise InputError(f"{root}: the cache cannot be used ({error.strerror}): {_ANOTHER}") from None
+    # Compiled programs are code that this process runs.
+    if status.st_uid != os.geteuid():
+        raise InputError(f"{directory}: the cache cannot be used (it belongs to another user): {_ANOTHER}")
+    if status.st_mode & 0o022:
+        raise InputError(
+            f"{directory}: the cache cannot be used (others may write there): make it yours alone, or {_ANOTHER}"
+        )
+
+
+class Store:
+    """The entries below one directory. No reading or writing of them fails: a note says what could not be done.
+
+    Args:
+      root: the directory of the cache. It and the directory of entries are made at once.
 
     Attributes:
       root: the directory.
@@ -62,28 +87,16 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
         self._directory = root / _ENTRIES
-        self._writes = self._noted = False
+        self._noted = False
         self._since_trimmed = 0
         self._limit: int | None = None
-        self._usable = self._open()
-
-    def _open(self) -> bool:
-        """Makes the directory of entries, and returns whether it can be used."""
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = os.stat(self._directory)
-        except OSError as error:
-            self.note(f"{self.root}: the cache cannot be used ({error.strerror}), so this run goes on without it")
-            return False
-        # Compiled programs are code that this process runs.
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            self.note(
-                f"{self._directory}: others may write there, so this run goes on without the cache: name another"
-                " directory in VIT_REF_CACHE"
-            )
-            return False
-        self._writes = True
-        return True
+            require_directory(root)
+            self._usable = True
+        except InputError as error:
+            self._usable = False
+            self.note(f"{error}. This run goes on without it")
+        self._writes = self._usable
 
     def note(self, line: str) -> None:
         """Prints a note, one for each run."""
@@ -146,9 +159,7 @@ class Store:
         try:
             return parse_size(path.read_text("ascii"), "")
         except ValueError:
-            raise InputError(
-                f"{path}: it holds no size, so it is not of the cache: move it, or name another directory in {VARIABLE}"
-            ) from None
+            raise InputError(f"{path}: it holds no size, so it is not of the cache: move it, or {_ANOTHER}") from None
 
     def read(self, kind: str, key: str) -> memoryview | None:
         """Returns the content of an entry, or None if there is none. A damaged entry is removed.
