@@ -557,7 +557,8 @@ def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message
 
 def test_safetensors_have_the_bytes_of_their_own_library(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    kinds = [*map(np.dtype, "? i1 u1 i2 u2 f2 i4 u4 f4 i8 u8 f8 c8".split()), np.dtype(ml_dtypes.bfloat16)]
+    codes = ["?", "i1", "u1", "i2", "u2", "f2", "i4", "u4", "f4", "i8", "u8", "f8", "c8"]
+    kinds = [*map(np.dtype, codes), np.dtype(ml_dtypes.bfloat16)]
     tensors = {f"é.{n}.{kind}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
     tensors["scalar"] = np.full((), 3, np.float32)
     tensors["turned"] = np.asfortranarray(tensors["é.11.float32"])

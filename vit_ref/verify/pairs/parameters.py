@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jax import dtypes
 from numpy.typing import NDArray
 
 # With more axes there are too many orders to try.
@@ -102,7 +102,7 @@ def _floats(parameters: Mapping[str, NDArray]) -> dict[str, NDArray]:
     return {
         name: value
         for name, value in parameters.items()
-        if dtypes.issubdtype(value.dtype, np.floating) and value.itemsize <= np.dtype(np.uint64).itemsize
+        if jnp.issubdtype(value.dtype, jnp.floating) and value.itemsize <= np.dtype(np.uint64).itemsize
     }
 
 
