@@ -79,6 +79,39 @@ def test_unusable_input_is_one_line(store, monkeypatch, arguments, variable, lin
     assert len(store.entries()) == 3
 
 
+@pytest.mark.parametrize("arguments", [[], ["--clear"], ["--limit", "1GB"]])
+def test_a_directory_that_cannot_be_used_is_one_line(store, arguments) -> None:
+    entries = store.root / "entries"
+    entries.chmod(0o777)
+    ended = invoke(*arguments)
+    line = (
+        f"vit-ref: {entries}: the cache cannot be used (others may write there): make it yours alone, or name another"
+        " directory in VIT_REF_CACHE\n"
+    )
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (2, "", line)
+    assert len(store.entries()) == 3
+    assert not (store.root / "limit").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--clear"], ["--limit", "1GB"]])
+def test_a_variable_that_is_no_size_is_reported_before_anything_changes(store, monkeypatch, arguments) -> None:
+    monkeypatch.setenv("VIT_REF_CACHE_LIMIT", "much")
+    ended = invoke(*arguments)
+    line = "vit-ref: VIT_REF_CACHE_LIMIT is 'much': give a size, such as 16GiB or 500MB\n"
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (2, "", line)
+    assert len(store.entries()) == 3
+    assert not (store.root / "limit").exists()
+
+
+def test_without_a_home_directory_it_asks_for_a_directory(monkeypatch) -> None:
+    for name in ("VIT_REF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "relative")
+    ended = invoke()
+    line = "vit-ref: there is no home directory, so there is no cache: name a directory in VIT_REF_CACHE\n"
+    assert (ended.exit_code, ended.stderr) == (2, line)
+
+
 @pytest.mark.parametrize("option", ["--cache", "--no-cache"])
 @pytest.mark.parametrize(
     ("module", "function", "arguments"),

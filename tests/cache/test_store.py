@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -171,15 +172,50 @@ def test_the_bound_is_the_environments_or_the_written_one_or_the_default(store, 
         _ = Store(store.root).limit
 
 
+@pytest.mark.parametrize("content", [b"ten users", b"\xff", b""])
+def test_a_file_that_is_not_the_caches_keeps_its_content(store, content: bytes) -> None:
+    (store.root / "limit").write_bytes(content)
+    with pytest.raises(InputError, match=r"/limit: it holds no size, so it is not of the cache: move it"):
+        store.set_limit(7_000_000)
+    assert (store.root / "limit").read_bytes() == content
+    assert store.limit == DEFAULT_LIMIT
+
+
+def test_a_bound_is_not_written_through_a_link(store, tmp_path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("12\n")
+    (store.root / "limit").symlink_to(mine)
+    store.set_limit(7_000_000)
+    assert (mine.read_text(), Store(store.root).limit) == ("12\n", 7_000_000)
+
+
+def test_a_bound_is_written_whole_or_not_at_all(store, monkeypatch) -> None:
+    store.set_limit(0)
+
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vit_ref.verify.cache.store.os.replace", full)
+    with pytest.raises(InputError, match="the bound cannot be written there"):
+        store.set_limit(7_000_000)
+    assert Store(store.root).limit == 0
+    assert sorted(file.name for file in store.root.iterdir()) == ["entries", "limit"]
+
+
 def test_clear_removes_only_what_is_its_own(store) -> None:
     store.write("errors", ONE, [CONTENT])
     store.write("facts", ONE, [b"0"])
     mine = store.root / "mine"
-    beside = store.root / "entries" / "errors-mine"
-    for file in (mine, beside):
+    beside = [store.root / "entries" / name for name in ("errors-mine", "writing-a-book", "writing-notes.md")]
+    left = store.root / "entries" / "writing-a1b2c3_4"
+    for file in (mine, *beside, left):
         file.write_text("kept")
+        os.utime(file, (time.time() - 7200,) * 2)
+    store.trim()
+    assert not left.exists()
+    left.write_text("")
     assert store.clear() == (2, 2 * 48 + len(CONTENT) + 1)
-    assert files(store) == [beside]
+    assert files(store) == beside
     assert mine.exists()
 
 
@@ -190,7 +226,10 @@ def test_a_place_that_cannot_be_made_is_one_note(tmp_path, caplog) -> None:
     assert store.read("errors", ONE) is None
     assert (store.entries(), store.clear()) == ([], (0, 0))
     (record,) = caplog.records
-    assert record.getMessage().endswith("the cache cannot be used (Not a directory), so this run goes on without it")
+    assert record.getMessage().endswith(
+        "/cache: the cache cannot be used (Not a directory): name another directory in VIT_REF_CACHE. This run goes on"
+        " without it"
+    )
 
 
 def test_a_full_disk_is_one_note(store, monkeypatch, caplog) -> None:
@@ -217,6 +256,13 @@ def test_a_directory_that_others_may_write_to_is_not_used(tmp_path, caplog) -> N
     assert "others may write there" in caplog.text
 
 
+def test_a_directory_of_another_user_is_not_used(store, monkeypatch, caplog) -> None:
+    store.write("errors", ONE, [CONTENT])
+    monkeypatch.setattr("vit_ref.verify.cache.store.os.geteuid", lambda: os.getuid() + 1)
+    assert Store(store.root).read("errors", ONE) is None
+    assert "it belongs to another user" in caplog.text
+
+
 def test_the_place(monkeypatch, tmp_path) -> None:
     def place(**variables: str) -> Path | None:
         for name in ("VIT_REF_CACHE", "XDG_CACHE_HOME"):
@@ -232,6 +278,23 @@ def test_the_place(monkeypatch, tmp_path) -> None:
     assert place(XDG_CACHE_HOME="/x", VIT_REF_CACHE="/y") == Path("/y")
     assert place(VIT_REF_CACHE="~/z") == tmp_path / "z"
     assert place(VIT_REF_CACHE="off") is None
+    with pytest.raises(InputError, match="VIT_REF_CACHE is '~nobody-here/c', and there is no such home directory"):
+        place(VIT_REF_CACHE="~nobody-here/c")
+
+
+def test_without_a_home_directory_there_is_no_cache_unless_one_is_named(monkeypatch) -> None:
+    def absent(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "VIT_REF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", absent)
+    assert find_place() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert find_place() == Path("/x/vit-ref")
+    monkeypatch.setenv("VIT_REF_CACHE", "~/c")
+    with pytest.raises(InputError, match="there is no such home directory: give the path"):
+        find_place()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +304,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "--limit") == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "8 potatoes", "1e9"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "8 potatoes", "1e9", pytest.param("9" * 400, id="400 digits")])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match="give a size"):
         parse_size(text, "--limit")

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 import vit_ref
 from tests.compare import sides
@@ -202,6 +203,15 @@ def test_a_fused_parameter_is_matched_part_by_part(fuse: Callable[[list[NDArray]
     gradients = gradients_by_path(table, outline, own)
     for name, value in wanted.items():
         np.testing.assert_array_equal(gradients[name], value)
+
+
+@pytest.mark.parametrize("dtype", ["?", "i4", "c8", "c16", np.longdouble])
+def test_parameters_that_are_not_floats_are_left_out(dtype: DTypeLike) -> None:
+    kernel, bias = RNG.normal(size=(4, 6)), RNG.normal(size=6).astype(ml_dtypes.bfloat16)
+    other = (RNG.normal(size=(4, 6)) > 0).astype(dtype)
+    wanted = {"fc.weight": kernel.T, "fc.bias": bias, "other": other, "part": other[:2]}
+    table = match_parameters({"kernel": kernel, "bias": bias, "other": other, "fused": other}, wanted)
+    assert {path: name for path, (name, _) in table.items()} == {"kernel": "fc.weight", "bias": "fc.bias"}
 
 
 def test_parts_of_a_fused_parameter_that_are_constant_are_left_out() -> None:

@@ -25,6 +25,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case
 from vit_ref.weights import checkpoint, layouts, mapping, pretrained, tensor_files, writing
 from vit_ref.weights.checkpoint import Checkpoint
+from vit_ref.weights.stored_dtypes import READABLE
 from vit_ref.weights.tensor_files import LazyTensors
 
 LABELS = ("cat", "dog", "dog")  # ImageNet too has one name twice
@@ -556,14 +557,18 @@ def test_a_sharded_checkpoint_whose_index_is_wrong(tmp_path: Path, edit, message
 
 def test_safetensors_have_the_bytes_of_their_own_library(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    kinds = (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)
-    tensors = {f"é.{n}.{np.dtype(kind)}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
+    codes = ["?", "i1", "u1", "i2", "u2", "f2", "i4", "u4", "f4", "i8", "u8", "f8", "c8"]
+    kinds = [*map(np.dtype, codes), np.dtype(ml_dtypes.bfloat16)]
+    tensors = {f"é.{n}.{kind}": rng.normal(size=(n, 3)).astype(kind) for n in (2, 11, 1) for kind in kinds}
     tensors["scalar"] = np.full((), 3, np.float32)
     tensors["turned"] = np.asfortranarray(tensors["é.11.float32"])
     writing.write_safetensors(tmp_path / "ours", tensors)
     # It writes memory in its own byte order.
     save_file({**tensors, "turned": tensors["é.11.float32"]}, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    content = (tmp_path / "ours").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == READABLE
 
 
 def test_a_failed_save_leaves_what_was_there(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

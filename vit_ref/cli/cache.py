@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from vit_ref.cli.options import json_option
 from vit_ref.cli.outputs import print_result, require_outputs
 from vit_ref.errors import InputError
 from vit_ref.verify.cache.place import OFF, VARIABLE, find_place, parse_size, show_size
-from vit_ref.verify.cache.store import KINDS, Store
+from vit_ref.verify.cache.store import KINDS, Store, require_directory
 
 
 @click.command()
@@ -30,10 +31,14 @@ def cache(clear: bool, limit: str | None, json_file: Path | None) -> None:
     """
     require_outputs(json=json_file)
     place = find_place()
-    if place is None:
+    if place is None and os.environ.get(VARIABLE) == OFF:
         raise InputError(f"{VARIABLE} is {OFF!r}, so there is no cache: name a directory, or unset it")
+    if place is None:
+        raise InputError(f"there is no home directory, so there is no cache: name a directory in {VARIABLE}")
     size = None if limit is None else parse_size(limit, "--limit")
+    require_directory(place)
     store = Store(place)
+    _ = store.limit  # so that a variable that is no size is reported before anything changes
     if size is not None:
         store.set_limit(size)
     removed = store.clear() if clear else None

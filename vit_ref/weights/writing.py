@@ -22,14 +22,21 @@ from numpy.typing import DTypeLike, NDArray
 from vit_ref.errors import CheckpointError
 from vit_ref.weights.checkpoint import CONFIG, FLAX_WEIGHTS, INDEX, PREPROCESSOR, SHARDS, WEIGHTS
 
+# Every dtype that the readers accept, in the order in which safetensors writes tensors: the widest first, so that each
+# tensor is aligned. Weights have floats, but other tensors of a checkpoint may have any of these.
 _STORED = {
+    np.dtype(np.uint64): "U64",
+    np.dtype(np.int64): "I64",
     np.dtype(np.float64): "F64",
+    np.dtype(np.complex64): "C64",
     np.dtype(np.float32): "F32",
+    np.dtype(np.uint32): "U32",
+    np.dtype(np.int32): "I32",
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.float16): "F16",
-    # No weight has these, but other tensors of a checkpoint may.
-    np.dtype(np.int64): "I64",
-    np.dtype(np.int32): "I32",
+    np.dtype(np.uint16): "U16",
+    np.dtype(np.int16): "I16",
+    np.dtype(np.int8): "I8",
     np.dtype(np.uint8): "U8",
     np.dtype(np.bool_): "BOOL",
 }
@@ -146,8 +153,8 @@ def _shard_size(given: Any) -> int | str:
 
 
 def _as_stored(tensors: Mapping[str, NDArray | Deferred]) -> list[str]:
-    # The widest dtypes come first, so that each tensor is aligned. safetensors sorts bfloat16 before float16.
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, _STORED[tensors[name].dtype], name))
+    order = list(_STORED)
+    return sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, NDArray | Deferred]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -22,17 +23,27 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
 def find_place() -> Path | None:
-    """Returns the directory of the cache, which need not exist; None if the caller has switched it off."""
+    """Returns the directory of the cache, which need not exist.
+
+    It is None if the caller has switched the cache off, or if nothing is named and there is no home directory.
+
+    Raises:
+      InputError: the named directory begins with a home directory that does not exist.
+    """
     named = os.environ.get(VARIABLE)
     if named == OFF:
         return None
     if named:
-        return Path(named).expanduser().absolute()
+        try:
+            return Path(named).expanduser().absolute()
+        except RuntimeError:
+            raise InputError(f"{VARIABLE} is {named!r}, and there is no such home directory: give the path") from None
     base = os.environ.get("XDG_CACHE_HOME")
     # The XDG specification says to ignore a relative path.
     if not base or not os.path.isabs(base):
         base = os.path.expanduser("~/.cache")
-    return Path(base, "vit-ref")
+    # Without a home directory the "~" stays.
+    return Path(base, "vit-ref") if os.path.isabs(base) else None
 
 
 def parse_size(text: str, name: str) -> int:
@@ -47,9 +58,10 @@ def parse_size(text: str, name: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     unit = match and _UNITS.get(match[2].upper())
-    if not match or not unit:
+    size = float(match[1]) * unit if match and unit else math.inf
+    if math.isinf(size):  # so are numbers of several hundred digits
         raise InputError(f"{name} is {text!r}: give a size, such as 16GiB or 500MB")
-    return int(float(match[1]) * unit)
+    return int(size)
 
 
 def show_size(size: int) -> str:

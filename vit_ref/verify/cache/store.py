@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vit_ref.errors import InputError
-from vit_ref.verify.cache.place import DEFAULT_LIMIT, LIMIT_VARIABLE, parse_size, show_size
+from vit_ref.verify.cache.place import DEFAULT_LIMIT, LIMIT_VARIABLE, VARIABLE, parse_size, show_size
 from vit_ref.verify.cache.sealed import SEAL, read_sealed, write_sealed
 
 _LOG = logging.getLogger("vit_ref")
@@ -31,12 +31,14 @@ KINDS = {
 }
 _NAME = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{64}}")
 _TEMPORARY = "writing-"
+_IS_TEMPORARY = re.compile(rf"{_TEMPORARY}[a-z0-9_]{{8}}")  # as tempfile names its files
 # A writer that was killed leaves its temporary file. A file that nobody has written to for so long belongs to no one.
 _ABANDONED_AFTER_S = 3600.0
 # An entry may take one part in so many of the bound. The values of a run, and the gradients of three objectives, then
 # fit together. Larger ones would remove each other, and each run would write them in vain.
 _SHARE = 6
 _ENTRIES, _LIMIT = "entries", "limit"
+_ANOTHER = f"name another directory in {VARIABLE}"
 
 
 class Entry(NamedTuple):
@@ -48,11 +50,35 @@ class Entry(NamedTuple):
     used: float
 
 
-class Store:
-    """The entries below one directory. No method fails because of the disk: a note says what could not be done.
+def require_directory(root: Path) -> None:
+    """Makes the directory of entries.
 
     Args:
-      root: the directory of the cache. It is made when the first entry is written.
+      root: the directory of the cache.
+
+    Raises:
+      InputError: it cannot be made, it belongs to another user, or others may write there.
+    """
+    directory = root / _ENTRIES
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = os.stat(directory)
+    except OSError as error:
+        raise InputError(f"{root}: the cache cannot be used ({error.strerror}): {_ANOTHER}") from None
+    # Compiled programs are code that this process runs.
+    if status.st_uid != os.geteuid():
+        raise InputError(f"{directory}: the cache cannot be used (it belongs to another user): {_ANOTHER}")
+    if status.st_mode & 0o022:
+        raise InputError(
+            f"{directory}: the cache cannot be used (others may write there): make it yours alone, or {_ANOTHER}"
+        )
+
+
+class Store:
+    """The entries below one directory. No reading or writing of them fails: a note says what could not be done.
+
+    Args:
+      root: the directory of the cache. It and the directory of entries are made at once.
 
     Attributes:
       root: the directory.
@@ -61,28 +87,16 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
         self._directory = root / _ENTRIES
-        self._writes = self._noted = False
+        self._noted = False
         self._since_trimmed = 0
         self._limit: int | None = None
-        self._usable = self._open()
-
-    def _open(self) -> bool:
-        """Makes the directory of entries, and returns whether it can be used."""
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = os.stat(self._directory)
-        except OSError as error:
-            self.note(f"{self.root}: the cache cannot be used ({error.strerror}), so this run goes on without it")
-            return False
-        # Compiled programs are code that this process runs.
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            self.note(
-                f"{self._directory}: others may write there, so this run goes on without the cache: name another"
-                " directory in VIT_REF_CACHE"
-            )
-            return False
-        self._writes = True
-        return True
+            require_directory(root)
+            self._usable = True
+        except InputError as error:
+            self._usable = False
+            self.note(f"{error}. This run goes on without it")
+        self._writes = self._usable
 
     def note(self, line: str) -> None:
         """Prints a note, one for each run."""
@@ -102,8 +116,9 @@ class Store:
                 self._limit = parse_size(given, LIMIT_VARIABLE)
             else:
                 self._limit = DEFAULT_LIMIT
-                with contextlib.suppress(OSError, InputError, UnicodeDecodeError):
-                    self._limit = parse_size((self.root / _LIMIT).read_text("ascii"), "")
+                with contextlib.suppress(OSError, InputError):
+                    written = self._written_limit()
+                    self._limit = DEFAULT_LIMIT if written is None else written
         return self._limit
 
     def set_limit(self, size: int) -> None:
@@ -113,15 +128,38 @@ class Store:
           size: the bound in bytes.
 
         Raises:
-          InputError: it cannot be written.
+          InputError: it cannot be written, or a file of that name holds something else.
         """
+        temporary = ""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / _LIMIT).write_text(f"{size}\n", "ascii")
+            self._written_limit()
+            handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.root)
+            with open(handle, "w", encoding="ascii") as file:
+                file.write(f"{size}\n")
+            os.replace(temporary, self.root / _LIMIT)
         except OSError as error:
+            if temporary:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
             raise InputError(f"{self.root}: the bound cannot be written there ({error.strerror})") from None
         self._limit = None
         self.trim()
+
+    def _written_limit(self) -> int | None:
+        """Returns the bound that `set_limit` wrote, or None if there is none.
+
+        Raises:
+          InputError: a file of that name holds something else.
+          OSError: it cannot be read.
+        """
+        path = self.root / _LIMIT
+        if not os.path.lexists(path):
+            return None
+        try:
+            return parse_size(path.read_text("ascii"), "")
+        except ValueError:
+            raise InputError(f"{path}: it holds no size, so it is not of the cache: move it, or {_ANOTHER}") from None
 
     def read(self, kind: str, key: str) -> memoryview | None:
         """Returns the content of an entry, or None if there is none. A damaged entry is removed.
@@ -202,7 +240,7 @@ class Store:
         """Removes what writers that were killed left, and the least recently used entries beyond the bound."""
         self._since_trimmed = 0
         for each in self._scan():
-            if each.name.startswith(_TEMPORARY):
+            if _IS_TEMPORARY.fullmatch(each.name):
                 with contextlib.suppress(OSError):
                     if time.time() - each.stat().st_mtime > _ABANDONED_AFTER_S:
                         os.unlink(each.path)
@@ -223,7 +261,7 @@ class Store:
                 entry.path.unlink()
                 count, size = count + 1, size + entry.size
         for each in self._scan():
-            if each.name.startswith(_TEMPORARY):
+            if _IS_TEMPORARY.fullmatch(each.name):
                 with contextlib.suppress(OSError):
                     os.unlink(each.path)
         return count, size

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,8 +28,9 @@ def match_parameters(own: Mapping[str, NDArray], wanted: Mapping[str, NDArray]) 
     Returns:
       The candidate's paths -> the reference's names. A parameter may hold several of the reference's side by side,
       such as one of query, key and value. Parameters that share their values with others, such as zeros, cannot be
-      matched and are left out.
+      matched and are left out. So are parameters that are not floats.
     """
+    own, wanted = _floats(own), _floats(wanted)
     ours, theirs = _by_content(own), _by_content(wanted)
     table: dict[str, Any] = {}
     for content, names in theirs.items():
@@ -93,6 +95,15 @@ def _move(x: Any, before: tuple[int, ...], order: tuple[int, ...], after: tuple[
 
 def _flip(x: Any, order: tuple[int, ...], axes: tuple[int, ...]) -> Any:
     return x.transpose(order)[tuple(slice(None, None, -1 if axis in axes else 1) for axis in range(len(order)))]
+
+
+def _floats(parameters: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """Returns the parameters that are floats, whose bits fit into an integer of NumPy's."""
+    return {
+        name: value
+        for name, value in parameters.items()
+        if jnp.issubdtype(value.dtype, jnp.floating) and value.itemsize <= np.dtype(np.uint64).itemsize
+    }
 
 
 def _by_content(parameters: Mapping[str, NDArray]) -> dict[tuple[int, ...], list[str]]:
