@@ -17,7 +17,7 @@ from PIL import Image
 
 import vit_ref
 from vit_ref.cli.group import main
-from vit_ref.errors import CandidateError, UndifferentiableError
+from vit_ref.errors import CandidateError, InputError, UndifferentiableError
 from vit_ref.verify import session
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.report import SCHEMA, in_full, sections, summary, to_html, to_json
@@ -179,6 +179,16 @@ def test_a_cut_is_verified_and_the_report_says_so(deep: Path) -> None:
     assert report.notes[0].startswith("quick: ") and not [note for note in whole.notes if note.startswith("quick")]
     # Another depth and another number of tokens round otherwise, so this was no run of the whole.
     assert report.forward.results[-1].rounding != whole.forward.results[-1].rounding
+
+
+def test_expected_failures_are_refused_for_a_cut_before_any_work(tmp_path: Path) -> None:
+    """Block 1 of a cut is the last block of the checkpoint, so a pattern would cover another block."""
+    with pytest.raises(
+        InputError,
+        match=r"^quick renumbers blocks, so 'forward/block\.1\.\*' of expected_failed_checks may cover another block:"
+        r" leave out quick or expected_failed_checks$",
+    ):
+        vit_ref.check_port(RIGHT, tmp_path / "none", quick=True, expected_failed_checks={"forward/block.1.*": "known"})
 
 
 def test_this_packages_own_model_is_verified_on_a_cut(deep: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, MappingError
+from vit_ref.errors import CandidateError, InputError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cache.opening import opened
 from vit_ref.verify.cache.reference import KeptReference
@@ -92,7 +92,7 @@ def check_port(
       reference: the reference that decides: "flax", "torch" or "numpy". NumPy has no backward pass.
       backward: whether to check gradients too.
       expected_failed_checks: pattern (`*`, `?`) of check names or sites -> the reason why they fail. An expected
-        failure that passes is an error.
+        failure that passes is an error. It cannot be combined with `quick`, which renumbers blocks.
       cache: whether to keep compiled programs, and results of reference and oracle, on disk for later runs. No number
         depends on it. The environment variable VIT_REF_CACHE names its directory, or is "off".
       quick: whether to check a cut of the checkpoint only: its first and last block, a small grid of positions, and
@@ -112,6 +112,11 @@ def check_port(
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
       TruncatedError: the candidate computes nothing in float64 when it should.
     """
+    if quick and expected_failed_checks:
+        raise InputError(
+            f"quick renumbers blocks, so {next(iter(expected_failed_checks))!r} of expected_failed_checks may cover"
+            " another block: leave out quick or expected_failed_checks"
+        )
     resolved = resolve_precision(precision)
     source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore, lazy=quick)
     with contextlib.ExitStack() as stack:
