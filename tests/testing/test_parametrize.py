@@ -52,6 +52,16 @@ def test_a_candidate_that_cannot_be_used_is_loaded_once(
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("option", ["quick", "fail_fast"])
+def test_an_option_that_leaves_checks_out_is_refused_when_tests_are_collected(option: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        vit_ref.InputError,
+        match=rf"^parametrize_with_checks: {option} leaves checks out, and their cases would be skipped as if they did"
+        rf" not apply: leave out {option}$",
+    ):
+        parametrize_with_checks("port.py", tmp_path / "none", **{option: True})
+
+
 def test_the_facade_imports_jax_only_when_used() -> None:
     program = (
         "import sys, vit_ref.testing\n"
