@@ -230,6 +230,21 @@ def test_a_candidate_of_fixed_depth_is_told_what_quick_changes(deep: Path, tmp_p
     assert ended.stderr.endswith(f"; {advice}\n") and len(ended.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [(None, "this file does not exist: check the path"), ("import no_such", "No module named 'no_such'")],
+)
+def test_a_candidate_that_is_not_found_is_told_nothing_of_quick(
+    text: str | None, fault: str, deep: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "typo.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(CandidateError) as raised:
+        vit_ref.check_port(str(file), deep, quick=True)
+    assert fault in str(raised.value) and "quick" not in str(raised.value)
+
+
 def test_a_checkpoint_with_nothing_to_cut_is_one_line_and_exit_code_2(saved: Callable[[str], Path]) -> None:
     ended = CliRunner().invoke(main, ["verify", str(saved("one-block")), "--quick"])
     assert ended.exit_code == 2

@@ -123,15 +123,16 @@ def check_port(
         store = stack.enter_context(opened(cache))
         pixels, origin, notes = pixels_for(config, images, FORWARD), find_origin(source), Session.notes
         stack.enter_context(name_checkpoint_in_errors(source.path))
+        declaration = None if candidate is None else find_declaration(candidate)
         if quick:
             cut = stack.enter_context(open_cut(source, config))
-            stack.enter_context(_advising(cut.changes))
             source, config, notes = cut.source, cut.config, (cut.note,)
             pixels = pixels_for(config, None, FORWARD) if images is None else cut.crop(pixels)
-        prepared = prepare_candidate(candidate, config, source)
-        if candidate is not None:
+            stack.enter_context(_advising(cut.changes))
+        prepared = _prepare(declaration, config, source)
+        if declaration is not None:
             require_repeatable(prepared, pixels[:1], progress=progress)
-        several = BACKWARD_OWN if candidate is None else BACKWARD
+        several = BACKWARD_OWN if declaration is None else BACKWARD
         session = Session(
             config,
             source,
@@ -299,15 +300,16 @@ def prepare_candidate(given: Given, config: ViTConfig, source: Checkpoint) -> Ru
       MappingError: the checkpoint does not fit its configuration.
       CandidateError: the candidate cannot be used.
     """
-    return OwnCandidate(config, source) if given is None else load_candidate(given, config, source)
+    return _prepare(None if given is None else find_declaration(given), config, source)
 
 
-def load_candidate(
-    given: Candidate | Callable[..., Any] | str, config: ViTConfig, source: Checkpoint
-) -> JaxCandidate | TorchCandidate:
-    """Loads a declared candidate in float64. See `prepare_candidate` for arguments and errors."""
+def _prepare(declaration: Candidate | None, config: ViTConfig, source: Checkpoint) -> Runnable:
+    return OwnCandidate(config, source) if declaration is None else load_candidate(declaration, config, source)
+
+
+def load_candidate(declaration: Candidate, config: ViTConfig, source: Checkpoint) -> JaxCandidate | TorchCandidate:
+    """Loads a declared candidate in float64. `prepare_candidate` describes the errors."""
     _require_fit(config, source)
-    declaration = find_declaration(given)
     loaded = load_in_float64(declaration, source.path)
     return implement(declaration, ViTOutline(config), source.path, loaded)
 
