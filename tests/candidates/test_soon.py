@@ -173,6 +173,10 @@ def test_a_cut_is_verified_and_the_report_says_so(deep: Path) -> None:
     assert report.passed and whole.passed
     assert report.title == f"a cut of {whole.title}"
     assert report.checkpoint == whole.checkpoint
+    assert report.cut == ((0, 2), (4, 4), (20, 20), 40) and whole.cut is None
+    assert to_json(report)["cut"] == {"blocks": [0, 2], "grid": [4, 4], "image_size": [20, 20], "tensors": 40}
+    last = f"PASSED: nnx_tutorial on a cut of {whole.title} against FlaxViT, float32"
+    assert summary(report).splitlines()[-1] == last
     assert {result.site for result in report.forward.results if result.site.startswith("block.")} == {
         result.site for result in whole.forward.results if result.site.startswith(("block.0", "block.1"))
     }

@@ -40,7 +40,7 @@ from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.cut import open_cut
 from vit_ref.weights.mapping import name_checkpoint_in_errors
-from vit_ref.weights.origin import Origin, find_origin
+from vit_ref.weights.origin import Extent, Origin, find_origin
 from vit_ref.weights.pretrained import open_checkpoint
 
 if TYPE_CHECKING:
@@ -121,12 +121,13 @@ def check_port(
     source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore, lazy=quick)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(opened(cache))
-        pixels, origin, notes = pixels_for(config, images, FORWARD), find_origin(source), Session.notes
+        pixels, origin = pixels_for(config, images, FORWARD), find_origin(source)
+        notes, extent = Session.notes, Session.cut
         stack.enter_context(name_checkpoint_in_errors(source.path))
         declaration = None if candidate is None else find_declaration(candidate)
         if quick:
             cut = stack.enter_context(open_cut(source, config))
-            source, config, notes = cut.source, cut.config, (cut.note,)
+            source, config, notes, extent = cut.source, cut.config, (cut.note,), cut.extent
             pixels = pixels_for(config, None, FORWARD) if images is None else cut.crop(pixels)
             stack.enter_context(_advising(cut.changes))
         prepared = _prepare(declaration, config, source)
@@ -143,6 +144,7 @@ def check_port(
             title=f"a cut of {origin.name}" if quick else origin.name,
             origin=origin,
             notes=notes,
+            cut=extent,
             images_backward=several,
             store=store,
             progress=progress,
@@ -174,6 +176,7 @@ class Session(Judgement):
       title: name of the checkpoint or case, for reports; by default the name of the checkpoint's files.
       origin: the origin to report; by default that of the checkpoint's files.
       notes: notes for the report.
+      cut: what is checked of the checkpoint, if it was cut; None if all of it is checked.
       images_backward: the number of images for the backward pass; None for all.
       store: the cache that keeps what a reference computes; None for no cache. It keeps nothing of a reference that
         is not chosen by name.
@@ -192,13 +195,14 @@ class Session(Judgement):
         title: str | None = None,
         origin: Origin | None = None,
         notes: tuple[str, ...] = (),
+        cut: Extent | None = None,
         images_backward: int | None = None,
         store: Store | None = None,
         progress: Progress = silent,
     ):
         self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
         self.precision, self.notes, self._origin = resolve_precision(precision), notes, origin
-        self.title = self.origin.name if title is None else title
+        self.title, self.cut = self.origin.name if title is None else title, cut
         self.images_backward, self.progress = images_backward, progress
         self._reference, self._store = reference, store
 
