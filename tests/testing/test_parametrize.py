@@ -32,7 +32,7 @@ def test_expected_failures_are_a_mapping_or_a_function(
     mark = parametrize_with_checks("port.py", tmp_path, expected_failed_checks=given).mark
     [check] = [param.values[0] for param in mark.args[1] if param.id == "forward/logits"]
     check()
-    assert asked == [{"expected_failed_checks": EXPECTED}]
+    assert asked == [{"cache": False, "expected_failed_checks": EXPECTED}]
 
 
 def test_a_candidate_that_cannot_be_used_is_loaded_once(
