@@ -17,7 +17,7 @@ from PIL import Image
 
 import vit_ref
 from vit_ref.cli.group import main
-from vit_ref.errors import CandidateError, UndifferentiableError
+from vit_ref.errors import CandidateError, InputError, UndifferentiableError
 from vit_ref.verify import session
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.report import SCHEMA, in_full, sections, summary, to_html, to_json
@@ -173,12 +173,26 @@ def test_a_cut_is_verified_and_the_report_says_so(deep: Path) -> None:
     assert report.passed and whole.passed
     assert report.title == f"a cut of {whole.title}"
     assert report.checkpoint == whole.checkpoint
+    assert report.cut == ((0, 2), (4, 4), (20, 20), 40) and whole.cut is None
+    assert to_json(report)["cut"] == {"blocks": [0, 2], "grid": [4, 4], "image_size": [20, 20], "tensors": 40}
+    last = f"PASSED: nnx_tutorial on a cut of {whole.title} against FlaxViT, float32"
+    assert summary(report).splitlines()[-1] == last
     assert {result.site for result in report.forward.results if result.site.startswith("block.")} == {
         result.site for result in whole.forward.results if result.site.startswith(("block.0", "block.1"))
     }
     assert report.notes[0].startswith("quick: ") and not [note for note in whole.notes if note.startswith("quick")]
     # Another depth and another number of tokens round otherwise, so this was no run of the whole.
     assert report.forward.results[-1].rounding != whole.forward.results[-1].rounding
+
+
+def test_expected_failures_are_refused_for_a_cut_before_any_work(tmp_path: Path) -> None:
+    """Block 1 of a cut is the last block of the checkpoint, so a pattern would cover another block."""
+    with pytest.raises(
+        InputError,
+        match=r"^quick renumbers blocks, so 'forward/block\.1\.\*' of expected_failed_checks may cover another block:"
+        r" leave out quick or expected_failed_checks$",
+    ):
+        vit_ref.check_port(RIGHT, tmp_path / "none", quick=True, expected_failed_checks={"forward/block.1.*": "known"})
 
 
 def test_this_packages_own_model_is_verified_on_a_cut(deep: Path) -> None:
@@ -218,6 +232,21 @@ def test_a_candidate_of_fixed_depth_is_told_what_quick_changes(deep: Path, tmp_p
     ended = CliRunner().invoke(main, ["verify", str(deep), "--candidate", str(tmp_path / "fixed.py"), "--quick"])
     assert ended.exit_code == 2
     assert ended.stderr.endswith(f"; {advice}\n") and len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [(None, "this file does not exist: check the path"), ("import no_such", "No module named 'no_such'")],
+)
+def test_a_candidate_that_is_not_found_is_told_nothing_of_quick(
+    text: str | None, fault: str, deep: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "typo.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(CandidateError) as raised:
+        vit_ref.check_port(str(file), deep, quick=True)
+    assert fault in str(raised.value) and "quick" not in str(raised.value)
 
 
 def test_a_checkpoint_with_nothing_to_cut_is_one_line_and_exit_code_2(saved: Callable[[str], Path]) -> None:

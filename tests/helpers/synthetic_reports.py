@@ -10,7 +10,7 @@ from typing import Any
 from vit_ref.model.sites import BLOCK_SITES
 from vit_ref.verify.gates import Error
 from vit_ref.verify.results import Behaviour, CandidateReport, Cause, ParityReport, SiteResult
-from vit_ref.weights.origin import Origin
+from vit_ref.weights.origin import Extent, Origin
 
 LEAVES = [
     *(f"{layer}.{leaf}" for layer in ("norm1", "norm2") for leaf in ("scale", "bias")),
@@ -113,6 +113,13 @@ def _misbehaving() -> CandidateReport:
     )
 
 
+def _cut() -> CandidateReport:
+    title = "a cut of tiny"
+    return ported(
+        parity(measured("logits"), title=title), title=title, cut=Extent((0, 11), (4, 4), (56, 56), tensors=40)
+    )
+
+
 REPORTS: dict[str, Callable[[], CandidateReport]] = {
     "right": lambda: ported(parity(measured("patches", 0.0), measured("logits"))),
     "wrong": wrong,
@@ -122,4 +129,5 @@ REPORTS: dict[str, Callable[[], CandidateReport]] = {
     "rounding": lambda: ported(parity(measured("norm", alone=7.7e-7, rounding=8e-7), measured("logits", alone=1e-7))),
     "misbehaving": _misbehaving,
     "stopped at a wrong formula": _stopped,
+    "a cut": _cut,
 }

@@ -45,7 +45,7 @@ def test_the_schema_describes_every_field_and_allows_no_other() -> None:
 
     walk(SCHEMA_OF_REPORTS, "")
     assert not bare
-    assert objects == 12
+    assert objects == 13
 
 
 @each_report
@@ -197,6 +197,12 @@ def test_every_report_names_the_bytes_that_were_judged(name: str) -> None:
     local = dataclasses.replace(report, checkpoint=ORIGIN._replace(revision=None))
     jsonschema.Draft202012Validator(SCHEMA_OF_REPORTS).validate(to_json(local))
     assert "commit" not in summary(local) and "revision" not in to_html(local)
+
+
+def test_a_document_says_what_of_the_checkpoint_was_checked() -> None:
+    assert to_json(REPORTS["right"]())["cut"] is None
+    cut = {"blocks": [0, 11], "grid": [4, 4], "image_size": [56, 56], "tensors": 40}
+    assert json.loads(json.dumps(to_json(REPORTS["a cut"]())))["cut"] == cut
 
 
 def test_the_schema_names_both_commands_and_their_functions() -> None:

@@ -22,7 +22,7 @@ def test_a_summary_begins_with_the_divergence_in_80_columns(name) -> None:
     # The headline may be broken in lines, but loses no word.
     assert " ".join(summary(report).split()).startswith(" ".join(headline(report.forward).split()))
     assert max(map(len, lines)) <= 80
-    assert lines[-1] == f"{'PASSED' if report.passed else 'FAILED'}: mine on tiny against FlaxViT, float32"
+    assert lines[-1] == f"{'PASSED' if report.passed else 'FAILED'}: mine on {report.title} against FlaxViT, float32"
 
 
 def test_a_summary_names_site_cause_and_next_step_first() -> None:

@@ -32,7 +32,7 @@ def test_expected_failures_are_a_mapping_or_a_function(
     mark = parametrize_with_checks("port.py", tmp_path, expected_failed_checks=given).mark
     [check] = [param.values[0] for param in mark.args[1] if param.id == "forward/logits"]
     check()
-    assert asked == [{"expected_failed_checks": EXPECTED}]
+    assert asked == [{"cache": False, "expected_failed_checks": EXPECTED}]
 
 
 def test_a_candidate_that_cannot_be_used_is_loaded_once(
@@ -50,6 +50,16 @@ def test_a_candidate_that_cannot_be_used_is_loaded_once(
         with pytest.raises(vit_ref.InputError, match=r"^port\.py: nothing to judge$"):
             param.values[0]()
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("option", ["quick", "fail_fast"])
+def test_an_option_that_leaves_checks_out_is_refused_when_tests_are_collected(option: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        vit_ref.InputError,
+        match=rf"^parametrize_with_checks: {option} leaves checks out, and their cases would be skipped as if they did"
+        rf" not apply: leave out {option}$",
+    ):
+        parametrize_with_checks("port.py", tmp_path / "none", **{option: True})
 
 
 def test_the_facade_imports_jax_only_when_used() -> None:

@@ -36,13 +36,19 @@ def parametrize_with_checks(
       candidate: see `check_port`.
       checkpoint: see `check_port`. Its configuration is read when tests are collected.
       expected_failed_checks: see `check_port`; or a function that takes `candidate` and returns such a mapping.
-      **options: further options of `check_port`. By default `cache` is False.
+      **options: further options of `check_port`, but not `quick` or `fail_fast`. By default `cache` is False.
 
     Raises:
-      InputError: the checkpoint cannot be read.
+      InputError: the checkpoint cannot be read, or an option leaves checks out.
     """
     import pytest
 
+    for name in ("quick", "fail_fast"):
+        if options.get(name):
+            raise InputError(
+                f"parametrize_with_checks: {name} leaves checks out, and their cases would be skipped as if they did"
+                f" not apply: leave out {name}"
+            )
     # A test must not depend on what lies on the disk.
     options = {"cache": False, **options}
     selection = {name: options[name] for name in ("revision", "ignore") if name in options}

@@ -15,7 +15,7 @@ from vit_ref.verify.compare.protocols import Runnable
 from vit_ref.verify.environment import environment
 from vit_ref.verify.precision import Precision
 from vit_ref.verify.results import Behaviour, CandidateReport, Check, ParityReport, matches, require_expectations
-from vit_ref.weights.origin import Origin
+from vit_ref.weights.origin import Extent, Origin
 
 # It gets the report so far, each time a part was measured that is not the last.
 OnPart = Callable[[CandidateReport], None]
@@ -37,6 +37,7 @@ class Judgement(ABC):
       precision: the precision whose rounding is measured.
       origin: the checkpoint's name and the digest of its weights.
       notes: notes for the report on how the two were run, one line each.
+      cut: what is checked of the checkpoint, if it was cut; None if all of it is checked.
       not_behaviour: what is not known of the candidate's behaviour, and why; "" if all of it is.
     """
 
@@ -44,6 +45,7 @@ class Judgement(ABC):
     candidate: Runnable
     precision: Precision
     notes: tuple[str, ...] = ()
+    cut: Extent | None = None
     not_behaviour = ""
 
     @property
@@ -99,6 +101,7 @@ class Judgement(ABC):
             environment=self._environment,
             not_behaviour=not_behaviour,
             notes=(*self.notes, *self.candidate.notes),
+            cut=self.cut,
         )
 
     def check(

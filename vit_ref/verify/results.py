@@ -16,7 +16,7 @@ from vit_ref.errors import InputError
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error, against
 
 if TYPE_CHECKING:
-    from vit_ref.weights.origin import Origin
+    from vit_ref.weights.origin import Extent, Origin
 
 Status = Literal["passed", "failed", "not observed", "expected failure", "stale expectation"]
 
@@ -251,7 +251,7 @@ class CandidateReport:
 
     Attributes:
       title: the checkpoint's name.
-      checkpoint: the checkpoint's origin, with the digest of its weights.
+      checkpoint: the checkpoint's origin, with the digest of all its weights, even if only a cut was checked.
       candidate: the candidate's name.
       reference: the reference's name.
       precision: the tested precision's name.
@@ -263,6 +263,7 @@ class CandidateReport:
       environment: versions and device. The key "note" says what matters about the device.
       not_behaviour: what `behaviour` leaves open, and why; "" if it leaves nothing open.
       notes: how the candidate was run, one line each.
+      cut: what was checked of the checkpoint, if it was cut; None if all of it was checked.
     """
 
     title: str
@@ -278,6 +279,7 @@ class CandidateReport:
     environment: Mapping[str, str]
     not_behaviour: str = ""
     notes: tuple[str, ...] = ()
+    cut: Extent | None = None
 
     @property
     def checks(self) -> tuple[Check, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from vit_ref.errors import CandidateError, MappingError, OraclesDifferError
+from vit_ref.errors import CandidateError, InputError, MappingError, OraclesDifferError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cache import originals
 from vit_ref.verify.cache.opening import opened
@@ -46,7 +46,7 @@ from vit_ref.weights import mapping
 from vit_ref.weights.checkpoint import Checkpoint
 from vit_ref.weights.cut import open_cut
 from vit_ref.weights.mapping import name_checkpoint_in_errors
-from vit_ref.weights.origin import Origin, find_origin
+from vit_ref.weights.origin import Extent, Origin, find_origin
 from vit_ref.weights.pretrained import open_checkpoint
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def check_port(
       reference: the reference that decides: "flax", "torch" or "numpy". NumPy has no backward pass.
       backward: whether to check gradients too.
       expected_failed_checks: pattern (`*`, `?`) of check names or sites -> the reason why they fail. An expected
-        failure that passes is an error.
+        failure that passes is an error. It cannot be combined with `quick`, which renumbers blocks.
       cache: whether to keep compiled programs, and results of reference and oracle, on disk for later runs. No number
         depends on it. The environment variable VIT_REF_CACHE names its directory, or is "off".
       quick: whether to check a cut of the checkpoint only: its first and last block, a small grid of positions, and
@@ -118,28 +118,36 @@ def check_port(
       InputError: checkpoint, candidate, images or an expectation cannot be used, or the reference is not installed.
       TruncatedError: the candidate computes nothing in float64 when it should.
     """
+    if quick and expected_failed_checks:
+        raise InputError(
+            f"quick renumbers blocks, so {next(iter(expected_failed_checks))!r} of expected_failed_checks may cover"
+            " another block: leave out quick or expected_failed_checks"
+        )
     resolved = resolve_precision(precision)
     source, config = open_checkpoint(checkpoint, revision=revision, ignore=ignore, lazy=quick)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(opened(cache))
-        pixels, origin, notes = pixels_for(config, images, FORWARD), find_origin(source), Session.notes
+        pixels, origin = pixels_for(config, images, FORWARD), find_origin(source)
+        notes, extent = Session.notes, Session.cut
         stack.enter_context(name_checkpoint_in_errors(source.path))
         if quick:
             cut = stack.enter_context(open_cut(source, config))
-            stack.enter_context(_advising(cut.changes))
-            source, config, notes = cut.source, cut.config, (cut.note,)
+            source, config, notes, extent = cut.source, cut.config, (cut.note,), cut.extent
             pixels = pixels_for(config, None, FORWARD) if images is None else cut.crop(pixels)
-        several = BACKWARD_OWN if candidate is None else BACKWARD
+        foreign = candidate is not None
+        several = BACKWARD if foreign else BACKWARD_OWN
         shelf = None
         if store is not None and reference in REFERENCES:
-            foreign = candidate is not None
             shelf = Shelf.of(store, reference, repr(config), hf_tensors(config, source), foreign=foreign)
             if foreign and not is_known(shelf, pixels, resolved, pixels[:several] if backward else None):
                 # A candidate may replace parts of it. What the cache keeps has to be the reference itself.
                 import_module(reference)
                 originals.remember()
-        prepared = prepare_candidate(candidate, config, source)
-        if candidate is not None:
+        declaration = None if candidate is None else find_declaration(candidate)
+        if quick:
+            stack.enter_context(_advising(cut.changes))
+        prepared = _prepare(declaration, config, source)
+        if foreign:
             require_repeatable(prepared, pixels[:1], progress=progress)
         session = Session(
             config,
@@ -151,6 +159,7 @@ def check_port(
             title=f"a cut of {origin.name}" if quick else origin.name,
             origin=origin,
             notes=notes,
+            cut=extent,
             images_backward=several,
             shelf=shelf,
             progress=progress,
@@ -182,6 +191,7 @@ class Session(Judgement):
       title: name of the checkpoint or case, for reports; by default the name of the checkpoint's files.
       origin: the origin to report; by default that of the checkpoint's files.
       notes: notes for the report.
+      cut: what is checked of the checkpoint, if it was cut; None if all of it is checked.
       images_backward: the number of images for the backward pass; None for all.
       shelf: the part of the cache that keeps what this reference computes with this checkpoint; None for no cache. It
         keeps nothing of a reference that is not chosen by name.
@@ -200,13 +210,14 @@ class Session(Judgement):
         title: str | None = None,
         origin: Origin | None = None,
         notes: tuple[str, ...] = (),
+        cut: Extent | None = None,
         images_backward: int | None = None,
         shelf: Shelf | None = None,
         progress: Progress = silent,
     ):
         self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
         self.precision, self.notes, self._origin = resolve_precision(precision), notes, origin
-        self.title = self.origin.name if title is None else title
+        self.title, self.cut = self.origin.name if title is None else title, cut
         self.images_backward, self.progress = images_backward, progress
         self._reference = reference
         self._shelf = shelf if isinstance(reference, str) else None
@@ -306,15 +317,16 @@ def prepare_candidate(given: Given, config: ViTConfig, source: Checkpoint) -> Ru
       MappingError: the checkpoint does not fit its configuration.
       CandidateError: the candidate cannot be used.
     """
-    return OwnCandidate(config, source) if given is None else load_candidate(given, config, source)
+    return _prepare(None if given is None else find_declaration(given), config, source)
 
 
-def load_candidate(
-    given: Candidate | Callable[..., Any] | str, config: ViTConfig, source: Checkpoint
-) -> JaxCandidate | TorchCandidate:
-    """Loads a declared candidate in float64. See `prepare_candidate` for arguments and errors."""
+def _prepare(declaration: Candidate | None, config: ViTConfig, source: Checkpoint) -> Runnable:
+    return OwnCandidate(config, source) if declaration is None else load_candidate(declaration, config, source)
+
+
+def load_candidate(declaration: Candidate, config: ViTConfig, source: Checkpoint) -> JaxCandidate | TorchCandidate:
+    """Loads a declared candidate in float64. `prepare_candidate` describes the errors."""
     _require_fit(config, source)
-    declaration = find_declaration(given)
     loaded = load_in_float64(declaration, source.path)
     return implement(declaration, ViTOutline(config), source.path, loaded)
 

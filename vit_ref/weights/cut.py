@@ -24,6 +24,7 @@ from vit_ref.model.config import ViTConfig
 from vit_ref.weights import mapping, writing
 from vit_ref.weights.checkpoint import CONFIG, FLAX_WEIGHTS, INDEX, PREPROCESSOR, WEIGHTS, Checkpoint
 from vit_ref.weights.layouts import Layout, Rule
+from vit_ref.weights.origin import Extent
 from vit_ref.weights.tensor_files import LazyTensors
 from vit_ref.weights.timm import is_timm
 
@@ -51,6 +52,11 @@ class Cut:
     blocks: tuple[int, ...]
     tensors: int
     of: int
+
+    @property
+    def extent(self) -> Extent:
+        """What the cut keeps, for the report."""
+        return Extent(self.blocks, self.config.grid(), self.config.image_hw, self.tensors)
 
     @property
     def note(self) -> str:

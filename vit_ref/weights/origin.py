@@ -1,4 +1,4 @@
-"""The origin of a checkpoint in a report: a name that tells it from others, and a digest of its bytes."""
+"""What a report says of a checkpoint: its name, the digest of its bytes, and what a cut keeps of it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,22 @@ class Origin(NamedTuple):
     def said(self) -> str:
         """The digest and the commit, in one line of text."""
         return f"sha256 {self.sha256}" + (f", commit {self.revision}" if self.revision else "")
+
+
+class Extent(NamedTuple):
+    """What a cut keeps of a checkpoint.
+
+    Attributes:
+      blocks: the numbers that the cut's blocks have in the checkpoint, in order.
+      grid: rows and columns of patches.
+      image_size: height and width of images.
+      tensors: how many tensors of the model it has.
+    """
+
+    blocks: tuple[int, ...]
+    grid: tuple[int, int]
+    image_size: tuple[int, int]
+    tensors: int
 
 
 def find_origin(source: Checkpoint) -> Origin:

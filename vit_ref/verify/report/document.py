@@ -8,11 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
 from vit_ref.verify.report.text import decided_checks, next_step, wrong_alone
 from vit_ref.verify.results import CandidateReport, Cause, Check, ParityReport, SiteResult, Status
+
+if TYPE_CHECKING:
+    from vit_ref.weights.origin import Extent
 
 SCHEMA = Path(__file__).with_name("schema.json")
 
@@ -35,6 +38,7 @@ def to_json(report: CandidateReport) -> dict[str, Any]:
         "passed": report.passed,
         "title": report.title,
         "checkpoint": report.checkpoint._asdict(),
+        "cut": report.cut and _cut(report.cut),
         "candidate": report.candidate,
         "reference": report.reference,
         "precision": report.precision,
@@ -56,6 +60,10 @@ def to_json(report: CandidateReport) -> dict[str, Any]:
         "environment": dict(report.environment),
         "notes": list(report.notes),
     }
+
+
+def _cut(cut: Extent) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in cut._asdict().items()}
 
 
 def _outcome(checks: Sequence[Check]) -> dict[str, int]:
