@@ -99,8 +99,8 @@ def check_port(
       backward: whether to check gradients too.
       expected_failed_checks: pattern (`*`, `?`) of check names or sites -> the reason why they fail. An expected
         failure that passes is an error. It cannot be combined with `quick`, which renumbers blocks.
-      cache: whether to keep compiled programs, and results of reference and oracle, on disk for later runs. No number
-        depends on it. The environment variable VIT_REF_CACHE names its directory, or is "off".
+      cache: whether to keep compiled programs, and results of reference and oracle, on disk for later runs. The
+        numbers are the same without it. The environment variable VIT_REF_CACHE names its directory, or is "off".
       quick: whether to check a cut of the checkpoint only: its first and last block, a small grid of positions, and
         small images. The candidate loads the cut, whose `config.json` says so. The report is no verdict on the whole,
         and says what was not verified. See `vit_ref.weights.cut`.

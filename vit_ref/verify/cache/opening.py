@@ -19,10 +19,11 @@ def opened(wanted: bool) -> Iterator[Store | None]:
       wanted: whether the caller wants a cache.
 
     Yields:
-      The store, or None if there is no cache: the caller does not want one, or VIT_REF_CACHE is "off".
+      The store, or None if there is no cache: the caller does not want one, VIT_REF_CACHE is "off", or the user has no
+      home directory.
 
     Raises:
-      InputError: VIT_REF_CACHE_LIMIT is no size.
+      InputError: VIT_REF_CACHE_LIMIT is no size, or VIT_REF_CACHE is in a home directory that does not exist.
     """
     place = find_place() if wanted else None
     if place is None:

@@ -191,7 +191,7 @@ class Store:
 
     def has(self, kind: str, key: str) -> bool:
         """Says whether there is an entry, damaged or not."""
-        return self._usable and (self._directory / f"{kind}-{key}").exists()
+        return self._usable and os.path.exists(self._directory / f"{kind}-{key}")
 
     def write(self, kind: str, key: str, parts: Iterable[bytes | memoryview]) -> None:
         """Writes an entry, unless it alone takes a large part of the bound.
