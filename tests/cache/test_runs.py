@@ -33,6 +33,12 @@ CANDIDATE = str(Path(__file__).parents[1] / "candidates" / "worked" / "nnx_tutor
 CASE = Case("one-block", replace(CASES["rectangular"].config, num_hidden_layers=1))
 
 
+@pytest.fixture(autouse=True)
+def fresh_originals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets the modules that earlier tests saw, because runs of pytest inside a test import some of them again."""
+    monkeypatch.setattr(originals, "_originals", {})
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return CASE.write(tmp_path_factory.mktemp("given") / "one-block").path

@@ -184,7 +184,7 @@ def test_a_candidate_is_verified_once_and_by_one_worker(tiny: Path, monkeypatch:
     for param in params:
         if param.id in ("forward/patches", "forward/logits"):
             param.values[0]()
-    assert calls == [(("port.py", tiny), {"backward": False, "reference": "numpy"})]
+    assert calls == [(("port.py", tiny), {"cache": False, "backward": False, "reference": "numpy"})]
     assert {(mark.name, mark.args) for param in params for mark in param.marks} == {
         ("xdist_group", (f"{tiny} port.py",))
     }
