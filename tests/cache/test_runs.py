@@ -33,12 +33,6 @@ CANDIDATE = str(Path(__file__).parents[1] / "candidates" / "worked" / "nnx_tutor
 CASE = Case("one-block", replace(CASES["rectangular"].config, num_hidden_layers=1))
 
 
-@pytest.fixture(autouse=True)
-def fresh_originals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets the modules that earlier tests saw, because runs of pytest inside a test import some of them again."""
-    monkeypatch.setattr(originals, "_originals", {})
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return CASE.write(tmp_path_factory.mktemp("given") / "one-block").path
@@ -219,3 +213,15 @@ def test_off_keeps_nothing(checkpoint, place, monkeypatch) -> None:
     monkeypatch.setenv("VIT_REF_CACHE", "off")
     report(checkpoint, backward=False)
     assert not place.exists()
+
+
+def test_a_setting_of_pytorchs_products_is_found() -> None:
+    torch = pytest.importorskip("torch")
+    originals.remember()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert originals.find_replaced(foreign=False) == "torch.get_float32_matmul_precision"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert originals.find_replaced(foreign=False) == ""

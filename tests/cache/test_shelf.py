@@ -31,11 +31,17 @@ def store(tmp_path: Path) -> Store:
 def shelf(
     store: Store, *, reference="flax", config=CASE.config, tensors=TENSORS, pixels=PIXELS, precision="float32"
 ) -> Shelf:
-    return Shelf.of(store, reference, repr(config), tensors).for_inputs(pixels, PRECISIONS[precision])
+    made = Shelf.of(store, reference, repr(config), tensors, foreign=False)
+    return made.for_inputs(pixels, PRECISIONS[precision])
+
+
+def keep(store: Store) -> None:
+    shelf(store).keep("reference", ERRORS)
+    assert shelf(store).find("reference") == ERRORS
 
 
 def test_errors_come_back_to_the_last_bit(store) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     assert shelf(store).find("reference") == ERRORS
     assert list(shelf(store).find("reference")) == list(ERRORS)
     assert shelf(store).find("oracle") is None
@@ -71,7 +77,7 @@ def test_values_come_back_to_the_last_bit(store) -> None:
     ids=str,
 )
 def test_other_arguments_are_another_key(store, other) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     assert shelf(store, **other).find("reference") is None
 
 
@@ -79,20 +85,20 @@ def test_other_arguments_are_another_key(store, other) -> None:
     "variable", ["XLA_FLAGS", "OMP_NUM_THREADS", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE"]
 )
 def test_another_environment_is_another_key(store, monkeypatch, variable) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     monkeypatch.setenv(variable, "another")
     assert shelf(store).find("reference") is None
 
 
 def test_another_variable_is_the_same_key(store, monkeypatch) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     monkeypatch.setenv("EDITOR", "another")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "another")
     assert shelf(store).find("reference") == ERRORS
 
 
 def test_another_setting_of_jax_is_another_key(store) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     with jax.default_matmul_precision("bfloat16"):
         assert shelf(store).find("reference") is None
     with jax.enable_x64(True):
@@ -102,7 +108,7 @@ def test_another_setting_of_jax_is_another_key(store) -> None:
 
 @pytest.mark.parametrize("package", ["jax", "jaxlib", "flax", "transformers", "torch", "numpy", "scipy", "ml_dtypes"])
 def test_another_version_is_another_key(store, monkeypatch, package) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     version = identity._version
     monkeypatch.setattr(identity, "_version", lambda name: "9.9" if name == package else version(name))
     assert shelf(store).find("reference") is None
@@ -110,13 +116,13 @@ def test_another_version_is_another_key(store, monkeypatch, package) -> None:
 
 @pytest.mark.parametrize("what", ["source", "machine"])
 def test_another_source_or_processor_is_another_key(store, monkeypatch, what) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     monkeypatch.setattr(identity, what, lambda: "another")
     assert shelf(store).find("reference") is None
 
 
 def test_another_number_of_cores_is_another_key(store, monkeypatch) -> None:
-    shelf(store).keep("reference", ERRORS)
+    keep(store)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(977)), raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 977)
     assert shelf(store).find("reference") is None
