@@ -418,22 +418,23 @@ def test_an_interrupt_has_one_exit_code_whenever_it_comes(
     assert (ended.exit_code, ended.stderr) == (130, "vit-ref: interrupted; no file is half-written\n")
 
 
-def test_a_bar_names_the_step_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets rich print as on a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_bar_names_the_step_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with show_progress(2) as step:
         step("FlaxViT in float64")
     printed = capsys.readouterr()
     assert "FlaxViT in float64" in printed.err and not printed.out
 
 
-def test_the_bar_is_erased_before_a_report_is_printed_and_comes_back(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
+@pytest.mark.usefixtures("terminal")
+def test_the_bar_is_erased_before_a_report_is_printed_and_comes_back(capsys: pytest.CaptureFixture[str]) -> None:
     with show_progress(3) as steps:
         steps("FlaxViT in float64")
         capsys.readouterr()
