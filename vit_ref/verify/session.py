@@ -136,9 +136,10 @@ def check_port(
             pixels = pixels_for(config, None, FORWARD) if images is None else cut.crop(pixels)
         foreign = candidate is not None
         several = BACKWARD if foreign else BACKWARD_OWN
-        shelf = None
+        shelf = tensors = None
         if store is not None and reference in REFERENCES:
-            shelf = Shelf.of(store, reference, repr(config), hf_tensors(config, source), foreign=foreign)
+            tensors = hf_tensors(config, source)
+            shelf = Shelf.of(store, reference, repr(config), tensors, foreign=foreign)
             if foreign and not is_known(shelf, pixels, resolved, pixels[:several] if backward else None):
                 # A candidate may replace parts of it. What the cache keeps has to be the reference itself.
                 import_module(reference)
@@ -162,6 +163,7 @@ def check_port(
             cut=extent,
             images_backward=several,
             shelf=shelf,
+            tensors=tensors,
             progress=progress,
         )
         return session.check(
@@ -195,6 +197,7 @@ class Session(Judgement):
       images_backward: the number of images for the backward pass; None for all.
       shelf: the part of the cache that keeps what this reference computes with this checkpoint; None for no cache. It
         keeps nothing of a reference that is not chosen by name.
+      tensors: the checkpoint's tensors as `hf_tensors` returns them, if the caller has them already.
       progress: gets a description of each next step.
     """
 
@@ -213,6 +216,7 @@ class Session(Judgement):
         cut: Extent | None = None,
         images_backward: int | None = None,
         shelf: Shelf | None = None,
+        tensors: dict[str, NDArray] | None = None,
         progress: Progress = silent,
     ):
         self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
@@ -221,6 +225,7 @@ class Session(Judgement):
         self.images_backward, self.progress = images_backward, progress
         self._reference = reference
         self._shelf = shelf if isinstance(reference, str) else None
+        self._tensors = tensors
 
     @cached_property
     def origin(self) -> Origin:
@@ -230,7 +235,7 @@ class Session(Judgement):
     @cached_property
     def tensors(self) -> dict[str, NDArray]:
         """The checkpoint's tensors under the names that reference and oracle read, see `hf_tensors`."""
-        return hf_tensors(self.config, self.source)
+        return hf_tensors(self.config, self.source) if self._tensors is None else self._tensors
 
     @cached_property
     def reference(self) -> Reference:
