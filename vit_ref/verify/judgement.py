@@ -10,6 +10,7 @@ from functools import cached_property
 from numpy.typing import NDArray
 
 from vit_ref.errors import InputError, PartlyJudgedError, UndifferentiableError, UnsupportedByReferenceError
+from vit_ref.verify.compare.first_look import OnDivergence, ignore_divergence
 from vit_ref.verify.compare.forward import never
 from vit_ref.verify.compare.protocols import Runnable
 from vit_ref.verify.environment import environment
@@ -39,6 +40,7 @@ class Judgement(ABC):
       notes: notes for the report on how the two were run, one line each.
       cut: what is checked of the checkpoint, if it was cut; None if all of it is checked.
       not_behaviour: what is not known of the candidate's behaviour, and why; "" if all of it is.
+      on_divergence: gets a line about the first divergence, as soon as it is known.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Judgement(ABC):
     notes: tuple[str, ...] = ()
     cut: Extent | None = None
     not_behaviour = ""
+    on_divergence: OnDivergence = staticmethod(ignore_divergence)
 
     @property
     @abstractmethod

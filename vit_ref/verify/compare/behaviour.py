@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,12 @@ def check_behaviour(
 
 
 def require_repeatable(
-    candidate: Runnable, inputs: Inputs, once: NDArray | None = None, *, progress: Progress = silent
+    candidate: Runnable,
+    inputs: Inputs,
+    once: NDArray | None = None,
+    *,
+    look: Callable[[str, NDArray], None] | None = None,
+    progress: Progress = silent,
 ) -> NDArray:
     """Checks that two runs of a candidate on the same inputs give the same output, and one value at each site.
 
@@ -73,6 +78,7 @@ def require_repeatable(
       candidate: the candidate.
       inputs: see `Problem.inputs`.
       once: its output in float64 on these inputs, if the caller has run it already, operation by operation.
+      look: gets each site and its value in the second run.
       progress: gets a description of each next step.
 
     Returns:
@@ -87,6 +93,8 @@ def require_repeatable(
     def keep(site: str, value: Any) -> Any:
         if not isinstance(value, jax.core.Tracer):
             array = np.ascontiguousarray(value.detach().cpu() if hasattr(value, "detach") else value)
+            if look is not None:
+                look(site, array)
             shown.setdefault(site, []).append(hashlib.blake2b(array.tobytes()).digest())
         return value
 
