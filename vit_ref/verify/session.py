@@ -303,6 +303,7 @@ class Session(Judgement):
                 kept=self._kept(problem),
                 stops=stops,
                 on_divergence=self.on_divergence,
+                on_trace=self.keep_output,
                 progress=self.progress,
             )
         except OraclesDifferError:
@@ -337,7 +338,8 @@ class Session(Judgement):
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
         # Four images take longer than two, but a pass in jax is compiled for four already.
         number = FORWARD if self.candidate.compiles else BEHAVIOUR
-        return check_behaviour(self.candidate, self.pixels[:number], progress=self.progress)
+        tapped = self.tapped if len(self.pixels) <= number else None  # of all images
+        return check_behaviour(self.candidate, self.pixels[:number], tapped=tapped, progress=self.progress)
 
 
 def count_steps(*, backward: bool) -> int:

@@ -286,6 +286,7 @@ class PairSession(Judgement):
             explainer=self.explainer,
             stops=stops,
             on_divergence=self.on_divergence,
+            on_trace=self.keep_output,
             progress=self.progress,
         )
 
@@ -303,7 +304,9 @@ class PairSession(Judgement):
 
     def behaviour(self) -> tuple[Behaviour, ...]:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
-        return check_behaviour(self.candidate, self.inputs, by_row=not self.not_behaviour, progress=self.progress)
+        return check_behaviour(
+            self.candidate, self.inputs, by_row=not self.not_behaviour, tapped=self.tapped, progress=self.progress
+        )
 
     def given(self) -> dict[str, NDArray]:
         """Implements `Judgement.given`."""
