@@ -108,7 +108,7 @@ def test_files_that_are_not_images_are_counted_in_the_header(tmp_path: Path) -> 
 def test_the_reference_is_the_one_that_is_named() -> None:
     ended = run("--reference", "numpy", "-rs", "-k", "rectangular-float32")
     assert ended.returncode == 0, ended.stdout
-    assert " x NumPy's own" in ended.stdout
+    assert " x NumPy's error" in ended.stdout
     assert "the NumPy oracle has no gradients" in ended.stdout
 
 
