@@ -163,13 +163,17 @@ def test_a_second_run_that_ends_at_a_wrong_formula_imports_no_reference(checkpoi
     assert built() == []
 
 
-def test_a_reference_that_is_imported_late_is_kept(checkpoint, place, built) -> None:
+def test_a_reference_that_is_imported_late_is_kept(checkpoint, place, built, monkeypatch) -> None:
     """The values are known of a wrong candidate. A right one needs the reference in the tested precision."""
     check_port(WRONG, checkpoint, fail_fast=True)
+    late: list[str] = []
+    remember_after = originals.remember_after
+    monkeypatch.setattr(originals, "remember_after", lambda load: late.append("late") or remember_after(load))
     for times in (["reference"], []):
         built()
+        late.clear()
         assert check_port(CANDIDATE, checkpoint, backward=False, fail_fast=True).passed
-        assert built() == times
+        assert built() == times and len(late) == len(times)
 
 
 LATE = "transformers.models.vit.late"
