@@ -5,7 +5,6 @@ A trace takes a gigabyte. So several threads read, write and digest its chunks, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import mmap
 import os
@@ -35,7 +34,8 @@ def read_sealed(descriptor: int, name: str) -> memoryview | None:
     size = os.fstat(descriptor).st_size - SEAL
     if size < 1:
         return None
-    content = memoryview(_new_memory(size))
+    # Memory that is not filled with zeros first, and begins at a page.
+    content = memoryview(mmap.mmap(-1, size))
 
     def read(start: int) -> bytes:
         part = content[start : start + _CHUNK]
@@ -76,14 +76,6 @@ def write_sealed(descriptor: int, name: str, parts: Iterable[bytes | memoryview]
     digests = _each(write, range(len(chunks)))
     size = sum(len(piece) for chunk in chunks for piece in chunk)
     os.pwrite(descriptor, _seal(name, size, digests), 0)
-
-
-def _new_memory(size: int) -> mmap.mmap:
-    """Returns memory that begins at a page. Linux may give it in pages of 2 MiB, which take less time to clear."""
-    memory = mmap.mmap(-1, size)
-    with contextlib.suppress(AttributeError, OSError):  # on another system, or in a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _seal(name: str, size: int, digests: Iterable[bytes]) -> bytes:
