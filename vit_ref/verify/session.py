@@ -275,7 +275,8 @@ class Session(Judgement):
         If the cache has the reference's values, the candidate's are compared with them meanwhile.
         """
         look = self._first_look()
-        require_repeatable(self.candidate, self.pixels[:1], look=look and look.see, progress=self.progress)
+        see = None if look is None else look.see
+        require_repeatable(self.candidate, self.pixels[:1], look=see, progress=self.progress)
         if look and look.divergence:
             self.on_divergence(describe_divergence(self.candidate.name, *look.divergence, "on the first image"))
             self.on_divergence = ignore_divergence  # once is enough
@@ -286,7 +287,7 @@ class Session(Judgement):
         problem, reference = problem_of(self.config, self.pixels), self.reference
         agrees = self._shelf.for_inputs(self.pixels, self.precision).find("oracle") is not None
         truth = reference.recall(self.pixels) if agrees and isinstance(reference, KeptReference) else None
-        return truth and FirstLook({site: value[:1] for site, value in truth.items()}, problem.names)
+        return None if truth is None else FirstLook({site: value[:1] for site, value in truth.items()}, problem.names)
 
     def forward(self, stops: Callable[[str], bool] = never) -> ParityReport:
         """Implements `Judgement.forward`."""

@@ -104,7 +104,7 @@ def _find_file(package: str) -> str | None:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return None
-    return spec and spec.origin
+    return None if spec is None else spec.origin
 
 
 def _is_watched(name: str) -> bool:
