@@ -11,3 +11,4 @@ from vit_ref.verify.cache import originals
 def _fresh_originals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forgets the modules that earlier tests saw, because runs of pytest inside a test import some of them again."""
     monkeypatch.setattr(originals, "_originals", {})
+    monkeypatch.setattr(originals, "_late", {})

@@ -30,6 +30,7 @@ from vit_ref.verify.session import check_port
 
 CANDIDATE = str(Path(__file__).parents[1] / "candidates" / "worked" / "nnx_tutorial.py")
 # One block and few tokens, because the gradients are compiled.
+WRONG = f"{CANDIDATE}:wrong_gelu"
 CASE = Case("one-block", replace(CASES["rectangular"].config, num_hidden_layers=1))
 
 
@@ -151,6 +152,74 @@ def test_a_second_run_of_a_candidate_of_others_builds_no_reference(checkpoint, p
     assert built() == ["oracle", "reference"]
     assert to_json(check_port(CANDIDATE, checkpoint, backward=False)) == first
     assert built() == []
+
+
+def test_a_second_run_that_ends_at_a_wrong_formula_imports_no_reference(checkpoint, place, built, monkeypatch) -> None:
+    first = to_json(check_port(WRONG, checkpoint, fail_fast=True))
+    assert built() == ["oracle", "reference"]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("transformers", "torch")]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises an error now
+    assert to_json(check_port(WRONG, checkpoint, fail_fast=True)) == first
+    assert built() == []
+
+
+def test_a_reference_that_is_imported_late_is_kept(checkpoint, place, built, monkeypatch) -> None:
+    """The values are known of a wrong candidate. A right one needs the reference in the tested precision."""
+    check_port(WRONG, checkpoint, fail_fast=True)
+    late: list[str] = []
+    remember_after = originals.remember_after
+    monkeypatch.setattr(originals, "remember_after", lambda load: late.append("late") or remember_after(load))
+    for times in (["reference"], []):
+        built()
+        late.clear()
+        assert check_port(CANDIDATE, checkpoint, backward=False, fail_fast=True).passed
+        assert built() == times and len(late) == len(times)
+
+
+LATE = "transformers.models.vit.late"
+
+
+def import_late(name: str = LATE) -> None:
+    sys.modules[name] = ModuleType(name)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes the late module after the test."""
+    monkeypatch.setitem(sys.modules, LATE, None)
+    monkeypatch.delitem(sys.modules, LATE)
+    originals.remember()
+
+
+def test_what_is_imported_after_an_innocent_candidate_is_remembered(late) -> None:
+    originals.remember_after(import_late)
+    assert originals.find_replaced() == ""
+
+
+def test_what_is_imported_after_a_candidate_that_replaced_something_is_not(late, monkeypatch) -> None:
+    with monkeypatch.context() as replacing:
+        replacing.setattr(jax.nn, "silu", abs)
+        originals.remember_after(import_late)
+    assert originals.find_replaced() == LATE
+
+
+def test_what_a_candidate_imported_itself_is_not_remembered(late, monkeypatch) -> None:
+    monkeypatch.setattr(originals, "_late", {"transformers": sys.modules["transformers"].__file__})
+    originals.remember_after(import_late)
+    assert originals.find_replaced() == LATE
+
+
+def test_a_package_from_another_place_is_found(late, monkeypatch) -> None:
+    monkeypatch.setattr(originals, "_late", {"transformers": "/elsewhere/transformers/__init__.py"})
+    assert originals.find_replaced() == "transformers"
+    assert originals.find_replaced(foreign=False) == ""
+
+
+def test_a_package_that_is_not_imported_yet_is_found_where_it_lies(monkeypatch) -> None:
+    file = sys.modules["transformers"].__file__
+    monkeypatch.delitem(sys.modules, "transformers")
+    originals.remember()
+    assert originals._late["transformers"] == file
 
 
 def test_a_module_that_a_candidate_may_have_changed_is_found(monkeypatch) -> None:

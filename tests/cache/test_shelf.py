@@ -147,3 +147,12 @@ def test_float64_is_another_key_than_what_it_is_called(store) -> None:
     whole = Shelf.of(store, "flax", "", TENSORS)
     whole.for_inputs(PIXELS, FLOAT64).keep("reference", ERRORS)
     assert whole.for_inputs(PIXELS, FLOAT64._replace(products=None)).find("reference") is None
+
+
+def test_packages_of_accelerators_are_known_by_their_directories(tmp_path: Path, monkeypatch) -> None:
+    for name in ("nvidia_cudnn_cu12-9.1.0", "jax_cuda12_plugin-0.10.2", "libtpu-0.1", "jax-0.10.2", "nvidious-1"):
+        (tmp_path / f"{name}.dist-info").mkdir()
+    (tmp_path / "nvidia_smi").mkdir()
+    monkeypatch.setattr(identity.sys, "path", [str(tmp_path), str(tmp_path / "nowhere")])
+    found = identity._device_packages.__wrapped__()
+    assert found == ["jax_cuda12_plugin-0.10.2", "libtpu-0.1", "nvidia_cudnn_cu12-9.1.0"]

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 import vit_ref
+from vit_ref.verify import session
 from vit_ref.verify.candidates.running import implement, load_in_float64
+from vit_ref.verify.candidates.tapped import Tapped
 from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare.behaviour import check_behaviour
-from vit_ref.verify.precision import FLOAT64, PRECISIONS
+from vit_ref.verify.precision import FLOAT64, PRECISIONS, Precision
 
 CASE = CASES["rectangular"]
 
@@ -57,8 +59,40 @@ def test_behaviour_compiles_no_tapped_pass_that_the_forward_comparison_compiled(
     candidate.trace(CASE.images(), FLOAT64)
     calls.clear()
     assert all(each.passed for each in check_behaviour(candidate, CASE.images()))
-    # Two programs, one for the batch and one for a row, and three runs operation by operation.
-    assert len(calls) == 5
+    # Two programs, one for the batch and one for a row, and two runs operation by operation, of a row each.
+    assert len(calls) == 4
+
+
+def test_behaviour_runs_no_tapped_pass_that_the_forward_comparison_ran(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[Any] = []
+    trace = Tapped.trace
+
+    def noting(self: Any, inputs: Any, precision: Precision, *rest: Any, **named: Any) -> Any:
+        traced.append((len(inputs), precision.name))
+        return trace(self, inputs, precision, *rest, **named)
+
+    monkeypatch.setattr(Tapped, "trace", noting)
+    report = vit_ref.check_port(None, saved("one-block"), backward=False)
+    assert traced == [(4, "float64"), (4, "float32")]
+    assert [each.name for each in report.behaviour] == ["repeat", "batch", "jit", "untapped"]
+    # This session compares five images forward, and runs the behaviour on four of them.
+    source, config = session.open_checkpoint(saved("one-block"))
+    images = np.concatenate([session.pixels_for(config, None, 4)] * 2)[:5]
+    several = session.Session(config, source, images, session.prepare_candidate(None, config, source))
+    several.forward()
+    traced.clear()
+    assert all(each.passed for each in several.behaviour())
+    assert traced == [(4, "float64")]
+
+
+def test_an_output_with_a_tap_that_is_another_fails(counted: tuple[Any, list, list]) -> None:
+    candidate, _, _ = counted
+    output = candidate.trace(CASE.images(), FLOAT64)[candidate.last]
+    assert all(each.passed for each in check_behaviour(candidate, CASE.images(), tapped=output))
+    failed = [each.name for each in check_behaviour(candidate, CASE.images(), tapped=2 * output) if not each.passed]
+    assert failed == ["untapped"]
 
 
 _TWICE = """

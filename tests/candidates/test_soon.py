@@ -20,6 +20,7 @@ from vit_ref.cli.group import main
 from vit_ref.errors import CandidateError, InputError, UndifferentiableError
 from vit_ref.verify import session
 from vit_ref.verify.cases import CASES, Case
+from vit_ref.verify.compare.first_look import FirstLook, describe_divergence
 from vit_ref.verify.report import SCHEMA, in_full, sections, summary, to_html, to_json
 from vit_ref.verify.results import CandidateReport, ParityReport
 from vit_ref.weights.writing import write_json
@@ -123,6 +124,86 @@ def test_a_wrong_formula_ends_a_run_that_fails_fast(saved: Callable[[str], Path]
     ]
 
 
+DIVERGES = "nnx_tutorial-wrong_gelu: first divergence at block.0.mlp.hidden: float64 relative RMS error "
+
+
+def told(candidate: str, checkpoint: Path, **options: Any) -> tuple[list[str], CandidateReport]:
+    """Returns steps and lines about a divergence in the order in which they came."""
+    events: list[str] = []
+    report = vit_ref.check_port(
+        candidate,
+        checkpoint,
+        backward=False,
+        fail_fast=True,
+        on_divergence=events.append,
+        progress=events.append,
+        **options,
+    )
+    return events, report
+
+
+def test_a_divergence_is_told_before_its_cause_is_looked_for(saved: Callable[[str], Path]) -> None:
+    events, report = told(TANH, saved("one-block"))
+    [line] = [event for event in events if event.startswith(DIVERGES)]
+    assert events.index(line) == events.index("looking for the cause") - 1
+    assert line == f"{DIVERGES}{report.forward.semantic_failures[0].exact.rms:.1e}, gate 1e-12"
+
+
+def test_a_known_reference_tells_a_divergence_after_one_image(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIT_REF_CACHE", str(tmp_path))
+    (first, cold), (second, warm) = (told(TANH, saved("one-block")) for _ in range(2))
+    [line] = [event for event in second if event.startswith(DIVERGES)]
+    assert line.endswith(", gate 1e-12, on the first image")
+    assert [event for event in first if not event.startswith(DIVERGES)] == [step for step in second if step != line]
+    assert second[second.index(line) - 1] == "nnx_tutorial-wrong_gelu: twice the same"
+    assert to_json(cold) == to_json(warm)
+    events, report = told(RIGHT, saved("one-block"))
+    assert report.passed and not [event for event in events if "divergence" in event]
+
+
+class Unrepeatable:
+    """A candidate whose second run differs from the first."""
+
+    calls = 0
+
+    def __call__(self, pixels: Any) -> Any:
+        self.calls += 1
+        return pixels.mean((1, 2)) @ np.full((pixels.shape[-1], CASES["rectangular"].config.num_labels), self.calls)
+
+
+def test_a_candidate_that_is_not_repeatable_is_told_that_alone(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIT_REF_CACHE", str(tmp_path))
+    told(TANH, saved("one-block"))
+    lines: list[str] = []
+    with pytest.raises(InputError, match="two runs on the same inputs differ"):
+        vit_ref.check_port(Unrepeatable(), saved("one-block"), fail_fast=True, on_divergence=lines.append)
+    assert not lines
+
+
+def test_a_first_look_names_the_first_wrong_value_in_order() -> None:
+    truth = {name: np.ones(3) for name in "abc"}
+    look = FirstLook(truth, ["a", "b", "c"])
+    look.see("a", np.ones(3))
+    assert look.divergence is None
+    look.see("c", np.full(3, 2.0))
+    look.see("b", np.ones(4))
+    look.see("unknown", np.zeros(1))
+    assert look.divergence is not None
+    site, error = look.divergence
+    assert site == "b" and error.reason == "wrong shape (4,), not (3,)"
+    assert describe_divergence("mine", site, error) == "mine: first divergence at b: wrong shape (4,), not (3,)"
+
+
+def test_a_first_look_says_nothing_of_values_that_are_not_float64() -> None:
+    look = FirstLook({"a": np.ones(3)}, ["a"])
+    look.see("a", np.full(3, 2, np.float32))
+    assert look.divergence is None
+
+
 def test_an_expected_failure_does_not_end_a_run_that_fails_fast(saved: Callable[[str], Path]) -> None:
     wrong = ("block.0.mlp.hidden", "block.0.mlp.out", "block.0.mlp.residual", "norm", "logits")
     expected = dict.fromkeys(wrong, "tanh GELU")
@@ -157,6 +238,7 @@ def test_wrong_gradients_end_a_run_that_fails_fast(
 def test_the_command_says_what_a_run_that_failed_fast_left_out(deep: Path) -> None:
     ended = CliRunner().invoke(main, ["verify", str(deep), "--candidate", TANH, "--fail-fast", "--quick"])
     assert ended.exit_code == 1, ended.output
+    assert ended.stderr.startswith(f"vit-ref: {DIVERGES}") and len(ended.stderr.splitlines()) == 1
     said = " ".join(ended.stdout.split())
     assert "a cut of given0/deep: first divergence at block.0.mlp.hidden: float64" in said or "first divergence" in said
     assert "likely cause: tanh GELU" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -90,6 +91,17 @@ def test_an_array_measured_in_parts_has_the_error_of_the_whole(shape: tuple[int,
     parts = max((float(sums.sum() ** 2 / np.square(sums).sum()) for sums in each), default=elements)
     expected = np.sqrt(elements * parts) if len(shape) == 2 else parts
     assert found.carriers == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_an_error_does_not_depend_on_the_order_of_axes_in_memory(dtype: Any) -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.normal(size=(3, 400, 101))
+    value = (truth * (1 + 1e-3 * rng.normal(size=truth.shape))).astype(dtype)
+    expected = np.sqrt(np.mean(np.square(value.astype(np.float64) - truth)) / np.mean(np.square(truth)))
+    for theirs in (value, np.asfortranarray(value)):
+        for right in (truth, np.asfortranarray(truth)):
+            assert error(theirs, right).rms == pytest.approx(float(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("where", [0, 69_999, 70_000])

@@ -86,6 +86,7 @@ def compare(
                 cache=cache,
                 fail_fast=fail_fast,
                 on_part=partial(printed.show, steps=progress),
+                on_divergence=progress.say,
                 progress=progress,
             )
         except PartlyJudgedError as error:

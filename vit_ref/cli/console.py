@@ -94,6 +94,11 @@ class Steps:
         finally:
             self._bar.start()
 
+    def say(self, line: str) -> None:
+        """Prints a line on standard error, above the bar."""
+        with self.hidden():
+            say(line)
+
 
 @contextlib.contextmanager
 def show_progress(total: int | None) -> Iterator[Steps]:

@@ -83,7 +83,8 @@ def verify(
     which takes half a minute on two cores. It compares every value of the forward pass and every gradient with a
     float64 oracle.
 
-    The verdict on the forward pass is printed before the gradients begin, and theirs before the behaviour.
+    The verdict on the forward pass is printed before the gradients begin, and theirs before the behaviour. A first
+    divergence is told on standard error before its cause is looked for.
 
     Exit code 0: every check passed. 1: a check failed, and the report names the first divergence. 2: some input cannot
     be used; if the forward pass was verified first, the command prints its results.
@@ -114,7 +115,8 @@ def verify(
             heading = f"candidate {candidate}:" if len(candidates) > 1 else ""
             printed = PrintedReport(stderr=aside, whole=whole, heading=heading)
             with show_progress(None if stream else count_steps(backward=not forward_only)) as progress:
-                check = check_streamed if stream else partial(check_port, candidate, quick=quick)
+                checked = partial(check_port, candidate, quick=quick, on_divergence=progress.say)
+                check = check_streamed if stream else checked
                 try:
                     report = check(
                         place,

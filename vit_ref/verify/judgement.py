@@ -10,8 +10,10 @@ from functools import cached_property
 from numpy.typing import NDArray
 
 from vit_ref.errors import InputError, PartlyJudgedError, UndifferentiableError, UnsupportedByReferenceError
+from vit_ref.verify.compare.first_look import OnDivergence, ignore_divergence
 from vit_ref.verify.compare.forward import never
 from vit_ref.verify.compare.protocols import Runnable
+from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.environment import environment
 from vit_ref.verify.precision import Precision
 from vit_ref.verify.results import Behaviour, CandidateReport, Check, ParityReport, matches, require_expectations
@@ -39,6 +41,8 @@ class Judgement(ABC):
       notes: notes for the report on how the two were run, one line each.
       cut: what is checked of the checkpoint, if it was cut; None if all of it is checked.
       not_behaviour: what is not known of the candidate's behaviour, and why; "" if all of it is.
+      on_divergence: gets a line about the first divergence, as soon as it is known.
+      tapped: the candidate's output in float64, once the forward pass was compared.
     """
 
     title: str
@@ -47,6 +51,8 @@ class Judgement(ABC):
     notes: tuple[str, ...] = ()
     cut: Extent | None = None
     not_behaviour = ""
+    on_divergence: OnDivergence = staticmethod(ignore_divergence)
+    tapped: NDArray | None = None
 
     @property
     @abstractmethod
@@ -72,6 +78,10 @@ class Judgement(ABC):
     @abstractmethod
     def given(self) -> dict[str, NDArray]:
         """Returns the arrays that the reference reads, by name. A candidate may not change them."""
+
+    def keep_output(self, trace: Trace) -> None:
+        """Keeps the candidate's output of its trace in float64 for the checks of its behaviour."""
+        self.tapped = trace.get(self.candidate.last)
 
     @cached_property
     def _environment(self) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from vit_ref.errors import CandidateError, InputError, MappingError, OraclesDiff
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cache import originals
 from vit_ref.verify.cache.opening import opened
-from vit_ref.verify.cache.reference import KeptReference, is_known
+from vit_ref.verify.cache.reference import KeptReference, has_values, is_known
 from vit_ref.verify.cache.shelf import Shelf
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.loading import find_declaration
@@ -25,6 +25,7 @@ from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
+from vit_ref.verify.compare.first_look import FirstLook, OnDivergence, describe_divergence, ignore_divergence
 from vit_ref.verify.compare.forward import compare_forward, never
 from vit_ref.verify.compare.objectives import LOOKS
 from vit_ref.verify.compare.protocols import Reference, Runnable
@@ -77,6 +78,7 @@ def check_port(
     quick: bool = False,
     fail_fast: bool = False,
     on_part: OnPart = ignore_part,
+    on_divergence: OnDivergence = ignore_divergence,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Checks a candidate against reference and oracle, at every site that it shows, forward and backward.
@@ -108,6 +110,8 @@ def check_port(
         ends it before rounding is measured. The report names what was not run.
       on_part: gets the report so far as soon as the forward pass was compared, and again after the gradients. It says
         of the parts that are still to come that they were not run yet.
+      on_divergence: gets a line about the first wrong formula, before its cause is looked for. If an earlier run has
+        left the reference's values in the cache, one image decides, before the comparison of all begins.
       progress: gets a description of each next step.
 
     Returns:
@@ -140,21 +144,20 @@ def check_port(
         if store is not None and reference in REFERENCES:
             tensors = hf_tensors(config, source)
             shelf = Shelf.of(store, reference, repr(config), tensors, foreign=foreign)
-            if foreign and not is_known(shelf, pixels, resolved, pixels[:several] if backward else None):
+            # A run that ends at a wrong formula needs no more of the reference than its values.
+            known = fail_fast and has_values(shelf, pixels)
+            if foreign and not (known or is_known(shelf, pixels, resolved, pixels[:several] if backward else None)):
                 # A candidate may replace parts of it. What the cache keeps has to be the reference itself.
                 import_module(reference)
                 originals.remember()
         declaration = None if candidate is None else find_declaration(candidate)
         if quick:
             stack.enter_context(_advising(cut.changes))
-        prepared = _prepare(declaration, config, source)
-        if foreign:
-            require_repeatable(prepared, pixels[:1], progress=progress)
         session = Session(
             config,
             source,
             pixels,
-            prepared,
+            _prepare(declaration, config, source),
             resolved,
             reference,
             title=f"a cut of {origin.name}" if quick else origin.name,
@@ -164,8 +167,11 @@ def check_port(
             images_backward=several,
             shelf=shelf,
             tensors=tensors,
+            on_divergence=on_divergence,
             progress=progress,
         )
+        if foreign:
+            session.require_repeatable()
         return session.check(
             backward=backward, expected_failed_checks=expected_failed_checks, fail_fast=fail_fast, on_part=on_part
         )
@@ -198,6 +204,7 @@ class Session(Judgement):
       shelf: the part of the cache that keeps what this reference computes with this checkpoint; None for no cache. It
         keeps nothing of a reference that is not chosen by name.
       tensors: the checkpoint's tensors as `hf_tensors` returns them, if the caller has them already.
+      on_divergence: see `check_port`.
       progress: gets a description of each next step.
     """
 
@@ -217,6 +224,7 @@ class Session(Judgement):
         images_backward: int | None = None,
         shelf: Shelf | None = None,
         tensors: dict[str, NDArray] | None = None,
+        on_divergence: OnDivergence = ignore_divergence,
         progress: Progress = silent,
     ):
         self.config, self.source, self.pixels, self.candidate = config, source, pixels, candidate
@@ -226,6 +234,7 @@ class Session(Judgement):
         self._reference = reference
         self._shelf = shelf if isinstance(reference, str) else None
         self._tensors = tensors
+        self.on_divergence = on_divergence
 
     @cached_property
     def origin(self) -> Origin:
@@ -247,12 +256,38 @@ class Session(Judgement):
         given = self._reference
         if not isinstance(given, str):
             return given
-        build = partial(reference_for, self.config, self.tensors, given)
-        return build() if self._shelf is None else KeptReference(self._shelf, build)
+        if self._shelf is None:
+            return reference_for(self.config, self.tensors, given)
+
+        def build() -> Reference:
+            originals.remember_after(partial(import_module, given))
+            return reference_for(self.config, self.tensors, given)
+
+        return KeptReference(self._shelf, build)
 
     def _kept(self, problem: Problem) -> Shelf | None:
         """Returns the errors that earlier runs have kept for this problem; None without a cache."""
         return self._shelf and self._shelf.for_inputs(problem.inputs, self.precision)
+
+    def require_repeatable(self) -> None:
+        """Checks that two runs of the candidate on one image are equal, see `behaviour.require_repeatable`.
+
+        If the cache has the reference's values, the candidate's are compared with them meanwhile.
+        """
+        look = self._first_look()
+        see = None if look is None else look.see
+        require_repeatable(self.candidate, self.pixels[:1], look=see, progress=self.progress)
+        if look and look.divergence:
+            self.on_divergence(describe_divergence(self.candidate.name, *look.divergence, "on the first image"))
+            self.on_divergence = ignore_divergence  # once is enough
+
+    def _first_look(self) -> FirstLook | None:
+        if self._shelf is None or not has_values(self._shelf, self.pixels):
+            return None
+        problem, reference = problem_of(self.config, self.pixels), self.reference
+        agrees = self._shelf.for_inputs(self.pixels, self.precision).find("oracle") is not None
+        truth = reference.recall(self.pixels) if agrees and isinstance(reference, KeptReference) else None
+        return None if truth is None else FirstLook({site: value[:1] for site, value in truth.items()}, problem.names)
 
     def forward(self, stops: Callable[[str], bool] = never) -> ParityReport:
         """Implements `Judgement.forward`."""
@@ -268,6 +303,8 @@ class Session(Judgement):
                 explainer=ViTExplainer(self.config, self.tensors, problem),
                 kept=self._kept(problem),
                 stops=stops,
+                on_divergence=self.on_divergence,
+                on_trace=self.keep_output,
                 progress=self.progress,
             )
         except OraclesDifferError:
@@ -302,7 +339,8 @@ class Session(Judgement):
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
         # Four images take longer than two, but a pass in jax is compiled for four already.
         number = FORWARD if self.candidate.compiles else BEHAVIOUR
-        return check_behaviour(self.candidate, self.pixels[:number], progress=self.progress)
+        tapped = self.tapped if len(self.pixels) <= number else None  # of all images
+        return check_behaviour(self.candidate, self.pixels[:number], tapped=tapped, progress=self.progress)
 
 
 def count_steps(*, backward: bool) -> int:

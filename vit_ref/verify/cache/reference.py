@@ -30,6 +30,8 @@ class KeptReference:
         self.fused = False
         # Whether the last trace in float64 is an earlier run's.
         self.recalled = False
+        # Inputs whose trace `recall` returned, and that trace, until `trace` asks for it.
+        self._ahead: tuple[Any, Trace] | None = None
         # The oracle may take the place of the reference that was asked for, so the name is known from a built one.
         known = shelf.find_fact("reference")
         if known is None:
@@ -43,12 +45,19 @@ class KeptReference:
         """The reference itself."""
         return self._build()
 
+    def recall(self, inputs: Any) -> Trace | None:
+        """Returns the trace in float64 of an earlier run, or None. The next call of `trace` does not read it again."""
+        found = self._shelf.for_inputs(inputs, FLOAT64).find_trace("forward")
+        self._ahead = None if found is None else (inputs, found)
+        return found
+
     def trace(self, inputs: Any, /, precision: Precision) -> Trace:
         """Implements `Reference.trace`."""
         if precision != FLOAT64:
             return self.built.trace(inputs, precision)
         shelf = self._shelf.for_inputs(inputs, precision)
-        trace = shelf.find_trace("forward")
+        ahead, self._ahead = self._ahead, None
+        trace = ahead[1] if ahead and ahead[0] is inputs else shelf.find_trace("forward")
         self.recalled = trace is not None
         if trace is None:
             trace = self.built.trace(inputs, precision)
@@ -87,6 +96,16 @@ class KeptReference:
         return KeptReference(shelf, lambda: self.built.storing(precision))
 
 
+def has_values(shelf: Shelf, inputs: Any) -> bool:
+    """Tells whether the cache has the reference's trace in float64, damaged or not.
+
+    Args:
+      shelf: the shelf of the reference with its weights.
+      inputs: the inputs of the forward pass.
+    """
+    return shelf.for_inputs(inputs, FLOAT64).has_trace("forward")
+
+
 def is_known(shelf: Shelf, inputs: Any, precision: Precision, differentiated: Any = None) -> bool:
     """Tells whether the cache has what a run needs of a reference, so that it need not be built.
 
@@ -96,8 +115,7 @@ def is_known(shelf: Shelf, inputs: Any, precision: Precision, differentiated: An
       precision: the tested precision.
       differentiated: the inputs of the backward pass; None without one.
     """
-    exact = shelf.for_inputs(inputs, FLOAT64)
-    if not exact.has_trace("forward") or shelf.for_inputs(inputs, precision).find("reference") is None:
+    if not has_values(shelf, inputs) or shelf.for_inputs(inputs, precision).find("reference") is None:
         return False
     return differentiated is None or shelf.for_inputs(differentiated, FLOAT64).find_fact("gradients") is not None
 

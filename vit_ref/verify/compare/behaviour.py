@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,12 @@ from vit_ref.verify.results import Behaviour
 
 
 def check_behaviour(
-    candidate: Runnable, inputs: Inputs, *, by_row: bool = True, progress: Progress = silent
+    candidate: Runnable,
+    inputs: Inputs,
+    *,
+    by_row: bool = True,
+    tapped: NDArray | None = None,
+    progress: Progress = silent,
 ) -> tuple[Behaviour, ...]:
     """Runs a candidate in float64 in several ways, which must agree to within the semantic gate.
 
@@ -28,6 +33,7 @@ def check_behaviour(
       candidate: the candidate.
       inputs: see `Problem.inputs`. The check "batch" needs at least two rows.
       by_row: whether a row must give the same output alone as in the batch. False leaves out the check "batch".
+      tapped: its output on these inputs in float64 with a tap, if the forward comparison has run it so.
       progress: gets a description of each next step.
     """
     progress(f"{candidate.name}: the same each time, alone, compiled")
@@ -42,9 +48,10 @@ def check_behaviour(
             candidate.outputs(given, FLOAT64, tap=passing)
             return (Behaviour("untapped", None, f"without a tap {error}"),)
         if candidate.compiles:
-            # In this order, a pass that returns what the previous pass left over gives a wrong output.
-            eager = candidate.outputs([*first, inputs, *last], FLOAT64, jit=False)
-            own = _behaviour("jit", [*alone[:1], together, *alone[1:]], eager, _JIT)
+            # The check "batch" compares the rows with the batch. Operations on a batch would be compiled once more. A
+            # pass that returns what the previous pass left over gives a wrong output for the last row.
+            eager = candidate.outputs([*first, *last] or [inputs], FLOAT64, jit=False)
+            own = _behaviour("jit", alone or [together], eager, _JIT)
         else:
             own = Behaviour("inputs", None, "" if is_same(given[0], inputs) else _INPUTS)
     except jax.errors.JAXTypeError as error:
@@ -56,13 +63,19 @@ def check_behaviour(
     if not repeat.passed:
         return repeat, *batch, own
     # A tap may keep the candidate from another path, such as fused attention. Users run that path.
-    # This is how the forward comparison runs it, so it is compiled already.
-    tapped = candidate.trace(copy_inputs(inputs), FLOAT64)[candidate.last]
+    if tapped is None:
+        # This is how the forward comparison runs it, so it is compiled already.
+        tapped = candidate.trace(copy_inputs(inputs), FLOAT64)[candidate.last]
     return repeat, *batch, own, _behaviour("untapped", [tapped], [together], _UNTAPPED)
 
 
 def require_repeatable(
-    candidate: Runnable, inputs: Inputs, once: NDArray | None = None, *, progress: Progress = silent
+    candidate: Runnable,
+    inputs: Inputs,
+    once: NDArray | None = None,
+    *,
+    look: Callable[[str, NDArray], None] | None = None,
+    progress: Progress = silent,
 ) -> NDArray:
     """Checks that two runs of a candidate on the same inputs give the same output, and one value at each site.
 
@@ -73,6 +86,7 @@ def require_repeatable(
       candidate: the candidate.
       inputs: see `Problem.inputs`.
       once: its output in float64 on these inputs, if the caller has run it already, operation by operation.
+      look: gets each site and its value in the second run.
       progress: gets a description of each next step.
 
     Returns:
@@ -87,6 +101,8 @@ def require_repeatable(
     def keep(site: str, value: Any) -> Any:
         if not isinstance(value, jax.core.Tracer):
             array = np.ascontiguousarray(value.detach().cpu() if hasattr(value, "detach") else value)
+            if look is not None:
+                look(site, array)
             shown.setdefault(site, []).append(hashlib.blake2b(array.tobytes()).digest())
         return value
 

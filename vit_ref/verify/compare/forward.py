@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Container, Iterable, Mapping
 
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError, UnjudgedError
+from vit_ref.verify.compare.first_look import OnDivergence, describe_divergence, ignore_divergence
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
-from vit_ref.verify.compare.trace import Progress, beside, require_float64, silent, widened
+from vit_ref.verify.compare.trace import Progress, Trace, beside, require_float64, silent, widened
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem, hidden_before
@@ -110,6 +111,8 @@ def compare_forward(
     explainer: Explainer | None = None,
     kept: Kept | None = None,
     stops: Callable[[str], bool] = never,
+    on_divergence: OnDivergence = ignore_divergence,
+    on_trace: Callable[[Trace], None] | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same inputs, and measures every site.
@@ -124,6 +127,8 @@ def compare_forward(
       explainer: finds the cause of a divergence; None does not look for one.
       kept: errors of this reference and this oracle from earlier runs; None measures all of them.
       stops: gets each site whose formula is wrong. If it returns True for one, rounding is not measured.
+      on_divergence: gets a line about the first wrong formula before its cause is looked for.
+      on_trace: gets the candidate's trace in float64.
       progress: gets a description of each next step.
 
     Returns:
@@ -177,11 +182,15 @@ def compare_forward(
             kept.keep("oracle", oracles)
     progress(f"{candidate.name} in float64")
     exact_trace = widened(candidate.trace(inputs, FLOAT64), candidate.name)
+    if on_trace is not None:
+        on_trace(exact_trace)
     exact = errors_of(exact_trace, truths)
     # The reference's values cannot replace these.
     misshapen = {site for site in exact if exact_trace[site].shape != truth[site].shape}
     found, alone = Explanation(), dict[str, Error]()
     first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
+    if first:
+        on_divergence(describe_divergence(candidate.name, first, exact[first]))
     if first and explainer:
         progress("looking for the cause")
         found = explainer.explain_formula(first, exact_trace, truth)

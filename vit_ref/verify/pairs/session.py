@@ -24,6 +24,7 @@ from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.table import claimed
 from vit_ref.verify.compare.backward import compare_backward
 from vit_ref.verify.compare.behaviour import check_behaviour, require_repeatable
+from vit_ref.verify.compare.first_look import OnDivergence, ignore_divergence
 from vit_ref.verify.compare.forward import compare_forward, never
 from vit_ref.verify.compare.inputs import copy_inputs, count_rows, is_float, take_rows
 from vit_ref.verify.compare.objectives import LOOKS
@@ -68,6 +69,7 @@ def compare(
     cache: bool = True,
     fail_fast: bool = False,
     on_part: OnPart = ignore_part,
+    on_divergence: OnDivergence = ignore_divergence,
     progress: Progress = silent,
 ) -> CandidateReport:
     """Compares a candidate with a reference, in any framework each, at every site that both show.
@@ -92,6 +94,7 @@ def compare(
       cache: whether to keep compiled programs on disk for later runs; see `check_port`.
       fail_fast: see `check_port`.
       on_part: see `check_port`.
+      on_divergence: see `check_port`.
       progress: gets a description of each next step.
 
     Returns:
@@ -106,6 +109,7 @@ def compare(
         session = PairSession(
             reference, candidate, checkpoint, inputs=inputs, precision=precision, seed=seed, progress=progress
         )
+        session.on_divergence = on_divergence
         return session.check(
             backward=backward, expected_failed_checks=expected_failed_checks, fail_fast=fail_fast, on_part=on_part
         )
@@ -281,6 +285,8 @@ class PairSession(Judgement):
             self.precision,
             explainer=self.explainer,
             stops=stops,
+            on_divergence=self.on_divergence,
+            on_trace=self.keep_output,
             progress=self.progress,
         )
 
@@ -298,7 +304,9 @@ class PairSession(Judgement):
 
     def behaviour(self) -> tuple[Behaviour, ...]:
         """Runs the candidate in ways that must agree, see `check_behaviour`."""
-        return check_behaviour(self.candidate, self.inputs, by_row=not self.not_behaviour, progress=self.progress)
+        return check_behaviour(
+            self.candidate, self.inputs, by_row=not self.not_behaviour, tapped=self.tapped, progress=self.progress
+        )
 
     def given(self) -> dict[str, NDArray]:
         """Implements `Judgement.given`."""
