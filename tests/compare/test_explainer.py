@@ -51,7 +51,7 @@ def test_a_value_that_can_be_explained_is() -> None:
 
 def test_a_value_that_is_not_finite_is_not_explained() -> None:
     found = explained(np.full_like(X, np.nan))
-    assert found.causes == () and found.place == "as it is not finite"
+    assert found.causes == () and found.place == "because it is not finite"
 
 
 def test_a_value_that_is_too_large_is_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,14 @@ X, OTHER = RNG.normal(size=(2, 2, 7, 14))
 SCALE, BIAS = RNG.normal(size=(2, 14))
 GAIN = np.array([0.3])
 OF_HEADS = RNG.normal(size=7)
-PARAMETERS = {"block.scale": SCALE, "block.bias": BIAS, "norm.g": GAIN, "heads.scale": OF_HEADS}
+PARAMETERS = {
+    "block.scale": SCALE,
+    "block.bias": BIAS,
+    "norm.g": GAIN,
+    "heads.scale": OF_HEADS,
+    "ones": np.ones(14),
+    "one": np.ones(1),
+}
 
 
 def normed(x: NDArray, epsilon: float = 1e-5) -> NDArray:
@@ -106,6 +113,9 @@ SILU = ACTIVATIONS["SiLU"]
         (IMAGE * SCALES, IMAGE, {}, "without the scale block.scale (the value before it)"),
         (X * (1 + SCALE), X, {}, "without the scale 1 + block.scale (the value before it)"),
         (X * np.repeat(OF_HEADS, 2), X, {}, "without the scale heads.scale (the value before it)"),
+        (X * SCALE, X * BIAS, {}, "scaled by block.bias, not by block.scale"),
+        (X * (1 + SCALE), X * (1 + BIAS), {}, "scaled by 1 + block.bias, not by 1 + block.scale"),
+        (X + SCALE, X + BIAS, {}, "block.bias added, not block.scale"),
         (normed(X, 0) * SCALE, normed(X, 1e-6) * SCALE, {"stream": X}, "epsilon 1e-06 for 0"),
         (normed(X) * SCALE, normed(X, 0) * SCALE, {"stream": X}, "epsilon 0 for 1e-05"),
         (
@@ -189,3 +199,8 @@ def test_a_fault_in_one_row_alone_is_named() -> None:
     value = GELU(X)
     value[1] = TANH(X)[1]
     assert "tanh GELU for erf GELU" in labels(GELU(X), value, fc1=X)
+
+
+def test_no_parameter_at_its_start_gives_its_name_to_a_factor() -> None:
+    assert set(labels(X, 2 * X)) == {"2 x the reference", "each channel with another factor a channel"}
+    assert set(labels(X, X + 1)) == {"another constant added to each channel"}

@@ -114,7 +114,7 @@ def candidate_of_layers(**wrong: str) -> vit_ref.Candidate:
         ({"query": "key"}, "query", "the value of key in its place"),
         ({"first": "second"}, "first", "the parameters of second in place of first's"),
         ({"first_weight": "second"}, "first", "the weight of second in place of first's"),
-        ({"first_bias": "second"}, "first", "another constant added to each channel"),
+        ({"first_bias": "second"}, "first", "second.bias added, not first.bias"),
         (
             {"order": "wide query key"},
             "joined",

@@ -6,12 +6,13 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.verify.diagnose.activations import activate_otherwise, gate_otherwise
+from vit_ref.verify.diagnose.channels import name_constants, name_factors
 from vit_ref.verify.diagnose.masks import mask_otherwise
 from vit_ref.verify.diagnose.norms import normalise_otherwise
 from vit_ref.verify.diagnose.orders import reorder_elements
@@ -50,47 +51,14 @@ def _by_channel(
     axes = tuple(range(truth.ndim - 1))
     off = value - truth
     constant = off.mean(axis=axes)
-    yield Prediction(
-        _named(constant, parameters, _CONSTANTS) or "another constant added to each channel", truth + constant
-    )
+    yield Prediction(name_constants(constant, parameters) or "another constant added to each channel", truth + constant)
     for site, x in terms.items():
         squares = np.square(x).sum(axis=axes)
         factors = np.divide((x * off).sum(axis=axes), squares, out=np.zeros_like(squares), where=squares > 0)
-        known = _named(factors, parameters, _FACTORS)
+        known = name_factors(factors, parameters)
         what = f" at {site}" if site else ""
         label = f"{known}{what}" if known else f"{site or 'each channel'} with another factor a channel"
         yield Prediction(label, truth + factors * x)
-
-
-# How each bug with a parameter p changes a value of 1.
-_FACTORS: dict[str, Callable[[NDArray], NDArray]] = {
-    "without the scale {}": lambda p: 1 - p,
-    "without the scale {} (the value before it)": lambda p: 1 / p - 1,
-    "without the scale 1 + {} (the value before it)": lambda p: 1 / (1 + p) - 1,
-    "scaled twice by {}": lambda p: p - 1,
-    "scaled by 1 + {}": lambda p: p,
-    "scaled by {0}, not by 1 + {0}": lambda p: -1 / (1 + p),
-}
-_CONSTANTS: dict[str, Callable[[NDArray], NDArray]] = {
-    "{} not added": lambda p: -p,
-    "{} added once more": lambda p: p,
-}
-
-
-def _named(
-    found: NDArray, parameters: Mapping[str, NDArray], ways: Mapping[str, Callable[[NDArray], NDArray]]
-) -> str | None:
-    """Returns the bug, with its parameter, that explains the numbers of all channels; None if none does."""
-    for name, parameter in parameters.items():
-        # A number may scale or shift all channels, or those of one head.
-        each, rest = divmod(found.size, parameter.size or found.size + 1)
-        if rest or not each:
-            continue
-        for label, way in ways.items():
-            with np.errstate(divide="ignore"):
-                if is_same(np.repeat(way(parameter.reshape(-1)), each), found):
-                    return label.format(name)
-    return None
 
 
 def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:

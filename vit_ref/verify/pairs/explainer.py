@@ -44,9 +44,9 @@ class PairExplainer:
         """Implements `Explainer.explain_formula`."""
         found = Divergence(site, shown[site], truth[site], made_in="reference")
         if found.value.shape != found.truth.shape:
-            return Explanation((), f"as its shape is {found.value.shape}, not {found.truth.shape}")
+            return Explanation((), f"because its shape is {found.value.shape}, not {found.truth.shape}")
         if not found.comparable:
-            return Explanation((), "as it is not finite")
+            return Explanation((), "because it is not finite")
         if found.value.size > LARGEST:
             return Explanation()
         known = self._reference.trace(self._inputs, FLOAT64)
