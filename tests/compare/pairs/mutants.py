@@ -76,6 +76,11 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "rope_interleaved": Mutant(INTERLEAVED, f"{LLAMA}.rotary_emb", "the channels interleaved, for halves"),
         "rope_interleaved_unseen": Mutant(INTERLEAVED, f"{LLAMA}.layers.0.self_attn.o_proj", TURNED, without=ROPE),
         "epsilon": Mutant({"epsilon": 1e-6}, f"{LLAMA}.layers.0.input_layernorm", "epsilon 1e-06 for 1e-05"),
+        "scaled_by_width": Mutant(
+            {"scaled_by_width": True},
+            f"{LLAMA}.layers.0.self_attn.o_proj",
+            "the scores of attention multiplied by 0.408248, which is 1 / sqrt(6)",
+        ),
         "kv_heads_tiled": Mutant(
             {"tiled": True},
             f"{LLAMA}.layers.0.self_attn.o_proj",

@@ -26,8 +26,8 @@ LARGEST = 1 << 24
 _HIDDEN_RUNS, _SHOWN_RUNS, _WEIGHT_RUNS = 250, 60, 100
 # So many shown values right before the wrong one may have been used in another order: query, key and value.
 _SHOWN = 3
-_QUERIES = ("query", "q_proj", "q_lin")
-_KEYS = ("key", "k_proj", "k_lin")
+_QUERIES = ("query", "q_proj", "q_lin", "to_q")
+_KEYS = ("key", "k_proj", "k_lin", "to_k")
 
 
 class Reruns(NamedTuple):
@@ -93,11 +93,20 @@ class Reruns(NamedTuple):
             yield Prediction(label, np.asarray(run[self.site]))
 
     def with_heads(self) -> Iterator[Prediction]:
-        """Changes rotary positions and the heads of keys that queries share, where a query and its key are shown."""
+        """Changes attention between a query with its key and the site: its scale, rotary positions, shared heads."""
         for query, key in self._rotated():
+            yield from self._with_scaled_scores(query)
             yield from self._with_other_pairs(query, key)
             yield from self._with_turned_prefix(query, key)
             yield from self._with_tiled_keys(query, key)
+
+    def _with_scaled_scores(self, query: str) -> Iterator[Prediction]:
+        """Multiplies the scores by the factors that lie between the scales of heads, of the whole width, and none."""
+        width = self.known[query].shape[-1]
+        for number in [number for number in range(2, width + 1) if width % number == 0][:BEFORE]:
+            for text, factor in (("1 / sqrt({})", number**-0.5), ("sqrt({})", number**0.5), ("1 / {}", 1 / number)):
+                label = f"the scores of attention multiplied by {factor:.6g}, which is {text.format(number)}"
+                yield Prediction(label, self._run({query: factor * self.known[query]}))
 
     def _with_other_pairs(self, query: str, key: str) -> Iterator[Prediction]:
         for size in _heads(self.known[query], self.known[key]):
