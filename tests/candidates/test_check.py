@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import vit_ref
+from tests.helpers.processes import run_pytest
 from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.errors import InputError
 from vit_ref.testing import parametrize
@@ -195,8 +195,7 @@ def test_a_check_knows_its_site() -> None:
 
 
 def run(directory: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=directory, check=False)
+    return run_pytest(directory, "-p", "no:randomly", *arguments)
 
 
 def test_three_lines_in_a_project_make_one_case_per_site(tiny: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import vit_ref
+from tests.helpers.processes import without_torch
 from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli.console import show_progress
 from vit_ref.cli.group import main
@@ -494,7 +495,7 @@ def test_a_wrong_call_with_a_closed_pipe_is_not_a_verdict() -> None:
 
 def test_the_installed_command_judges_a_checkpoint(tiny: Path) -> None:
     command = [Path(sys.executable).with_name("vit-ref"), "verify", tiny, "--forward-only"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, env=without_torch(), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     name = f"{tiny.parent.name}/tiny"
     assert ended.stdout.startswith(f"{name}: 17 sites pass: largest float64 error ")

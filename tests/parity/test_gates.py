@@ -103,6 +103,14 @@ def test_errors_do_not_cancel() -> None:
     assert error(np.array([1.0, 3.0]), np.array([2.0, 2.0])).rms == 0.5
 
 
+@pytest.mark.parametrize("shape", [(0,), (1, 0, 12), (0, 7)])
+def test_a_value_without_elements_has_no_error_but_a_shape(shape: tuple[int, ...]) -> None:
+    truth = Truth(np.zeros(shape))
+    assert truth.finite
+    assert truth.error(np.zeros(shape, np.float32), carriers=True)[:2] == (0.0, 0.0)
+    assert truth.error(np.zeros((*shape, 1))).reason == f"wrong shape {(*shape, 1)}, not {shape}"
+
+
 def test_errors_against_zeros_are_absolute() -> None:
     assert error(np.array([3e-5, 0.0]), np.zeros(2)).max == 3e-5
 

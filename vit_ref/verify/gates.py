@@ -183,14 +183,16 @@ def _sum_of_squares(x: NDArray) -> float:
 
 
 def _measured(parts: Iterable[NDArray]) -> tuple[float, float]:
-    """Returns the largest magnitude, which is NaN if any is, and the root mean square."""
+    """Returns the largest magnitude, which is NaN if any is, and the root mean square. Both are 0 without elements."""
     largest, squares, size = 0.0, 0.0, 0
     for part in parts:
+        if not part.size:  # such as the register tokens of a model that has none
+            continue
         # NumPy's maximum keeps NaN. This form also needs no array of absolute values.
         largest = float(np.maximum(largest, np.maximum(part.max(), -part.min())))
         squares += _sum_of_squares(part)
         size += part.size
-    return largest, math.sqrt(squares / size)
+    return largest, math.sqrt(squares / max(size, 1))
 
 
 def _carriers(differences: Iterable[NDArray], largest: float, size: int) -> float:

@@ -38,7 +38,7 @@ def headline(report: ParityReport, *, advise: bool = True) -> str:
     if missing and not (report.semantic_failures or report.numerical_failures):
         return "\n  ".join([*missing, *step])
     last = report.results[-1]
-    multiple = f"{_multiple(last.ratio)} x {report.reference}'s own"
+    multiple = f"{_multiple(last.ratio)} x {report.reference}'s error"
     size = f"{report.precision} error {last.rounding:.1e}, {multiple}"
     if not last.has_rounding:
         size = f"float64 error {last.exact.rms:.1e}; {report.precision} rounding not measured"
