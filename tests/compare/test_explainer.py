@@ -82,6 +82,16 @@ def test_the_reference_runs_a_bounded_number_of_times(monkeypatch: pytest.Monkey
     assert bounded.runs == 1 + 3 + len(STORED) < free.runs
 
 
+def test_the_reference_stops_running_soon_after_a_change_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, few = Squaring(), Squaring()
+    rounded = np.square(STORED["bfloat16"](X**2))
+    assert explained(rounded, free).causes[0].label == "at fc1, act, rounded to bfloat16"
+    monkeypatch.setattr(explainer, "_MORE", 0)
+    assert explained(rounded, few).causes[0].label == "at fc1, act, rounded to bfloat16"
+    # Once as it is, and once with the first format.
+    assert few.runs == 2 and free.runs == 1 + len(STORED)
+
+
 def test_an_axis_too_long_for_distances_has_no_other_order() -> None:
     long = np.arange(8193.0)[None]
     assert list(explain_by_order(long, long[:, ::-1], ("row", "class"))) == []

@@ -26,6 +26,8 @@ from vit_ref.verify.results import Cause, Explanation
 
 # So many values that the candidate does not show, one after another, are rounded together.
 _TOGETHER = 4
+# So many changes are tried after one that fits, because another may fit better, as one epsilon of several does.
+_MORE = 16
 
 
 class PairExplainer:
@@ -61,7 +63,7 @@ class PairExplainer:
             resize_otherwise(found.truth, before, parameters),
         )
         for changes in self._reruns(found, known, parameters, shown) if not causes else ():
-            if causes := found.causes(changes):
+            if causes := _first_causes(found, changes):
                 break
         return Explanation(causes, "" if causes else find_place(found.value, found.truth))
 
@@ -138,6 +140,14 @@ class PairExplainer:
                 fed = {site: rounded(known[site]) for site in gap}
                 run = self._reference.trace(self._inputs, FLOAT64, replace=fed)
                 yield Prediction(f"at {', '.join(gap)}, rounded to {name}", np.asarray(run[found.site]), name)
+
+
+def _first_causes(found: Divergence, changes: Iterator[Prediction]) -> tuple[Cause, ...]:
+    """Returns the first change that fits, and those of the next few that fit as well. Each change is a whole run."""
+    for prediction in changes:
+        if found.causes([prediction]):
+            return found.causes([prediction, *itertools.islice(changes, _MORE)])
+    return ()
 
 
 def _axes(value: NDArray) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def next_step(report: ParityReport) -> str:
             f"add {_some(report.hidden)} to the candidate's sites, to find where the fault begins; vit-ref propose"
             " lists them"
         )
-    return f"compare the candidate's code at {site} with the reference's: its input agrees and its value does not"
+    return f"compare the candidate's code at {site} with the reference's: the values before it agree, this one does not"
 
 
 def _blame(report: ParityReport) -> list[str]:
