@@ -192,7 +192,10 @@ def test_a_bound_is_not_written_through_a_link(store, tmp_path) -> None:
 def test_a_bound_is_written_whole_or_not_at_all(store, monkeypatch) -> None:
     store.set_limit(0)
 
-    def full(*paths: object) -> None:
+    tried: list[str] = []
+
+    def full(source: str, target: Path) -> None:
+        tried.append(target.name)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vit_ref.verify.cache.store.os.replace", full)
@@ -235,16 +238,25 @@ def test_a_place_that_cannot_be_made_is_one_note(tmp_path, caplog) -> None:
 def test_a_full_disk_is_one_note(store, monkeypatch, caplog) -> None:
     store.write("errors", ONE, [CONTENT])
 
-    def full(*paths: object) -> None:
+    tried: list[str] = []
+
+    def full(source: str, target: Path) -> None:
+        tried.append(target.name)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vit_ref.verify.cache.store.os.replace", full)
     store.write("errors", OTHER, [CONTENT])
     store.write("facts", OTHER, [CONTENT])
+    store.note("another fault")
+    assert tried == [f"errors-{OTHER}"]
     assert [file.name for file in files(store)] == [f"errors-{ONE}"]
     assert bytes(store.read("errors", ONE) or b"") == CONTENT
     (record,) = caplog.records
     assert "nothing more is written to the cache (No space left on device)" in record.getMessage()
+
+
+def test_the_directory_of_entries_is_its_users_alone(store) -> None:
+    assert (store.root / "entries").stat().st_mode & 0o077 == 0
 
 
 def test_a_directory_that_others_may_write_to_is_not_used(tmp_path, caplog) -> None:
