@@ -268,7 +268,7 @@ def blamed_sites(sites: list[str]) -> str:
     off = Error(0.1, 0.1)
     results = [measured(site)._replace(exact=off, alone=off) for site in sites]
     lines = headline(dataclasses.replace(parity(*results), everywhere=True)).splitlines()
-    (line,) = [line.strip() for line in lines if "values before it" in line]
+    (line,) = [line.strip() for line in lines if line.strip().startswith("wrong even")]
     return line.removeprefix("wrong even with the reference's values before it: ")
 
 
