@@ -31,7 +31,7 @@ _KEYS = ("key", "k_proj", "k_lin", "to_k")
 
 
 class Reruns(NamedTuple):
-    """Runs of a reference with a change. Each method yields what a site shows then.
+    """The values that a site shows if the reference runs with a change. Each method yields those of one kind of change.
 
     Attributes:
       reference: the reference, observed at all of its sites.
