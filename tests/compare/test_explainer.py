@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 import vit_ref
 from vit_ref.verify.diagnose.predictions import explain_by_order
 from vit_ref.verify.formats import STORED
-from vit_ref.verify.pairs import explainer
+from vit_ref.verify.pairs import explainer, reruns
 from vit_ref.verify.pairs.explainer import PairExplainer
+from vit_ref.verify.pairs.reruns import Reruns
 
 X = np.random.default_rng(0).normal(size=(2, 3, 4))
 ORDER = ["fc1", "act", "output"]
@@ -50,33 +51,45 @@ def test_a_value_that_can_be_explained_is() -> None:
 
 def test_a_value_that_is_not_finite_is_not_explained() -> None:
     found = explained(np.full_like(X, np.nan))
-    assert found.causes == () and found.place == "as it is not finite"
+    assert found.causes == () and found.place == "because it is not finite"
 
 
 def test_a_value_that_is_too_large_is_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     half, truth = 0.5 * X**4, X**4
     one = PairExplainer(Squaring(), {"x": X}, ORDER)
     assert explained(half).causes and one.explain_gradient("fc1", half, truth).causes
-    monkeypatch.setattr(explainer, "_LARGEST", X.size - 1)
+    monkeypatch.setattr(explainer, "LARGEST", X.size - 1)
     assert not explained(half).causes
     assert not one.explain_gradient("fc1", half, truth).causes
 
 
 def test_no_change_is_tried_at_a_hidden_value_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = Squaring()
-    one = PairExplainer(reference, {"x": X}, ORDER)
-    monkeypatch.setattr(explainer, "_LARGEST", X.size - 1)
-    assert list(one._ways(X, {"x": X})) == []
+    known = reference.trace({}, None)
+    changed = Reruns(reference, {}, ORDER, "output", known, {}, lambda site: {})
+    assert list(changed.with_hidden(("act",))) and list(changed.with_shown(("act",)))
+    monkeypatch.setattr(reruns, "LARGEST", X.size - 1)
+    assert not list(changed.with_hidden(("act",))) and not list(changed.with_shown(("act",)))
 
 
 def test_the_reference_runs_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = np.sin(X)
     free, bounded = Squaring(), Squaring()
     explained(wrong, free)
-    monkeypatch.setattr(explainer, "_RUNS", 3)
+    monkeypatch.setattr(reruns, "_HIDDEN_RUNS", 3)
     explained(wrong, bounded)
     # Once as it is, three times with another value, and once with all hidden values in each format.
     assert bounded.runs == 1 + 3 + len(STORED) < free.runs
+
+
+def test_the_reference_stops_running_soon_after_a_change_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, few = Squaring(), Squaring()
+    rounded = np.square(STORED["bfloat16"](X**2))
+    assert explained(rounded, free).causes[0].label == "at fc1, act, rounded to bfloat16"
+    monkeypatch.setattr(explainer, "_MORE", 0)
+    assert explained(rounded, few).causes[0].label == "at fc1, act, rounded to bfloat16"
+    # Once as it is, and once with the first format.
+    assert few.runs == 2 and free.runs == 1 + len(STORED)
 
 
 def test_an_axis_too_long_for_distances_has_no_other_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -25,14 +26,93 @@ def test_the_proposed_table_is_the_one_that_a_person_would_write() -> None:
     assert vit_ref.compare(torch_side.reference(), judged, backward=False).passed
 
 
-def test_a_table_stops_where_a_wrong_candidate_diverges() -> None:
+def test_a_table_goes_past_a_wrong_value_and_says_where() -> None:
     proposal = propose(torch_side.reference(), sides.in_nnx(sides.tanh_gelu))
-    assert [line.site for line in proposal.lines] == ["embed", "proj", "blocks.0.norm", "blocks.0.fc1"]
-    assert proposal.unshown[0] == "blocks.0.act"
-    text, content = str(proposal), proposal.to_json()
-    assert "# Sites that nothing equals: blocks.0.act, " in text
-    assert content["unshown"] == list(proposal.unshown) and len(content["sites"]) == 4
-    assert not proposal.unused or f"equal no site: {', '.join(proposal.unused)}" in text
+    assert {line.key: line.site for line in proposal.lines} == sides.NNX_SITES
+    assert [line.site for line in proposal.lines if not line.equal] == ["blocks.{i}.act"]
+    assert not proposal.unshown
+    text = str(proposal)
+    assert '    # The values differ:\n    "layers.{i}.down:input": "blocks.{i}.act",\n' in text
+    assert {line["target"]: line["equal"] for line in proposal.to_json()["sites"]}["blocks.{i}.act"] is False
+    names: dict[str, object] = {}
+    exec(text, names)
+    judged = dataclasses.replace(sides.in_nnx(sides.tanh_gelu), sites=names["sites"])
+    report = vit_ref.compare(torch_side.reference(), judged, backward=False)
+    assert report.forward.semantic_failures[0].site == "blocks.0.act"
+
+
+class TanhBlock(torch_side.Block):
+    """A block with the wrong activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = torch_side.torch.nn.GELU("tanh")
+
+
+class Paired(torch_side.Block):
+    """A block with the wrong activation, which a submodule returns in a tuple."""
+
+    class Act(torch_side.torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch_side.torch.nn.functional.gelu(x, approximate="tanh"), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = self.Act()
+
+    def forward(self, x: Any) -> Any:
+        return x + self.fc2(self.act(self.fc1(self.norm(x)))[0])
+
+
+def in_torch(block: type[torch_side.Block]) -> vit_ref.Candidate:
+    def load(checkpoint: Any) -> Any:
+        model = torch_side.Model()
+        model.blocks = torch_side.torch.nn.ModuleList([block() for _ in range(sides.BLOCKS)])
+        return torch_side.loaded(model)
+
+    return vit_ref.Candidate(load=load, name="torch candidate")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "key"),
+    [
+        (in_torch(TanhBlock), "blocks.{i}.act"),
+        (in_torch(Paired), "blocks.{i}.act[0]"),
+        (sides.function(act=sides.tanh_gelu), "blocks.{i}.act"),
+    ],
+    ids=["torch", "in a tuple", "a function"],
+)
+def test_a_table_goes_past_a_wrong_value_of_any_kind(candidate: vit_ref.Candidate, key: str) -> None:
+    proposal = propose(torch_side.reference(), candidate)
+    assert [(line.key, line.site) for line in proposal.lines if not line.equal] == [(key, "blocks.{i}.act")]
+    assert not proposal.unshown
+
+
+def test_a_wrong_value_with_nothing_equal_after_it_ends_the_table() -> None:
+    right = sides.in_nnx()
+
+    def load(checkpoint: object) -> Any:
+        model = right.load(checkpoint)
+        model.head.bias[...] += 1
+        return model
+
+    proposal = propose(torch_side.reference(), dataclasses.replace(right, load=load, sites=None))
+    assert proposal.unshown == ("head",)
+    text = str(proposal)
+    assert "# Sites that nothing equals: head" in text and "equal no site: head" in text
+    assert all(line.equal for line in proposal.lines)
+
+
+def test_an_image_of_another_order_of_axes_is_given_to_the_candidate() -> None:
+    turned = convolved.candidate(lambda weight: weight.flip(2, 3))
+    proposal = propose(convolved.reference(), turned)
+    assert [(line.site, line.equal) for line in proposal.lines] == [
+        ("block.0", True),
+        ("block.1", False),
+        ("block.2", False),
+        ("block", False),
+        ("head", True),
+    ]
 
 
 def test_a_container_goes_to_a_container_and_an_order_of_axes_is_written_once() -> None:

@@ -8,15 +8,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vit_ref.verify.diagnose.activations import ACTIVATIONS
 from vit_ref.verify.diagnose.divergence import Divergence
 from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
-from vit_ref.verify.diagnose.relations import ACTIVATIONS, change, explain_by_relation
+from vit_ref.verify.diagnose.relations import change, explain_by_relation
 
 RNG = np.random.default_rng(0)
 X, OTHER = RNG.normal(size=(2, 2, 7, 14))
 SCALE, BIAS = RNG.normal(size=(2, 14))
 GAIN = np.array([0.3])
-PARAMETERS = {"block.scale": SCALE, "block.bias": BIAS, "norm.g": GAIN}
+OF_HEADS = RNG.normal(size=7)
+PARAMETERS = {
+    "block.scale": SCALE,
+    "block.bias": BIAS,
+    "norm.g": GAIN,
+    "heads.scale": OF_HEADS,
+    "ones": np.ones(14),
+    "one": np.ones(1),
+}
 
 
 def normed(x: NDArray, epsilon: float = 1e-5) -> NDArray:
@@ -26,6 +35,21 @@ def normed(x: NDArray, epsilon: float = 1e-5) -> NDArray:
 # An image of PyTorch's: its channels are the second axis.
 IMAGE = RNG.normal(size=(2, 14, 4, 5))
 SCALES, BIASES = SCALE[:, None, None], BIAS[:, None, None]
+
+
+# Weights of attention: two heads, five queries, two more keys before those of the queries.
+WEIGHTS = np.exp(RNG.normal(size=(2, 2, 5, 7)))
+CAUSAL = np.tril(np.ones((5, 7)), 2)
+
+
+def weighed(mask: NDArray) -> NDArray:
+    """Returns weights of attention under a mask."""
+    return WEIGHTS * mask / (WEIGHTS * mask).sum(-1, keepdims=True)
+
+
+def squares(x: NDArray) -> NDArray:
+    """Returns the squares of two rows and two columns of an image, without the last column."""
+    return x[..., :4].reshape(2, 14, 2, 2, 2, 2)
 
 
 def grouped(x: NDArray, groups: int, epsilon: float = 1e-5) -> NDArray:
@@ -87,6 +111,52 @@ SILU = ACTIVATIONS["SiLU"]
         ),
         (IMAGE + BIASES, IMAGE, {}, "block.bias not added"),
         (IMAGE * SCALES, IMAGE, {}, "without the scale block.scale (the value before it)"),
+        (X * (1 + SCALE), X, {}, "without the scale 1 + block.scale (the value before it)"),
+        (X * np.repeat(OF_HEADS, 2), X, {}, "without the scale heads.scale (the value before it)"),
+        (X * SCALE, X * BIAS, {}, "scaled by block.bias, not by block.scale"),
+        (X * (1 + SCALE), X * (1 + BIAS), {}, "scaled by 1 + block.bias, not by 1 + block.scale"),
+        (X + SCALE, X + BIAS, {}, "block.bias added, not block.scale"),
+        (normed(X, 0) * SCALE, normed(X, 1e-6) * SCALE, {"stream": X}, "epsilon 1e-06 for 0"),
+        (normed(X) * SCALE, normed(X, 0) * SCALE, {"stream": X}, "epsilon 0 for 1e-05"),
+        (
+            normed(X) * SCALE + BIAS,
+            (X - X.mean(-1, keepdims=True)) / (X.std(-1, keepdims=True) + 1e-6) * SCALE + BIAS,
+            {"stream": X},
+            "epsilon 1e-06 added to the square root, for 1e-05 inside",
+        ),
+        (
+            normed(X) * SCALE + BIAS,
+            (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True, ddof=1) + 1e-5) * SCALE + BIAS,
+            {"stream": X},
+            "the LayerNorm's variance with a divisor of n - 1, not n",
+        ),
+        (normed(X) * SCALE, normed(GELU(X)) * SCALE, {"stream": X}, "erf GELU before the LayerNorm"),
+        (
+            X,
+            X.reshape(2, 7, 2, 7).swapaxes(1, 2).reshape(X.shape),
+            {},
+            "2 heads merged by a reshape alone, without exchanging heads and tokens",
+        ),
+        (
+            IMAGE,
+            IMAGE.swapaxes(1, 2).reshape(IMAGE.shape),
+            {},
+            "reshaped to (batch, heads, tokens, channels) without exchanging heads and tokens",
+        ),
+        (weighed(np.ones((5, 7))), weighed(CAUSAL), {}, "no query attends to a later key"),
+        (weighed(CAUSAL), weighed(np.tril(CAUSAL, 1)), {}, "no query attends to its own key"),
+        (
+            weighed(CAUSAL),
+            weighed(CAUSAL * (np.arange(7) > 1)),
+            {},
+            "no query attends to the first 2 keys",
+        ),
+        (
+            squares(IMAGE).max((3, 5)),
+            squares(IMAGE).mean((3, 5)),
+            {"stream": IMAGE},
+            "average pooling for max pooling",
+        ),
         (
             grouped(IMAGE, 14) * SCALES + BIASES,
             grouped(IMAGE, 14, 1e-6) * SCALES + BIASES,
@@ -129,3 +199,8 @@ def test_a_fault_in_one_row_alone_is_named() -> None:
     value = GELU(X)
     value[1] = TANH(X)[1]
     assert "tanh GELU for erf GELU" in labels(GELU(X), value, fc1=X)
+
+
+def test_no_parameter_at_its_start_gives_its_name_to_a_factor() -> None:
+    assert set(labels(X, 2 * X)) == {"2 x the reference", "each channel with another factor a channel"}
+    assert set(labels(X, X + 1)) == {"another constant added to each channel"}

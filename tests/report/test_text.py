@@ -261,3 +261,22 @@ def test_a_narrow_failure_reads_differently_from_its_gate() -> None:
     # 1.9 over 1.9004 is not 1.
     assert "<td>0.9998</td>" in page and "0.9998 at logits" in re.sub("<.*?>", "", page)
     assert table(report.forward).splitlines()[-1].split()[-2:] == ["0.9998", "rounding"]
+
+
+def blamed_sites(sites: list[str]) -> str:
+    """Returns the line that names the sites, if all of them are wrong alone."""
+    off = Error(0.1, 0.1)
+    results = [measured(site)._replace(exact=off, alone=off) for site in sites]
+    lines = headline(dataclasses.replace(parity(*results), everywhere=True)).splitlines()
+    (line,) = [line.strip() for line in lines if line.strip().startswith("wrong even")]
+    return line.removeprefix("wrong even with the reference's values before it: ")
+
+
+def test_sites_that_are_wrong_alone_are_put_together_by_their_numbers() -> None:
+    few = [f"down_{i}.conv_{k}.{place}" for i in range(2) for k in range(2) for place in "ab"]
+    assert blamed_sites([*few[:4], "up.0.mlp", "up.1.mlp"]).endswith(
+        "down_0.conv_1.b (1.0e-01); up.{i}.mlp, 2 times (1.0e-01)"
+    )
+    assert blamed_sites([*few, "last"]) == "; ".join(
+        ["down_{i}.conv_{i}.a, 4 times (1.0e-01)", "down_{i}.conv_{i}.b, 4 times (1.0e-01)", "last (1.0e-01)"]
+    )

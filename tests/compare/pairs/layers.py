@@ -97,6 +97,7 @@ class Attention(nnx.Module):
       heads: how many the queries have.
       causal: whether a token sees none that comes after it.
       tiled: query head n takes K/V head n modulo their number, which is wrong.
+      scaled_by_width: the scores are divided by the root of the whole width, which is wrong.
     """
 
     def __init__(
@@ -109,9 +110,11 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         tiled: bool = False,
+        scaled_by_width: bool = False,
     ):
         self.query, self.key, self.value, self.out = query, key, value, out
         self.heads, self.causal, self.tiled = heads, causal, tiled
+        self.scale = (query.out_features if scaled_by_width else query.out_features // heads) ** -0.5
         self.groups = query.out_features // key.out_features
 
     def __call__(
@@ -132,7 +135,7 @@ class Attention(nnx.Module):
             if self.tiled
             else partial(jnp.repeat, repeats=self.groups, axis=2)
         )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, spread_over(key)) / head_dim**0.5
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, spread_over(key)) * self.scale
         if self.causal:
             seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
             scores = jnp.where(seen[None, None], scores, -jnp.inf)

@@ -51,6 +51,7 @@ class Llama(nnx.Module):
       interleaved: whether RoPE turns neighbours instead of halves.
       epsilon: of RMSNorm; None: the reference's.
       tiled: whether query head n takes K/V head n modulo their number.
+      scaled_by_width: whether the scores are divided by the root of the whole width.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Llama(nnx.Module):
         interleaved: bool = False,
         epsilon: float | None = None,
         tiled: bool = False,
+        scaled_by_width: bool = False,
     ):
         config, tensors = reference.config, tensors_of(reference)
         heads, epsilon = config.num_attention_heads, config.rms_norm_eps if epsilon is None else epsilon
@@ -69,7 +71,8 @@ class Llama(nnx.Module):
             attention = [linear_of(of, f"{at}.self_attn.{name}_proj") for name in "qkvo"]
             mlp = [linear_of(of, f"{at}.mlp.{name}_proj") for name in ("gate", "up", "down")]
             norm1, norm2 = (rms_norm_of(of, f"{at}.{name}_layernorm", epsilon) for name in ("input", "post_attention"))
-            return Block(norm1, Attention(*attention, heads, causal=True, tiled=tiled), norm2, GatedMlp(*mlp, nnx.silu))
+            attn = Attention(*attention, heads, causal=True, tiled=tiled, scaled_by_width=scaled_by_width)
+            return Block(norm1, attn, norm2, GatedMlp(*mlp, nnx.silu))
 
         self.embedding = nnx.Param(jnp.asarray(of["embed_tokens.weight"]))
         self.rope = Rope(of["rotary_emb.inv_freq"], interleaved=interleaved)

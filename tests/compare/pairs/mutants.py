@@ -37,11 +37,24 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "registers_first": Mutant(
             {"registers_first": True}, f"{DINOV2}.embeddings", "another order along the number 1 axis"
         ),
-        "positions_by_factor": Mutant({"by_factor": True}, f"{DINOV2}.embeddings"),
-        "swiglu_swapped": Mutant({"swap_gate": True}, f"{DINOV2}.encoder.layer.0.mlp.weights_out"),
+        "positions_by_factor": Mutant(
+            {"by_factor": True},
+            f"{DINOV2}.embeddings",
+            f"{DINOV2}.embeddings.position_embeddings resized bicubic (-0.5), antialiased, border cut off, by a factor"
+            " from the size + 0.1; right is bicubic (-0.5), antialiased, border cut off, to the size",
+        ),
+        "swiglu_swapped": Mutant(
+            {"swap_gate": True},
+            f"{DINOV2}.encoder.layer.0.mlp.weights_out",
+            f"{DINOV2}.encoder.layer.0.mlp.weights_in used in another order: the two halves swapped",
+        ),
     },
     "dinov3": {
-        "rope_on_registers": Mutant({"turn_registers": True}, "layer.0.attention.o_proj"),
+        "rope_on_registers": Mutant(
+            {"turn_registers": True},
+            "layer.0.attention.o_proj",
+            "rotary positions turn the 4 tokens before those that have them, as the first of these",
+        ),
         "rope_interleaved": Mutant(INTERLEAVED, "rope_embeddings", "the channels interleaved, for halves"),
         "rope_interleaved_unseen": Mutant(INTERLEAVED, "layer.0.attention.o_proj", TURNED, without=ROPE),
     },
@@ -63,6 +76,15 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "rope_interleaved": Mutant(INTERLEAVED, f"{LLAMA}.rotary_emb", "the channels interleaved, for halves"),
         "rope_interleaved_unseen": Mutant(INTERLEAVED, f"{LLAMA}.layers.0.self_attn.o_proj", TURNED, without=ROPE),
         "epsilon": Mutant({"epsilon": 1e-6}, f"{LLAMA}.layers.0.input_layernorm", "epsilon 1e-06 for 1e-05"),
-        "kv_heads_tiled": Mutant({"tiled": True}, f"{LLAMA}.layers.0.self_attn.o_proj"),
+        "scaled_by_width": Mutant(
+            {"scaled_by_width": True},
+            f"{LLAMA}.layers.0.self_attn.o_proj",
+            "the scores of attention multiplied by 0.408248, which is 1 / sqrt(6)",
+        ),
+        "kv_heads_tiled": Mutant(
+            {"tiled": True},
+            f"{LLAMA}.layers.0.self_attn.o_proj",
+            "query head n gets head n % 3 of keys and values, not n // 2",
+        ),
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,13 @@ from numpy.typing import NDArray
 
 from vit_ref.verify.formats import STORED, UNIT
 from vit_ref.verify.gates import error
+
+# Two right values in float64 differ by less than this, relative to their size, and two formulas by more.
+SAME = 1e-10
+# An image has so many axes, with its batch and its channels.
+IMAGE = 4
+# At least so many rows are needed to find a factor for each channel.
+_ROWS = 6
 
 
 class Prediction(NamedTuple):
@@ -84,3 +92,24 @@ def explain_by_order(truth: NDArray, value: NDArray, axes: tuple[str, ...]) -> I
         if len(set(order)) == size and (order != np.arange(size)).any():
             first = ", ".join(map(str, order[:4])) + (", ..." if size > 4 else "")
             yield Prediction(f"another order along the {name} axis ({first})", np.take(truth, order, axis))
+
+
+def channel_axes(value: NDArray) -> list[int]:
+    """Returns the axes that may be the channels of a value: the last, and in an image of PyTorch's the second.
+
+    Args:
+      value: the value. Without enough other elements beside its channels it has none.
+    """
+    axes = [-1, 1] if value.ndim >= IMAGE else [-1]
+    return [axis for axis in axes if value.size // value.shape[axis] >= _ROWS]
+
+
+def distance(one: NDArray, other: NDArray) -> float:
+    """Returns how far one value is from another, relative to the other; infinity if that is not finite."""
+    size = float(np.linalg.norm(other))
+    return float(np.linalg.norm(one - other)) / size if size > 0 and bool(np.isfinite(one).all()) else math.inf
+
+
+def is_same(one: NDArray, other: NDArray) -> bool:
+    """Returns whether two values are equal but for the rounding of float64."""
+    return distance(one, other) <= SAME

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,21 @@ from numpy.typing import NDArray
 from vit_ref.verify.compare.inputs import Inputs, is_float
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.divergence import Divergence
+from vit_ref.verify.diagnose.places import find_place
+from vit_ref.verify.diagnose.positions import resize_otherwise
 from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
-from vit_ref.verify.diagnose.relations import change, explain_by_relation, interleave, reorder
+from vit_ref.verify.diagnose.relations import change, explain_by_relation
 from vit_ref.verify.formats import STORED
 from vit_ref.verify.gates import error
+from vit_ref.verify.pairs.reruns import BEFORE, LARGEST, Reruns
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.results import Cause, Explanation
 
-# So many values before a wrong one are tried, and the reference runs so often with a change.
-_BEFORE, _RUNS = 12, 250
 # So many values that the candidate does not show, one after another, are rounded together.
 _TOGETHER = 4
-# Values with more elements are not explained.
-_LARGEST = 1 << 24
-_QUERIES = ("query", "q_proj", "q_lin")
-_KEYS = ("key", "k_proj", "k_lin")
+# So many changes are tried after one that fits, because another may fit better, as one epsilon of several does.
+_MORE = 16
 
 
 class PairExplainer:
@@ -46,10 +46,10 @@ class PairExplainer:
         """Implements `Explainer.explain_formula`."""
         found = Divergence(site, shown[site], truth[site], made_in="reference")
         if found.value.shape != found.truth.shape:
-            return Explanation((), f"as its shape is {found.value.shape}, not {found.truth.shape}")
+            return Explanation((), f"because its shape is {found.value.shape}, not {found.truth.shape}")
         if not found.comparable:
-            return Explanation((), "as it is not finite")
-        if found.value.size > _LARGEST:
+            return Explanation((), "because it is not finite")
+        if found.value.size > LARGEST:
             return Explanation()
         known = self._reference.trace(self._inputs, FLOAT64)
         parameters = self._reference.parameters()
@@ -59,13 +59,13 @@ class PairExplainer:
             explain_by_relation(found.truth, found.value, before, parameters),
             explain_by_order(found.truth, found.value, _axes(found.truth)),
             found.by_value(),
+            self._from_later(found, known),
+            resize_otherwise(found.truth, before, parameters),
         )
-        if causes:
-            return Explanation(causes)
-        hidden = hidden_before(site, self._order, shown)
-        weighted = self._weighted(found, parameters, (site, *hidden[-_BEFORE:]))
-        stored = self._rounded(found, known, shown)
-        return Explanation(found.causes(stored, weighted, self._within(found, known, hidden)))
+        for changes in self._reruns(found, known, parameters, shown) if not causes else ():
+            if causes := _first_causes(found, changes):
+                break
+        return Explanation(causes, "" if causes else find_place(found.value, found.truth))
 
     def explain_rounding(self, site: str, shown: Trace, truth: Trace, precision: Precision) -> tuple[Cause, ...]:
         """Implements `Explainer.explain_rounding`. It knows one cause: a coarser format than the tested one."""
@@ -78,7 +78,7 @@ class PairExplainer:
     def explain_gradient(self, name: str, value: NDArray, truth: NDArray) -> Explanation:
         """Implements `Explainer.explain_gradient`. It tries a factor, zeros, a rounding and another order."""
         found = Divergence(name, value, truth, made_in="reference")
-        if not found.comparable or value.size > _LARGEST:
+        if not found.comparable or value.size > LARGEST:
             return Explanation()
         return Explanation(found.causes(found.by_value(), explain_by_order(truth, value, _axes(truth))))
 
@@ -93,10 +93,38 @@ class PairExplainer:
             ):
                 continue
             found[name] = value
-            if len(found) == _BEFORE:
+            if len(found) == BEFORE:
                 break
         given = self._inputs.items() if isinstance(self._inputs, Mapping) else ()
         return found | {name: value.astype(np.float64) for name, value in given if is_float(value)}
+
+    def _from_later(self, found: Divergence, known: Trace) -> Iterator[Prediction]:
+        """Yields the values after the site, in whose place another one may stand, as keys in the place of queries."""
+        for name in self._order[self._order.index(found.site) + 1 :]:
+            value = known.get(name)
+            if value is not None and value.shape == found.truth.shape and not np.array_equal(value, found.truth):
+                yield Prediction(f"the value of {name} in its place", value)
+
+    def _reruns(
+        self, found: Divergence, known: Trace, parameters: Mapping[str, NDArray], shown: Trace
+    ) -> Iterator[Iterator[Prediction]]:
+        """Yields explanations for which the reference runs with a change, the most likely ones first."""
+        hidden = hidden_before(found.site, self._order, shown)
+        seen = tuple(name for name in self._order[: self._order.index(found.site)] if name in shown)
+        reruns = Reruns(
+            self._reference,
+            self._inputs,
+            self._order,
+            found.site,
+            known,
+            parameters,
+            partial(self._before, known=known),
+        )
+        yield self._rounded(found, known, shown)
+        yield reruns.with_hidden(hidden)
+        yield reruns.with_heads()
+        yield reruns.with_weights((found.site, *hidden[-BEFORE:]))
+        yield reruns.with_shown(seen)
 
     def _rounded(self, found: Divergence, known: Trace, shown: Trace) -> Iterator[Prediction]:
         """Yields the reference's values at the site if values that the candidate does not show are rounded together.
@@ -107,71 +135,21 @@ class PairExplainer:
         gaps = [list(names) for seen, names in itertools.groupby(earlier, shown.__contains__) if not seen]
         # A single value right before the site is tried with all other changes.
         few = [gap for gap in reversed(gaps) if len(gap) <= _TOGETHER and gap != earlier[-1:]]
-        for gap in [gap for gap in few if known.keys() >= set(gap)][:_BEFORE]:
+        for gap in [gap for gap in few if known.keys() >= set(gap)][:BEFORE]:
             for name, rounded in STORED.items():
                 fed = {site: rounded(known[site]) for site in gap}
-                yield Prediction(f"at {', '.join(gap)}, rounded to {name}", self._run(fed, found.site), name)
+                run = self._reference.trace(self._inputs, FLOAT64, replace=fed)
+                yield Prediction(f"at {', '.join(gap)}, rounded to {name}", np.asarray(run[found.site]), name)
 
-    def _within(self, found: Divergence, known: Trace, hidden: tuple[str, ...]) -> Iterator[Prediction]:
-        """Yields the reference's values at the site after a change at a hidden site right before it."""
-        runs = 0
-        for name in reversed([name for name in hidden if name in known][-_BEFORE:]):
-            before = self._before(name, known)
-            for label, value, rounded_to in self._ways(known[name], before):
-                if runs == _RUNS:
-                    return
-                runs += 1
-                yield Prediction(f"at {name}, {label}", self._run({name: value}, found.site), rounded_to)
-        for query, key in self._rotated(found.site, known):
-            for size in _heads(known[query], known[key]):
-                for back in (False, True):
-                    fed = {name: interleave(known[name], size, back=back) for name in (query, key)}
-                    pairs = "adjacent channels" if not back else "halves"
-                    other = "halves" if not back else "adjacent channels"
-                    yield Prediction(
-                        f"rotary positions turn {pairs} of every {size} channels for {other}",
-                        self._run(fed, found.site),
-                    )
 
-    def _weighted(
-        self, found: Divergence, parameters: Mapping[str, NDArray], modules: tuple[str, ...]
-    ) -> Iterator[Prediction]:
-        """Yields the reference's values at the site after a change of a weight that its submodules hold."""
-        if not hasattr(self._reference, "with_parameters"):
-            return
-        for name, weight in parameters.items():
-            if name.rpartition(".")[0] in modules and weight.size <= _LARGEST:
-                for label, changed, _ in reorder(weight):
-                    run = self._reference.with_parameters({name: changed}).trace(self._inputs, FLOAT64)
-                    yield Prediction(f"{name} {label}", np.asarray(run[found.site]))
-
-    def _ways(self, truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction]:
-        if truth.size > _LARGEST:
-            return
-        yield from change(truth, before)
-        for name, rounded in STORED.items():
-            yield Prediction(f"rounded to {name}", rounded(truth), format=name)
-        yield Prediction("nothing", np.zeros_like(truth))
-        yield Prediction("the sign turned", -truth)
-
-    def _rotated(self, site: str, known: Trace) -> Iterator[tuple[str, str]]:
-        place = self._order.index(site)
-        near = [name for name in self._order[max(0, place - 2 * _BEFORE) : place] if name in known]
-        for query in near:
-            for ending, other in zip(_QUERIES, _KEYS, strict=True):
-                if query.endswith(ending) and (key := query[: -len(ending)] + other) in near:
-                    yield query, key
-
-    def _run(self, fed: dict[str, NDArray], site: str) -> NDArray:
-        return np.asarray(self._reference.trace(self._inputs, FLOAT64, replace=fed)[site])
+def _first_causes(found: Divergence, changes: Iterator[Prediction]) -> tuple[Cause, ...]:
+    """Returns the first change that fits, and those of the next few that fit as well. Each change is a whole run."""
+    for prediction in changes:
+        if found.causes([prediction]):
+            return found.causes([prediction, *itertools.islice(changes, _MORE)])
+    return ()
 
 
 def _axes(value: NDArray) -> tuple[str, ...]:
     """Returns the name of one index along each axis."""
     return tuple("last" if axis == value.ndim - 1 else f"number {axis}" for axis in range(value.ndim))
-
-
-def _heads(query: NDArray, key: NDArray) -> list[int]:
-    """Returns the sizes that a head may have: even numbers that divide both widths."""
-    widths = query.shape[-1], key.shape[-1]
-    return [size for size in range(4, min(widths) + 1, 2) if not any(width % size for width in widths)][:12]

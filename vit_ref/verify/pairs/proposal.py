@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.verify.candidates.table import fitted
+from vit_ref.verify.compare.trace import passing
 from vit_ref.verify.gates import error
 from vit_ref.verify.pairs.discovery import submodule_of
 from vit_ref.verify.pairs.given import Given as GivenInputs
+from vit_ref.verify.pairs.onward import Observed, look_past
 from vit_ref.verify.pairs.outline import OUTPUT
 from vit_ref.verify.pairs.session import Given, PairSession
 from vit_ref.verify.precision import FLOAT64
@@ -38,11 +40,13 @@ class Line(NamedTuple):
       key: the candidate's value, see `Candidate.sites`.
       site: the reference's site.
       select: the Python expression of `x` that picks the site's value; "" for the whole value.
+      equal: whether the two values are equal. If not, the values after them are, given the reference's value.
     """
 
     key: str
     site: str
     select: str
+    equal: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +57,7 @@ class PairProposal:
       candidate: the candidate's name.
       reference: the reference's name.
       lines: the table.
-      unshown: sites of the reference that no value of the candidate equals, in order. After a wrong formula
-        no later site is equal.
+      unshown: sites of the reference that no value of the candidate equals, in order.
       unused: submodules of the candidate that equal no site.
     """
 
@@ -69,7 +72,10 @@ class PairProposal:
         return {
             "candidate": self.candidate,
             "reference": self.reference,
-            "sites": [{"key": line.key, "target": line.site, "select": line.select or None} for line in self.lines],
+            "sites": [
+                {"key": line.key, "target": line.site, "select": line.select or None, "equal": line.equal}
+                for line in self.lines
+            ],
             "unshown": list(self.unshown),
             "unused": list(self.unused),
         }
@@ -80,6 +86,8 @@ class PairProposal:
     def _text(self) -> Iterator[str]:
         yield f"# Proposed for {self.candidate} by its values beside {self.reference}."
         yield "# Check each line: a candidate is compared at the points that its table names."
+        if not all(line.equal for line in self.lines):
+            yield "# Where a line says so, the values differ. Given the reference's value there, later ones are equal."
         # A selection that many lines share, as that of a model with another order of axes, is written once.
         shared = {
             select: f"pick_{k}"
@@ -92,7 +100,10 @@ class PairProposal:
         by_key: dict[str, list[str]] = {}
         for line in self.lines:
             by_key.setdefault(line.key, []).append(_target(line, shared))
+        different = {line.key for line in self.lines if not line.equal}
         for key, targets in by_key.items():
+            if key in different:
+                yield "    # The values differ:"
             if len(targets) == 1:
                 yield f"    {json.dumps(key)}: {targets[0]},"
             else:
@@ -114,7 +125,10 @@ def propose(
     inputs: GivenInputs = None,
     seed: int = 0,
 ) -> PairProposal:
-    """Proposes the table of a candidate's sites from one run in float64 beside the reference.
+    """Proposes the table of a candidate's sites from runs in float64 beside the reference.
+
+    The first run shows which values are equal. If a value is wrong, later runs give the candidate the reference's value
+    there, so that the table does not end at the first wrong formula.
 
     Args:
       reference: see `compare`.
@@ -127,20 +141,27 @@ def propose(
       InputError: a side or the inputs cannot be used.
     """
     session = PairSession(reference, candidate, checkpoint, inputs=inputs, seed=seed, bare=True)
-    recorder = Recorder(session.found.outline, session.inputs)
-    session.candidate.tables = lambda inputs: recorder
-    session.candidate.outputs([session.inputs], FLOAT64, jit=False, tap=lambda site, value: value)
-    shown = {key: value for key, value in recorder.values.items() if submodule_of(key) not in recorder.repeated}
-    wanted = session.whole.trace(session.inputs, FLOAT64)
-    sites = [site for site in session.found.outline.shapes(session.inputs) if site != OUTPUT and site in wanted]
-    matches = {site: found for site in sites if (found := _matches(wanted[site], shown))}
-    lines = list(_lines(matches))
+    trace = session.whole.trace(session.inputs, FLOAT64)
+    sites = [site for site in session.found.outline.shapes(session.inputs) if site != OUTPUT and site in trace]
+    wanted = {site: trace[site] for site in sites}
+
+    def observe(fed: dict[str, NDArray]) -> Observed:
+        recorder = Recorder(session.found.outline, session.inputs, fed=fed)
+        session.candidate.tables = lambda inputs: recorder
+        (output,) = session.candidate.outputs([session.inputs], FLOAT64, jit=False, tap=passing)
+        shown = {key: value for key, value in recorder.values.items() if submodule_of(key) not in recorder.repeated}
+        matches = {site: found for site in sites if (found := _matches(wanted[site], shown))}
+        right = output.shape == trace[OUTPUT].shape and error(output, trace[OUTPUT]).rms <= EQUAL
+        return Observed(shown, matches, right)
+
+    (shown, matches, _), different = look_past(observe, wanted)
+    lines = [line._replace(equal=line.key not in different) for line in _lines(matches)]
     equal = {submodule_of(key) for found in matches.values() for key in found}
     return PairProposal(
         session.candidate.name,
         session.reference.name,
         tuple(_numbered(lines)),
-        tuple(site for site in wanted if site not in matches and site != OUTPUT),
+        tuple(site for site in sites if site not in matches),
         tuple(key for key in shown if submodule_of(key) not in equal and ":" not in key),
     )
 
@@ -204,13 +225,13 @@ def _size(value: NDArray) -> float:
 
 def _numbered(lines: list[Line]) -> Iterator[Line]:
     """Yields the lines. Lines that differ only in one number become one line with `{i}`."""
-    groups: dict[tuple[str, str, str], list[Line]] = {}
+    groups: dict[tuple[str, str, str, bool], list[Line]] = {}
     for line in lines:
-        groups.setdefault((_template(line.key), _template(line.site), line.select), []).append(line)
-    for (key, site, select), members in groups.items():
+        groups.setdefault((_template(line.key), _template(line.site), line.select, line.equal), []).append(line)
+    for alike, members in groups.items():
         same = all(_number(line.key) == _number(line.site) != "" for line in members)
         if same and len(members) > 1:
-            yield Line(key, site, select)
+            yield Line(*alike)
         else:
             yield from members
 

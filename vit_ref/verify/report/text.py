@@ -16,6 +16,8 @@ from vit_ref.verify.results import NEVER_SHOWN, CandidateReport, Check, ParityRe
 WIDTH = 80
 # An output whose error is this many times that of the final norm has a fault of its own.
 _FAR = 10
+# With more entries than this, sites that are wrong alone are put together if they differ in their numbers alone.
+_ENTRIES = 8
 # A row of the table that fails ends with one of these: it fails both gates, the semantic one or the numerical one.
 MARKS = ("both", "float64", "rounding")
 
@@ -103,7 +105,7 @@ def next_step(report: ParityReport) -> str:
             f"add {_some(report.hidden)} to the candidate's sites, to find where the fault begins; vit-ref propose"
             " lists them"
         )
-    return f"compare the candidate's code at {site} with the reference's: its input agrees and its value does not"
+    return f"compare the candidate's code at {site} with the reference's: the values before it agree, this one does not"
 
 
 def _blame(report: ParityReport) -> list[str]:
@@ -126,10 +128,17 @@ def _blame(report: ParityReport) -> list[str]:
 
 
 def _blame_sites(report: ParityReport) -> list[str]:
-    """Returns a line with every site that is wrong alone. Sites that differ only in one number share an entry."""
+    """Returns a line with every site that is wrong alone. Sites that differ only in one number share an entry.
+
+    If that makes many entries, sites that differ in any number share one.
+    """
     guilty, groups = wrong_alone(report), dict[str, list[str]]()
     for site in guilty:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "{i}", site, count=1), []).append(site)
+    if len(groups) > _ENTRIES:
+        groups = {}
+        for site in guilty:
+            groups.setdefault(re.sub(r"\d+", "{i}", site), []).append(site)
     said = []
     for template, several in groups.items():
         names = several[0] if len(several) == 1 else f"{template}, {len(several)} times"
