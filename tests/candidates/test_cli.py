@@ -103,7 +103,7 @@ def test_the_given_options_reach_the_check(found: Callable[[str], list[Any]], in
     asked = {"images": Path("photographs"), "precision": "bfloat16", "reference": "numpy", "backward": False}
     asked |= {"ignore": ("vit.pooler.*", "x"), "fail_fast": False, "quick": False, "cache": True}
     ((*given, options),) = calls
-    del options["on_part"]
+    del options["on_part"], options["on_divergence"]
     assert (given, options) == (["port.py", "anywhere"], asked)
     assert invoke("verify", "anywhere", "--fail-fast", "--quick").exit_code == 0
     assert (calls[1][-1]["fail_fast"], calls[1][-1]["quick"]) == (True, True)
@@ -424,6 +424,18 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets rich print as on a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
+
+
+def test_a_line_above_the_bar_is_for_a_terminal(
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    with show_progress(2) as step:
+        step.say("first divergence at b")
+    assert capsys.readouterr().err == ""
+    request.getfixturevalue("terminal")
+    with show_progress(2) as step:
+        step.say("first divergence at b")
+    assert "vit-ref: first divergence at b\n" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("terminal")

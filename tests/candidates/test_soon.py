@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -238,9 +239,9 @@ def test_wrong_gradients_end_a_run_that_fails_fast(
 def test_the_command_says_what_a_run_that_failed_fast_left_out(deep: Path) -> None:
     ended = CliRunner().invoke(main, ["verify", str(deep), "--candidate", TANH, "--fail-fast", "--quick"])
     assert ended.exit_code == 1, ended.output
-    assert ended.stderr.startswith(f"vit-ref: {DIVERGES}") and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr == ""
     said = " ".join(ended.stdout.split())
-    assert "a cut of given0/deep: first divergence at block.0.mlp.hidden: float64" in said or "first divergence" in said
+    assert re.search(r"a cut of \S*deep: first divergence at block\.0\.mlp\.hidden: float64", said)
     assert "likely cause: tanh GELU" in said
     assert f"float32 rounding (not run: the formula is wrong in float64), gradients ({STOPPED})" in said
     assert f"behaviour ({STOPPED})" in said

@@ -95,9 +95,10 @@ class Steps:
             self._bar.start()
 
     def say(self, line: str) -> None:
-        """Prints a line on standard error, above the bar."""
-        with self.hidden():
-            say(line)
+        """Prints a line above the bar. Without a bar it prints nothing, because nobody watches."""
+        if not self._bar.disable:
+            with self.hidden():
+                say(line)
 
 
 @contextlib.contextmanager

@@ -83,8 +83,8 @@ def verify(
     which takes half a minute on two cores. It compares every value of the forward pass and every gradient with a
     float64 oracle.
 
-    The verdict on the forward pass is printed before the gradients begin, and theirs before the behaviour. A first
-    divergence is told on standard error before its cause is looked for.
+    The verdict on the forward pass is printed before the gradients begin, and theirs before the behaviour. On a
+    terminal the command tells a first divergence before it looks for the cause.
 
     Exit code 0: every check passed. 1: a check failed, and the report names the first divergence. 2: some input cannot
     be used; if the forward pass was verified first, the command prints its results.

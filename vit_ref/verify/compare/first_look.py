@@ -18,7 +18,7 @@ def ignore_divergence(line: str) -> None:
 
 
 class FirstLook:
-    """Compares a candidate's values in float64 with the reference's.
+    """Comparison of a candidate's values in float64 with the reference's.
 
     Args:
       truth: the reference's values in float64, by site, for the rows that the candidate is run on.
