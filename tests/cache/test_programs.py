@@ -15,7 +15,8 @@ from vit_ref.verify.cache.store import Store
 before = dict(jax.config.values)
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
-with keeping_programs(Store(pathlib.Path(sys.argv[1]))):
+place = pathlib.Path(sys.argv[1])
+with keeping_programs(Store(place)), keeping_programs(Store(place / "inner")):
     out = jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.arange(12.0).reshape(3, 4))
 print(events.count("cache_hits"), events.count("cache_misses"), out.tobytes().hex())
 assert jax.config.values == before
@@ -44,6 +45,7 @@ def test_a_second_process_compiles_nothing_but_what_was_damaged(tmp_path) -> Non
     entries = programs(tmp_path)
     assert hits == 0
     assert misses == len(entries) >= 3
+    assert programs(tmp_path / "inner") == []  # a verification within another one uses the cache of that
     assert run(tmp_path) == (misses, 0, out)
 
     whole, other = entries[0].read_bytes(), entries[1].read_bytes()
@@ -65,4 +67,14 @@ def test_a_cache_of_the_callers_own_wins(tmp_path) -> None:
 
 def test_no_cache_is_made_if_the_caller_switched_jaxs_off(tmp_path) -> None:
     assert run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")[:2] == (0, 0)
+    assert programs(tmp_path) == []
+
+
+def test_without_jaxs_interface_a_run_goes_on_and_says_so(tmp_path) -> None:
+    hidden = 'import sys; sys.modules["jax._src.compilation_cache_interface"] = None'
+    command = [sys.executable, "-c", f"import jax\n{hidden}\n{PROGRAM}", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("0 0 ")
+    assert "takes no cache of compiled programs: this run compiles all of them" in done.stderr
     assert programs(tmp_path) == []
