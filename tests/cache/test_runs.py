@@ -294,3 +294,22 @@ def test_a_setting_of_pytorchs_products_is_found() -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert originals.find_replaced(foreign=False) == ""
+
+
+def test_what_a_candidate_imported_is_not_the_original_for_the_next_one(monkeypatch) -> None:
+    monkeypatch.setattr(originals, "_originals", {})
+    monkeypatch.setattr(originals, "_late", {"transformers": None})  # it was not imported when the first one was loaded
+    monkeypatch.setitem(sys.modules, LATE, ModuleType(LATE))
+    originals.remember()
+    assert not [name for name in originals._originals if name.startswith("transformers")]
+    originals.remember_after(lambda: None)
+    assert originals.find_replaced().startswith("transformers")
+
+
+def test_the_seed_that_pytorchs_compiler_wraps_is_no_replaced_function(monkeypatch) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'vit-ref[torch]'")
+    originals.remember()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    assert originals.find_replaced(foreign=False) == ""
+    monkeypatch.setattr(torch, "matmul", lambda *operands: None)
+    assert originals.find_replaced(foreign=False) == "torch.matmul"

@@ -148,8 +148,7 @@ def check_port(
             known = fail_fast and has_values(shelf, pixels)
             if foreign and not (known or is_known(shelf, pixels, resolved, pixels[:several] if backward else None)):
                 # A candidate may replace parts of it. What the cache keeps has to be the reference itself.
-                import_module(reference)
-                originals.remember()
+                originals.remember_after(partial(import_module, reference))
         declaration = None if candidate is None else find_declaration(candidate)
         if quick:
             stack.enter_context(_advising(cut.changes))

@@ -21,6 +21,8 @@ _WATCHED = (
     "transformers.modeling_utils",
     "transformers.models.vit",
 )
+# PyTorch's compiler replaces this function when it is imported. No reference draws random numbers.
+_SEEDS = ("torch", "manual_seed")
 
 # Functions and classes by module and name, and those of a class by module, class and name, as they were first seen.
 _originals: dict[str, dict[str, Any]] = {}
@@ -32,15 +34,16 @@ _late: dict[str, str | None] = {}
 def remember() -> None:
     """Remembers the functions and classes of each watched module once. Call it before a candidate is loaded.
 
-    A second candidate in one process meets what the first one replaced. So a module is not read again.
+    A second candidate in one process meets what the first one replaced. So a module is not read again. And a package
+    that was imported since an earlier call is not read at all, unless `remember_after` imported it.
     """
     for package in _PACKAGES:
-        if package in sys.modules:
-            _late.pop(package, None)
-        else:
+        if package not in sys.modules:
             _late[package] = _find_file(package)
     for name, module in list(sys.modules.items()):
-        if name not in _originals and isinstance(module, ModuleType) and _is_watched(name):
+        if name in _originals or name.partition(".")[0] in _late:
+            continue
+        if isinstance(module, ModuleType) and _is_watched(name):
             _originals[name] = _held(module)
 
 
@@ -56,6 +59,8 @@ def remember_after(load: Callable[[], None]) -> None:
     touched = find_replaced() or any(package in sys.modules for package in _late)
     load()
     if not touched and not _find_moved():
+        for package in [package for package in _late if package in sys.modules]:
+            del _late[package]
         remember()
 
 
@@ -117,7 +122,7 @@ def _held(module: ModuleType) -> dict[str, Any]:
     for name, value in list(vars(module).items()):
         if isinstance(value, dict) and not name.startswith("__"):  # for example activations by name
             found |= {f"{name}[{key!r}]": each for key, each in list(value.items()) if callable(each)}
-        if not callable(value):
+        if not callable(value) or (module.__name__, name) == _SEEDS:
             continue
         found[name] = value
         if isinstance(value, type) and value.__module__ == module.__name__:

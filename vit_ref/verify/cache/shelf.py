@@ -131,7 +131,10 @@ class Shelf:
         if not replaced and self._around is not None and self._around != digest(surroundings()):
             replaced = "a setting of jax or of the environment"
         if replaced:
-            self._store.note(f"{replaced} changed in this run, so the cache keeps no result of the reference")
+            self._store.note(
+                f"{replaced} changed in this run, or the candidate imported it, so the cache keeps no result of the"
+                " reference"
+            )
             return
         self._store.write(kind, digest(self._identity, what), parts)
 
