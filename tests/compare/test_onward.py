@@ -100,3 +100,16 @@ def test_the_runs_of_all_divergences_are_counted(monkeypatch: pytest.MonkeyPatch
         runs = Runs("first", "first.act", "second", "second.act", "last", wrong=(2.0, 3.0))
         numbers.append((look_past(runs, runs.wanted)[1], runs.number))
     assert numbers == [({"first"}, 2), ({"first", "second"}, 3)]
+
+
+def test_a_value_that_equals_its_own_site_is_not_marked_as_different() -> None:
+    # The rotated query has the norm of the query.
+    runs = Runs("first", "second", "last")
+
+    def observe(fed: dict[str, NDArray]) -> Observed:
+        seen = runs(fed)
+        turned = -runs.wanted["first"]
+        return seen._replace(shown={"turned": turned, **seen.shown}, matches={"turned": {"turned": ""}, **seen.matches})
+
+    _, different = look_past(observe, {"turned": -runs.wanted["first"], **runs.wanted})
+    assert "first" in different and "turned" not in different

@@ -57,6 +57,7 @@ def look_past(observe: Observe, wanted: Mapping[str, NDArray]) -> tuple[Observed
     """
     fed: dict[str, NDArray] = {}
     seen, runs, found = observe(fed), 0, True
+    equal = {key for keys in seen.matches.values() for key in keys}
     while found and not seen.right:
         found = False
         for key, site, value in itertools.islice(_guesses(seen, wanted, fed), _RUNS - runs):
@@ -70,7 +71,7 @@ def look_past(observe: Observe, wanted: Mapping[str, NDArray]) -> tuple[Observed
     return seen, frozenset(
         key
         for key, value in seen.shown.items()
-        if any(math.isclose(_size(value), size, rel_tol=EQUAL) for size in sizes)
+        if key not in equal and any(math.isclose(_size(value), size, rel_tol=EQUAL) for size in sizes)
     )
 
 
