@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vit_ref.verify.diagnose.activations import ACTIVATIONS
 from vit_ref.verify.diagnose.divergence import Divergence
+from vit_ref.verify.diagnose.orders import reorder_elements
 from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
 from vit_ref.verify.diagnose.relations import change, explain_by_relation
 
@@ -204,3 +205,25 @@ def test_a_fault_in_one_row_alone_is_named() -> None:
 def test_no_parameter_at_its_start_gives_its_name_to_a_factor() -> None:
     assert set(labels(X, 2 * X)) == {"2 x the reference", "each channel with another factor a channel"}
     assert set(labels(X, X + 1)) == {"another constant added to each channel"}
+
+
+@pytest.mark.parametrize("shape", [(), (2, 0, 8)])
+def test_a_value_without_axes_or_elements_is_given_no_name(shape: tuple[int, ...]) -> None:
+    value = np.ones(shape)
+    assert list(change(value, {"before": value})) == [] and list(reorder_elements(value)) == []
+    assert list(explain_by_relation(value, 2 * value, {}, {})) == []
+
+
+def test_lone_numbers_of_other_modules_do_not_explain_a_factor() -> None:
+    parameters = {"block7.alpha": np.array(0.3), "block9.alpha": np.array(0.6)}
+    causes = Divergence("site", 2 * X, X).causes(explain_by_relation(X, 2 * X, {}, parameters))
+    assert causes and not [cause for cause in causes if "alpha" in cause.label]
+
+
+def test_a_gate_of_flattened_tokens_is_named() -> None:
+    both = RNG.normal(size=(14, 28))
+    one, other = np.split(both, 2, axis=-1)
+    truth = (ACTIVATIONS["SiLU"](one) * other).reshape(2, 7, 14)
+    wrong = (ACTIVATIONS["ReLU"](one) * other).reshape(2, 7, 14)
+    causes = Divergence("site", wrong, truth).causes(change(truth, {"both": both}))
+    assert [cause.label for cause in causes] == ["ReLU for SiLU in the gate"]

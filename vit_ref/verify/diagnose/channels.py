@@ -79,7 +79,8 @@ def _of_two(
     ways: Mapping[str, Callable[[NDArray, NDArray], NDArray]],
 ) -> str | None:
     """Returns the bug that has another parameter of the same shape in the place of one."""
-    telling = list(_telling(found, parameters))
+    # One of several lone numbers is some factor of another.
+    telling = [each for each in _telling(found, parameters) if each[1].size > 1]
     for name, parameter, each in telling:
         # The numbers of one head are the same, or no parameter of heads explains them.
         of_head = found.reshape(-1, each)[:, 0]

@@ -19,6 +19,8 @@ def reorder_elements(truth: NDArray) -> Iterator[Prediction]:
     Args:
       truth: the right value.
     """
+    if not truth.ndim or not truth.size:
+        return
     for size in _parts(truth.shape[-1]):
         heads = truth.reshape(*truth.shape[:-1], -1, size)
         label = "" if size == truth.shape[-1] else f" of every {size} channels"

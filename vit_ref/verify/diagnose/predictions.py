@@ -100,6 +100,8 @@ def channel_axes(value: NDArray) -> list[int]:
     Args:
       value: the value. Without enough other elements beside its channels it has none.
     """
+    if not value.ndim or not value.size:
+        return []
     axes = [-1, 1] if value.ndim >= IMAGE else [-1]
     return [axis for axis in axes if value.size // value.shape[axis] >= _ROWS]
 

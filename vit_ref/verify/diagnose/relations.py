@@ -68,11 +68,14 @@ def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction
       truth: the right value.
       before: the values before it, by site, the nearest first.
     """
+    if not truth.ndim or not truth.size:
+        return
     for site, x in before.items():
         yield from _pooled(truth, x)
         if x.size != truth.size:
             if x.size == 2 * truth.size and x.shape[-1] == 2 * truth.shape[-1]:
-                yield from gate_otherwise(truth, site, *np.split(x, 2, axis=-1))
+                one, other = (half.reshape(truth.shape) for half in np.split(x, 2, axis=-1))
+                yield from gate_otherwise(truth, site, one, other)
             continue
         x = x.reshape(truth.shape)
         yield from activate_otherwise(truth, x)
