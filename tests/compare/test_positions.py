@@ -85,3 +85,9 @@ def test_values_that_are_no_patches_with_positions_get_no_name() -> None:
     assert labels(noise, tokens(resized())) == []
     assert list(resize_otherwise(noise[:, :8], {"patches": PATCHES}, {"pos": POSITIONS})) == []
     assert list(resize_otherwise(PATCHES, {"patches": PATCHES}, {"pos": POSITIONS})) == []
+
+
+def test_a_parameter_of_another_shape_is_not_taken_for_positions() -> None:
+    # A lone number, as CLIP's scale of the logits, and a kernel with a square number of rows.
+    parameters = {"logit_scale": np.array(2.66), "kernel.weight": RNG.normal(size=(SIDE**2, WIDTH))}
+    assert list(resize_otherwise(tokens(resized()), {"patches": PATCHES}, parameters)) == []

@@ -100,17 +100,18 @@ def _ways(
 ) -> Iterator[tuple[str, NDArray]]:
     """Yields positions of the patches that were resized in other ways than the right ones."""
     for name, parameter in parameters.items():
-        rows = parameter.reshape(-1, added.shape[-1]) if parameter.size % added.shape[-1] == 0 else parameter[:0]
+        if parameter.ndim < 2 or parameter.shape[-1] != added.shape[-1]:
+            continue
+        rows = parameter.reshape(-1, added.shape[-1])
         for lead in {0, 1, start}:
             side = math.isqrt(max(len(rows) - lead, 0))
-            if (
-                side < 2
-                or side**2 != len(rows) - lead
-                or (side, side) == grid
-                or parameter.shape[-1] != added.shape[-1]
-            ):
+            if side < 2 or side**2 != len(rows) - lead or (side, side) == grid:
                 continue
             square = rows[lead:].reshape(side, side, -1)
+            # One channel tells the positions from a kernel that happens to have a square number of rows.
+            one = square[..., :1]
+            if "pos" not in name and not any(is_same(_resized(one, way, grid), added[:, :1]) for way in _WAYS):
+                continue
             # Some ways are the same, as both kinds of border for bilinear interpolation.
             every = {way: _resized(square, way, grid) for way in reversed(_WAYS)}
             made = dict(
