@@ -153,3 +153,34 @@ def test_a_table_of_positions_that_ignores_the_dtype_is_named(
     )
     assert report.forward.semantic_failures[0].site == site
     assert [cause.label for cause in report.forward.causes] == labels
+
+
+class Rotated:
+    """A reference whose site shows its queries, as they were fed."""
+
+    def trace(self, inputs: Any, precision: Any, replace: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        return {"out": replace["q_proj"]}
+
+
+def test_no_more_tokens_are_turned_than_there_are_angles() -> None:
+    angles = np.arange(8.0).reshape(2, 4)
+    empty, values = np.zeros((2, 0, 4)), np.random.default_rng(0).normal(size=(2, 7, 8))
+    known = {"empty": empty, "none": empty, "cos": np.cos(angles), "sin": np.sin(angles)}
+    known |= {"q_proj": values, "k_proj": values, "out": values}
+    changes = Reruns(Rotated(), {}, list(known), "out", known, {}, lambda site: {})
+    labels = {each.label for each in changes.with_heads() if "tokens before" in each.label}
+    assert {label.split()[4] for label in labels} == {"1", "2"}
+
+
+def test_a_wrong_lone_number_is_explained() -> None:
+    class Loss:
+        def trace(self, inputs: Any, precision: Any, replace: Any = None) -> dict[str, NDArray]:
+            return {"x": np.ones((2, 3)), "output": np.array(4.0)}
+
+        def parameters(self) -> dict[str, NDArray]:
+            return {}
+
+    found = PairExplainer(Loss(), {}, ["x", "output"]).explain_formula(
+        "output", {"x": np.ones((2, 3)), "output": np.array(6.0)}, {"output": np.array(4.0)}
+    )
+    assert not found.causes

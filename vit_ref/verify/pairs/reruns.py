@@ -22,8 +22,9 @@ from vit_ref.verify.precision import FLOAT64
 BEFORE = 12
 # Values with more elements are not explained.
 LARGEST = 1 << 24
-# The reference runs so often with a change of a hidden value, of a value that the candidate shows, and of weights.
-_HIDDEN_RUNS, _SHOWN_RUNS, _WEIGHT_RUNS = 250, 60, 100
+# The reference runs so often with a change of a hidden value, of attention, of a value that the candidate shows, and
+# of weights.
+_HIDDEN_RUNS, _HEAD_RUNS, _SHOWN_RUNS, _WEIGHT_RUNS = 200, 100, 60, 60
 # So many shown values right before the wrong one may have been used in another order: query, key and value.
 _SHOWN = 3
 _QUERIES = ("query", "q_proj", "q_lin", "to_q")
@@ -94,11 +95,18 @@ class Reruns(NamedTuple):
 
     def with_heads(self) -> Iterator[Prediction]:
         """Changes attention between a query with its key and the site: its scale, rotary positions, shared heads."""
-        for query, key in self._rotated():
-            yield from self._with_scaled_scores(query)
-            yield from self._with_other_pairs(query, key)
-            yield from self._with_turned_prefix(query, key)
-            yield from self._with_tiled_keys(query, key)
+        ways = (
+            prediction
+            for query, key in self._rotated()
+            for changes in (
+                self._with_scaled_scores(query),
+                self._with_other_pairs(query, key),
+                self._with_turned_prefix(query, key),
+                self._with_tiled_keys(query, key),
+            )
+            for prediction in changes
+        )
+        yield from itertools.islice(ways, _HEAD_RUNS)
 
     def _with_scaled_scores(self, query: str) -> Iterator[Prediction]:
         """Multiplies the scores by the factors that lie between the scales of heads, of the whole width, and none."""
@@ -122,7 +130,7 @@ class Reruns(NamedTuple):
         if tables is None or self.known[query].ndim != 3:
             return
         start = self.known[query].shape[1] - len(tables.cos)
-        for number in range(1, min(start, BEFORE) + 1):
+        for number in range(1, min(start, len(tables.cos), BEFORE) + 1):
             for halves in (True, False):
                 places = slice(start - number, start)
                 fed = {name: turn(self.known[name], tables, places, halves=halves) for name in (query, key)}

@@ -27,6 +27,8 @@ def find_tables(values: Iterable[NDArray]) -> Tables | None:
     for cos, sin in itertools.pairwise(values):
         if cos.shape != sin.shape or not 2 <= cos.ndim <= 3 or cos.size != cos.shape[-1] * cos.shape[-2]:
             continue
+        if not cos.size:  # such values would be tables of any angles
+            continue
         # A model may have made its tables in float32.
         if np.allclose(np.square(cos) + np.square(sin), 1, rtol=0, atol=1e-6):
             found = Tables(cos.reshape(cos.shape[-2:]), sin.reshape(sin.shape[-2:]))
