@@ -165,7 +165,7 @@ class Rotated:
 def test_no_more_tokens_are_turned_than_there_are_angles() -> None:
     angles = np.arange(8.0).reshape(2, 4)
     empty, values = np.zeros((2, 0, 4)), np.random.default_rng(0).normal(size=(2, 7, 8))
-    known = {"empty": empty, "none": empty, "cos": np.cos(angles), "sin": np.sin(angles)}
+    known = {"cos": np.cos(angles), "sin": np.sin(angles), "empty": empty, "none": empty}
     known |= {"q_proj": values, "k_proj": values, "out": values}
     changes = Reruns(Rotated(), {}, list(known), "out", known, {}, lambda site: {})
     labels = {each.label for each in changes.with_heads() if "tokens before" in each.label}
