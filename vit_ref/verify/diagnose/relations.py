@@ -74,8 +74,8 @@ def change(truth: NDArray, before: Mapping[str, NDArray]) -> Iterator[Prediction
         yield from _pooled(truth, x)
         if x.size != truth.size:
             if x.size == 2 * truth.size and x.shape[-1] == 2 * truth.shape[-1]:
-                one, other = (half.reshape(truth.shape) for half in np.split(x, 2, axis=-1))
-                yield from gate_otherwise(truth, site, one, other)
+                first, second = (half.reshape(truth.shape) for half in np.split(x, 2, axis=-1))
+                yield from gate_otherwise(truth, site, first, second)
             continue
         x = x.reshape(truth.shape)
         yield from activate_otherwise(truth, x)
