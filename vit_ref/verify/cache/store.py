@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vit_ref.errors import InputError
+from vit_ref.files import replacing
 from vit_ref.verify.cache.place import DEFAULT_LIMIT, LIMIT_VARIABLE, VARIABLE, parse_size, show_size
 from vit_ref.verify.cache.sealed import SEAL, read_sealed, write_sealed
 
@@ -130,18 +131,12 @@ class Store:
         Raises:
           InputError: it cannot be written, or a file of that name holds something else.
         """
-        temporary = ""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._written_limit()
-            handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.root)
-            with open(handle, "w", encoding="ascii") as file:
-                file.write(f"{size}\n")
-            os.replace(temporary, self.root / _LIMIT)
+            with replacing(self.root / _LIMIT) as staged:
+                staged.write_text(f"{size}\n", "ascii")
         except OSError as error:
-            if temporary:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
             raise InputError(f"{self.root}: the bound cannot be written there ({error.strerror})") from None
         self._limit = None
         self.trim()
