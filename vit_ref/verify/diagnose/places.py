@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.verify.diagnose.divergence import find_wrong
+from vit_ref.verify.diagnose.divergence import find_wrong, wrong_elements
 from vit_ref.verify.diagnose.predictions import IMAGE
-from vit_ref.verify.gates import SEMANTIC_MAX
 
 
 def find_place(value: NDArray, truth: NDArray) -> str:
@@ -38,10 +37,9 @@ def _border(value: NDArray, truth: NDArray) -> str:
     """Returns how wide the border of an image of PyTorch's is in which all errors lie; "" if it is most of it."""
     if truth.ndim != IMAGE:
         return ""
-    limit = SEMANTIC_MAX * float(np.abs(truth).max())
-    wrong = (np.abs(value - truth) > limit).any(axis=(0, 1))
+    wrong = wrong_elements(value, truth).any(axis=(0, 1))
     rows, columns = wrong.shape
     row, column = np.ogrid[:rows, :columns]
     depth = np.minimum(np.minimum(row, rows - 1 - row), np.minimum(column, columns - 1 - column))
-    width = int(depth[wrong].max()) + 1 if wrong.any() else 0
-    return f"only within {width} of the border" if 0 < width <= min(rows, columns) // 4 else ""
+    width = int(depth[wrong].max()) + 1
+    return f"only within {width} of the border" if width <= min(rows, columns) // 4 else ""

@@ -113,13 +113,14 @@ def _ways(
             if "pos" not in name and not any(is_same(_resized(one, way, grid), added[:, :1]) for way in _WAYS):
                 continue
             # Some ways are the same, as both kinds of border for bilinear interpolation.
-            every = {way: _resized(square, way, grid) for way in reversed(_WAYS)}
-            made = dict(
-                reversed({f"{np.linalg.norm(value):.9e}": (way, value) for way, value in every.items()}.values())
-            )
-            right = next((way for way, value in made.items() if is_same(value, added)), None)
-            for way, value in made.items():
-                if not is_same(value, added):
+            made: dict[str, tuple[Way, NDArray]] = {}
+            for way in _WAYS:
+                value = _resized(square, way, grid)
+                made.setdefault(f"{np.linalg.norm(value):.9e}", (way, value))
+            fits = [is_same(value, added) for _, value in made.values()]
+            right = next((way for (way, _), fit in zip(made.values(), fits, strict=True) if fit), None)
+            for (way, value), fit in zip(made.values(), fits, strict=True):
+                if not fit:
                     yield f"{name} resized {way}" + (f"; right is {right}" if right else ""), value
             if right:
                 turned = _resized(square.swapaxes(0, 1), right, grid)
