@@ -159,6 +159,16 @@ def errors_of(found: Mapping[str, NDArray], truths: Mapping[str, Truth], *, carr
     return {name: truth.error(found[name], carriers=carriers) for name, truth in truths.items() if name in found}
 
 
+def wrong_sites(errors: Errors, names: Iterable[str]) -> list[str]:
+    """Returns the sites whose value in float64 does not pass the semantic gate.
+
+    Args:
+      errors: errors in float64, by site.
+      names: the sites in order. Those without an error are left out.
+    """
+    return [site for site in names if site in errors and not errors[site].passes_semantic_gate]
+
+
 # So many elements stay in a core's cache. Without the cut, a dozen arrays as large as a real model's kernels would each
 # pass through memory.
 _AT_ONCE = 1 << 16

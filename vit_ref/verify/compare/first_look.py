@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.verify.gates import SEMANTIC_RMS, Error, against, error
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, against, error, wrong_sites
 
 # It gets one line about the first divergence, as soon as it is known.
 OnDivergence = Callable[[str], None]
@@ -47,8 +47,7 @@ class FirstLook:
 
         It is None if no value is wrong, or if none is float64: such a candidate is refused.
         """
-        wrong = (site for site in self._names if site in self._errors and not self._errors[site].passes_semantic_gate)
-        site = next(wrong, None) if self._exact else None
+        site = next(iter(wrong_sites(self._errors, self._names)), None) if self._exact else None
         return None if site is None else (site, self._errors[site])
 
 

@@ -9,7 +9,7 @@ from vit_ref.errors import OraclesDifferError, ReferenceOverflowError, UnjudgedE
 from vit_ref.verify.compare.first_look import OnDivergence, describe_divergence, ignore_divergence
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, Trace, beside, require_float64, silent, widened
-from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate, wrong_sites
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem, hidden_before
 from vit_ref.verify.results import Explanation, ParityReport, SiteResult
@@ -188,7 +188,8 @@ def compare_forward(
     # The reference's values cannot replace these.
     misshapen = {site for site in exact if exact_trace[site].shape != truth[site].shape}
     found, alone = Explanation(), dict[str, Error]()
-    first = next((site for site in names if site in exact and not exact[site].passes_semantic_gate), None)
+    wrong = wrong_sites(exact, names)
+    first = next(iter(wrong), None)
     if first:
         on_divergence(describe_divergence(candidate.name, first, exact[first]))
     if first and explainer:
@@ -201,7 +202,7 @@ def compare_forward(
     unmeasured = dict.fromkeys(exact, Error(math.nan, math.nan))
     rounding, reference_errors, gates = unmeasured, unmeasured, dict.fromkeys(exact, math.nan)
     coarse = None
-    if not any(stops(site) for site in names if site in exact and not exact[site].passes_semantic_gate):
+    if not any(map(stops, wrong)):
         progress(f"{reference.name} in {precision.name}")
         if precision.stored is not None:
             # Rounding the parameters is no error of the candidate. So from here on the truth uses rounded parameters
