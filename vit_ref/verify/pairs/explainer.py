@@ -24,8 +24,6 @@ from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.results import Cause, Explanation
 
-# So many values that the candidate does not show, one after another, are rounded together.
-_TOGETHER = 4
 # So many changes are tried after one that fits, because another may fit better, as one epsilon of several does.
 _MORE = 16
 
@@ -120,34 +118,17 @@ class PairExplainer:
             parameters,
             partial(self._before, known=known),
         )
-        yield self._rounded(found, known, shown)
+        yield reruns.with_rounded(shown)
         yield reruns.with_hidden(hidden)
         yield reruns.with_heads()
         yield reruns.with_weights((found.site, *hidden[-BEFORE:]))
         yield reruns.with_shown(seen)
 
-    def _rounded(self, found: Divergence, known: Trace, shown: Trace) -> Iterator[Prediction]:
-        """Yields the reference's values at the site if values that the candidate does not show are rounded together.
-
-        The cosines and the sines of rotary positions are such values, in tables that are far from their use.
-        """
-        earlier = self._order[: self._order.index(found.site)]
-        gaps = [list(names) for seen, names in itertools.groupby(earlier, shown.__contains__) if not seen]
-        # A single value right before the site is tried with all other changes.
-        few = [gap for gap in reversed(gaps) if len(gap) <= _TOGETHER and gap != earlier[-1:]]
-        for gap in [gap for gap in few if known.keys() >= set(gap)][:BEFORE]:
-            for name, rounded in STORED.items():
-                fed = {site: rounded(known[site]) for site in gap}
-                run = self._reference.trace(self._inputs, FLOAT64, replace=fed)
-                yield Prediction(f"at {', '.join(gap)}, rounded to {name}", np.asarray(run[found.site]), name)
-
 
 def _first_causes(found: Divergence, changes: Iterator[Prediction]) -> tuple[Cause, ...]:
     """Returns the first change that fits, and those of the next few that fit as well. Each change is a whole run."""
-    for prediction in changes:
-        if found.causes([prediction]):
-            return found.causes([prediction, *itertools.islice(changes, _MORE)])
-    return ()
+    fitting = itertools.dropwhile(lambda prediction: not found.causes([prediction]), changes)
+    return found.causes(itertools.islice(fitting, 1 + _MORE))
 
 
 def _axes(value: NDArray) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ LARGEST = 1 << 24
 # The reference runs so often with a change of a hidden value, of attention, of a value that the candidate shows, and
 # of weights.
 _HIDDEN_RUNS, _HEAD_RUNS, _SHOWN_RUNS, _WEIGHT_RUNS = 200, 100, 60, 60
+# So many values that the candidate does not show, one after another, are rounded together.
+_TOGETHER = 4
 # So many shown values right before the wrong one may have been used in another order: query, key and value.
 _SHOWN = 3
 _QUERIES = ("query", "q_proj", "q_lin", "to_q")
@@ -51,6 +53,23 @@ class Reruns(NamedTuple):
     known: Trace
     parameters: Mapping[str, NDArray]
     before: Callable[[str], Mapping[str, NDArray]]
+
+    def with_rounded(self, shown: Collection[str]) -> Iterator[Prediction]:
+        """Rounds values together that the candidate does not show, one after another.
+
+        The cosines and the sines of rotary positions are such values, in tables that are far from their use.
+
+        Args:
+          shown: the sites that the candidate shows.
+        """
+        earlier = self.order[: self.order.index(self.site)]
+        gaps = [list(names) for seen, names in itertools.groupby(earlier, shown.__contains__) if not seen]
+        # A single value right before the site is tried with all other changes.
+        few = [gap for gap in reversed(gaps) if len(gap) <= _TOGETHER and gap != earlier[-1:]]
+        for gap in [gap for gap in few if self.known.keys() >= set(gap)][:BEFORE]:
+            for name, rounded in STORED.items():
+                fed = {site: rounded(self.known[site]) for site in gap}
+                yield Prediction(f"at {', '.join(gap)}, rounded to {name}", self._run(fed), name)
 
     def with_hidden(self, hidden: tuple[str, ...]) -> Iterator[Prediction]:
         """Changes a value that the candidate does not show, right before the site.
@@ -90,8 +109,7 @@ class Reruns(NamedTuple):
         if not hasattr(self.reference, "with_parameters"):
             return
         for label, changed in itertools.islice(self._changed_weights(modules), _WEIGHT_RUNS):
-            run = self.reference.with_parameters(changed).trace(self.inputs, FLOAT64)
-            yield Prediction(label, np.asarray(run[self.site]))
+            yield Prediction(label, self._run({}, changed))
 
     def with_heads(self) -> Iterator[Prediction]:
         """Changes attention between a query with its key and the site: its scale, rotary positions, shared heads."""
@@ -143,17 +161,18 @@ class Reruns(NamedTuple):
         width, keys = self.known[query].shape[-1], self.known[key].shape[-1]
         if weight is None or not hasattr(self.reference, "with_parameters") or weight.shape[1:] != (width,):
             return
-        sizes = [size for size in range(1, keys) if keys % size == width % size == 0] if width % keys == 0 else []
-        for size in sizes[-BEFORE:] if keys < width else ():
+        if not 0 < keys < width or width % keys:
+            return
+        sizes = [size for size in range(1, keys) if keys % size == width % size == 0]
+        for size in sizes[-BEFORE:]:
             of_keys, shared = keys // size, width // keys
             # Head n of the candidate's queries meets the keys that the reference gives this head.
             heads = np.arange(of_keys * shared)
             places = np.argsort(heads % of_keys * shared + heads // of_keys)
             channels = (places[:, None] * size + np.arange(size)).ravel()
-            changed = self.reference.with_parameters({f"{self.site}.weight": weight[:, channels]})
-            run = changed.trace(self.inputs, FLOAT64, replace={query: self.known[query][..., channels]})
+            fed = {query: self.known[query][..., channels]}
             label = f"query head n gets head n % {of_keys} of keys and values, not n // {shared}"
-            yield Prediction(label, np.asarray(run[self.site]))
+            yield Prediction(label, self._run(fed, {f"{self.site}.weight": weight[:, channels]}))
 
     def _changed_weights(self, modules: tuple[str, ...]) -> Iterator[tuple[str, dict[str, NDArray]]]:
         own = _by_module(self.parameters)
@@ -200,8 +219,10 @@ class Reruns(NamedTuple):
                 if query.endswith(ending) and (key := query[: -len(ending)] + other) in near:
                     yield query, key
 
-    def _run(self, fed: dict[str, NDArray]) -> NDArray:
-        return np.asarray(self.reference.trace(self.inputs, FLOAT64, replace=fed)[self.site])
+    def _run(self, fed: dict[str, NDArray], parameters: dict[str, NDArray] | None = None) -> NDArray:
+        """Returns the site's value with other values, and with other parameters, in place of the reference's."""
+        changed = self.reference.with_parameters(parameters) if parameters else self.reference
+        return np.asarray(changed.trace(self.inputs, FLOAT64, replace=fed)[self.site])
 
 
 def _by_module(parameters: Mapping[str, NDArray]) -> dict[str, dict[str, NDArray]]:
