@@ -67,12 +67,13 @@ def look_past(observe: Observe, wanted: Mapping[str, NDArray]) -> tuple[Observed
                 fed[key], seen = value, then
                 break
     # A container that returns a replaced value differs, too.
-    sizes = [_size(value) for value in fed.values()]
-    return seen, frozenset(
-        key
-        for key, value in seen.shown.items()
-        if key not in equal and any(math.isclose(_size(value), size, rel_tol=EQUAL) for size in sizes)
-    )
+    sizes = [size_of(value) for value in fed.values()]
+
+    def replaced(value: NDArray) -> bool:
+        size = size_of(value)
+        return any(math.isclose(size, other, rel_tol=EQUAL) for other in sizes)
+
+    return seen, frozenset(key for key, value in seen.shown.items() if key not in equal and replaced(value))
 
 
 def _guesses(
@@ -85,23 +86,20 @@ def _guesses(
         for key in found:
             equal.setdefault(key, []).append(place[site])
     last, keys = -1, 0
+    sizes: set[float] = set()
     for key, value in seen.shown.items():
+        size = size_of(value)
+        # An output of a submodule, or the first argument of one that no submodule returned.
+        new = ":" not in key or (key.endswith(":input") and size not in sizes)
+        sizes.add(size)
         if key in equal:
             last = max(last, min(equal[key]))
-        elif _is_new(key, value, seen.shown) and key not in fed and keys < _KEYS:
+        elif new and key not in fed and keys < _KEYS:
             keys += 1
             left = [site for site in wanted if site not in seen.matches and place[site] > last]
             fitting = ((site, _in_shape(wanted[site], value)) for site in left)
             for site, moved in itertools.islice(((s, m) for s, m in fitting if m is not None), _SITES):
                 yield key, site, moved
-
-
-def _is_new(key: str, value: NDArray, shown: Mapping[str, NDArray]) -> bool:
-    """Returns whether a value is an output of a submodule, or the first argument of one that no submodule returned."""
-    if ":" not in key:
-        return True
-    before = itertools.takewhile(lambda other: other != key, shown)
-    return key.endswith(":input") and not any(_size(shown[other]) == _size(value) for other in before)
 
 
 def _in_shape(truth: NDArray, value: NDArray) -> NDArray | None:
@@ -121,11 +119,12 @@ def _in_shape(truth: NDArray, value: NDArray) -> NDArray | None:
 def _proves(seen: Observed, then: Observed, wanted: Mapping[str, NDArray], site: str) -> bool:
     """Returns whether enough other values are equal since the value of a site replaced one of the candidate's."""
     # Values that only move the elements of the new one are equal to it whatever it stands for.
-    moved = _size(wanted[site])
-    new = {_size(wanted[each]) for each in then.matches.keys() - seen.matches.keys()}
+    moved = size_of(wanted[site])
+    new = {size_of(wanted[each]) for each in then.matches.keys() - seen.matches.keys()}
     others = sum(not math.isclose(size, moved, rel_tol=EQUAL) for size in new)
     return then.matches.keys() >= seen.matches.keys() and (others >= _PROOF or (others > 0 and then.right))
 
 
-def _size(value: NDArray) -> float:
+def size_of(value: NDArray) -> float:
+    """Returns the norm of a value."""
     return float(np.linalg.norm(value))

@@ -20,7 +20,7 @@ from vit_ref.verify.compare.trace import passing
 from vit_ref.verify.gates import error
 from vit_ref.verify.pairs.discovery import submodule_of
 from vit_ref.verify.pairs.given import Given as GivenInputs
-from vit_ref.verify.pairs.onward import Observed, look_past
+from vit_ref.verify.pairs.onward import Observed, look_past, size_of
 from vit_ref.verify.pairs.outline import OUTPUT
 from vit_ref.verify.pairs.session import Given, PairSession
 from vit_ref.verify.precision import FLOAT64
@@ -144,13 +144,15 @@ def propose(
     trace = session.whole.trace(session.inputs, FLOAT64)
     sites = [site for site in session.found.outline.shapes(session.inputs) if site != OUTPUT and site in trace]
     wanted = {site: trace[site] for site in sites}
+    sizes = {site: size_of(value) for site, value in wanted.items()}
 
     def observe(fed: dict[str, NDArray]) -> Observed:
         recorder = Recorder(session.found.outline, session.inputs, fed=fed)
         session.candidate.tables = lambda inputs: recorder
         (output,) = session.candidate.outputs([session.inputs], FLOAT64, jit=False, tap=passing)
         shown = {key: value for key, value in recorder.values.items() if submodule_of(key) not in recorder.repeated}
-        matches = {site: found for site in sites if (found := _matches(wanted[site], shown))}
+        parts = {key: _parts(value) for key, value in shown.items()}
+        matches = {site: found for site in sites if (found := _matches(wanted[site], sizes[site], parts))}
         right = output.shape == trace[OUTPUT].shape and error(output, trace[OUTPUT]).rms <= EQUAL
         return Observed(shown, matches, right)
 
@@ -166,16 +168,37 @@ def propose(
     )
 
 
-def _matches(truth: NDArray, shown: Mapping[str, NDArray]) -> dict[str, str]:
+class _Part(NamedTuple):
+    """A value of the candidate, or one of several equal parts of its last axis, with the expression that picks it."""
+
+    picked: str
+    value: NDArray
+    size: float
+
+
+def _parts(value: NDArray) -> list[_Part]:
+    """Returns a value, and its equal parts."""
+    found = []
+    for parts in _PARTS:
+        if not value.ndim or value.shape[-1] % parts:
+            continue
+        for which, part in enumerate(np.split(value, parts, axis=-1)):
+            width = part.shape[-1]
+            picked = f"x[..., {which * width} : {(which + 1) * width}]" if parts > 1 else "x"
+            found.append(_Part(picked, part, size_of(part)))
+    return found
+
+
+def _matches(truth: NDArray, size: float, shown: Mapping[str, list[_Part]]) -> dict[str, str]:
     """Returns the candidate's values that equal a site, each with the expression that picks it.
 
     Outputs come before inputs, because gradients are compared at outputs.
     """
-    outputs = {key: value for key, value in shown.items() if ":" not in key}
-    found = {key: select for key, value in outputs.items() if (select := _selection(value, truth)) is not None}
+    outputs = {key: parts for key, parts in shown.items() if ":" not in key}
+    found = {key: select for key, parts in outputs.items() if (select := _selection(parts, truth, size)) is not None}
     if found:
         return found
-    entering = ((key, _selection(value, truth)) for key, value in shown.items() if key not in outputs)
+    entering = ((key, _selection(parts, truth, size)) for key, parts in shown.items() if key not in outputs)
     return next(({key: select} for key, select in entering if select is not None), {})
 
 
@@ -198,29 +221,20 @@ def _lines(matches: Mapping[str, dict[str, str]]) -> Iterator[Line]:
         yield Line(key, site, select)
 
 
-def _selection(value: NDArray, truth: NDArray) -> str | None:
+def _selection(parts: list[_Part], truth: NDArray, size: float) -> str | None:
     """Returns the expression that makes one value of another; "" if they are equal, None if there is no expression."""
-    for parts in _PARTS:
-        if value.size != parts * truth.size or not value.ndim or value.shape[-1] % parts:
+    for picked, part, its_size in parts:
+        # No order of axes changes the size of a value, which takes a fraction of the time of all orders.
+        if part.size != truth.size or not math.isclose(its_size, size, rel_tol=EQUAL):
             continue
-        for which, part in enumerate(np.split(value, parts, axis=-1)):
-            # No order of axes changes the size of a value, which takes a fraction of the time of all orders.
-            if not math.isclose(_size(part), _size(truth), rel_tol=EQUAL):
-                continue
-            width = part.shape[-1]
-            picked = f"x[..., {which * width} : {(which + 1) * width}]" if parts > 1 else "x"
-            orders = itertools.permutations(range(part.ndim)) if part.ndim <= _MOST_AXES else ()
-            for order in orders:
-                moved = fitted(part.transpose(order), truth.shape)
-                if moved.shape == truth.shape and error(moved, truth).rms <= EQUAL:
-                    plain = order == tuple(range(part.ndim))
-                    text = picked if plain else f"{picked}.transpose({', '.join(map(str, order))})"
-                    return "" if text == "x" else text
+        orders = itertools.permutations(range(part.ndim)) if part.ndim <= _MOST_AXES else ()
+        for order in orders:
+            moved = fitted(part.transpose(order), truth.shape)
+            if moved.shape == truth.shape and error(moved, truth).rms <= EQUAL:
+                plain = order == tuple(range(part.ndim))
+                text = picked if plain else f"{picked}.transpose({', '.join(map(str, order))})"
+                return "" if text == "x" else text
     return None
-
-
-def _size(value: NDArray) -> float:
-    return float(np.linalg.norm(value))
 
 
 def _numbered(lines: list[Line]) -> Iterator[Line]:
