@@ -41,6 +41,22 @@ def test_a_table_goes_past_a_wrong_value_and_says_where() -> None:
     assert report.forward.semantic_failures[0].site == "blocks.0.act"
 
 
+def test_one_wrong_block_of_several_leaves_a_table_that_can_be_pasted() -> None:
+    def load(checkpoint: str) -> sides.NnxModel:
+        model = sides.NnxModel()
+        model.layers[1].act = sides.tanh_gelu
+        return model
+
+    wrong = vit_ref.Candidate(load=load, name="nnx")
+    proposal = propose(torch_side.reference(), wrong)
+    assert {line.key: line.site for line in proposal.lines} == sides.NNX_SITES
+    text, names = str(proposal), dict[str, Any]()
+    assert '    # The values differ at layers.1.down:input:\n    "layers.{i}.down:input": "blocks.{i}.act",\n' in text
+    exec(text, names)
+    report = vit_ref.compare(torch_side.reference(), dataclasses.replace(wrong, sites=names["sites"]), backward=False)
+    assert report.forward.semantic_failures[0].site == "blocks.1.act"
+
+
 class TanhBlock(torch_side.Block):
     """A block with the wrong activation."""
 

@@ -41,12 +41,14 @@ class Line(NamedTuple):
       site: the reference's site.
       select: the Python expression of `x` that picks the site's value; "" for the whole value.
       equal: whether the two values are equal. If not, the values after them are, given the reference's value.
+      where: of a line with `{i}`, the values that differ if not all do.
     """
 
     key: str
     site: str
     select: str
     equal: bool = True
+    where: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +102,10 @@ class PairProposal:
         by_key: dict[str, list[str]] = {}
         for line in self.lines:
             by_key.setdefault(line.key, []).append(_target(line, shared))
-        different = {line.key for line in self.lines if not line.equal}
+        different = {line.key: "".join(f" at {key}" for key in line.where) for line in self.lines if not line.equal}
         for key, targets in by_key.items():
             if key in different:
-                yield "    # The values differ:"
+                yield f"    # The values differ{different[key]}:"
             if len(targets) == 1:
                 yield f"    {json.dumps(key)}: {targets[0]},"
             else:
@@ -239,13 +241,17 @@ def _selection(parts: list[_Part], truth: NDArray, size: float) -> str | None:
 
 def _numbered(lines: list[Line]) -> Iterator[Line]:
     """Yields the lines. Lines that differ only in one number become one line with `{i}`."""
-    groups: dict[tuple[str, str, str, bool], list[Line]] = {}
+    groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
-        groups.setdefault((_template(line.key), _template(line.site), line.select, line.equal), []).append(line)
-    for alike, members in groups.items():
+        groups.setdefault((_template(line.key), _template(line.site), line.select), []).append(line)
+    pairs = Counter((key, site) for key, site, _ in groups)
+    for (key, site, select), members in groups.items():
         same = all(_number(line.key) == _number(line.site) != "" for line in members)
-        if same and len(members) > 1:
-            yield Line(*alike)
+        # A line with `{i}` stands for every block, so no other line may give one of them its site.
+        if same and len(members) > 1 and pairs[key, site] == 1:
+            different = [line.key for line in members if not line.equal]
+            where = () if len(different) == len(members) else tuple(different)
+            yield Line(key, site, select, not different, where)
         else:
             yield from members
 
