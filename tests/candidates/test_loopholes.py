@@ -272,7 +272,10 @@ def test_a_candidate_is_verified_under_jax_disable_jit(saved: Saved) -> None:
 def test_the_command_line_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "vit_ref", "verify", "nowhere/at/all"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "vit-ref: nowhere/at/all: no such directory or file\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "vit-ref: nowhere/at/all: no such directory or file: correct the path, or give the hub id OWNER/NAME\n",
+    )
 
 
 def test_a_candidates_file_may_change_the_path_of_imports(tmp_path: Path) -> None:
