@@ -151,7 +151,7 @@ class PairSession(Judgement):
         loaded = load_in_float64(declared, self._path)
         plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
         progress(f"{declared.name}: finding its sites")
-        with naming(declared.name):
+        with naming(reference, declared):
             self.found = discover(plain, declared.sites, self.inputs)
         declared = dataclasses.replace(declared, sites=self.found.table)
         # This one is observed at all sites. The candidate may show only some of them.
@@ -185,7 +185,7 @@ class PairSession(Judgement):
         if takes(judged.load, "reference"):
             judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
         progress(f"loading {judged.name}")
-        with naming(judged.name):
+        with naming(candidate, judged):
             self.candidate = self._candidate(judged, loaded)
             claims = self._shown(judged)
         # This one keeps only the sites that the candidate shows. All sites take as much memory as a backward pass.
@@ -193,7 +193,7 @@ class PairSession(Judgement):
         self.reference = self._implementation(
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
-        with naming(judged.name):
+        with naming(candidate, judged):
             require_floats({OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, judged.name)
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(judged.name, (self._digest, output), now)
@@ -343,8 +343,9 @@ def _only(target: Any, sites: frozenset[str]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def naming(side: str) -> Iterator[None]:
-    """Names the side in the errors of its table, because both sides have a table."""
+def naming(given: Given, declared: Candidate) -> Iterator[None]:
+    """Names the side, as the caller gave it, in the errors of its table. Both sides have a table."""
+    side = given if isinstance(given, str) else declared.name
     try:
         yield
     except CandidateError as found:
