@@ -118,7 +118,7 @@ def test_without_a_home_directory_it_asks_for_a_directory(monkeypatch) -> None:
     [
         (session, "check_port", ["verify", "anywhere"]),
         (stream, "check_streamed", ["verify", "anywhere", "--stream"]),
-        (pairs, "compare", ["compare", "a.py", "b.py"]),
+        (pairs, "compare", ["compare", "a", "b"]),
     ],
 )
 def test_the_option_reaches_the_check(monkeypatch, module, function, arguments, option) -> None:

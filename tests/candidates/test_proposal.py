@@ -281,9 +281,9 @@ def test_the_command_writes_the_table_for_machines(
 ) -> None:
     calls = []
     monkeypatch.setattr(proposal, "propose", lambda *given: calls.append(given) or proposed)
-    command = ["propose", "there", "--candidate", "port.py", "--json", str(tmp_path / "a.json")]
+    command = ["propose", "there", "--candidate", "mine", "--json", str(tmp_path / "a.json")]
     ended = CliRunner().invoke(main, command)
-    assert (ended.exit_code, calls) == (0, [("port.py", "there")])
+    assert (ended.exit_code, calls) == (0, [("mine", "there")])
     assert ended.stdout == f"{proposed}\n"
     content = json.loads((tmp_path / "a.json").read_text())
     assert {each["key"]: each["target"] for each in content["sites"]} == TUTORIAL_SITES
@@ -302,7 +302,7 @@ def test_a_command_without_checkpoint_takes_the_embedded_case(
         return proposed
 
     monkeypatch.setattr(proposal, "propose", propose)
-    ended = CliRunner().invoke(main, ["propose", "--candidate", "port.py"])
+    ended = CliRunner().invoke(main, ["propose", "--candidate", "mine"])
     assert ended.exit_code == 0, ended.output
     assert configurations == [list(CASES["rectangular"].config.image_size)]
 

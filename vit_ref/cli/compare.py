@@ -15,6 +15,7 @@ from vit_ref.cli.options import LOCAL, cache_option, fail_fast_option, json_opti
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.cli.verify import WRONG
 from vit_ref.errors import PartlyJudgedError
+from vit_ref.verify.candidates.spec import split_spec
 
 # Without "mixed", because only this package's own model computes in it.
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "float16")
@@ -63,6 +64,8 @@ def compare(
     Exit code 0: they agree. 1: they do not, and the first divergence is printed. 2: something that was given cannot be
     used.
     """
+    split_spec(reference)
+    split_spec(candidate)
     require_one_source(inputs, shapes)
     require_outputs(html=html, json=json_file)
     keep_freed_memory()

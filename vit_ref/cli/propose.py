@@ -13,6 +13,7 @@ from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.options import cache_option, json_option
 from vit_ref.cli.outputs import print_result, require_outputs
 from vit_ref.errors import InputError
+from vit_ref.verify.candidates.spec import split_spec
 
 
 @click.command()
@@ -39,6 +40,8 @@ def propose(
     """
     if reference is None and (inputs or shapes or seed):
         raise InputError("--inputs, --shape and --seed need --reference: give it, or leave them out")
+    for side in filter(None, (reference, candidate)):
+        split_spec(side)
     require_one_source(inputs, shapes)
     require_outputs(json=json_file)
     with leave_when_interrupted():
