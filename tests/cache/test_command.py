@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.helpers.synthetic_reports import REPORTS
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.verify import session, stream
 from vit_ref.verify.cache.store import Store
 from vit_ref.verify.pairs import session as pairs

@@ -24,7 +24,7 @@ import vit_ref
 from tests.helpers.processes import without_torch
 from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.cli.console import show_progress
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError, TruncatedError
 from vit_ref.verify import judgement, session, stream
 from vit_ref.verify.cases import CASES
@@ -34,7 +34,7 @@ from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.results import CandidateReport
 from vit_ref.weights import conversion
 
-# The package's attributes of these names become functions once `vit_ref.cli.group` is imported.
+# The package's attributes of these names become functions once `vit_ref.cli.commands` is imported.
 verify_command, convert_command = (import_module(f"vit_ref.cli.{name}") for name in ("verify", "convert"))
 
 Invoke = Callable[..., Result]
@@ -329,7 +329,7 @@ candidate = vit_ref.Candidate(load=load)
 # Runs as the installed command. A conversion is interrupted when all of it is written and nothing is renamed yet.
 COMMAND = """
 import os, signal, sys
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.weights import conversion
 
 # A shell that starts something in the background has it ignore the signal.
@@ -394,7 +394,7 @@ def test_an_interrupt_of_the_imports_ends_quietly(module: str, handler: str, cod
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_do_not_wait_for_jax(option: str) -> None:
-    program = "import sys; from vit_ref.cli.group import main; main(standalone_mode=False); print(*sys.modules)"
+    program = "import sys; from vit_ref.cli.commands import main; main(standalone_mode=False); print(*sys.modules)"
     command = [sys.executable, "-c", program, option]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "vit_ref.cli.verify" in modules
@@ -412,7 +412,7 @@ def test_help_and_version_do_not_wait_for_jax(option: str) -> None:
     ],
 )
 def test_a_file_that_does_not_exist_is_refused_before_jax_is_imported(arguments: list[str]) -> None:
-    program = "import sys\nfrom vit_ref.cli.group import main\ntry: main()\nfinally: print(*sys.modules)"
+    program = "import sys\nfrom vit_ref.cli.commands import main\ntry: main()\nfinally: print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (2, "vit-ref: gone.py: this file does not exist: check the path\n")
     assert not {"jax", "flax", "numpy", "transformers", "torch"} & set(ended.stdout.split())

@@ -18,7 +18,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 import vit_ref
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import BLOCK_SITES

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import vit_ref
 from vit_ref.cli import compare
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.verify.pairs import session
 from vit_ref.verify.precision import PRECISIONS
 from vit_ref.verify.report import SCHEMA

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import vit_ref
 from vit_ref.verify.diagnose.predictions import explain_by_order
-from vit_ref.verify.formats import STORED
+from vit_ref.verify.rounding import STORED
 from vit_ref.verify.pairs import explainer, reruns
 from vit_ref.verify.pairs.explainer import PairExplainer
 from vit_ref.verify.pairs.reruns import Reruns
