@@ -330,11 +330,11 @@ def test_fused_attention_passes_despite_its_larger_rounding(
     tensors[f"{attention}.key.weight"][0] *= 10
     writing.write_directory(tmp_path, tensors, case.config.to_hf())
     source = checkpoint.read(tmp_path)
-    judge = reference_for(case.config, source.tensors)
+    reference = reference_for(case.config, source.tensors)
 
     def judged(name: str) -> ParityReport:
         candidate = prepare_candidate(port(f"torch_timm.py:{name}"), case.config, source)
-        return Session(case.config, source, IMAGES[:2], candidate, reference=judge, title="sink").backward()
+        return Session(case.config, source, IMAGES[:2], candidate, reference=reference, title="sink").backward()
 
     assert judged("candidate").passed
     report = judged("fused")

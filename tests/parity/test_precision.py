@@ -80,7 +80,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, st
         monkeypatch.setattr(kind, "trace", watched)
 
     watch(OwnCandidate, lambda port: port.stored or np.float32)
-    watch(FlaxViTReference, lambda judge: jax.tree.leaves(judge.params)[0].dtype)
+    watch(FlaxViTReference, lambda reference: jax.tree.leaves(reference.params)[0].dtype)
     return runs
 
 
