@@ -746,8 +746,8 @@ def test_a_bias_of_zeros_is_matched_by_the_kernel_beside_it(untrained: Path) -> 
 
 def test_indistinguishable_parameters_are_left_to_the_user(untrained: Path) -> None:
     names = {"norm.scale": "first", "blocks.0.norm1.scale": "second"}
-    port = showing(lambda trace: {}, lambda ours: {theirs: ours[path] for path, theirs in names.items()})
-    found = vit_ref.propose(port, untrained)
+    model = showing(lambda trace: {}, lambda ours: {theirs: ours[path] for path, theirs in names.items()})
+    found = vit_ref.propose(model, untrained)
     assert found.parameters == {}
     assert found.ambiguous["norm.scale"] == ("first", "second")
     assert "# Several parameters of the candidate equal norm.scale, choose one: first, second" in str(found)

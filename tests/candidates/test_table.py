@@ -273,10 +273,10 @@ def of_torch() -> Any:
 def test_submodules_may_be_numbered_with_zeros(load: Callable[[], Any], key: str, saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("one-block"))
     candidate = vit_ref.Candidate(load=lambda _: load(), sites={key: "block.{i}.norm1" if "{" in key else "norm"})
-    port = prepare_candidate(candidate, read_configuration(source), source)
-    found = port.trace(CASES["rectangular"].images(), FLOAT64)
+    model = prepare_candidate(candidate, read_configuration(source), source)
+    found = model.trace(CASES["rectangular"].images(), FLOAT64)
     assert found.keys() == {"block.0.norm1" if "{" in key else "norm", "logits"}
-    assert any(name.startswith("block0.") for name in port.parameters())
+    assert any(name.startswith("block0.") for name in model.parameters())
 
 
 def test_only_neighbouring_axes_are_merged_or_split() -> None:
@@ -339,13 +339,13 @@ def reordered(spec: str) -> vit_ref.Candidate:
     ("file", "changed"), [("nnx_tutorial.py", reordered), pytest.param("torch_timm.py", find, marks=pytest.mark.torch)]
 )
 def test_a_selection_replaces_and_perturbs_the_inner_value(
-    file: str, changed: Callable[[str], vit_ref.Candidate], port: Callable[[str], str], saved: Callable[[str], Path]
+    file: str, changed: Callable[[str], vit_ref.Candidate], locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     source = checkpoint.read(saved("one-block"))
     config = read_configuration(source)
     pixels = CASES["rectangular"].images()[:2]
     own = OwnCandidate(config, source)
-    theirs = prepare_candidate(changed(port(file)), config, source)
+    theirs = prepare_candidate(changed(locate(file)), config, source)
     rng = np.random.default_rng(0)
     values = {
         f"block.0.attn.{role}": rng.normal(size=(2, TOKENS, HEADS, WIDTH // HEADS)) for role in ("query", "value")
