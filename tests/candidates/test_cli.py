@@ -23,8 +23,8 @@ from click.testing import CliRunner, Result
 import vit_ref
 from tests.helpers.processes import without_torch
 from tests.helpers.synthetic_reports import REPORTS
-from vit_ref.cli.console import show_progress
 from vit_ref.cli.commands import main
+from vit_ref.cli.console import show_progress
 from vit_ref.errors import InputError, TruncatedError
 from vit_ref.verify import judgement, session, stream
 from vit_ref.verify.cases import CASES

@@ -121,7 +121,9 @@ def test_a_candidate_that_mixes_images_backward_fails(saved: Saved) -> None:
 
 
 def test_a_function_is_run_through_the_declared_call(saved: Saved) -> None:
-    double = failures(functional(plain), saved, backward=False, call=lambda model, images: 2 * model[0](model[1], images))
+    double = failures(
+        functional(plain), saved, backward=False, call=lambda model, images: 2 * model[0](model[1], images)
+    )
     assert double == ["forward/logits"]
     assert not failures(functional(plain), saved, backward=False, call=lambda model, images: model[0](model[1], images))
 

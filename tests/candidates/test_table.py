@@ -64,7 +64,10 @@ class Recording:
         ({"a": "norm", "b": "norm"}, "sites: 'a' and 'b' both claim norm"),
         ({"{i}.a": "block.{i}.norm1", "b": "block.1.norm1"}, "'1.a' and 'b' both claim block.1.norm1"),
         ({"a": ["norm", ("norm", lambda x: x)]}, "both claim norm"),
-        ({"a{i}": "norm"}, r"sites: 'a\{i\}': 'norm' has no \{i\}, so every number would mean the same: write \{i\} there"),
+        (
+            {"a{i}": "norm"},
+            r"sites: 'a\{i\}': 'norm' has no \{i\}, so every number would mean the same: write \{i\} there",
+        ),
         ({"a{i}": ["block.{i}.norm1", ("norm", abs)]}, r"sites: 'a\{i\}': 'norm' has no \{i\}"),
         ({"a": "logitz"}, r"'logitz' is none of this model's; did you mean 'logits'\?"),
         ({"a": "clss"}, "'clss' is none of this model's"),  # this model has no site cls

@@ -319,7 +319,9 @@ def test_a_candidate_with_a_tap_is_observed_only_through_it(saved: Callable[[str
     assert set(made(around, saved).trace(IMAGES, FLOAT64)) == {"block.0.norm1", "logits"}
 
 
-def test_submodules_and_intermediates_may_be_combined(locate: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+def test_submodules_and_intermediates_may_be_combined(
+    locate: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
     candidate = dataclasses.replace(
         find(locate("nnx_tutorial.py")),
         sites={"final_norm": "norm", "squares": "patches"},

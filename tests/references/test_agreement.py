@@ -198,7 +198,8 @@ def test_a_fused_reference_has_the_same_float64_gradients(name: str) -> None:
     reference = reference_for(case.config, case.checkpoint().tensors, name)
     objective = objectives_for((case.batch, case.config.num_labels))[1]
     own, fused = (
-        each.gradients(case.images(), FLOAT64)(objective).named() for each in (reference, with_fused_attention(reference))
+        each.gradients(case.images(), FLOAT64)(objective).named()
+        for each in (reference, with_fused_attention(reference))
     )
     probabilities = {site.name for site in sites(case.config, 1) if site.name.endswith(".attn.probs")}
     assert own.keys() - fused.keys() == probabilities

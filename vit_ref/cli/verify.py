@@ -100,8 +100,8 @@ def verify(
         for option, given in (("ignore", ignore), ("images", images), ("quick", quick), ("stream", stream)):
             if given:
                 raise InputError(f"--{option} needs a CHECKPOINT, and there is none: give one, or leave out --{option}")
-    for candidate in candidates:
-        split_spec(candidate)
+    for spec in candidates:
+        split_spec(spec)
     require_outputs(html=html, json=json_file)
     keep_freed_memory()
     with leave_when_interrupted():

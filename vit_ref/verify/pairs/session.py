@@ -194,7 +194,9 @@ class PairSession(Judgement):
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
         with naming(candidate, declaration):
-            require_floats({OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, declaration.name)
+            require_floats(
+                {OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, declaration.name
+            )
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(declaration.name, (self._digest, output), now)
         require_same_parts(declaration.name, self.candidate.parts, self.whole.parts)

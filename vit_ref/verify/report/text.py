@@ -129,8 +129,9 @@ def _blame(report: ParityReport) -> list[str]:
     lines = [f"wrong even with the reference's input: {'; '.join(entries)}"]
     if unfed := not_fed(report):
         blocks = [part for part in unfed if part.startswith("block.")]
-        names = ([_named(blocks)] if blocks else []) + [part for part in unfed if part not in blocks]
-        lines.append(f"wrong too, but the reference's input could not be fed there: {', '.join(names)}")
+        others = [part for part in unfed if part not in blocks]
+        said = ", ".join([_named(blocks), *others] if blocks else others)
+        lines.append(f"wrong too, but the reference's input could not be fed there: {said}")
     return lines
 
 
