@@ -64,10 +64,10 @@ def compare(
     Exit code 0: they agree. 1: they do not, and the first divergence is printed. 2: something that was given cannot be
     used.
     """
-    split_spec(reference)
-    split_spec(candidate)
     require_one_source(inputs, shapes)
     require_outputs(html=html, json=json_file)
+    split_spec(reference)
+    split_spec(candidate)
     keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session

@@ -40,10 +40,10 @@ def propose(
     """
     if reference is None and (inputs or shapes or seed):
         raise InputError("--inputs, --shape and --seed need --reference: give it, or leave them out")
-    for side in filter(None, (reference, candidate)):
-        split_spec(side)
     require_one_source(inputs, shapes)
     require_outputs(json=json_file)
+    for side in filter(None, (reference, candidate)):
+        split_spec(side)
     with leave_when_interrupted():
         from vit_ref.verify.cache.opening import opened
         from vit_ref.verify.pairs import proposal as pairs

@@ -100,9 +100,9 @@ def verify(
         for option, given in (("ignore", ignore), ("images", images), ("quick", quick), ("stream", stream)):
             if given:
                 raise InputError(f"--{option} needs a CHECKPOINT, and there is none: give one, or leave out --{option}")
+    require_outputs(html=html, json=json_file)
     for spec in candidates:
         split_spec(spec)
-    require_outputs(html=html, json=json_file)
     keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.report import to_html, to_json
