@@ -16,7 +16,7 @@ from vit_ref.bench.contenders import Contender, Entry
 from vit_ref.bench.measure import Timing
 from vit_ref.bench.report import plot
 from vit_ref.bench.workload import Workload
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.model import config
 

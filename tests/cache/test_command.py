@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.helpers.synthetic_reports import REPORTS
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.verify import session, stream
 from vit_ref.verify.cache.store import Store
 from vit_ref.verify.pairs import session as pairs
@@ -118,7 +118,7 @@ def test_without_a_home_directory_it_asks_for_a_directory(monkeypatch) -> None:
     [
         (session, "check_port", ["verify", "anywhere"]),
         (stream, "check_streamed", ["verify", "anywhere", "--stream"]),
-        (pairs, "compare", ["compare", "a.py", "b.py"]),
+        (pairs, "compare", ["compare", "a", "b"]),
     ],
 )
 def test_the_option_reaches_the_check(monkeypatch, module, function, arguments, option) -> None:

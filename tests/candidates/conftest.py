@@ -21,8 +21,8 @@ ONE_BLOCK = Case("one-block", dataclasses.replace(CASES["rectangular"].config, n
 
 
 @pytest.fixture(scope="session")
-def port() -> Callable[[str], str]:
-    """Returns a function that finds a worked candidate, such as `port("torch_timm.py:wrong")`.
+def locate() -> Callable[[str], str]:
+    """Returns a function that finds a worked candidate, such as `locate("torch_timm.py:wrong")`.
 
     It skips the test if the candidate's framework is missing.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.model.sites import sites
 from vit_ref.model.skeleton import list_parameters
 from vit_ref.verify.candidates.loading import find

@@ -117,13 +117,13 @@ def test_a_function_of_the_pixels_is_a_candidate(tiny: Path) -> None:
 
 
 def test_an_expected_failure_that_passes_is_an_error(tiny: Path) -> None:
-    port, known = str(tiny.parent / "port.py"), {"forward/logits": "known", "block.0.*": "was wrong once"}
-    report = vit_ref.check_port(port, tiny, backward=False, expected_failed_checks=known)
+    file, known = str(tiny.parent / "port.py"), {"forward/logits": "known", "block.0.*": "was wrong once"}
+    report = vit_ref.check_port(file, tiny, backward=False, expected_failed_checks=known)
     assert not report.passed
     stale = statuses(report)["stale expectation"]
     assert "forward/logits" in stale and "forward/block.0.norm1" in stale and "forward/norm" not in stale
     with pytest.raises(InputError, match=r"expected_failed_checks: 'block\.7\.\*' matches no check of .*/tiny"):
-        vit_ref.check_port(port, tiny, backward=False, expected_failed_checks={"block.7.*": "misspelt"})
+        vit_ref.check_port(file, tiny, backward=False, expected_failed_checks={"block.7.*": "misspelt"})
 
 
 def test_without_a_backward_pass_the_reason_is_given(tiny: Path) -> None:
@@ -215,11 +215,11 @@ FORWARD = "vit_ref/testing/suite/test_parity.py"
 
 
 def test_the_suite_verifies_a_candidate_instead_of_the_model(tiny: Path, tmp_path: Path) -> None:
-    port = tiny.parent / "port.py"
+    right = tiny.parent / "port.py"
     wrong = tmp_path / "tanh.py"
     wrong.write_text(TANH)
     arguments = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "parity", "-q"]
-    ended = run(ROOT, *arguments, "--checkpoint", tiny, "--candidate", port, "--candidate", wrong, FORWARD)
+    ended = run(ROOT, *arguments, "--checkpoint", tiny, "--candidate", right, "--candidate", wrong, FORWARD)
     assert ended.returncode == 1
     assert "tiny-port: 17 sites pass" in ended.stdout
     assert "tiny-tanh: first divergence at block.0.mlp.hidden" in ended.stdout

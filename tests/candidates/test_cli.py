@@ -23,8 +23,8 @@ from click.testing import CliRunner, Result
 import vit_ref
 from tests.helpers.processes import without_torch
 from tests.helpers.synthetic_reports import REPORTS
+from vit_ref.cli.commands import main
 from vit_ref.cli.console import show_progress
-from vit_ref.cli.group import main
 from vit_ref.errors import InputError, TruncatedError
 from vit_ref.verify import judgement, session, stream
 from vit_ref.verify.cases import CASES
@@ -34,7 +34,7 @@ from vit_ref.verify.report import headline, to_html, to_json
 from vit_ref.verify.results import CandidateReport
 from vit_ref.weights import conversion
 
-# The package's attributes of these names become functions once `vit_ref.cli.group` is imported.
+# The package's attributes of these names become functions once `vit_ref.cli.commands` is imported.
 verify_command, convert_command = (import_module(f"vit_ref.cli.{name}") for name in ("verify", "convert"))
 
 Invoke = Callable[..., Result]
@@ -99,12 +99,12 @@ def test_the_given_options_reach_the_check(found: Callable[[str], list[Any]], in
     calls = found("right")
     options = ["--reference", "numpy", "--dtype", "bfloat16", "--images", "photographs", "--forward-only"]
     options += ["--ignore", "vit.pooler.*", "--ignore", "x"]
-    assert invoke("verify", "anywhere", "--candidate", "port.py", *options).exit_code == 0
+    assert invoke("verify", "anywhere", "--candidate", "mine", *options).exit_code == 0
     asked = {"images": Path("photographs"), "precision": "bfloat16", "reference": "numpy", "backward": False}
     asked |= {"ignore": ("vit.pooler.*", "x"), "fail_fast": False, "quick": False, "cache": True}
     ((*given, options),) = calls
     del options["on_part"], options["on_divergence"]
-    assert (given, options) == (["port.py", "anywhere"], asked)
+    assert (given, options) == (["mine", "anywhere"], asked)
     assert invoke("verify", "anywhere", "--fail-fast", "--quick").exit_code == 0
     assert (calls[1][-1]["fail_fast"], calls[1][-1]["quick"]) == (True, True)
 
@@ -329,7 +329,7 @@ candidate = vit_ref.Candidate(load=load)
 # Runs as the installed command. A conversion is interrupted when all of it is written and nothing is renamed yet.
 COMMAND = """
 import os, signal, sys
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.weights import conversion
 
 # A shell that starts something in the background has it ignore the signal.
@@ -394,11 +394,28 @@ def test_an_interrupt_of_the_imports_ends_quietly(module: str, handler: str, cod
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_do_not_wait_for_jax(option: str) -> None:
-    program = "import sys; from vit_ref.cli.group import main; main(standalone_mode=False); print(*sys.modules)"
+    program = "import sys; from vit_ref.cli.commands import main; main(standalone_mode=False); print(*sys.modules)"
     command = [sys.executable, "-c", program, option]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "vit_ref.cli.verify" in modules
     assert not {"jax", "flax", "numpy", "transformers", "torch"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "--candidate", "gone.py"],
+        ["compare", "gone.py", "mine"],
+        ["compare", "mine", "gone.py:other"],
+        ["propose", "--candidate", "gone.py"],
+        ["propose", "--reference", "gone.py", "--candidate", "mine"],
+    ],
+)
+def test_a_file_that_does_not_exist_is_refused_before_jax_is_imported(arguments: list[str]) -> None:
+    program = "import sys\nfrom vit_ref.cli.commands import main\ntry: main()\nfinally: print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "vit-ref: gone.py: this file does not exist: check the path\n")
+    assert not {"jax", "flax", "numpy", "transformers", "torch"} & set(ended.stdout.split())
 
 
 def test_the_choices_of_options_match_the_library() -> None:
@@ -528,8 +545,8 @@ def test_without_a_checkpoint_each_candidate_gets_embedded_case(
 
     monkeypatch.setattr(session, "check_port", judge)
     assert invoke("verify").exit_code == 0
-    assert invoke("verify", "--candidate", "a.py", "--candidate", "b.py").exit_code == 0
-    assert [candidate for candidate, _, _ in calls] == [None, "a.py", "b.py"]
+    assert invoke("verify", "--candidate", "a", "--candidate", "b").exit_code == 0
+    assert [candidate for candidate, _, _ in calls] == [None, "a", "b"]
     expected = CASES["rectangular"].checkpoint().tensors
     for _, directory, tensors in calls:
         assert directory.parts[-2:] == ("embedded", "rectangular")

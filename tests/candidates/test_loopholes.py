@@ -94,8 +94,8 @@ def test_the_returned_output_counts_and_not_a_shown_one(name: str, saved: Saved)
         def __call__(self, images: Any, tap: Any = model_of_ours.identity) -> Any:
             return jax.nn.softmax(self.model(images, tap=tap))
 
-    def returning(port: Any, images: Any) -> Any:
-        logits = port.model(images)
+    def returning(model: Any, images: Any) -> Any:
+        logits = model.model(images)
         return jax.nn.softmax(logits), {"logits": logits}
 
     how: dict[str, Any] = {
@@ -121,9 +121,11 @@ def test_a_candidate_that_mixes_images_backward_fails(saved: Saved) -> None:
 
 
 def test_a_function_is_run_through_the_declared_call(saved: Saved) -> None:
-    double = failures(functional(plain), saved, backward=False, call=lambda port, images: 2 * port[0](port[1], images))
+    double = failures(
+        functional(plain), saved, backward=False, call=lambda model, images: 2 * model[0](model[1], images)
+    )
     assert double == ["forward/logits"]
-    assert not failures(functional(plain), saved, backward=False, call=lambda port, images: port[0](port[1], images))
+    assert not failures(functional(plain), saved, backward=False, call=lambda model, images: model[0](model[1], images))
 
 
 def test_leaves_that_are_not_floats_stay_as_they_are(saved: Saved) -> None:
@@ -198,9 +200,9 @@ def test_each_candidate_file_imports_its_own_neighbours(tmp_path: Path, monkeypa
     before, path = dict(sys.modules), list(sys.path)
     candidates = {name: find(str(tmp_path / name / "port.py")) for name in ("a", "b")}
     for name in ("a", "b", "a"):
-        port = load(candidates[name], tmp_path, np.float64)
+        model = load(candidates[name], tmp_path, np.float64)
         with beside_it(candidates[name].directory):
-            assert port(1) == (1, *[name] * 4)
+            assert model(1) == (1, *[name] * 4)
         assert sys.path == path
         assert {
             key: before.get(key) for key in ("late", "later", "parts", "json", "vit_ref", "vit_ref_their_model")
@@ -222,7 +224,7 @@ def test_two_candidates_of_one_name_have_two_reports(tmp_path: Path, saved: Save
         "import vit_ref\n"
         "def load(checkpoint, dtype): return vit_ref.from_pretrained(checkpoint, dtype=dtype)\n"
         "right = vit_ref.Candidate(load=load)\n"
-        "wrong = vit_ref.Candidate(load=load, call=lambda port, images, tap: port(2 * images, tap=tap))\n"
+        "wrong = vit_ref.Candidate(load=load, call=lambda model, images, tap: model(2 * images, tap=tap))\n"
     )
     given = [f"--candidate={tmp_path / 'two.py'}:{name}" for name in ("wrong", "right")]
     arguments = ["-m", "parity", "-q", f"--checkpoint={saved('one-block')}", f"--parity-report={tmp_path / 'r'}"]
@@ -272,7 +274,10 @@ def test_a_candidate_is_verified_under_jax_disable_jit(saved: Saved) -> None:
 def test_the_command_line_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "vit_ref", "verify", "nowhere/at/all"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "vit-ref: nowhere/at/all: no such directory or file\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "vit-ref: nowhere/at/all: no such directory or file: correct the path, or give the hub id OWNER/NAME\n",
+    )
 
 
 def test_a_candidates_file_may_change_the_path_of_imports(tmp_path: Path) -> None:

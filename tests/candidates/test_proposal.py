@@ -18,7 +18,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 import vit_ref
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import BLOCK_SITES
@@ -281,9 +281,9 @@ def test_the_command_writes_the_table_for_machines(
 ) -> None:
     calls = []
     monkeypatch.setattr(proposal, "propose", lambda *given: calls.append(given) or proposed)
-    command = ["propose", "there", "--candidate", "port.py", "--json", str(tmp_path / "a.json")]
+    command = ["propose", "there", "--candidate", "mine", "--json", str(tmp_path / "a.json")]
     ended = CliRunner().invoke(main, command)
-    assert (ended.exit_code, calls) == (0, [("port.py", "there")])
+    assert (ended.exit_code, calls) == (0, [("mine", "there")])
     assert ended.stdout == f"{proposed}\n"
     content = json.loads((tmp_path / "a.json").read_text())
     assert {each["key"]: each["target"] for each in content["sites"]} == TUTORIAL_SITES
@@ -302,7 +302,7 @@ def test_a_command_without_checkpoint_takes_the_embedded_case(
         return proposed
 
     monkeypatch.setattr(proposal, "propose", propose)
-    ended = CliRunner().invoke(main, ["propose", "--candidate", "port.py"])
+    ended = CliRunner().invoke(main, ["propose", "--candidate", "mine"])
     assert ended.exit_code == 0, ended.output
     assert configurations == [list(CASES["rectangular"].config.image_size)]
 
@@ -746,8 +746,8 @@ def test_a_bias_of_zeros_is_matched_by_the_kernel_beside_it(untrained: Path) -> 
 
 def test_indistinguishable_parameters_are_left_to_the_user(untrained: Path) -> None:
     names = {"norm.scale": "first", "blocks.0.norm1.scale": "second"}
-    port = showing(lambda trace: {}, lambda ours: {theirs: ours[path] for path, theirs in names.items()})
-    found = vit_ref.propose(port, untrained)
+    model = showing(lambda trace: {}, lambda ours: {theirs: ours[path] for path, theirs in names.items()})
+    found = vit_ref.propose(model, untrained)
     assert found.parameters == {}
     assert found.ambiguous["norm.scale"] == ("first", "second")
     assert "# Several parameters of the candidate equal norm.scale, choose one: first, second" in str(found)

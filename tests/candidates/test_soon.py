@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import vit_ref
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import CandidateError, InputError, UndifferentiableError
 from vit_ref.verify import session
 from vit_ref.verify.cases import CASES, Case

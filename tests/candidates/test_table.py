@@ -64,6 +64,11 @@ class Recording:
         ({"a": "norm", "b": "norm"}, "sites: 'a' and 'b' both claim norm"),
         ({"{i}.a": "block.{i}.norm1", "b": "block.1.norm1"}, "'1.a' and 'b' both claim block.1.norm1"),
         ({"a": ["norm", ("norm", lambda x: x)]}, "both claim norm"),
+        (
+            {"a{i}": "norm"},
+            r"sites: 'a\{i\}': 'norm' has no \{i\}, so every number would mean the same: write \{i\} there",
+        ),
+        ({"a{i}": ["block.{i}.norm1", ("norm", abs)]}, r"sites: 'a\{i\}': 'norm' has no \{i\}"),
         ({"a": "logitz"}, r"'logitz' is none of this model's; did you mean 'logits'\?"),
         ({"a": "clss"}, "'clss' is none of this model's"),  # this model has no site cls
         ({"a": "logits.mine"}, "'logits.mine' is none of this model's"),
@@ -271,10 +276,10 @@ def of_torch() -> Any:
 def test_submodules_may_be_numbered_with_zeros(load: Callable[[], Any], key: str, saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("one-block"))
     candidate = vit_ref.Candidate(load=lambda _: load(), sites={key: "block.{i}.norm1" if "{" in key else "norm"})
-    port = prepare_candidate(candidate, read_configuration(source), source)
-    found = port.trace(CASES["rectangular"].images(), FLOAT64)
+    model = prepare_candidate(candidate, read_configuration(source), source)
+    found = model.trace(CASES["rectangular"].images(), FLOAT64)
     assert found.keys() == {"block.0.norm1" if "{" in key else "norm", "logits"}
-    assert any(name.startswith("block0.") for name in port.parameters())
+    assert any(name.startswith("block0.") for name in model.parameters())
 
 
 def test_only_neighbouring_axes_are_merged_or_split() -> None:
@@ -337,13 +342,13 @@ def reordered(spec: str) -> vit_ref.Candidate:
     ("file", "changed"), [("nnx_tutorial.py", reordered), pytest.param("torch_timm.py", find, marks=pytest.mark.torch)]
 )
 def test_a_selection_replaces_and_perturbs_the_inner_value(
-    file: str, changed: Callable[[str], vit_ref.Candidate], port: Callable[[str], str], saved: Callable[[str], Path]
+    file: str, changed: Callable[[str], vit_ref.Candidate], locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     source = checkpoint.read(saved("one-block"))
     config = read_configuration(source)
     pixels = CASES["rectangular"].images()[:2]
     own = OwnCandidate(config, source)
-    theirs = prepare_candidate(changed(port(file)), config, source)
+    theirs = prepare_candidate(changed(locate(file)), config, source)
     rng = np.random.default_rng(0)
     values = {
         f"block.0.attn.{role}": rng.normal(size=(2, TOKENS, HEADS, WIDTH // HEADS)) for role in ("query", "value")

@@ -38,8 +38,8 @@ IMAGES = CASES["rectangular"].images()
 
 
 @pytest.fixture
-def timm(port: Callable[[str], str]) -> vit_ref.Candidate:
-    return find(port("torch_timm.py"))
+def timm(locate: Callable[[str], str]) -> vit_ref.Candidate:
+    return find(locate("torch_timm.py"))
 
 
 def calling(candidate: vit_ref.Candidate, call: Callable) -> vit_ref.Candidate:
@@ -105,9 +105,9 @@ def test_frozen_parameters_have_gradients(timm: vit_ref.Candidate, saved: Callab
         loaded.append(timm.load(path).requires_grad_(False))
         return loaded[-1]
 
-    port = made(dataclasses.replace(timm, load=load), saved)
-    objective = objectives_for((5, port.outline.config.num_labels))[0]
-    found = {dtype: port.gradients(IMAGES, precision_of(dtype))(objective) for dtype in ("f8", "f4")}
+    model = made(dataclasses.replace(timm, load=load), saved)
+    objective = objectives_for((5, model.outline.config.num_labels))[0]
+    found = {dtype: model.gradients(IMAGES, precision_of(dtype))(objective) for dtype in ("f8", "f4")}
     for path, value in found["f8"].parameters.items():
         # Float32's rounding. The key's bias has only rounding for a gradient.
         assert path.endswith("key.bias") or error(found["f4"].parameters[path], value).rms < 1e-5
@@ -152,8 +152,8 @@ def test_a_candidate_with_a_tap_shows_its_own_values(saved: Callable[[str], Path
         def forward(self, images: Any, tap: Callable) -> Any:
             return self.linear(tap("norm", torch.zeros(len(images), 17, 33, dtype=images.dtype))[:, 0])
 
-    port = prepare_candidate(vit_ref.Candidate(load=lambda _: Head()), read_configuration(source), source)
-    found = port.trace(IMAGES, FLOAT64, replace={"norm": own["norm"]})
+    model = prepare_candidate(vit_ref.Candidate(load=lambda _: Head()), read_configuration(source), source)
+    found = model.trace(IMAGES, FLOAT64, replace={"norm": own["norm"]})
     assert not found["norm"].any()
     assert error(found["logits"], own["logits"]).rms < SEMANTIC_RMS
 
@@ -165,9 +165,9 @@ def test_unknown_submodules_and_inner_failures_are_one_line(
         traced(dataclasses.replace(timm, sites={"blocks.{i}.atn": "block.{i}.attn.out"}), saved)
 
     def sharing(path: Path) -> Any:
-        port: Any = timm.load(path)
-        port.blocks[1].attn = port.blocks[0].attn
-        return port
+        model: Any = timm.load(path)
+        model.blocks[1].attn = model.blocks[0].attn
+        return model
 
     with pytest.raises(
         InputError, match=r"'blocks.1.attn.*' and 'blocks.0.attn.*' are one module with one set of parameters"
@@ -308,20 +308,20 @@ def test_a_module_float32_by_design_is_exact_in_float64(what: str, saved: Callab
     def forward(x: Any) -> Any:
         return IN_FLOAT32[what](x.flatten(2)).square().sum((1, 2))[:, None] * x.new_ones(23)
 
-    port = made(vit_ref.Candidate(load=lambda _: Returning(forward)), saved)
-    found = port.trace(IMAGES, FLOAT64)["logits"]
+    model = made(vit_ref.Candidate(load=lambda _: Returning(forward)), saved)
+    found = model.trace(IMAGES, FLOAT64)["logits"]
     images = torch.tensor(IMAGES, dtype=torch.float64).permute(0, 3, 1, 2).flatten(2)
     exact = {"mean": lambda x: x - x.mean(-1, keepdim=True), "norm": lambda x: F.layer_norm(x, x.shape[-1:])}
     right = exact.get(what, lambda x: x.softmax(-1))(images).square().sum((1, 2))[:, None].numpy()
     assert error(found[:, :1], right).rms < SEMANTIC_RMS
-    (note,) = port.notes
+    (note,) = model.notes
     assert note.startswith("the candidate makes a cast from float64 to float32, the first before logits. ")
     # In the tested precision no cast is undone.
-    assert port.trace(IMAGES, precision_of(np.float32))["logits"].dtype == np.float32
+    assert model.trace(IMAGES, precision_of(np.float32))["logits"].dtype == np.float32
 
 
 def test_fused_attention_passes_despite_its_larger_rounding(
-    port: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    locate: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tokens attend to one in the first head, with scores of some hundreds, so the rounded logarithm is far off."""
     case = Case("sink", dataclasses.replace(CASES["rectangular"].config, num_hidden_layers=1), seed=2)
@@ -330,11 +330,11 @@ def test_fused_attention_passes_despite_its_larger_rounding(
     tensors[f"{attention}.key.weight"][0] *= 10
     writing.write_directory(tmp_path, tensors, case.config.to_hf())
     source = checkpoint.read(tmp_path)
-    judge = reference_for(case.config, source.tensors)
+    reference = reference_for(case.config, source.tensors)
 
     def judged(name: str) -> ParityReport:
-        candidate = prepare_candidate(port(f"torch_timm.py:{name}"), case.config, source)
-        return Session(case.config, source, IMAGES[:2], candidate, reference=judge, title="sink").backward()
+        candidate = prepare_candidate(locate(f"torch_timm.py:{name}"), case.config, source)
+        return Session(case.config, source, IMAGES[:2], candidate, reference=reference, title="sink").backward()
 
     assert judged("candidate").passed
     report = judged("fused")
@@ -347,7 +347,7 @@ def test_fused_attention_passes_despite_its_larger_rounding(
 
 def test_a_pytorch_candidate_may_sum_in_another_order(timm: vit_ref.Candidate, saved: Callable[[str], Path]) -> None:
     source = checkpoint.read(saved("rectangular"))
-    port = made(timm, saved)
-    report = Session(port.outline.config, source, IMAGES, port, title="sums").forward()
+    model = made(timm, saved)
+    report = Session(model.outline.config, source, IMAGES, model, title="sums").forward()
     assert report.passed
     assert min(result.gate / result.reference_error for result in report.results) >= 4

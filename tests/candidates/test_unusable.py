@@ -80,13 +80,13 @@ def test_candidates_are_found_by_file_module_and_attribute(tmp_path: Path, monke
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setitem(sys.modules, "flax", flax)
     # A neighbour is imported, and a file may have the name of a package.
-    (tmp_path / "vit_ref_neighbour.py").write_text("class made:\n    @staticmethod\n    def port(x): return x\n")
-    (tmp_path / "flax.py").write_text("from vit_ref_neighbour import made\nimport flax.nnx\ncandidate = made.port\n")
+    (tmp_path / "vit_ref_neighbour.py").write_text("class made:\n    @staticmethod\n    def model(x): return x\n")
+    (tmp_path / "flax.py").write_text("from vit_ref_neighbour import made\nimport flax.nnx\ncandidate = made.model\n")
     assert find(str(tmp_path / "flax.py")).name == "flax"
     assert sys.modules["flax"] is flax
-    assert find(f"{tmp_path / 'flax.py'}:made.port").name == "flax-made.port"
+    assert find(f"{tmp_path / 'flax.py'}:made.model").name == "flax-made.model"
     monkeypatch.syspath_prepend(tmp_path)
-    assert find("vit_ref_neighbour:made.port").name == "vit_ref_neighbour-made.port"
+    assert find("vit_ref_neighbour:made.model").name == "vit_ref_neighbour-made.model"
 
 
 def made(candidate: Any, saved: Callable[[str], Path]) -> Any:
@@ -119,17 +119,17 @@ def changed(change: Callable[[Any], None]) -> Callable[[vit_ref.Candidate], vit_
 
     def wrap(candidate: vit_ref.Candidate) -> vit_ref.Candidate:
         def load(path: Path) -> Any:
-            port: Any = candidate.load(path)
-            change(port)
-            return port
+            model: Any = candidate.load(path)
+            change(model)
+            return model
 
         return dataclasses.replace(candidate, load=load)
 
     return wrap
 
 
-def share(port: Any) -> None:
-    port.encoder.layers[1].attention = port.encoder.layers[0].attention
+def share(model: Any) -> None:
+    model.encoder.layers[1].attention = model.encoder.layers[0].attention
 
 
 @pytest.mark.parametrize(
@@ -164,16 +164,16 @@ def share(port: Any) -> None:
     ],
 )
 def test_a_candidate_that_cannot_be_run_or_seen_is_one_line(
-    change: Callable, message: str, port: Callable[[str], str], saved: Callable[[str], Path]
+    change: Callable, message: str, locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
-    candidate = dataclasses.replace(find(port("nnx_tutorial.py")), name="mine")
+    candidate = dataclasses.replace(find(locate("nnx_tutorial.py")), name="mine")
     with pytest.raises(InputError, match=message) as caught:
         made(change(candidate), saved).trace(IMAGES, FLOAT64)
     assert "\n" not in str(caught.value)
 
 
-def drop_live(port: Any) -> None:
-    port.encoder.layers[0].mlp.layers[2] = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+def drop_live(model: Any) -> None:
+    model.encoder.layers[0].mlp.layers[2] = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
 
 
 class Gathering(nnx.Module):
@@ -185,8 +185,8 @@ class Gathering(nnx.Module):
         return x
 
 
-def gather_statistics(port: Any) -> None:
-    port.dropout = Gathering()
+def gather_statistics(model: Any) -> None:
+    model.dropout = Gathering()
 
 
 @pytest.mark.parametrize(
@@ -199,13 +199,13 @@ def gather_statistics(port: Any) -> None:
 def test_a_candidate_in_training_mode_is_reported_first(
     change: Callable[[Any], None],
     message: str,
-    port: Callable[[str], str],
+    locate: Callable[[str], str],
     saved: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error comes before any reference runs."""
     monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
-    candidate = changed(change)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
+    candidate = changed(change)(dataclasses.replace(find(locate("nnx_tutorial.py")), name="mine"))
     with pytest.raises(InputError, match=f"mine: the forward pass changes the model's own state, {message}") as caught:
         check_port(candidate, saved("one-block"))
     assert "\n" not in str(caught.value)
@@ -223,14 +223,14 @@ class Drawing(nnx.Module):
 
 
 def test_state_changed_outside_the_candidate_is_reported(
-    port: Callable[[str], str], saved: Callable[[str], Path]
+    locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
     stream = nnx.Rngs(0)
 
-    def draw(port: Any) -> None:
-        port.dropout = Drawing(stream)
+    def draw(model: Any) -> None:
+        model.dropout = Drawing(stream)
 
-    candidate = changed(draw)(dataclasses.replace(find(port("nnx_tutorial.py")), name="mine"))
+    candidate = changed(draw)(dataclasses.replace(find(locate("nnx_tutorial.py")), name="mine"))
     with pytest.raises(InputError, match=r"^mine: the forward pass changes state outside the model \("):
         made(candidate, saved).trace(IMAGES, FLOAT64)
 
@@ -268,12 +268,12 @@ FLIPPED = {
 
 @pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.torch if "torch" in f else ()) for f in FLIPPED])
 def test_a_module_that_runs_twice_is_refused(
-    file: str, port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    file: str, locate: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vit_ref.verify.session.Session.forward", failing)
     call, message = FLIPPED[file]
     with pytest.raises(InputError, match=message) as caught:
-        check_port(dataclasses.replace(find(port(file)), call=call), saved("one-block"))
+        check_port(dataclasses.replace(find(locate(file)), call=call), saved("one-block"))
     assert "\n" not in str(caught.value)
 
 
@@ -285,8 +285,8 @@ def test_a_value_that_is_shown_twice_is_one_value(saved: Callable[[str], Path]) 
     require_repeatable(made(showing, saved), IMAGES[:1])
 
 
-def test_unknown_submodules_of_linen_are_named(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
-    candidate = with_site("encoder_nrm")(find(port("linen_big_vision.py")))
+def test_unknown_submodules_of_linen_are_named(locate: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+    candidate = with_site("encoder_nrm")(find(locate("linen_big_vision.py")))
     with pytest.raises(InputError, match=r"has no submodule 'encoder_nrm'.* did you mean 'encoder_norm'"):
         made(candidate, saved).trace(IMAGES, FLOAT64)
 
@@ -295,14 +295,14 @@ def test_without_a_head_the_returned_cls_token_is_compared(saved: Callable[[str]
     source = checkpoint.read(saved("headless"))
     config = read_configuration(source)
     plain = vit_ref.Candidate(
-        load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine", call=lambda port, x: port(x)
+        load=lambda path, dtype: vit_ref.from_pretrained(path, dtype=dtype), name="mine", call=lambda model, x: model(x)
     )
     shown = prepare_candidate(dataclasses.replace(plain, sites={"norm": "norm"}), config, source)
     assert set(shown.trace(CASES["headless"].images(), FLOAT64)) == {"norm", "cls"}
-    for call, failed in ((plain.call, []), (lambda port, x: 5 * port(x)[:, ::-1], ["forward/cls"])):
+    for call, failed in ((plain.call, []), (lambda model, x: 5 * model(x)[:, ::-1], ["forward/cls"])):
         report = check_port(dataclasses.replace(plain, call=call), source.path, backward=False)
         assert [check.name for check in report.checks if check.status == "failed"] == failed
-    tokens = dataclasses.replace(plain, call=lambda port, x: jnp.stack([port(x)] * 3, axis=1))
+    tokens = dataclasses.replace(plain, call=lambda model, x: jnp.stack([model(x)] * 3, axis=1))
     with pytest.raises(
         InputError, match=r"^mine: it returned shape \(1, 3, \d+\), but a model without a head must return the cls"
     ):
@@ -319,9 +319,11 @@ def test_a_candidate_with_a_tap_is_observed_only_through_it(saved: Callable[[str
     assert set(made(around, saved).trace(IMAGES, FLOAT64)) == {"block.0.norm1", "logits"}
 
 
-def test_submodules_and_intermediates_may_be_combined(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+def test_submodules_and_intermediates_may_be_combined(
+    locate: Callable[[str], str], saved: Callable[[str], Path]
+) -> None:
     candidate = dataclasses.replace(
-        find(port("nnx_tutorial.py")),
+        find(locate("nnx_tutorial.py")),
         sites={"final_norm": "norm", "squares": "patches"},
         call=lambda model, x: (model(x), {"squares": model.patch_embeddings(x)}),
     )
@@ -524,9 +526,9 @@ def test_a_loader_with_a_dtype_argument_receives_the_dtype(saved: Callable[[str]
         told.append((path, dtype))
         return lambda x: ones(23, x).astype(dtype)
 
-    port = made(vit_ref.Candidate(load=load), saved)
+    model = made(vit_ref.Candidate(load=load), saved)
     for dtype in (np.float64, np.float64, np.float32):
-        assert port.trace(IMAGES, precision_of(dtype))["logits"].dtype == dtype
+        assert model.trace(IMAGES, precision_of(dtype))["logits"].dtype == dtype
     # Each is loaded once, though it is used twice, because reading a checkpoint takes seconds.
     assert told == [(saved("rectangular"), np.dtype(np.float64)), (saved("rectangular"), np.dtype(np.float32))]
 
@@ -599,14 +601,14 @@ def test_a_candidate_float32_by_design_is_exact_in_float64(what: str, saved: Cal
         y = narrow(x.reshape(len(x), -1, 8))
         return jnp.square(y + 1).sum((1, 2))[:, None] * jnp.ones(23, y.dtype)
 
-    port = made(forward, saved)
-    (found,) = port.outputs([IMAGES], FLOAT64, tap=lambda site, value: value)
+    model = made(forward, saved)
+    (found,) = model.outputs([IMAGES], FLOAT64, tap=lambda site, value: value)
     expected = np.square(1 + right(IMAGES.astype(np.float64).reshape(len(IMAGES), -1, 8))).sum((1, 2))[:, None]
     with precision_of(np.float64).active():
         rounded = np.asarray(forward(jnp.asarray(IMAGES, np.float64)))
     assert 1e-10 < error(rounded[:, :1], expected).rms < 1e-5
     assert error(found[:, :1], expected).rms < SEMANTIC_RMS
-    (note,) = port.notes
+    (note,) = model.notes
     assert "to float32, the first before logits. This rounding is undone for the float64 gate" in note
 
 
@@ -617,14 +619,14 @@ def test_a_candidate_that_needs_its_casts_keeps_them(saved: Callable[[str], Path
         total, _ = jax.lax.scan(lambda carry, row: (carry + row, None), jnp.zeros(rows.shape[1:], jnp.float32), rows)
         return ones(23, total[:, None]).astype(x.dtype)
 
-    port = made(scanning, saved)
-    (found,) = port.outputs([IMAGES], FLOAT64, tap=lambda site, value: value)
+    model = made(scanning, saved)
+    (found,) = model.outputs([IMAGES], FLOAT64, tap=lambda site, value: value)
     assert error(found[:, 0], IMAGES.sum((1, 2, 3))).rms < 1e-5
-    assert port.notes == ()
+    assert model.notes == ()
 
 
-def test_shapes_without_values_are_one_line(port: Callable[[str], str], saved: Callable[[str], Path]) -> None:
-    tutorial = find(port("nnx_tutorial.py"))
+def test_shapes_without_values_are_one_line(locate: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+    tutorial = find(locate("nnx_tutorial.py"))
     abstract = dataclasses.replace(tutorial, load=lambda path: nnx.eval_shape(lambda: tutorial.load(path)))
     with pytest.raises(InputError, match=r"nnx_tutorial: 'classifier.bias\S*' has a shape but no values") as caught:
         made(abstract, saved).trace(IMAGES, FLOAT64)

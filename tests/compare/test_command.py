@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import vit_ref
 from vit_ref.cli import compare
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.verify.pairs import session
 from vit_ref.verify.precision import PRECISIONS
 from vit_ref.verify.report import SCHEMA
@@ -52,6 +52,8 @@ live = vit_ref.Reference(load=lambda checkpoint: noisy, inputs=inputs)
 steep = vit_ref.Reference(load=model(lambda x: jnp.sqrt(jnp.abs(x))), inputs=lambda seed: {"x": np.zeros((4, 3))})
 like_steep = vit_ref.Candidate(load=model(lambda x: jnp.sqrt(jnp.abs(x))))
 wide = vit_ref.Candidate(load=lambda checkpoint: (lambda w, x: x, WEIGHTS))
+misnumbered = vit_ref.Candidate(load=model(jnp.tanh), sites={"layers.{i}": "last"})
+adapting = vit_ref.Reference(load=model(jnp.tanh), inputs=inputs, adapt=lambda x: x)
 """
 
 
@@ -141,13 +143,18 @@ def test_inputs_come_from_a_file_or_a_shape(file: str, tmp_path: Path) -> None:
         (["{file}:missing", "{file}"], "has no 'missing'"),
         (["{file}", "{file}", "--checkpoint", "{file}.none"], "no such file or directory"),
         (["{file}", "{file}", "--shape", "x=2,4"], "raised TypeError"),
+        (["{file}:adapting", "{file}", "--shape", "y=2,3"], "sides-adapting: it takes no input 'y', only x: correct"),
+        (["{file}", "{file}:adapting", "--shape", "y=2,3"], "sides-adapting: it takes no input 'y', only x: correct"),
+        (["gone.py", "{file}"], "gone.py: this file does not exist: check the path"),
+        (["{file}", "gone.py"], "gone.py: this file does not exist: check the path"),
+        (["{file}", "{file}:misnumbered"], "{file}:misnumbered: sites: 'layers.{{i}}': 'last' has no {{i}}"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(file: str, arguments: list[str], message: str) -> None:
     found = run(*(each.format(file=file) for each in arguments))
     if message:
         assert found.exit_code == 2
-        assert message in found.output
+        assert message.format(file=file) in found.output
         assert "Traceback" not in found.output and len(found.output.splitlines()) == 1
     else:  # A single input is positional, whatever its name.
         assert found.exit_code == 0

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 import vit_ref
 from vit_ref.verify.diagnose.predictions import explain_by_order
-from vit_ref.verify.formats import STORED
 from vit_ref.verify.pairs import explainer, reruns
 from vit_ref.verify.pairs.explainer import PairExplainer
 from vit_ref.verify.pairs.reruns import Reruns
+from vit_ref.verify.rounding import STORED
 
 X = np.random.default_rng(0).normal(size=(2, 3, 4))
 ORDER = ["fc1", "act", "output"]

@@ -53,6 +53,16 @@ def test_integers_are_neither_cast_nor_differentiated() -> None:
     assert fed.by_input(Arguments((), {"input_ids": None, "positions": None})) == {}
 
 
+def test_a_name_that_an_adaptor_does_not_take_is_said_with_those_that_it_takes() -> None:
+    message = r"^mine: it takes no input 'image', only images, ids: correct the name of the input, or the argument of"
+    with pytest.raises(InputError, match=message):
+        feeding(lambda images, *, ids: (images, ids), image=IMAGES, ids=IDS)
+    with pytest.raises(InputError, match=r"^mine: it takes no input 'images', only none at all: "):
+        feeding(lambda: IMAGES, images=IMAGES)
+    # It takes any name.
+    assert feeding(lambda **given: given, image=IMAGES).arguments().kwargs.keys() == {"image"}
+
+
 def raising(**_: Any) -> None:
     raise KeyError("ids")
 

@@ -32,7 +32,8 @@ def test_a_table_goes_past_a_wrong_value_and_says_where() -> None:
     assert [line.site for line in proposal.lines if not line.equal] == ["blocks.{i}.act"]
     assert not proposal.unshown
     text = str(proposal)
-    assert '    # The values differ:\n    "layers.{i}.down:input": "blocks.{i}.act",\n' in text
+    remark = "    # Differs from the reference: layers.{i}.down:input"
+    assert f'{remark}\n    "layers.{{i}}.down:input": "blocks.{{i}}.act",\n' in text
     assert {line["target"]: line["equal"] for line in proposal.to_json()["sites"]}["blocks.{i}.act"] is False
     names: dict[str, object] = {}
     exec(text, names)
@@ -51,7 +52,8 @@ def test_one_wrong_block_of_several_leaves_a_table_that_can_be_pasted() -> None:
     proposal = propose(torch_side.reference(), wrong)
     assert {line.key: line.site for line in proposal.lines} == sides.NNX_SITES
     text, names = str(proposal), dict[str, Any]()
-    assert '    # The values differ at layers.1.down:input:\n    "layers.{i}.down:input": "blocks.{i}.act",\n' in text
+    remark = "    # Differs from the reference: layers.1.down:input"
+    assert f'{remark}\n    "layers.{{i}}.down:input": "blocks.{{i}}.act",\n' in text
     exec(text, names)
     report = vit_ref.compare(torch_side.reference(), dataclasses.replace(wrong, sites=names["sites"]), backward=False)
     assert report.forward.semantic_failures[0].site == "blocks.1.act"

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.helpers.finetuning import OPTIONS, Runner
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 
 # Most of these tests import what the extra installs. The header of the run says if they were left out.
 if not find_spec("grain"):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import vit_ref
 from tests.helpers.precisions import precision_of
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.finetune.prediction import predict
 from vit_ref.model.vit import VisionTransformer

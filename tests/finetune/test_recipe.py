@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.finetune import run
-from vit_ref.finetune.options import make_recipe
 from vit_ref.finetune.recipe import Recipe
+from vit_ref.finetune.recipe_options import make_recipe
 
 
 @pytest.mark.parametrize(

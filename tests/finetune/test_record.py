@@ -49,6 +49,20 @@ def test_every_step_has_its_number_epoch_loss_and_rate(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / TIMING)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("terminal", "changes", "shown"),
+    [("1", {}, True), ("", {}, False), ("1", {"quiet": True}, False), ("1", {"writes": False}, False)],
+)
+def test_a_terminal_shows_the_step_and_its_loss(
+    terminal: str, changes: dict[str, bool], shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", terminal)
+    with closing(record(tmp_path, 3, **{"quiet": False, **changes})) as log:
+        log.step(4, jnp.float32(2.5))
+    said = capsys.readouterr().err
+    assert ("4/6" in said and "epoch 2, loss 2.500, " in said) if shown else said == ""
+
+
 def test_the_speed_is_that_of_the_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Created at 0; a step until 4; validation until 100; a step until 102.
     clock = iter([0.0, 4.0, 100.0, 102.0])

@@ -22,7 +22,7 @@ from PIL import Image
 
 import vit_ref
 from tests.helpers.finetuning import OPTIONS, STEPS, Runner
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.finetune import run
 from vit_ref.finetune.augmentation import Augmentation

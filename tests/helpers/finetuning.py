@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Start the command as a module, so that a test need not know where the script was installed.
-_PROGRAM = "from vit_ref.cli.group import main; main(prog_name='vit-ref')"
+_PROGRAM = "from vit_ref.cli.commands import main; main(prog_name='vit-ref')"
 # 512 images give eight steps an epoch, each a fraction of a second.
 OPTIONS = (
     *("--epochs", "2", "--batch-size", "64", "--optimizer", "adamw", "--learning-rate", "0.003", "--dropout", "0.1"),

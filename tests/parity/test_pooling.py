@@ -173,18 +173,18 @@ def judged(errs: Callable[[str, int], float]) -> tuple[ParityReport, Erring, Err
     """Returns the verdict on a candidate whose gradients err so much. The reference's err by a thousandth."""
     rng = np.random.default_rng(0)
     truth = {name: rng.normal(size=(50, 7)) for name in gradient_names(CASE.config)}
-    judge, candidate = Erring("judge", lambda name, k: 1e-3, truth), Erring("candidate", errs, truth)
+    reference, candidate = Erring("reference", lambda name, k: 1e-3, truth), Erring("candidate", errs, truth)
     report = Session(
-        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="pooled"
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=reference, title="pooled"
     ).backward()
-    return report, judge, candidate
+    return report, reference, candidate
 
 
 def test_a_wrong_formula_is_reported_if_the_reference_overflows() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
-    judge = Erring("judge", lambda name, k: np.inf if name == "logits" else 1e-3, truth)
+    reference = Erring("reference", lambda name, k: np.inf if name == "logits" else 1e-3, truth)
     candidate = Erring("candidate", lambda name, k: 1e-3, truth | {"block.1.norm1": 1.5 * np.ones((5, 7))})
-    report = compared(judge, candidate)
+    report = compared(reference, candidate)
     assert [result.site for result in report.semantic_failures] == ["block.1.norm1"]
 
 
@@ -192,22 +192,22 @@ def test_a_wrong_gradient_is_reported_at_its_site() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
     changed = {name: value.copy() for name, value in truth.items()}
     changed["norm"][2, 3] = changed["head.kernel"][1, 1] = 1.5
-    judge, candidate = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", truth), ("b", changed)))
+    reference, candidate = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", truth), ("b", changed)))
     report = Session(
-        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="place"
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=reference, title="place"
     ).backward()
     assert [result.site for result in report.semantic_failures] == ["norm", "head.kernel"]
     assert report.place == "only at image 2 of 5; channel 3 of 7"
     # The axes of pixels have names, those of a parameter have none.
     pixels = {**truth, "pixels": np.ones((2, 3, 4, 3))}
     one = {**pixels, "pixels": pixels["pixels"] * np.array([1, 1.5])[:, None, None, None]}
-    judge, other = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", pixels), ("b", one)))
-    report = compared(judge, other)
+    reference, other = (Erring(name, lambda name, k: 1e-3, each) for name, each in (("a", pixels), ("b", one)))
+    report = compared(reference, other)
     assert report.place == "only at image 1 of 2"
-    judge = Erring("a", lambda name, k: 1e-3, truth)
+    reference = Erring("a", lambda name, k: 1e-3, truth)
     changed["norm"] = truth["norm"]
     report = Session(
-        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="place"
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=reference, title="place"
     ).backward()
     assert ([result.site for result in report.semantic_failures], report.place) == (["head.kernel"], "")
 
@@ -228,9 +228,9 @@ def test_the_place_is_that_of_the_first_divergence(order: tuple[int, int]) -> No
             ]
             return lambda objective: found.pop(0)(objective)
 
-    judge, candidate = (kind("a", lambda name, k: 1e-3, truth) for kind in (Erring, Changing))
+    reference, candidate = (kind("a", lambda name, k: 1e-3, truth) for kind in (Erring, Changing))
     report = Session(
-        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=judge, title="place"
+        CASE.config, CASE.checkpoint(), CASE.images(), candidate, reference=reference, title="place"
     ).backward()
     assert [result.site for result in report.semantic_failures] == ["logits", "norm"]
     assert report.place == "only at image 2 of 5; channel 3 of 7"
@@ -247,13 +247,13 @@ def test_parameters_come_in_the_order_of_backpropagation() -> None:
 
 def test_a_reference_that_overflows_is_refused() -> None:
     truth = {name: np.ones((5, 7)) for name in gradient_names(CASE.config)}
-    judge = Erring("judge", lambda name, k: np.inf if (name, k) == ("block.1.norm1", 1) else 1e-3, truth)
+    reference = Erring("reference", lambda name, k: np.inf if (name, k) == ("block.1.norm1", 1) else 1e-3, truth)
     candidate = Erring("candidate", lambda name, k: 100.0, truth)
     with pytest.raises(
         InputError,
-        match=r"^judge itself is not finite in float32 at 1 of 71 places, first block\.1\.norm1: judge another",
+        match=r"^reference itself is not finite in float32 at 1 of 71 places, first block\.1\.norm1: judge another",
     ):
-        compared(judge, candidate)
+        compared(reference, candidate)
 
 
 @pytest.mark.parametrize(
@@ -273,11 +273,11 @@ def test_a_reference_that_overflows_is_refused() -> None:
 def test_objectives_are_added_until_the_verdict_is_settled(
     errs: Callable[[str, int], float], objectives: int, passes: bool
 ) -> None:
-    report, judge, candidate = judged(errs)
+    report, reference, candidate = judged(errs)
     assert report.passed is passes
     assert report.objectives == objectives
     assert not report.semantic_failures
-    for each in (judge, candidate):
+    for each in (reference, candidate):
         assert each.asked[np.dtype("f4")] == objectives
-    assert judge.asked[np.dtype("f8")] == objectives
+    assert reference.asked[np.dtype("f8")] == objectives
     assert candidate.asked[np.dtype("f8")] == SEMANTIC_OBJECTIVES

@@ -26,11 +26,11 @@ from vit_ref.verify.cases import CASES
 from vit_ref.verify.compare import objectives
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.environment import notes, products
-from vit_ref.verify.formats import MULTIPLIED
 from vit_ref.verify.gates import ALLOWANCES, SEMANTIC_RMS, error
 from vit_ref.verify.precision import FLOAT64, PRECISIONS, Precision, resolve_precision
 from vit_ref.verify.references.flax_vit import FlaxViTReference
 from vit_ref.verify.report import summary, table, to_html, to_json
+from vit_ref.verify.rounding import MULTIPLIED
 from vit_ref.verify.session import Session
 
 CASE = CASES["rectangular"]
@@ -80,7 +80,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, st
         monkeypatch.setattr(kind, "trace", watched)
 
     watch(OwnCandidate, lambda port: port.stored or np.float32)
-    watch(FlaxViTReference, lambda judge: jax.tree.leaves(judge.params)[0].dtype)
+    watch(FlaxViTReference, lambda reference: jax.tree.leaves(reference.params)[0].dtype)
     return runs
 
 

@@ -56,18 +56,18 @@ class Changed:
         return found
 
 
-def judged(judge: Changed, candidate: Changed, oracle: Changed | None = None) -> ParityReport:
+def judged(reference: Changed, candidate: Changed, oracle: Changed | None = None) -> ParityReport:
     problem = problem_of(CASE.config, CASE.images())
-    return compare_forward("unjudged", problem, judge, oracle or judge.oracle, candidate, PRECISIONS["float32"])
+    return compare_forward("unjudged", problem, reference, oracle or reference.oracle, candidate, PRECISIONS["float32"])
 
 
-OVERFLOWING = Changed("judge", "block.1.mlp.out", np.inf, np.float32)
+OVERFLOWING = Changed("reference", "block.1.mlp.out", np.inf, np.float32)
 
 
 def test_a_reference_that_overflows_is_refused() -> None:
     with pytest.raises(
         ReferenceOverflowError,
-        match=r"^judge itself is not finite in float32 at 1 of 30 places, first block\.1\.mlp\.out: judge another",
+        match=r"^reference itself is not finite in float32 at 1 of 30 places, first block\.1\.mlp\.out: judge another",
     ):
         judged(OVERFLOWING, Changed("candidate", "norm", 2.0, np.float32))
 
@@ -79,11 +79,13 @@ def test_a_wrong_formula_is_reported_if_the_reference_overflows() -> None:
 
 def test_oracles_that_differ_are_refused() -> None:
     """No verdict is given on a candidate either that is wrong elsewhere."""
-    right, other = (Changed(name, "block.1.mlp.out", by, np.float64) for name, by in (("judge", 1.0), ("other", 1.001)))
+    right, other = (
+        Changed(name, "block.1.mlp.out", by, np.float64) for name, by in (("reference", 1.0), ("other", 1.001))
+    )
     for candidate in (right, other):
         with pytest.raises(
             OraclesDifferError,
-            match=r"^judge and other differ in float64 at 1 of 30 sites, first block\.1\.mlp\.out by 1\.0e-03, gate",
+            match=r"^reference and other differ in float64 at 1 of 30 sites, first block\.1\.mlp\.out by 1\.0e-03",
         ):
             judged(right, candidate, other)
 
@@ -93,7 +95,7 @@ def test_oracles_that_differ_are_refused() -> None:
     [
         (UnsupportedByReferenceError("the NumPy oracle has no gradients"), False),
         (UndifferentiableError("its output has no gradient"), False),
-        (ReferenceOverflowError("judge itself is not finite at {place}", "norm"), True),
+        (ReferenceOverflowError("reference itself is not finite at {place}", "norm"), True),
         (InputError("another"), True),
     ],
     ids=lambda given: type(given).__name__ if isinstance(given, Exception) else "",
@@ -134,13 +136,13 @@ def test_a_reference_whose_gradients_overflow_is_refused(reference: str) -> None
         tensors[f"{block}.{name}"] = tensors[f"{block}.{name}"] * np.float32(by)
     changed = Checkpoint(source.path, tensors, source.config)
     try:
-        judge = reference_for(CASE.config, tensors, reference)
+        chosen = reference_for(CASE.config, tensors, reference)
     except ReferenceUnavailableError as error:
         pytest.skip(str(error))
     candidate = OwnCandidate(CASE.config, changed)
-    assert all(np.isfinite(value).all() for value in judge.trace(CASE.images(), precision_of(np.float16)).values())
+    assert all(np.isfinite(value).all() for value in chosen.trace(CASE.images(), precision_of(np.float16)).values())
     with pytest.raises(
         ReferenceOverflowError,
         match=r"^(FlaxViT|PyTorch) itself is not finite in float16 at \d+ of 71 places, first block\.1\.norm2:",
     ):
-        Session(CASE.config, changed, CASE.images(), candidate, "float16", judge, title="over").backward()
+        Session(CASE.config, changed, CASE.images(), candidate, "float16", chosen, title="over").backward()

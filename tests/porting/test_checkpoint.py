@@ -206,7 +206,8 @@ def test_float64_weights_are_not_silently_truncated(tmp_path: Path) -> None:
 
 
 def test_no_such_directory() -> None:
-    assert refusal("./nowhere/at/all") == "./nowhere/at/all: no such directory or file"
+    what = "no such directory or file: correct the path, or give the hub id OWNER/NAME"
+    assert refusal("./nowhere/at/all") == f"./nowhere/at/all: {what}"
 
 
 def test_an_empty_name() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import InputError
 from vit_ref.files import require_local
 from vit_ref.weights.conversion import convert

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import vit_ref
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import CheckpointError, MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case

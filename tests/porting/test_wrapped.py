@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import vit_ref
 from tests.helpers.vit_strategies import with_room
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.errors import MappingError
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cases import Case

@@ -195,10 +195,11 @@ def test_a_fused_reference_has_the_same_float64_gradients(name: str) -> None:
     """Otherwise the candidate would be allowed the error of a wrong formula."""
     needs(name)
     case = CASES["rectangular"]
-    judge = reference_for(case.config, case.checkpoint().tensors, name)
+    reference = reference_for(case.config, case.checkpoint().tensors, name)
     objective = objectives_for((case.batch, case.config.num_labels))[1]
     own, fused = (
-        each.gradients(case.images(), FLOAT64)(objective).named() for each in (judge, with_fused_attention(judge))
+        each.gradients(case.images(), FLOAT64)(objective).named()
+        for each in (reference, with_fused_attention(reference))
     )
     probabilities = {site.name for site in sites(case.config, 1) if site.name.endswith(".attn.probs")}
     assert own.keys() - fused.keys() == probabilities

@@ -38,16 +38,20 @@ def test_numpy_is_a_forward_reference() -> None:
 def test_numpy_rounds_every_product_as_the_device_does(kind: str, unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU uses TF32. With unrounded products the gate would leave a right candidate no room."""
     case, tensors = CASES["rectangular"], CASES["rectangular"].checkpoint().tensors
-    judge, pixels, rounded = NumpyReference(case.config, tensors), case.images(), []
+    reference, pixels, rounded = NumpyReference(case.config, tensors), case.images(), []
     truth = NumpyOracle(case.config, tensors).trace(pixels)
     round_operand = choice._OPERANDS[kind]
     monkeypatch.setattr(choice, "products", lambda: kind)
     monkeypatch.setitem(choice._OPERANDS, kind, lambda x: (rounded.append(x), round_operand(x))[1])
     # The relative error of a product is that of its operands: at most a unit of rounding, and some tenths on average.
-    assert 0.1 * unit < error(judge.trace(pixels, precision_of(np.float32))["patches"], truth["patches"]).rms < 2 * unit
+    assert (
+        0.1 * unit
+        < error(reference.trace(pixels, precision_of(np.float32))["patches"], truth["patches"]).rms
+        < 2 * unit
+    )
     # Products of the patches, of six layers, scores and context in each block, and of the head.
     assert len(rounded) == 2 * (1 + 8 * case.config.num_hidden_layers + 1)
-    for site, value in judge.trace(pixels, FLOAT64).items():
+    for site, value in reference.trace(pixels, FLOAT64).items():
         np.testing.assert_array_equal(value, truth[site])
 
 

@@ -166,6 +166,20 @@ def test_every_part_wrong_by_itself_is_named(wrong: dict[str, float], entry: str
     assert blamed(*right, *(measured(site, rms, alone=rms) for site, rms in wrong.items())) == entry
 
 
+def test_wrong_parts_that_could_not_be_fed_are_named() -> None:
+    sites = ["block.0.norm1", "block.1.norm1", "block.2.norm1", "norm", "logits"]
+    alone = {"block.1.norm1": 1e-3, "logits": 1e-16}
+    report = parity(*(measured(site, 1e-3, alone=alone.get(site)) for site in sites))
+    assert "  wrong too, but the reference's input could not be fed there: blocks 0, 2, norm" in headline(report)
+    assert to_json(ported(report))["forward"]["not_fed"] == ["block.0", "block.2", "norm"]
+    assert "<dt>Input not replaced</dt><dd>block.0, block.2, norm: wrong, and" in to_html(ported(report))
+    everywhere = dataclasses.replace(report, everywhere=True)
+    line = "wrong too, but the reference's values before it could not be fed: block.0.norm1, block.2.norm1, norm"
+    assert f"  {line}\n" in headline(everywhere)
+    right = parity(measured("block.0.norm1"), *(measured(site, 1e-3, alone=1e-3) for site in sites[1:]))
+    assert "wrong too" not in headline(right) and not to_json(ported(right))["forward"]["not_fed"]
+
+
 def test_rounding_is_not_called_a_wrong_formula() -> None:
     rounding = Cause("rounded to float32", "patches", 2e-8, 0.0, "float32")
     tanh = Cause("tanh GELU", "block.0.mlp.hidden", 1.9e-4, 1e-7)
@@ -229,7 +243,7 @@ def incomparable(reason: str, *, exactly: bool) -> ParityReport:
 def test_a_value_not_comparable_has_a_reason_and_no_number(reason: str, exactly: bool, where: str) -> None:
     report = incomparable(reason, exactly=exactly)
     first, *lines = headline(report).splitlines()
-    assert f"first divergence at logits: {reason} in {where}" in first
+    assert first.endswith(f"first divergence at logits: {reason} in {where}")
     assert f"  logits: {reason} in {where}" in lines
     assert "inf" not in headline(report).replace("not finite", "")
     check = next(check for check in ported(report).checks if check.status == "failed")
@@ -240,6 +254,12 @@ def test_a_value_not_comparable_has_a_reason_and_no_number(reason: str, exactly:
     page = to_html(ported(report))
     assert f"<dt>Error</dt><dd>{check.reason}</dd>" in page
     assert f"<dt>Output</dt><dd>{check.reason}</dd>" in page
+
+
+def test_a_value_not_comparable_after_the_first_divergence_is_named_with_its_reason() -> None:
+    last = measured("logits")._replace(exact=Error(math.inf, math.inf, reason="wrong shape (4, 7), not (4, 10)"))
+    first = headline(parity(measured("norm", 1e-3), last)).splitlines()[0]
+    assert first.endswith("1.0e-03, gate 1e-12; worst at logits: wrong shape (4, 7), not (4, 10)")
 
 
 def test_one_wrong_element_is_reported_by_its_maximum() -> None:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import vit_ref
 import vit_ref.testing.plugin
 from tests.helpers.processes import run_pytest
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 from vit_ref.verify.cases import CASES
 from vit_ref.verify.references.choice import REFERENCES
 from vit_ref.verify.report import SCHEMA

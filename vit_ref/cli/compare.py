@@ -15,6 +15,7 @@ from vit_ref.cli.options import LOCAL, cache_option, fail_fast_option, json_opti
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.cli.verify import WRONG
 from vit_ref.errors import PartlyJudgedError
+from vit_ref.verify.candidates.spec import split_spec
 
 # Without "mixed", because only this package's own model computes in it.
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "float16")
@@ -65,6 +66,8 @@ def compare(
     """
     require_one_source(inputs, shapes)
     require_outputs(html=html, json=json_file)
+    split_spec(reference)
+    split_spec(candidate)
     keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.pairs import session

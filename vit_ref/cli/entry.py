@@ -10,5 +10,5 @@ from vit_ref.cli.interrupts import leave_when_interrupted
 def main() -> Any:
     """Imports the command line and runs it."""
     with leave_when_interrupted():
-        from vit_ref.cli.group import main as command
+        from vit_ref.cli.commands import main as command
     return command()

@@ -13,7 +13,7 @@ from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.options import LOCAL, ignore_option
 from vit_ref.errors import InputError
 from vit_ref.finetune.directory import require_free
-from vit_ref.finetune.options import add_recipe_options, make_recipe
+from vit_ref.finetune.recipe_options import add_recipe_options, make_recipe
 
 
 @click.command()

@@ -13,6 +13,7 @@ from vit_ref.cli.interrupts import leave_when_interrupted
 from vit_ref.cli.options import cache_option, json_option
 from vit_ref.cli.outputs import print_result, require_outputs
 from vit_ref.errors import InputError
+from vit_ref.verify.candidates.spec import split_spec
 
 
 @click.command()
@@ -41,6 +42,8 @@ def propose(
         raise InputError("--inputs, --shape and --seed need --reference: give it, or leave them out")
     require_one_source(inputs, shapes)
     require_outputs(json=json_file)
+    for side in filter(None, (reference, candidate)):
+        split_spec(side)
     with leave_when_interrupted():
         from vit_ref.verify.cache.opening import opened
         from vit_ref.verify.pairs import proposal as pairs

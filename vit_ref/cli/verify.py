@@ -16,6 +16,7 @@ from vit_ref.cli.memory import keep_freed_memory
 from vit_ref.cli.options import LOCAL, cache_option, fail_fast_option, ignore_option, json_option
 from vit_ref.cli.outputs import STDOUT, require_outputs, write_json, write_output
 from vit_ref.errors import InputError, PartlyJudgedError
+from vit_ref.verify.candidates.spec import split_spec
 
 WRONG = 1
 # The keys of `precision.PRECISIONS`, whose module imports jax. A test compares the two.
@@ -100,6 +101,8 @@ def verify(
             if given:
                 raise InputError(f"--{option} needs a CHECKPOINT, and there is none: give one, or leave out --{option}")
     require_outputs(html=html, json=json_file)
+    for spec in candidates:
+        split_spec(spec)
     keep_freed_memory()
     with leave_when_interrupted():
         from vit_ref.verify.report import to_html, to_json

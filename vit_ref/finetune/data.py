@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
 
 from vit_ref import image_files
 from vit_ref.errors import InputError
@@ -160,12 +163,12 @@ def _readable(dataset: ImageDataset, on_bad: str, where: str) -> ImageDataset:
             return str(error)
         return None
 
-    tqdm = extra("tqdm", "opening a data set").tqdm
+    console = Console(stderr=True)
     # Pillow decodes without Python's lock, so threads help.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         count = len(dataset)
-        checked = tqdm(pool.map(fault, range(count)), f"reading {where}", count, disable=None, delay=2, leave=False)
-        faults = list(checked)
+        checked, said = pool.map(fault, range(count)), f"reading {escape(where)}"
+        faults = list(track(checked, said, count, console=console, transient=True, disable=not console.is_terminal))
     bad = tuple(reason for reason in faults if reason is not None)
     if bad and on_bad == "error":
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 import optax
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vit_ref.errors import InputError
 from vit_ref.finetune.directory import METRICS, TENSORBOARD, TIMING
@@ -55,9 +56,11 @@ class Record:
             self._logs = (metrics, MetricsLog(directory / TIMING))
         for log in self._logs:
             log.truncate_after(done)
-        # None shows the bar on a terminal only.
-        silent = True if quiet or not writes else None
-        self._bar = tqdm(total=per_epoch * recipe.epochs, initial=done, unit="step", disable=silent)
+        console = Console(stderr=True)
+        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=quiet or not (writes and console.is_terminal))
+        self._task = self._bar.add_task("", total=per_epoch * recipe.epochs, completed=done)
+        self._bar.start()
         self._pending: tuple[int, jax.Array] | None = None
         self._since = time.perf_counter()
 
@@ -85,8 +88,8 @@ class Record:
         now = time.perf_counter()
         speed, self._since = self._recipe.batch_size / (now - self._since), now
         epoch = (step - 1) // self._per_epoch + 1
-        self._bar.set_postfix_str(f"epoch {epoch}, loss {value:.3f}, {speed:.0f} images/s", refresh=False)
-        self._bar.update()
+        said = f"epoch {epoch}, loss {value:.3f}, {speed:.0f} images/s"
+        self._bar.update(self._task, completed=step, description=said)
         if self._logs:
             metrics, timing = self._logs
             rate = float(self._rate((step - 1) // self._recipe.grad_accum_steps))
@@ -118,7 +121,7 @@ class Record:
         try:
             self.flush()
         finally:
-            self._bar.close()
+            self._bar.stop()
             for log in self._logs:
                 log.close()
 

@@ -2,6 +2,9 @@
 
 The device's own habits are no part of them. GPUs and TPUs may round the operands of float32 products by default. A run
 in "float32" asks for unrounded operands, from the reference and the candidate alike.
+
+A new precision is one more line of `PRECISIONS`. Its dtype needs a row of `gates.ALLOWANCES`, and its name goes to the
+choices of the commands and of pytest's plugin.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def parse_name(name: str, revision: str | None = None) -> Name:
     else:
         match = re.fullmatch(rf"({_ID})(?:@({_REVISION}))?", name)
         if not match:
-            raise CheckpointError(f"{name}: no such directory or file")
+            raise CheckpointError(f"{name}: no such directory or file: correct the path, or give the hub id OWNER/NAME")
         parsed = Name(*match.groups())
     if revision is not None and parsed.revision not in (None, revision):
         raise CheckpointError(f"{name}: it names revision {parsed.revision!r}, and revision is {revision!r}: give one")

@@ -1,4 +1,7 @@
-"""A pair: a reference from transformers with random weights, a candidate, and the candidate's mutants."""
+"""A pair: a reference from transformers with random weights, a candidate, and the candidate's mutants.
+
+A new pair is a file beside this one with a `FAMILY`, and its mutants in `mutants.py` under the file's name.
+"""
 
 from __future__ import annotations
 

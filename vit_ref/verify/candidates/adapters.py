@@ -39,11 +39,11 @@ Run = Callable[[Any, Arguments, Table, Tap | None], Any]
 Call = Callable[..., Any]
 
 
-def adapted(port: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
+def adapted(loaded: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
     """Returns a model's parameters, which may be any tree, and its forward pass.
 
     Args:
-      port: what a candidate's loader returned.
+      loaded: what a candidate's loader returned.
       call: see `Candidate.call`.
       name: the candidate's name, for messages.
       dtype: the dtype of the computation. Float64 widens arrays that are not parameters, too, such as statistics.
@@ -51,21 +51,21 @@ def adapted(port: Any, call: Call | None, name: str, dtype: DTypeLike) -> tuple[
     Raises:
       CandidateError: it cannot be called.
     """
-    if isinstance(port, nnx.Module):
-        return _nnx(port, call, name, dtype)
-    if isinstance(port, tuple) and len(port) == 2 and isinstance(port[0], linen.Module):
-        return _linen(port[0], port[1], call, name, dtype)
-    if isinstance(port, tuple) and len(port) == 2 and callable(port[0]):
-        return _function(*port, call)
-    if not callable(port):
+    if isinstance(loaded, nnx.Module):
+        return _nnx(loaded, call, name, dtype)
+    if isinstance(loaded, tuple) and len(loaded) == 2 and isinstance(loaded[0], linen.Module):
+        return _linen(loaded[0], loaded[1], call, name, dtype)
+    if isinstance(loaded, tuple) and len(loaded) == 2 and callable(loaded[0]):
+        return _function(*loaded, call)
+    if not callable(loaded):
         raise CandidateError(
-            f"{name}: load() returned a {type(port).__name__}: return one of the models that vit_ref.Candidate lists"
+            f"{name}: load() returned a {type(loaded).__name__}: return one of the models that vit_ref.Candidate lists"
         )
-    return _tree(port, call)
+    return _tree(loaded, call)
 
 
-def _nnx(port: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
-    graph, parameters, rest = nnx.split(port, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
+def _nnx(loaded: nnx.Module, call: Call | None, name: str, dtype: DTypeLike) -> tuple[Any, Run]:
+    graph, parameters, rest = nnx.split(loaded, nnx.Param, ...)  # type: ignore[misc]  # flax's overloads
     rest = _wide_enough(rest, dtype)
 
     def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
@@ -159,17 +159,17 @@ def _linen(module: linen.Module, variables: Any, call: Call | None, name: str, d
             return table.at_output(path, method(*args, **kwargs), tap)
 
         with linen.intercept_methods(intercept):
-            port = module.bind({**variables, "params": parameters})
-            returned = _called(port, arguments, call, table, tap)
-        require_known(table, table.met if takes(call or port, "tap") else met, returned)
+            model = module.bind({**variables, "params": parameters})
+            returned = _called(model, arguments, call, table, tap)
+        require_known(table, table.met if takes(call or model, "tap") else met, returned)
         return returned
 
     return parameters, run
 
 
-def _tree(port: Any, call: Call | None) -> tuple[Any, Run]:
+def _tree(loaded: Any, call: Call | None) -> tuple[Any, Run]:
     """Splits a callable tree, such as an equinox module. A function has no parameters."""
-    parameters, filled = _floats(port)
+    parameters, filled = _floats(loaded)
 
     def run(parameters: Any, arguments: Arguments, table: Table, tap: Tap | None) -> Any:
         return _called(filled(parameters), arguments, call, table, tap)
@@ -209,11 +209,11 @@ def _floats(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     return parameters, filled
 
 
-def _called(port: Any, arguments: Arguments, call: Call | None, table: Table, tap: Tap | None) -> Any:
+def _called(model: Any, arguments: Arguments, call: Call | None, table: Table, tap: Tap | None) -> Any:
     args, kwargs = arguments
     if call is not None:
-        return call(port, *args, **kwargs, **tapping(call, table, tap))
-    return port(*args, **kwargs, **tapping(port, table, tap))
+        return call(model, *args, **kwargs, **tapping(call, table, tap))
+    return model(*args, **kwargs, **tapping(model, table, tap))
 
 
 def tapping(function: Call, table: Table, tap: Tap | None) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _watching(modules: Mapping[str, nnx.Module], table: Table, tap: Tap | None) 
         yield
 
 
-def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any = None) -> None:
+def require_known(table: Table, modules: Iterable[str], returned: Any, model: Any = None) -> None:
     """Checks that each name of a table is a submodule, a name given to the tap, or a returned intermediate.
 
     Args:
@@ -267,14 +267,14 @@ def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any
       modules: paths of submodules, or names that were given to the tap. A mapping from paths to submodules lets the
         message name a module that has two paths.
       returned: what the model returned.
-      port: the model that has these submodules.
+      model: the model that has these submodules.
 
     Raises:
       CandidateError: a name is unknown.
     """
     known = {*modules, *split_named(returned)[1]}
     for path in sorted(table.paths - known):
-        found = _at(port, path)
+        found = _at(model, path)
         for name, module in modules.items() if isinstance(modules, Mapping) else ():
             if module is found:
                 raise CandidateError(
@@ -285,14 +285,14 @@ def require_known(table: Table, modules: Iterable[str], returned: Any, port: Any
         )
 
 
-def _at(port: Any, path: str) -> Any:
+def _at(model: Any, path: str) -> Any:
     """Returns the object at a path of attributes and indices; None if there is none."""
     try:
         for key in path.split("."):
-            port = port[int(key)] if key.isdecimal() else getattr(port, key)
+            model = model[int(key)] if key.isdecimal() else getattr(model, key)
     except (AttributeError, LookupError, TypeError):
         return None
-    return port
+    return model
 
 
 def is_float(leaf: Any) -> bool:

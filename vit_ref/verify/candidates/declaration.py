@@ -140,3 +140,18 @@ def takes(function: Callable[..., Any], argument: str) -> bool:
         return argument in inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
+
+
+def list_keywords(function: Callable[..., Any]) -> list[str] | None:
+    """Returns the names of the keyword arguments that a callable takes; None if it takes any, or if they are unknown.
+
+    Args:
+      function: the callable.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]

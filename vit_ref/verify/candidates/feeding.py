@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_ref.errors import CandidateError
+from vit_ref.verify.candidates.declaration import list_keywords
 from vit_ref.verify.compare.inputs import is_float
 
 Adapt = Callable[..., Any]
@@ -34,7 +35,8 @@ class Feeding:
       name: the side's name, for messages.
 
     Raises:
-      CandidateError: the adaptor raised an exception, returned no arrays, or computed values instead of moving them.
+      CandidateError: the adaptor takes no input of a given name, raised an exception, returned no arrays, or computed
+        values instead of moving them.
     """
 
     def __init__(self, inputs: Mapping[str, NDArray], adapt: Adapt | None, name: str):
@@ -84,6 +86,12 @@ class Feeding:
         if self._adapt is None:
             made: Any = tuple(inputs.values()) if len(inputs) == 1 else dict(inputs)
         else:
+            taken = list_keywords(self._adapt)
+            if unknown := [] if taken is None else [key for key in inputs if key not in taken]:
+                raise CandidateError(
+                    f"{self._name}: it takes no input {unknown[0]!r}, only {', '.join(taken or ()) or 'none at all'}:"
+                    " correct the name of the input, or the argument of adapt="
+                )
             try:
                 made = self._adapt(**inputs)
             except Exception as error:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vit_ref.errors import CandidateError, InputError
 from vit_ref.verify.candidates.declaration import Candidate, declared, takes
 from vit_ref.verify.candidates.outline import Outline
+from vit_ref.verify.candidates.spec import split_spec
 from vit_ref.verify.candidates.table import Table, described, elements, flat, gradients_by_path
 from vit_ref.verify.compare.trace import Tap
 
@@ -38,7 +39,7 @@ def find(spec: str, default: str = "candidate") -> Candidate:
     Raises:
       CandidateError: the file, module or attribute does not exist, or importing it failed.
     """
-    place, _, attribute = spec.partition(":")
+    place, attribute = split_spec(spec)
     attribute = attribute or default
     directory = str(Path(place).parent.resolve()) if place.endswith(".py") else None
     with beside_it(directory):
@@ -52,8 +53,6 @@ def find(spec: str, default: str = "candidate") -> Candidate:
 
 
 def _file(path: Path) -> Any:
-    if not path.is_file():
-        raise CandidateError(f"{path}: this file does not exist: check the path")
     # It needs a name of its own: a candidate in a file jax.py must not replace jax.
     name = f"vit_ref_candidate_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -115,8 +114,6 @@ def _is_neighbour(name: str, directory: str) -> bool:
 
 
 def _module(name: str) -> Any:
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise CandidateError(f"{name}: this is neither a Python file nor the name of a module: give FILE.py or module")
     try:
         return importlib.import_module(name)
     except RAISED as error:

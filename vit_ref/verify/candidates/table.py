@@ -277,7 +277,12 @@ def bind(mapped: Mapped, what: str, outline: Outline, known: Mapping[str, Any]) 
                 raise CandidateError(
                     f"{what}: {key!r}: {target!r} cannot be read: give a name, (name, selection), or a list of these"
                 )
-            numbers = tuple(outline.numbers(pattern, known)) if "{i}" in pattern or "{i}" in key else (None,)
+            if "{i}" in key and "{i}" not in pattern:
+                raise CandidateError(
+                    f"{what}: {key!r}: {pattern!r} has no {{i}}, so every number would mean the same: write {{i}} there"
+                    " too, or one number in the key"
+                )
+            numbers = tuple(outline.numbers(pattern, known)) if "{i}" in pattern else (None,)
             if not numbers and pattern not in optional:
                 raise CandidateError(f"{what}: {key!r}: {pattern!r} is none of this model's{hint(pattern, known)}")
             for i in numbers:

@@ -18,11 +18,11 @@ from vit_ref.verify.diagnose.divergence import Divergence, find_wrong
 from vit_ref.verify.diagnose.gaps import explain_across
 from vit_ref.verify.diagnose.known_bugs import KnownBug, fit_bugs, list_bugs_at, list_roundings
 from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
-from vit_ref.verify.formats import MULTIPLIED, STORED, UNIT
 from vit_ref.verify.gates import error
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 from vit_ref.verify.results import Cause
+from vit_ref.verify.rounding import MULTIPLIED, STORED, UNIT
 from vit_ref.weights.mapping import Tensors
 
 _AXES: dict[str | int, tuple[str, ...]] = {

@@ -21,9 +21,9 @@ from scipy import special
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import BLOCK_SITES
 from vit_ref.verify.diagnose.predictions import slope
-from vit_ref.verify.formats import STORED
 from vit_ref.verify.references import numpy_oracle as right
 from vit_ref.verify.references.numpy_oracle import Formula, Layer, NumpyOracle, Step, centred, split
+from vit_ref.verify.rounding import STORED
 from vit_ref.weights.mapping import Tensors
 
 # Turns the right way to compute a site's value into a wrong one.

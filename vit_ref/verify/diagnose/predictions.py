@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.verify.formats import STORED, UNIT
 from vit_ref.verify.gates import error
+from vit_ref.verify.rounding import STORED, UNIT
 
 # Two right values in float64 differ by less than this, relative to their size, and two formulas by more.
 SAME = 1e-10

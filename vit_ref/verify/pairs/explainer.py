@@ -17,12 +17,12 @@ from vit_ref.verify.diagnose.places import find_place
 from vit_ref.verify.diagnose.positions import resize_otherwise
 from vit_ref.verify.diagnose.predictions import Prediction, explain_by_order
 from vit_ref.verify.diagnose.relations import change, explain_by_relation
-from vit_ref.verify.formats import STORED
 from vit_ref.verify.gates import error
 from vit_ref.verify.pairs.reruns import BEFORE, LARGEST, Reruns
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.results import Cause, Explanation
+from vit_ref.verify.rounding import STORED
 
 # So many changes are tried after one that fits, because another may fit better, as one epsilon of several does.
 _MORE = 16

@@ -89,7 +89,7 @@ class PairProposal:
         yield f"# Proposed for {self.candidate} by its values beside {self.reference}."
         yield "# Check each line: a candidate is compared at the points that its table names."
         if not all(line.equal for line in self.lines):
-            yield "# Where a line says so, the values differ. Given the reference's value there, later ones are equal."
+            yield "# A remark names each value that differs. Given the reference's value there, later ones are equal."
         # A selection that many lines share, as that of a model with another order of axes, is written once.
         shared = {
             select: f"pick_{k}"
@@ -102,10 +102,10 @@ class PairProposal:
         by_key: dict[str, list[str]] = {}
         for line in self.lines:
             by_key.setdefault(line.key, []).append(_target(line, shared))
-        different = {line.key: "".join(f" at {key}" for key in line.where) for line in self.lines if not line.equal}
+        different = {line.key: line.where or (line.key,) for line in self.lines if not line.equal}
         for key, targets in by_key.items():
             if key in different:
-                yield f"    # The values differ{different[key]}:"
+                yield f"    # Differs from the reference: {', '.join(different[key])}"
             if len(targets) == 1:
                 yield f"    {json.dumps(key)}: {targets[0]},"
             else:

@@ -14,9 +14,9 @@ from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.diagnose.orders import interleave, reorder_elements, reorder_weight
 from vit_ref.verify.diagnose.predictions import Prediction
 from vit_ref.verify.diagnose.relations import change
-from vit_ref.verify.formats import STORED
 from vit_ref.verify.pairs.rotary import find_tables, turn
 from vit_ref.verify.precision import FLOAT64
+from vit_ref.verify.rounding import STORED
 
 # So many values before a wrong one are tried.
 BEFORE = 12

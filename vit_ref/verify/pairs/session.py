@@ -151,7 +151,7 @@ class PairSession(Judgement):
         loaded = load_in_float64(declared, self._path)
         plain = self._implementation(dataclasses.replace(declared, sites=None), Blank(), loaded)
         progress(f"{declared.name}: finding its sites")
-        with naming(declared.name):
+        with naming(reference, declared):
             self.found = discover(plain, declared.sites, self.inputs)
         declared = dataclasses.replace(declared, sites=self.found.table)
         # This one is observed at all sites. The candidate may show only some of them.
@@ -179,25 +179,27 @@ class PairSession(Judgement):
             attention = require_same_attention(declared.name, loaded, output, partial(self._output_of, declared))
         self.notes = self._notes(attention, note_constants(loaded))
         # Only now, because importing its file may change what the reference calls.
-        judged = _declaration(candidate, "candidate")
+        declaration = _declaration(candidate, "candidate")
         if bare:
-            judged = dataclasses.replace(judged, sites={}, parameters={})
-        if takes(judged.load, "reference"):
-            judged = dataclasses.replace(judged, load=partial(judged.load, reference=loaded))
-        progress(f"loading {judged.name}")
-        with naming(judged.name):
-            self.candidate = self._candidate(judged, loaded)
-            claims = self._shown(judged)
+            declaration = dataclasses.replace(declaration, sites={}, parameters={})
+        if takes(declaration.load, "reference"):
+            declaration = dataclasses.replace(declaration, load=partial(declaration.load, reference=loaded))
+        progress(f"loading {declaration.name}")
+        with naming(candidate, declaration):
+            self.candidate = self._candidate(declaration, loaded)
+            claims = self._shown(declaration)
         # This one keeps only the sites that the candidate shows. All sites take as much memory as a backward pass.
         shared = {key: kept for key, target in self.found.table.items() if (kept := _only(target, claims))}
         self.reference = self._implementation(
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
-        with naming(judged.name):
-            require_floats({OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, judged.name)
+        with naming(candidate, declaration):
+            require_floats(
+                {OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, declaration.name
+            )
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
-        require_unchanged(judged.name, (self._digest, output), now)
-        require_same_parts(judged.name, self.candidate.parts, self.whole.parts)
+        require_unchanged(declaration.name, (self._digest, output), now)
+        require_same_parts(declaration.name, self.candidate.parts, self.whole.parts)
         self.title = self.origin.name if title is None else title
         self.candidate.find_single_uses(self.inputs)
 
@@ -343,8 +345,9 @@ def _only(target: Any, sites: frozenset[str]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def naming(side: str) -> Iterator[None]:
-    """Names the side in the errors of its table, because both sides have a table."""
+def naming(given: Given, declared: Candidate) -> Iterator[None]:
+    """Names the side, as the caller gave it, in the errors of its table. Both sides have a table."""
+    side = given if isinstance(given, str) else declared.name
     try:
         yield
     except CandidateError as found:

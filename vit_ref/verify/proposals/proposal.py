@@ -64,19 +64,19 @@ def propose(
     source, config = open_checkpoint(checkpoint)
     declared = dataclasses.replace(find_declaration(candidate), sites=None, parameters=None)
     with mapping.name_checkpoint_in_errors(source.path):
-        port = load_candidate(declared, config, source)
+        loaded = load_candidate(declared, config, source)
     pixels = pixels_for(config, images, IMAGES)
-    require_repeatable(port, pixels)
-    recorder = Recorder(port.outline, pixels)
-    port.tables = lambda inputs: recorder
-    port.outputs([pixels], FLOAT64, jit=False, tap=lambda site, value: value)
+    require_repeatable(loaded, pixels)
+    recorder = Recorder(loaded.outline, pixels)
+    loaded.tables = lambda inputs: recorder
+    loaded.outputs([pixels], FLOAT64, jit=False, tap=lambda site, value: value)
     shown = {
         key: value for key, value in recorder.values.items() if re.split(r"[:\[]", key)[0] not in recorder.repeated
     }
-    own = port.parameters()
+    own = loaded.parameters()
     if not shown and not own:
         raise CandidateError(
-            f"{port.name}: no value of it can be observed: return (logits, named intermediates), take a `tap`, or"
+            f"{loaded.name}: no value of it can be observed: return (logits, named intermediates), take a `tap`, or"
             " return the module itself from load()"
         )
     truth = NumpyOracle(config, hf_tensors(config, source)).trace(pixels)
@@ -96,7 +96,7 @@ def propose(
     matched = _sorted((match for match in sites.matches.values() if match.target != output), order)
     unequal = [name for match in matched for name in _unequal(match)]
     return Proposal(
-        candidate=port.name,
+        candidate=loaded.name,
         checkpoint=find_origin(source).name,
         site_matches=matched,
         parameter_matches=_sorted(parameters.matches.values(), order),

@@ -16,11 +16,11 @@ from vit_ref.verify.compare.objectives import Gradients, Objective
 from vit_ref.verify.compare.protocols import Reference
 from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.environment import products
-from vit_ref.verify.formats import MULTIPLIED
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.references.flax_vit import FlaxViTReference, require_flaxvit
 from vit_ref.verify.references.numpy_oracle import NumpyOracle, whole
 from vit_ref.verify.references.torch_vit import TorchViTReference, require_torch
+from vit_ref.verify.rounding import MULTIPLIED
 
 _OPERANDS: dict[str, Callable[[NDArray], NDArray]] = {
     "float32": whole,

@@ -1,4 +1,8 @@
-"""Reports for every reader: text for the terminal and pytest, JSON for machines, one HTML page for a browser."""
+"""Reports for every reader: text for the terminal and pytest, JSON for machines, one HTML page for a browser.
+
+A new format is a file here with a function of a `CandidateReport`. It is written by `cli/verify.py`, `cli/compare.py`
+and `testing/suite/judging.py`.
+"""
 
 from vit_ref.files import write as write
 from vit_ref.verify.report.document import SCHEMA as SCHEMA

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vit_ref.verify.gates import SEMANTIC_MAX, SEMANTIC_RMS, Error
-from vit_ref.verify.report.text import decided_checks, next_step, wrong_alone
+from vit_ref.verify.report.text import decided_checks, next_step, not_fed, wrong_alone
 from vit_ref.verify.results import CandidateReport, Cause, Check, ParityReport, SiteResult, Status
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[st
         "hidden": list(report.hidden),
         "alone_precision": "float64" if report.semantic_failures else report.precision,
         "wrong_alone": [{"part": part, "rms": _number(rms)} for part, rms in wrong_alone(report).items()],
+        "not_fed": not_fed(report),
         "checks": [
             {
                 "name": check.name,

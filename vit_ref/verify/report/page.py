@@ -100,10 +100,13 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
     if section["wrong_alone"]:
         parts = [f"{each['part']} {figure(each['rms'])}" for each in section["wrong_alone"]]
         yield "Wrong even with the reference's input", f"{_listed(parts)} ({section['alone_precision']})"
+        if section["not_fed"]:
+            yield "Input not replaced", f"{_listed(section['not_fed'])}: wrong, and not known of it alone"
     exact = max(seen, key=lambda check: float(check["measured"]["exact"]["rms"]))
     rounded = [check for check in seen if check["measured"]["gate"] is not None]
-    largest = exact["measured"]["incomparable"] or figure(exact["measured"]["exact"]["rms"])
-    yield "Largest float64 error", f"{escape(largest)} at {escape(exact['site'])}"
+    site, incomparable = escape(exact["site"]), escape(exact["measured"]["incomparable"])
+    largest = f"{site}: {incomparable}" if incomparable else f"{figure(exact['measured']['exact']['rms'])} at {site}"
+    yield "Largest float64 error", largest
     if not rounded:
         yield f"{precision} rounding", "not measured, because the formula is wrong"
         return

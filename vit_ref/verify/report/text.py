@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import get_args
 
 from vit_ref.model.sites import OUTPUTS
@@ -61,10 +61,10 @@ def _verdict(report: ParityReport) -> str:
     if report.semantic_failures:
         first = report.semantic_failures[0]
         worst = max(report.semantic_failures, key=lambda result: result.exact.rms)
-        return (
-            f"{report.title}: first divergence at {first.site}: {first.failure(report.precision)}; worst"
-            f" {worst.exact.reason or f'{worst.exact.rms:.1e}'} at {worst.site}"
-        )
+        size = f"; worst {worst.exact.rms:.1e} at {worst.site}"
+        if worst.exact.reason:  # instead of a size
+            size = "" if worst is first else f"; worst at {worst.site}: {worst.exact.reason}"
+        return f"{report.title}: first divergence at {first.site}: {first.failure(report.precision)}{size}"
     if report.numerical_failures:
         first = report.numerical_failures[0]
         return (
@@ -120,11 +120,19 @@ def _blame(report: ParityReport) -> list[str]:
             groups.setdefault(result.site.removeprefix(f"{part}."), []).append(part)
     entries = []
     for site, parts in groups.items():
-        names = parts[0] if len(parts) == 1 else f"blocks {_listed_blocks(parts)}"
+        names = _named(parts)
         since = f" from {site} on" if site != parts[0] else ""
         worst = max(guilty[part] for part in parts)
         entries.append(f"{names}{since} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
-    return [f"wrong even with the reference's input: {'; '.join(entries)}"] if entries else []
+    if not entries:
+        return []
+    lines = [f"wrong even with the reference's input: {'; '.join(entries)}"]
+    if unfed := not_fed(report):
+        blocks = [part for part in unfed if part.startswith("block.")]
+        others = [part for part in unfed if part not in blocks]
+        said = ", ".join([_named(blocks), *others] if blocks else others)
+        lines.append(f"wrong too, but the reference's input could not be fed there: {said}")
+    return lines
 
 
 def _blame_sites(report: ParityReport) -> list[str]:
@@ -144,14 +152,22 @@ def _blame_sites(report: ParityReport) -> list[str]:
         names = several[0] if len(several) == 1 else f"{template}, {len(several)} times"
         worst = max(guilty[site] for site in several)
         said.append(f"{names} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
-    return [f"wrong even with the reference's values before it: {'; '.join(said)}"] if said else []
+    if not said:
+        return []
+    lines = [f"wrong even with the reference's values before it: {'; '.join(said)}"]
+    if unfed := not_fed(report):
+        lines.append(f"wrong too, but the reference's values before it could not be fed: {_some(unfed)}")
+    return lines
 
 
-def _listed_blocks(parts: list[str]) -> str:
+def _named(parts: list[str]) -> str:
+    """Returns the name of a part, or of several blocks, such as "blocks 1 to 3"."""
+    if len(parts) == 1:
+        return parts[0]
     numbers = [int(part.rpartition(".")[2]) for part in parts]
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} to {numbers[-1]}"
-    return ", ".join(map(str, numbers))
+        return f"blocks {numbers[0]} to {numbers[-1]}"
+    return f"blocks {', '.join(map(str, numbers))}"
 
 
 def _part(site: str) -> str:
@@ -184,6 +200,21 @@ def wrong_alone(report: ParityReport) -> dict[str, float]:
         part = _part(result.site)
         worst[part] = max(worst.get(part, 0.0), result.alone.rms)
     return worst if report.semantic_failures else dict(sorted(worst.items(), key=lambda item: -item[1]))
+
+
+def not_fed(report: ParityReport) -> list[str]:
+    """Returns the wrong parts that could not be fed the reference's input, see `wrong_alone`.
+
+    The candidate does not show the value that enters such a part, or the value cannot be replaced. Nothing is known of
+    that part alone.
+
+    Args:
+      report: the forward or the backward pass.
+    """
+    wrong = report.semantic_failures or report.numerical_failures
+    part_of = str if report.everywhere else _part
+    fed = {part_of(result.site) for result in report.results if result.alone is not None}
+    return list(dict.fromkeys(part for result in wrong if (part := part_of(result.site)) not in fed)) if fed else []
 
 
 def summary(report: CandidateReport) -> str:
@@ -343,7 +374,7 @@ def _parameters_first(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: name.startswith("block.") or ("." not in name and name not in alone)))
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

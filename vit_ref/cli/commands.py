@@ -1,5 +1,7 @@
 """The command line: `vit-ref verify | compare | convert | propose | finetune | predict | bench | cache | env`.
 
+A new command is a file beside this one, and one more name in the last line here.
+
 Exit codes:
 
 - 0: passed.

@@ -1,4 +1,8 @@
-"""Options of the command line for the fields of `Recipe`, which alone holds their names, types and defaults."""
+"""Options of the command line for the fields of `Recipe`, which alone holds their names, types and defaults.
+
+A new option that decides the result is a field of `Recipe` and a line of `_HELP`. One that does not is in
+`cli/finetune.py`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ def add_recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         name, hint = field.name.replace("_", "-"), hints[field.name]
         kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not Literal else []
         default = ("" if field.default else "no-") + name if hint is bool else field.default
-        described = _HELP.get(field.name, "") + ("" if default is None else f" [default: {default}]")
+        described = _HELP[field.name] + ("" if default is None else f" [default: {default}]")
         if hint is bool:
             option = click.option(f"--{name}/--no-{name}", default=None, help=described)
         elif get_origin(hint) is Literal:

@@ -54,9 +54,9 @@ def kinds(sites: tuple[str, ...]) -> set[str]:
     ],
 )
 def test_a_right_candidate_passes_at_every_site_it_shows(
-    file: str, case: str, unseen: set[str], port: Callable[[str], str], saved: Callable[[str], Path]
+    file: str, case: str, unseen: set[str], locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
-    report = check_port(port(file), saved(case))
+    report = check_port(locate(file), saved(case))
     assert [check for check in report.checks if check.status == "failed"] == []
     assert report.passed
     assert kinds(report.forward.unmapped) == unseen
@@ -88,9 +88,9 @@ def test_a_right_candidate_passes_at_every_site_it_shows(
     ],
 )
 def test_the_typical_bug_of_each_style_is_found_and_named(
-    spec: str, case: str, site: str, cause: str, port: Callable[[str], str], saved: Callable[[str], Path]
+    spec: str, case: str, site: str, cause: str, locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
-    report = check_port(port(spec), saved(case), backward=False)
+    report = check_port(locate(spec), saved(case), backward=False)
     assert not report.passed
     assert report.forward.semantic_failures[0].site == site
     assert [found.label for found in report.forward.causes] == [cause]
@@ -100,7 +100,7 @@ def test_the_typical_bug_of_each_style_is_found_and_named(
 
 @ONLY_TORCH
 def test_active_dropout_is_reported_before_anything_else(
-    port: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    locate: Callable[[str], str], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("vit_ref.verify.session.Session.forward")
     for ask in (check_port, vit_ref.propose):
@@ -108,7 +108,7 @@ def test_active_dropout_is_reported_before_anything_else(
             InputError,
             match=r"^torch_timm-wrong_mode: two runs on the same inputs differ: is dropout live\? load it in",
         ):
-            ask(port("torch_timm.py:wrong_mode"), saved("rectangular"))
+            ask(locate("torch_timm.py:wrong_mode"), saved("rectangular"))
 
 
 class Module(nnx.Module):
@@ -165,9 +165,9 @@ def around_its_blocks(transformation: Callable[..., Any]) -> Callable[..., Any]:
     ids=["remat", "jit", "ToNNX"],
 )
 def test_state_under_an_nnx_transformation_is_allowed(
-    file: str, load: Callable[..., Any], port: Callable[[str], str], saved: Callable[[str], Path]
+    file: str, load: Callable[..., Any], locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
-    worked = find(port(file))
+    worked = find(locate(file))
     candidate = vit_ref.Candidate(load=partial(load, **{"linen_port" if load is bridged else "tutorial": worked}))
     source = checkpoint.read(saved("rectangular"))
     config, pixels = read_configuration(source), CASES["rectangular"].images()
@@ -178,9 +178,9 @@ def test_state_under_an_nnx_transformation_is_allowed(
 
 
 def test_parameters_in_boxes_have_the_names_of_those_without(
-    port: Callable[[str], str], saved: Callable[[str], Path]
+    locate: Callable[[str], str], saved: Callable[[str], Path]
 ) -> None:
-    worked = find(port("linen_big_vision.py"))
+    worked = find(locate("linen_big_vision.py"))
 
     def load(path: Path) -> Any:
         module, variables = worked.load(path)
@@ -201,7 +201,7 @@ def test_parameters_in_boxes_have_the_names_of_those_without(
 
 @pytest.mark.optimised
 def test_the_corrected_tutorial_passes_on_given_checkpoints(
-    port: Callable[[str], str], pytestconfig: pytest.Config
+    locate: Callable[[str], str], pytestconfig: pytest.Config
 ) -> None:
     paths, images = pytestconfig.getoption("checkpoint", None), pytestconfig.getoption("images", None)
     if not paths:
@@ -210,11 +210,11 @@ def test_the_corrected_tutorial_passes_on_given_checkpoints(
         config = read_configuration(checkpoint.read(path))
         if (config.hidden_act, config.layer_norm_eps, config.num_labels > 0) != ("gelu", 1e-6, True):
             pytest.skip(f"{path}: the tutorial's epsilon is 1e-6, its activation GELU, and it has a head")
-        wrong = check_port(port("nnx_tutorial.py:wrong"), path, images=images, backward=False)
+        wrong = check_port(locate("nnx_tutorial.py:wrong"), path, images=images, backward=False)
         assert not wrong.passed
         assert wrong.forward.semantic_failures[0].site == "block.0.mlp.hidden"
         assert [cause.label for cause in wrong.forward.causes] == ["tanh GELU"]
         # Backward it is judged on one block, above: the way back through twelve takes a minute to compile.
-        right = check_port(port("nnx_tutorial.py"), path, images=images, backward=False)
+        right = check_port(locate("nnx_tutorial.py"), path, images=images, backward=False)
         assert [check for check in right.checks if check.status == "failed"] == []
         assert right.passed
