@@ -82,7 +82,7 @@ def test_transformers_loads_what_is_saved(runner: Runner, whole_run: tuple) -> N
     ours = vit_ref.from_pretrained(directory)
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     logits = np.asarray(flax(images.transpose(0, 3, 1, 2)).logits)
-    # Both round float32 sums of 64 terms through four blocks. Another formula is 1e-3 off.
+    # Both round float32 sums of 64 terms through two blocks. Another formula is 1e-3 off.
     np.testing.assert_allclose(ours(images), logits, atol=2e-5)
     assert flax.config.id2label == dict(enumerate(open_dataset(None, "train").classes))
 
@@ -138,7 +138,7 @@ CLOSE = 5e-5
 
 @pytest.fixture(scope="module")
 def one_block(runner: Runner) -> str:
-    """Writes a checkpoint like the model of a run from scratch, but of one block: four take twice as long."""
+    """Writes a checkpoint like the model of a run from scratch, but of one block, which compiles faster."""
     config = dataclasses.replace(SCRATCH, num_hidden_layers=1, num_labels=4)
     vit_ref.save_pretrained(VisionTransformer(config, rngs=nnx.Rngs(0)), runner.directory / "one-block")
     return str(runner.directory / "one-block")
@@ -333,7 +333,7 @@ def test_a_run_is_the_recipes_steps_one_after_another(tmp_path: Path) -> None:
         (("--batch-size", "1000"), "batch_size is 1000: there are only 512 training images"),
         (("--learning-rate", "0"), "learning_rate is 0.0: give a number from 1e-12 to 100"),
         (("--grad-accum-steps", "17"), "grad_accum_steps is 17: there are only 16 steps"),
-        (("--freeze-blocks", "9"), "freeze_blocks is 9: the model has 4 blocks"),
+        (("--freeze-blocks", "9"), "freeze_blocks is 9: the model has 2 blocks"),
         (("nowhere",), "nowhere: "),
         (("--data", "/nowhere/images"), "/nowhere/images (train): it is not a directory"),
         (("--coordinator", "127.0.0.1:1"), "only some of --coordinator, --num-processes and --process-id were given"),
