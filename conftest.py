@@ -160,14 +160,17 @@ def _compiles_as_users_do(item: pytest.Item) -> bool:
 @pytest.hookimpl(trylast=True)  # after the module's fixtures have ended
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Drops what was compiled, between modules, once it has grown: it comes to gigabytes in each process."""
-    if nextitem is not None and nextitem.path != item.path and _resident_bytes() > MOST_BYTES:
+    if nextitem is None or nextitem.path == item.path:
+        return
+    if _resident_bytes() > MOST_BYTES:
         jax.clear_caches()
+        gc.unfreeze()
         gc.collect()
         from vit_ref.verify.compare.memory import return_freed_memory
 
         # Otherwise the worker would look as large as before, and drop what it compiled after every module from then on.
         return_freed_memory()
-        _set_aside_what_lives()
+    _set_aside_what_lives()
 
 
 def _resident_bytes() -> float:
@@ -181,9 +184,11 @@ def _resident_bytes() -> float:
 def _set_aside_what_lives() -> None:
     """Removes long-lived objects from the garbage collector, because tests and the package run it hundreds of times.
 
-    An inner run does not, because its objects would never be freed.
+    Each time it would take a third of a second for all that is imported and compiled. An inner run does not, because
+    its objects would never be freed.
     """
     if not INNER:
+        gc.collect()
         gc.freeze()
 
 

@@ -36,11 +36,8 @@ def checking_leaks() -> Iterator[None]:
     """Runs `jax.checking_leaks` faster: it searches all objects that are not frozen for references to a tracer."""
     gc.collect()
     gc.freeze()
-    try:
-        with jax.checking_leaks():
-            yield
-    finally:
-        gc.unfreeze()
+    with jax.checking_leaks():
+        yield
 
 
 def test_no_tracer_outlives_its_trace(step) -> None:

@@ -24,7 +24,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 @pytest.fixture(scope="session")
 def whole_run(runner: Runner) -> tuple[str, tuple[bytes, bytes]]:
     """A run that nothing interrupted: its output and its result."""
-    return runner.run("whole"), runner.result("whole")
+    return runner.here("whole"), runner.result("whole")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.helpers.precisions import precision_of
 from vit_ref.errors import InputError
 from vit_ref.finetune.optimizer import find_layer, make_schedule, make_transformation, select_kernels, select_trained
 from vit_ref.finetune.recipe import Recipe
-from vit_ref.finetune.step import classification_loss, train_step
+from vit_ref.finetune.step import classification_loss
 from vit_ref.model.config import ViTConfig
 from vit_ref.model.vit import VisionTransformer
 from vit_ref.weights.pretrained import get_parameters, get_state_parameters
@@ -39,14 +39,25 @@ def images(count: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(rng.normal(size=(count, 8, 8, 3))), jnp.asarray(rng.integers(0, 5, count))
 
 
+differentiate = nnx.jit(nnx.grad(classification_loss))
+
+
+@nnx.jit
+def update(model: VisionTransformer, optimizer: nnx.Optimizer, gradients: nnx.State) -> None:
+    optimizer.update(model, gradients)
+
+
 def stepped(recipe: Recipe, batches: list, updates: int = 10) -> dict[str, NDArray]:
-    """Returns the changes of the parameters by path, in float64."""
+    """Returns the changes of the parameters by path, in float64.
+
+    A step is that of `train_step`, in two parts: all recipes share the compiled gradients.
+    """
     with precision_of(np.float64).active():
         model = made()
         before = get_parameters(model)
         optimizer = nnx.Optimizer(model, make_transformation(recipe, updates, 3), wrt=select_trained(recipe, 3))
         for pixels, labels in batches:
-            train_step(model, optimizer, pixels, labels, None, recipe.label_smoothing)
+            update(model, optimizer, nnx.filter_state(differentiate(model, pixels, labels), optimizer.wrt))
         return {path: value - before[path] for path, value in get_parameters(model).items()}
 
 
@@ -58,7 +69,7 @@ def batch() -> tuple[jax.Array, jax.Array]:
 
 def gradients(pixels: jax.Array, labels: jax.Array) -> dict[str, NDArray]:
     with precision_of(np.float64).active():
-        return get_state_parameters(nnx.grad(classification_loss)(made(), pixels, labels))
+        return get_state_parameters(differentiate(made(), pixels, labels))
 
 
 @pytest.mark.parametrize(

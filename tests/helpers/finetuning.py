@@ -1,4 +1,4 @@
-"""Runs of `vit-ref finetune` in processes of their own, as a person starts them, on the built-in images."""
+"""Runs of `vit-ref finetune` on the built-in images, in processes of their own where something stops them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import jax
+from click.testing import CliRunner
+
+from vit_ref.cli.group import main
 
 # Start the command as a module, so that a test need not know where the script was installed.
 _PROGRAM = "from vit_ref.cli.commands import main; main(prog_name='vit-ref')"
@@ -48,6 +53,14 @@ class Runner:
         printed, errors = process.communicate()
         assert process.returncode == code, errors[-3000:]
         return printed + errors
+
+    def here(self, out: str, *options: str) -> str:
+        """Returns the output of a run in this process, which has imported everything, and checks its exit code."""
+        where = ["--output-dir", str(self.directory / out)]
+        with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
+            ended = CliRunner().invoke(main, ["finetune", *where, *OPTIONS, *options])
+        assert ended.exit_code == 0, ended.output
+        return ended.output
 
     def result(self, out: str) -> tuple[bytes, bytes]:
         """Returns the metrics and the model's tensors, as bytes."""

@@ -94,9 +94,12 @@ def test_cudnn_itself_finds_the_same(dtype: Any) -> None:
     require_same(attention.cudnn, dtype, units=2)
 
 
-def off_with_cudnn(times: int = 1) -> float:
-    """Returns how far a model's loss and gradients with cuDNN are from those with `weigh`, on images of that width."""
-    case, found = CASES["rectangular"], []
+def off_with_cudnn(told: list[Array], times: int = 1) -> tuple[float, list[int]]:
+    """Returns how far a model's loss and gradients with cuDNN are from those with `weigh`, on images of that width.
+
+    And it returns the lengths that cuDNN was given, of which `told` holds the tracers.
+    """
+    case, found, lengths = CASES["rectangular"], [], []
     # With this epsilon a normalised row of zeros is 0 * inf.
     config = dataclasses.replace(case.config, hidden_size=48, num_attention_heads=3, layer_norm_eps=1e-38)
     config = dataclasses.replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -106,20 +109,24 @@ def off_with_cudnn(times: int = 1) -> float:
 
         model.train()
 
-        def loss(model: VisionTransformer) -> Array:
-            return model(pixels, interpolate_pos_encoding=times > 1).astype(jnp.float32).var()
+        def loss(model: VisionTransformer) -> tuple[Array, list[Array]]:
+            told.clear()
+            variance = model(pixels, interpolate_pos_encoding=times > 1).astype(jnp.float32).var()
+            return variance, list(told)
 
-        value, gradients = nnx.value_and_grad(loss)(model)
+        (value, seen), gradients = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model)
+        lengths += [int(each[0]) for each in seen]
         # Query and key together, because a key's bias has no gradient but rounding.
         found.append(np.concatenate([np.ravel(each) for each in (value, *jax.tree.leaves(gradients))]))
-    return error(found[0], found[1].astype(np.float64)).rms
+    return error(found[0], found[1].astype(np.float64)).rms, lengths
 
 
 @pytest.mark.parametrize(("times", "tokens"), [(1, 17), (2, 33)])
 def test_a_model_pads_for_cudnn_once_and_no_token_sees_it(times: int, tokens: int, lengths: list[Array]) -> None:
+    off, given = off_with_cudnn(lengths, times)
     # One rounding, because the two sum in another order. Padding rows that are attended to make a half.
-    assert off_with_cudnn(times) <= float(jnp.finfo(jnp.bfloat16).eps)
-    assert [int(each[0]) for each in lengths] == [tokens] * CASES["rectangular"].config.num_hidden_layers
+    assert off <= float(jnp.finfo(jnp.bfloat16).eps)
+    assert given == [tokens] * CASES["rectangular"].config.num_hidden_layers
 
 
 def test_a_model_that_pads_leaves_nothing_to_pad_to_its_blocks(
@@ -127,13 +134,13 @@ def test_a_model_that_pads_leaves_nothing_to_pad_to_its_blocks(
 ) -> None:
     widths, pad = [], jnp.pad
     monkeypatch.setattr(jnp, "pad", lambda x, width: (widths.append(np.sum(width)), pad(x, width))[1])
-    off_with_cudnn()
+    off_with_cudnn(lengths)
     assert widths and not np.any(widths)
 
 
 @ON_GPU
 def test_a_model_with_cudnn_itself_finds_the_same() -> None:
-    assert off_with_cudnn() <= 2 * float(jnp.finfo(jnp.bfloat16).eps)
+    assert off_with_cudnn([])[0] <= 2 * float(jnp.finfo(jnp.bfloat16).eps)
 
 
 @HALF

@@ -13,7 +13,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,8 @@ from vit_ref.model.skeleton import skeleton
 from vit_ref.model.vit import Tap
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.candidates.tapped import Forward
-from vit_ref.verify.compare.objectives import Gradients, Objective
-from vit_ref.verify.compare.trace import Trace
 from vit_ref.verify.gates import error, numerical_gate
-from vit_ref.verify.precision import FLOAT64, Precision
+from vit_ref.verify.precision import FLOAT64
 from vit_ref.verify.results import ParityReport
 from vit_ref.verify.session import Session
 from vit_ref.weights import checkpoint, tensor_files
@@ -45,34 +43,13 @@ from vit_ref.weights.pretrained import get_arrays
 
 
 class OneDevice(OwnCandidate):
-    """The model on one device as the reference of the others. It is computed once."""
+    """The model on one device, as the reference of the others."""
 
     name = "one device"
     foreign = False
 
     def __init__(self, source: Checkpoint):
         super().__init__(CASE.config, source)
-        self._traces: dict[np.dtype, Trace] = {}
-        self._gradients: dict[np.dtype, Callable[[Objective], Gradients]] = {}
-
-    def trace(self, pixels: NDArray, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
-        if precision.dtype not in self._traces:
-            self._traces[precision.dtype] = super().trace(pixels, precision, replace)
-        return dict(self._traces[precision.dtype])
-
-    def gradients(self, pixels: NDArray, precision: Precision) -> Callable[[Objective], Gradients]:
-        if precision.dtype not in self._gradients:
-            found: dict[float, Gradients] = {}
-            differentiate = super().gradients(pixels, precision)
-
-            def remembered(objective: Objective) -> Gradients:
-                # Each objective gets another brightness.
-                if objective.brightness not in found:
-                    found[objective.brightness] = differentiate(objective)
-                return found[objective.brightness]
-
-            self._gradients[precision.dtype] = remembered
-        return self._gradients[precision.dtype]
 
 
 class Sharded(OwnCandidate):
@@ -219,7 +196,7 @@ def main(directory: Path, out: Path) -> None:
             "communication": communication(program),
             "logits": [error(logits, truth).rms, numerical_gate(own.rms, np.float32, own.carriers)],
         }
-        if name in JUDGED:
+        if name == JUDGED:
             candidate = Sharded(source, model, mesh)
             session = Session(CASE.config, source, images, candidate, np.float32, one_device, title=name)
             found[name] |= {
@@ -227,11 +204,9 @@ def main(directory: Path, out: Path) -> None:
                 "backward": observed(session.backward()),
             }
 
-    # The first way compiles the reference. After that one way is traced while another is compiled.
-    first, *others = sorted(WAYS, key=lambda name: name not in JUDGED)
-    measure_way(first)
+    # One way is traced while another is compiled.
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(measure_way, others))
+        list(threads.map(measure_way, WAYS))
     (out / "measured.json").write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -39,10 +39,10 @@ _OF_THE_HEAD = frozenset(
     }
 )
 
-# Small enough to learn the embedded images within a minute on one core.
+# Small enough to learn the embedded images within a minute on one core, most of which a deeper one would compile.
 SCRATCH = ViTConfig(
     hidden_size=64,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=4,
     intermediate_size=128,
     layer_norm_eps=1e-6,
