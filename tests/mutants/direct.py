@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.helpers.remembered import digest, remembered_references
 from tests.mutants.mutant import Parity
 from tests.mutants.nested import fresh_compiler
 from tests.mutants.outcome import Failure, Outcome
-from tests.mutants.remembered import digest, remembered_references
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES
