@@ -37,7 +37,7 @@ def test_a_table_goes_past_a_wrong_value_and_says_where() -> None:
     names: dict[str, object] = {}
     exec(text, names)
     judged = dataclasses.replace(sides.in_nnx(sides.tanh_gelu), sites=names["sites"])
-    report = vit_ref.compare(torch_side.reference(), judged, backward=False)
+    report = vit_ref.compare(torch_side.reference(), judged, backward=False, fail_fast=True)
     assert report.forward.semantic_failures[0].site == "blocks.0.act"
 
 
@@ -53,7 +53,9 @@ def test_one_wrong_block_of_several_leaves_a_table_that_can_be_pasted() -> None:
     text, names = str(proposal), dict[str, Any]()
     assert '    # The values differ at layers.1.down:input:\n    "layers.{i}.down:input": "blocks.{i}.act",\n' in text
     exec(text, names)
-    report = vit_ref.compare(torch_side.reference(), dataclasses.replace(wrong, sites=names["sites"]), backward=False)
+    report = vit_ref.compare(
+        torch_side.reference(), dataclasses.replace(wrong, sites=names["sites"]), backward=False, fail_fast=True
+    )
     assert report.forward.semantic_failures[0].site == "blocks.1.act"
 
 
