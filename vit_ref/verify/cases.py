@@ -156,8 +156,8 @@ _ALL = (
     # Thirteen blocks, because in lexicographic order 10 comes before 2.
     Case("deep", _tiny(num_hidden_layers=13, image_size=15, num_channels=1), seed=1),
     Case("hard-tokens", _tiny(image_size=20), seed=2, hard_tokens=True),
-    # These three vary what is inside a block or after the last one, backward, too. A second block would only take longer
-    # to compile.
+    # These three vary what is inside a block or after the last one, also backward. A second block would only take
+    # longer to compile.
     Case("no-qkv-bias", _one_block(qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-5), seed=3),
     Case("one-head", _one_block(num_attention_heads=1, hidden_act="quick_gelu", num_channels=5), seed=4),
     Case("pooler", _one_block(num_labels=0, pooler=True, pooler_output_size=29, hidden_act="silu"), seed=5),
