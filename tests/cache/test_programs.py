@@ -46,7 +46,6 @@ def test_a_second_process_compiles_nothing_but_what_was_damaged(tmp_path) -> Non
     assert hits == 0
     assert misses == len(entries) >= 3
     assert programs(tmp_path / "inner") == []  # a verification within another one uses the cache of that
-    assert run(tmp_path) == (misses, 0, out)
 
     whole, other = entries[0].read_bytes(), entries[1].read_bytes()
     flipped = bytearray(whole)

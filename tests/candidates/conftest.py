@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.remembered import remembered_references
 from vit_ref.verify.cases import CASES, Case
 
 PORTS = Path(__file__).parent / "worked"
@@ -18,6 +19,13 @@ NEEDS = {
 }
 # A second block would double the time to compile the gradients.
 ONE_BLOCK = Case("one-block", dataclasses.replace(CASES["rectangular"].config, num_hidden_layers=1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _references() -> Iterator[None]:
+    """Computes each reference's values once for all candidates of the same checkpoint."""
+    with remembered_references():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 import vit_ref
+from tests.helpers.inner_pytest import run_inside
 from tests.helpers.processes import run_pytest
 from tests.helpers.synthetic_reports import REPORTS
 from vit_ref.errors import InputError
@@ -194,10 +194,6 @@ def test_a_check_knows_its_site() -> None:
     assert Check("backward/blocks.0.norm1.scale", "passed").site == "blocks.0.norm1.scale"
 
 
-def run(directory: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return run_pytest(directory, "-p", "no:randomly", *arguments)
-
-
 def test_three_lines_in_a_project_make_one_case_per_site(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
     (tmp_path / "test_port.py").write_text(
@@ -205,7 +201,7 @@ def test_three_lines_in_a_project_make_one_case_per_site(tiny: Path, tmp_path: P
         f"@vit_ref.parametrize_with_checks({str(tiny.parent / 'port.py')!r}, {str(tiny)!r}, backward=False)\n"
         "def test_port(check):\n    check()\n"
     )
-    ended = run(tmp_path, "-v", "--strict-markers")
+    ended = run_pytest(tmp_path, "-p", "no:randomly", "-v", "--strict-markers")
     assert ended.returncode == 0, ended.stdout
     assert "test_port[forward/block.0.attn.query] PASSED" in ended.stdout
     assert "21 passed, 1 skipped" in ended.stdout
@@ -219,7 +215,7 @@ def test_the_suite_verifies_a_candidate_instead_of_the_model(tiny: Path, tmp_pat
     wrong = tmp_path / "tanh.py"
     wrong.write_text(TANH)
     arguments = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "parity", "-q"]
-    ended = run(ROOT, *arguments, "--checkpoint", tiny, "--candidate", right, "--candidate", wrong, FORWARD)
+    ended = run_inside(ROOT, *arguments, "--checkpoint", tiny, "--candidate", right, "--candidate", wrong, FORWARD)
     assert ended.returncode == 1
     assert "tiny-port: 17 sites pass" in ended.stdout
     assert "tiny-tanh: first divergence at block.0.mlp.hidden" in ended.stdout

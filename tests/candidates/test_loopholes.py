@@ -19,7 +19,7 @@ from flax import linen, nnx
 from PIL import Image
 
 import vit_ref
-from tests.helpers.processes import run_pytest
+from tests.helpers.inner_pytest import run_inside
 from vit_ref.errors import InputError
 from vit_ref.model import vit as model_of_ours
 from vit_ref.model.skeleton import list_parameters, skeleton
@@ -228,7 +228,7 @@ def test_two_candidates_of_one_name_have_two_reports(tmp_path: Path, saved: Save
     )
     given = [f"--candidate={tmp_path / 'two.py'}:{name}" for name in ("wrong", "right")]
     arguments = ["-m", "parity", "-q", f"--checkpoint={saved('one-block')}", f"--parity-report={tmp_path / 'r'}"]
-    done = run_pytest(ROOT, ROOT / SUITE / "test_parity.py", *given, *arguments)
+    done = run_inside(ROOT, ROOT / SUITE / "test_parity.py", *given, *arguments)
     assert done.returncode == 1 and "2 failed, 2 passed" in done.stdout, done.stdout[-2000:]
     reports = sorted((tmp_path / "r").glob("*.txt"))
     assert len(reports) == 2

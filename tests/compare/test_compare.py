@@ -90,7 +90,7 @@ def test_either_side_may_be_written_in_anything(reference: Callable[[], Any], ca
 def test_a_wrong_candidate_is_localised_and_its_fault_named(
     candidate: vit_ref.Candidate, site: str, cause: str
 ) -> None:
-    report = vit_ref.compare(torch_side.reference(), candidate, backward=False)
+    report = vit_ref.compare(torch_side.reference(), candidate, backward=False, fail_fast=True)
     assert not report.passed
     assert report.forward.semantic_failures[0].site == site
     assert cause in [each.label for each in report.forward.causes]

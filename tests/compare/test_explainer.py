@@ -150,6 +150,7 @@ def test_a_table_of_positions_that_ignores_the_dtype_is_named(
         vit_ref.Candidate(load=rotating(table, shows=shows)),
         inputs={"x": np.random.default_rng(2).normal(size=(2, 9, 16))},
         backward=False,
+        fail_fast=True,
     )
     assert report.forward.semantic_failures[0].site == site
     assert [cause.label for cause in report.forward.causes] == labels

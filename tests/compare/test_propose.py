@@ -38,7 +38,7 @@ def test_a_table_goes_past_a_wrong_value_and_says_where() -> None:
     names: dict[str, object] = {}
     exec(text, names)
     judged = dataclasses.replace(sides.in_nnx(sides.tanh_gelu), sites=names["sites"])
-    report = vit_ref.compare(torch_side.reference(), judged, backward=False)
+    report = vit_ref.compare(torch_side.reference(), judged, backward=False, fail_fast=True)
     assert report.forward.semantic_failures[0].site == "blocks.0.act"
 
 
@@ -55,7 +55,9 @@ def test_one_wrong_block_of_several_leaves_a_table_that_can_be_pasted() -> None:
     remark = "    # Differs from the reference: layers.1.down:input"
     assert f'{remark}\n    "layers.{{i}}.down:input": "blocks.{{i}}.act",\n' in text
     exec(text, names)
-    report = vit_ref.compare(torch_side.reference(), dataclasses.replace(wrong, sites=names["sites"]), backward=False)
+    report = vit_ref.compare(
+        torch_side.reference(), dataclasses.replace(wrong, sites=names["sites"]), backward=False, fail_fast=True
+    )
     assert report.forward.semantic_failures[0].site == "blocks.1.act"
 
 

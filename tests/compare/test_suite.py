@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.compare.test_command import FILE
+from tests.helpers.inner_pytest import run_inside
+from tests.helpers.processes import run_pytest
 
-
-def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (directory / "sides.py").write_text(FILE)
-    suite = ["--pyargs", "vit_ref.testing.suite", "-q", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *suite, *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+SUITE = ("--pyargs", "vit_ref.testing.suite", "-q")
 
 
 def test_each_candidate_is_compared_with_the_declared_reference(tmp_path: Path) -> None:
-    found = run(tmp_path, "--reference", "sides.py", "--candidate", "sides.py", "--candidate", "sides.py:wrong")
+    (tmp_path / "sides.py").write_text(FILE)
+    sides = ("--reference", "sides.py", "--candidate", "sides.py", "--candidate", "sides.py:wrong")
+    found = run_pytest(tmp_path, *SUITE, *sides)
     assert found.returncode == 1, found.stdout + found.stderr
     assert "first divergence at last" in found.stdout
     # The wrong candidate fails both gates, forward and backward, but no check of behaviour.
@@ -36,6 +33,7 @@ def test_each_candidate_is_compared_with_the_declared_reference(tmp_path: Path) 
 def test_a_reference_that_cannot_be_used_is_said_in_one_line(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    found = run(tmp_path, *arguments)
+    (tmp_path / "sides.py").write_text(FILE)
+    found = run_inside(tmp_path, *SUITE, *arguments)
     assert found.returncode == 2
     assert message in found.stdout + found.stderr

@@ -241,6 +241,23 @@ def test_an_output_that_is_no_float_is_one_line(kind: Any) -> None:
         compared(loader(), load)
 
 
+def test_a_candidate_that_differs_between_runs_is_refused_after_two_runs_on_one_row() -> None:
+    rng, rows = np.random.default_rng(0), []
+
+    def load(checkpoint: Any) -> Any:
+        forward, weights = loader()(None)
+
+        def noisy(w: Any, x: Any) -> Any:
+            rows.append(len(x))
+            return forward(w, x) * rng.normal()
+
+        return noisy, weights
+
+    with pytest.raises(InputError, match=r"^candidate: two runs on the same inputs differ"):
+        compared(loader(), load)
+    assert rows == [1, 1]
+
+
 @pytest.mark.parametrize("given", [3, ["a"], b"weights"])
 def test_a_checkpoint_that_is_no_path_is_refused(given: Any) -> None:
     with pytest.raises(InputError, match=rf"^checkpoint is a {type(given).__name__}: give a path that both sides load"):

@@ -37,7 +37,7 @@ SITES = {"pair.first": ("block.0", first), "pair.last": ("block.1", first), "out
     ids=["flipped", "spatial", "transposed", "unknown"],
 )
 def test_a_wrong_order_of_a_kernel_is_named(change: Callable[[Any], Any], label: str | None, sites: Any) -> None:
-    report = vit_ref.compare(convolved.reference(), convolved.candidate(change, sites), backward=False)
+    report = vit_ref.compare(convolved.reference(), convolved.candidate(change, sites), backward=False, fail_fast=True)
     assert report.forward.semantic_failures[0].site == ("block.1" if "pair.last" in sites else "head")
     assert [cause.label for cause in report.forward.causes] == ([label] if label else [])
 
@@ -47,7 +47,9 @@ def test_a_wrong_order_is_named_if_the_reference_loads_in_each_dtype() -> None:
     ready = dataclasses.replace(
         made, load=lambda checkpoint, dtype: made.load(checkpoint).to(getattr(convolved.torch, np.dtype(dtype).name))
     )
-    report = vit_ref.compare(ready, convolved.candidate(lambda weight: weight.flip(2, 3), SITES), backward=False)
+    report = vit_ref.compare(
+        ready, convolved.candidate(lambda weight: weight.flip(2, 3), SITES), backward=False, fail_fast=True
+    )
     assert [cause.label for cause in report.forward.causes] == ["block.1.weight flipped"]
 
 
@@ -132,6 +134,6 @@ def candidate_of_layers(**wrong: str) -> vit_ref.Candidate:
 def test_weights_of_another_layer_and_another_order_of_inputs_are_named(
     wrong: dict[str, str], site: str, label: str | None
 ) -> None:
-    report = vit_ref.compare(of_layers(), candidate_of_layers(**wrong), backward=False)
+    report = vit_ref.compare(of_layers(), candidate_of_layers(**wrong), backward=False, fail_fast=True)
     assert [failure.site for failure in report.forward.semantic_failures[:1]] == ([site] if site else [])
     assert [cause.label for cause in report.forward.causes] == ([label] if label else [])

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from click.testing import CliRunner
 
-from vit_ref.cli.group import main
+from vit_ref.cli.commands import main
 
 # Start the command as a module, so that a test need not know where the script was installed.
 _PROGRAM = "from vit_ref.cli.commands import main; main(prog_name='vit-ref')"

@@ -16,11 +16,11 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.helpers.precisions import precision_of
+from tests.helpers.remembered import remembered_references
 from tests.mutants.catalogue import MUTANTS
 from tests.mutants.direct import operation_by_operation
 from tests.mutants.mutant import Mutant, Parity
 from tests.mutants.nested import fresh_compiler
-from tests.mutants.remembered import remembered_references
 from vit_ref.errors import InputError
 from vit_ref.verify.candidates.own import OwnCandidate
 from vit_ref.verify.cases import CASES

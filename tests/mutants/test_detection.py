@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from tests.helpers.precisions import precision_of
+from tests.helpers.remembered import remembered_references
 from tests.mutants.catalogue.activation import one_plus_erf
 from tests.mutants.direct import operation_by_operation
 from vit_ref.errors import TruncatedError, UnjudgedError
@@ -45,14 +46,16 @@ class Faulty(OwnCandidate):
 
 def check(name: str, fault) -> ParityReport:
     case, source = CASES[name], CASES[name].checkpoint()
-    return Session(case.config, source, case.images(), Faulty(case.config, source, fault), title=name).forward()
+    with remembered_references():
+        return Session(case.config, source, case.images(), Faulty(case.config, source, fault), title=name).forward()
 
 
 def check_with_config(name: str, **fields: object) -> ParityReport:
     """Makes the candidate follow another configuration than the checkpoint's."""
     case, source = CASES[name], CASES[name].checkpoint()
     wrong = OwnCandidate(dataclasses.replace(case.config, **fields), source)
-    return Session(case.config, source, case.images(), wrong, title=name).forward()
+    with remembered_references():
+        return Session(case.config, source, case.images(), wrong, title=name).forward()
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vit_ref.model.config import ViTConfig
 from vit_ref.model.sites import sites
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.diagnose.diagnosis import (
@@ -28,8 +30,14 @@ from vit_ref.verify.gates import error
 from vit_ref.verify.problem import hidden_before
 from vit_ref.verify.references.numpy_oracle import NumpyOracle
 
-SQUARE = Case("square", dataclasses.replace(CASES["pooler"].config, pooler_output_size=None, image_size=15), batch=2)
-SUBJECTS = {case.name: case for case in (CASES["rectangular-patch"], CASES["one-head"], SQUARE)}
+
+def two_blocks(name: str, **fields: Any) -> ViTConfig:
+    return dataclasses.replace(CASES[name].config, num_hidden_layers=2, **fields)
+
+
+SQUARE = Case("square", two_blocks("pooler", pooler_output_size=None, image_size=15), batch=2)
+ONE_HEAD = Case("one-head", two_blocks("one-head"), seed=4)
+SUBJECTS = {case.name: case for case in (CASES["rectangular-patch"], ONE_HEAD, SQUARE)}
 
 
 class Known:

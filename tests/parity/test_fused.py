@@ -15,6 +15,8 @@ from vit_ref.model.attention import Attend, weigh
 from vit_ref.verify.gates import error
 from vit_ref.verify.references.fused import fused
 
+pytestmark = pytest.mark.optimised
+
 # (batch, tokens, heads, head_dim): no two are equal.
 SHAPE = (2, 7, 3, 5)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from click.testing import CliRunner
 
 import vit_ref
 import vit_ref.testing.plugin
+from tests.helpers.inner_pytest import Ended, run_inside
 from tests.helpers.processes import run_pytest
 from vit_ref.cli.commands import main
 from vit_ref.verify.cases import CASES
@@ -28,8 +28,8 @@ SUITE = "vit_ref/testing/suite"
 FORWARD = f"{SUITE}/test_parity.py"
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return run_pytest(ROOT, "-m", "parity", "-q", *arguments)
+def run(*arguments: str | Path) -> Ended:
+    return run_inside(ROOT, "-m", "parity", "-q", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,19 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
             ["--collect-only", "--parity-report", "tox.ini"],
             "--parity-report is tox.ini: nothing can be written there (File exists)",
         ),
-        (["--collect-only", "-n", "2", "--parity-report", "reports"], "give --dist loadgroup, too"),
     ],
 )
 def test_an_unusable_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
-    ended = run(*arguments)
+    require_one_line(run(*arguments), message)
+
+
+def test_a_report_that_several_processes_would_write_is_refused_in_one_line() -> None:
+    # In a process of its own, which has workers, and whose exit code a shell sees.
+    ended = run_pytest(ROOT, "-m", "parity", "-q", "--collect-only", "-n", "2", "--parity-report", "reports")
+    require_one_line(Ended(ended.returncode, ended.stdout, ended.stderr), "give --dist loadgroup, too")
+
+
+def require_one_line(ended: Ended, message: str) -> None:
     assert ended.returncode == 2
     printed = (ended.stdout + ended.stderr).strip().splitlines()
     assert len(printed) == 1 and message in printed[0]
@@ -105,7 +113,7 @@ def test_files_that_are_not_images_are_counted_in_the_header(tmp_path: Path) -> 
 
 
 def test_the_reference_is_the_one_that_is_named() -> None:
-    ended = run("--reference", "numpy", "-rs", "-k", "rectangular-float32")
+    ended = run(SUITE, "--reference", "numpy", "-rs", "-k", "rectangular-float32")
     assert ended.returncode == 0, ended.stdout
     assert " x NumPy's error" in ended.stdout
     assert "the NumPy oracle has no gradients" in ended.stdout

@@ -10,13 +10,17 @@ import pytest
 
 from vit_ref.testing.plugin import summarise
 from vit_ref.testing.suite.judging import BEHAVIOUR_PRECISION, PARTS, Judged, judge, write_report
-from vit_ref.testing.suite.subjects import Subject, find_subjects
+from vit_ref.testing.suite.subjects import Subject, find_subjects, remove_written
 from vit_ref.verify.report import headline, table
 from vit_ref.verify.results import Behaviour, ParityReport
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker("parity")
+
+
+def pytest_unconfigure() -> None:
+    remove_written()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

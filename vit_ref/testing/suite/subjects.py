@@ -145,3 +145,11 @@ def _written(case: Case) -> Checkpoint:
 @cache
 def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="vit-ref-")
+
+
+def remove_written() -> None:
+    """Removes what `_written` wrote. Without this it would stay until the process ends."""
+    if _scratch.cache_info().currsize:
+        _scratch().cleanup()
+        _scratch.cache_clear()
+        _written.cache_clear()

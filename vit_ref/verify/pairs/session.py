@@ -193,10 +193,11 @@ class PairSession(Judgement):
         self.reference = self._implementation(
             dataclasses.replace(declared, sites=shared), self.found.outline.only(claims), loaded, role="reference"
         )
+        # One row, if that is allowed: the checks of behaviour run rows alone, operation by operation, and jax then uses
+        # the same operations again.
+        some = self.inputs if self.not_behaviour else take_rows(self.inputs, slice(1))
         with naming(candidate, declaration):
-            require_floats(
-                {OUTPUT: require_repeatable(self.candidate, self.inputs, progress=progress)}, declaration.name
-            )
+            require_floats({OUTPUT: require_repeatable(self.candidate, some, progress=progress)}, declaration.name)
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(declaration.name, (self._digest, output), now)
         require_same_parts(declaration.name, self.candidate.parts, self.whole.parts)

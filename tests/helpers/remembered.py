@@ -1,4 +1,4 @@
-"""Keeps the references' values between mutants, because no mutant may reach a reference."""
+"""Keeps the references' values between checks, because no candidate and no mutant may reach a reference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _remembering(trace: Callable[..., Trace]) -> Callable[..., Trace]:
 def _remembering_each(gradients: Callable[..., Differentiate]) -> Callable[..., Differentiate]:
     @functools.wraps(gradients)
     def answer(self: FlaxViTReference, pixels: Any, precision: Precision) -> Differentiate:
-        key = digest("gradients", repr(self.config), repr(precision), self.params, pixels)
+        key = digest("gradients", str(self.fused), repr(self.config), repr(precision), self.params, pixels)
         differentiate = functools.cache(lambda: gradients(self, pixels, precision))
 
         def one(objective: Objective) -> Gradients:
