@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib.metadata
 import math
@@ -167,18 +166,11 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         jax.clear_caches()
         gc.unfreeze()
         gc.collect()
-        _return_memory()
+        from vit_ref.verify.compare.memory import return_freed_memory
+
+        # Otherwise the worker would look as large as before, and drop what it compiled after every module from then on.
+        return_freed_memory()
     _set_aside_what_lives()
-
-
-def _return_memory() -> None:
-    """Returns freed memory to the system. glibc keeps it, and the worker would then look as large as before.
-
-    It would drop what it compiled after every module from then on. After one module, 780 MB became 580.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def _resident_bytes() -> float:

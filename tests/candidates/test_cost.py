@@ -19,6 +19,7 @@ from vit_ref.verify.candidates.running import implement, load_in_float64
 from vit_ref.verify.candidates.tapped import Tapped
 from vit_ref.verify.candidates.vit_outline import ViTOutline
 from vit_ref.verify.cases import CASES
+from vit_ref.verify.compare import memory
 from vit_ref.verify.compare.behaviour import check_behaviour
 from vit_ref.verify.precision import FLOAT64, PRECISIONS, Precision
 
@@ -113,3 +114,49 @@ def test_freed_memory_is_used_again() -> None:
     faults = subprocess.run([sys.executable, "-c", _TWICE], capture_output=True, text=True, check=True).stdout
     # Memory from the system has hundreds of pages that are new.
     assert int(faults) < 20
+
+
+_RETURNED = """
+import numpy as np
+from vit_ref.cli.memory import keep_freed_memory
+from vit_ref.verify.compare.memory import return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+keep_freed_memory()
+arrays = [np.ones(500_000) for _ in range(100)]
+kept = arrays[::10]
+del arrays
+before = resident()
+return_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to return memory: run it on Linux")
+def test_freed_memory_between_living_arrays_is_returned() -> None:
+    returned = subprocess.run([sys.executable, "-c", _RETURNED], capture_output=True, text=True, check=True).stdout
+    # 90 of the 100 arrays of 4 MB were freed.
+    assert int(returned) > 300e6
+
+
+def test_memory_is_returned_between_the_steps_of_a_large_problem(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: order.append("returned"))
+    monkeypatch.setattr(memory, "_LARGE", 0)
+    source, config = session.open_checkpoint(saved("one-block"))
+    candidate = session.prepare_candidate(None, config, source)
+    images = session.pixels_for(config, None, 2)
+    checked = session.Session(config, source, images, candidate, progress=order.append)
+    checked.forward()
+    checked.backward()
+    steps = [step for step in order if step != "returned"]
+    assert len(steps) > 6
+    assert order == [each for step in steps for each in ("returned", step)]
+    order.clear()
+    monkeypatch.setattr(memory, "_LARGE", 2**26)
+    checked.forward()
+    assert "returned" not in order

@@ -12,6 +12,7 @@ from itertools import pairwise
 from numpy.typing import NDArray
 
 from vit_ref.verify.compare.forward import require_finite, require_finite_truth
+from vit_ref.verify.compare.memory import returning_memory
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
@@ -59,6 +60,7 @@ def compare_backward(
       ReferenceOverflowError: the reference is not finite in float64; or the formulas agree, but it is not finite in
         the tested precision.
     """
+    progress = returning_memory(progress, problem)
     pooled = Pooled(problem.gradients, precision.dtype, reference.foreign)
     comparison = Comparison(problem, reference, candidate, precision, explainer, kept=kept)
     objectives = objectives_for(problem.output)

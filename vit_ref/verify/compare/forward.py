@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError, UnjudgedError
 from vit_ref.verify.compare.first_look import OnDivergence, describe_divergence, ignore_divergence
+from vit_ref.verify.compare.memory import returning_memory
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, Trace, beside, require_float64, silent, widened
 from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate, wrong_sites
@@ -140,6 +141,7 @@ def compare_forward(
       ReferenceOverflowError: the reference is not finite in float64; or the formulas agree, but it is not finite in
         that precision.
     """
+    progress = returning_memory(progress, problem)
     inputs, names, kept = problem.inputs, problem.names, kept or Nothing()
     agreement = kept.find("oracle") if oracle else {}
     # NumPy multiplies while the reference is traced and compiled.
