@@ -17,9 +17,11 @@ def return_freed_memory() -> None:
 
     glibc keeps the pages of freed arrays, and an array that still lives among them keeps a larger one from using them.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)
 
 
 def returning_memory(progress: Progress, problem: Problem) -> Progress:
