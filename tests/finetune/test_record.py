@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,18 @@ def test_every_step_has_its_number_epoch_loss_and_rate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("terminal", "changes", "shown"),
-    [("1", {}, True), ("", {}, False), ("1", {"quiet": True}, False), ("1", {"writes": False}, False)],
+    [(True, {}, True), (False, {}, False), (True, {"quiet": True}, False), (True, {"writes": False}, False)],
 )
 def test_a_terminal_shows_the_step_and_its_loss(
-    terminal: str, changes: dict[str, bool], shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    terminal: bool, changes: dict[str, bool], shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", terminal)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # it colours a file, and makes no terminal of it
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with closing(record(tmp_path, 3, **{"quiet": False, **changes})) as log:
         log.step(4, jnp.float32(2.5))
-    said = capsys.readouterr().err
+        print("a result")
+    printed, said = capsys.readouterr()
+    assert printed == "a result\n"
     assert ("4/6" in said and "epoch 2, loss 2.500, " in said) if shown else said == ""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress
 
 from vit_ref import image_files
 from vit_ref.errors import InputError
@@ -163,12 +163,13 @@ def _readable(dataset: ImageDataset, on_bad: str, where: str) -> ImageDataset:
             return str(error)
         return None
 
-    console = Console(stderr=True)
+    hidden = not sys.stderr.isatty()
+    bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=False, disable=hidden)
     # Pillow decodes without Python's lock, so threads help.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
         count = len(dataset)
         checked, said = pool.map(fault, range(count)), f"reading {escape(where)}"
-        faults = list(track(checked, said, count, console=console, transient=True, disable=not console.is_terminal))
+        faults = list(bar.track(checked, count, description=said))
     bad = tuple(reason for reason in faults if reason is not None)
     if bad and on_bad == "error":
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""

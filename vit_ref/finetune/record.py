@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 
 import jax
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vit_ref.errors import InputError
 from vit_ref.finetune.directory import METRICS, TENSORBOARD, TIMING
@@ -56,9 +57,17 @@ class Record:
             self._logs = (metrics, MetricsLog(directory / TIMING))
         for log in self._logs:
             log.truncate_after(done)
-        console = Console(stderr=True)
-        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=quiet or not (writes and console.is_terminal))
+        said, times = TextColumn("{task.description}"), (TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(
+            *(BarColumn(20), MofNCompleteColumn(), said, *times),
+            console=Console(stderr=True),
+            # A step of a large model on a CPU takes half a minute.
+            speed_estimate_period=3600,
+            # What a program prints belongs on its own stdout.
+            redirect_stdout=False,
+            # FORCE_COLOR makes rich take a file for a terminal.
+            disable=quiet or not (writes and sys.stderr.isatty()),
+        )
         self._task = self._bar.add_task("", total=per_epoch * recipe.epochs, completed=done)
         self._bar.start()
         self._pending: tuple[int, jax.Array] | None = None
