@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vit_ref
-from vit_ref.errors import InputError, PartlyJudgedError, UnjudgedError
+from vit_ref.errors import CandidateError, InputError, PartlyJudgedError, UnjudgedError
 from vit_ref.verify.candidates.running import implement
 from vit_ref.verify.compare.behaviour import require_repeatable
 from vit_ref.verify.pairs import session
@@ -241,7 +241,7 @@ def test_an_output_that_is_no_float_is_one_line(kind: Any) -> None:
         compared(loader(), load)
 
 
-def test_a_candidate_that_differs_between_runs_is_refused_after_two_runs_on_one_row() -> None:
+def test_a_candidate_that_differs_between_runs_is_refused() -> None:
     rng, rows = np.random.default_rng(0), []
 
     def load(checkpoint: Any) -> Any:
@@ -255,7 +255,21 @@ def test_a_candidate_that_differs_between_runs_is_refused_after_two_runs_on_one_
 
     with pytest.raises(InputError, match=r"^candidate: two runs on the same inputs differ"):
         compared(loader(), load)
-    assert rows == [1, 1]
+    every = len(inputs(0)["x"])
+    assert rows == [1, 1, every, every]
+
+
+def test_a_candidate_that_needs_the_whole_batch_is_compared_before_it_is_refused() -> None:
+    every = len(inputs(0)["x"])
+
+    def load(checkpoint: Any) -> Any:
+        forward, weights = loader()(None)
+        return lambda w, x: forward(w, x.reshape(every, -1)), weights
+
+    parts: list[Any] = []
+    with pytest.raises(CandidateError, match=r"^candidate: the forward pass raised TypeError: cannot reshape"):
+        compared(loader(), load, on_part=parts.append)
+    assert [part.passed for part in parts] == [True]
 
 
 @pytest.mark.parametrize("given", [3, ["a"], b"weights"])

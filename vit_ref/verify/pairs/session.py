@@ -197,7 +197,14 @@ class PairSession(Judgement):
         # the same operations again.
         some = self.inputs if self.not_behaviour else take_rows(self.inputs, slice(1))
         with naming(candidate, declaration):
-            require_floats({OUTPUT: require_repeatable(self.candidate, some, progress=progress)}, declaration.name)
+            try:
+                once = require_repeatable(self.candidate, some, progress=progress)
+            except InputError:
+                if some is self.inputs:
+                    raise
+                # The caller did not give one row, and the candidate may need a whole batch.
+                once = require_repeatable(self.candidate, self.inputs, progress=silent)
+            require_floats({OUTPUT: once}, declaration.name)
         now = digest_of(self.whole.parameters()), self._output_of(declared, loaded)
         require_unchanged(declaration.name, (self._digest, output), now)
         require_same_parts(declaration.name, self.candidate.parts, self.whole.parts)
