@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def test_a_value_that_is_used_twice_gets_the_sum_of_gradients() -> None:
     fed = feeding(lambda images: (images, images[:1]), images=IMAGES)
     found = fed.by_input(Arguments((np.ones((2, 3, 5, 4)), np.ones((1, 3, 5, 4))), {}))
     np.testing.assert_array_equal(found["input:images"][:, 0, 0, 0], [2, 1])
+
+
+def test_a_decorated_adaptor_takes_what_its_decorator_takes() -> None:
+    @functools.wraps(lambda pixels: pixels)
+    def renamed(**given: Any) -> Any:
+        return {"pixels": given["images"]}
+
+    assert feeding(renamed, images=IMAGES).arguments().kwargs["pixels"] is not None
 
 
 def test_integers_are_neither_cast_nor_differentiated() -> None:

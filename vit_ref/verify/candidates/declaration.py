@@ -149,7 +149,8 @@ def list_keywords(function: Callable[..., Any]) -> list[str] | None:
       function: the callable.
     """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        # A decorator may take other names than the function that it wraps.
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):
         return None
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
