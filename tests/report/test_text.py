@@ -170,14 +170,19 @@ def test_wrong_parts_that_could_not_be_fed_are_named() -> None:
     sites = ["block.0.norm1", "block.1.norm1", "block.2.norm1", "norm", "logits"]
     alone = {"block.1.norm1": 1e-3, "logits": 1e-16}
     report = parity(*(measured(site, 1e-3, alone=alone.get(site)) for site in sites))
-    assert "  wrong too, but the reference's input could not be fed there: blocks 0, 2, norm" in headline(report)
+    assert "  the reference's input could not be fed to parts that differ: blocks 0, 2, norm" in headline(report)
     assert to_json(ported(report))["forward"]["not_fed"] == ["block.0", "block.2", "norm"]
-    assert "<dt>Input not replaced</dt><dd>block.0, block.2, norm: wrong, and" in to_html(ported(report))
+    assert "<dt>Input not replaced</dt><dd>block.0, block.2, norm: differs, and" in to_html(ported(report))
     everywhere = dataclasses.replace(report, everywhere=True)
-    line = "wrong too, but the reference's values before it could not be fed: block.0.norm1, block.2.norm1, norm"
+    line = "the reference's values could not be fed before sites that differ: block.0.norm1, block.2.norm1, norm"
     assert f"  {line}\n" in headline(everywhere)
+    none = {"block.1.norm1": 1e-16, "logits": 1e-16}
+    inherited = parity(*(measured(site, 1e-3, alone=none.get(site)) for site in sites))
+    assert "wrong even" not in headline(inherited)
+    assert "could not be fed to parts that differ: blocks 0, 2, norm" in headline(inherited)
+    assert "Input not replaced" in to_html(ported(inherited))
     right = parity(measured("block.0.norm1"), *(measured(site, 1e-3, alone=1e-3) for site in sites[1:]))
-    assert "wrong too" not in headline(right) and not to_json(ported(right))["forward"]["not_fed"]
+    assert "could not be fed" not in headline(right) and not to_json(ported(right))["forward"]["not_fed"]
 
 
 def test_rounding_is_not_called_a_wrong_formula() -> None:

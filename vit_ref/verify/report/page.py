@@ -100,8 +100,8 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
     if section["wrong_alone"]:
         parts = [f"{each['part']} {figure(each['rms'])}" for each in section["wrong_alone"]]
         yield "Wrong even with the reference's input", f"{_listed(parts)} ({section['alone_precision']})"
-        if section["not_fed"]:
-            yield "Input not replaced", f"{_listed(section['not_fed'])}: wrong, and not known of it alone"
+    if section["not_fed"]:
+        yield "Input not replaced", f"{_listed(section['not_fed'])}: differs, and nothing is known of it alone"
     exact = max(seen, key=lambda check: float(check["measured"]["exact"]["rms"]))
     rounded = [check for check in seen if check["measured"]["gate"] is not None]
     site, incomparable = escape(exact["site"]), escape(exact["measured"]["incomparable"])

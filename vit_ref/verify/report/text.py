@@ -124,14 +124,12 @@ def _blame(report: ParityReport) -> list[str]:
         since = f" from {site} on" if site != parts[0] else ""
         worst = max(guilty[part] for part in parts)
         entries.append(f"{names}{since} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
-    if not entries:
-        return []
-    lines = [f"wrong even with the reference's input: {'; '.join(entries)}"]
+    lines = [f"wrong even with the reference's input: {'; '.join(entries)}"] if entries else []
     if unfed := not_fed(report):
         blocks = [part for part in unfed if part.startswith("block.")]
         others = [part for part in unfed if part not in blocks]
         said = ", ".join([_named(blocks), *others] if blocks else others)
-        lines.append(f"wrong too, but the reference's input could not be fed there: {said}")
+        lines.append(f"the reference's input could not be fed to parts that differ: {said}")
     return lines
 
 
@@ -152,11 +150,9 @@ def _blame_sites(report: ParityReport) -> list[str]:
         names = several[0] if len(several) == 1 else f"{template}, {len(several)} times"
         worst = max(guilty[site] for site in several)
         said.append(f"{names} ({f'{worst:.1e}' if math.isfinite(worst) else 'not comparable'})")
-    if not said:
-        return []
-    lines = [f"wrong even with the reference's values before it: {'; '.join(said)}"]
+    lines = [f"wrong even with the reference's values before it: {'; '.join(said)}"] if said else []
     if unfed := not_fed(report):
-        lines.append(f"wrong too, but the reference's values before it could not be fed: {_some(unfed)}")
+        lines.append(f"the reference's values could not be fed before sites that differ: {_some(unfed)}")
     return lines
 
 
