@@ -166,7 +166,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return
     if _resident_bytes() > MOST_BYTES:
         jax.clear_caches()
-        gc.unfreeze()
+        if not INNER:  # it would not set them aside again
+            gc.unfreeze()
         gc.collect()
         from vit_ref.verify.compare.memory import return_freed_memory
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 from hypothesis import core, settings
 
@@ -48,6 +49,7 @@ def run_inside(directory: Path, *arguments: str | Path, plugins: Sequence[Any] =
     with contextlib.ExitStack() as stack:
         stack.enter_context(_fresh_test_modules())
         stack.enter_context(_own_hypothesis())
+        stack.enter_context(restored_settings())
         stack.enter_context(contextlib.chdir(directory))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
@@ -83,6 +85,20 @@ def _fresh_test_modules() -> Iterator[None]:
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def restored_settings() -> Iterator[None]:
+    """Restores jax's settings, and drops what was compiled under others."""
+    before = dict(jax.config.values)
+    try:
+        yield
+    finally:
+        changed = [name for name, value in before.items() if jax.config.values[name] != value]
+        for name in changed:
+            jax.config.update(name, before[name])
+        if changed:
+            jax.clear_caches()
 
 
 @contextlib.contextmanager

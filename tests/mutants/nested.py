@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.helpers.inner_pytest import ROOT, run_inside
+from tests.helpers.inner_pytest import ROOT, restored_settings, run_inside
 from tests.helpers.remembered import remembered_references
 from tests.mutants.outcome import Failure, Outcome
 
@@ -55,13 +55,10 @@ def fresh_compiler() -> Iterator[None]:
 
     LLVM's optimisations are off for both, because compiled code runs only a few times.
     """
-    before = dict(jax.config.values)
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if jax.config.values[name] != value:
-                jax.config.update(name, value)
-        jax.clear_caches()
+    with restored_settings():
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.clear_caches()
