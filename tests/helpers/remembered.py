@@ -81,8 +81,9 @@ def _built_once(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def digest(*question: Any) -> str:
-    """Returns a digest of strings, arrays and trees of them."""
-    digest = hashlib.sha256()
+    """Returns a digest of strings, arrays and trees of them, and of the way in which jax compiles."""
+    # The compiler decides how a reference rounds.
+    digest = hashlib.sha256(str(jax.config.values["jax_disable_most_optimizations"]).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(question):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(leaf.encode() if isinstance(leaf, str) else np.ascontiguousarray(leaf).tobytes())
