@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.remembered import remembered_references
 from vit_ref.verify.cases import CASES, Case
 
-PORTS = Path(__file__).parent / "worked"
+WORKED = Path(__file__).parent / "worked"
 # Packages that a candidate needs and the extra `test` does not always install, with the way to get them.
 NEEDS = {
     "equinox_vmapped.py": ("equinox", "pip install equinox"),
@@ -40,7 +40,7 @@ def locate() -> Callable[[str], str]:
         if file in NEEDS:
             package, how = NEEDS[file]
             pytest.importorskip(package, reason=f"needs {package}: {how}")
-        return str(PORTS / spec)
+        return str(WORKED / spec)
 
     return found
 

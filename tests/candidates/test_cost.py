@@ -117,12 +117,13 @@ def test_freed_memory_is_used_again() -> None:
 
 
 _RETURNED = """
+import resource
 import numpy as np
 from vit_ref.cli.memory import keep_freed_memory
 from vit_ref.verify.compare.memory import return_freed_memory
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 keep_freed_memory()
 arrays = [np.ones(500_000) for _ in range(100)]

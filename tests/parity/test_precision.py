@@ -81,7 +81,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None, st
 
         monkeypatch.setattr(kind, "trace", watched)
 
-    watch(OwnCandidate, lambda port: port.stored or np.float32)
+    watch(OwnCandidate, lambda candidate: candidate.stored or np.float32)
     watch(FlaxViTReference, lambda reference: jax.tree.leaves(reference.params)[0].dtype)
     return runs
 

@@ -39,7 +39,7 @@ def batches() -> list:
 def test_losses_and_parameters_follow_the_reference(
     optimizer: str, batches: list, train_ours: Callable, train_flaxvit: Callable
 ) -> None:
-    """Compares in float64. How far float32 may drift, `test_overfit` asks of a whole curve."""
+    """Compares in float64. `test_overfit` bounds the drift of losses in float32; no test bounds that of parameters."""
     arguments = CASE.config, CASE.checkpoint(), OPTIMIZERS[optimizer], batches
     truth = train_flaxvit(*arguments, np.float64, set(STEPS))
     exact = train_ours(*arguments, np.float64, set(STEPS))
