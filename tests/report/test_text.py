@@ -305,3 +305,14 @@ def test_sites_that_are_wrong_alone_are_put_together_by_their_numbers() -> None:
     assert blamed_sites([*few, "last"]) == "; ".join(
         ["down_{i}.conv_{i}.a, 4 times (1.0e-01)", "down_{i}.conv_{i}.b, 4 times (1.0e-01)", "last (1.0e-01)"]
     )
+
+
+def test_nearby_inputs_are_told() -> None:
+    results = [measured("block.0.norm1")]
+    said = "rounding pooled over 8 nearby inputs"
+    for forward in (parity(*results, nearby=7), parity(results[0]._replace(rounding=1.0), nearby=7)):
+        assert said in headline(forward)
+        assert to_json(ported(forward))["forward"]["nearby_inputs"] == 7
+        assert "Rounding is pooled over 8 nearby inputs." in to_html(ported(forward))
+    alone = parity(*results)
+    assert "nearby" not in headline(alone) and "nearby" not in to_html(ported(alone))

@@ -10,7 +10,7 @@ oracle. So the gate follows the checkpoint, the depth and the device, and is not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -157,6 +157,21 @@ def errors_of(found: Mapping[str, NDArray], truths: Mapping[str, Truth], *, carr
       carriers: whether to count the carriers of the errors too.
     """
     return {name: truth.error(found[name], carriers=carriers) for name, truth in truths.items() if name in found}
+
+
+def pool(found: Sequence[Error]) -> Error:
+    """Returns one error of one value in several runs, as if they were one batch.
+
+    Args:
+      found: the error in each run. If a run cannot be compared, that error is returned.
+    """
+    if beyond := next((each for each in found if not math.isfinite(each.rms)), None):
+        return beyond
+    squares = [each.rms**2 for each in found]
+    total = sum(squares)
+    shares = sum(square**2 / each.carriers for square, each in zip(squares, found, strict=True) if each.carriers)
+    carriers = total**2 / shares if shares else sum(each.carriers for each in found)
+    return Error(math.sqrt(total / len(found)), max(each.max for each in found), carriers)
 
 
 def wrong_sites(errors: Errors, names: Iterable[str]) -> list[str]:

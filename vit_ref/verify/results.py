@@ -157,6 +157,8 @@ class ParityReport:
       beyond: if the first divergence is rounding, the next divergence that this rounding does not explain, and its
         size. Its causes are among `causes`. "" if there is none.
       everywhere: whether the reference's values were fed at every site for `SiteResult.alone`, and not to each block.
+      nearby: over how many nearby inputs, besides the given ones, the rounding of the forward pass is pooled. They are
+        measured only if an error beyond its gate may be bad luck.
     """
 
     title: str
@@ -173,6 +175,7 @@ class ParityReport:
     objectives: int | None = None
     beyond: str = ""
     everywhere: bool = False
+    nearby: int = 0
 
     @property
     def semantic_failures(self) -> tuple[SiteResult, ...]:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from vit_ref.errors import OraclesDifferError, ReferenceOverflowError, UnjudgedError
 from vit_ref.verify.compare.first_look import OnDivergence, describe_divergence, ignore_divergence
 from vit_ref.verify.compare.memory import returning_memory
+from vit_ref.verify.compare.nearby import Rounding, measure_nearby
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, Trace, beside, require_float64, silent, widened
-from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, numerical_gate, wrong_sites
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, Truth, against, errors_of, wrong_sites
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem, hidden_before
 from vit_ref.verify.results import Explanation, ParityReport, SiteResult
@@ -114,6 +115,7 @@ def compare_forward(
     stops: Callable[[str], bool] = never,
     on_divergence: OnDivergence = ignore_divergence,
     on_trace: Callable[[Trace], None] | None = None,
+    redraw: bool = True,
     progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same inputs, and measures every site.
@@ -130,6 +132,7 @@ def compare_forward(
       stops: gets each site whose formula is wrong. If it returns True for one, rounding is not measured.
       on_divergence: gets a line about the first wrong formula before its cause is looked for.
       on_trace: gets the candidate's trace in float64.
+      redraw: whether rounding is measured on nearby inputs too if bad luck may explain an error beyond its gate.
       progress: gets a description of each next step.
 
     Returns:
@@ -200,9 +203,9 @@ def compare_forward(
     del exact_trace
     if first:
         alone = each_alone(set(exact), FLOAT64)
-    # This stands for the errors in the tested precision, if a wrong formula ends the comparison here.
+    # These stand for what is not measured if a wrong formula ends the comparison here.
     unmeasured = dict.fromkeys(exact, Error(math.nan, math.nan))
-    rounding, reference_errors, gates = unmeasured, unmeasured, dict.fromkeys(exact, math.nan)
+    rounding, gates = Rounding(unmeasured, unmeasured, precision, foreign=False), dict.fromkeys(exact, math.nan)
     coarse = None
     if not any(map(stops, wrong)):
         progress(f"{reference.name} in {precision.name}")
@@ -220,26 +223,28 @@ def compare_forward(
             known = errors_of(rounded, truths, carriers=True)
             del rounded
             kept.keep("reference", known)
-        reference_errors = known
         if not first:  # otherwise the verdict is known
-            require_finite(reference_errors, reference.name, precision.name)
+            require_finite(known, reference.name, precision.name)
         progress(f"{candidate.name} in {precision.name}")
         rounded_trace = candidate.trace(inputs, precision)
-        rounding = errors_of(rounded_trace, truths)
         foreign = reference.foreign or candidate.foreign
-        gates = {
-            site: numerical_gate(
-                reference_errors[site].rms, precision.dtype, reference_errors[site].carriers, foreign=foreign
-            )
-            for site in names
-        }
-        coarse = next((site for site in names if site in rounding and rounding[site].rms > gates[site]), None)
+        rounding = Rounding(known, errors_of(rounded_trace, truths), precision, foreign)
+        coarse = rounding.beyond
+        if coarse and not first and redraw:
+            error = truths[coarse].error(rounded_trace[coarse], carriers=True)
+            if rounding.may_be_luck(coarse, error.carriers):
+                progress("rounding on nearby inputs")
+                # What a cache keeps for later runs does not go there.
+                fresh = getattr(reference, "built", reference)
+                rounding = measure_nearby(inputs, fresh, candidate, rounding)
+                coarse = rounding.beyond
+        gates = {site: rounding.gate(site) for site in names}
         if coarse and not first and explainer:
             found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
         del rounded_trace
         if coarse and not first:
-            alone = each_alone(set(rounding), precision)
-    shown = {site for site in names if site in exact and site in rounding}
+            alone = each_alone(set(rounding.candidate), precision)
+    shown = {site for site in names if site in exact and site in rounding.candidate}
     claims = set(names) if candidate.claims is None else candidate.claims
     diverging = first or coarse
     return ParityReport(
@@ -252,10 +257,10 @@ def compare_forward(
                 oracles.get(site),
                 exact[site],
                 alone.get(site),
-                rounding[site].rms,
-                reference_errors[site].rms,
+                rounding.candidate[site].rms,
+                rounding.reference[site].rms,
                 gates[site],
-                rounding[site].reason,
+                rounding.candidate[site].reason,
             )
             for site in names
             if site in shown
@@ -268,4 +273,5 @@ def compare_forward(
         order=tuple(problem.order),
         beyond=found.beyond,
         everywhere=problem.streams is None,
+        nearby=rounding.nearby,
     )

@@ -78,6 +78,7 @@ def _section(report: ParityReport, checks: Sequence[Check], sites: Collection[st
     return {
         "what": report.what,
         "objectives": report.objectives,
+        "nearby_inputs": report.nearby,
         "passed": all(check.status in ("passed", "not observed", "expected failure") for check in checks),
         "first_divergence": failures[0].site if failures else None,
         "causes": [_cause(cause) for cause in report.causes],

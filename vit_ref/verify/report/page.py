@@ -155,6 +155,8 @@ def _figure(name: str, document: Fields) -> str:
         '<rect class="hidden" width="14" height="14"/>': "not shown by the candidate",
     }
     pooled = f" Rounding is pooled over {section['objectives']} objectives." if section["objectives"] else ""
+    if section["nearby_inputs"]:
+        pooled = f" Rounding is pooled over {section['nearby_inputs'] + 1} nearby inputs."
     items = "".join(f'<li><svg class="key" aria-hidden="true">{key}</svg> {text}</li>' for key, text in legend.items())
     return (
         f'<figure><h2 id="{name}">{name.title()}: error per {section["what"][:-1]}</h2>'

@@ -69,16 +69,20 @@ def _verdict(report: ParityReport) -> str:
         first = report.numerical_failures[0]
         return (
             f"{report.title}: the formulas agree in float64, but {report.precision} rounding is too large: first"
-            f" divergence at {first.site}: {first.failure(report.precision)}"
+            f" divergence at {first.site}: {first.failure(report.precision)}{_nearby(report)}"
         )
     exact = max(report.results, key=lambda result: result.exact.rms)
-    over = f" over {report.objectives} objectives" if report.objectives else ""
+    over = f" over {report.objectives} objectives" if report.objectives else _nearby(report)
     tight = min(report.results, key=lambda result: result.margin)
     return (
         f"{report.title}: {_counted(len(report.results), report.what)} pass{'es' if len(report.results) == 1 else ''}"
         f"{over}: largest float64 error {exact.exact.rms:.1e} at {exact.site}, smallest margin {tight.margin:.2f} at"
         f" {tight.site}"
     )
+
+
+def _nearby(report: ParityReport) -> str:
+    return f", rounding pooled over {report.nearby + 1} nearby inputs" if report.nearby else ""
 
 
 def next_step(report: ParityReport) -> str:
