@@ -73,6 +73,23 @@ def test_fused_probabilities_err_by_the_rounded_log_of_their_sum() -> None:
     assert rounded > 5e-6
 
 
+def test_fused_probabilities_err_by_scores_that_are_computed_again() -> None:
+    """Each query attends to one key, so the logarithm is the score, up to the order in which it is summed.
+
+    The scores are about 1000, of which half a unit of rounding is 3e-5.
+    """
+    rng = np.random.default_rng(0)
+    query, key = rng.uniform(350, 550, SHAPE), np.zeros(SHAPE)
+    key[:, 2] = rng.uniform(0.9, 1.1, (2, 3, 5))
+    given = [query, key, *heads()[2:]]
+    truth, explicit, found = (
+        pulled(attend, given, dtype)[3]
+        for attend, dtype in ((weigh, np.float64), (weigh, np.float32), (fused, np.float32))
+    )
+    assert error(explicit, truth).rms < 1e-7
+    assert 1e-5 < error(found, truth).rms < 2e-4
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_in_half_precision_scores_and_their_log_are_float32(dtype: type) -> None:
     """A logarithm of eight bits would err by a quarter, and a candidate would be allowed three times that."""

@@ -1,15 +1,16 @@
 """Attention with the backward pass of fused kernels, for the reference: it shows how such a candidate may round.
 
-Fused attention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) keeps no probabilities. Its backward pass rounds
-two values that explicit attention does not round:
+Fused attention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) keeps no probabilities. Three values of its backward
+pass round as no value of explicit attention does:
 
 - The logarithm of each row's sum of exponentials, from which it recomputes the probabilities. Half a unit of rounding
   of that logarithm is a relative error of the whole row. Explicit attention divides by the sum itself, so the errors of
   a row's scores cancel where one token has all the attention.
+- The scores, which it computes again. If they are summed in another order, they are not those in the logarithm.
 - The inner product of the context and its gradient. It subtracts this instead of the probabilities' inner product
   with their gradient. The two are equal, but they round differently.
 
-The first error grows with the scores. A head that attends to one token with a score of some hundreds may err twenty
+The first two errors grow with the scores. A head that attends to one token with a score of some hundreds may err twenty
 times as much as explicit attention.
 """
 
@@ -49,7 +50,8 @@ def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array
 def _backward(kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
     query, key, value, context, logarithm = kept
     product = partial(jnp.einsum, preferred_element_type=logarithm.dtype)
-    probs = jnp.exp(_scores(query, key) - logarithm)
+    # In another order than forward, as a kernel may sum them. In one order their rounding would cancel.
+    probs = jnp.exp(_scores(query[..., ::-1], key[..., ::-1]) - logarithm)
     of_probs = product("bqhk,bmhk->bhqm", cotangent, value)
     # Summed in another order than the products above, as kernels do. If one token has all the attention, the two are
     # equal, and in one order they would cancel to the last bit.
