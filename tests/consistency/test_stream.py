@@ -28,6 +28,7 @@ from vit_ref.verify import session, stream
 from vit_ref.verify.candidates import own
 from vit_ref.verify.cases import CASES, Case
 from vit_ref.verify.compare import pooling
+from vit_ref.verify.gates import ALLOWANCES
 from vit_ref.verify.report import to_html, to_json
 from vit_ref.verify.report.document import SCHEMA
 from vit_ref.verify.results import ParityReport
@@ -53,19 +54,26 @@ def written(case: Case, directory: Path, **options: object) -> Path:
     return directory / case.name
 
 
-def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float = 1e-12) -> None:
+def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float = 1e-12, lucky: float = 0.0) -> None:
     """Checks that both reports measured the same, under the same names.
 
     The forward passes compile the same operations for the same values. In float64 the errors are only some units of
     rounding, so they may differ by 4e-15. A divergence has to agree to six digits.
+
+    Args:
+      streamed: the report of blocks.
+      whole: the report of the whole model.
+      rounding: by how much errors in the tested precision may differ, relative to their size.
+      lucky: by how much they may differ if they are small.
     """
     assert [result.site for result in streamed.results] == [result.site for result in whole.results]
     for name in ("title", "reference", "precision", "unobserved", "unmapped", "what", "place", "hidden", "order"):
         assert getattr(streamed, name) == getattr(whole, name), name
     for a, b in zip(streamed.results, whole.results, strict=True):
-        assert (a.rounding, a.reference_error, a.gate) == pytest.approx(
-            (b.rounding, b.reference_error, b.gate), rel=rounding
-        )
+        assert (a.rounding, a.reference_error) == pytest.approx(
+            (b.rounding, b.reference_error), rel=rounding, abs=lucky
+        ), a.site
+        assert a.gate == pytest.approx(b.gate, rel=rounding, abs=ALLOWANCES["float32"].backward * lucky), a.site
         for mine, theirs in ((a.exact, b.exact), (a.oracles, b.oracles)):
             assert mine[:2] == pytest.approx(theirs[:2], rel=1e-6, abs=4e-15), a.site
 
@@ -102,8 +110,10 @@ def test_backward_every_error_is_that_of_the_whole_model(
     whole, streamed = check_port(None, path), check_streamed(path)
     assert streamed.passed and streamed.backward and whole.backward
     require_same(streamed.forward, whole.forward)
-    # XLA orders a sum differently if it is cut between blocks: up to 3.5 % of a root mean square of twelve errors.
-    require_same(streamed.backward, whole.backward, rounding=0.2)
+    # XLA orders sums of the reference differently if they are cut between blocks. With AVX-512 a root mean square of
+    # twelve errors differs by up to 24 %, without it by 3.5 %. An error below half a unit of rounding is small by luck:
+    # one of them was 4.9e-8 and 7.6e-8.
+    require_same(streamed.backward, whole.backward, rounding=0.3, lucky=2**-24)
     assert not [check for check in streamed.checks if check.name.startswith("behaviour/") and check.status == "passed"]
 
 
