@@ -93,6 +93,7 @@ def test_a_document_holds_the_measured_numbers() -> None:
                 "margin": pytest.approx(3e-7 / 3.25e-5, rel=1e-12),
                 "incomparable": "",
                 "failure": "float64 relative RMS error 3.0e-05, gate 1e-12",
+                "semantic_gate": 1e-12,
                 "passes_semantic_gate": False,
                 "passes_numerical_gate": False,
             },

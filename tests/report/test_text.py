@@ -316,3 +316,12 @@ def test_nearby_inputs_are_told() -> None:
         assert "Rounding is pooled over 8 nearby inputs." in to_html(ported(forward))
     alone = parity(*results)
     assert "nearby" not in headline(alone) and "nearby" not in to_html(ported(alone))
+
+
+def test_a_wider_semantic_gate_is_told() -> None:
+    usual, ill = measured("norm", 9e-13), measured("cls_token")._replace(exact=Error(1.4e-8, 2e-8, noise=1.1e-7))
+    assert ": largest float64 error 9.0e-13 at norm, smallest" in headline(parity(usual, ill))
+    assert ": largest float64 error 1.4e-08 at cls_token (gate 1.1e-07 there), smallest" in headline(parity(ill))
+    wrong = ill._replace(exact=ill.exact._replace(rms=2e-7))
+    assert "first divergence at cls_token: float64 relative RMS error 2.0e-07, gate 1.1e-07" in headline(parity(wrong))
+    assert "float64 1.4e-08, gate 1.1e-07" in to_html(ported(parity(ill)))

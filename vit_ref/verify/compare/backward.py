@@ -17,7 +17,7 @@ from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradie
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, require_float64, silent, widened
-from vit_ref.verify.gates import Errors, Truth, errors_of
+from vit_ref.verify.gates import Errors, Truth, errors_of, float64_noise, wrong_sites
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import ParityReport
@@ -127,9 +127,12 @@ class Comparison:
           InputError: no formula was wrong so far, but the reference is not finite in the tested precision.
         """
         truth, truths = self._in_float64(self._truth, objective)
+        number = len(pooled.roundings)
         if self._exact and len(pooled.exacts) < SEMANTIC_OBJECTIVES:
             exact = widened(self._exact(objective).named(), self._candidate)
             errors = errors_of(exact, truths)
+            if wrong_sites(errors, pooled.names):
+                errors = self._with_noise(errors, objective, number, truths)
             pooled.exacts.append(errors)
             failed = [{name for name, e in found.items() if not e.passes_semantic_gate} for found in pooled.exacts]
             first = next((name for name in pooled.names if any(name in names for names in failed)), "")
@@ -140,7 +143,7 @@ class Comparison:
             del exact
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)
-        reference_errors = self._errors_of("gradients", self._own, objective, len(pooled.roundings), truths)
+        reference_errors = self._errors_of("gradients", self._own, objective, number, truths)
         if not pooled.wrong:  # otherwise the verdict is known
             # The results of a compiled pass come in another order than the pass.
             require_finite(
@@ -148,6 +151,14 @@ class Comparison:
             )
         pooled.reference_errors.append(reference_errors)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
+
+    def _with_noise(self, errors: Errors, objective: Objective, k: int, truths: Mapping[str, Truth]) -> Errors:
+        """Returns errors in float64 with the noise that explains them. The reference's errors are then known sooner."""
+        if self._stored_truth is not self._truth:
+            truths = self._in_float64(self._stored_truth, objective)[1]
+        own = self._errors_of("gradients", self._own, objective, k, truths)
+        dtype = self._precision.dtype
+        return {name: error._replace(noise=float64_noise(own[name].rms, dtype)) for name, error in errors.items()}
 
     def measure_fused(
         self, fuse: Callable[[Reference], Reference], objectives: Sequence[Objective], pooled: Pooled

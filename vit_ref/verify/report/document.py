@@ -122,6 +122,7 @@ def _measured(result: SiteResult | None, what: str, precision: str) -> dict[str,
         **{name: _number(value) if result.has_rounding else None for name, value in numbers.items()},
         "incomparable": result.incomparable_in(precision),
         "failure": result.failure(precision),
+        "semantic_gate": result.exact.semantic_gate,
         "passes_semantic_gate": result.exact.passes_semantic_gate,
         "passes_numerical_gate": result.passes_numerical_gate,
     }

@@ -217,7 +217,7 @@ def hover(check: dict[str, Any], section: dict[str, Any], document: dict[str, An
         else "not measured"
     )
     return (
-        f"{head}\nfloat64 {figure(measured['exact']['rms'])}, gate {document['gates']['float64_rms']:.0e}\n"
+        f"{head}\nfloat64 {figure(measured['exact']['rms'])}, gate {figure(measured['semantic_gate'])}\n"
         f"{document['precision']} {rounding}{alone}"
     )
 

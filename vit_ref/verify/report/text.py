@@ -71,13 +71,14 @@ def _verdict(report: ParityReport) -> str:
             f"{report.title}: the formulas agree in float64, but {report.precision} rounding is too large: first"
             f" divergence at {first.site}: {first.failure(report.precision)}{_nearby(report)}"
         )
-    exact = max(report.results, key=lambda result: result.exact.rms)
+    near = max(report.results, key=lambda result: result.exact.rms / result.exact.semantic_gate)
     over = f" over {report.objectives} objectives" if report.objectives else _nearby(report)
     tight = min(report.results, key=lambda result: result.margin)
+    wide = f" (gate {near.exact.semantic_gate:.1e} there)" if near.exact.semantic_gate > SEMANTIC_RMS else ""
     return (
         f"{report.title}: {_counted(len(report.results), report.what)} pass{'es' if len(report.results) == 1 else ''}"
-        f"{over}: largest float64 error {exact.exact.rms:.1e} at {exact.site}, smallest margin {tight.margin:.2f} at"
-        f" {tight.site}"
+        f"{over}: largest float64 error {near.exact.rms:.1e} at {near.site}{wide}, smallest margin {tight.margin:.2f}"
+        f" at {tight.site}"
     )
 
 

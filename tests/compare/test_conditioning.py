@@ -1,0 +1,97 @@
+"""Do gradients pass that are ill-conditioned in any dtype, and do wrong ones fail there?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_ref
+from vit_ref.verify.gates import SEMANTIC_RMS, Error, float64_noise
+from vit_ref.verify.results import CandidateReport
+
+WEIGHTS = {
+    name: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    for seed, (name, shape) in enumerate({"mix": (5, 2), "scale": (2,), "head": (2, 7)}.items())
+}
+INPUTS = {"x": np.random.default_rng(7).normal(size=(4, 5))}
+# A norm over two channels gives 1 and -1, but for this. So its gradient is so much smaller than its terms.
+EPSILON = 1e-10
+
+
+def divided(x: Any) -> Any:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
+
+
+def multiplied(x: Any) -> Any:
+    """Is the same formula, which rounds elsewhere."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
+
+
+def detached(x: Any) -> Any:
+    """Has no gradient through the deviation, so its terms do not cancel."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jax.lax.stop_gradient(jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON))
+
+
+def model(norm: Callable[[Any], Any], scaled: Callable[[Any], Any] = lambda w: w) -> vit_ref.Candidate:
+    def forward(w: Mapping[str, Any], x: Any, tap: Any = lambda name, value: value) -> Any:
+        mixed = tap("mixed", x @ w["mix"])
+        return tap("norm", norm(mixed) * scaled(w["scale"])) @ w["head"]
+
+    return vit_ref.Candidate(load=lambda checkpoint: (forward, WEIGHTS), name=norm.__name__)
+
+
+@jax.custom_gradient
+def enlarged(w: Any) -> Any:
+    """Returns what it gets, and a gradient that is wrong in its ninth digit."""
+    return w, lambda gradient: gradient * (1 + 1e-9)
+
+
+def judged(candidate: vit_ref.Candidate) -> CandidateReport:
+    return vit_ref.compare(model(divided), candidate, inputs=INPUTS)
+
+
+def wrong(report: CandidateReport) -> set[str]:
+    assert report.forward.passed and report.backward
+    return {result.site for result in report.backward.semantic_failures}
+
+
+def test_right_gradients_pass_whose_terms_cancel() -> None:
+    report = judged(model(multiplied))
+    assert wrong(report) == set()
+    assert report.passed and report.backward
+    found = {result.site: result.exact for result in report.backward.results}
+    # Measured: 1.4e-8 to 2.7e-8, and gates of 2e-7 to 6e-7. The others are well-conditioned.
+    for name in ("mix", "mixed", "input:x"):
+        assert 1e3 * SEMANTIC_RMS < found[name].rms <= found[name].semantic_gate < 1e-3, name
+    for name in ("head", "scale", "norm"):
+        assert found[name].semantic_gate == SEMANTIC_RMS, name
+    # A parameter of the model itself is no layer's, though its name is "scale". So its gate is its own.
+    assert {result.site: result.gate for result in report.backward.results}["scale"] < 1e-5
+
+
+def test_wrong_gradients_fail_there_and_beside_them() -> None:
+    assert {"mix", "mixed", "input:x"} <= wrong(judged(model(detached)))
+    assert wrong(judged(model(divided, enlarged))) == {"scale"}
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [("float32", 2**-23), ("bfloat16", 2**-7), ("float16", 2**-10)])
+def test_noise_is_rounding_moved_to_float64(dtype: str, unit: float) -> None:
+    # A hundred units of rounding are an error as in any deep model.
+    assert float64_noise(100 * unit, dtype) == pytest.approx(3200 * 2**-52, rel=1e-12)
+    assert float64_noise(100 * unit, dtype) < SEMANTIC_RMS
+    assert float64_noise(float("inf"), dtype) == 0
+
+
+def test_noise_widens_both_bounds() -> None:
+    assert Error(9e-10, 9e-9, noise=1e-9).passes_semantic_gate
+    assert not Error(2e-9, 2e-9, noise=1e-9).passes_semantic_gate
+    assert not Error(9e-10, 2e-8, noise=1e-9).passes_semantic_gate
+    assert not Error(2e-12, 2e-12, noise=1e-13).passes_semantic_gate
