@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from scipy import special
 
-from vit_ref.verify.gates import Error, Truth, against, apart, error, errors_of, numerical_gate
+from vit_ref.verify.gates import (
+    SEMANTIC_RMS,
+    Error,
+    Truth,
+    against,
+    apart,
+    error,
+    errors_of,
+    float64_noise,
+    numerical_gate,
+    pool,
+)
 
 
 def test_errors_are_relative_to_the_truth() -> None:
@@ -213,3 +224,36 @@ def test_an_error_of_few_elements_fails_once_in_a_million(carriers: int) -> None
     # Checked with scipy.special's inverse function.
     assert special.fdtrc(carriers, carriers, factor**2) == pytest.approx(1e-6, rel=1e-6)
     assert numerical_gate(1.0, np.float32, 2 * carriers) < factor + 2**-23
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [("float32", 2**-23), ("bfloat16", 2**-7), ("float16", 2**-10)])
+def test_noise_is_rounding_moved_to_float64(dtype: str, unit: float) -> None:
+    # A hundred units of rounding are an error as in any deep model.
+    assert float64_noise(100 * unit, dtype) == pytest.approx(3200 * 2**-52, rel=1e-12)
+    assert float64_noise(100 * unit, dtype) < SEMANTIC_RMS
+    assert float64_noise(float("inf"), dtype) == 0
+
+
+def test_noise_widens_both_bounds() -> None:
+    assert Error(9e-10, 9e-9, noise=1e-9).passes_semantic_gate
+    assert not Error(2e-9, 2e-9, noise=1e-9).passes_semantic_gate
+    assert not Error(9e-10, 2e-8, noise=1e-9).passes_semantic_gate
+    assert not Error(2e-12, 2e-12, noise=1e-13).passes_semantic_gate
+
+
+def test_pooled_errors_are_those_of_one_batch() -> None:
+    shape, rng = (2, 40, 3), np.random.default_rng(0)
+    # Runs err unevenly, and one token more than the others.
+    runs = [rng.normal(size=shape) * size for size in (1.0, 0.1, 7.0)]
+    runs[1][1, 3] *= 1e3
+    truth = rng.normal(size=shape)
+    scale = np.concatenate([truth] * 3)
+    expected = error(scale + np.concatenate(runs), scale, carriers=True)
+    found = pool([error(truth + run, truth, carriers=True) for run in runs])
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-9)
+
+
+def test_pooled_errors_of_nothing_and_of_what_is_not_finite() -> None:
+    assert pool([Error(0.0, 0.0, 7.0)] * 2) == Error(0.0, 0.0, 14.0)
+    beyond = Error(math.inf, math.inf, reason="not finite")
+    assert pool([Error(1e-3, 1e-3, 7.0), beyond]) is beyond

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vit_ref.verify.compare.forward import compare_forward
 from vit_ref.verify.compare.nearby import NEARBY, nearby_inputs
 from vit_ref.verify.compare.trace import Trace
-from vit_ref.verify.gates import Error, error, pool
+from vit_ref.verify.gates import error
 from vit_ref.verify.precision import PRECISIONS, Precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import ParityReport
@@ -142,21 +142,3 @@ def test_nearby_inputs_move_fractions_alone_and_towards_zero(precision: str, mos
         assert np.all((1 - most <= moved) & (moved <= 1))
     assert len({each["images"].tobytes() for each in found}) > NEARBY // 2
     assert nearby_inputs({"ids": given["ids"], "mask": given["mask"]}, PRECISIONS[precision]) == []
-
-
-def test_pooled_errors_are_those_of_one_batch() -> None:
-    rng = np.random.default_rng(0)
-    # Runs err unevenly, and one token more than the others.
-    runs = [rng.normal(size=SHAPE) * size for size in (1.0, 0.1, 7.0)]
-    runs[1][1, 3] *= 1e3
-    truth = rng.normal(size=SHAPE)
-    scale = np.concatenate([truth] * 3)
-    expected = error(scale + np.concatenate(runs), scale, carriers=True)
-    found = pool([error(truth + run, truth, carriers=True) for run in runs])
-    assert found == pytest.approx((*expected[:3], ""), rel=1e-9)
-
-
-def test_pooled_errors_of_nothing_and_of_what_is_not_finite() -> None:
-    assert pool([Error(0.0, 0.0, 7.0)] * 2) == Error(0.0, 0.0, 14.0)
-    beyond = Error(math.inf, math.inf, reason="not finite")
-    assert pool([Error(1e-3, 1e-3, 7.0), beyond]) is beyond
