@@ -229,7 +229,7 @@ def test_an_error_of_few_elements_fails_once_in_a_million(carriers: int) -> None
 @pytest.mark.parametrize(("dtype", "unit"), [("float32", 2**-23), ("bfloat16", 2**-7), ("float16", 2**-10)])
 def test_noise_is_rounding_moved_to_float64(dtype: str, unit: float) -> None:
     # A hundred units of rounding are an error as in any deep model.
-    assert float64_noise(100 * unit, dtype) == pytest.approx(3200 * 2**-52, rel=1e-12)
+    assert float64_noise(100 * unit, dtype) == pytest.approx(3200 * 2**-52, rel=1e-12, abs=0)
     assert float64_noise(100 * unit, dtype) < SEMANTIC_RMS
     assert float64_noise(float("inf"), dtype) == 0
 
