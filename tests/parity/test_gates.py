@@ -22,6 +22,7 @@ from vit_ref.verify.gates import (
     numerical_gate,
     pool,
 )
+from vit_ref.verify.precision import PRECISIONS
 
 
 def test_errors_are_relative_to_the_truth() -> None:
@@ -226,12 +227,17 @@ def test_an_error_of_few_elements_fails_once_in_a_million(carriers: int) -> None
     assert numerical_gate(1.0, np.float32, 2 * carriers) < factor + 2**-23
 
 
-@pytest.mark.parametrize(("dtype", "unit"), [("float32", 2**-23), ("bfloat16", 2**-7), ("float16", 2**-10)])
-def test_noise_is_rounding_moved_to_float64(dtype: str, unit: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "epsilon"),
+    [("float32", 2**-23), ("tensorfloat32", 2**-10), ("bfloat16", 2**-7), ("mixed", 2**-7), ("float16", 2**-10)],
+)
+def test_noise_is_rounding_moved_to_float64(precision: str, epsilon: float) -> None:
+    assert PRECISIONS[precision].epsilon == epsilon
     # A hundred units of rounding are an error as in any deep model.
-    assert float64_noise(100 * unit, dtype) == pytest.approx(3200 * 2**-52, rel=1e-12, abs=0)
-    assert float64_noise(100 * unit, dtype) < SEMANTIC_RMS
-    assert float64_noise(float("inf"), dtype) == 0
+    found = float64_noise(100 * epsilon, PRECISIONS[precision].epsilon)
+    assert found == pytest.approx(3200 * 2**-52, rel=1e-12, abs=0)
+    assert found < SEMANTIC_RMS
+    assert float64_noise(math.inf, epsilon) == 0
 
 
 def test_noise_widens_both_bounds() -> None:

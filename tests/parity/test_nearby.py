@@ -123,7 +123,7 @@ def test_runs_in_which_the_reference_is_not_finite_do_not_count() -> None:
     assert report.nearby == NEARBY - 2
 
 
-@pytest.mark.parametrize(("precision", "most"), [("float32", 2**-20), ("bfloat16", 2**-4)])
+@pytest.mark.parametrize(("precision", "most"), [("float32", 2**-20), ("tensorfloat32", 2**-7), ("bfloat16", 2**-4)])
 def test_nearby_inputs_move_fractions_alone_and_towards_zero(precision: str, most: float) -> None:
     given = {
         "images": np.float32([[0.25, -0.75, 1.0, 0.0]]),

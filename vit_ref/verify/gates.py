@@ -311,21 +311,21 @@ def root_mean_square(x: NDArray) -> float:
     return math.sqrt(float(np.vdot(x, x)) / x.size)
 
 
-def float64_noise(reference: float, dtype: DTypeLike) -> float:
+def float64_noise(reference: float, epsilon: float) -> float:
     """Returns the relative RMS error by which right implementations may differ in float64.
 
-    It is told from the reference's error in another dtype, by the ratio of the units of rounding. It lies below the
+    It is told from the reference's error in another precision, by the ratio of the units of rounding. It lies below the
     semantic gate unless the value is ill-conditioned: in float32 the reference then errs by more than 1.7e-5. So do
     gradients that are zero but for terms that cancel, such as those of attention to a single token, and nearly so those
     of a norm over two channels.
 
     Args:
       reference: the reference's relative RMS error.
-      dtype: the dtype of the tested precision.
+      epsilon: see `Precision.epsilon`, of the tested precision.
     """
     if not math.isfinite(reference):
         return 0.0
-    return _NOISE * reference * float(np.finfo(np.float64).eps / ml_dtypes.finfo(dtype).eps)
+    return _NOISE * reference * float(np.finfo(np.float64).eps) / epsilon
 
 
 def numerical_gate(

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
 
+# Ten bits of mantissa.
+_TF32_EPSILON = 2.0**-10
+
 
 class Precision(NamedTuple):
     """The dtypes of one computation.
@@ -36,6 +39,11 @@ class Precision(NamedTuple):
     dtype: np.dtype
     stored: np.dtype | None = None
     products: str | None = None
+
+    @property
+    def epsilon(self) -> float:
+        """The relative spacing of the coarsest numbers that are multiplied."""
+        return _TF32_EPSILON if self.products == "tensorfloat32" else float(ml_dtypes.finfo(self.dtype).eps)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -157,8 +157,8 @@ class Comparison:
         if self._stored_truth is not self._truth:
             truths = self._in_float64(self._stored_truth, objective)[1]
         own = self._errors_of("gradients", self._own, objective, k, truths)
-        dtype = self._precision.dtype
-        return {name: error._replace(noise=float64_noise(own[name].rms, dtype)) for name, error in errors.items()}
+        epsilon = self._precision.epsilon
+        return {name: error._replace(noise=float64_noise(own[name].rms, epsilon)) for name, error in errors.items()}
 
     def measure_fused(
         self, fuse: Callable[[Reference], Reference], objectives: Sequence[Objective], pooled: Pooled

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -83,7 +82,7 @@ def nearby_inputs(inputs: Inputs, precision: Precision) -> list[Any]:
       inputs: the inputs.
       precision: the tested precision, whose unit of rounding is the measure.
     """
-    most = _UNITS * float(ml_dtypes.finfo(precision.dtype).eps)
+    most = _UNITS * precision.epsilon
 
     def moved(value: NDArray) -> NDArray:
         if not is_float(value):
