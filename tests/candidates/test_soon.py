@@ -199,6 +199,15 @@ def test_a_first_look_names_the_first_wrong_value_in_order() -> None:
     assert describe_divergence("mine", site, error) == "mine: first divergence at b: wrong shape (4,), not (3,)"
 
 
+def test_a_first_look_says_nothing_that_rounding_may_explain() -> None:
+    look = FirstLook({"a": np.ones(3), "b": np.ones(3)}, ["a", "b"])
+    look.see("a", np.full(3, 1 + 9e-8))
+    look.see("b", np.full(3, 2.0))
+    assert look.divergence is None
+    look.see("a", np.full(3, 1 + 2e-7))
+    assert look.divergence is not None and look.divergence[0] == "a"
+
+
 def test_a_first_look_says_nothing_of_values_that_are_not_float64() -> None:
     look = FirstLook({"a": np.ones(3)}, ["a"])
     look.see("a", np.full(3, 2, np.float32))

@@ -1,4 +1,4 @@
-"""Do gradients pass that are ill-conditioned in any dtype, and do wrong ones fail there?"""
+"""Do values and gradients pass that are ill-conditioned in any dtype, and do wrong ones fail there?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_ref
-from vit_ref.verify.gates import SEMANTIC_RMS
+from vit_ref.verify.gates import CLEARLY_WRONG, SEMANTIC_RMS
 from vit_ref.verify.results import CandidateReport
 
 WEIGHTS = {
@@ -57,6 +57,26 @@ def judged(candidate: vit_ref.Candidate) -> CandidateReport:
     return vit_ref.compare(model(divided), candidate, inputs=INPUTS)
 
 
+def near(mixes: Callable[[Any, Any], Any], epsilon: float = EPSILON) -> vit_ref.Candidate:
+    """Declares a norm over two channels that differ by 1e-5 of their size. What precedes it rounds, and it enlarges."""
+    weights = {"mix": np.stack([WEIGHTS["mix"][:, 0], WEIGHTS["mix"][:, 0] + 1e-5 * WEIGHTS["mix"][:, 1]], -1)}
+
+    def forward(w: Mapping[str, Any], x: Any, tap: Any = lambda name, value: value) -> Any:
+        mixed = tap("mixed", mixes(x, w["mix"]))
+        centred = mixed - mixed.mean(-1, keepdims=True)
+        return tap("norm", centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon))
+
+    return vit_ref.Candidate(load=lambda checkpoint: (forward, weights), name="near")
+
+
+def at_once(x: Any, w: Any) -> Any:
+    return x @ w
+
+
+def backwards(x: Any, w: Any) -> Any:
+    return sum(x[:, i : i + 1] * w[i] for i in reversed(range(5)))
+
+
 def wrong(report: CandidateReport) -> set[str]:
     assert report.forward.passed and report.backward
     return {result.site for result in report.backward.semantic_failures}
@@ -79,3 +99,19 @@ def test_right_gradients_pass_whose_terms_cancel() -> None:
 def test_wrong_gradients_fail_there_and_beside_them() -> None:
     assert {"mix", "mixed", "input:x"} <= wrong(judged(model(detached)))
     assert wrong(judged(model(divided, enlarged))) == {"scale"}
+
+
+def test_right_values_pass_that_few_digits_decide() -> None:
+    report = vit_ref.compare(near(at_once), near(backwards), inputs=INPUTS)
+    assert report.passed
+    found = {result.site: result.exact for result in report.forward.results}
+    # Measured: 1.2e-11, gate 1.3e-9.
+    assert 3 * SEMANTIC_RMS < found["norm"].rms <= found["norm"].semantic_gate < 1e-8
+    assert found["mixed"].semantic_gate == SEMANTIC_RMS
+
+
+def test_wrong_values_fail_there() -> None:
+    report = vit_ref.compare(near(at_once), near(backwards, EPSILON * (1 + 1e-7)), inputs=INPUTS)
+    assert [result.site for result in report.forward.semantic_failures] == ["norm", "output"]
+    # So small that rounding could have been the reason, had the reference rounded more.
+    assert report.forward.semantic_failures[0].exact.rms < CLEARLY_WRONG

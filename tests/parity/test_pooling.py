@@ -11,16 +11,18 @@ from numpy.typing import NDArray
 
 from vit_ref.errors import InputError
 from vit_ref.verify.cases import CASES
-from vit_ref.verify.compare.backward import truths_of
+from vit_ref.verify.compare.backward import gradients_report, truths_of
 from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradients, Objective, objectives_for
 from vit_ref.verify.compare.pooling import SETTLED, Pooled
 from vit_ref.verify.gates import Error, errors_of, numerical_gate
-from vit_ref.verify.precision import Precision
-from vit_ref.verify.results import ParityReport
+from vit_ref.verify.precision import PRECISIONS, Precision
+from vit_ref.verify.references.choice import NumpyReference
+from vit_ref.verify.results import Cause, Explanation, ParityReport
 from vit_ref.verify.session import Session
 from vit_ref.verify.vit import gradient_names
 
 CASE = CASES["rectangular"]
+REFERENCE = NumpyReference(CASE.config, {})
 
 
 def pooled(ratio: float, *, exact: float = 0.0, carriers: float = 1e3, objectives: int = SEMANTIC_OBJECTIVES) -> Pooled:
@@ -40,6 +42,30 @@ def test_an_error_far_inside_its_gate_is_settled() -> None:
     assert pooled(3 * SETTLED).settled
     assert not pooled(3 * SETTLED * 1.001).settled
     assert pooled(3.0).results()[0].passes_numerical_gate
+
+
+def test_rounding_excuses_an_error_in_float64_by_the_errors_of_all_objectives() -> None:
+    found = pooled(1.0, exact=1e-11)
+    found.explanation = Explanation((Cause("a bug", "pixels", 1e-11, 0.0),), "in one place")
+    # 32 * 1e-3 * 2^-29 is 6e-11.
+    found.reference_errors[0] = {"pixels": Error(1e-6, 1e-6, 1e3)}
+    assert found.wrong
+    found.reference_errors, rest = found.reference_errors[:1], found.reference_errors[1:]
+    found.excuse(2**-23)
+    report = gradients_report("one", found, REFERENCE, PRECISIONS["float32"], None)
+    assert found.wrong and [cause.label for cause in report.causes] == ["a bug"] and report.place
+    found.reference_errors += rest
+    found.excuse(2**-23)
+    report = gradients_report("one", found, REFERENCE, PRECISIONS["float32"], None)
+    assert not found.wrong and report.causes == () and report.place == ""
+    expected = 32 * 2**-29 * math.sqrt(2 / 3) * 1e-3
+    assert report.results[0].exact.semantic_gate == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+def test_a_usual_error_in_float64_gets_no_wider_gate() -> None:
+    found = pooled(1.0, exact=1e-13)
+    found.excuse(2**-23)
+    assert found.results()[0].exact.noise == 0
 
 
 def test_an_error_in_float64_is_settled_whatever_the_rounding() -> None:

@@ -27,9 +27,14 @@ SEMANTIC_RMS = 1e-12
 SEMANTIC_MAX = 1e-11
 
 
-# Right implementations differed by up to nine times what the reference's error in float32 says of float64, in gradients
-# that err by 1 % to a million times there. Few terms carry such an error, so one draw of it may be small.
+# Right implementations differed by up to nine times what the reference's error in float32 says of float64. There that
+# error was 0.1 % to a million times the value. Few terms carry such an error, so one draw of it may be small.
 _NOISE = 32
+
+
+# A larger error in float64 is a wrong formula, whatever the reference's rounding is: 32 units of float64 are as much as
+# 6e-8 of what one unit is of float32, so a value could lose all its digits there and be no farther off.
+CLEARLY_WRONG = 1e-7
 
 
 class Allowance(NamedTuple):
@@ -316,8 +321,8 @@ def float64_noise(reference: float, epsilon: float) -> float:
 
     It is told from the reference's error in another precision, by the ratio of the units of rounding. It lies below the
     semantic gate unless the value is ill-conditioned: in float32 the reference then errs by more than 1.7e-5. So do
-    gradients that are zero but for terms that cancel, such as those of attention to a single token, and nearly so those
-    of a norm over two channels.
+    gradients of attention to a single token, which are zero but for terms that cancel, and those of a norm over two
+    channels.
 
     Args:
       reference: the reference's relative RMS error.

@@ -17,10 +17,10 @@ from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradie
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, require_float64, silent, widened
-from vit_ref.verify.gates import Errors, Truth, errors_of, float64_noise, wrong_sites
+from vit_ref.verify.gates import Errors, Truth, errors_of
 from vit_ref.verify.precision import FLOAT64, Precision
 from vit_ref.verify.problem import Problem
-from vit_ref.verify.results import ParityReport
+from vit_ref.verify.results import Explanation, ParityReport
 
 
 def compare_backward(
@@ -130,10 +130,14 @@ class Comparison:
         number = len(pooled.roundings)
         if self._exact and len(pooled.exacts) < SEMANTIC_OBJECTIVES:
             exact = widened(self._exact(objective).named(), self._candidate)
-            errors = errors_of(exact, truths)
-            if wrong_sites(errors, pooled.names):
-                errors = self._with_noise(errors, objective, number, truths)
-            pooled.exacts.append(errors)
+            pooled.exacts.append(errors_of(exact, truths))
+            if pooled.wrong:
+                # Rounding may explain them. The reference's rounding is then measured first.
+                stored = truths
+                if self._stored_truth is not self._truth:
+                    stored = self._in_float64(self._stored_truth, objective)[1]
+                pooled.reference_errors.append(self._errors_of("gradients", self._own, objective, number, stored))
+                pooled.excuse(self._precision.epsilon)
             failed = [{name for name, e in found.items() if not e.passes_semantic_gate} for found in pooled.exacts]
             first = next((name for name in pooled.names if any(name in names for names in failed)), "")
             # The first divergence of all objectives is explained. It may be right in some of them.
@@ -143,22 +147,16 @@ class Comparison:
             del exact
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)
-        reference_errors = self._errors_of("gradients", self._own, objective, number, truths)
+        if len(pooled.reference_errors) == number:
+            pooled.reference_errors.append(self._errors_of("gradients", self._own, objective, number, truths))
+            pooled.excuse(self._precision.epsilon)
+        reference_errors = pooled.reference_errors[number]
         if not pooled.wrong:  # otherwise the verdict is known
             # The results of a compiled pass come in another order than the pass.
             require_finite(
                 {name: reference_errors[name] for name in pooled.names}, self._reference, self._precision.name
             )
-        pooled.reference_errors.append(reference_errors)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
-
-    def _with_noise(self, errors: Errors, objective: Objective, k: int, truths: Mapping[str, Truth]) -> Errors:
-        """Returns errors in float64 with the noise that explains them. The reference's errors are then known sooner."""
-        if self._stored_truth is not self._truth:
-            truths = self._in_float64(self._stored_truth, objective)[1]
-        own = self._errors_of("gradients", self._own, objective, k, truths)
-        epsilon = self._precision.epsilon
-        return {name: error._replace(noise=float64_noise(own[name].rms, epsilon)) for name, error in errors.items()}
 
     def measure_fused(
         self, fuse: Callable[[Reference], Reference], objectives: Sequence[Objective], pooled: Pooled
@@ -216,6 +214,8 @@ def gradients_report(
       precision: the tested precision.
       claims: see `Observable.claims`.
     """
+    # What a later objective excuses needs no cause.
+    explanation = pooled.explanation if pooled.wrong else Explanation()
     # A candidate that does not claim every site may have unmapped parameters, and values seen only after their use.
     return ParityReport(
         title,
@@ -225,8 +225,8 @@ def gradients_report(
         unobserved=pooled.missing if claims is None else (),
         unmapped=() if claims is None else pooled.missing,
         what="gradients",
-        causes=pooled.explanation.causes,
-        place=pooled.explanation.place,
+        causes=explanation.causes,
+        place=explanation.place,
         order=tuple(pooled.names),
         objectives=len(pooled.roundings),
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_ref.verify.gates import SEMANTIC_RMS, Error, against, error, wrong_sites
+from vit_ref.verify.gates import CLEARLY_WRONG, SEMANTIC_RMS, Error, against, error, wrong_sites
 
 # It gets one line about the first divergence, as soon as it is known.
 OnDivergence = Callable[[str], None]
@@ -45,10 +45,11 @@ class FirstLook:
     def divergence(self) -> tuple[str, Error] | None:
         """The first site in order whose value is wrong, with its error.
 
-        It is None if no value is wrong, or if none is float64: such a candidate is refused.
+        It is None if no value is wrong, or if rounding may still explain the error. It is None too if no value is
+        float64: such a candidate is refused.
         """
         site = next(iter(wrong_sites(self._errors, self._names)), None) if self._exact else None
-        return None if site is None else (site, self._errors[site])
+        return None if site is None or self._errors[site].rms <= CLEARLY_WRONG else (site, self._errors[site])
 
 
 def describe_divergence(candidate: str, site: str, error: Error, where: str = "") -> str:
