@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import vit_ref
 from vit_ref.verify.gates import CLEARLY_WRONG, SEMANTIC_RMS
@@ -94,6 +95,14 @@ def test_right_gradients_pass_whose_terms_cancel() -> None:
         assert found[name].semantic_gate == SEMANTIC_RMS, name
     # A parameter of the model itself is no layer's, though its name is "scale". So its gate is its own.
     assert {result.site: result.gate for result in report.backward.results}["scale"] < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["tensorfloat32", "bfloat16", "float16"])
+def test_float32_tells_what_float64_loses_in_every_precision(precision: str) -> None:
+    """A norm stays float32 if products are coarser, so the unit of a precision would tell too little."""
+    assert vit_ref.compare(model(divided), model(multiplied), inputs=INPUTS, precision=precision).passed
+    report = vit_ref.compare(model(divided), model(detached), inputs=INPUTS, precision=precision)
+    assert {"mix", "mixed", "input:x"} <= wrong(report)
 
 
 def test_wrong_gradients_fail_there_and_beside_them() -> None:

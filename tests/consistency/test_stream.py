@@ -70,9 +70,9 @@ def require_same(streamed: ParityReport, whole: ParityReport, *, rounding: float
     for name in ("title", "reference", "precision", "unobserved", "unmapped", "what", "place", "hidden", "order"):
         assert getattr(streamed, name) == getattr(whole, name), name
     for a, b in zip(streamed.results, whole.results, strict=True):
-        assert (a.rounding, a.reference_error) == pytest.approx(
-            (b.rounding, b.reference_error), rel=rounding, abs=lucky
-        ), a.site
+        # The candidate's blocks are compiled alike.
+        assert a.rounding == pytest.approx(b.rounding, rel=rounding / 3, abs=lucky), a.site
+        assert a.reference_error == pytest.approx(b.reference_error, rel=rounding, abs=lucky), a.site
         assert a.gate == pytest.approx(b.gate, rel=rounding, abs=ALLOWANCES["float32"].backward * lucky), a.site
         for mine, theirs in ((a.exact, b.exact), (a.oracles, b.oracles)):
             assert mine[:2] == pytest.approx(theirs[:2], rel=1e-6, abs=4e-15), a.site

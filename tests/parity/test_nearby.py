@@ -52,6 +52,24 @@ class Rounds:
         return {"x": value * (1 + factors)}
 
 
+class Spreads(Rounds):
+    """Has a second site, where all tokens err by a twentieth of what the one token of the first erred by.
+
+    Args:
+      coarse: a further error of every token there.
+    """
+
+    def __init__(self, name: str, errs: Callable[[int], float], coarse: float = 0.0):
+        super().__init__(name, errs)
+        self.coarse = coarse
+
+    def trace(self, inputs: Any, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
+        run, found = self.runs, super().trace(inputs, precision, replace)
+        error = USUAL + self.errs(run) / 20 + self.coarse if precision.dtype == np.float32 else 0.0
+        signs = np.where(np.random.default_rng(run + 100).random(SHAPE) < 0.5, 1, -1)
+        return {**found, "y": inputs["x"].astype(np.float64) * (1 + error * signs)}
+
+
 def never(run: int) -> float:
     return 0.0
 
@@ -65,7 +83,8 @@ def later(run: int) -> float:
 
 
 def judged(reference: Rounds, candidate: Rounds, inputs: Any = TOKENS, **options: Any) -> ParityReport:
-    problem = Problem(inputs, {"x": SHAPE}, None, SHAPE, ())
+    sites = ("x", "y") if isinstance(reference, Spreads) else ("x",)
+    problem = Problem(inputs, dict.fromkeys(sites, SHAPE), None, SHAPE, ())
     return compare_forward("rounded", problem, reference, None, candidate, FLOAT32, **options)  # type: ignore[arg-type]
 
 
@@ -81,10 +100,52 @@ def test_a_right_candidate_passes_beside_a_lucky_reference() -> None:
     assert (result.rounding, result.reference_error) == pytest.approx((expected, expected), rel=1e-2)
 
 
-def test_a_candidate_that_errs_there_each_time_fails() -> None:
-    report = judged(Rounds("reference", never), Rounds("candidate", always))
+@pytest.mark.parametrize("errs", [never, later])
+def test_a_candidate_that_errs_there_each_time_fails(errs: Callable[[int], float]) -> None:
+    """Pooled over all runs, a reference that errs in two of them would allow it."""
+    report = judged(Rounds("reference", errs), Rounds("candidate", always))
     assert not report.passed
     assert report.nearby == NEARBY
+
+
+def test_what_bad_luck_spreads_to_passes_and_what_is_always_there_fails() -> None:
+    # The second site errs in five runs of eight, and the reference's in one: pooled, 2.2 times as much.
+    lucky = Spreads("reference", lambda run: RARE * (run == 2))
+    right = judged(lucky, Spreads("candidate", lambda run: RARE * (run in (0, 3, 4, 6, 7))))
+    assert right.passed and right.nearby == NEARBY
+    wrong = judged(Spreads("reference", later), Spreads("candidate", lambda run: RARE * (run in (0, 3)), 20 * USUAL))
+    assert [result.site for result in wrong.numerical_failures] == ["y"]
+    assert wrong.nearby == NEARBY
+    assert wrong.results[1].rounding == pytest.approx(21 * USUAL, rel=0.01)
+    # If the first site is beyond its gate for no bad luck, nothing is measured again.
+    even = Spreads("candidate", never)
+    even.everywhere = 20 * USUAL
+    assert judged(Spreads("reference", never), even).nearby == 0
+
+
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+@pytest.mark.parametrize("fault", ["raises", "hides"])
+def test_inputs_on_which_a_side_cannot_run_do_not_count(side: str, fault: str) -> None:
+    """A person's own check of the inputs may refuse them, or take another branch."""
+
+    class Picky(Rounds):
+        def trace(self, inputs: Any, precision: Precision, replace: Any = None) -> Trace:
+            if self.name == side and inputs["x"][0, 0, 0] != TOKENS["x"][0, 0, 0]:
+                if fault == "raises":
+                    raise ValueError("these are no tokens")
+                return {}
+            return super().trace(inputs, precision, replace)
+
+    report = judged(Picky("reference", later), Picky("candidate", lambda run: RARE * (run == 0)))
+    assert not report.passed
+    assert report.nearby == 0
+
+
+def test_a_candidate_that_is_not_finite_beside_its_inputs_fails_and_says_so() -> None:
+    report = judged(
+        Rounds("reference", later), Rounds("candidate", lambda run: math.nan if run == 3 else RARE * (run == 0))
+    )
+    assert report.results[0].failure("float32") == "not finite on nearby inputs in float32"
 
 
 def test_an_even_error_is_no_bad_luck() -> None:
@@ -112,7 +173,7 @@ def test_inputs_that_cannot_be_moved_leave_the_first_verdict() -> None:
     report = judged(Rounds("reference", later), Rounds("candidate", lambda run: RARE * (run == 0)), whole)
     assert not report.passed
     assert report.nearby == 0
-    assert not judged(Rounds("reference", later), Rounds("candidate", always), redraw=False).passed
+    assert not judged(Rounds("reference", later), Rounds("candidate", always), runs_nearby=None).passed
 
 
 def test_runs_in_which_the_reference_is_not_finite_do_not_count() -> None:

@@ -47,25 +47,35 @@ def test_an_error_far_inside_its_gate_is_settled() -> None:
 def test_rounding_excuses_an_error_in_float64_by_the_errors_of_all_objectives() -> None:
     found = pooled(1.0, exact=1e-11)
     found.explanation = Explanation((Cause("a bug", "pixels", 1e-11, 0.0),), "in one place")
-    # 32 * 1e-3 * 2^-29 is 6e-11.
-    found.reference_errors[0] = {"pixels": Error(1e-6, 1e-6, 1e3)}
-    assert found.wrong
-    found.reference_errors, rest = found.reference_errors[:1], found.reference_errors[1:]
-    found.excuse(2**-23)
+    assert found.suspect and found.wrong
+    found.excuse({"pixels": Error(1e-6, 1e-6)})
     report = gradients_report("one", found, REFERENCE, PRECISIONS["float32"], None)
     assert found.wrong and [cause.label for cause in report.causes] == ["a bug"] and report.place
-    found.reference_errors += rest
-    found.excuse(2**-23)
+    # 32 * 1e-3 * 2^-29 is 6e-11.
+    found.excuse({"pixels": Error(1e-3, 1e-3)})
     report = gradients_report("one", found, REFERENCE, PRECISIONS["float32"], None)
     assert not found.wrong and report.causes == () and report.place == ""
-    expected = 32 * 2**-29 * math.sqrt(2 / 3) * 1e-3
+    expected = 32 * 2**-29 * math.sqrt(1 / 2) * 1e-3
     assert report.results[0].exact.semantic_gate == pytest.approx(expected, rel=1e-5, abs=0)
+    assert not pooled(1.0, exact=9e-13).suspect
 
 
-def test_a_usual_error_in_float64_gets_no_wider_gate() -> None:
-    found = pooled(1.0, exact=1e-13)
-    found.excuse(2**-23)
-    assert found.results()[0].exact.noise == 0
+@pytest.mark.parametrize(
+    ("name", "mates"),
+    [
+        ("scale", ["scale"]),
+        ("kernel", ["kernel"]),
+        ("bias", ["kernel", "bias"]),
+        ("cls_token", ["cls_token"]),
+        ("norm.scale", ["norm.bias", "norm.scale"]),
+    ],
+)
+def test_a_layer_shares_its_reference_error_and_the_models_own_parameters_do_not(name: str, mates: list[str]) -> None:
+    names = ["kernel", "bias", "scale", "cls_token", "norm.bias", "norm.scale"]
+    errors = {each: Error(10.0**-k, 0.0, 1e3) for k, each in enumerate(names)}
+    results = Pooled(names, np.float32, False, [errors], [errors], [errors]).results()
+    found = {result.site: result.reference_error for result in results}
+    assert found[name] == max(errors[mate].rms for mate in mates)
 
 
 def test_an_error_in_float64_is_settled_whatever_the_rounding() -> None:

@@ -309,19 +309,21 @@ def test_sites_that_are_wrong_alone_are_put_together_by_their_numbers() -> None:
 
 def test_nearby_inputs_are_told() -> None:
     results = [measured("block.0.norm1")]
-    said = "rounding pooled over 8 nearby inputs"
+    said = "rounding of the given inputs and 7 nearby ones"
     for forward in (parity(*results, nearby=7), parity(results[0]._replace(rounding=1.0), nearby=7)):
         assert said in headline(forward)
         assert to_json(ported(forward))["forward"]["nearby_inputs"] == 7
-        assert "Rounding is pooled over 8 nearby inputs." in to_html(ported(forward))
+        assert "Rounding is that of the given inputs and 7 nearby ones." in to_html(ported(forward))
     alone = parity(*results)
     assert "nearby" not in headline(alone) and "nearby" not in to_html(ported(alone))
 
 
 def test_a_wider_semantic_gate_is_told() -> None:
     usual, ill = measured("norm", 9e-13), measured("cls_token")._replace(exact=Error(1.4e-8, 2e-8, noise=1.1e-7))
-    assert ": largest float64 error 9.0e-13 at norm, smallest" in headline(parity(usual, ill))
-    assert ": largest float64 error 1.4e-08 at cls_token (gate 1.1e-07 there), smallest" in headline(parity(ill))
+    assert ": largest float64 error 9.0e-13 at norm, smallest" in headline(parity(usual))
+    for report in (parity(usual, ill), parity(ill)):
+        assert ": largest float64 error 1.4e-08 at cls_token (gate 1.1e-07 there), smallest" in headline(report)
+        assert '</span> at cls_token, gate <span class="n">1.1e-07</span></dd>' in to_html(ported(report))
     wrong = ill._replace(exact=ill.exact._replace(rms=2e-7))
     assert "first divergence at cls_token: float64 relative RMS error 2.0e-07, gate 1.1e-07" in headline(parity(wrong))
     assert "float64 1.4e-08, gate 1.1e-07" in to_html(ported(parity(ill)))

@@ -316,21 +316,19 @@ def root_mean_square(x: NDArray) -> float:
     return math.sqrt(float(np.vdot(x, x)) / x.size)
 
 
-def float64_noise(reference: float, epsilon: float) -> float:
+def float64_noise(reference: float) -> float:
     """Returns the relative RMS error by which right implementations may differ in float64.
 
-    It is told from the reference's error in another precision, by the ratio of the units of rounding. It lies below the
-    semantic gate unless the value is ill-conditioned: in float32 the reference then errs by more than 1.7e-5. So do
-    gradients of attention to a single token, which are zero but for terms that cancel, and those of a norm over two
-    channels.
+    It is told from the reference's error in float32, by the ratio of the units of rounding. It lies below the semantic
+    gate unless the value is ill-conditioned: the reference then errs by more than 1.7e-5 in float32. So do gradients of
+    attention to a single token, which are zero but for terms that cancel, and those of a norm over two channels.
 
     Args:
-      reference: the reference's relative RMS error.
-      epsilon: see `Precision.epsilon`, of the tested precision.
+      reference: the reference's relative RMS error in float32.
     """
     if not math.isfinite(reference):
         return 0.0
-    return _NOISE * reference * float(np.finfo(np.float64).eps) / epsilon
+    return _NOISE * reference * float(np.finfo(np.float64).eps / np.finfo(np.float32).eps)
 
 
 def numerical_gate(

@@ -101,6 +101,8 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
+# The precision that tells how much float64 itself may lose.
+FLOAT32 = PRECISIONS["float32"]
 # The precision in which formulas are compared.
 FLOAT64 = Precision("float64", np.dtype(np.float64), products="highest")
 

@@ -157,8 +157,8 @@ class ParityReport:
       beyond: if the first divergence is rounding, the next divergence that this rounding does not explain, and its
         size. Its causes are among `causes`. "" if there is none.
       everywhere: whether the reference's values were fed at every site for `SiteResult.alone`, and not to each block.
-      nearby: over how many nearby inputs, besides the given ones, the rounding of the forward pass is pooled. They are
-        measured only if an error beyond its gate may be bad luck.
+      nearby: on how many nearby inputs, besides the given ones, the rounding of the forward pass was measured. That is
+        done only if an error beyond its gate may be bad luck.
     """
 
     title: str

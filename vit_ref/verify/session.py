@@ -16,7 +16,7 @@ from vit_ref.errors import CandidateError, InputError, MappingError, OraclesDiff
 from vit_ref.model.config import ViTConfig
 from vit_ref.verify.cache import originals
 from vit_ref.verify.cache.opening import opened
-from vit_ref.verify.cache.reference import KeptReference, has_values, is_known
+from vit_ref.verify.cache.reference import KeptReference, has_values, is_known, unkept
 from vit_ref.verify.cache.shelf import Shelf
 from vit_ref.verify.candidates.declaration import Candidate
 from vit_ref.verify.candidates.loading import find_declaration
@@ -304,6 +304,7 @@ class Session(Judgement):
                 stops=stops,
                 on_divergence=self.on_divergence,
                 on_trace=self.keep_output,
+                runs_nearby=unkept,
                 progress=self.progress,
             )
         except OraclesDifferError:

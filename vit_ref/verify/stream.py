@@ -366,7 +366,7 @@ class _Streamed(Session):
                     blocks.candidate,
                     self._rounded,
                     explainer=None if diverged else ViTExplainer(blocks.config, blocks.tensors, part),
-                    redraw=False,  # a block's input is read from a file
+                    runs_nearby=None,  # a block's input is read from a file
                 )
             reports.append((stage, report))
         return _whole(reports, problem_of(blocks.whole, self.pixels).names)

@@ -96,6 +96,11 @@ class KeptReference:
         return KeptReference(shelf, lambda: self.built.storing(precision))
 
 
+def unkept(reference: Reference) -> Reference:
+    """Returns a reference that keeps nothing for later runs."""
+    return reference.built if isinstance(reference, KeptReference) else reference
+
+
 def has_values(shelf: Shelf, inputs: Any) -> bool:
     """Tells whether the cache has the reference's trace in float64, damaged or not.
 

@@ -17,8 +17,8 @@ from vit_ref.verify.compare.objectives import LOOKS, SEMANTIC_OBJECTIVES, Gradie
 from vit_ref.verify.compare.pooling import Pooled
 from vit_ref.verify.compare.protocols import Explainer, Kept, Nothing, Observable, Reference
 from vit_ref.verify.compare.trace import Progress, require_float64, silent, widened
-from vit_ref.verify.gates import Errors, Truth, errors_of
-from vit_ref.verify.precision import FLOAT64, Precision
+from vit_ref.verify.gates import Error, Errors, Truth, errors_of
+from vit_ref.verify.precision import FLOAT32, FLOAT64, Precision
 from vit_ref.verify.problem import Problem
 from vit_ref.verify.results import Explanation, ParityReport
 
@@ -109,12 +109,14 @@ class Comparison:
         self._truth = reference.gradients(self._inputs, FLOAT64)
         self._exact = candidate.gradients(self._inputs, FLOAT64) if formula else None
         # The right gradients for the parameters as they are stored. The semantic gate does not use them.
-        self._stored_truth = self._truth
+        self._stored_truth, unstored = self._truth, reference
         if precision.stored is not None:
             reference, candidate = reference.storing(precision), candidate.storing(precision)
             self._stored_truth = reference.gradients(self._inputs, FLOAT64)
         self._stored_reference = reference
         self._own = self._prepared("gradients", reference)
+        # Compiled only for a candidate that may be wrong.
+        self._float32 = cache(partial(unstored.gradients, self._inputs, FLOAT32))
         self._rounding = candidate.gradients(self._inputs, precision)
 
     def measure(self, objective: Objective, pooled: Pooled) -> None:
@@ -127,17 +129,16 @@ class Comparison:
           InputError: no formula was wrong so far, but the reference is not finite in the tested precision.
         """
         truth, truths = self._in_float64(self._truth, objective)
-        number = len(pooled.roundings)
+        number, own = len(pooled.roundings), dict[str, Error]()
         if self._exact and len(pooled.exacts) < SEMANTIC_OBJECTIVES:
             exact = widened(self._exact(objective).named(), self._candidate)
             pooled.exacts.append(errors_of(exact, truths))
-            if pooled.wrong:
-                # Rounding may explain them. The reference's rounding is then measured first.
-                stored = truths
-                if self._stored_truth is not self._truth:
-                    stored = self._in_float64(self._stored_truth, objective)[1]
-                pooled.reference_errors.append(self._errors_of("gradients", self._own, objective, number, stored))
-                pooled.excuse(self._precision.epsilon)
+            if pooled.suspect:
+                if self._precision == FLOAT32:
+                    own = self._errors_of("gradients", self._own, objective, number, truths)
+                    pooled.excuse(own)
+                else:
+                    pooled.excuse(errors_of(self._float32()(objective).named(), truths))
             failed = [{name for name, e in found.items() if not e.passes_semantic_gate} for found in pooled.exacts]
             first = next((name for name in pooled.names if any(name in names for names in failed)), "")
             # The first divergence of all objectives is explained. It may be right in some of them.
@@ -147,15 +148,13 @@ class Comparison:
             del exact
         if self._stored_truth is not self._truth:
             truth, truths = self._in_float64(self._stored_truth, objective)
-        if len(pooled.reference_errors) == number:
-            pooled.reference_errors.append(self._errors_of("gradients", self._own, objective, number, truths))
-            pooled.excuse(self._precision.epsilon)
-        reference_errors = pooled.reference_errors[number]
+        reference_errors = own or self._errors_of("gradients", self._own, objective, number, truths)
         if not pooled.wrong:  # otherwise the verdict is known
             # The results of a compiled pass come in another order than the pass.
             require_finite(
                 {name: reference_errors[name] for name in pooled.names}, self._reference, self._precision.name
             )
+        pooled.reference_errors.append(reference_errors)
         pooled.roundings.append(errors_of(self._rounding(objective).named(), truths))
 
     def measure_fused(

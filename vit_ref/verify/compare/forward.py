@@ -21,7 +21,7 @@ from vit_ref.verify.gates import (
     float64_noise,
     wrong_sites,
 )
-from vit_ref.verify.precision import FLOAT64, Precision
+from vit_ref.verify.precision import FLOAT32, FLOAT64, Precision
 from vit_ref.verify.problem import Problem, hidden_before
 from vit_ref.verify.results import Explanation, ParityReport, SiteResult
 
@@ -111,6 +111,11 @@ def never(site: str) -> bool:
     return False
 
 
+def itself(reference: Reference) -> Reference:
+    """Returns the reference."""
+    return reference
+
+
 def compare_forward(
     title: str,
     problem: Problem,
@@ -124,7 +129,7 @@ def compare_forward(
     stops: Callable[[str], bool] = never,
     on_divergence: OnDivergence = ignore_divergence,
     on_trace: Callable[[Trace], None] | None = None,
-    redraw: bool = True,
+    runs_nearby: Callable[[Reference], Reference] | None = itself,
     progress: Progress = silent,
 ) -> ParityReport:
     """Observes reference, oracle and candidate on the same inputs, and measures every site.
@@ -141,7 +146,8 @@ def compare_forward(
       stops: gets each site whose formula is wrong. If it returns True for one, rounding is not measured.
       on_divergence: gets a line about the first wrong formula before its cause is looked for.
       on_trace: gets the candidate's trace in float64.
-      redraw: whether rounding is measured on nearby inputs too if bad luck may explain an error beyond its gate.
+      runs_nearby: returns the reference that runs on nearby inputs, if bad luck may explain an error beyond its gate;
+        None never measures there.
       progress: gets a description of each next step.
 
     Returns:
@@ -202,9 +208,9 @@ def compare_forward(
     suspect = next(iter(wrong_sites(exact, names)), None)
     if suspect and exact[suspect].rms <= CLEARLY_WRONG:
         progress(f"{reference.name}: how much float64 may round")
-        own = errors_of(reference.trace(inputs, precision), truths)
-        epsilon = precision.epsilon
-        exact = {site: error._replace(noise=float64_noise(own[site].rms, epsilon)) for site, error in exact.items()}
+        own = errors_of(reference.trace(inputs, FLOAT32), truths)
+        noise = {site: float64_noise(error.rms) for site, error in own.items()}
+        exact = {site: error._replace(noise=noise.get(site, 0.0)) for site, error in exact.items()}
     # The reference's values cannot replace these.
     misshapen = {site for site in exact if exact_trace[site].shape != truth[site].shape}
     found, alone = Explanation(), dict[str, Error]()
@@ -244,15 +250,13 @@ def compare_forward(
         rounded_trace = candidate.trace(inputs, precision)
         foreign = reference.foreign or candidate.foreign
         rounding = Rounding(known, errors_of(rounded_trace, truths), precision, foreign)
-        coarse = rounding.beyond
-        if coarse and not first and redraw:
-            error = truths[coarse].error(rounded_trace[coarse], carriers=True)
-            if rounding.may_be_luck(coarse, error.carriers):
+        if rounding.beyond and not first and runs_nearby:
+            errors = {site: truths[site].error(rounded_trace[site], carriers=True) for site in rounding.beyond}
+            spread = rounding.spread({site: error.carriers for site, error in errors.items()})
+            if rounding.beyond[0] not in spread:
                 progress("rounding on nearby inputs")
-                # What a cache keeps for later runs does not go there.
-                fresh = getattr(reference, "built", reference)
-                rounding = measure_nearby(inputs, fresh, candidate, rounding)
-                coarse = rounding.beyond
+                rounding = measure_nearby(inputs, runs_nearby(reference), candidate, rounding, spread)
+        coarse = next(iter(rounding.beyond), None)
         gates = {site: rounding.gate(site) for site in names}
         if coarse and not first and explainer:
             found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))

@@ -50,6 +50,7 @@ class Pooled:
       reference_errors: the reference's errors in the tested precision.
       roundings: the candidate's errors in the tested precision.
       fused: the reference's errors in the tested precision with fused attention; empty if they do not widen the gate.
+      in_float32: the reference's errors in float32, if an error in float64 made it necessary to measure them.
       explanation: the explanation of the first divergence.
     """
 
@@ -60,6 +61,7 @@ class Pooled:
     reference_errors: list[Errors] = dataclasses.field(default_factory=list)
     roundings: list[Errors] = dataclasses.field(default_factory=list)
     fused: list[Errors] = dataclasses.field(default_factory=list)
+    in_float32: list[Errors] = dataclasses.field(default_factory=list)
     explanation: Explanation = dataclasses.field(default_factory=Explanation)
 
     @property
@@ -72,21 +74,23 @@ class Pooled:
         """Whether any gradient was beyond the semantic gate so far."""
         return any(not error.passes_semantic_gate for found in self.exacts for error in found.values())
 
-    def excuse(self, epsilon: float) -> None:
-        """Notes what rounding explains in float64 of the errors there, if any is beyond the semantic gate.
+    @property
+    def suspect(self) -> bool:
+        """Whether any gradient differs by more than is usual in float64. Rounding may explain it."""
+        return any(e.rms > SEMANTIC_RMS or e.max > SEMANTIC_MAX for found in self.exacts for e in found.values())
+
+    def excuse(self, in_float32: Errors) -> None:
+        """Notes what rounding explains in float64 of the errors there.
 
         The reference's errors are pooled for it: where few terms carry an error, one objective's may be small by luck.
 
         Args:
-          epsilon: see `Precision.epsilon`.
+          in_float32: the reference's errors in float32, of one more objective.
         """
-        if not any(error.rms > SEMANTIC_RMS or error.max > SEMANTIC_MAX for e in self.exacts for error in e.values()):
-            return
-        noise = {
-            name: float64_noise(self._reference_error(self.reference_errors, name), epsilon) for name in self.names
-        }
+        self.in_float32.append(in_float32)
+        noise = {name: float64_noise(self._reference_error(self.in_float32, name)) for name in self.names}
         self.exacts = [
-            {name: error._replace(noise=noise[name]) for name, error in found.items()} for found in self.exacts
+            {name: error._replace(noise=noise.get(name, 0.0)) for name, error in found.items()} for found in self.exacts
         ]
 
     @property
@@ -164,5 +168,7 @@ def _layer(name: str, names: Sequence[str]) -> list[str]:
     layer, dot, leaf = name.rpartition(".")
     if leaf not in _OF_A_LAYER:
         return [name]
-    mates = {f"{layer}{dot}{each}" for each in _OF_A_LAYER}
+    # Without a layer, only a bias has a mate for certain.
+    leaves = _OF_A_LAYER if layer else {"bias": ("bias", "kernel", "weight")}.get(leaf, (leaf,))
+    mates = {f"{layer}{dot}{each}" for each in leaves}
     return [mate for mate in names if mate in mates]

@@ -106,7 +106,8 @@ def _findings(name: str, document: Fields) -> Iterable[tuple[str, str]]:
     rounded = [check for check in seen if check["measured"]["gate"] is not None]
     site, incomparable = escape(exact["site"]), escape(exact["measured"]["incomparable"])
     largest = f"{site}: {incomparable}" if incomparable else f"{figure(exact['measured']['exact']['rms'])} at {site}"
-    yield "Largest float64 error", largest
+    wider = float(exact["measured"]["semantic_gate"]) > document["gates"]["float64_rms"]
+    yield "Largest float64 error", f"{largest}, gate {figure(exact['measured']['semantic_gate'])}" if wider else largest
     if not rounded:
         yield f"{precision} rounding", "not measured, because the formula is wrong"
         return
@@ -156,7 +157,7 @@ def _figure(name: str, document: Fields) -> str:
     }
     pooled = f" Rounding is pooled over {section['objectives']} objectives." if section["objectives"] else ""
     if section["nearby_inputs"]:
-        pooled = f" Rounding is pooled over {section['nearby_inputs'] + 1} nearby inputs."
+        pooled = f" Rounding is that of the given inputs and {section['nearby_inputs']} nearby ones."
     items = "".join(f'<li><svg class="key" aria-hidden="true">{key}</svg> {text}</li>' for key, text in legend.items())
     return (
         f'<figure><h2 id="{name}">{name.title()}: error per {section["what"][:-1]}</h2>'

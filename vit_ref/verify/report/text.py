@@ -71,19 +71,19 @@ def _verdict(report: ParityReport) -> str:
             f"{report.title}: the formulas agree in float64, but {report.precision} rounding is too large: first"
             f" divergence at {first.site}: {first.failure(report.precision)}{_nearby(report)}"
         )
-    near = max(report.results, key=lambda result: result.exact.rms / result.exact.semantic_gate)
+    exact = max(report.results, key=lambda result: result.exact.rms)
     over = f" over {report.objectives} objectives" if report.objectives else _nearby(report)
     tight = min(report.results, key=lambda result: result.margin)
-    wide = f" (gate {near.exact.semantic_gate:.1e} there)" if near.exact.semantic_gate > SEMANTIC_RMS else ""
+    wide = f" (gate {exact.exact.semantic_gate:.1e} there)" if exact.exact.semantic_gate > SEMANTIC_RMS else ""
     return (
         f"{report.title}: {_counted(len(report.results), report.what)} pass{'es' if len(report.results) == 1 else ''}"
-        f"{over}: largest float64 error {near.exact.rms:.1e} at {near.site}{wide}, smallest margin {tight.margin:.2f}"
+        f"{over}: largest float64 error {exact.exact.rms:.1e} at {exact.site}{wide}, smallest margin {tight.margin:.2f}"
         f" at {tight.site}"
     )
 
 
 def _nearby(report: ParityReport) -> str:
-    return f", rounding pooled over {report.nearby + 1} nearby inputs" if report.nearby else ""
+    return f", rounding of the given inputs and {report.nearby} nearby ones" if report.nearby else ""
 
 
 def next_step(report: ParityReport) -> str:
@@ -347,7 +347,7 @@ def explain() -> str:
     """Returns the legend of the table."""
     return (
         "Each number is a relative RMS error against the float64 oracle. The columns are:\n"
-        f"  float64: the candidate in float64, gate {SEMANTIC_RMS:.0e}\n"
+        f"  float64: the candidate in float64, gate {SEMANTIC_RMS:.0e}, or wider if float32 loses most digits\n"
         "  alone: the candidate when each block is fed the reference's input, measured if something failed\n"
         "  then the candidate and the reference in the tested precision, and the ratio of the two\n"
         "  margin: gate over error; a margin below 1 fails\n"
