@@ -211,6 +211,24 @@ def test_a_candidate_in_training_mode_is_reported_first(
     assert "\n" not in str(caught.value)
 
 
+class Scaling(nnx.Module):
+    """It holds an array that is no variable."""
+
+    def __init__(self) -> None:
+        self.scale = jnp.asarray(1.0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.scale.astype(x.dtype)
+
+
+def test_a_module_may_hold_plain_arrays(locate: Callable[[str], str], saved: Callable[[str], Path]) -> None:
+    def hold(model: Any) -> None:
+        model.dropout = Scaling()
+
+    candidate = changed(hold)(find(locate("nnx_tutorial.py")))
+    assert check_port(candidate, saved("one-block"), backward=False).passed
+
+
 class Drawing(nnx.Module):
     """It draws from a random stream that was made outside it."""
 

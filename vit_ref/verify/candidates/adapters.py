@@ -121,8 +121,13 @@ def _changed(before: nnx.State, model: nnx.Module) -> dict[str, Any]:
     return {
         ".".join(map(str, path)): variable
         for path, variable in nnx.to_flat_state(before)
-        if path in after and not _same(after[path].get_value(), variable.get_value())
+        if path in after and not _same(_value(after[path]), _value(variable))
     }
+
+
+def _value(variable: Any) -> Any:
+    """Returns a variable's value. A module may hold plain arrays beside its variables."""
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
 
 
 def _same(one: Any, other: Any) -> bool:
