@@ -327,3 +327,11 @@ def test_a_wider_semantic_gate_is_told() -> None:
     wrong = ill._replace(exact=ill.exact._replace(rms=2e-7))
     assert "first divergence at cls_token: float64 relative RMS error 2.0e-07, gate 1.1e-07" in headline(parity(wrong))
     assert "float64 1.4e-08, gate 1.1e-07" in to_html(ported(parity(ill)))
+
+
+def test_a_site_of_the_table_that_is_never_called_is_to_be_shown() -> None:
+    fields = {"hidden": ("block.0.norm1",), "unobserved": ("block.0.norm1",)}
+    step = next_step(parity(measured("norm", 1e-3), **fields))
+    assert step.startswith("show block.0.norm1, to find where the fault begins: the candidate's sites name it")
+    # One that the table does not name is to be added.
+    assert next_step(parity(measured("norm", 1e-3), hidden=("block.0.norm1",))).startswith("add block.0.norm1 to the")

@@ -105,6 +105,8 @@ def next_step(report: ParityReport) -> str:
         return f"look for this cause in the candidate's code that makes {site}"
     if report.numerical_failures and not report.semantic_failures:
         return f"look for a cast, a dtype or a matrix product below {report.precision} at {site}"
+    if never := [each for each in report.hidden if each in report.unobserved]:
+        return f"show {_some(never)}, to find where the fault begins: the candidate's sites name it, but never call it"
     if report.hidden:
         return (
             f"add {_some(report.hidden)} to the candidate's sites, to find where the fault begins; vit-ref propose"
