@@ -138,13 +138,13 @@ def test_inputs_come_from_a_file_or_a_shape(file: str, tmp_path: Path) -> None:
         (["{file}", "{file}", "--shape", "x=2,3", "--seed", "-1"], "--seed"),
         (["{file}", "{file}", "--shape", "x=10000000,10000000"], "make them smaller"),
         (["{file}", "{file}", "--inputs", "{file}"], "cannot be read"),
-        (["{file}", "{file}", "--shape", "y=2,3"], ""),
+        (["{file}", "{file}", "--shape", "y=2,3"], "inputs: 'y' is no input of sides: name it 'x'"),
         (["{file}:live", "{file}"], "two runs on the same inputs differ"),
         (["{file}:missing", "{file}"], "has no 'missing'"),
         (["{file}", "{file}", "--checkpoint", "{file}.none"], "no such file or directory"),
         (["{file}", "{file}", "--shape", "x=2,4"], "raised TypeError"),
         (["{file}:adapting", "{file}", "--shape", "y=2,3"], "sides-adapting: it takes no input 'y', only x: correct"),
-        (["{file}", "{file}:adapting", "--shape", "y=2,3"], "sides-adapting: it takes no input 'y', only x: correct"),
+        (["{file}", "{file}:adapting", "--shape", "y=2,3"], "inputs: 'y' is no input of sides: name it 'x'"),
         (["gone.py", "{file}"], "gone.py: this file does not exist: check the path"),
         (["{file}", "gone.py"], "gone.py: this file does not exist: check the path"),
         (["{file}", "{file}:misnumbered"], "{file}:misnumbered: sites: 'layers.{{i}}': 'last' has no {{i}}"),
@@ -152,12 +152,14 @@ def test_inputs_come_from_a_file_or_a_shape(file: str, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_used_is_said_in_one_line(file: str, arguments: list[str], message: str) -> None:
     found = run(*(each.format(file=file) for each in arguments))
-    if message:
-        assert found.exit_code == 2
-        assert message.format(file=file) in found.output
-        assert "Traceback" not in found.output and len(found.output.splitlines()) == 1
-    else:  # A single input is positional, whatever its name.
-        assert found.exit_code == 0
+    assert found.exit_code == 2
+    assert message.format(file=file) in found.output
+    assert "Traceback" not in found.output and len(found.output.splitlines()) == 1
+
+
+def test_a_name_is_printed_as_it_is(file: str) -> None:
+    """Rich would print a picture in place of ":x:"."""
+    assert "input:x: float32 error" in run(f"{file}", f"{file}").output
 
 
 def test_gradients_that_cannot_be_checked_are_said_after_the_report(file: str, tmp_path: Path) -> None:

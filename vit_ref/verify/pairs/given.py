@@ -51,6 +51,12 @@ def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, 
             raise InputError(f"{where}: {name!r} has NaN in it: give numbers")
     if not next(iter(found.values())).ndim:
         raise InputError(f"{where}: {next(iter(found))!r} is a single number: give it an axis for the batch")
+    if given is not None and getattr(reference, "inputs", None) and reference.adapt is None and len(found) == 1:
+        # It is the first argument whatever its name is, and reports would show that name.
+        declared = _made(reference, seed)
+        if len(declared) == 1 and declared.keys() != found.keys():
+            ours, theirs = next(iter(found)), next(iter(declared))
+            raise InputError(f"{where}: {ours!r} is no input of {reference.name}: name it {theirs!r}")
     with np.errstate(over="ignore"):
         cast = cast_floats(found)
     for name, value in cast.items():
