@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.highlighter import RegexHighlighter
@@ -36,8 +36,12 @@ THEME = Theme({"verdict.good": "green", "verdict.bad": "bold red", "verdict.open
 class Output(Console):
     """Console that leaves a closed pipe to the command group.
 
-    Without it rich would end the process with exit code 1, which here means a failed check.
+    Without it rich would end the process with exit code 1, which here means a failed check. It writes text as it is:
+    rich would print "input:x: wrong" with a picture in place of the name.
     """
+
+    def __init__(self, **options: Any):
+        super().__init__(emoji=False, **options)
 
     def on_broken_pipe(self) -> None:
         """Raises again the error that rich is handling."""
