@@ -56,16 +56,16 @@ class Spreads(Rounds):
     """Has a second site, where all tokens err by a twentieth of what the one token of the first erred by.
 
     Args:
-      coarse: a further error of every token there.
+      coarse: returns a further error of every token there.
     """
 
-    def __init__(self, name: str, errs: Callable[[int], float], coarse: float = 0.0):
+    def __init__(self, name: str, errs: Callable[[int], float], coarse: Callable[[int], float] | None = None):
         super().__init__(name, errs)
-        self.coarse = coarse
+        self.coarse = coarse or never
 
     def trace(self, inputs: Any, precision: Precision, replace: Mapping[str, NDArray] | None = None) -> Trace:
         run, found = self.runs, super().trace(inputs, precision, replace)
-        error = USUAL + self.errs(run) / 20 + self.coarse if precision.dtype == np.float32 else 0.0
+        error = USUAL + self.errs(run) / 20 + self.coarse(run) if precision.dtype == np.float32 else 0.0
         signs = np.where(np.random.default_rng(run + 100).random(SHAPE) < 0.5, 1, -1)
         return {**found, "y": inputs["x"].astype(np.float64) * (1 + error * signs)}
 
@@ -113,7 +113,9 @@ def test_what_bad_luck_spreads_to_passes_and_what_is_always_there_fails() -> Non
     lucky = Spreads("reference", lambda run: RARE * (run == 2))
     right = judged(lucky, Spreads("candidate", lambda run: RARE * (run in (0, 3, 4, 6, 7))))
     assert right.passed and right.nearby == NEARBY
-    wrong = judged(Spreads("reference", later), Spreads("candidate", lambda run: RARE * (run in (0, 3)), 20 * USUAL))
+    wrong = judged(
+        Spreads("reference", later), Spreads("candidate", lambda run: RARE * (run in (0, 3)), lambda _: 20 * USUAL)
+    )
     assert [result.site for result in wrong.numerical_failures] == ["y"]
     assert wrong.nearby == NEARBY
     assert wrong.results[1].rounding == pytest.approx(21 * USUAL, rel=0.01)
@@ -146,6 +148,11 @@ def test_a_candidate_that_is_not_finite_beside_its_inputs_fails_and_says_so() ->
         Rounds("reference", later), Rounds("candidate", lambda run: math.nan if run == 3 else RARE * (run == 0))
     )
     assert report.results[0].failure("float32") == "not finite on nearby inputs in float32"
+    # It fails too where the least error decides.
+    unlucky = Spreads("candidate", lambda run: RARE * (run in (0, 3)), lambda run: math.nan if run == 5 else 0.0)
+    report = judged(Spreads("reference", later), unlucky)
+    assert report.results[0].passes_numerical_gate
+    assert report.results[1].failure("float32") == "not finite on nearby inputs in float32"
 
 
 def test_an_even_error_is_no_bad_luck() -> None:

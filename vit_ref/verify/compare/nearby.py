@@ -135,7 +135,9 @@ def _joined(runs: Sequence[Errors], join: Callable[[Sequence[Error]], Error]) ->
 
 
 def _least(errors: Sequence[Error]) -> Error:
-    return min(errors, key=lambda error: error.rms)
+    """Returns the smallest error, or one that is not finite: no luck makes one."""
+    beyond = next((error for error in errors if not math.isfinite(error.rms)), None)
+    return beyond or min(errors, key=lambda error: error.rms)
 
 
 def _measured(
