@@ -103,9 +103,14 @@ class Error(NamedTuple):
         return max(SEMANTIC_RMS, self.noise)
 
     @property
+    def semantic_max(self) -> float:
+        """The largest maximum error in float64 of the same formula."""
+        return max(SEMANTIC_MAX, 10 * self.noise)
+
+    @property
     def passes_semantic_gate(self) -> bool:
         """Whether the two values can come from the same formula in float64."""
-        return self.rms <= self.semantic_gate and self.max <= max(SEMANTIC_MAX, 10 * self.noise)
+        return self.rms <= self.semantic_gate and self.max <= self.semantic_max
 
 
 # By the name of a site or of a gradient.

@@ -250,13 +250,15 @@ def compare_forward(
         rounded_trace = candidate.trace(inputs, precision)
         foreign = reference.foreign or candidate.foreign
         rounding = Rounding(known, errors_of(rounded_trace, truths), precision, foreign)
-        if rounding.beyond and not first and runs_nearby:
-            errors = {site: truths[site].error(rounded_trace[site], carriers=True) for site in rounding.beyond}
+        beyond = rounding.beyond
+        if beyond and not first and runs_nearby:
+            errors = {site: truths[site].error(rounded_trace[site], carriers=True) for site in beyond}
             spread = rounding.spread({site: error.carriers for site, error in errors.items()})
-            if rounding.beyond[0] not in spread:
+            if beyond[0] not in spread:
                 progress("rounding on nearby inputs")
                 rounding = measure_nearby(inputs, runs_nearby(reference), candidate, rounding, spread)
-        coarse = next(iter(rounding.beyond), None)
+                beyond = rounding.beyond
+        coarse = next(iter(beyond), None)
         gates = {site: rounding.gate(site) for site in names}
         if coarse and not first and explainer:
             found = Explanation(explainer.explain_rounding(coarse, rounded_trace, truth, precision))
