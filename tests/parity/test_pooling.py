@@ -60,6 +60,15 @@ def test_rounding_excuses_an_error_in_float64_by_the_errors_of_all_objectives() 
     assert not pooled(1.0, exact=9e-13).suspect
 
 
+def test_a_layers_kernel_excuses_no_error_of_its_bias() -> None:
+    names = ["fc.kernel", "fc.bias"]
+    wrong = {name: Error(1e-7, 1e-7) for name in names}
+    own = {"fc.kernel": Error(1e4, 1e4, 1e3), "fc.bias": Error(1e-7, 1e-7, 1e3)}
+    found = Pooled(names, np.float32, False, [wrong], [own], [own])
+    found.excuse(own)
+    assert [result.exact.passes_semantic_gate for result in found.results()] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("name", "mates"),
     [

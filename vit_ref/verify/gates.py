@@ -32,8 +32,8 @@ SEMANTIC_MAX = 1e-11
 _NOISE = 32
 
 
-# A larger error in float64 is a wrong formula, whatever the reference's rounding is: 32 units of float64 are as much as
-# 6e-8 of what one unit is of float32, so a value could lose all its digits there and be no farther off.
+# Forward, a larger error in float64 is a wrong formula, whatever the reference's rounding is: 32 units of float64 are
+# as much as 6e-8 of what one unit is of float32, so a value could lose all its digits there and be no farther off.
 CLEARLY_WRONG = 1e-7
 
 

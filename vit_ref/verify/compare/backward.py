@@ -123,7 +123,7 @@ class Comparison:
         """Adds the errors of one objective's gradients. The first `SEMANTIC_OBJECTIVES` include those in float64.
 
         The gradients of a real model take a gigabyte, and their errors take almost nothing. So only two sets of
-        gradients are in memory at a time.
+        gradients are in memory at a time, and three of a candidate that may be wrong.
 
         Raises:
           InputError: no formula was wrong so far, but the reference is not finite in the tested precision.

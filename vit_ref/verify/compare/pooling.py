@@ -88,7 +88,8 @@ class Pooled:
           in_float32: the reference's errors in float32, of one more objective.
         """
         self.in_float32.append(in_float32)
-        noise = {name: float64_noise(self._reference_error(self.in_float32, name)) for name in self.names}
+        # Not a layer's: its kernel may be ill-conditioned, and its bias not.
+        noise = {name: float64_noise(_rms(self.in_float32, name)) for name in self.names}
         self.exacts = [
             {name: error._replace(noise=noise.get(name, 0.0)) for name, error in found.items()} for found in self.exacts
         ]
