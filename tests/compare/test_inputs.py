@@ -240,3 +240,15 @@ def test_parts_of_a_fused_parameter_that_are_constant_are_left_out() -> None:
     )
     assert [name for name, _ in table["qkv"]] == ["q.bias", "v.bias"]
     assert match_parameters({"qkv": RNG.normal(size=18)}, {"q.bias": query}) == {}
+
+
+def test_inputs_are_taken_if_the_references_own_cannot_be_made() -> None:
+    def missing(seed: int) -> Any:
+        raise FileNotFoundError("no such data set")
+
+    reference = vit_ref.Reference(load=lambda checkpoint: None, inputs=missing, name="mine")
+    assert list(find_inputs(reference, {"y": np.ones((2, 3))})) == ["y"]
+    named = vit_ref.Reference(load=lambda checkpoint: None, inputs=lambda seed: {0: np.ones((2, 3))}, name="mine")
+    assert list(find_inputs(named, {"0": np.ones((2, 3))})) == ["0"]
+    with pytest.raises(InputError, match=r"^inputs: 'y' is no input of mine: name it '0'$"):
+        find_inputs(named, {"y": np.ones((2, 3))})

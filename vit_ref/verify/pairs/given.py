@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 import zlib
@@ -53,10 +54,11 @@ def find_inputs(reference: Candidate, given: Given, seed: int = 0) -> dict[str, 
         raise InputError(f"{where}: {next(iter(found))!r} is a single number: give it an axis for the batch")
     if given is not None and getattr(reference, "inputs", None) and reference.adapt is None and len(found) == 1:
         # It is the first argument whatever its name is, and reports would show that name.
-        declared = _made(reference, seed)
-        if len(declared) == 1 and declared.keys() != found.keys():
-            ours, theirs = next(iter(found)), next(iter(declared))
-            raise InputError(f"{where}: {ours!r} is no input of {reference.name}: name it {theirs!r}")
+        declared: list[str] = []
+        with contextlib.suppress(CandidateError):  # its own data may not be here, which is why others are given
+            declared = [str(name) for name in _made(reference, seed)]
+        if len(declared) == 1 and declared != list(found):
+            raise InputError(f"{where}: {next(iter(found))!r} is no input of {reference.name}: name it {declared[0]!r}")
     with np.errstate(over="ignore"):
         cast = cast_floats(found)
     for name, value in cast.items():
